@@ -1,0 +1,296 @@
+"""The checkpoints that the studio knows, as data. The only file that says "klein", "dev" or "nano".
+
+A `Checkpoint` names its `Part`s: the sets of weights that it is made of. Parts are hashable and compared by value, so
+two checkpoints that share one (all share the autoencoder) share it in memory too. Sizes, licences and repositories
+are those published on the model cards (black-forest-labs on the Hugging Face hub, 2025-11 to 2026-08).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flux2_studio.engine.params import TextRecipe
+
+Kind = Literal["flow", "text", "autoencoder", "tiny autoencoder"]
+Guiding = Literal["none", "cfg", "embedded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One set of weights, and the key under which it stays in memory.
+
+    A part ships with the studio (`repo` is None, `path` is relative to assets/) or comes from hub repository `repo`.
+    `path` is a file, or for text encoders a folder. `override` is the environment variable that names a local copy.
+    """
+
+    kind: Kind
+    repo: str | None
+    path: str
+    size: int  # bytes to download, for the page; about right is enough
+    override: str | None = None
+    tokenizer: tuple[str | None, str] | None = None  # (repo, folder) of a text part's tokenizer
+    gated: bool = False  # its repository asks for a licence to be accepted and a token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One model that a user can choose, with its defaults and limits.
+
+    `steps_fixed` and `guidance_fixed` mark values that distillation has burnt in: they are shown, not offered.
+    Pixel numbers are areas (width x height).
+    """
+
+    name: str
+    label: str
+    good_for: str
+    flow: Part
+    text: Part
+    recipe: TextRecipe
+    autoencoder: Part
+    tiny_autoencoder: Part  # draws the previews; may be the autoencoder itself
+    steps: int
+    guidance: float
+    guiding: Guiding
+    licence: str
+    licence_url: str
+    steps_fixed: bool = False
+    guidance_fixed: bool = False
+    reference_cache: bool = False  # trained so that reference keys and values can be kept between steps
+    max_steps: int = 100
+    max_guidance: float = 10.0
+    max_references: int = 10
+    default_pixels: int = 1024 * 1024
+    max_pixels: int = 2048 * 2048
+    reference_pixels: int = 2024 * 2024  # cap of a single reference
+    references_pixels: int = 1024 * 1024  # cap of each of several
+    toy: bool = False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.text, self.flow, self.autoencoder)
+
+    @property
+    def gated(self) -> bool:
+        return any(part.gated for part in self.parts)
+
+    @property
+    def takes_negative_prompt(self) -> bool:
+        return self.guiding == "cfg"
+
+    def reference_cap(self, references: int) -> int:
+        """The pixel area to which each of `references` pictures is scaled down."""
+        return self.reference_pixels if references <= 1 else self.references_pixels
+
+
+GB = 10**9
+MB = 10**6
+_APACHE = ("Apache 2.0", "https://www.apache.org/licenses/LICENSE-2.0")
+_NON_COMMERCIAL = "FLUX non-commercial licence"
+
+_AUTOENCODER = Part(
+    kind="autoencoder",
+    repo="black-forest-labs/FLUX.2-klein-4B",  # the same weights as FLUX.2-dev's ae.safetensors, but not gated
+    path="vae/diffusion_pytorch_model.safetensors",
+    size=336 * MB,
+    override="AE_MODEL_PATH",
+)
+_TAEF2 = Part(
+    kind="tiny autoencoder",
+    repo="madebyollin/taef2",
+    path="taef2.safetensors",
+    size=5 * MB,
+    override="TAEF2_MODEL_PATH",
+)
+_QWEN3_4B = Part(
+    kind="text",
+    repo="black-forest-labs/FLUX.2-klein-4B",
+    path="text_encoder",
+    tokenizer=("black-forest-labs/FLUX.2-klein-4B", "tokenizer"),
+    size=8 * GB,
+    override="QWEN3_4B_MODEL_PATH",
+)
+_QWEN3_8B = Part(
+    kind="text",
+    repo="Qwen/Qwen3-8B",  # what the gated klein 9B repositories carry in text_encoder/, without the gate
+    path="",
+    tokenizer=("Qwen/Qwen3-8B", ""),
+    size=16 * GB,
+    override="QWEN3_8B_MODEL_PATH",
+)
+_MISTRAL = Part(
+    kind="text",
+    repo="mistralai/Mistral-Small-3.2-24B-Instruct-2506",
+    path="",
+    # 3.2 publishes no processor in the transformers layout; the official code uses that of 3.1
+    tokenizer=("mistralai/Mistral-Small-3.1-24B-Instruct-2503", ""),
+    size=48 * GB,
+    override="MISTRAL_MODEL_PATH",
+)
+_NANO_AUTOENCODER = Part(kind="autoencoder", repo=None, path="nano/ae.safetensors", size=4 * MB)
+
+_QWEN3_RECIPE = TextRecipe(taps=(9, 18, 27), length=512, padding_side="right", generation_prompt=True)
+_MISTRAL_RECIPE = TextRecipe(
+    taps=(10, 20, 30),
+    length=512,
+    padding_side="left",
+    generation_prompt=False,
+    # The system message that FLUX.2-dev was trained with: a constant of the weights, line break included.
+    system=(
+        "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+        "relationships, object\nattribution and actions without speculation."
+    ),
+    content_as_parts=True,
+    removed=("[IMG]",),
+)
+
+
+def _flow(repo: str, file: str, size: int, override: str, *, gated: bool) -> Part:
+    return Part(kind="flow", repo=f"black-forest-labs/{repo}", path=file, size=size, override=override, gated=gated)
+
+
+NANO = Checkpoint(
+    name="nano",
+    label="Nano (a toy, on board)",
+    good_for=(
+        "A toy that ships with the studio: 32 things drawn as small icons, in under a second on any computer. "
+        "For a first look; choose a klein for real pictures."
+    ),
+    flow=Part(kind="flow", repo=None, path="nano/transformer.safetensors", size=17 * MB),
+    text=Part(kind="text", repo=None, path="nano/text_encoder", tokenizer=(None, "nano/text_encoder"), size=5 * MB),
+    recipe=TextRecipe(taps=(1, 2, 3), length=48, padding_side="right", generation_prompt=False),
+    autoencoder=_NANO_AUTOENCODER,
+    tiny_autoencoder=_NANO_AUTOENCODER,
+    steps=4,
+    guidance=1.0,
+    guiding="none",
+    steps_fixed=True,
+    guidance_fixed=True,
+    licence="Apache 2.0",
+    licence_url=_APACHE[1],
+    max_references=10,
+    default_pixels=128 * 128,
+    max_pixels=512 * 512,
+    reference_pixels=128 * 128,
+    references_pixels=128 * 128,
+    toy=True,
+)
+
+KLEIN_4B = Checkpoint(
+    name="klein-4b",
+    label="FLUX.2 klein 4B",
+    good_for="The quick all-rounder: four steps, generates and edits, free for any use, needs no account.",
+    flow=_flow("FLUX.2-klein-4B", "flux-2-klein-4b.safetensors", 7_750 * MB, "KLEIN_4B_MODEL_PATH", gated=False),
+    text=_QWEN3_4B,
+    recipe=_QWEN3_RECIPE,
+    autoencoder=_AUTOENCODER,
+    tiny_autoencoder=_TAEF2,
+    steps=4,
+    guidance=1.0,
+    guiding="none",
+    steps_fixed=True,
+    guidance_fixed=True,
+    licence=_APACHE[0],
+    licence_url=_APACHE[1],
+)
+
+KLEIN_9B = Checkpoint(
+    name="klein-9b",
+    label="FLUX.2 klein 9B",
+    good_for="The best four-step pictures and edits; more detail and better text than 4B. Non-commercial.",
+    flow=_flow("FLUX.2-klein-9B", "flux-2-klein-9b.safetensors", 18_160 * MB, "KLEIN_9B_MODEL_PATH", gated=True),
+    text=_QWEN3_8B,
+    recipe=_QWEN3_RECIPE,
+    autoencoder=_AUTOENCODER,
+    tiny_autoencoder=_TAEF2,
+    steps=4,
+    guidance=1.0,
+    guiding="none",
+    steps_fixed=True,
+    guidance_fixed=True,
+    licence=_NON_COMMERCIAL,
+    licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-9B",
+)
+
+KLEIN_9B_KV = Checkpoint(
+    name="klein-9b-kv",
+    label="FLUX.2 klein 9B KV",
+    good_for="Edits with several references: 9B that reads them once instead of at every step. Non-commercial.",
+    flow=_flow(
+        "FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv.safetensors", 18_160 * MB, "KLEIN_9B_KV_MODEL_PATH", gated=True
+    ),
+    text=_QWEN3_8B,
+    recipe=_QWEN3_RECIPE,
+    autoencoder=_AUTOENCODER,
+    tiny_autoencoder=_TAEF2,
+    steps=4,
+    guidance=1.0,
+    guiding="none",
+    steps_fixed=True,
+    guidance_fixed=True,
+    reference_cache=True,
+    licence=_NON_COMMERCIAL,
+    licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-9b-kv",
+)
+
+KLEIN_BASE_4B = Checkpoint(
+    name="klein-base-4b",
+    label="FLUX.2 klein Base 4B",
+    good_for="Undistilled 4B: more varied, takes guidance and a negative prompt, needs many steps. Free for any use.",
+    flow=_flow(
+        "FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", 7_750 * MB, "KLEIN_4B_BASE_MODEL_PATH", gated=False
+    ),
+    text=_QWEN3_4B,
+    recipe=_QWEN3_RECIPE,
+    autoencoder=_AUTOENCODER,
+    tiny_autoencoder=_TAEF2,
+    steps=50,
+    guidance=4.0,
+    guiding="cfg",
+    licence=_APACHE[0],
+    licence_url=_APACHE[1],
+)
+
+KLEIN_BASE_9B = Checkpoint(
+    name="klein-base-9b",
+    label="FLUX.2 klein Base 9B",
+    good_for="Undistilled 9B, for variety, guidance and a negative prompt at many steps. Non-commercial.",
+    flow=_flow(
+        "FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", 18_160 * MB, "KLEIN_9B_BASE_MODEL_PATH", gated=True
+    ),
+    text=_QWEN3_8B,
+    recipe=_QWEN3_RECIPE,
+    autoencoder=_AUTOENCODER,
+    tiny_autoencoder=_TAEF2,
+    steps=50,
+    guidance=4.0,
+    guiding="cfg",
+    licence=_NON_COMMERCIAL,
+    licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B",
+)
+
+DEV = Checkpoint(
+    name="dev",
+    label="FLUX.2 dev",
+    good_for="The largest open FLUX.2 (32B): the finest detail and typography, for the largest cards. Non-commercial.",
+    flow=_flow("FLUX.2-dev", "flux2-dev.safetensors", 64_450 * MB, "FLUX2_MODEL_PATH", gated=True),
+    text=_MISTRAL,
+    recipe=_MISTRAL_RECIPE,
+    autoencoder=_AUTOENCODER,
+    tiny_autoencoder=_TAEF2,
+    steps=50,
+    guidance=4.0,
+    guiding="embedded",
+    licence=_NON_COMMERCIAL,
+    licence_url="https://huggingface.co/black-forest-labs/FLUX.2-dev",
+)
+
+CHECKPOINTS: tuple[Checkpoint, ...] = (
+    NANO,
+    KLEIN_4B,
+    KLEIN_9B,
+    KLEIN_9B_KV,
+    KLEIN_BASE_4B,
+    KLEIN_BASE_9B,
+    DEV,
+)

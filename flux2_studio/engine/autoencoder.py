@@ -1,0 +1,229 @@
+"""The FLUX.2 autoencoder: pictures to latents and back.
+
+Does: encode and decode, with 2x2 packing and the latent normalisation inside, so callers only ever see normalised
+packed latents. Does not know: sampling, files, PIL.
+
+    pixels [B, 3, H, W] in -1..1      latent [B, 128, H/16, W/16], normalised to about unit variance per channel
+    unpacked [B, 32, H/8, W/8], normalised or not as the name says
+
+Packing is channel-major: packed channel = c * 4 + row * 2 + column. Statistics are those of `bn` (eps 1e-4, no affine).
+The published autoencoder has channels 128, 256, 512, 512; the small decoder and nano have others: nothing is assumed.
+
+Pitfalls: downsampling pads right and bottom only. Decoder levels are numbered from full resolution (up.0) but run from
+the last. The latent is the mean of the moments, never a sample. Never resample packed latents: their channels are
+positions. Parameter names are Black Forest Labs' key names.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux2_studio.engine.params import AutoencoderParams
+
+GROUPS = 32
+NORM_EPS = 1e-6
+STATISTICS_EPS = 1e-4
+
+
+def pack(x: Tensor) -> Tensor:
+    """[B, c, 2h, 2w] -> [B, 4c, h, w]."""
+    return F.pixel_unshuffle(x, 2)
+
+
+def unpack(x: Tensor) -> Tensor:
+    """[B, 4c, h, w] -> [B, c, 2h, 2w]."""
+    return F.pixel_shuffle(x, 2)
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, channels, eps=NORM_EPS)
+
+
+def conv3(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = norm(inputs), conv3(inputs, outputs)
+        self.norm2, self.conv2 = norm(outputs), conv3(outputs, outputs)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (m(h).flatten(2).transpose(1, 2)[:, None] for m in (self.q, self.k, self.v))  # [B, 1, HW, C]
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.proj_out(out)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution (identity at the last level)."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x
+
+
+class DownLevel(Level):
+    def __init__(self, inputs: int, outputs: int, blocks: int, *, last: bool) -> None:
+        super().__init__(inputs, outputs, blocks)
+        self.downsample = nn.Identity() if last else Downsample(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(super().forward(x))
+
+
+class UpLevel(Level):
+    def __init__(self, inputs: int, outputs: int, blocks: int, *, last: bool) -> None:
+        super().__init__(inputs, outputs, blocks)
+        self.upsample = nn.Identity() if last else Upsample(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(super().forward(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, p: AutoencoderParams) -> None:
+        super().__init__()
+        channels = p.encoder_channels
+        self.conv_in = conv3(3, channels[0])
+        last = len(channels) - 1
+        self.down = nn.ModuleList(
+            DownLevel(channels[max(0, i - 1)], outputs, p.encoder_blocks, last=i == last)
+            for i, outputs in enumerate(channels)
+        )
+        self.mid = Middle(channels[-1])
+        self.norm_out = norm(channels[-1])
+        self.conv_out = conv3(channels[-1], 2 * p.latent_channels)
+        self.quant_conv = nn.Conv2d(2 * p.latent_channels, 2 * p.latent_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The latent's mean [B, 32, H/8, W/8]."""
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.quant_conv(x).chunk(2, 1)[0]  # moments: mean, log variance
+
+
+class Decoder(nn.Module):
+    def __init__(self, p: AutoencoderParams) -> None:
+        super().__init__()
+        channels = p.decoder_channels
+        self.post_quant_conv = nn.Conv2d(p.latent_channels, p.latent_channels, 1)
+        self.conv_in = conv3(p.latent_channels, channels[-1])
+        self.mid = Middle(channels[-1])
+        first = len(channels) - 1
+        self.up = nn.ModuleList(
+            UpLevel(channels[min(first, i + 1)], outputs, p.decoder_blocks, last=i == 0)
+            for i, outputs in enumerate(channels)
+        )
+        self.norm_out = norm(channels[0])
+        self.conv_out = conv3(channels[0], 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] from an unnormalised, unpacked latent [B, 32, H/8, W/8]."""
+        x = self.mid(self.conv_in(self.post_quant_conv(z)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Statistics(nn.Module):
+    """Mean and variance of every packed latent channel, measured in training."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def _deviation(self) -> Tensor:
+        return (self.running_var + STATISTICS_EPS).sqrt()[None, :, None, None]
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return ((x.float() - self.running_mean[None, :, None, None]) / self._deviation()).to(x.dtype)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        return x.float() * self._deviation() + self.running_mean[None, :, None, None]
+
+
+class Autoencoder(nn.Module):
+    """See the module's header. Build it with `weights.load_autoencoder`."""
+
+    def __init__(self, params: AutoencoderParams) -> None:
+        super().__init__()
+        self.params = params
+        self.encoder = Encoder(params)
+        self.decoder = Decoder(params)
+        self.bn = Statistics(4 * params.latent_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.conv_in.weight.device
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] in -1..1, sides multiples of 16 -> normalised packed latent [B, 128, H/16, W/16]."""
+        return self.bn.normalise(pack(self.encoder(pixels.to(self.device, self.dtype))))
+
+    @torch.inference_mode()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Normalised packed latent [B, 128, h, w] -> pixels [B, 3, 16h, 16w], about -1..1, not clamped."""
+        return self.decoder(unpack(self.bn.denormalise(latent.to(self.device))).to(self.dtype))

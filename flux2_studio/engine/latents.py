@@ -1,0 +1,67 @@
+"""Noise and positions: what a latent is, before anything is computed with it.
+
+    latent [B, 128, h, w], h = H/16, w = W/16      tokens [B, h*w, 128], row by row      ids [tokens, 4] = (t, h, w, l)
+
+Text tokens stand at (0, 0, 0, l), image tokens at (0, h, w, 0), those of reference i at (10 + 10 i, h, w, 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LATENT_CHANNELS = 128
+REFERENCE_OFFSET = 10
+
+
+def noise(seeds: Sequence[int], width: int, height: int, channels: int = LATENT_CHANNELS, patch: int = 16) -> Tensor:
+    """Starting noise [len(seeds), channels, height/patch, width/patch] in float32, one picture per seed.
+
+    Drawn on the CPU in bfloat16, as the published models' own code draws it, so that a seed means the same picture on
+    every device, at every precision and in every batch.
+    """
+    shape = (channels, height // patch, width // patch)
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.bfloat16).float()
+            for seed in seeds
+        ]
+    )
+
+
+def to_tokens(latent: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h*w, C]."""
+    return latent.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens: Tensor, h: int, w: int) -> Tensor:
+    """[B, h*w, C] -> [B, C, h, w]."""
+    return tokens.transpose(1, 2).unflatten(2, (h, w))
+
+
+def text_ids(length: int) -> Tensor:
+    """[length, 4]."""
+    ids = torch.zeros(length, 4, dtype=torch.long)
+    ids[:, 3] = torch.arange(length)
+    return ids
+
+
+def image_ids(h: int, w: int, t: int = 0) -> Tensor:
+    """[h*w, 4]."""
+    return torch.cartesian_prod(torch.tensor([t]), torch.arange(h), torch.arange(w), torch.tensor([0]))
+
+
+def sequence_ids(text: int, h: int, w: int, references: Sequence[Tensor] = ()) -> Tensor:
+    """Ids of the whole sequence: text, the image's h*w tokens, then every reference latent [1, C, rh, rw]."""
+    return torch.cat(
+        [
+            text_ids(text),
+            image_ids(h, w),
+            *(
+                image_ids(latent.shape[-2], latent.shape[-1], t=REFERENCE_OFFSET * (i + 1))
+                for i, latent in enumerate(references)
+            ),
+        ]
+    )

@@ -1,0 +1,325 @@
+"""The FLUX.2 flow transformer: packed latent tokens and text tokens in, velocity out.
+
+Does: one evaluation of v(x_t, t, text, references), klein and dev, any width and depth.
+Does not know: schedules, guidance, how latents become pictures, where weights come from.
+
+    B batch, N image tokens (with references: N + R), L text tokens, D hidden width, H heads, d head width, G groups
+    x [B, N, 128]   ctx [B, L, C]   vec [B, G, D] time (and guidance) embedding   modulation [B, G, D]
+
+Sequence order is [text, image, references] throughout. Attention has no mask: padded text tokens take part.
+
+Reference cache (klein 9B KV): reference tokens are modulated as at t = 0 and attend to references only, so their keys
+and values depend on nothing but the reference pictures. The first evaluation computes and keeps them, later ones
+append them to every block's keys and values. Tokens then fall into G = 2 groups (0: text and image, 1: references),
+each with its own modulation; without a cache there is one group.
+
+Pitfalls: qkv's output axis is (3, heads, head width). RoPE rotates adjacent pairs, not halves. final_layer gives
+(shift, scale), the reverse of what diffusers stores. Parameter names are Black Forest Labs' key names; renaming an
+attribute breaks loading.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux2_studio.engine.params import TransformerParams
+
+EPS = 1e-6
+ROPE_THETA = 2000
+ROPE_AXES = 4  # (t, h, w, l), a quarter of the head each
+FLOAT16_MAX = 65504.0
+
+
+@dataclass
+class ReferenceCache:
+    """Keys and values of the reference tokens, one pair per block, kept from the first evaluation on.
+
+    tokens: R, how many tokens at the end of x are references while the cache is being filled.
+    blocks: per block (k, v), each [B, H, R, d], k after RoPE.
+    """
+
+    tokens: int
+    blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    filled: bool = False
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotation tables for a sequence: cos and sin, each [tokens, d/2] in float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate x [B, H, tokens, d] (float32)."""
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * self.cos - b * self.sin, a * self.sin + b * self.cos), -1).flatten(-2)
+
+
+def rope_table(ids: Tensor, head_width: int) -> Rope:
+    """Tables for position ids [tokens, 4]; angles are computed in float64 on the CPU, where every device has it."""
+    axis = head_width // ROPE_AXES
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, axis, 2, dtype=torch.float64) / axis)
+    angles = (ids.detach().cpu().double()[:, :, None] * frequencies).flatten(1)  # [tokens, 4 * axis/2]
+    return Rope(angles.cos().float().to(ids.device), angles.sin().float().to(ids.device))
+
+
+def sinusoid(t: Tensor, channels: int) -> Tensor:
+    """Embedding of t [B] (0..1, scaled by 1000) as [B, channels] in float32, cosines first, longest period 10000."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = 1000.0 * t.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
+
+
+def finite(x: Tensor) -> Tensor:
+    """x, kept inside float16's range where that is the dtype: large activations would become inf, then NaN."""
+    return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype is torch.float16 else x
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: ReferenceCache | None, block: int) -> Tensor:
+    """Attention over q, k, v [B, H, tokens, d] as [B, tokens, D], following the module's rule for references."""
+    if cache is None or cache.tokens == 0:
+        out = F.scaled_dot_product_attention(q, k, v)
+    elif cache.filled:
+        k_ref, v_ref = cache.blocks[block]
+        out = F.scaled_dot_product_attention(q, torch.cat((k, k_ref), 2), torch.cat((v, v_ref), 2))
+    else:
+        r = cache.tokens
+        k_ref, v_ref = k[:, :, -r:].contiguous(), v[:, :, -r:].contiguous()
+        cache.blocks.append((k_ref, v_ref))
+        others = F.scaled_dot_product_attention(q[:, :, :-r], k, v)
+        references = F.scaled_dot_product_attention(q[:, :, -r:], k_ref, v_ref)
+        out = torch.cat((others, references), 2)
+    return out.transpose(1, 2).flatten(2)
+
+
+class Embedder(nn.Module):
+    """Two-layer MLP over a sinusoidal embedding."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(channels, hidden, bias=False)
+        self.out_layer = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Modulation(nn.Module):
+    """`sets` x (shift, scale, gate) from vec; shared by all blocks of a kind."""
+
+    def __init__(self, hidden: int, sets: int) -> None:
+        super().__init__()
+        self.sets = sets
+        self.lin = nn.Linear(hidden, sets * 3 * hidden, bias=False)
+
+    def forward(self, vec: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
+        """3 * sets tensors [B, 1, D]; with `group` [tokens] naming each token's group, [B, tokens, D]."""
+        parts = self.lin(F.silu(vec)).chunk(3 * self.sets, -1)
+        return parts if group is None else tuple(part[:, group] for part in parts)
+
+
+class RMSScale(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+
+
+class QKNorm(nn.Module):
+    """RMS norm of queries and keys over the head, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_norm = RMSScale(width)
+        self.key_norm = RMSScale(width)
+
+    def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Split qkv [B, tokens, 3D] into q, k (normed, float32) and v (as it came), each [B, H, tokens, d]."""
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        width = (q.shape[-1],)
+        q = F.rms_norm(q.float(), width, self.query_norm.scale.float(), EPS)
+        k = F.rms_norm(k.float(), width, self.key_norm.scale.float(), EPS)
+        return q, k, v
+
+
+class Attention(nn.Module):
+    """The projections of one stream; `DoubleBlock` joins two streams between them."""
+
+    def __init__(self, hidden: int, head_width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.norm = QKNorm(head_width)
+        self.proj = nn.Linear(hidden, hidden, bias=False)
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, -1)
+        return finite(F.silu(gate) * value)
+
+
+def mlp(hidden: int, inner: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden, 2 * inner, bias=False), SwiGLU(), nn.Linear(inner, hidden, bias=False))
+
+
+class DoubleBlock(nn.Module):
+    """Text and image keep their own weights and meet in one attention."""
+
+    def __init__(self, p: TransformerParams) -> None:
+        super().__init__()
+        self.heads = p.heads
+        self.img_attn = Attention(p.hidden, p.head_width)
+        self.txt_attn = Attention(p.hidden, p.head_width)
+        self.img_mlp = mlp(p.hidden, p.mlp)
+        self.txt_mlp = mlp(p.hidden, p.mlp)
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        x_mod: tuple[Tensor, ...],
+        ctx_mod: tuple[Tensor, ...],
+        rope: Rope,
+        cache: ReferenceCache | None,
+        block: int,
+    ) -> tuple[Tensor, Tensor]:
+        x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = x_mod
+        c_shift1, c_scale1, c_gate1, c_shift2, c_scale2, c_gate2 = ctx_mod
+
+        q_x, k_x, v_x = self.img_attn.norm(self.img_attn.qkv(modulate(x, x_shift1, x_scale1)), self.heads)
+        q_c, k_c, v_c = self.txt_attn.norm(self.txt_attn.qkv(modulate(ctx, c_shift1, c_scale1)), self.heads)
+        v = torch.cat((v_c, v_x), 2)
+        q = rope(torch.cat((q_c, q_x), 2)).to(v.dtype)
+        k = rope(torch.cat((k_c, k_x), 2)).to(v.dtype)
+        out_c, out_x = attend(q, k, v, cache, block).split((ctx.shape[1], x.shape[1]), 1)
+
+        x = finite(x + x_gate1 * self.img_attn.proj(out_x))
+        x = finite(x + x_gate2 * self.img_mlp(modulate(x, x_shift2, x_scale2)))
+        ctx = finite(ctx + c_gate1 * self.txt_attn.proj(out_c))
+        ctx = finite(ctx + c_gate2 * self.txt_mlp(modulate(ctx, c_shift2, c_scale2)))
+        return x, ctx
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side, over the joined sequence."""
+
+    def __init__(self, p: TransformerParams) -> None:
+        super().__init__()
+        self.heads = p.heads
+        self.splits = (3 * p.hidden, 2 * p.mlp)
+        self.linear1 = nn.Linear(p.hidden, sum(self.splits), bias=False)
+        self.linear2 = nn.Linear(p.hidden + p.mlp, p.hidden, bias=False)
+        self.norm = QKNorm(p.head_width)
+        self.act = SwiGLU()
+
+    def forward(
+        self, x: Tensor, mod: tuple[Tensor, ...], rope: Rope, cache: ReferenceCache | None, block: int
+    ) -> Tensor:
+        shift, scale, gate = mod
+        qkv, inner = self.linear1(modulate(x, shift, scale)).split(self.splits, -1)
+        q, k, v = self.norm(qkv, self.heads)
+        attended = attend(rope(q).to(v.dtype), rope(k).to(v.dtype), v, cache, block)
+        return finite(x + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, out_channels, bias=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden, bias=False))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec).chunk(2, -1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Transformer(nn.Module):
+    """See the module's header. Build it with `weights.load_transformer`."""
+
+    def __init__(self, params: TransformerParams) -> None:
+        super().__init__()
+        p = self.params = params
+        self.img_in = nn.Linear(p.in_channels, p.hidden, bias=False)
+        self.txt_in = nn.Linear(p.context_width, p.hidden, bias=False)
+        self.time_in = Embedder(p.time_channels, p.hidden)
+        if p.guidance_embedding:
+            self.guidance_in = Embedder(p.time_channels, p.hidden)
+        self.double_stream_modulation_img = Modulation(p.hidden, sets=2)
+        self.double_stream_modulation_txt = Modulation(p.hidden, sets=2)
+        self.single_stream_modulation = Modulation(p.hidden, sets=1)
+        self.double_blocks = nn.ModuleList(DoubleBlock(p) for _ in range(p.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(p) for _ in range(p.single_blocks))
+        self.final_layer = FinalLayer(p.hidden, p.in_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.img_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.img_in.weight.device
+
+    def rope(self, ids: Tensor) -> Rope:
+        """Tables for the whole sequence; ids [tokens, 4] in the order text, image, references."""
+        return rope_table(ids.to(self.device), self.params.head_width)
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        t: Tensor,
+        rope: Rope,
+        guidance: Tensor | None = None,
+        *,
+        outputs: int | None = None,
+        cache: ReferenceCache | None = None,
+    ) -> Tensor:
+        """The velocity [B, outputs, 128] of the first `outputs` tokens of x (all by default).
+
+        x: [B, N, 128], image tokens, then reference tokens where they take part. ctx: [B, L, C].
+        t, guidance: [B] in float32; guidance exactly where the model embeds it. rope: for L + N tokens.
+        cache: None, or a ReferenceCache; while unfilled, its `tokens` references are the last tokens of x.
+        """
+        filling = cache is not None and not cache.filled and cache.tokens > 0
+        vec = self._embed_time(t, guidance)[:, None]
+        x_group = group = None
+        if filling:
+            assert cache is not None
+            vec = torch.cat((vec, self._embed_time(torch.zeros_like(t), guidance)[:, None]), 1)
+            x_group = torch.zeros(x.shape[1], dtype=torch.long, device=x.device)
+            x_group[-cache.tokens :] = 1
+            group = F.pad(x_group, (ctx.shape[1], 0))
+        x_mod = self.double_stream_modulation_img(vec, x_group)
+        ctx_mod = self.double_stream_modulation_txt(vec[:, :1])
+        mod = self.single_stream_modulation(vec, group)
+
+        x, ctx = self.img_in(x), self.txt_in(ctx)
+        for i, double in enumerate(self.double_blocks):
+            x, ctx = double(x, ctx, x_mod, ctx_mod, rope, cache, i)
+        joined = torch.cat((ctx, x), 1)
+        for i, single in enumerate(self.single_blocks, start=len(self.double_blocks)):
+            joined = single(joined, mod, rope, cache, i)
+        if filling:
+            assert cache is not None
+            cache.filled = True
+        first = ctx.shape[1]
+        last = joined.shape[1] if outputs is None else first + outputs
+        return self.final_layer(joined[:, first:last], vec[:, :1])
+
+    def _embed_time(self, t: Tensor, guidance: Tensor | None) -> Tensor:
+        channels = self.params.time_channels
+        vec = self.time_in(sinusoid(t, channels).to(self.dtype))
+        if self.params.guidance_embedding:
+            assert guidance is not None, "this checkpoint embeds guidance: pass it"
+            vec = vec + self.guidance_in(sinusoid(guidance, channels).to(self.dtype))
+        return vec

@@ -1,0 +1,1 @@
+"""What happens to a finished picture: its metadata and its file."""

@@ -1,0 +1,149 @@
+"""What a user asks for. The browser, the command line and every other caller build one of these, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.errors import RequestError
+
+MULTIPLE = 16  # pixels along one side of a latent token
+MIN_SIDE = 64
+MAX_COUNT = 16
+MAX_SEED = 2**32 - 1
+MAX_PROMPT = 20_000  # characters; far beyond what any text encoder reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One run: `count` pictures of `prompt`, each from `references` (none: from nothing, one: an edit, more: combined).
+
+    None means that the checkpoint, the first reference or chance decides; `resolve` returns a request with no None
+    left. Picture i is drawn with seed + i. Raises `RequestError` for what no checkpoint could do.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    checkpoint: str | None = None
+    references: tuple[Path, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise RequestError("Write a prompt first: say what the picture should show or how it should change.")
+        for text in (self.prompt, self.negative_prompt or ""):
+            if len(text) > MAX_PROMPT:
+                raise RequestError(f"The prompt has {len(text):,} characters; shorten it to {MAX_PROMPT:,} at most.")
+        for name in ("width", "height", "steps", "seed", "count"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise RequestError(f"{name} must be a whole number, not {value!r}.")
+        if self.guidance is not None and not (isinstance(self.guidance, int | float) and math.isfinite(self.guidance)):
+            raise RequestError(f"guidance must be a number, not {self.guidance!r}.")
+        if not 1 <= self.count <= MAX_COUNT:
+            raise RequestError(f"Choose between 1 and {MAX_COUNT} pictures a run, not {self.count}.")
+        last_seed = MAX_SEED - self.count + 1  # each picture's own seed must be one that can be asked for again
+        if self.seed is not None and not 0 <= self.seed <= last_seed:
+            raise RequestError(f"Choose a seed between 0 and {last_seed}, not {self.seed}.")
+
+    def resolve(self, checkpoint: Checkpoint, reference_sizes: Sequence[tuple[int, int]] = ()) -> Request:
+        """This request with every None decided; resolving a resolved request changes nothing.
+
+        reference_sizes: (width, height) in pixels of each reference as the engine will see it (capped and cropped).
+        Width and height are rounded to the nearest multiple of 16. Raises `RequestError` for what `checkpoint`
+        cannot do; a value that distillation fixed is refused, never quietly replaced.
+        """
+        if len(self.references) > checkpoint.max_references:
+            raise RequestError(
+                f"{checkpoint.label} takes at most {checkpoint.max_references} references, not "
+                f"{len(self.references)}: remove some."
+            )
+        default = reference_sizes[0] if reference_sizes else size_for_aspect(1, 1, checkpoint.default_pixels)
+        width = round_side(default[0] if self.width is None else self.width, "width")
+        height = round_side(default[1] if self.height is None else self.height, "height")
+        if width * height > checkpoint.max_pixels:
+            raise RequestError(
+                f"{width} x {height} is too large for {checkpoint.label}: it goes up to "
+                f"{checkpoint.max_pixels / 1e6:.1f} megapixels (for example "
+                f"{math.isqrt(checkpoint.max_pixels)} x {math.isqrt(checkpoint.max_pixels)})."
+            )
+        if self.negative_prompt and not checkpoint.takes_negative_prompt:
+            raise RequestError(
+                f"{checkpoint.label} does not use a negative prompt: leave it empty, or choose a Base checkpoint."
+            )
+        steps = _within(checkpoint, "steps", self.steps, 1, checkpoint.max_steps, fixed=checkpoint.steps_fixed)
+        guidance = _within(
+            checkpoint, "guidance", self.guidance, 1.0, checkpoint.max_guidance, fixed=checkpoint.guidance_fixed
+        )
+        return replace(
+            self,
+            checkpoint=checkpoint.name,
+            negative_prompt=self.negative_prompt or "",
+            width=width,
+            height=height,
+            steps=int(steps),
+            guidance=float(guidance),
+            seed=secrets.randbelow(MAX_SEED - MAX_COUNT) if self.seed is None else self.seed,
+        )
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each picture; needs a resolved request."""
+        assert self.seed is not None, "resolve the request first"
+        return tuple(self.seed + i for i in range(self.count))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them; references become strings."""
+        fields = dict(vars(self))
+        fields["references"] = [str(path) for path in self.references]
+        return fields
+
+
+def round_side(pixels: int, name: str) -> int:
+    """`pixels` as the nearest multiple of 16. Raises `RequestError` below 64."""
+    if pixels < MIN_SIDE:
+        raise RequestError(f"The {name} must be at least {MIN_SIDE} pixels, not {pixels}.")
+    return max(MIN_SIDE, (pixels + MULTIPLE // 2) // MULTIPLE * MULTIPLE)
+
+
+def size_for_aspect(across: float, down: float, pixels: int) -> tuple[int, int]:
+    """The (width, height) in multiples of 16 with aspect ratio across:down whose area is nearest to `pixels`."""
+    height = math.sqrt(pixels * down / across)
+    width = height * across / down
+    width, height = (max(MIN_SIDE, round(side / MULTIPLE) * MULTIPLE) for side in (width, height))
+    return width, height
+
+
+def changes(asked: Request, resolved: Request) -> tuple[str, ...]:
+    """What resolving altered of what was asked, in sentences for the user; () if nothing."""
+    notes = []
+    for name in ("width", "height"):
+        before, after = getattr(asked, name), getattr(resolved, name)
+        if before is not None and before != after:
+            notes.append(f"The {name} was rounded from {before} to {after}: FLUX.2 draws in multiples of {MULTIPLE}.")
+    return tuple(notes)
+
+
+def _within(checkpoint: Checkpoint, name: str, value: float | None, low: float, high: float, *, fixed: bool) -> float:
+    """`value`, or the checkpoint's own for None. Raises `RequestError` outside low..high or beside a fixed one."""
+    default: float = getattr(checkpoint, name)
+    if value is None:
+        return default
+    if fixed and value != default:
+        raise RequestError(
+            f"{checkpoint.label} always runs with {name} {default:g}: leave {name} as it is, or choose another "
+            f"checkpoint to change it."
+        )
+    if not low <= value <= high:
+        raise RequestError(f"{checkpoint.label} takes {name} from {low:g} to {high:g}, not {value:g}.")
+    return value
