@@ -47,7 +47,7 @@ def schedule(tokens: int, steps: int) -> list[float]:
     """steps + 1 times from 1 to 0 for an image of `tokens` latent tokens: a uniform grid, shifted towards 1."""
     e = math.exp(empirical_mu(tokens, steps))
     grid = [1 - i / steps for i in range(steps + 1)]
-    return [e / (e + 1 / t - 1) if t > 0 else 0.0 for t in grid]
+    return [e / (e + (1 / t - 1)) if t > 0 else 0.0 for t in grid]
 
 
 @torch.inference_mode()

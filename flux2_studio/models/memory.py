@@ -15,13 +15,17 @@ SHARE = 0.6  # of the free memory that a batch may take; the rest is for decodin
 # Activations alive at once per token, in units of the hidden width: both streams, qkv in float32, the MLP's inner
 # width twice, and the joined input of linear2.
 ACTIVATIONS = 40
+# A processor is busy with this many tokens: a larger batch is no faster there, only later to its previews and to Stop.
+CPU_TOKENS = 2048
 UNKNOWN = 4 * 2**30  # assumed to be free where the system does not tell
 
 
 def batch_size(count: int, tokens: int, params: TransformerParams, dtype: torch.dtype, device: torch.device) -> int:
     """How many of `count` pictures to make at once, at least one; `tokens` is the length of one picture's sequence."""
     one = tokens * params.hidden * ACTIVATIONS * dtype.itemsize
-    return max(1, min(count, int(SHARE * free_memory(device) / one)))
+    fitting = int(SHARE * free_memory(device) / one)
+    useful = CPU_TOKENS // tokens if device.type == "cpu" else count
+    return max(1, min(count, fitting, useful))
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,0 +1,66 @@
+# make run      the studio at http://127.0.0.1:7860, drawing with the toy checkpoint on board
+# make test     style, types, unit and parity tests, and the page in a real browser
+# make lint     style and types only
+# make bench    times the toy checkpoint and writes benchmarks/results/nano.json
+#
+# Everything is installed into $(VENV); delete it to start afresh. ARGS are passed on: make run ARGS="--port 8080",
+# make test ARGS="-k cli", make bench ARGS="--runs 50".
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help run test lint bench chromium
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,7p'
+
+run: $(VENV)/installed
+	$(BIN)/python app.py $(ARGS)
+
+test: lint chromium
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.nano $(ARGS)
+
+# --- installing: a stamp file each, older than its requirements when they have changed -----------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "flux2-studio needs Python 3.11 or newer, and '$(PYTHON)' is not (or is not there)." \
+	         "Name another one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv; \
+	    else \
+	        echo "'$(PYTHON)' cannot make virtual environments." \
+	             "Install its venv module first (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; \
+	    fi; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt | $(BIN)/python
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-tests: requirements.txt tests/requirements.txt | $(BIN)/python
+	$(PIP) install -r tests/requirements.txt
+	@touch $(VENV)/installed $@
+
+chromium:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
+	    else \
+	        echo "The browser tests need Chromium: install 'chromium' or 'google-chrome' so that it is on the PATH," \
+	             "or run 'make test' as root on Debian." >&2; exit 1; \
+	    fi; }

@@ -1,0 +1,30 @@
+"""Starts the page: `python app.py`, and what a Hugging Face Space runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flux2_studio import ui
+from flux2_studio.errors import StudioError
+from flux2_studio.settings import Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until interrupted; 2 and one line on stderr for what the user can mend."""
+    parser = argparse.ArgumentParser(description="flux2-studio: pictures with the FLUX.2 open models, in the browser")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's servers")
+    options = parser.parse_args(arguments)
+    try:
+        ui.serve(Settings.from_environment(), options.host, options.port, options.share)
+    except StudioError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""The command line: a thin shell over the same `Request` that the page builds.
+
+It knows words and files, nothing of models. Pictures go to stdout as paths, everything else to stderr. Exit codes: 0
+done, 2 a user's error told in one line, 130 stopped by Ctrl-C. torch, transformers and gradio are imported only once
+there is work for them, so that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn, TextIO, get_args
+
+from flux2_studio import __version__
+from flux2_studio.checkpoints import CHECKPOINTS
+from flux2_studio.errors import RequestError, SaveError, StudioError
+from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
+from flux2_studio.request import Request
+from flux2_studio.settings import DtypeName, Settings
+
+PROGRAM = "flux2-studio"
+USER_ERROR = 2
+INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+BAR_WIDTH = 24  # characters
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; argparse's own exits are `SystemExit`, as usual."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except StudioError as error:
+        print(f"{PROGRAM}: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{PROGRAM}: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """The options of every command. Each command's function is its `run` default."""
+    top = Parser(prog=PROGRAM, description="Make and edit images with the FLUX.2 open models.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    machine = Parser(add_help=False)
+    machine.add_argument("--dtype", choices=get_args(DtypeName), help="precision (default: what suits the device)")
+    machine.add_argument("--device", metavar="D", help="auto, cuda, cuda:1, mps or cpu (default: the fastest here)")
+
+    generate = commands.add_parser(
+        "generate",
+        parents=[machine],
+        allow_abbrev=False,
+        help="make pictures from a prompt, or edit and combine pictures",
+        description="Make pictures from a prompt; with --image, edit that picture, or combine several.",
+        epilog="The picture is also kept, with its settings, in the outputs folder of FLUX2_HOME.",
+    )
+    names = ", ".join(checkpoint.name for checkpoint in CHECKPOINTS)
+    generate.add_argument("--model", metavar="NAME", help=f"one of: {names}")
+    generate.add_argument("--prompt", metavar="TEXT", required=True, help="what to draw, or what to change")
+    generate.add_argument(
+        "--image", metavar="FILE", type=Path, action="append", default=[], help="a reference picture; repeatable"
+    )
+    generate.add_argument("--width", metavar="W", type=int, help="pixels (default: as --image, or the model's)")
+    generate.add_argument("--height", metavar="H", type=int, help="pixels")
+    generate.add_argument("--steps", metavar="N", type=int, help="denoising steps (default: the model's)")
+    generate.add_argument("--guidance", metavar="G", type=float, help="how closely to follow the prompt")
+    generate.add_argument("--negative", metavar="TEXT", help="what to keep out; Base models only")
+    generate.add_argument("--seed", metavar="S", type=int, help="same seed, same picture (default: by chance)")
+    generate.add_argument(
+        "--count", metavar="N", type=int, default=1, help="pictures, of seeds S, S+1, ... (default 1)"
+    )
+    generate.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="PNG to write; several: FILE-1.png, FILE-2.png, ...",
+    )
+    generate.set_defaults(run=run_generate)
+
+    ui = commands.add_parser(
+        "ui", parents=[machine], allow_abbrev=False, help="start the page", description="Start the page in a browser."
+    )
+    ui.add_argument("--host", metavar="ADDRESS", help="where to listen (default: 127.0.0.1, for this machine only)")
+    ui.add_argument("--port", metavar="N", type=int, help="the port (default: 7860, or the next one that is free)")
+    ui.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
+    ui.set_defaults(run=run_ui)
+    return top
+
+
+def run_ui(options: argparse.Namespace) -> int:
+    """`ui`: the page, until it is stopped."""
+    settings = _settings(options)
+    from flux2_studio.ui import serve
+
+    serve(settings, host=options.host, port=options.port, share=options.share)
+    return 0
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """`generate`: one run, its pictures copied to --out."""
+    request = Request(
+        prompt=options.prompt,
+        negative_prompt=options.negative,
+        checkpoint=options.model,
+        references=tuple(options.image),
+        width=options.width,
+        height=options.height,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        count=options.count,
+    )
+    targets = output_files(options.out, request.count)
+    # Nobody sees previews here, and they would cost time and, for most checkpoints, a download.
+    settings = replace(_settings(options), preview="off")
+    request.resolve(
+        settings.checkpoint(request.checkpoint)
+    )  # what is wrong with the numbers is said before torch loads
+    from flux2_studio.studio import Studio
+
+    with stop_on_interrupt() as cancelled, Progress(sys.stderr) as progress:
+        end = follow(Studio(settings).generate(request, cancelled), progress)
+    for source, target in zip(end.images, targets[: len(end.images)], strict=True):  # a stopped run has fewer
+        copy_file(source, target)
+        print(target)
+    if isinstance(end, Stopped):
+        print(f"{PROGRAM}: stopped, with {len(end.images)} of {request.count} done", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{_seeds(end.seeds)}, {end.seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+def output_files(out: Path, count: int) -> tuple[Path, ...]:
+    """The files that --out stands for: itself, or numbered for several.
+
+    Raises `RequestError` where they could not be written.
+    """
+    if out.suffix.lower() != ".png":
+        raise RequestError(f"--out must end in .png, not {out.name!r}: pictures are saved as PNG with their settings.")
+    if not out.parent.is_dir():
+        raise RequestError(f"There is no folder {str(out.parent)!r} for --out: create it first.")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise RequestError(f"The folder {str(out.parent)!r} of --out cannot be written to: choose another one.")
+    files = (out,) if count == 1 else tuple(out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, count + 1))
+    for file in files:
+        if file.is_dir():
+            raise RequestError(f"--out {str(file)!r} is a folder: name a file.")
+    return files
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy so that `target` is never half written. Raises `SaveError`, naming where the picture is."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        shutil.copyfile(source, part)
+        part.replace(target)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise SaveError(
+            f"The picture could not be copied to {target} ({error.strerror}); it is kept as {source}."
+        ) from error
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Gives the function that says whether Ctrl-C was pressed. A second Ctrl-C does not wait for the step to end."""
+    pressed = threading.Event()
+
+    def on_interrupt(*_: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+        # Not print: the signal may have come in the middle of one.
+        os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def follow(events: Iterator[Event], progress: Progress) -> Result | Stopped:
+    """Show a run's events as they come, and return how it ended. Raises `StudioError` if it failed."""
+    for event in events:
+        match event:
+            case Queued(ahead=ahead):
+                progress.show(f"waiting for {ahead} other runs")
+            case Status(text=text, fraction=fraction):
+                progress.show(text, fraction)
+            case Notice(text=text):
+                progress.note(text)
+            case Preview(step=step, steps=steps, first=first, count=count, seconds_left=left):
+                picture = f"picture {first + 1} of {count}, " if count > 1 else ""
+                remaining = "" if left is None else f", {left:.0f} s left"
+                progress.show(f"{picture}step {step} of {steps}{remaining}", step / steps)
+            case Failed(message=message):
+                raise StudioError(message)
+            case Result() | Stopped():
+                return event
+    raise AssertionError("a run must end with Result, Stopped or Failed")
+
+
+class Progress:
+    """What a run is doing: one line that redraws itself on a terminal, plain lines elsewhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._last = ""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear()
+
+    def show(self, text: str, fraction: float | None = None) -> None:
+        """What is being done now, and how much of it (0..1) where that is known."""
+        if self._terminal:
+            bar = "" if fraction is None else f"{_bar(fraction)} "
+            columns = shutil.get_terminal_size().columns
+            self._clear()
+            self._stream.write(f"{bar}{text}"[: columns - 1])
+            self._stream.flush()
+        elif text != self._last:
+            print(text, file=self._stream)
+        self._last = text
+
+    def note(self, text: str) -> None:
+        """Something that stays to be read."""
+        self._clear()
+        print(f"note: {text}", file=self._stream)
+
+    def _clear(self) -> None:
+        if self._terminal:
+            self._stream.write("\r\033[K")  # to the line's start, and erase it
+            self._stream.flush()
+
+
+def _bar(fraction: float) -> str:
+    done = round(min(max(fraction, 0.0), 1.0) * BAR_WIDTH)
+    return f"[{'#' * done}{'.' * (BAR_WIDTH - done)}]"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """The environment's settings, overruled by --dtype and --device."""
+    chosen = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name) is not None}
+    return replace(Settings.from_environment(), **chosen)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

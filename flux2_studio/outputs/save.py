@@ -1,0 +1,87 @@
+"""Finished pictures on disk: one folder a day, a readable name for each, and never a half-written or lost file."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from flux2_studio.errors import SaveError
+from flux2_studio.outputs.metadata import png_info
+from flux2_studio.request import Request
+
+
+class Library:
+    """The pictures under `folder`: `YYYY-MM-DD/HHMMSS-checkpoint-seed.png`, in local time by `now`.
+
+    Several threads and processes may save at once.
+    """
+
+    def __init__(self, folder: Path, now: Callable[[], datetime] = datetime.now) -> None:
+        self.folder = folder
+        self._now = now
+
+    def save(self, image: Image.Image, request: Request, reference_hashes: Sequence[str] = ()) -> Path:
+        """Write `image`, made by `request` (resolved, its own seed, count 1), as a PNG with its parameters.
+
+        reference_hashes: `Loaded.sha256` of each reference. Returns the file's path. Raises `SaveError` where it
+        cannot be written; nothing is left behind then.
+        """
+        moment = self._now()
+        checkpoint = re.sub(r"[^\w.-]+", "-", request.checkpoint or "")
+        stem = f"{moment:%H%M%S}-{checkpoint}-{request.seed}"
+        try:
+            day = self.folder / f"{moment:%Y-%m-%d}"
+            day.mkdir(parents=True, exist_ok=True)
+            for number in count(1):
+                target = day / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+                with suppress(FileExistsError):
+                    _write_new(target, image, png_info(request, reference_hashes))
+                    return target
+        except OSError as error:
+            raise SaveError(self._reason(error)) from error
+        raise AssertionError("count() has no end")
+
+    def _reason(self, error: OSError) -> str:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"There is no space left to save the picture in {self.folder}: free some, or set FLUX2_HOME to a "
+                f"folder on another drive."
+            )
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return (
+                f"The picture may not be saved in {self.folder}: allow writing there, or set FLUX2_HOME to a folder "
+                f"of your own."
+            )
+        return (
+            f"The picture could not be saved in {self.folder} ({error.strerror or error}): set FLUX2_HOME to a folder "
+            f"that can be written."
+        )
+
+
+def _write_new(target: Path, image: Image.Image, info: PngInfo) -> None:
+    """Write `target`, complete from the moment it can be seen. Raises `FileExistsError` if that name is taken.
+
+    Whoever made the hidden file beside it owns the name: only then is it safe to look whether it is free, and the
+    final rename cannot overwrite a picture.
+    """
+    hidden = target.with_name(f".{target.name}.part")
+    with hidden.open("xb") as file:
+        try:
+            if target.exists():
+                raise FileExistsError(target)
+            image.save(file, format="PNG", pnginfo=info)
+            file.close()  # a file that is still open cannot be renamed on Windows
+            hidden.replace(target)
+        except BaseException:
+            file.close()
+            with suppress(OSError):
+                hidden.unlink()
+            raise

@@ -1,0 +1,98 @@
+"""How this installation is set up. The only reader of the environment and the only place that decides on paths.
+
+| variable | meaning |
+|---|---|
+| FLUX2_HOME | where everything the studio writes lives (default: the platform's user data folder) |
+| FLUX2_CHECKPOINT | the checkpoint chosen when a request names none |
+| FLUX2_DEVICE | auto, cuda, cuda:1, mps or cpu |
+| FLUX2_DTYPE | auto, float32, bfloat16 or float16 |
+| FLUX2_PREVIEW | tiny (a small decoder), linear (rough colours, no extra weights) or off |
+| *_MODEL_PATH | a local copy of one part, named as in `checkpoints.py` (the official command line's names) |
+
+The hub's own variables (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) are read by huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import platformdirs
+
+from flux2_studio.checkpoints import CHECKPOINTS, Checkpoint
+from flux2_studio.errors import RequestError, StudioError
+
+Device = str
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+PreviewKind = Literal["tiny", "linear", "off"]
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One installation's choices. Build it with `Settings.from_environment()`, or by hand in tests."""
+
+    home: Path
+    assets: Path = ASSETS
+    checkpoints: tuple[Checkpoint, ...] = CHECKPOINTS
+    default_checkpoint: str = "nano"
+    overrides: Mapping[str, Path] = field(default_factory=dict)  # variable -> local file or folder
+    device: Device = "auto"
+    dtype: DtypeName = "auto"
+    preview: PreviewKind = "tiny"
+    on_space: bool = False  # running as a Hugging Face Space
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read the variables of the module's table. Raises `StudioError` for a value that is not allowed."""
+        env = os.environ if environ is None else environ
+        variables = {
+            part.override
+            for checkpoint in CHECKPOINTS
+            for part in (*checkpoint.parts, checkpoint.tiny_autoencoder)
+            if part.override
+        }
+        home = env.get("FLUX2_HOME")
+        settings = cls(
+            home=Path(home).expanduser() if home else Path(platformdirs.user_data_dir("flux2-studio", appauthor=False)),
+            default_checkpoint=env.get("FLUX2_CHECKPOINT", cls.default_checkpoint),
+            overrides={name: Path(env[name]).expanduser() for name in sorted(variables) if env.get(name)},
+            device=env.get("FLUX2_DEVICE", cls.device),
+            dtype=_choice(env, "FLUX2_DTYPE", cls.dtype, get_args(DtypeName)),  # type: ignore[arg-type]
+            preview=_choice(env, "FLUX2_PREVIEW", cls.preview, get_args(PreviewKind)),  # type: ignore[arg-type]
+            on_space="SPACE_ID" in env,
+        )
+        settings.checkpoint(settings.default_checkpoint)
+        return settings
+
+    @property
+    def outputs(self) -> Path:
+        """The folder under which finished pictures are saved."""
+        return self.home / "outputs"
+
+    def keep_uploads_at_home(self) -> None:
+        """Have Gradio keep uploads, and copies of what it shows, under `home`: it reads their place from the environment.
+
+        Where GRADIO_TEMP_DIR is set already, that stays.
+        """
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(self.home / "uploads"))
+
+    def checkpoint(self, name: str | None) -> Checkpoint:
+        """The checkpoint called `name`, the default one for None. Raises `RequestError` for an unknown name."""
+        wanted = self.default_checkpoint if name is None else name
+        for checkpoint in self.checkpoints:
+            if checkpoint.name == wanted:
+                return checkpoint
+        known = ", ".join(checkpoint.name for checkpoint in self.checkpoints)
+        raise RequestError(f"There is no checkpoint called {wanted!r}. Choose one of: {known}.")
+
+
+def _choice(env: Mapping[str, str], name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = env.get(name, default)
+    if value not in allowed:
+        raise StudioError(f"{name} is {value!r}; set it to one of: {', '.join(allowed)}.")
+    return value

@@ -1,0 +1,194 @@
+"""The page's components, one small function each. Called again inside an event, the same function is the update.
+
+A component whose key is a field of `Request` takes its range and default from the `Checkpoint`; nothing here knows a
+checkpoint by name. Sizes are in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from flux2_studio.checkpoints import GB, MB, Checkpoint, Part
+from flux2_studio.request import MAX_COUNT, size_for_aspect
+from flux2_studio.ui.examples import Example
+
+ASPECTS: dict[str, tuple[int, int]] = {
+    "1:1": (1, 1),
+    "4:3": (4, 3),
+    "3:4": (3, 4),
+    "3:2": (3, 2),
+    "2:3": (2, 3),
+    "16:9": (16, 9),
+    "9:16": (9, 16),
+    "21:9": (21, 9),
+}
+AS_REFERENCE = "As image 1"
+FREE = "Free"
+FIXED = "Fixed by distillation."
+
+
+def checkpoint(choices: Sequence[Checkpoint], chosen: str) -> gr.Dropdown:
+    return gr.Dropdown(
+        choices=[(choice.label, choice.name) for choice in choices],
+        value=chosen,
+        label="Checkpoint",
+        filterable=False,
+        elem_id="checkpoint",
+    )
+
+
+def about(checkpoint: Checkpoint, on_disk: bool) -> str:
+    """What `checkpoint` is good for, its licence, and what choosing it will cost, as HTML."""
+    licence = _link(checkpoint.licence_url, checkpoint.licence)
+    if on_disk:
+        here = '<span class="chip here">on disk</span>'
+    else:
+        size = sum(part.size for part in {*checkpoint.parts, checkpoint.tiny_autoencoder} if part.repo)
+        here = f'<span class="chip">first run downloads up to {_bytes(size)}</span>'
+    lines = [f"<p>{escape(checkpoint.good_for)}</p>", f'<p class="facts"><span class="chip">{licence}</span>{here}</p>']
+    if checkpoint.gated and not on_disk:
+        pages = " and ".join(_hub_page(part) for part in checkpoint.parts if part.gated)
+        lines.append(
+            f'<p class="gate">Gated: accept the licence on {pages}, then start the studio with your access token '
+            "in HF_TOKEN.</p>"
+        )
+    return "".join(lines)
+
+
+def _hub_page(part: Part) -> str:
+    return _link(f"https://huggingface.co/{part.repo}", str(part.repo))
+
+
+def _link(url: str, text: str) -> str:
+    return f'<a href="{escape(url)}" target="_blank" rel="noopener">{escape(text)}</a>'
+
+
+def _bytes(size: int) -> str:
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / MB:.0f} MB"
+
+
+def prompt(label: str, placeholder: str) -> gr.Textbox:
+    return gr.Textbox(label=label, placeholder=placeholder, lines=3, max_lines=10, elem_classes="prompt")
+
+
+def negative_prompt(checkpoint: Checkpoint) -> gr.Textbox:
+    # Emptied where it is not used: a hidden text would be refused with the rest of the form.
+    emptied: dict[str, Any] = {} if checkpoint.takes_negative_prompt else {"value": ""}
+    return gr.Textbox(
+        label="Negative prompt",
+        placeholder="What the picture should not show",
+        lines=2,
+        max_lines=6,
+        visible=checkpoint.takes_negative_prompt,
+        elem_classes="negative",
+        **emptied,
+    )
+
+
+def references(label: str, columns: int, value: Sequence[Path] = ()) -> gr.Gallery:
+    """Pictures to start from. A gallery even for one: it hands over the uploaded file itself, unopened."""
+    return gr.Gallery(
+        value=numbered(value),
+        label=label,
+        type="filepath",
+        file_types=["image"],
+        interactive=True,
+        allow_preview=False,
+        columns=columns,
+        height="auto",
+        fit_columns=False,
+        object_fit="contain",
+        buttons=[],
+        elem_classes=["references", "one" if columns == 1 else "many"],
+    )
+
+
+def numbered(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """Gallery items captioned as a prompt may call them."""
+    return [(str(path), f"image {number}") for number, path in enumerate(paths, 1)]
+
+
+def examples(entries: Sequence[Example]) -> gr.Dataset:
+    return gr.Dataset(
+        components=["textbox"],
+        samples=[[entry.prompt] for entry in entries],
+        type="index",
+        label="Try",
+        visible=bool(entries),
+        elem_classes="examples",
+    )
+
+
+def aspect(*, with_references: bool) -> gr.Radio:
+    choices = [*([AS_REFERENCE] if with_references else []), *ASPECTS, FREE]
+    return gr.Radio(choices=choices, value=choices[0], label="Shape", elem_classes="aspect")
+
+
+def sides(size: tuple[int, int] | None) -> tuple[gr.Number, gr.Number]:
+    """Width and height; None leaves both to the first reference and hides them."""
+    width, height = size or (None, None)
+    return (
+        gr.Number(width, label="Width", precision=0, step=16, visible=size is not None, min_width=90),
+        gr.Number(height, label="Height", precision=0, step=16, visible=size is not None, min_width=90),
+    )
+
+
+def size_of(aspect: str, checkpoint: Checkpoint) -> tuple[int, int]:
+    """The size that a preset stands for; the checkpoint's default square where `aspect` is none."""
+    return size_for_aspect(*ASPECTS.get(aspect, (1, 1)), checkpoint.default_pixels)
+
+
+def ratio(width: int, height: int) -> str:
+    """`width`:`height` in words a person knows: a preset's name within 2%, else "1.42:1" or "1:1.42"."""
+    for name, (across, down) in ASPECTS.items():
+        if math.isclose(width / height, across / down, rel_tol=0.02):
+            return name
+    return f"{width / height:.2f}:1" if width > height else f"1:{height / width:.2f}"
+
+
+def count() -> gr.Slider:
+    return gr.Slider(1, MAX_COUNT, value=1, step=1, precision=0, label="Pictures", buttons=[], elem_classes="count")
+
+
+def seed() -> gr.Number:
+    # A function, for Gradio shows a plain None as 0 until it is set once more.
+    return gr.Number(lambda: None, label="Seed", precision=0, placeholder="random", min_width=120, elem_classes="seed")
+
+
+def lock() -> gr.Checkbox:
+    return gr.Checkbox(False, label="Lock", info="keep this seed", min_width=90, elem_classes="lock")
+
+
+def steps(checkpoint: Checkpoint) -> gr.Slider:
+    return gr.Slider(
+        1,
+        checkpoint.max_steps,
+        value=checkpoint.steps,
+        step=1,
+        precision=0,
+        label="Steps",
+        info=FIXED if checkpoint.steps_fixed else "More is finer and slower.",
+        interactive=not checkpoint.steps_fixed,
+        buttons=[],
+        elem_classes="steps",
+    )
+
+
+def guidance(checkpoint: Checkpoint) -> gr.Slider:
+    return gr.Slider(
+        1.0,
+        checkpoint.max_guidance,
+        value=checkpoint.guidance,
+        step=0.1,
+        label="Guidance",
+        info=FIXED if checkpoint.guidance_fixed else "How closely the prompt is followed.",
+        interactive=not checkpoint.guidance_fixed,
+        buttons=[],
+        elem_classes="guidance",
+    )

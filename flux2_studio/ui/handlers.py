@@ -1,0 +1,454 @@
+"""What happens on the page: events to `Request`s, a run's events to components.
+
+One `run` serves every form. It builds the request, follows the job and maps what the job says; the work is done by
+the job queue, so a closed tab ends only the following. Pitfall: a blocked follower would hold one of Gradio's few
+threads for as long as the run takes, so followers poll from the event loop and hold none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from secrets import randbelow
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from PIL import Image
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.errors import RequestError, StudioError
+from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
+from flux2_studio.jobs import Job, JobQueue
+from flux2_studio.references import fit_size, load_reference
+from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, changes, round_side
+from flux2_studio.ui import fields, show
+from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.tabs import EMPTY, Form, ReferencePanel, Stage
+
+if TYPE_CHECKING:
+    from flux2_studio.studio import Studio
+
+POLL = 0.08  # seconds between two looks at a job
+Update = dict[Any, Any]  # components to what becomes of them
+
+# The page's events are not an API: none is listed, and none shows Gradio's own spinner over our stage.
+listen = partial(gr.on, api_visibility="private", show_progress="hidden")
+
+# On a narrow screen the stage lies below the form: go there, where the picture appears.
+GO_TO_STAGE = """() => {
+  const mat = document.getElementById('mat');
+  if (mat && mat.getBoundingClientRect().top > window.innerHeight - 200) mat.scrollIntoView({behavior: 'smooth'});
+}"""
+
+
+def wire(
+    studio: Studio,
+    jobs: JobQueue,
+    examples: Examples,
+    *,
+    chosen: gr.Dropdown,
+    about: gr.HTML,
+    tabs: gr.Tabs,
+    forms: Sequence[Form],
+    stage: Stage,
+) -> None:
+    """Connect the laid-out components. `chosen` is the checkpoint choice that the forms share."""
+    _wire_checkpoint(studio, examples, chosen, about, forms)
+    for form in forms:
+        _wire_seed(form)
+        _wire_size(studio, chosen, form)
+        _wire_examples(studio, examples, chosen, form)
+        _wire_run(studio, jobs, form, forms, stage)
+        if form.panel is not None:
+            _wire_references(studio, chosen, form, form.panel)
+    _wire_stage(studio, jobs, chosen, tabs, next(form for form in forms if form.name == "edit"), stage)
+
+
+def read_form(values: Mapping[str, Any], *, locked: bool) -> Request:
+    """A form's values as a request. An unlocked seed is left to chance. Raises `RequestError`."""
+    read = dict(values)
+    if not locked:
+        read["seed"] = None
+    if "references" in read:
+        read["references"] = paths(read["references"])
+        if not read["references"]:
+            raise RequestError("Add a picture first: drop one above the instruction, or choose an example.")
+    return Request(**read)
+
+
+def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
+    """The files of a gallery's value."""
+    return tuple(Path(file) for file, _ in items or ())
+
+
+async def follow(job: Job, pause: float = POLL) -> AsyncIterator[Event]:
+    """The events of `job` until its last one, without holding a thread while it works."""
+    since = 0
+    while True:
+        for number, event in job.events(since, timeout=0):
+            since = number + 1
+            yield event
+            if isinstance(event, FINAL):
+                return
+        await asyncio.sleep(pause)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+
+def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form], stage: Stage) -> None:
+    async def run(request: gr.Request, locked: bool, **values: Any) -> AsyncIterator[Update]:
+        try:
+            asked = read_form(values, locked=locked)
+            job = await asyncio.to_thread(jobs.submit, asked, request.session_hash or "")
+        except StudioError as error:
+            yield {stage.message: show.error(str(error))}
+            raise gr.Error(str(error), title="Not started", print_exception=False) from error
+        view = RunView(stage, studio.settings.checkpoint(job.request.checkpoint), changes(asked, job.request))
+        yield {**view.begin(job), form.fields["seed"]: job.request.seed}
+        async for event in follow(job):
+            yield await asyncio.to_thread(view.update, event)
+        if view.failure is not None:
+            raise gr.Error(view.failure, title="The run failed", print_exception=False)
+
+    runs = [other.run for other in forms]
+    listen(form.run.click, None, js=GO_TO_STAGE)
+    listen(form.run.click, lambda: [gr.Button(interactive=False)] * len(runs), None, runs, queue=False).then(
+        run,
+        [form.lock],
+        [*vars(stage).values(), form.fields["seed"]],
+        inputs_kwargs=form.fields,
+        concurrency_limit=None,
+        api_visibility="private",
+        show_progress="hidden",
+    ).then(
+        lambda: [gr.Button(interactive=True)] * len(runs),
+        None,
+        runs,
+        queue=False,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+class RunView:
+    """What the stage shows of one run, event by event."""
+
+    def __init__(self, stage: Stage, checkpoint: Checkpoint, notices: Sequence[str]) -> None:
+        self.failure: str | None = None
+        self._stage = stage
+        self._checkpoint = checkpoint
+        self._notices = list(notices)
+        self._images: dict[int, Image.Image] = {}
+        self._request: Request | None = None
+
+    def begin(self, job: Job) -> Update:
+        stage = self._stage
+        self._request = job.request
+        return {
+            stage.job: job.id,
+            stage.message: "",
+            stage.preview: gr.HTML(EMPTY, visible=True),
+            stage.gallery: gr.Gallery(visible=False),
+            stage.progress: show.status(Status(text="Starting")),
+            stage.stop: gr.Button("Stop", visible=True, interactive=True),
+            stage.notices: show.notices(self._notices),
+            stage.actions: gr.Row(visible=False),
+            stage.details: gr.Accordion(visible=False),
+        }
+
+    def update(self, event: Event) -> Update:
+        """The components that `event` changes. Draws previews, so not for the event loop."""
+        stage = self._stage
+        match event:
+            case Queued():
+                return {stage.progress: show.queued(event)}
+            case Status():
+                return {stage.progress: show.status(event)}
+            case Notice():
+                self._notices.append(event.text)
+                return {stage.notices: show.notices(self._notices)}
+            case Preview():
+                shown: Update = {stage.progress: show.step(event)}
+                if event.images:
+                    self._images.update(enumerate(event.images, event.first))
+                    shown[stage.preview] = show.picture(self._images, event.count)
+                return shown
+            case Result():
+                return {stage.progress: show.done(event), **self._pictures(event.images, event.seeds)}
+            case Stopped():
+                update: Update = {stage.progress: show.stopped(len(event.images)), **self._end()}
+                return {**update, **self._pictures(event.images, event.seeds)} if event.images else update
+            case Failed():
+                self.failure = event.message
+                return {stage.progress: "", stage.message: show.error(event.message), **self._end()}
+
+    def _end(self) -> Update:
+        return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}
+
+    def _pictures(self, images: Sequence[Path], seeds: Sequence[int]) -> Update:
+        stage, request = self._stage, self._request
+        assert request is not None, "begin first"
+        one = len(images) == 1
+        captions = [f"seed {seed}" for seed in seeds]
+        return {
+            **self._end(),
+            stage.results: [str(path) for path in images],
+            stage.picked: 0,
+            stage.preview: gr.HTML(visible=False),
+            stage.gallery: gr.Gallery(
+                [(str(path), caption) for path, caption in zip(images, captions, strict=True)],
+                visible=True,
+                columns=1 if one else 2 if len(images) <= 4 else 3,
+                selected_index=0 if one else None,
+            ),
+            stage.actions: gr.Row(visible=True),
+            stage.download: _download(images, 0),
+            stage.edit: gr.Button(_use_label(0, len(images))),
+            stage.details: gr.Accordion(visible=True),
+            stage.table: show.settings(request, seeds, self._checkpoint),
+            stage.json: show.settings_json(request),
+        }
+
+
+def _download(images: Sequence[Path | str], index: int) -> gr.DownloadButton:
+    label = "Download" if len(images) == 1 else f"Download picture {index + 1} of {len(images)}"
+    return gr.DownloadButton(label, value=str(images[index]))
+
+
+def _use_label(index: int, count: int) -> str:
+    return "Use in Edit" if count == 1 else f"Use picture {index + 1} in Edit"
+
+
+def _wire_stage(
+    studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: Stage
+) -> None:
+    def stop(job: str, request: gr.Request) -> Any:
+        running = jobs.get(job, request.session_hash or "")
+        if running is None:
+            return gr.Button(visible=False)
+        running.cancel()
+        return gr.Button("Stopping…", interactive=False)
+
+    def pick(images: list[str], event: gr.SelectData) -> Sequence[Any]:
+        index = int(event.index)
+        return index, _download(images, index), gr.Button(_use_label(index, len(images)))
+
+    def use(images: list[str], index: int, name: str) -> Update:
+        picture = Path(images[index])
+        return {tabs: gr.Tabs(selected=edit.name), **_offer(edit, [picture], studio.settings.checkpoint(name))}
+
+    listen(stage.stop.click, stop, stage.job, stage.stop, queue=False)
+    listen(stage.gallery.select, pick, stage.results, [stage.picked, stage.download, stage.edit])
+    listen(stage.edit.click, use, [stage.results, stage.picked, chosen], [tabs, *_offered_to(edit)])
+
+
+# --- the checkpoint and what depends on it ----------------------------------------------------------------------
+
+
+def _wire_checkpoint(
+    studio: Studio, examples: Examples, chosen: gr.Dropdown, about: gr.HTML, forms: Sequence[Form]
+) -> None:
+    def describe(name: str) -> str:
+        checkpoint = studio.settings.checkpoint(name)
+        return fields.about(checkpoint, studio.on_disk(checkpoint))
+
+    def adopt(name: str, *aspects: str) -> Update:
+        checkpoint = studio.settings.checkpoint(name)
+        update: Update = {}
+        for form, aspect in zip(forms, aspects, strict=True):
+            update |= {
+                form.fields["steps"]: fields.steps(checkpoint),
+                form.fields["guidance"]: fields.guidance(checkpoint),
+                form.fields["negative_prompt"]: fields.negative_prompt(checkpoint),
+                form.examples: fields.examples(examples.of(form.name, checkpoint)),
+            }
+            if aspect in fields.ASPECTS:
+                update |= dict(zip(_sides(form), fields.size_of(aspect, checkpoint), strict=True))
+        return update
+
+    outputs: list[Any] = []
+    for form in forms:
+        outputs += [*_sides(form), form.examples, *(form.fields[k] for k in ("steps", "guidance", "negative_prompt"))]
+    listen(chosen.change, adopt, [chosen, *(form.aspect for form in forms)], outputs)
+    # With no trigger named: at every choice and when the page is opened, for a download may have happened meanwhile.
+    listen(None, describe, chosen, about)
+
+
+def _wire_examples(studio: Studio, examples: Examples, chosen: gr.Dropdown, form: Form) -> None:
+    def take(index: int, name: str) -> Update:
+        checkpoint = studio.settings.checkpoint(name)
+        example = examples.of(form.name, checkpoint)[index]
+        update: Update = {form.fields["prompt"]: example.prompt}
+        return update | _offer(form, example.references, checkpoint) if form.panel else update
+
+    filled = [form.fields["prompt"], *(_offered_to(form) if form.panel else [])]
+    listen(form.examples.click, take, [form.examples, chosen], filled)
+
+
+# --- seed and size ----------------------------------------------------------------------------------------------
+
+
+def _wire_seed(form: Form) -> None:
+    seed = form.fields["seed"]
+    # A seed that somebody rolled or typed is one they want to see used: both lock it.
+    listen(form.roll.click, lambda: (randbelow(MAX_SEED - MAX_COUNT), True), None, [seed, form.lock], queue=False)
+    listen(seed.input, lambda value: value is not None, seed, form.lock, queue=False)
+
+
+def _wire_size(studio: Studio, chosen: gr.Dropdown, form: Form) -> None:
+    width, height = _sides(form)
+
+    def preset(aspect: str, name: str, *now: int | None) -> Sequence[Any]:
+        if aspect == fields.AS_REFERENCE:
+            return *fields.sides(None), ""
+        if aspect == fields.FREE and None not in now:
+            return gr.skip(), gr.skip(), ""
+        return *fields.sides(fields.size_of(aspect, studio.settings.checkpoint(name))), ""
+
+    def settle(across: int | None, down: int | None, name: str) -> Sequence[Any]:
+        checkpoint = studio.settings.checkpoint(name)
+        try:
+            if across is None or down is None:
+                raise RequestError("Give the width and the height in pixels, or choose a shape.")
+            size = round_side(across, "width"), round_side(down, "height")
+            # The same check that the run will make, told before the run.
+            Request(prompt="size", width=size[0], height=size[1]).resolve(checkpoint)
+        except RequestError as error:
+            return gr.skip(), gr.skip(), show.error(str(error)), fields.FREE
+        note = ""
+        if size != (across, down):
+            note = f"Rounded from {across} x {down} to {size[0]} x {size[1]}: FLUX.2 draws in multiples of 16."
+        same = [shape for shape in fields.ASPECTS if fields.size_of(shape, checkpoint) == size]
+        return *size, note, same[0] if same else fields.FREE
+
+    # `input`, not `change`: a change that `settle` made must not set the size again.
+    shown = [width, height, form.size_note]
+    listen(form.aspect.input, preset, [form.aspect, chosen, width, height], shown, queue=False)
+    listen(
+        [width.blur, width.submit, height.blur, height.submit],
+        settle,
+        [width, height, chosen],
+        [*shown, form.aspect],
+        queue=False,
+    )
+
+
+def _sides(form: Form) -> tuple[gr.Number, gr.Number]:
+    return form.fields["width"], form.fields["height"]
+
+
+# --- references -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """Offered files, sorted: `kept` can be used, `notes` tell what becomes of them, `refused` why others were not."""
+
+    kept: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Examined:
+    """Look at each of the `offered` files; at most `most` are kept."""
+    kept: list[Path] = []
+    notes: list[str] = []
+    refused: list[str] = []
+    first = (0, 0)
+    for path in offered:
+        try:
+            if len(kept) == most:
+                raise RequestError(f"{checkpoint.label} takes at most {most} pictures: {path.name} was left out.")
+            loaded = load_reference(path)
+        except StudioError as error:
+            refused.append(str(error))
+            continue
+        first = first if kept else loaded.image.size
+        kept.append(path)
+        notes += loaded.notes
+    if kept:
+        width, height = fit_size(first, checkpoint.reference_cap(len(kept)))
+        notes.insert(0, f"{fields.AS_REFERENCE}: {width} x {height} pixels ({fields.ratio(width, height)}).")
+    return Examined(kept=tuple(kept), notes=tuple(notes), refused=tuple(refused))
+
+
+def reordered(order: Sequence[Path], index: int | None, by: int) -> tuple[list[Path], int | None]:
+    """`order` with the item at `index` moved `by` places as far as there is room, and where it is now."""
+    moved = list(order)
+    if index is None or index >= len(moved):
+        return moved, None
+    place = max(0, min(len(moved) - 1, index + by))
+    moved.insert(place, moved.pop(index))
+    return moved, place
+
+
+def _offer(form: Form, offered: Sequence[Path], checkpoint: Checkpoint, chosen: int | None = None) -> Update:
+    """Put the usable ones of `offered` into the form's references, and say what is to be said of all of them.
+
+    Told outright with every change that we make, because a gallery does not always notice a change from outside.
+    """
+    assert form.panel is not None
+    tools = form.panel.tools
+    examined = examine(offered, checkpoint, checkpoint.max_references if tools else 1)
+    update: Update = {
+        form.fields["references"]: gr.Gallery(fields.numbered(examined.kept), selected_index=chosen),
+        form.panel.refused: "".join(map(show.error, examined.refused)),
+        form.panel.note: show.notes(examined.notes),
+    }
+    if tools is not None:
+        update |= {tools.chosen: chosen, tools.row: gr.Row(visible=bool(examined.kept))}
+    return update
+
+
+def _offered_to(form: Form) -> list[Any]:
+    """The components that `_offer` sets."""
+    assert form.panel is not None
+    tools = form.panel.tools
+    return [
+        form.fields["references"],
+        form.panel.refused,
+        form.panel.note,
+        *([tools.chosen, tools.row] if tools else []),
+    ]
+
+
+def _wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: ReferencePanel) -> None:
+    references, tools = form.fields["references"], panel.tools
+
+    def check(items: Any, name: str) -> Update:
+        offered = paths(items) if tools else paths(items)[-1:]  # a second picture to edit replaces the first
+        return _offer(form, offered, studio.settings.checkpoint(name))
+
+    def describe(items: Any, name: str) -> Sequence[Any]:
+        checkpoint = studio.settings.checkpoint(name)
+        examined = examine(paths(items), checkpoint, checkpoint.max_references)
+        return show.notes(examined.notes), *([gr.Row(visible=bool(examined.kept))] if tools else [])
+
+    listen([references.upload, references.delete], check, [references, chosen], _offered_to(form))
+    # What the gallery's own buttons do to it, and a checkpoint with another cap.
+    described = [panel.note, *([tools.row] if tools else [])]
+    listen([references.change, chosen.change], describe, [references, chosen], described)
+    if tools is None:
+        return
+
+    def move(by: int) -> Callable[[Any, int | None, str], Update]:
+        def moved(items: Any, index: int | None, name: str) -> Update:
+            order, place = reordered(paths(items), index, by)
+            return _offer(form, order, studio.settings.checkpoint(name), place)
+
+        return moved
+
+    def remove(items: Any, index: int | None, name: str) -> Update:
+        left = [path for number, path in enumerate(paths(items)) if number != index]
+        return _offer(form, left, studio.settings.checkpoint(name))
+
+    def choose(event: gr.SelectData) -> int:
+        return int(event.index)
+
+    listen(references.select, choose, None, tools.chosen, queue=False)
+    for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
+        listen(button.click, action, [references, tools.chosen, chosen], _offered_to(form))

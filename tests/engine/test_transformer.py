@@ -1,0 +1,179 @@
+"""The transformer against diffusers', from every layout in which its weights are published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flux2_studio.engine.latents import sequence_ids
+from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.weights import inspect_transformer, load_transformer
+from tests import oracle, tiny
+from tests.tiny import Flow, Toys
+
+CPU = torch.device("cpu")
+TEXT = 21
+NOISE_SIZE = (4, 6)
+REFERENCE_SIZES = ((5, 3), (2, 7))
+LAYOUTS: dict[str, Callable[[Flow], Path]] = {
+    "single file": lambda flow: flow.file,
+    "folder": lambda flow: flow.folder,
+    "shards": lambda flow: flow.sharded,
+}
+
+
+class Inputs:
+    """One evaluation's inputs: two pictures at two times, with two references each."""
+
+    def __init__(self, size: tiny.FlowSize) -> None:
+        generator = torch.Generator().manual_seed(7)
+        references = [torch.empty(1, 128, h, w) for h, w in REFERENCE_SIZES]
+        self.ids = sequence_ids(TEXT, *NOISE_SIZE, references)
+        self.x = torch.randn(2, len(self.ids) - TEXT, 128, generator=generator)
+        self.ctx = torch.randn(2, TEXT, size.context_width, generator=generator)
+        self.t = torch.tensor([0.83, 0.21])
+        self.guidance = torch.tensor([4.0, 2.5]) if size.guidance else None
+
+    def ours(self, model: Transformer) -> Tensor:
+        dtype = model.dtype
+        with torch.no_grad():
+            return model(self.x.to(dtype), self.ctx.to(dtype), self.t, model.rope(self.ids), self.guidance)
+
+    def theirs(self, flow: Flow) -> Tensor:
+        return oracle.velocity(
+            flow.model, self.x, self.ctx, self.t, self.ids[TEXT:], self.ids[:TEXT], self.guidance
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "size"), [("klein", tiny.KLEIN), ("nine", tiny.NINE), ("dev", tiny.DEV)])
+def test_one_velocity_equals_diffusers(toys: Toys, name: str, size: tiny.FlowSize, layout: str) -> None:
+    flow: Flow = getattr(toys, name)
+    model = load_transformer(LAYOUTS[layout](flow), device=CPU, dtype=torch.float32)
+    inputs = Inputs(size)
+    assert oracle.relative_error(inputs.ours(model), inputs.theirs(flow)) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "size"), [("klein", tiny.KLEIN), ("dev", tiny.DEV)])
+def test_bfloat16_errs_no_more_than_twice_as_much_as_diffusers(toys: Toys, name: str, size: tiny.FlowSize) -> None:
+    flow: Flow = getattr(toys, name)
+    inputs = Inputs(size)
+    exact = inputs.theirs(flow)
+    ours = inputs.ours(load_transformer(flow.file, device=CPU, dtype=torch.bfloat16))
+    theirs_model = type(flow.model).from_pretrained(flow.folder, torch_dtype=torch.bfloat16)
+    guidance = None if inputs.guidance is None else inputs.guidance.bfloat16()
+    theirs = oracle.velocity(
+        theirs_model,
+        inputs.x.bfloat16(),
+        inputs.ctx.bfloat16(),
+        inputs.t.bfloat16(),
+        inputs.ids[TEXT:],
+        inputs.ids[:TEXT],
+        guidance,
+    )
+    assert ours.dtype is torch.bfloat16
+    assert 0 < oracle.relative_error(ours, exact) <= 2 * oracle.relative_error(theirs, exact)
+
+
+def test_sizes_are_read_from_the_shapes(toys: Toys) -> None:
+    for flow, size in ((toys.klein, tiny.KLEIN), (toys.nine, tiny.NINE), (toys.dev, tiny.DEV)):
+        for locate in LAYOUTS.values():
+            params = inspect_transformer(locate(flow))
+            found = (params.double_blocks, params.single_blocks, params.heads, params.head_width, params.context_width)
+            assert found == (size.double_blocks, size.single_blocks, size.heads, size.head_width, size.context_width)
+            assert params.guidance_embedding == size.guidance
+            assert params.mlp == 3 * params.hidden
+
+
+@pytest.mark.parametrize("name", ["klein", "nine", "dev"])
+def test_the_toys_single_file_is_what_diffusers_itself_reads(toys: Toys, name: str) -> None:
+    """The mapping in tiny.py, written from the published names, against the converter that diffusers ships."""
+    flow: Flow = getattr(toys, name)
+    converted = convert_flux2_transformer_checkpoint_to_diffusers(load_file(flow.file))
+    expected = flow.model.state_dict()
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(("name", "size"), [("klein", tiny.KLEIN), ("dev", tiny.DEV)])
+def test_every_tensor_of_a_toy_leaves_a_trace(toys: Toys, name: str, size: tiny.FlowSize) -> None:
+    """Parity means little if a tensor could be garbled without being noticed: each shows at ten times the bar."""
+    inputs = Inputs(size)
+    model = load_transformer(getattr(toys, name).file, device=CPU, dtype=torch.float32)
+    before = inputs.ours(model)
+    silent = []
+    for key, parameter in model.named_parameters():
+        kept = parameter.detach().clone()
+        parameter.copy_(kept.roll(1, 0))
+        if oracle.relative_error(inputs.ours(model), before) < 1e-4:
+            silent.append(key)
+        parameter.copy_(kept)
+    assert silent == []
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_every_axis_of_the_positions_leaves_a_trace(toys: Toys, axis: int) -> None:
+    inputs = Inputs(tiny.KLEIN)
+    model = load_transformer(toys.klein.file, device=CPU, dtype=torch.float32)
+    before = inputs.ours(model)
+    moved = inputs.ids[:, axis] > 0
+    inputs.ids = inputs.ids.clone()
+    inputs.ids[moved, axis] += 1
+    assert oracle.relative_error(inputs.ours(model), before) > 1e-3
+
+
+def test_only_the_asked_for_tokens_are_returned(toys: Toys) -> None:
+    inputs = Inputs(tiny.KLEIN)
+    model = load_transformer(toys.klein.file, device=CPU, dtype=torch.float32)
+    tokens = NOISE_SIZE[0] * NOISE_SIZE[1]
+    with torch.no_grad():
+        some = model(inputs.x, inputs.ctx, inputs.t, model.rope(inputs.ids), outputs=tokens)
+    assert some.shape == (2, tokens, 128)
+    torch.testing.assert_close(some, inputs.ours(model)[:, :tokens])
+
+
+def _largest_block_output(model: Transformer, run: Callable[[], Tensor]) -> float:
+    """The largest magnitude among the residual streams after each block."""
+    seen: list[float] = []
+
+    def note(_module: torch.nn.Module, _inputs: Sequence[object], output: Tensor | tuple[Tensor, ...]) -> None:
+        streams = output if isinstance(output, tuple) else (output,)
+        seen.extend(float(stream.abs().max()) for stream in streams)
+
+    hooks = [block.register_forward_hook(note) for block in (*model.double_blocks, *model.single_blocks)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return max(seen)
+
+
+def test_float16_stays_finite_where_activations_outgrow_it(toys: Toys, tmp_path: Path) -> None:
+    state = load_file(toys.klein.file)
+    for key in state:
+        if key.endswith(("proj.weight", "mlp.2.weight", "linear2.weight")):
+            state[key] = 1e5 * state[key]
+    loud = tiny.save_state(state, tmp_path / "loud.safetensors")
+    inputs = Inputs(tiny.KLEIN)
+    exact = load_transformer(loud, device=CPU, dtype=torch.float32)
+    assert _largest_block_output(exact, lambda: inputs.ours(exact)) > 65504, "the toy is too quiet to prove anything"
+
+    half = load_transformer(loud, device=CPU, dtype=torch.float16)
+    velocity = inputs.ours(half)
+    assert velocity.dtype is torch.float16
+    assert velocity.isfinite().all()
+
+
+def test_a_diffusers_repository_is_found_by_its_root(toys: Toys, tmp_path: Path) -> None:
+    """The whole repository as `snapshot_download` lays it out: model_index.json and transformer/."""
+    (tmp_path / "transformer").symlink_to(toys.klein.folder, target_is_directory=True)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Flux2KleinPipeline"}))
+    inputs = Inputs(tiny.KLEIN)
+    model = load_transformer(tmp_path, device=CPU, dtype=torch.float32)
+    assert oracle.relative_error(inputs.ours(model), inputs.theirs(toys.klein)) <= 1e-5

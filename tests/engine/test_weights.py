@@ -1,0 +1,286 @@
+"""Every wrong file is refused in one clear message that names the file, what was expected and what was found."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flux2_studio.checkpoints import DEV, KLEIN_4B
+from flux2_studio.engine.text import load_text_encoder
+from flux2_studio.engine.weights import load_autoencoder, load_tiny_decoder, load_transformer
+from flux2_studio.errors import WeightsError
+from tests import tiny
+from tests.tiny import Toys
+
+CPU = torch.device("cpu")
+
+
+def load_flow(path: Path) -> Any:
+    return load_transformer(path, device=CPU, dtype=torch.float32)
+
+
+def load_vae(path: Path) -> Any:
+    return load_autoencoder(path, device=CPU, dtype=torch.float32)
+
+
+def load_tiny(path: Path) -> Any:
+    return load_tiny_decoder(path, device=CPU, dtype=torch.float32)
+
+
+def load_qwen(folder: Path) -> Any:
+    return load_text_encoder(folder, folder, KLEIN_4B.recipe, device=CPU, dtype=torch.float32)
+
+
+LOADERS = (load_flow, load_vae, load_tiny)
+
+
+def file_of(toys: Toys, load: Callable[[Path], Any]) -> Path:
+    return {load_flow: toys.klein.file, load_vae: toys.autoencoder.file, load_tiny: toys.taef2}[load]
+
+
+def refusal(load: Callable[[Path], Any], path: Path) -> str:
+    with pytest.raises(WeightsError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert path.name in message, "the message does not name the file"
+    assert len(message) < 600, "too long to be read"
+    assert message.rstrip().endswith("."), "not a sentence"
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_missing_file(tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    assert "no file" in refusal(load, tmp_path / "nowhere.safetensors").lower()
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_an_empty_folder(tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    assert ".safetensors" in refusal(load, tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, 0.3, 0.9, -1], ids=str)
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_truncated_file(toys: Toys, tmp_path: Path, load: Callable[[Path], Any], kept: float) -> None:
+    """kept: bytes, or the fraction of them; -1 lacks only the last byte."""
+    data = file_of(toys, load).read_bytes()
+    end = int(kept * len(data)) if isinstance(kept, float) else kept
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(data[:end])
+    assert "not a whole safetensors file" in refusal(load, path)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_file_with_something_appended(toys: Toys, tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    path = tmp_path / "longer.safetensors"
+    path.write_bytes(file_of(toys, load).read_bytes() + b"more")
+    assert "not a whole safetensors file" in refusal(load, path)
+
+
+class Bomb:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.trace,))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_pickle_is_never_opened_as_one(tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    for name in ("model.safetensors", "model.pt"):
+        path = tmp_path / name
+        path.write_bytes(pickle.dumps({"weights": Bomb(tmp_path / "trace")}))
+        refusal(load, path)
+        torch.save({"img_in.weight": torch.zeros(2, 2)}, path)
+        refusal(load, path)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_other_formats(tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    for content in (b"GGUF\x03\x00\x00\x00", b"<html>Not found</html>", b"version https://git-lfs.github.com/spec/v1\n"):
+        path = tmp_path / "weights.safetensors"
+        path.write_bytes(content)
+        refusal(load, path)
+
+
+MISSING = {
+    load_flow: "double_blocks.1.txt_attn.proj.weight",
+    load_vae: "decoder.mid.attn_1.q.bias",
+    load_tiny: "decoder.layers.6.weight",
+}
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_missing_tensor(toys: Toys, tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    state = load_file(file_of(toys, load))
+    del state[MISSING[load]]
+    message = refusal(load, tiny.save_state(state, tmp_path / "lacking.safetensors"))
+    expected = MISSING[load] if load is not load_tiny else "7.weight"
+    assert expected in message
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_an_extra_tensor(toys: Toys, tmp_path: Path, load: Callable[[Path], Any]) -> None:
+    state = load_file(file_of(toys, load))
+    state["control_adapter.weight"] = torch.zeros(3)
+    assert "control_adapter.weight" in refusal(load, tiny.save_state(state, tmp_path / "extra.safetensors"))
+
+
+WRONG_SHAPES = [
+    (load_flow, "double_blocks.0.img_mlp.0.weight", [768, 96], [768, 128]),
+    (load_flow, "single_blocks.2.linear1.weight", [1152, 96], [1152, 128]),
+    (load_vae, "encoder.mid.block_1.conv1.weight", [96, 64, 3, 3], [64, 64, 3, 3]),
+    (load_vae, "bn.running_var", [64], [128]),
+    (load_tiny, "decoder.layers.18.weight", [4, 64, 3, 3], [3, 64, 3, 3]),
+]
+
+
+@pytest.mark.parametrize(("load", "key", "found", "expected"), WRONG_SHAPES, ids=[case[1] for case in WRONG_SHAPES])
+def test_a_wrong_shape(
+    toys: Toys, tmp_path: Path, load: Callable[[Path], Any], key: str, found: list[int], expected: list[int]
+) -> None:
+    state = load_file(file_of(toys, load))
+    assert list(state[key].shape) == expected
+    state[key] = torch.zeros(found)
+    message = refusal(load, tiny.save_state(state, tmp_path / "shapes.safetensors"))
+    assert str(found) in message
+    assert str(expected) in message
+
+
+def test_parts_taken_for_one_another(toys: Toys) -> None:
+    files = {load_flow: toys.klein.file, load_vae: toys.autoencoder.file, load_tiny: toys.taef2}
+    for load in LOADERS:
+        for owner, path in files.items():
+            if owner is not load:
+                refusal(load, path)
+    assert "not a FLUX.2 transformer" in refusal(load_flow, toys.qwen.folder / "model.safetensors")
+    assert "not a FLUX.2 autoencoder" in refusal(load_vae, toys.klein.file)
+
+
+def test_a_quantised_file_is_refused_in_words(toys: Toys, tmp_path: Path) -> None:
+    state = load_file(toys.klein.file)
+    state["img_in.weight"] = state["img_in.weight"].to(torch.float8_e4m3fn)
+    assert "F8_E4M3" in refusal(load_flow, tiny.save_state(state, tmp_path / "fp8.safetensors"))
+
+
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+SHARDED: dict[str, tuple[Callable[[Toys], Path], Callable[[Path], Any]]] = {
+    "transformer": (lambda toys: toys.klein.sharded, load_flow),
+    "text encoder": (lambda toys: toys.wide_qwen.folder, load_qwen),
+}
+
+
+@pytest.mark.parametrize("part", SHARDED)
+def test_a_missing_shard(toys: Toys, tmp_path: Path, part: str) -> None:
+    locate, load = SHARDED[part]
+    folder = copied(locate(toys), tmp_path)
+    shard = sorted(folder.glob("*-00002-of-*.safetensors"))[0]
+    shard.unlink()
+    assert shard.name in refusal(load, folder)
+
+
+@pytest.mark.parametrize("part", SHARDED)
+def test_a_truncated_shard(toys: Toys, tmp_path: Path, part: str) -> None:
+    locate, load = SHARDED[part]
+    folder = copied(locate(toys), tmp_path)
+    shard = sorted(folder.glob("*-00002-of-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(WeightsError, match=shard.name):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": "../../x.safetensors"}}'])
+def test_a_damaged_or_hostile_index(toys: Toys, tmp_path: Path, content: str) -> None:
+    folder = copied(toys.klein.sharded, tmp_path)
+    next(folder.glob("*.index.json")).write_text(content)
+    refusal(load_flow, folder)
+
+
+def test_several_files_without_an_index(toys: Toys, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copy(toys.klein.file, tmp_path / f"{name}.safetensors")
+    message = refusal(load_flow, tmp_path)
+    assert "one.safetensors" in message
+    assert "two.safetensors" in message
+
+
+@pytest.mark.parametrize("kept", [0, 0.5], ids=str)
+def test_a_truncated_text_encoder(toys: Toys, tmp_path: Path, kept: float) -> None:
+    folder = copied(toys.qwen.folder, tmp_path)
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(WeightsError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_qwen(folder)
+
+
+def test_a_text_encoder_that_is_too_shallow(toys: Toys, tmp_path: Path) -> None:
+    folder = tiny.write_qwen_tokenizer(tmp_path / "shallow")
+    tiny.qwen_model(32, seed=1, layers=20).save_pretrained(folder)
+    message = refusal(load_qwen, folder)
+    assert "20" in message
+    assert "27" in message
+
+
+def test_a_text_encoder_whose_config_belongs_to_another_width(toys: Toys, tmp_path: Path) -> None:
+    folder = copied(toys.qwen.folder, tmp_path)
+    shutil.copy(toys.wide_qwen.folder / "config.json", folder)
+    message = refusal(load_qwen, folder)
+    assert "32" in message
+    assert "48" in message
+
+
+def test_a_text_encoder_of_another_family(toys: Toys, tmp_path: Path) -> None:
+    folder = copied(toys.qwen.folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+    assert "t5" in refusal(load_qwen, folder)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '"qwen3"', '{"model_type": "qwen3", "num_hidden_layers": "many"}'])
+def test_a_missing_or_damaged_config(toys: Toys, tmp_path: Path, content: str | None) -> None:
+    folder = copied(toys.qwen.folder, tmp_path)
+    if content is None:
+        (folder / "config.json").unlink()
+    else:
+        (folder / "config.json").write_text(content)
+    assert "config.json" in refusal(load_qwen, folder)
+
+
+def test_a_text_encoder_lacking_a_layer_that_is_read(toys: Toys, tmp_path: Path) -> None:
+    folder = copied(toys.new_mistral.folder, tmp_path)
+    state = load_file(folder / "model.safetensors")
+    del state["model.language_model.layers.12.self_attn.k_proj.weight"]
+    tiny.save_state(state, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"lacks layers\.12\.self_attn\.k_proj\.weight"):
+        load_text_encoder(folder, folder, DEV.recipe, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("damage", ["missing folder", "empty folder", "damaged", "no template"])
+def test_a_tokenizer_that_cannot_serve(toys: Toys, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "tokenizer"
+    if damage == "empty folder":
+        folder.mkdir()
+    elif damage != "missing folder":
+        tiny.write_qwen_tokenizer(folder)
+        if damage == "damaged":
+            for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+                (folder / name).write_text("{")
+        else:
+            (folder / "chat_template.jinja").unlink()
+    with pytest.raises(WeightsError, match="tokenizer"):
+        load_text_encoder(toys.qwen.folder, folder, KLEIN_4B.recipe, device=CPU, dtype=torch.float32)

@@ -1,0 +1,151 @@
+"""Residency, the choice of device and precision, and how many pictures go into a batch."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux2_studio.checkpoints import DEV, KLEIN_4B, NANO
+from flux2_studio.engine.params import TransformerParams
+from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, TinyPreview
+from flux2_studio.errors import DeviceError, WeightsError
+from flux2_studio.models import memory
+from flux2_studio.models.hub import Hub
+from flux2_studio.models.manager import ModelManager, choose_device, choose_dtype
+from flux2_studio.settings import Settings
+from tests.tiny import Toys
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def silent(text: str, fraction: float | None) -> None:
+    pass
+
+
+def manager(settings: Settings) -> ModelManager:
+    return ModelManager(settings, Hub(settings))
+
+
+def test_the_last_checkpoint_stays_and_the_one_before_leaves(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b", "dev"])
+    models = manager(settings)
+    klein, dev = settings.checkpoint("klein-4b"), settings.checkpoint("dev")
+    first = models.load(klein, silent)
+    assert models.load(klein, silent).transformer is first.transformer
+    gone = [weakref.ref(first.transformer), weakref.ref(first.text)]
+    autoencoder = first.autoencoder
+    del first
+    second = models.load(dev, silent)
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    assert second.autoencoder is autoencoder, "what two checkpoints share is not moved"
+
+
+def test_a_failed_load_does_not_cost_the_checkpoint_in_use(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(toys.dev.file.read_bytes()[:1000])
+    overrides = {**settings.overrides, "FLUX2_MODEL_PATH": broken, "MISTRAL_MODEL_PATH": toys.mistral.folder}
+    models = manager(replace(settings, overrides=overrides))
+    loaded = models.load(KLEIN_4B, silent)
+    with pytest.raises(WeightsError, match="broken.safetensors"):
+        models.load(DEV, silent)
+    told: list[str] = []
+    assert models.load(KLEIN_4B, lambda text, _: told.append(text)).transformer is loaded.transformer
+    assert not told, "nothing had to be loaded again"
+
+
+def test_giving_up_while_loading_leaves_a_manager_that_works(toys: Toys, tmp_path: Path) -> None:
+    models = manager(toys.settings(tmp_path, ["klein-4b"]))
+
+    def give_up(text: str, fraction: float | None) -> None:
+        if "transformer" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        models.load(KLEIN_4B, give_up)
+    assert models.load(KLEIN_4B, silent).transformer is not None
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "preview", "kind"),
+    [
+        ("klein-4b", "tiny", TinyPreview),
+        ("klein-4b", "linear", LinearPreview),
+        ("nano", "tiny", AutoencoderPreview),
+        ("nano", "linear", AutoencoderPreview),
+        ("nano", "off", type(None)),
+    ],
+)
+def test_the_previewer_is_the_one_that_was_set(
+    toys: Toys, tmp_path: Path, checkpoint: str, preview: str, kind: type
+) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"], preview=preview)
+    loaded = manager(settings).load(settings.checkpoint(checkpoint), silent)
+    assert isinstance(loaded.previewer, kind) and loaded.notes == ()
+
+
+def test_a_checkpoint_is_on_disk_when_all_its_parts_are(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    assert manager(settings).on_disk(KLEIN_4B) and manager(settings).on_disk(NANO)
+    fewer = {name: path for name, path in settings.overrides.items() if name != "QWEN3_4B_MODEL_PATH"}
+    hub = Hub(replace(settings, overrides=fewer), cache=tmp_path / "empty")
+    assert not ModelManager(settings, hub).on_disk(KLEIN_4B)
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("tpu", "cuda:99", "cpuu", "", "meta"):
+        with pytest.raises(DeviceError, match="Choose|There is no|has no"):
+            choose_device(name)
+
+
+def test_precision() -> None:
+    assert choose_dtype("auto", CPU, NANO, NANO.flow) is torch.float32
+    assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.flow) is torch.bfloat16
+    assert choose_dtype("auto", CUDA, NANO, NANO.flow) is torch.bfloat16
+    assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.flow) is torch.float16
+    assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.text) is torch.bfloat16
+    assert choose_dtype("float32", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.float32
+
+
+def test_a_batch_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = TransformerParams(
+        in_channels=128,
+        context_width=7680,
+        hidden=3072,
+        head_width=128,
+        mlp=9216,
+        double_blocks=5,
+        single_blocks=20,
+        guidance_embedding=False,
+    )
+
+    def size(count: int, tokens: int, free: int, device: torch.device = CUDA) -> int:
+        monkeypatch.setattr(memory, "free_memory", lambda _: free)
+        return memory.batch_size(count, tokens, params, torch.bfloat16, device)
+
+    assert size(4, 4608, 80 * 10**9) == 4
+    assert 1 < size(16, 4608, 10 * 10**9) < 16
+    assert size(4, 4608, 0) == 1
+    assert size(16, 300, 80 * 10**9, CPU) == memory.CPU_TOKENS // 300
+    assert size(16, 4608, 80 * 10**9, CPU) == 1
+
+
+def test_free_memory_of_this_machine() -> None:
+    assert 10**8 < memory.free_memory(CPU) < 10**13
+
+
+def test_out_of_memory_is_told_from_other_errors() -> None:
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert memory.is_out_of_memory(MemoryError())
+    assert memory.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert memory.is_out_of_memory(RuntimeError("MPS backend out of memory"))
+    assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not memory.is_out_of_memory(ValueError("out of memory"))

@@ -1,0 +1,154 @@
+"""The house's import rules, read from the source: imports point down, and each outside library has one room."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "flux2_studio"
+SOURCES = [ROOT / "app.py", *sorted((ROOT / PACKAGE).rglob("*.py"))]
+
+# Anyone may import these; they import only each other, and the plain sizes in engine/params.
+FOUNDATION = {"__init__", "errors", "events", "request", "checkpoints", "settings"}
+# Everything else, from the bottom up: a module imports only what stands before it, or its own package.
+LAYERS = [
+    {"engine"},
+    {"references", "pictures"},
+    {"models", "outputs"},
+    {"studio"},
+    {"jobs"},
+    {"ui"},
+    {"cli"},
+    {"__main__", "app"},
+]
+LIGHT = [
+    "errors",
+    "events",
+    "request",
+    "checkpoints",
+    "settings",
+    "jobs",
+    "references",
+    "cli",
+]  # no torch when imported
+
+
+def module_of(path: Path) -> str:
+    """ "app", "flux2_studio.engine.latents", "flux2_studio.ui" for its __init__.py, and so on."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def room_of(module: str) -> str:
+    """The first name under the package: the module, or the folder it stands in."""
+    parts = module.split(".")
+    if parts[0] != PACKAGE:
+        return parts[0]
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that the file imports, anywhere in it; `from a.b import c` is a.b.c where that is a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import: write it in full"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if is_module(full) else node.module
+
+
+def importers(library: str) -> set[str]:
+    return {module_of(path) for path in SOURCES if any(name.split(".")[0] == library for name in imports(path))}
+
+
+def layer(room: str) -> int:
+    for number, rooms in enumerate(LAYERS):
+        if room in rooms:
+            return number
+    pytest.fail(f"{room} has no place in LAYERS: decide what it may import, and add it")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_imports_point_down(path: Path) -> None:
+    here = room_of(module_of(path))
+    for name in imports(path):
+        if name.split(".")[0] not in (PACKAGE, "app"):
+            continue
+        there = room_of(name)
+        if here in FOUNDATION:
+            assert there in FOUNDATION or name == f"{PACKAGE}.engine.params", f"{here} must not import {name}"
+        elif there not in FOUNDATION and there != here:
+            assert layer(there) < layer(here), f"{here} must not import {name}"
+
+
+def test_gradio_only_in_the_page() -> None:
+    assert {room_of(module) for module in importers("gradio")} <= {"ui", "app"}
+    assert importers("gradio"), "the test looks at the wrong files"
+
+
+def test_no_torch_in_the_page() -> None:
+    assert not {module for module in importers("torch") if room_of(module) in ("ui", "app")}
+
+
+def test_hub_only_in_models_hub() -> None:
+    assert importers("huggingface_hub") == {f"{PACKAGE}.models.hub"}
+
+
+def test_openai_only_in_upsample() -> None:
+    assert importers("openai") <= {f"{PACKAGE}.upsample"}
+
+
+def test_engine_is_pure() -> None:
+    allowed = {f"{PACKAGE}.errors"}
+    for path in SOURCES:
+        module = module_of(path)
+        if room_of(module) != "engine":
+            continue
+        for name in imports(path):
+            assert name.split(".")[0] not in ("gradio", "huggingface_hub", "platformdirs", "openai"), (module, name)
+            if name.startswith(PACKAGE) and room_of(name) != "engine":
+                assert name in allowed, f"{module} must not import {name}"
+
+
+def test_environment_only_in_settings() -> None:
+    readers = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            attribute = isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                "os.environ",
+                "os.getenv",
+                "os.putenv",
+            )
+            name = isinstance(node, ast.ImportFrom) and node.module == "os"
+            if attribute or (name and {"environ", "getenv", "putenv"} & {alias.name for alias in node.names}):
+                readers.add(module_of(path))
+    assert readers == {f"{PACKAGE}.settings"}
+
+
+def test_no_room_for_odds_and_ends() -> None:
+    names = {path.stem for path in SOURCES}
+    assert not names & {"utils", "helpers", "misc", "common"}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_importing_does_not_load_torch(name: str) -> None:
+    code = (
+        f"import sys, {PACKAGE}.{name}; "
+        "print(sorted({'torch', 'transformers', 'gradio', 'huggingface_hub'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

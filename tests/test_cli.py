@@ -1,0 +1,290 @@
+"""The command line: as a user runs it, in a process of its own, and in this process where only the picture counts."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from PIL import Image
+
+from flux2_studio import cli
+from flux2_studio.checkpoints import CHECKPOINTS
+from flux2_studio.errors import RequestError, SaveError, StudioError
+from flux2_studio.events import Failed, Notice, Preview, Result, Status, Stopped
+from flux2_studio.request import Request
+
+ROOT = Path(__file__).resolve().parent.parent
+FOX = ("--model", "nano", "--prompt", "a fox on a pink background", "--seed", "1")
+
+
+class Home:
+    """A folder of the studio's own, and the command line that works in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("FLUX2_", "HF_")) and not name.endswith("_MODEL_PATH")
+        }
+        self.environment |= {"FLUX2_HOME": str(folder / "home"), "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        return [sys.executable, "-m", "flux2_studio", *map(str, arguments)]
+
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """In a process of its own."""
+        return subprocess.run(
+            self.command(*arguments), cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120
+        )
+
+    def generate(self, *arguments: str | Path) -> tuple[str, str]:
+        """In this process, which has torch loaded already: what it wrote to stdout and stderr."""
+        out, err = io.StringIO(), io.StringIO()
+        with patch.dict(os.environ, self.environment, clear=True), redirect_stdout(out), redirect_stderr(err):
+            assert cli.main(["generate", *map(str, arguments)]) == 0
+        return out.getvalue(), err.getvalue()
+
+    @property
+    def outputs(self) -> list[Path]:
+        return sorted((self.folder / "home" / "outputs").rglob("*.png"))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture that the command line has made, for tests that only read it."""
+    home = Home(tmp_path_factory.mktemp("fox"))
+    home.generate(*FOX, "--out", home.folder / "fox.png")
+    return home.folder / "fox.png"
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+# --- asking for nothing, or for what cannot be -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["ui", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from flux2_studio.cli import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "    print(sorted({'torch', 'gradio', 'transformers', 'huggingface_hub'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n"), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["draw"], "invalid choice: 'draw'"),
+        (["generate", "--out", "a.png"], "--prompt"),
+        (["generate", "--prompt", "a fox"], "--out"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--promt", "b"], "--promt"),
+        (["generate", "--prompt", " ", "--out", "a.png"], "Write a prompt first"),
+        (["generate", "--prompt", "a fox", "--out", "a.jpg"], "--out must end in .png, not 'a.jpg'"),
+        (["generate", "--prompt", "a fox", "--out", "no/such/folder/a.png"], "There is no folder 'no/such/folder'"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--model", "klein"], "no checkpoint called 'klein'"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--count", "0"], "between 1 and"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--steps", "9"], "always runs with steps 4"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--negative", "snow"], "does not use a negative prompt"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--width", "63"], "width must be at least 64"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--device", "toaster"], "no device called 'toaster'"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--image", "no-such.png"], "no-such.png"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--image", "README.md"], "README.md is not a picture"),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
+)
+def test_a_users_error_is_one_line_and_code_2(home: Home, arguments: list[str], says: str) -> None:
+    done = home.run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("flux2-studio: "), done.stderr
+    assert says in done.stderr
+    assert home.outputs == []
+
+
+def test_a_wrong_environment_is_a_users_error(home: Home) -> None:
+    home.environment["FLUX2_DTYPE"] = "int3"
+    done = home.run("generate", "--prompt", "a fox", "--out", "a.png")
+    assert done.returncode == 2
+    assert done.stderr.startswith("flux2-studio: FLUX2_DTYPE is 'int3'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_weights_that_are_not_here(home: Home) -> None:
+    done = home.run("generate", "--model", "klein-4b", "--prompt", "a fox", "--out", home.folder / "fox.png")
+    assert done.returncode == 2
+    *progress, last = done.stderr.splitlines()
+    assert last.startswith("flux2-studio: ") and "FLUX.2-klein-4B" in last and "_MODEL_PATH" in last
+    assert not any(line.startswith(("flux2-studio", "Traceback")) for line in progress)
+    assert not (home.folder / "fox.png").exists()
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_generate(home: Home) -> None:
+    out = home.folder / "fox.png"
+    done = home.run("generate", *FOX, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\n"
+    assert "step 4 of 4" in done.stderr and "seed 1" in done.stderr
+    assert "\r" not in done.stderr and "\033" not in done.stderr  # not a terminal: plain lines
+    with Image.open(out) as image:
+        assert (image.format, image.size, image.mode) == ("PNG", (128, 128), "RGB")
+        colours = image.resize((3, 3), Image.Resampling.BOX).load()
+        assert colours is not None
+        red, green, blue = colours[0, 0]  # a corner: the background
+        assert red > 200 and blue > 150 and green < 200, "the background should be pink"
+    (kept,) = home.outputs
+    assert kept.read_bytes() == out.read_bytes()
+    assert sorted(path.name for path in home.folder.iterdir()) == ["fox.png", "home"]  # nothing half written
+
+
+def test_same_seed_same_picture(home: Home, fox: Path) -> None:
+    home.generate(*FOX, "--out", home.folder / "again.png")
+    home.generate(*FOX[:-1], "2", "--out", home.folder / "other.png")
+    assert pixels(home.folder / "again.png") == pixels(fox)
+    assert pixels(home.folder / "other.png") != pixels(fox)
+
+
+def test_several_are_numbered_and_are_the_pictures_of_their_seeds(home: Home, fox: Path) -> None:
+    printed, told = home.generate(*FOX, "--count", "3", "--out", home.folder / "fox.png")
+    files = [home.folder / f"fox-{i}.png" for i in (1, 2, 3)]
+    assert printed.split() == [str(file) for file in files]
+    assert "seeds 1 to 3" in told
+    assert not (home.folder / "fox.png").exists()
+    assert len(home.outputs) == 3
+    assert len({pixels(file) for file in files}) == 3
+    difference = [abs(a - b) for a, b in zip(pixels(files[0]), pixels(fox), strict=True)]
+    assert max(difference) <= 1
+
+
+def test_edit(home: Home, fox: Path) -> None:
+    out = home.folder / "blue.png"
+    home.generate("--prompt", "make the background blue", "--image", fox, "--seed", "1", "--out", out)
+    with Image.open(out) as image:
+        colours = image.resize((3, 3), Image.Resampling.BOX).load()
+        assert colours is not None
+        red, _, blue = colours[0, 0]
+        assert blue > red + 60, "the background should be blue"
+
+
+def test_two_references_and_a_rounded_size(home: Home, fox: Path) -> None:
+    out = home.folder / "both.png"
+    prompt = "the object of image 1 on the background of image 2"
+    _, told = home.generate(
+        "--prompt", prompt, "--image", fox, "--image", fox, "--width", "120", "--height", "128", "--out", out
+    )  # fmt: skip
+    assert "note: The width was rounded from 120 to 128" in told
+    with Image.open(out) as image:
+        assert image.size == (128, 128)
+
+
+def test_bfloat16_is_taken_and_close(home: Home, fox: Path) -> None:
+    home.generate(*FOX, "--dtype", "bfloat16", "--device", "cpu", "--out", home.folder / "half.png")
+    exact, half = pixels(fox), pixels(home.folder / "half.png")
+    mean = sum(abs(a - b) for a, b in zip(exact, half, strict=True)) / len(exact)
+    assert 0 < mean < 8
+
+
+def test_ctrl_c_stops_between_steps(home: Home) -> None:
+    out = home.folder / "fox.png"
+    running = subprocess.Popen(
+        home.command("generate", *FOX, "--width", "512", "--height", "512", "--count", "16", "--out", out),
+        cwd=ROOT,
+        env=home.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    seen = ""
+    while "step 1 of 4" not in seen:
+        line = running.stderr.readline()
+        assert line, f"ended before its first step: {seen}"
+        seen += line
+    running.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, rest = running.communicate(timeout=120)
+    assert running.returncode == 130, rest
+    assert "stopped, with" in rest and "Traceback" not in rest
+    assert time.monotonic() - began < 60
+    assert not out.exists()
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_output_files(tmp_path: Path) -> None:
+    assert cli.output_files(tmp_path / "a.png", 1) == (tmp_path / "a.png",)
+    assert cli.output_files(tmp_path / "a.PNG", 2) == (tmp_path / "a-1.PNG", tmp_path / "a-2.PNG")
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(RequestError, match="is a folder"):
+        cli.output_files(tmp_path / "b.png", 1)
+
+
+def test_copying_replaces_or_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    source, target = tmp_path / "source.png", tmp_path / "target.png"
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+    cli.copy_file(source, target)
+    assert target.read_bytes() == b"new"
+    with pytest.raises(SaveError, match=r"missing\.png"):
+        cli.copy_file(tmp_path / "missing.png", target)
+    assert target.read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.png", "target.png"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_one_line_that_redraws_itself() -> None:
+    terminal = Terminal()
+    with cli.Progress(terminal) as progress:
+        progress.show("Loading")
+        progress.show("step 2 of 4", 0.5)
+        progress.note("The width was rounded")
+    shown = terminal.getvalue()
+    assert shown.count("\n") == 1 and "note: The width was rounded\n" in shown
+    assert f"[{'#' * 12}{'.' * 12}] step 2 of 4" in shown
+    assert shown.endswith("\r\033[K")  # nothing is left behind
+
+
+def test_how_a_run_ends() -> None:
+    request = Request(prompt="a fox", seed=1).resolve(CHECKPOINTS[0])
+    preview = Preview(step=1, steps=4, images=(), first=1, count=2, seconds_left=2.4)
+    result = Result(request=request, images=(Path("a.png"),), seeds=(1,), seconds=1.0)
+    stream = io.StringIO()
+    events = [Status(text="Loading"), Status(text="Loading"), Notice(text="cut"), preview, result]
+    assert cli.follow(iter(events), cli.Progress(stream)) == result
+    assert stream.getvalue().splitlines() == ["Loading", "note: cut", "picture 2 of 2, step 1 of 4, 2 s left"]
+    assert cli.follow(iter([Stopped()]), cli.Progress(stream)) == Stopped()
+    with pytest.raises(StudioError, match="no room"):
+        cli.follow(iter([Failed(message="no room")]), cli.Progress(stream))

@@ -1,0 +1,282 @@
+"""The queue, with a scripted studio in place of the real one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flux2_studio.checkpoints import CHECKPOINTS
+from flux2_studio.errors import RequestError, WeightsError
+from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
+from flux2_studio.jobs import DEFECT, KEPT, Job, JobQueue
+from flux2_studio.request import Request
+
+PATIENCE = 10.0  # seconds until a test that hangs is called a failure
+Script = Callable[[Request, Callable[[], bool]], Iterator[Event]]
+
+
+class ScriptedStudio:
+    """Runs the script that the prompt names."""
+
+    def __init__(self, **scripts: Script) -> None:
+        self.scripts = scripts
+        self.ran: list[str] = []
+
+    def resolve(self, request: Request) -> Request:
+        if request.prompt not in self.scripts:
+            raise RequestError("no such script")
+        return request.resolve(CHECKPOINTS[0])
+
+    def generate(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        self.ran.append(request.prompt)
+        return self.scripts[request.prompt](request, cancelled)
+
+
+def preview(step: int, steps: int = 4) -> Preview:
+    return Preview(step=step, steps=steps, images=(), first=0, count=1, seconds_left=None)
+
+
+def result(request: Request) -> Result:
+    return Result(request=request, images=(Path("a.png"),), seeds=request.seeds, seconds=1.0)
+
+
+def four_steps(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    yield Status(text="drawing")
+    for step in range(1, 5):
+        if cancelled():
+            yield Stopped()
+            return
+        yield preview(step)
+    yield result(request)
+
+
+def bad_weights(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    yield Status(text="loading")
+    raise WeightsError("klein.safetensors is damaged: download it again.")
+
+
+def defect(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    yield preview(1)
+    raise ZeroDivisionError("secret detail")
+
+
+def endless(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    """Ends by itself, wrongly, when nobody cancels it in time."""
+    waited = threading.Event()
+    for step in range(1, 1 + int(PATIENCE / 0.01)):
+        if cancelled():
+            yield Stopped(images=(Path("first.png"),), seeds=(1,))
+            return
+        yield preview(step, 1000)
+        waited.wait(0.01)
+    yield result(request)
+
+
+class Gate:
+    """A script that says it has begun, and goes on when it is told."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.go = threading.Event()
+
+    def __call__(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        self.begun.set()
+        assert self.go.wait(PATIENCE)
+        yield Stopped() if cancelled() else result(request)
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest) -> Callable[..., tuple[JobQueue, ScriptedStudio]]:
+    """Starts a queue over scripts; the queue is closed after the test."""
+
+    def start(**scripts: Script) -> tuple[JobQueue, ScriptedStudio]:
+        studio = ScriptedStudio(**scripts)
+        jobs = JobQueue(studio)
+        request.addfinalizer(jobs.close)
+        return jobs, studio
+
+    return start
+
+
+Start = Callable[..., tuple[JobQueue, ScriptedStudio]]
+
+
+def follow(job: Job, since: int = 0) -> list[Event]:
+    """All events until the run ends; fails rather than hangs."""
+    events = [event for _, event in job.events(since, timeout=PATIENCE)]
+    assert events and isinstance(events[-1], FINAL), f"the run did not end: {events}"
+    return events
+
+
+def test_a_run_from_submit_to_result(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    job = jobs.submit(Request(prompt="fox", seed=5))
+    events = follow(job)
+    assert events[-1] == result(job.request)
+    assert job.request.seeds == (5,)
+    assert job.finished
+
+
+def test_a_mistake_is_told_at_submit_and_runs_nothing(start: Start) -> None:
+    jobs, studio = start(fox=four_steps)
+    with pytest.raises(RequestError, match="no such script"):
+        jobs.submit(Request(prompt="unknown"))
+    follow(jobs.submit(Request(prompt="fox")))
+    assert studio.ran == ["fox"]
+
+
+def test_numbers_rise_and_since_continues(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    job = jobs.submit(Request(prompt="fox"))
+    live = list(job.events(timeout=PATIENCE))
+    numbers = [number for number, _ in live]
+    assert numbers == sorted(set(numbers))
+    last = numbers[-1]
+    assert list(job.events(last, timeout=PATIENCE)) == live[-1:]
+
+
+def test_nothing_new_of_a_finished_run_ends_at_once(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    job = jobs.submit(Request(prompt="fox"))
+    last = list(job.events(timeout=PATIENCE))[-1][0]
+    got: list[object] = []
+    reader = threading.Thread(target=lambda: got.extend(job.events(last + 1)), daemon=True)
+    reader.start()
+    reader.join(PATIENCE)
+    assert not reader.is_alive(), "a follower that has seen the end waits for ever"
+    assert got == []
+
+
+def test_a_late_follower_gets_what_stays_true(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    job = jobs.submit(Request(prompt="fox", width=100))
+    follow(job)
+    notice, end = follow(job)
+    assert isinstance(notice, Notice) and "rounded from 100" in notice.text
+    assert end == result(job.request)
+
+
+def test_a_slow_follower_gets_only_the_newest_preview() -> None:
+    job = Job(Request(prompt="fox").resolve(CHECKPOINTS[0]), "")
+    job.add(Status(text="drawing"))
+    for step in (1, 2, 3):
+        job.add(preview(step))
+        job.add(Notice(text=f"kept {step}"))
+    seen = [event for _, event in job.events(timeout=0.01)]
+    notices = [Notice(text=f"kept {step}") for step in (1, 2, 3)]
+    assert seen == [Status(text="drawing"), *notices[:2], preview(3), notices[2]]
+    assert not job.finished
+
+
+def test_events_that_come_while_following(start: Start) -> None:
+    gate = Gate()
+    jobs, _ = start(gate=gate)
+    job = jobs.submit(Request(prompt="gate"))
+    assert gate.begun.wait(PATIENCE)
+    got: list[Event] = []
+    reader = threading.Thread(target=lambda: got.extend(follow(job)), daemon=True)
+    reader.start()
+    job.add(Notice(text="while you wait"))
+    gate.go.set()
+    reader.join(PATIENCE)
+    assert got == [Notice(text="while you wait"), result(job.request)]
+
+
+def test_cancel_between_steps(start: Start) -> None:
+    jobs, _ = start(endless=endless)
+    job = jobs.submit(Request(prompt="endless"))
+    for _, event in job.events(timeout=PATIENCE):
+        if isinstance(event, Preview):
+            job.cancel()
+    assert job.cancelled
+    assert follow(job)[-1] == Stopped(images=(Path("first.png"),), seeds=(1,))
+
+
+def test_cancelling_one_leaves_the_next_alone(start: Start) -> None:
+    jobs, _ = start(endless=endless, fox=four_steps)
+    stopped, next_one = jobs.submit(Request(prompt="endless")), jobs.submit(Request(prompt="fox"))
+    stopped.cancel()
+    assert isinstance(follow(stopped)[-1], Stopped)
+    assert isinstance(follow(next_one)[-1], Result)
+
+
+def test_a_run_cancelled_while_it_waits_draws_nothing(start: Start) -> None:
+    gate = Gate()
+    jobs, studio = start(gate=gate, fox=four_steps)
+    first, waiting = jobs.submit(Request(prompt="gate")), jobs.submit(Request(prompt="fox"))
+    waiting.cancel()
+    assert follow(waiting) == [Stopped()]  # at once, without its turn
+    gate.go.set()
+    assert isinstance(follow(first)[-1], Result)
+    follow(jobs.submit(Request(prompt="fox")))
+    assert studio.ran == ["gate", "fox"]  # the cancelled one never ran
+
+
+def test_places_in_the_queue(start: Start) -> None:
+    gate = Gate()
+    jobs, studio = start(gate=gate, fox=four_steps, owl=four_steps)
+    running = jobs.submit(Request(prompt="gate"))
+    assert gate.begun.wait(PATIENCE)
+    second, third = jobs.submit(Request(prompt="fox")), jobs.submit(Request(prompt="owl"))
+    assert [event for _, event in second.events(timeout=0.01)] == [Queued(ahead=1)]
+    assert [event for _, event in third.events(timeout=0.01)] == [Queued(ahead=2)]
+    assert [event for _, event in running.events(timeout=0.01)] == []
+    gate.go.set()
+    assert isinstance(follow(third)[-1], Result)
+    assert studio.ran == ["gate", "fox", "owl"]
+
+
+def test_a_studio_error_is_told_and_the_worker_lives(start: Start) -> None:
+    jobs, _ = start(bad=bad_weights, fox=four_steps)
+    failed = follow(jobs.submit(Request(prompt="bad")))
+    assert failed[-1] == Failed(message="klein.safetensors is damaged: download it again.")
+    assert isinstance(follow(jobs.submit(Request(prompt="fox")))[-1], Result)
+
+
+def test_a_defect_is_logged_whole_and_told_in_words(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    jobs, _ = start(defect=defect, fox=four_steps)
+    with caplog.at_level(logging.ERROR, logger="flux2_studio.jobs"):
+        job = jobs.submit(Request(prompt="defect"))
+        events = follow(job)
+    assert events[-1] == Failed(message=DEFECT)
+    assert "secret detail" not in DEFECT
+    (record,) = [record for record in caplog.records if record.name == "flux2_studio.jobs"]
+    assert job.id in record.getMessage()
+    assert record.exc_info is not None and record.exc_info[0] is ZeroDivisionError
+    assert isinstance(follow(jobs.submit(Request(prompt="fox")))[-1], Result)
+
+
+def test_a_job_belongs_to_its_owner(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    job = jobs.submit(Request(prompt="fox"), owner="ann")
+    follow(job)
+    assert jobs.get(job.id, "ann") is job
+    assert jobs.get(job.id, "bob") is None
+    assert jobs.get(job.id) is None
+    assert jobs.get("unknown", "ann") is None
+
+
+def test_old_jobs_are_forgotten(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    made = []
+    for _ in range(KEPT + 3):
+        made.append(jobs.submit(Request(prompt="fox")))
+        follow(made[-1])
+    assert jobs.get(made[0].id) is None
+    assert jobs.get(made[-1].id) is made[-1]
+    assert sum(jobs.get(job.id) is not None for job in made) <= KEPT + 1
+
+
+def test_close_ends_what_runs_and_what_waits() -> None:
+    jobs = JobQueue(ScriptedStudio(endless=endless))
+    running, waiting = jobs.submit(Request(prompt="endless")), jobs.submit(Request(prompt="endless"))
+    closer = threading.Thread(target=jobs.close, daemon=True)
+    closer.start()
+    closer.join(PATIENCE)
+    assert not closer.is_alive()
+    assert isinstance(follow(running)[-1], Stopped)
+    assert isinstance(follow(waiting)[-1], Stopped)

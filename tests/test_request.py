@@ -1,0 +1,160 @@
+"""What a request may be, and what a checkpoint makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux2_studio.checkpoints import CHECKPOINTS
+from flux2_studio.errors import RequestError
+from flux2_studio.request import MAX_COUNT, MAX_PROMPT, MAX_SEED, Request, changes, round_side, size_for_aspect
+
+BY_NAME = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
+DISTILLED, BASE, DEV = BY_NAME["klein-4b"], BY_NAME["klein-base-4b"], BY_NAME["dev"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"prompt": ""}, "Write a prompt"),
+        ({"prompt": " \n\t"}, "Write a prompt"),
+        ({"prompt": None}, "Write a prompt"),
+        ({"prompt": "x" * (MAX_PROMPT + 1)}, "20,001 characters"),
+        ({"negative_prompt": "x" * (MAX_PROMPT + 1)}, "20,001 characters"),
+        ({"width": 512.0}, "width must be a whole number, not 512.0"),
+        ({"height": "512"}, "height must be a whole number, not '512'"),
+        ({"steps": True}, "steps must be a whole number, not True"),
+        ({"guidance": float("nan")}, "guidance must be a number"),
+        ({"guidance": float("inf")}, "guidance must be a number"),
+        ({"guidance": "4"}, "guidance must be a number"),
+        ({"count": 0}, f"between 1 and {MAX_COUNT}"),
+        ({"count": MAX_COUNT + 1}, f"between 1 and {MAX_COUNT}"),
+        ({"seed": -1}, "Choose a seed between 0"),
+        ({"seed": MAX_SEED + 1}, "Choose a seed between 0"),
+    ],
+)
+def test_what_no_checkpoint_could_do(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(says)):
+        Request(**{"prompt": "a fox", **fields})
+
+
+def test_resolving_leaves_no_none_and_is_idempotent() -> None:
+    for checkpoint in CHECKPOINTS:
+        resolved = Request(prompt="a fox").resolve(checkpoint)
+        assert None not in vars(resolved).values()
+        assert resolved.checkpoint == checkpoint.name
+        assert (resolved.steps, resolved.guidance) == (checkpoint.steps, checkpoint.guidance)
+        assert resolved.resolve(checkpoint) == resolved
+
+
+def test_size_defaults_to_the_checkpoint() -> None:
+    resolved = Request(prompt="a fox").resolve(DISTILLED)
+    assert (resolved.width, resolved.height) == (1024, 1024)
+    toy = Request(prompt="a fox").resolve(BY_NAME["nano"])
+    assert (toy.width, toy.height) == (128, 128)
+
+
+def test_size_defaults_to_the_first_reference() -> None:
+    request = Request(prompt="a fox", references=(Path("a.png"), Path("b.png")))
+    resolved = request.resolve(DISTILLED, [(640, 480), (1024, 1024)])
+    assert (resolved.width, resolved.height) == (640, 480)
+    wide = replace(request, width=800).resolve(DISTILLED, [(640, 480), (1024, 1024)])
+    assert (wide.width, wide.height) == (800, 480)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(64, 64), (65, 64), (71, 64), (72, 80), (1000, 1008), (1024, 1024)])
+def test_sides_are_rounded_to_multiples_of_16(asked: int, given: int) -> None:
+    assert round_side(asked, "width") == given
+
+
+def test_rounding_is_told() -> None:
+    asked = Request(prompt="a fox", width=1000, height=512)
+    resolved = asked.resolve(DISTILLED)
+    assert (resolved.width, resolved.height) == (1008, 512)
+    (note,) = changes(asked, resolved)
+    assert "width" in note and "1000" in note and "1008" in note
+    assert changes(Request(prompt="a fox"), resolved) == ()
+
+
+def test_too_small_and_too_large() -> None:
+    with pytest.raises(RequestError, match="width must be at least 64 pixels, not 63"):
+        Request(prompt="a fox", width=63).resolve(DISTILLED)
+    with pytest.raises(RequestError, match=re.escape("4096 x 2048 is too large for FLUX.2 klein 4B")):
+        Request(prompt="a fox", width=4096, height=2048).resolve(DISTILLED)
+    assert Request(prompt="a fox", width=2048, height=2048).resolve(DISTILLED).width == 2048
+
+
+def test_fixed_values_are_refused_not_replaced() -> None:
+    with pytest.raises(RequestError, match="always runs with steps 4"):
+        Request(prompt="a fox", steps=8).resolve(DISTILLED)
+    with pytest.raises(RequestError, match="always runs with guidance 1"):
+        Request(prompt="a fox", guidance=4.0).resolve(DISTILLED)
+    same = Request(prompt="a fox", steps=4, guidance=1).resolve(DISTILLED)
+    assert (same.steps, same.guidance) == (4, 1.0)
+    assert isinstance(same.guidance, float)
+
+
+def test_free_values_have_limits() -> None:
+    free = Request(prompt="a fox", steps=20, guidance=2.5).resolve(BASE)
+    assert (free.steps, free.guidance) == (20, 2.5)
+    for fields, says in (
+        ({"steps": 0}, "steps from 1 to 100, not 0"),
+        ({"steps": 101}, "steps from 1 to 100, not 101"),
+        ({"guidance": 0.5}, "guidance from 1 to 10, not 0.5"),
+        ({"guidance": 11}, "guidance from 1 to 10, not 11"),
+    ):
+        with pytest.raises(RequestError, match=re.escape(says)):
+            Request(prompt="a fox", **fields).resolve(DEV)
+
+
+def test_negative_prompt_only_where_it_is_used() -> None:
+    request = Request(prompt="a fox", negative_prompt="snow")
+    assert request.resolve(BASE).negative_prompt == "snow"
+    for checkpoint in (DISTILLED, DEV):
+        with pytest.raises(RequestError, match="does not use a negative prompt"):
+            request.resolve(checkpoint)
+    assert replace(request, negative_prompt="").resolve(DISTILLED).negative_prompt == ""
+
+
+def test_too_many_references() -> None:
+    paths = tuple(Path(f"{i}.png") for i in range(11))
+    with pytest.raises(RequestError, match="at most 10 references, not 11"):
+        Request(prompt="a fox", references=paths).resolve(DISTILLED, [(64, 64)] * 11)
+    ten = Request(prompt="a fox", references=paths[:10]).resolve(DISTILLED, [(64, 64)] * 10)
+    assert len(ten.references) == 10
+
+
+def test_seeds() -> None:
+    assert Request(prompt="a fox", seed=7, count=3).resolve(DISTILLED).seeds == (7, 8, 9)
+    drawn = {Request(prompt="a fox").resolve(DISTILLED).seed for _ in range(8)}
+    assert len(drawn) > 1
+    assert all(seed is not None and 0 <= seed <= MAX_SEED - MAX_COUNT for seed in drawn)
+    with pytest.raises(AssertionError):
+        _ = Request(prompt="a fox").seeds
+
+
+def test_every_picture_of_a_run_can_be_asked_for_again() -> None:
+    for seed in Request(prompt="a fox", seed=MAX_SEED - 2, count=3).seeds:
+        assert Request(prompt="a fox", seed=seed).seed == seed
+    with pytest.raises(RequestError, match=f"between 0 and {MAX_SEED - 2}"):
+        Request(prompt="a fox", seed=MAX_SEED - 1, count=3)
+
+
+@pytest.mark.parametrize("across_down", [(1, 1), (16, 9), (9, 16), (3, 2), (21, 9), (8, 1)])
+def test_size_for_aspect(across_down: tuple[int, int]) -> None:
+    width, height = size_for_aspect(*across_down, 1024 * 1024)
+    assert width % 16 == height % 16 == 0
+    assert width * height == pytest.approx(1024 * 1024, rel=0.05)
+    assert width / height == pytest.approx(across_down[0] / across_down[1], rel=0.05)
+
+
+def test_as_dict_is_json() -> None:
+    request = Request(prompt="a fox", references=(Path("pictures/a.png"),), seed=3).resolve(DISTILLED, [(64, 64)])
+    fields = json.loads(json.dumps(request.as_dict()))
+    assert fields["references"] == [str(Path("pictures/a.png"))]
+    assert (fields["prompt"], fields["seed"], fields["width"], fields["checkpoint"]) == ("a fox", 3, 64, "klein-4b")

@@ -1,0 +1,235 @@
+"""The whole story through `Studio.generate`: real pictures by nano, and every checkpoint's path on toys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux2_studio import studio as studio_module
+from flux2_studio.errors import OutOfMemory, RequestError, StudioError
+from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
+from flux2_studio.outputs import metadata
+from flux2_studio.request import Request
+from flux2_studio.settings import Settings
+from flux2_studio.studio import Studio
+from tests.tiny import TOY_NAMES, Toys
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    return Studio(Settings(home=tmp_path_factory.mktemp("home"), device="cpu"))
+
+
+def run(studio: Studio, **fields: object) -> tuple[list[Event], Result]:
+    events = list(studio.generate(Request(**fields)))  # type: ignore[arg-type]
+    assert isinstance(events[-1], Result)
+    return events, events[-1]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def of(kind: type, events: list[Event]) -> list[Event]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def border(image: np.ndarray) -> np.ndarray:
+    """The mean colour along the picture's edge."""
+    return np.concatenate([image[:6].reshape(-1, 3), image[-6:].reshape(-1, 3), image[:, :6].reshape(-1, 3)]).mean(0)
+
+
+def test_a_prompt_becomes_the_picture_it_asks_for(nano: Studio) -> None:
+    events, result = run(nano, prompt="a flat red apple on a yellow background", seed=3)
+    picture = pixels(result.images[0])
+    assert picture.shape == (128, 128, 3)
+    red, green, blue = border(picture)
+    assert red > 200 and green > 150 and blue < 120, "the background is yellow"
+    red, green, blue = picture[44:90, 44:84].reshape(-1, 3).mean(0)
+    assert red > 170 and green < 100 and blue < 100, "the apple is red"
+    previews = of(Preview, events)
+    assert [event.step for event in previews] == [1, 2, 3, 4]
+    assert all(event.images[0].size == (128, 128) for event in previews)
+    assert previews[-1].seconds_left == 0
+    assert metadata.read(result.images[0])["seed"] == 3
+
+
+def test_an_edit_does_what_it_is_told_and_keeps_the_rest(nano: Studio) -> None:
+    _, source = run(nano, prompt="a flat penguin on a pink background", seed=5)
+    _, edit = run(nano, prompt="make the background green", references=source.images, seed=6)
+    before, after = pixels(source.images[0]), pixels(edit.images[0])
+    red, green, blue = border(after)
+    assert green > red + 40 and green > blue + 40
+    # the penguin's dark body is where it was
+    dark = (before.max(-1) < 90) & (np.indices(before.shape[:2])[0] > 20)
+    assert dark.sum() > 200 and (after.max(-1) < 130)[dark].mean() > 0.7
+
+
+def test_two_references_are_both_used(nano: Studio) -> None:
+    _, apple = run(nano, prompt="a flat red apple", seed=1)
+    _, blue = run(nano, prompt="a flat lemon on a blue background", seed=1)
+    prompt = "the object of image 1 on the background of image 2"
+    _, both = run(nano, prompt=prompt, references=apple.images + blue.images, seed=2)
+    picture = pixels(both.images[0])
+    red, green, blue_level = border(picture)
+    assert blue_level > 150 and blue_level > red + 60, "the background of image 2"
+    red, green, blue_level = picture[50:90, 44:84].reshape(-1, 3).mean(0)
+    assert red > green + 60 and red > blue_level + 60, "the object of image 1"
+
+
+def test_the_same_seed_is_the_same_picture_and_another_is_not(nano: Studio) -> None:
+    first = pixels(run(nano, prompt="a frog", seed=8)[1].images[0])
+    assert np.array_equal(first, pixels(run(nano, prompt="a frog", seed=8)[1].images[0]))
+    assert not np.array_equal(first, pixels(run(nano, prompt="a frog", seed=9)[1].images[0]))
+
+
+def test_pictures_of_a_batch_are_those_of_their_seeds(nano: Studio) -> None:
+    _, batch = run(nano, prompt="a house on a gray background", seed=20, count=3)
+    assert batch.seeds == (20, 21, 22) and len(set(batch.images)) == 3
+    for path, seed in zip(batch.images, batch.seeds, strict=True):
+        single = pixels(run(nano, prompt="a house on a gray background", seed=seed)[1].images[0])
+        assert abs(pixels(path) - single).max() <= 1
+        assert metadata.read(path)["seed"] == seed
+
+
+def test_what_was_altered_is_said(nano: Studio) -> None:
+    events, result = run(nano, prompt="a cat " + "very " * 80, width=100, height=128)
+    notices = " ".join(event.text for event in of(Notice, events))
+    assert result.request.width == 96 and "from 100 to 96" in notices
+    assert "too long" in notices and "48 tokens" in notices
+
+
+def test_mistakes_are_refused_before_any_work(nano: Studio, tmp_path: Path) -> None:
+    rubbish = tmp_path / "rubbish.png"
+    rubbish.write_bytes(b"not a picture")
+    for fields in (
+        {"checkpoint": "sdxl"},
+        {"steps": 20},
+        {"guidance": 3.0},
+        {"negative_prompt": "blurry"},
+        {"width": 5000},
+        {"references": (rubbish,)},
+    ):
+        with pytest.raises(RequestError):
+            next(nano.generate(Request(prompt="a cat", **fields)))  # type: ignore[arg-type]
+
+
+def test_stopping_between_steps_keeps_what_was_finished(nano: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studio_module, "batch_size", lambda *_: 1)
+    seen: list[Event] = []
+
+    def cancelled() -> bool:
+        return any(isinstance(event, Preview) and event.first == 1 and event.step == 2 for event in seen)
+
+    for event in nano.generate(Request(prompt="a cat", seed=4, count=3), cancelled):
+        seen.append(event)
+    assert isinstance(seen[-1], Stopped) and seen[-1].seeds == (4,) and seen[-1].images[0].is_file()
+    assert [(event.first, event.step) for event in seen if isinstance(event, Preview)][-1] == (1, 2)
+
+
+def test_a_run_that_is_cancelled_while_loading_stops(tmp_path: Path) -> None:
+    events = list(Studio(Settings(home=tmp_path, device="cpu")).generate(Request(prompt="a cat"), lambda: True))
+    assert events == [Stopped()]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(nano: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = studio_module.denoise
+    monkeypatch.setattr(studio_module, "denoise", _failing_above(1, real))
+    events, result = run(nano, prompt="a cat", seed=1, count=2)
+    assert result.seeds == (1, 2) and "1 at a time" in " ".join(event.text for event in of(Notice, events))
+    monkeypatch.setattr(studio_module, "denoise", _failing_above(0, real))
+    with pytest.raises(OutOfMemory, match="smaller"):
+        list(nano.generate(Request(prompt="a cat")))
+    monkeypatch.undo()
+    run(nano, prompt="a cat")  # and the studio works on
+
+
+def _failing_above(most: int, real: Callable[..., object]) -> Callable[..., object]:
+    def denoise(model: object, noise: torch.Tensor, *args: object, **kwargs: object) -> object:
+        if noise.shape[0] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, noise, *args, **kwargs)
+
+    return denoise
+
+
+@pytest.mark.parametrize("name", TOY_NAMES)
+def test_every_kind_of_checkpoint_runs(toys: Toys, tmp_path: Path, name: str) -> None:
+    studio = Studio(toys.settings(tmp_path, [name]))
+    checkpoint = studio.settings.checkpoint(name)
+    fields: dict[str, object] = {} if checkpoint.steps_fixed else {"steps": 2}
+    if checkpoint.takes_negative_prompt:
+        fields["negative_prompt"] = "blue"
+    source = tmp_path / "source.png"
+    Image.linear_gradient("L").convert("RGB").resize((80, 64)).save(source)
+    events, drawn = run(studio, prompt="a red house", width=96, height=64, seed=1, **fields)
+    assert pixels(drawn.images[0]).shape == (64, 96, 3)
+    assert len(of(Preview, events)) == drawn.request.steps
+    _, edited = run(studio, prompt="a red house", references=(source,), seed=1, **fields)
+    assert pixels(edited.images[0]).shape == (64, 80, 3)
+    _, other = run(studio, prompt="a red house", references=(source, source), width=80, height=64, seed=1, **fields)
+    assert not np.array_equal(pixels(edited.images[0]), pixels(other.images[0])), "the second reference counts"
+
+
+def test_a_swap_moves_only_what_differs(toys: Toys, tmp_path: Path) -> None:
+    studio = Studio(toys.settings(tmp_path, ["klein-4b", "klein-base-4b"]))
+
+    def loaded(name: str, **fields: object) -> str:
+        events, _ = run(studio, prompt="a house", checkpoint=name, width=64, height=64, **fields)
+        return " ".join(event.text for event in of(Status, events) if event.text.startswith("Loading"))
+
+    first = loaded("klein-4b")
+    assert all(part in first for part in ("text encoder", "transformer", "autoencoder"))
+    assert not loaded("klein-4b")
+    second = loaded("klein-base-4b", steps=1)
+    assert "transformer" in second and "text encoder" not in second and "autoencoder" not in second
+
+
+def test_a_preview_that_cannot_be_had_is_told_and_the_picture_made_all_the_same(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    missing = {**settings.overrides, "TAEF2_MODEL_PATH": tmp_path / "nowhere.safetensors"}
+    pictures = []
+    for number, overrides in enumerate((settings.overrides, missing)):
+        studio = Studio(Settings(home=tmp_path / str(number), overrides=overrides, device="cpu", dtype="float32"))
+        events, result = run(studio, prompt="a house", checkpoint="klein-4b", width=64, height=64, seed=1)
+        told = [event.text for event in of(Notice, events) if "rough colours" in event.text]
+        assert bool(told) == (overrides is missing)
+        pictures.append(pixels(result.images[0]))
+    assert np.array_equal(*pictures)
+
+
+def test_previews_can_be_switched_off(toys: Toys, tmp_path: Path) -> None:
+    studio = Studio(toys.settings(tmp_path, ["klein-4b"], preview="off"))
+    events, _ = run(studio, prompt="a house", width=64, height=64)
+    assert [event.images for event in of(Preview, events)] == [()] * 4
+
+
+def test_an_abandoned_run_leaves_the_studio_usable(nano: Studio) -> None:
+    events = nano.generate(Request(prompt="a cat"))
+    while not isinstance(next(events), Preview):
+        pass
+    events.close()  # type: ignore[attr-defined]
+    run(nano, prompt="a cat")
+
+
+def test_the_files_of_another_checkpoint_are_refused_in_words(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    wrong = {
+        "KLEIN_4B_MODEL_PATH": (toys.nine.file, "KLEIN_4B_MODEL_PATH"),  # a 9B file offered as 4B
+        "QWEN3_4B_MODEL_PATH": (toys.wide_qwen.folder, "QWEN3_4B_MODEL_PATH"),
+        "AE_MODEL_PATH": (toys.klein.file, "not a FLUX.2 autoencoder"),
+    }
+    for variable, (path, hint) in wrong.items():
+        overrides = {**settings.overrides, variable: path}
+        studio = Studio(Settings(home=tmp_path, overrides=overrides, device="cpu"))
+        with pytest.raises(StudioError, match=hint) as refused:
+            list(studio.generate(Request(prompt="a house", checkpoint="klein-4b")))
+        assert path.name in str(refused.value)
+    dev = {**settings.overrides, "KLEIN_4B_MODEL_PATH": toys.dev.file}
+    with pytest.raises(StudioError):
+        list(Studio(Settings(home=tmp_path, overrides=dev)).generate(Request(prompt="a", checkpoint="klein-4b")))
