@@ -50,7 +50,8 @@ def sigmas(tokens: int, steps: int) -> Tensor:
     """The scheduler's steps + 1 noise levels, set up as the pipelines set it up."""
     plan = scheduler()
     plan.set_timesteps(
-        sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
+        sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(),
+        mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps),
     )
     return plan.sigmas
 
@@ -194,5 +195,3 @@ def largest_difference(images: Sequence[Image.Image], references: Sequence[Image
 def _levels(image: Image.Image) -> Tensor:
     assert image.mode == "RGB"
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
-
-

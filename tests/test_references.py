@@ -19,7 +19,9 @@ from flux2_studio.errors import ReferenceImageError
 from flux2_studio.references import FORMATS, Loaded, fit, fit_note, fit_size, load_reference
 
 # What Pillow murmurs about damaged files, before we say it in words.
-pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated", "ignore:Image size")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF", "ignore:Truncated", "ignore:Metadata", "ignore:Image size"
+)
 
 CAP = 1024 * 1024
 

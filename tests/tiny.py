@@ -120,8 +120,12 @@ def flow_model(size: FlowSize, seed: int) -> Flux2Transformer2DModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("norm_q.weight", "norm_added_q.weight")):
-                parameter.mul_(2.5)  # attention that chooses: an even average over all tokens would hide wrong positions
-            elif name.endswith(("embedder.weight", "to_q.weight", "to_k.weight", "add_q_proj.weight", "add_k_proj.weight")):
+                parameter.mul_(
+                    2.5
+                )  # attention that chooses: an even average over all tokens would hide wrong positions
+            elif name.endswith(
+                ("embedder.weight", "to_q.weight", "to_k.weight", "add_q_proj.weight", "add_k_proj.weight")
+            ):
                 parameter.mul_(0.03)  # small enough, before a norm, for the norm's epsilon to matter
             elif name.endswith("to_qkv_mlp_proj.weight"):
                 parameter[: 2 * model.inner_dim].mul_(0.03)
@@ -161,7 +165,7 @@ SINGLE_NAMES = {
 
 
 def bfl_flow(model: Flux2Transformer2DModel) -> State:
-    """The model's weights under Black Forest Labs' names: q, k, v in one matrix, the last (shift, scale) in that order."""
+    """The weights under Black Forest Labs' names: q, k, v in one matrix, the last modulation as (shift, scale)."""
     state = model.state_dict()
     out: State = {}
     for theirs, ours in FLOW_NAMES.items():
@@ -243,7 +247,7 @@ def _bfl_autoencoder_name(name: str, levels: int) -> str:
             path = ["mid", "attn_1", projection.removeprefix("to_"), leaf]
         case "conv_norm_out", [leaf]:
             path = ["norm_out", leaf]
-        case ("conv_in" | "conv_out"), [leaf]:
+        case (("conv_in" | "conv_out"), [leaf]):
             path = [part, leaf]
         case _:
             raise AssertionError(f"no published name for {name}")
@@ -298,7 +302,7 @@ def taef2_decoder(latent_channels: int = 32) -> nn.Sequential:
 
 
 def taef2_encoder(latent_channels: int = 32) -> nn.Sequential:
-    """TAEF2's encoder as its `.pth` numbers it; RGB [B, 3, H, W] in 0..1 to the BN-normalised latent [B, 32, H/8, W/8]."""
+    """TAEF2's encoder as its `.pth` numbers it; RGB [B, 3, H, W] in 0..1 to BN-normalised latent [B, 32, H/8, W/8]."""
     width = 64
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), Block(width, pool=False)]
     for level in range(3):
@@ -342,13 +346,13 @@ MISTRAL_SPECIAL = (
 VOCABULARY = 400
 
 
-def _byte_pairs(special: Iterable[str]) -> Tokenizer:
+def _byte_pairs(special: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:
     """A byte-level BPE tokenizer trained on `WORDS`: it spells out whatever it has not seen, in any script."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -357,10 +361,10 @@ def _byte_pairs(special: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_qwen_tokenizer(folder: Path) -> Path:
+def write_qwen_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> Path:
     """A tokenizer folder as the klein repositories have it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _byte_pairs(QWEN_SPECIAL)
+    tokenizer = _byte_pairs(QWEN_SPECIAL, vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))
     (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
@@ -421,6 +425,7 @@ def qwen_model(hidden: int, seed: int, layers: int = 29) -> Qwen3ForCausalLM:
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=2,
@@ -442,10 +447,16 @@ def mistral_model(hidden: int, seed: int, layers: int = 32) -> Mistral3ForCondit
             num_key_value_heads=2,
             head_dim=8,
             max_position_embeddings=2048,
+            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000_000.0},
             sliding_window=None,
         ),
         vision_config=PixtralVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=64,
+            patch_size=16,
         ),
         image_token_index=MISTRAL_SPECIAL.index("[IMG]"),
     )
@@ -478,6 +489,19 @@ def rename_mistral(folder: Path, *, old_style: bool) -> None:
         content = json.loads(index.read_text())
         content["weight_map"] = {renamed(name): file for name, file in content["weight_map"].items()}
         _write_json(index, content)
+
+
+def spell_config_as_published(folder: Path) -> None:
+    """Rewrite a saved text encoder's config.json in the spelling of the published ones, made by an older transformers:
+    the base of the rotary embedding is a field of its own."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    text = config.get("text_config", config)
+    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
+    text["rope_scaling"] = None
+    text.pop("layer_types", None)
+    config["torch_dtype"] = config.pop("dtype")
+    _write_json(file, config)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -523,7 +547,7 @@ class Text:
 
 
 class Toys:
-    """The toy checkpoints, each written under `root` when it is first asked for. Do not change their files: copy them."""
+    """The toy checkpoints, each written under `root` when first asked for. Do not change their files: copy them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -571,20 +595,22 @@ class Toys:
 
     @cached_property
     def qwen(self) -> Text:
-        return self._qwen("qwen3-4b", hidden=32, seed=31)
+        """Qwen3 with its config as published."""
+        return self._qwen("qwen3-4b", hidden=32, seed=31, published_config=True)
 
     @cached_property
     def wide_qwen(self) -> Text:
-        return self._qwen("qwen3-8b", hidden=48, seed=32, shard="600KB")
+        """A wider Qwen3, sharded, with its config as transformers writes it today."""
+        return self._qwen("qwen3-8b", hidden=48, seed=32, shard="600KB", published_config=False)
 
     @cached_property
     def mistral(self) -> Text:
-        """Mistral in the hub's key layout, sharded."""
+        """Mistral with the hub's keys and config, sharded."""
         return self._mistral("mistral", old_style=True, shard="400KB")
 
     @cached_property
     def new_mistral(self) -> Text:
-        """The same Mistral in today's key layout, in one file."""
+        """The same Mistral with today's keys and config, in one file."""
         return self._mistral("mistral-new", old_style=False, shard="1GB")
 
     def settings(self, home: Path, names: Iterable[str], **changes: Any) -> Settings:
@@ -593,7 +619,10 @@ class Toys:
         changes: further fields of `Settings`.
         """
         files = {
-            "klein-4b": {"KLEIN_4B_MODEL_PATH": lambda: self.klein.file, "QWEN3_4B_MODEL_PATH": lambda: self.qwen.folder},
+            "klein-4b": {
+                "KLEIN_4B_MODEL_PATH": lambda: self.klein.file,
+                "QWEN3_4B_MODEL_PATH": lambda: self.qwen.folder,
+            },
             "klein-base-4b": {
                 "KLEIN_4B_BASE_MODEL_PATH": lambda: self.klein_base.file,
                 "QWEN3_4B_MODEL_PATH": lambda: self.qwen.folder,
@@ -626,10 +655,12 @@ class Toys:
         file = save_state(bfl_autoencoder(model), self.root / name / "ae.safetensors")
         return Autoencoder(model=model, file=file, folder=folder)
 
-    def _qwen(self, name: str, hidden: int, seed: int, shard: str = "1GB") -> Text:
+    def _qwen(self, name: str, hidden: int, seed: int, *, shard: str = "1GB", published_config: bool) -> Text:
         model = qwen_model(hidden, seed)
         folder = write_qwen_tokenizer(self.root / name)
         model.save_pretrained(folder, max_shard_size=shard)
+        if published_config:
+            spell_config_as_published(folder)
         return Text(model=model, folder=folder)
 
     def _mistral(self, name: str, *, old_style: bool, shard: str) -> Text:
@@ -637,6 +668,8 @@ class Toys:
         folder = write_mistral_processor(self.root / name)
         model.save_pretrained(folder, max_shard_size=shard)
         rename_mistral(folder, old_style=old_style)
+        if old_style:
+            spell_config_as_published(folder)
         return Text(model=model, folder=folder)
 
 

@@ -102,19 +102,34 @@ def load_text_encoder(
         "mistral": (MistralConfig, MistralModel),
     }
     config_class, model_class = families[fields["model_type"]]
-    config = config_class.from_dict(fields)
-    config._attn_implementation = "sdpa"
 
     def build() -> Any:
         tower = model_class(config)
         tower.norm = nn.Identity()
         return tower
 
+    try:
+        config = config_class.from_dict(fields)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            build()
+    except Exception as error:
+        # Whatever transformers raises for fields that make no model: its validators' own errors, KeyError, ...
+        raise WeightsError(
+            f"The config.json in {weights.name} does not describe a text encoder that can be built. Download it again."
+        ) from error
+    words = load_tokenizer(tokenizer)
+    if len(words) > config.vocab_size:
+        raise WeightsError(
+            f"The tokenizer in {tokenizer.name} knows {len(words)} tokens, but the text encoder in {weights.name} only "
+            f"{config.vocab_size}: one of them is another checkpoint's. Use the tokenizer that belongs to the encoder."
+        )
+
     files = TensorFiles(weights, "text_encoder")
     tower = fill(build, files, _tower_plan(files, recipe.layers), device=device, dtype=dtype)
     # Its tables are buffers that no file holds: make them anew where they are used.
     tower.rotary_emb = type(tower.rotary_emb)(config=config).to(device)
-    return TextEncoder(tower, load_tokenizer(tokenizer), recipe)
+    return TextEncoder(tower, words, recipe)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -159,7 +174,7 @@ def _config(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
             f"{recipe.layers}. It belongs to another checkpoint."
         )
     fields["num_hidden_layers"] = recipe.layers
-    if fields.get("layer_types"):
+    if isinstance(fields.get("layer_types"), list):
         fields["layer_types"] = fields["layer_types"][: recipe.layers]
     return fields
 

@@ -398,8 +398,9 @@ def _shapes(plan: Plan) -> dict[str, Shape]:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the highest number that `pattern` finds at the start of a name; 0 if it finds none."""
-    return max((int(match[1]) + 1 for name in names if (match := re.match(pattern, name))), default=0)
+    """How many different numbers `pattern` finds at the start of names: a gap shows as a missing tensor, not as a
+    model as large as the highest number that a file cares to name."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 def _list(names: Sequence[str], shown: int = 3) -> str:

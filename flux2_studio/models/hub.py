@@ -142,8 +142,8 @@ class Hub:
         self._fetch(part, repo, folder, _patterns(folder, files), _Teller(f"{_short(repo)} tokenizer", progress))
 
     def _fetch(self, part: Part, repo: str, path: str, patterns: list[str], teller: _Teller) -> None:
+        teller.begin()
         try:
-            teller.begin()
             # For a single file too: without a connection this fails at once, hf_hub_download after half a minute.
             snapshot_download(
                 repo,

@@ -117,12 +117,21 @@ def numbered(paths: Sequence[Path]) -> list[tuple[str, str]]:
 def examples(entries: Sequence[Example]) -> gr.Dataset:
     return gr.Dataset(
         components=["textbox"],
-        samples=[[entry.prompt] for entry in entries],
+        samples=_samples(entries),
         type="index",
         label="Try",
         visible=bool(entries),
         elem_classes="examples",
     )
+
+
+def other_examples(entries: Sequence[Example]) -> gr.Dataset:
+    """The update of `examples`; a Dataset cannot be given its components again."""
+    return gr.Dataset(samples=_samples(entries), visible=bool(entries))
+
+
+def _samples(entries: Sequence[Example]) -> list[list[str]]:
+    return [[entry.prompt] for entry in entries]
 
 
 def aspect(*, with_references: bool) -> gr.Radio:
@@ -157,8 +166,7 @@ def count() -> gr.Slider:
 
 
 def seed() -> gr.Number:
-    # A function, for Gradio shows a plain None as 0 until it is set once more.
-    return gr.Number(lambda: None, label="Seed", precision=0, placeholder="random", min_width=120, elem_classes="seed")
+    return gr.Number(None, label="Seed", precision=0, placeholder="random", min_width=120, elem_classes="seed")
 
 
 def lock() -> gr.Checkbox:

@@ -202,7 +202,7 @@ class RunView:
             stage.gallery: gr.Gallery(
                 [(str(path), caption) for path, caption in zip(images, captions, strict=True)],
                 visible=True,
-                columns=1 if one else 2 if len(images) <= 4 else 3,
+                columns=show.columns(len(images)),
                 selected_index=0 if one else None,
             ),
             stage.actions: gr.Row(visible=True),
@@ -264,7 +264,7 @@ def _wire_checkpoint(
                 form.fields["steps"]: fields.steps(checkpoint),
                 form.fields["guidance"]: fields.guidance(checkpoint),
                 form.fields["negative_prompt"]: fields.negative_prompt(checkpoint),
-                form.examples: fields.examples(examples.of(form.name, checkpoint)),
+                form.examples: fields.other_examples(examples.of(form.name, checkpoint)),
             }
             if aspect in fields.ASPECTS:
                 update |= dict(zip(_sides(form), fields.size_of(aspect, checkpoint), strict=True))
@@ -294,6 +294,8 @@ def _wire_examples(studio: Studio, examples: Examples, chosen: gr.Dropdown, form
 
 def _wire_seed(form: Form) -> None:
     seed = form.fields["seed"]
+    # When the page is opened, for Gradio shows a Number that was made with None as 0 until it is set once more.
+    listen(None, lambda: None, None, seed, queue=False)
     # A seed that somebody rolled or typed is one they want to see used: both lock it.
     listen(form.roll.click, lambda: (randbelow(MAX_SEED - MAX_COUNT), True), None, [seed, form.lock], queue=False)
     listen(seed.input, lambda value: value is not None, seed, form.lock, queue=False)

@@ -22,7 +22,7 @@ SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be 
 
 
 def error(text: str) -> str:
-    return f'<div class="error" role="alert">{escape(text)}</div>'
+    return f'<div class="problem" role="alert">{escape(text)}</div>'
 
 
 def notes(texts: Sequence[str]) -> str:
@@ -92,18 +92,23 @@ def picture(images: Mapping[int, Image.Image], count: int) -> str:
     return f'<img alt="Preview of the picture as it forms" src="data:image/webp;base64,{data}">'
 
 
+def columns(count: int) -> int:
+    """How many of `count` pictures stand side by side, in the previews as in the result."""
+    return math.ceil(math.sqrt(count))
+
+
 def contact_sheet(images: Mapping[int, Image.Image], count: int) -> Image.Image:
     """`images` in a square-ish grid with room for `count`, each scaled down so that the sheet fits SHEET."""
     first = next(iter(images.values()))
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
+    across = columns(count)
+    down = math.ceil(count / across)
     gap = 0 if count == 1 else max(2, first.width // 64)
-    scale = min(1.0, SHEET / (columns * first.width), SHEET / (rows * first.height))
+    scale = min(1.0, SHEET / (across * first.width), SHEET / (down * first.height))
     tile = (max(1, round(first.width * scale)), max(1, round(first.height * scale)))
-    size = (columns * tile[0] + (columns - 1) * gap, rows * tile[1] + (rows - 1) * gap)
+    size = (across * tile[0] + (across - 1) * gap, down * tile[1] + (down - 1) * gap)
     sheet = Image.new("RGBA", size)
     for index, image in images.items():
-        row, column = divmod(index, columns)
+        row, column = divmod(index, across)
         drawn = image if image.size == tile else image.resize(tile, Image.Resampling.BILINEAR)
         sheet.paste(drawn, (column * (tile[0] + gap), row * (tile[1] + gap)))
     return sheet

@@ -21,8 +21,11 @@ from flux2_studio.engine.sampling import denoise
 from flux2_studio.engine.text import TextEncoder, load_text_encoder
 from flux2_studio.engine.transformer import Transformer
 from flux2_studio.engine.weights import load_autoencoder, load_transformer
+from flux2_studio.events import Result
 from flux2_studio.pictures import images_from_pixels, pixels_from_image
 from flux2_studio.references import fit
+from flux2_studio.request import Request
+from flux2_studio.studio import Studio
 from tests import oracle, tiny
 from tests.oracle import Outcome
 from tests.tiny import Toys
@@ -47,7 +50,7 @@ UNEVEN = (picture(91, 77, seed=3),)  # not multiples of 16: cropped by either si
 
 
 @dataclass
-class Studio:
+class Parts:
     """The engine's parts of one checkpoint, loaded from toy files and used as a caller would use them."""
 
     checkpoint: Checkpoint
@@ -97,23 +100,23 @@ class Studio:
 
 
 @pytest.fixture(scope="module")
-def klein(toys: Toys) -> Studio:
-    return Studio(KLEIN_4B, toys.klein.file, toys.autoencoder.file, toys.qwen.folder)
+def klein(toys: Toys) -> Parts:
+    return Parts(KLEIN_4B, toys.klein.file, toys.autoencoder.file, toys.qwen.folder)
 
 
 @pytest.fixture(scope="module")
-def base(toys: Toys) -> Studio:
-    return Studio(KLEIN_BASE_4B, toys.klein_base.sharded, toys.autoencoder.folder, toys.qwen.folder)
+def base(toys: Toys) -> Parts:
+    return Parts(KLEIN_BASE_4B, toys.klein_base.sharded, toys.autoencoder.folder, toys.qwen.folder)
 
 
 @pytest.fixture(scope="module")
-def kv(toys: Toys) -> Studio:
-    return Studio(KLEIN_9B_KV, toys.nine.folder, toys.small_decoder.file, toys.wide_qwen.folder)
+def kv(toys: Toys) -> Parts:
+    return Parts(KLEIN_9B_KV, toys.nine.folder, toys.small_decoder.file, toys.wide_qwen.folder)
 
 
 @pytest.fixture(scope="module")
-def dev(toys: Toys) -> Studio:
-    return Studio(DEV, toys.dev.file, toys.autoencoder.file, toys.mistral.folder)
+def dev(toys: Toys) -> Parts:
+    return Parts(DEV, toys.dev.file, toys.autoencoder.file, toys.mistral.folder)
 
 
 def start(seed: int = 1) -> Tensor:
@@ -131,14 +134,14 @@ def reference_run(pipeline: DiffusionPipeline, references: Sequence[Image.Image]
 
 
 @pytest.mark.parametrize("references", [(), ONE, TWO, UNEVEN], ids=["text", "one", "two", "uneven"])
-def test_klein(klein: Studio, toys: Toys, references: Sequence[Image.Image]) -> None:
+def test_klein(klein: Parts, toys: Toys, references: Sequence[Image.Image]) -> None:
     pipeline = oracle.klein(toys.klein, toys.autoencoder, toys.qwen)
     compare(klein.run(start(), references=references), reference_run(pipeline, references, guidance_scale=1.0))
 
 
 @pytest.mark.parametrize("references", [(), TWO], ids=["text", "two"])
 @pytest.mark.parametrize("negative", ["", "dark, green mountain"], ids=["empty", "negative prompt"])
-def test_base_with_cfg(base: Studio, toys: Toys, negative: str, references: Sequence[Image.Image]) -> None:
+def test_base_with_cfg(base: Parts, toys: Toys, negative: str, references: Sequence[Image.Image]) -> None:
     pipeline = oracle.klein(toys.klein_base, toys.autoencoder, toys.qwen, distilled=False)
     embeddings = oracle.prompt_embeddings(pipeline, [negative])
     expected = reference_run(
@@ -148,20 +151,68 @@ def test_base_with_cfg(base: Studio, toys: Toys, negative: str, references: Sequ
 
 
 @pytest.mark.parametrize("references", [(), ONE, TWO], ids=["text", "one", "two"])
-def test_dev(dev: Studio, toys: Toys, references: Sequence[Image.Image]) -> None:
+def test_dev(dev: Parts, toys: Toys, references: Sequence[Image.Image]) -> None:
     pipeline = oracle.dev(toys.dev, toys.autoencoder, toys.mistral)
     expected = reference_run(pipeline, references, guidance_scale=3.5, num_inference_steps=5)
     compare(dev.run(start(), references=references, guidance=3.5, steps=5), expected)
 
 
 @pytest.mark.parametrize("references", [(), ONE, TWO], ids=["text", "one", "two"])
-def test_klein_kv(kv: Studio, toys: Toys, references: Sequence[Image.Image]) -> None:
+def test_klein_kv(kv: Parts, toys: Toys, references: Sequence[Image.Image]) -> None:
     pipeline = oracle.klein_kv(toys.nine, toys.small_decoder, toys.wide_qwen)
     compare(kv.run(start(), references=references), reference_run(pipeline, references))
 
 
+@pytest.mark.parametrize("name", ["klein-4b", "klein-base-4b", "klein-9b-kv", "dev"])
+def test_the_studio_saves_what_diffusers_draws(toys: Toys, tmp_path: Path, name: str) -> None:
+    """The whole way: a request with two files as references and a count of two, to the files that were saved."""
+    paths = []
+    for number, image in enumerate(TWO):
+        paths.append(tmp_path / f"{number}.png")
+        image.save(paths[-1])
+    settings = toys.settings(tmp_path / "home", [name])
+    checkpoint = settings.checkpoint(name)
+    request = Request(
+        prompt=PROMPT,
+        negative_prompt="dark" if checkpoint.takes_negative_prompt else None,
+        references=tuple(paths),
+        width=WIDTH,
+        height=HEIGHT,
+        steps=None if checkpoint.steps_fixed else 5,
+        seed=21,
+        count=2,
+    )
+    *_, result = Studio(settings).generate(request)
+    assert isinstance(result, Result)
+    pipeline, arguments = {
+        "klein-4b": lambda: (oracle.klein(toys.klein, toys.autoencoder, toys.qwen), {"guidance_scale": 1.0}),
+        "klein-base-4b": lambda: (
+            oracle.klein(toys.klein_base, toys.autoencoder, toys.qwen, distilled=False),
+            {"guidance_scale": 4.0},
+        ),
+        "klein-9b-kv": lambda: (oracle.klein_kv(toys.nine, toys.autoencoder, toys.wide_qwen), {}),
+        "dev": lambda: (oracle.dev(toys.dev, toys.autoencoder, toys.mistral), {"guidance_scale": 4.0}),
+    }[name]()
+    if checkpoint.takes_negative_prompt:
+        arguments["negative_prompt_embeds"] = oracle.prompt_embeddings(pipeline, ["dark"])
+    for path, seed in zip(result.images, (21, 22), strict=True):
+        published = torch.randn(
+            (1, 128, HEIGHT // 16, WIDTH // 16), generator=torch.Generator().manual_seed(seed), dtype=torch.bfloat16
+        )
+        expected = oracle.run(
+            pipeline,
+            published.float(),
+            prompt=PROMPT,
+            image=list(TWO),
+            num_inference_steps=result.request.steps,
+            **arguments,
+        )
+        with Image.open(path) as saved:
+            assert oracle.largest_difference([saved], expected.images) <= 1
+
+
 @pytest.mark.parametrize("references", [(), TWO], ids=["text", "two"])
-def test_a_batch_draws_each_picture_as_if_alone(klein: Studio, references: Sequence[Image.Image]) -> None:
+def test_a_batch_draws_each_picture_as_if_alone(klein: Parts, references: Sequence[Image.Image]) -> None:
     seeds = [11, 12, 13]
     batch = klein.run(noise(seeds, WIDTH, HEIGHT), references=references)
     for i, seed in enumerate(seeds):
@@ -169,7 +220,7 @@ def test_a_batch_draws_each_picture_as_if_alone(klein: Studio, references: Seque
         assert oracle.largest_difference([batch.images[i]], alone.images) <= 1
 
 
-def test_the_pictures_differ_where_they_should(klein: Studio) -> None:
+def test_the_pictures_differ_where_they_should(klein: Parts) -> None:
     """Comparisons within one level prove something only if other inputs give other pictures."""
     same = klein.run(start()).images
     assert oracle.largest_difference(klein.run(start(2)).images, same) > 30
@@ -182,7 +233,7 @@ def test_the_pictures_differ_where_they_should(klein: Studio) -> None:
 
 @pytest.mark.parametrize("name", ["klein", "dev"])
 def test_bfloat16_errs_no_more_than_twice_as_much_as_diffusers(toys: Toys, request: Any, name: str) -> None:
-    exact_studio: Studio = request.getfixturevalue(name)
+    exact_parts: Parts = request.getfixturevalue(name)
     flow: tiny.Flow = getattr(toys, name)
     text = toys.qwen if name == "klein" else toys.mistral
     half_flow = tiny.Flow(
@@ -199,8 +250,8 @@ def test_bfloat16_errs_no_more_than_twice_as_much_as_diffusers(toys: Toys, reque
     half_text = tiny.Text(model=type(text.model).from_pretrained(text.folder, dtype=torch.bfloat16), folder=text.folder)
     build = oracle.klein if name == "klein" else oracle.dev
     guidance = 1.0 if name == "klein" else 3.5
-    exact = exact_studio.run(start(), references=ONE, guidance=guidance).latents
+    exact = exact_parts.run(start(), references=ONE, guidance=guidance).latents
     theirs = reference_run(build(half_flow, half_vae, half_text), ONE, guidance_scale=guidance).latents.float()
-    half = Studio(exact_studio.checkpoint, flow.file, toys.autoencoder.file, text.folder, dtype=torch.bfloat16)
+    half = Parts(exact_parts.checkpoint, flow.file, toys.autoencoder.file, text.folder, dtype=torch.bfloat16)
     ours = half.run(start(), references=ONE, guidance=guidance).latents
     assert 0 < oracle.relative_error(ours, exact) <= 2 * oracle.relative_error(theirs, exact)

@@ -72,7 +72,10 @@ def test_the_tiny_preview_unpacks_and_scales(toys: Toys) -> None:
     decoder = tiny.taef2_decoder()
     hub = load_file(toys.taef2)
     decoder.load_state_dict(
-        {key: hub[f"decoder.layers.{int(key.split('.')[0]) - 1}.{key.split('.', 1)[1]}"] for key in decoder.state_dict()}
+        {
+            key: hub[f"decoder.layers.{int(key.split('.')[0]) - 1}.{key.split('.', 1)[1]}"]
+            for key in decoder.state_dict()
+        }
     )
     pixels = TinyPreview(load_tiny_decoder(toys.taef2, device=CPU, dtype=torch.float32))(clean())
     assert pixels.shape == (2, 3, 48, 64)
@@ -106,7 +109,9 @@ def test_the_published_weights_decode_what_their_encoder_wrote(tmp_path: Path) -
     states = {
         half: {
             key: tensor.float()
-            for key, tensor in torch.load(PUBLISHED / f"taef2_{half}.pth", weights_only=True, map_location="cpu").items()
+            for key, tensor in torch.load(
+                PUBLISHED / f"taef2_{half}.pth", weights_only=True, map_location="cpu"
+            ).items()
         }
         for half in ("decoder", "encoder")
     }

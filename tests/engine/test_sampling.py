@@ -164,9 +164,7 @@ def test_cached_references_equal_computing_them_at_every_step(nine: Transformer)
     for step, (t, t_next) in zip(cached, itertools.pairwise(schedule(x.shape[1], 4)), strict=True):
         cache = ReferenceCache(tokens=sum(part.shape[1] for part in tokens))
         with torch.inference_mode():
-            velocity = nine(
-                torch.cat((x, *tokens), 1), ctx, torch.tensor([t]), rope, outputs=x.shape[1], cache=cache
-            )
+            velocity = nine(torch.cat((x, *tokens), 1), ctx, torch.tensor([t]), rope, outputs=x.shape[1], cache=cache)
         x = x + (t_next - t) * velocity
         assert oracle.relative_error(step.latents, from_tokens(x, *start.shape[-2:])) <= 1e-5
 

@@ -108,7 +108,11 @@ def test_a_pickle_is_never_opened_as_one(tmp_path: Path, load: Callable[[Path], 
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_other_formats(tmp_path: Path, load: Callable[[Path], Any]) -> None:
-    for content in (b"GGUF\x03\x00\x00\x00", b"<html>Not found</html>", b"version https://git-lfs.github.com/spec/v1\n"):
+    for content in (
+        b"GGUF\x03\x00\x00\x00",
+        b"<html>Not found</html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ):
         path = tmp_path / "weights.safetensors"
         path.write_bytes(content)
         refusal(load, path)
@@ -135,6 +139,13 @@ def test_an_extra_tensor(toys: Toys, tmp_path: Path, load: Callable[[Path], Any]
     state = load_file(file_of(toys, load))
     state["control_adapter.weight"] = torch.zeros(3)
     assert "control_adapter.weight" in refusal(load, tiny.save_state(state, tmp_path / "extra.safetensors"))
+
+
+def test_a_block_number_far_out_is_not_believed(toys: Toys, tmp_path: Path) -> None:
+    """Otherwise a few bytes in a header would make us build billions of blocks."""
+    state = load_file(toys.klein.file)
+    state["double_blocks.4000000000.img_attn.proj.weight"] = torch.zeros(128, 128)
+    assert "4000000000" in refusal(load_flow, tiny.save_state(state, tmp_path / "far.safetensors"))
 
 
 WRONG_SHAPES = [
@@ -203,7 +214,9 @@ def test_a_truncated_shard(toys: Toys, tmp_path: Path, part: str) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": "../../x.safetensors"}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": "../../x.safetensors"}}']
+)
 def test_a_damaged_or_hostile_index(toys: Toys, tmp_path: Path, content: str) -> None:
     folder = copied(toys.klein.sharded, tmp_path)
     next(folder.glob("*.index.json")).write_text(content)
@@ -251,7 +264,34 @@ def test_a_text_encoder_of_another_family(toys: Toys, tmp_path: Path) -> None:
     assert "t5" in refusal(load_qwen, folder)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", '"qwen3"', '{"model_type": "qwen3", "num_hidden_layers": "many"}'])
+BROKEN_FIELDS: tuple[dict[str, Any], ...] = (
+    {"num_attention_heads": 0},
+    {"num_attention_heads": "many"},
+    {"vocab_size": "many"},
+    {"hidden_size": -32},
+    {"hidden_act": "nothing"},
+    {"layer_types": 3},
+)
+
+
+@pytest.mark.parametrize("broken", BROKEN_FIELDS, ids=str)
+def test_a_config_that_makes_no_model(toys: Toys, tmp_path: Path, broken: dict[str, Any]) -> None:
+    folder = copied(toys.qwen.folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **broken}))
+    assert "config.json" in refusal(load_qwen, folder)
+
+
+def test_the_tokenizer_of_another_model(toys: Toys, tmp_path: Path) -> None:
+    """It may know more tokens than the encoder has embeddings; found at loading, not at the first unlucky word."""
+    folder = tiny.write_qwen_tokenizer(tmp_path / "foreign", vocabulary=tiny.VOCABULARY + 8)
+    with pytest.raises(WeightsError, match=r"foreign knows 408 tokens.* only 400"):
+        load_text_encoder(toys.qwen.folder, folder, KLEIN_4B.recipe, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '"qwen3"', '{"model_type": "qwen3", "num_hidden_layers": "many"}']
+)
 def test_a_missing_or_damaged_config(toys: Toys, tmp_path: Path, content: str | None) -> None:
     folder = copied(toys.qwen.folder, tmp_path)
     if content is None:

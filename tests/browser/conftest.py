@@ -1,0 +1,120 @@
+"""The real app in a process of its own, drawing with the toy checkpoint on board, and a real browser to look at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from tests.tiny import Toys
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STARTED_IN = 120  # seconds; a busy machine may take long, a broken app ends at once
+PATIENCE = 90_000  # milliseconds that expect() waits
+
+expect.set_options(timeout=PATIENCE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class App:
+    url: str
+    home: Path
+    log: Path
+
+    def pictures(self) -> list[Path]:
+        """The saved pictures, oldest first."""
+        return sorted((self.home / "outputs").rglob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory, toys: Toys) -> Iterator[App]:
+    home = tmp_path_factory.mktemp("home")
+    log = tmp_path_factory.mktemp("log") / "app.log"
+    overrides = toys.settings(home, ("klein-4b", "klein-base-4b")).overrides
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("FLUX2_", "GRADIO_"))},
+        **{name: str(path) for name, path in overrides.items()},
+        "FLUX2_HOME": str(home),
+        "FLUX2_DEVICE": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
+    port = free_port()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port)], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        deadline = time.monotonic() + STARTED_IN
+        while not answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"app.py does not answer:\n{log.read_text()}")
+            time.sleep(0.2)
+        yield App(url=url, home=home, log=log)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail("The browser tests need Chromium: `make chromium` installs it, or put `chromium` on the PATH.")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    opened = browser.new_context(viewport={"width": 1440, "height": 900})
+    opened.set_default_timeout(PATIENCE)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def open_page(context: BrowserContext, app: App) -> Callable[[], Page]:
+    """Opens the studio in a new tab and waits until it can be used."""
+
+    def opened() -> Page:
+        page = context.new_page()
+        page.goto(app.url)
+        expect(page.get_by_role("tab", name="Generate")).to_be_visible()
+        expect(page.locator("#generate .run")).to_be_enabled()
+        return page
+
+    return opened
+
+
+@pytest.fixture
+def page(open_page: Callable[[], Page]) -> Page:
+    return open_page()
