@@ -64,7 +64,7 @@ $(VENV)/installed-tests: requirements.txt tests/requirements.txt | $(BIN)/python
 chromium:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
 	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	        apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
+	        apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation; \
 	    else \
 	        echo "The browser tests need Chromium: install 'chromium' or 'google-chrome' so that it is on the PATH," \
 	             "or run 'make test' as root on Debian." >&2; exit 1; \

@@ -130,9 +130,9 @@ def run_generate(options: argparse.Namespace) -> int:
     targets = output_files(options.out, request.count)
     # Nobody sees previews here, and they would cost time and, for most checkpoints, a download.
     settings = replace(_settings(options), preview="off")
-    request.resolve(
-        settings.checkpoint(request.checkpoint)
-    )  # what is wrong with the numbers is said before torch loads
+    # What is wrong with the numbers is said before torch loads.
+    request.resolve(settings.checkpoint(request.checkpoint))
+    settings.prepare_process()
     from flux2_studio.studio import Studio
 
     with stop_on_interrupt() as cancelled, Progress(sys.stderr) as progress:

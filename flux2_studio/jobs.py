@@ -158,6 +158,8 @@ class JobQueue:
         try:
             for event in self._studio.generate(job.request, lambda: job.cancelled):
                 job.add(event)
+            if not job.finished:  # its followers would wait for ever
+                raise RuntimeError("the run ended without a final event")
         except StudioError as error:
             job.add(Failed(message=str(error)))
         except Exception:

@@ -74,12 +74,14 @@ class Settings:
         """The folder under which finished pictures are saved."""
         return self.home / "outputs"
 
-    def keep_uploads_at_home(self) -> None:
-        """Have Gradio keep uploads, and copies of what it shows, under `home`: it reads their place from the environment.
+    def prepare_process(self) -> None:
+        """Set what libraries read from the environment, where the user has not; call it before torch is imported.
 
-        Where GRADIO_TEMP_DIR is set already, that stays.
+        Gradio keeps uploads, and copies of what it shows, under `home`. OpenMP's threads sleep while they wait:
+        spinning, they starve each other as soon as another program wants a core.
         """
         os.environ.setdefault("GRADIO_TEMP_DIR", str(self.home / "uploads"))
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def checkpoint(self, name: str | None) -> Checkpoint:
         """The checkpoint called `name`, the default one for None. Raises `RequestError` for an unknown name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import TYPE_CHECKING
 
@@ -65,10 +66,7 @@ def build(studio: Studio, jobs: JobQueue) -> gr.Blocks:
                     chosen = fields.checkpoint(settings.checkpoints, default.name)
                     about = gr.HTML(fields.about(default, studio.on_disk(default)), elem_id="about")
                 with gr.Tabs(elem_id="tabs") as tabbed:
-                    forms = [
-                        layout(chosen, default, examples)
-                        for layout in (tabs.generate, tabs.edit, tabs.multi)
-                    ]
+                    forms = [layout(chosen, default, examples) for layout in (tabs.generate, tabs.edit, tabs.multi)]
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
                 stage = tabs.stage()
         handlers.wire(studio, jobs, examples, chosen=chosen, about=about, tabs=tabbed, forms=forms, stage=stage)
@@ -80,17 +78,21 @@ def serve(settings: Settings, host: str | None = None, port: int | None = None, 
 
     Raises `StudioError` where the page cannot be started.
     """
+    settings.prepare_process()
     from flux2_studio.studio import Studio  # loads torch, which only a started page needs
 
     if settings.on_space:
         host, port = host or SPACE_HOST, port or SPACE_PORT
-    settings.keep_uploads_at_home()
+    host = host or "127.0.0.1"
+    _check_host(host)
+    if port is not None and not 1 <= port <= 65535:
+        raise StudioError(f"There is no port {port}: choose one from 1 to 65535.")
     studio = Studio(settings)
     jobs = JobQueue(studio)
     page = build(studio, jobs)
     try:
         _, url, _ = page.launch(
-            server_name=host or "127.0.0.1",
+            server_name=host,
             server_port=port,
             share=share,
             theme=StudioTheme(),
@@ -109,7 +111,19 @@ def serve(settings: Settings, host: str | None = None, port: int | None = None, 
         )
     except OSError as error:
         where = f"Port {port}" if port else "Every port from 7860 on"
-        raise StudioError(f"{where} at {host or '127.0.0.1'} cannot be used: choose another with --port.") from error
+        raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
     sys.stdout.write(f"flux2-studio is open at {url}\n")
     sys.stdout.flush()
     page.block_thread()
+
+
+def _check_host(host: str) -> None:
+    """Whether this machine has that address at all; Gradio would try every port there."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise StudioError(
+            f"{host} is not an address of this machine: choose 127.0.0.1, 0.0.0.0 or one of its own with --host."
+        ) from error

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from secrets import randbelow
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -100,37 +99,35 @@ async def follow(job: Job, pause: float = POLL) -> AsyncIterator[Event]:
 
 
 def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form], stage: Stage) -> None:
+    def runs(*, can_start: bool) -> Update:
+        return {other.run: gr.Button(interactive=can_start) for other in forms}
+
     async def run(request: gr.Request, locked: bool, **values: Any) -> AsyncIterator[Update]:
+        yield runs(can_start=False)
         try:
             asked = read_form(values, locked=locked)
             job = await asyncio.to_thread(jobs.submit, asked, request.session_hash or "")
         except StudioError as error:
-            yield {stage.message: show.error(str(error))}
-            raise gr.Error(str(error), title="Not started", print_exception=False) from error
-        view = RunView(stage, studio.settings.checkpoint(job.request.checkpoint), changes(asked, job.request))
-        yield {**view.begin(job), form.fields["seed"]: job.request.seed}
-        async for event in follow(job):
-            yield await asyncio.to_thread(view.update, event)
-        if view.failure is not None:
-            raise gr.Error(view.failure, title="The run failed", print_exception=False)
+            failure: str | None = str(error)
+            yield {stage.message: show.problem(str(error))}
+        else:
+            view = RunView(stage, studio.settings.checkpoint(job.request.checkpoint), changes(asked, job.request))
+            yield {**view.begin(job), form.fields["seed"]: job.request.seed}
+            async for event in follow(job):
+                yield await asyncio.to_thread(view.update, event)
+            failure = view.failure
+        yield runs(can_start=True)
+        if failure is not None:
+            raise gr.Error(failure, title="No picture", print_exception=False)
 
-    runs = [other.run for other in forms]
     listen(form.run.click, None, js=GO_TO_STAGE)
-    listen(form.run.click, lambda: [gr.Button(interactive=False)] * len(runs), None, runs, queue=False).then(
+    listen(
+        form.run.click,
         run,
         [form.lock],
-        [*vars(stage).values(), form.fields["seed"]],
+        [*vars(stage).values(), form.fields["seed"], *(other.run for other in forms)],
         inputs_kwargs=form.fields,
         concurrency_limit=None,
-        api_visibility="private",
-        show_progress="hidden",
-    ).then(
-        lambda: [gr.Button(interactive=True)] * len(runs),
-        None,
-        runs,
-        queue=False,
-        api_visibility="private",
-        show_progress="hidden",
     )
 
 
@@ -184,7 +181,7 @@ class RunView:
                 return {**update, **self._pictures(event.images, event.seeds)} if event.images else update
             case Failed():
                 self.failure = event.message
-                return {stage.progress: "", stage.message: show.error(event.message), **self._end()}
+                return {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
 
     def _end(self) -> Update:
         return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}
@@ -223,9 +220,7 @@ def _use_label(index: int, count: int) -> str:
     return "Use in Edit" if count == 1 else f"Use picture {index + 1} in Edit"
 
 
-def _wire_stage(
-    studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: Stage
-) -> None:
+def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: Stage) -> None:
     def stop(job: str, request: gr.Request) -> Any:
         running = jobs.get(job, request.session_hash or "")
         if running is None:
@@ -296,9 +291,11 @@ def _wire_seed(form: Form) -> None:
     seed = form.fields["seed"]
     # When the page is opened, for Gradio shows a Number that was made with None as 0 until it is set once more.
     listen(None, lambda: None, None, seed, queue=False)
-    # A seed that somebody rolled or typed is one they want to see used: both lock it.
-    listen(form.roll.click, lambda: (randbelow(MAX_SEED - MAX_COUNT), True), None, [seed, form.lock], queue=False)
-    listen(seed.input, lambda value: value is not None, seed, form.lock, queue=False)
+    # A seed that somebody rolled or typed is one they want to see used: both lock it. In the browser, so that a run
+    # that is started at once has it.
+    roll = f"() => [Math.floor(Math.random() * {MAX_SEED - MAX_COUNT}), true]"
+    listen(form.roll.click, None, None, [seed, form.lock], js=roll)
+    listen(seed.input, None, seed, form.lock, js="(seed) => seed !== null")
 
 
 def _wire_size(studio: Studio, chosen: gr.Dropdown, form: Form) -> None:
@@ -311,32 +308,42 @@ def _wire_size(studio: Studio, chosen: gr.Dropdown, form: Form) -> None:
             return gr.skip(), gr.skip(), ""
         return *fields.sides(fields.size_of(aspect, studio.settings.checkpoint(name))), ""
 
-    def settle(across: int | None, down: int | None, name: str) -> Sequence[Any]:
-        checkpoint = studio.settings.checkpoint(name)
-        try:
-            if across is None or down is None:
-                raise RequestError("Give the width and the height in pixels, or choose a shape.")
-            size = round_side(across, "width"), round_side(down, "height")
-            # The same check that the run will make, told before the run.
-            Request(prompt="size", width=size[0], height=size[1]).resolve(checkpoint)
-        except RequestError as error:
-            return gr.skip(), gr.skip(), show.error(str(error)), fields.FREE
-        note = ""
-        if size != (across, down):
-            note = f"Rounded from {across} x {down} to {size[0]} x {size[1]}: FLUX.2 draws in multiples of 16."
-        same = [shape for shape in fields.ASPECTS if fields.size_of(shape, checkpoint) == size]
-        return *size, note, same[0] if same else fields.FREE
-
-    # `input`, not `change`: a change that `settle` made must not set the size again.
+    # `input`, not `change`: a change that came from settling must not set the size again.
     shown = [width, height, form.size_note]
     listen(form.aspect.input, preset, [form.aspect, chosen, width, height], shown, queue=False)
-    listen(
-        [width.blur, width.submit, height.blur, height.submit],
-        settle,
-        [width, height, chosen],
-        [*shown, form.aspect],
-        queue=False,
-    )
+    for side, label in ((width, "width"), (height, "height")):
+
+        def settle(across: int | None, down: int | None, name: str, label: str = label) -> Sequence[Any]:
+            pixels = across if label == "width" else down
+            rounded, note, aspect = settled(pixels, across, down, label, studio.settings.checkpoint(name))
+            # Only what has to change: meanwhile somebody may be typing in the other field.
+            return gr.skip() if rounded == pixels else rounded, note, aspect
+
+        listen(
+            [side.blur, side.submit],
+            settle,
+            [width, height, chosen],
+            [side, form.size_note, form.aspect],
+            queue=False,
+        )
+
+
+def settled(
+    pixels: int | None, width: int | None, height: int | None, label: str, checkpoint: Checkpoint
+) -> tuple[int | None, str, str]:
+    """What a side of `pixels`, as typed, becomes; a note on it, as HTML; and the shape of `width` x `height` then."""
+    try:
+        if pixels is None or width is None or height is None:
+            raise RequestError(f"Give the {label} in pixels, or choose a shape.")
+        side = round_side(pixels, label)
+        size = round_side(width, "width"), round_side(height, "height")
+        # The check that the run will make, told before the run.
+        Request(prompt="size", width=width, height=height).resolve(checkpoint)
+    except RequestError as error:
+        return pixels, show.problem(str(error)), fields.FREE
+    note = f"The {label} was rounded from {pixels} to {side}: FLUX.2 draws in multiples of 16."
+    shapes = [shape for shape in fields.ASPECTS if fields.size_of(shape, checkpoint) == size]
+    return side, "" if side == pixels else show.notes([note]), shapes[0] if shapes else fields.FREE
 
 
 def _sides(form: Form) -> tuple[gr.Number, gr.Number]:
@@ -398,7 +405,7 @@ def _offer(form: Form, offered: Sequence[Path], checkpoint: Checkpoint, chosen: 
     examined = examine(offered, checkpoint, checkpoint.max_references if tools else 1)
     update: Update = {
         form.fields["references"]: gr.Gallery(fields.numbered(examined.kept), selected_index=chosen),
-        form.panel.refused: "".join(map(show.error, examined.refused)),
+        form.panel.refused: "".join(map(show.problem, examined.refused)),
         form.panel.note: show.notes(examined.notes),
     }
     if tools is not None:

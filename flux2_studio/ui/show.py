@@ -21,7 +21,7 @@ from flux2_studio.request import Request
 SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be larger than the screen shows it
 
 
-def error(text: str) -> str:
+def problem(text: str) -> str:
     return f'<div class="problem" role="alert">{escape(text)}</div>'
 
 

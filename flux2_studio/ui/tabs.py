@@ -122,7 +122,9 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> Fo
             checkpoint,
             examples,
             references=references,
-            panel=ReferencePanel(refused=gr.HTML(elem_classes="refused"), note=gr.HTML(elem_classes="note"), tools=tools),
+            panel=ReferencePanel(
+                refused=gr.HTML(elem_classes="refused"), note=gr.HTML(elem_classes="note"), tools=tools
+            ),
             prompt=fields.prompt("Instruction", 'Call the pictures "image 1", "image 2" and so on.'),
             run="Combine",
         )

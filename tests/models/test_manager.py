@@ -53,7 +53,7 @@ def test_a_failed_load_does_not_cost_the_checkpoint_in_use(toys: Toys, tmp_path:
     overrides = {**settings.overrides, "FLUX2_MODEL_PATH": broken, "MISTRAL_MODEL_PATH": toys.mistral.folder}
     models = manager(replace(settings, overrides=overrides))
     loaded = models.load(KLEIN_4B, silent)
-    with pytest.raises(WeightsError, match="broken.safetensors"):
+    with pytest.raises(WeightsError, match=r"broken\.safetensors"):
         models.load(DEV, silent)
     told: list[str] = []
     assert models.load(KLEIN_4B, lambda text, _: told.append(text)).transformer is loaded.transformer
@@ -102,7 +102,7 @@ def test_devices() -> None:
     assert choose_device("cpu") == CPU
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("tpu", "cuda:99", "cpuu", "", "meta"):
-        with pytest.raises(DeviceError, match="Choose|There is no|has no"):
+        with pytest.raises(DeviceError, match=r"Choose|There is no|has no"):
             choose_device(name)
 
 

@@ -1,0 +1,232 @@
+"""The page without a browser: forms to requests, events to components, references sorted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from flux2_studio.checkpoints import CHECKPOINTS, DEV, NANO
+from flux2_studio.errors import RequestError
+from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
+from flux2_studio.jobs import Job, JobQueue
+from flux2_studio.request import Request
+from flux2_studio.settings import Settings
+from flux2_studio.ui import build, fields, handlers, tabs
+from flux2_studio.ui.examples import Examples
+
+
+class Scripted:
+    """A studio that resolves like the real one and then says what it was told to."""
+
+    def __init__(self, settings: Settings, *events: Event) -> None:
+        self.settings = settings
+        self._events = events
+
+    def on_disk(self, checkpoint: object) -> bool:
+        return True
+
+    def resolve(self, request: Request) -> Request:
+        return request.resolve(self.settings.checkpoint(request.checkpoint), [(128, 128)] * len(request.references))
+
+    def generate(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        yield from self._events
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "picture.png"
+    Image.new("RGB", (160, 96), "teal").save(file)
+    return file
+
+
+def form_values(**changes: object) -> dict[str, object]:
+    return {"prompt": "a fox", "seed": 7, "width": 128, "height": 128, "steps": 4, "guidance": 1, "count": 2, **changes}
+
+
+def test_read_form_keeps_a_locked_seed_only() -> None:
+    assert handlers.read_form(form_values(), locked=True).seed == 7
+    assert handlers.read_form(form_values(), locked=False).seed is None
+
+
+def test_read_form_takes_a_gallery_as_references(picture: Path) -> None:
+    asked = handlers.read_form(form_values(references=[(str(picture), "image 1")]), locked=True)
+    assert asked.references == (picture,)
+
+
+@pytest.mark.parametrize("empty", [None, []])
+def test_read_form_wants_the_references_of_a_form_that_has_some(empty: object) -> None:
+    with pytest.raises(RequestError, match="Add a picture"):
+        handlers.read_form(form_values(references=empty), locked=True)
+
+
+def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
+    known = {field.name for field in dataclass_fields(Request)}
+    examples = Examples.load(settings.assets / "examples")
+    with gr.Blocks():
+        chosen = fields.checkpoint(settings.checkpoints, "nano")
+        forms = [layout(chosen, NANO, examples) for layout in (tabs.generate, tabs.edit, tabs.multi)]
+    for form in forms:
+        assert set(form.fields) <= known
+        assert set(form.fields) == known - ({"references"} if form.name == "generate" else set())
+        assert all(isinstance(component, gr.components.Component) for component in form.fields.values())
+
+
+def test_builds_for_every_checkpoint(settings: Settings) -> None:
+    for checkpoint in CHECKPOINTS:
+        chosen = Settings(home=settings.home, default_checkpoint=checkpoint.name)
+        jobs = JobQueue(Scripted(chosen))
+        try:
+            page = build(Scripted(chosen), jobs)  # type: ignore[arg-type]
+        finally:
+            jobs.close()
+        # Nothing but the page itself may call its events.
+        assert {function.api_visibility for function in page.fns.values()} == {"private"}
+
+
+def test_follow_gives_every_event_up_to_the_last(settings: Settings) -> None:
+    job = Job(Request(prompt="a fox").resolve(NANO), "me")
+    told: list[Event] = [Status(text="one"), Notice(text="two"), Stopped()]
+
+    async def followed() -> list[Event]:
+        heard = []
+        following = handlers.follow(job, pause=0)
+        job.add(told[0])
+        heard.append(await anext(following))
+        job.add(told[1])
+        job.add(told[2])
+        return heard + [event async for event in following]
+
+    assert asyncio.run(followed()) == told
+
+
+@pytest.fixture
+def stage() -> tabs.Stage:
+    with gr.Blocks():
+        return tabs.stage()
+
+
+@pytest.fixture
+def view(stage: tabs.Stage) -> handlers.RunView:
+    begun = handlers.RunView(stage, NANO, ["The width was rounded."])
+    begun.begin(Job(Request(prompt="a fox", seed=3).resolve(NANO), "me"))
+    return begun
+
+
+def preview(step: int, *, first: int = 0, count: int = 1, images: int = 1, left: float | None = None) -> Preview:
+    drawn = tuple(Image.new("RGB", (16, 16), (step * 40, first * 40, 0)) for _ in range(images))
+    return Preview(step=step, steps=4, images=drawn, first=first, count=count, seconds_left=left)
+
+
+def test_view_keeps_every_notice(stage: tabs.Stage, view: handlers.RunView) -> None:
+    html = view.update(Notice(text="A <long> prompt."))[stage.notices]
+    assert "The width was rounded." in html
+    assert "A &lt;long&gt; prompt." in html
+
+
+def test_view_shows_steps_and_previews(stage: tabs.Stage, view: handlers.RunView) -> None:
+    assert "2 runs before yours" in view.update(Queued(ahead=2))[stage.progress]
+    first = view.update(preview(1, left=None))
+    second = view.update(preview(2, left=12.4))
+    assert "Step 1 of 4<" in first[stage.progress]
+    assert "Step 2 of 4 · 12 s left" in second[stage.progress]
+    assert first[stage.preview] != second[stage.preview]
+
+
+def test_view_without_preview_pictures_shows_the_step(stage: tabs.Stage, view: handlers.RunView) -> None:
+    update = view.update(preview(3, images=0))
+    assert "Step 3 of 4" in update[stage.progress]
+    assert stage.preview not in update
+
+
+def test_view_offers_the_saved_files(stage: tabs.Stage, view: handlers.RunView, picture: Path) -> None:
+    resolved = Request(prompt="a fox", seed=3).resolve(NANO)
+    update = view.update(Result(request=resolved, images=(picture,), seeds=(3,), seconds=1.5))
+    assert "1 picture in 1.5 s" in update[stage.progress]
+    assert update[stage.results] == [str(picture)]
+    assert update[stage.download]._constructor_args[0]["value"] == str(picture)
+    assert view.failure is None
+
+
+def test_view_of_a_stopped_run_keeps_the_preview(stage: tabs.Stage, view: handlers.RunView) -> None:
+    update = view.update(Stopped())
+    assert "Stopped" in update[stage.progress]
+    assert stage.preview not in update
+    assert stage.gallery not in update
+
+
+def test_view_of_a_stopped_run_shows_what_was_finished(
+    stage: tabs.Stage, view: handlers.RunView, picture: Path
+) -> None:
+    update = view.update(Stopped(images=(picture,), seeds=(3,)))
+    assert "1 finished picture was kept" in update[stage.progress]
+    assert update[stage.results] == [str(picture)]
+
+
+def test_view_of_a_failed_run_says_why(stage: tabs.Stage, view: handlers.RunView) -> None:
+    update = view.update(Failed(message="The file <x> is damaged."))
+    assert "The file &lt;x&gt; is damaged." in update[stage.message]
+    assert stage.preview not in update
+    assert view.failure == "The file <x> is damaged."
+
+
+def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:
+    rubbish = tmp_path / "rubbish.png"
+    rubbish.write_bytes(b"nothing of the kind")
+    examined = handlers.examine([rubbish, picture, picture, picture], DEV, 2)
+    assert examined.kept == (picture, picture)
+    assert examined.notes[0] == "As image 1: 160 x 96 pixels (1.67:1)."
+    assert "rubbish.png" in examined.refused[0]
+    assert "at most 2 pictures: picture.png was left out" in examined.refused[1]
+
+
+def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    Image.new("RGB", (512, 512)).save(large)
+    assert handlers.examine([large], NANO, 1).notes[0] == "As image 1: 128 x 128 pixels (1:1)."
+    assert handlers.examine([], NANO, 1) == handlers.Examined()
+
+
+@pytest.mark.parametrize(
+    "index, by, expected, place",
+    [
+        (1, -1, "bac", 0),
+        (1, 1, "acb", 2),
+        (0, -1, "abc", 0),
+        (2, 1, "abc", 2),
+        (None, 1, "abc", None),
+        (9, 1, "abc", None),
+    ],
+)
+def test_reordered(index: int | None, by: int, expected: str, place: int | None) -> None:
+    assert handlers.reordered([Path(c) for c in "abc"], index, by) == ([Path(c) for c in expected], place)
+
+
+@pytest.mark.parametrize(
+    "label, width, height, side, note, shape",
+    [
+        ("width", 130, 128, 128, "The width was rounded from 130 to 128", "1:1"),
+        ("height", 128, 250, 256, "The height was rounded from 250 to 256", "Free"),
+        ("width", 176, 96, 176, "", "16:9"),
+        ("width", 40, 128, 40, "at least 64 pixels", "Free"),
+        ("height", 512, 1024, 1024, "too large for Nano", "Free"),
+        ("width", None, 128, None, "Give the width in pixels", "Free"),
+    ],
+)
+def test_settled(label: str, width: int | None, height: int | None, side: int | None, note: str, shape: str) -> None:
+    typed = width if label == "width" else height
+    became, told, fits = handlers.settled(typed, width, height, label, NANO)
+    assert became == side
+    assert note in told
+    assert bool(told) == bool(note)
+    assert fits == shape
