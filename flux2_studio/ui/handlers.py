@@ -118,7 +118,7 @@ def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form],
             failure = view.failure
         yield runs(can_start=True)
         if failure is not None:
-            raise gr.Error(failure, title="No picture", print_exception=False)
+            raise gr.Error(failure, print_exception=False)
 
     listen(form.run.click, None, js=GO_TO_STAGE)
     listen(

@@ -103,6 +103,7 @@ def test_serves_no_other_file(page: Page, app: App) -> None:
 
 def test_generate_shows_previews_and_the_picture(page: Page, app: App) -> None:
     before = len(app.pictures())
+    place = page.locator("#mat").bounding_box()
     page.evaluate(WATCH)
     write(page, "generate", "a flat fox on a pink background")
     set_size(page, "generate", 256, 256)
@@ -111,6 +112,8 @@ def test_generate_shows_previews_and_the_picture(page: Page, app: App) -> None:
     expect(page.locator("#progress")).to_contain_text("Step")
     expect_finished(page, 4)
     assert page.evaluate("window.previews.size") >= 2
+    page.evaluate("scrollTo(0, 0)")
+    assert page.locator("#mat").bounding_box() == place  # nothing jumps between the first preview and the result
     saved = app.pictures()[before:]
     assert len(saved) == 4
     assert all(Image.open(path).size == (256, 256) for path in saved)
