@@ -22,7 +22,7 @@ from flux2_studio.errors import RequestError, StudioError
 from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
 from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.references import fit_size, load_reference
-from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, changes, round_side
+from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.tabs import EMPTY, Form, ReferencePanel, Stage
@@ -66,9 +66,19 @@ def wire(
     _wire_stage(studio, jobs, chosen, tabs, next(form for form in forms if form.name == "edit"), stage)
 
 
-def read_form(values: Mapping[str, Any], *, locked: bool) -> Request:
-    """A form's values as a request. An unlocked seed is left to chance. Raises `RequestError`."""
+def read_form(
+    values: Mapping[str, Any], *, locked: bool, checkpoint: Checkpoint, laid_out_for: str, aspect: str
+) -> Request:
+    """A form's values as a request. An unlocked seed is left to chance. Raises `RequestError`.
+
+    Whoever chooses a checkpoint and runs at once sends the numbers that were `laid_out_for` the one before: then they
+    are left to `checkpoint`, and so is the size unless it was typed.
+    """
     read = dict(values)
+    if laid_out_for != checkpoint.name:
+        read |= {"steps": None, "guidance": None, "negative_prompt": None}
+        if aspect in fields.ASPECTS:
+            read["width"], read["height"] = fields.size_of(aspect, checkpoint)
     if not locked:
         read["seed"] = None
     if "references" in read:
@@ -102,16 +112,19 @@ def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form],
     def runs(*, can_start: bool) -> Update:
         return {other.run: gr.Button(interactive=can_start) for other in forms}
 
-    async def run(request: gr.Request, locked: bool, **values: Any) -> AsyncIterator[Update]:
+    async def run(
+        request: gr.Request, locked: bool, laid_out_for: str, aspect: str, **values: Any
+    ) -> AsyncIterator[Update]:
         yield runs(can_start=False)
         try:
-            asked = read_form(values, locked=locked)
+            checkpoint = studio.settings.checkpoint(values["checkpoint"])
+            asked = read_form(values, locked=locked, checkpoint=checkpoint, laid_out_for=laid_out_for, aspect=aspect)
             job = await asyncio.to_thread(jobs.submit, asked, request.session_hash or "")
         except StudioError as error:
             failure: str | None = str(error)
             yield {stage.message: show.problem(str(error))}
         else:
-            view = RunView(stage, studio.settings.checkpoint(job.request.checkpoint), changes(asked, job.request))
+            view = RunView(stage, checkpoint)
             yield {**view.begin(job), form.fields["seed"]: job.request.seed}
             async for event in follow(job):
                 yield await asyncio.to_thread(view.update, event)
@@ -124,7 +137,7 @@ def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form],
     listen(
         form.run.click,
         run,
-        [form.lock],
+        [form.lock, form.laid_out_for, form.aspect],
         [*vars(stage).values(), form.fields["seed"], *(other.run for other in forms)],
         inputs_kwargs=form.fields,
         concurrency_limit=None,
@@ -134,11 +147,11 @@ def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form],
 class RunView:
     """What the stage shows of one run, event by event."""
 
-    def __init__(self, stage: Stage, checkpoint: Checkpoint, notices: Sequence[str]) -> None:
+    def __init__(self, stage: Stage, checkpoint: Checkpoint) -> None:
         self.failure: str | None = None
         self._stage = stage
         self._checkpoint = checkpoint
-        self._notices = list(notices)
+        self._notices: list[str] = []
         self._images: dict[int, Image.Image] = {}
         self._request: Request | None = None
 
@@ -256,6 +269,7 @@ def _wire_checkpoint(
         update: Update = {}
         for form, aspect in zip(forms, aspects, strict=True):
             update |= {
+                form.laid_out_for: name,
                 form.fields["steps"]: fields.steps(checkpoint),
                 form.fields["guidance"]: fields.guidance(checkpoint),
                 form.fields["negative_prompt"]: fields.negative_prompt(checkpoint),
@@ -267,7 +281,8 @@ def _wire_checkpoint(
 
     outputs: list[Any] = []
     for form in forms:
-        outputs += [*_sides(form), form.examples, *(form.fields[k] for k in ("steps", "guidance", "negative_prompt"))]
+        numbers = (form.fields[key] for key in ("steps", "guidance", "negative_prompt"))
+        outputs += [form.laid_out_for, *_sides(form), form.examples, *numbers]
     listen(chosen.change, adopt, [chosen, *(form.aspect for form in forms)], outputs)
     # With no trigger named: at every choice and when the page is opened, for a download may have happened meanwhile.
     listen(None, describe, chosen, about)

@@ -31,6 +31,7 @@ class Form:
     roll: gr.Button
     aspect: gr.Radio
     size_note: gr.HTML
+    laid_out_for: gr.Textbox  # hidden: the checkpoint whose ranges and defaults the fields show
     examples: gr.Dataset
     run: gr.Button
     panel: ReferencePanel | None = None
@@ -174,6 +175,7 @@ def _form(
         roll=roll,
         aspect=aspect,
         size_note=size_note,
+        laid_out_for=gr.Textbox(checkpoint.name, visible=False),
         examples=samples,
         run=run_button,
         panel=panel,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -54,20 +56,37 @@ def form_values(**changes: object) -> dict[str, object]:
     return {"prompt": "a fox", "seed": 7, "width": 128, "height": 128, "steps": 4, "guidance": 1, "count": 2, **changes}
 
 
+def read_form(values: dict[str, object], **changes: object) -> Request:
+    given: dict[str, Any] = {"locked": True, "checkpoint": NANO, "laid_out_for": "nano", "aspect": "1:1", **changes}
+    return handlers.read_form(values, **given)
+
+
+def test_read_form_leaves_the_numbers_of_another_checkpoint_to_the_chosen_one() -> None:
+    base = next(checkpoint for checkpoint in CHECKPOINTS if checkpoint.takes_negative_prompt)
+    stale = form_values(width=1360, height=768, steps=50, guidance=4, negative_prompt="blur")
+    kept = read_form(stale, checkpoint=base, laid_out_for=base.name, aspect="16:9")
+    assert (kept.width, kept.steps, kept.guidance, kept.negative_prompt) == (1360, 50, 4, "blur")
+    left = read_form(stale, laid_out_for=base.name, aspect="16:9")
+    assert (left.width, left.height) == fields.size_of("16:9", NANO)
+    assert (left.steps, left.guidance, left.negative_prompt) == (None, None, None)
+    typed = read_form(stale, laid_out_for=base.name, aspect=fields.FREE)
+    assert (typed.width, typed.height) == (1360, 768)
+
+
 def test_read_form_keeps_a_locked_seed_only() -> None:
-    assert handlers.read_form(form_values(), locked=True).seed == 7
-    assert handlers.read_form(form_values(), locked=False).seed is None
+    assert read_form(form_values()).seed == 7
+    assert read_form(form_values(), locked=False).seed is None
 
 
 def test_read_form_takes_a_gallery_as_references(picture: Path) -> None:
-    asked = handlers.read_form(form_values(references=[(str(picture), "image 1")]), locked=True)
+    asked = read_form(form_values(references=[(str(picture), "image 1")]))
     assert asked.references == (picture,)
 
 
 @pytest.mark.parametrize("empty", [None, []])
 def test_read_form_wants_the_references_of_a_form_that_has_some(empty: object) -> None:
     with pytest.raises(RequestError, match="Add a picture"):
-        handlers.read_form(form_values(references=empty), locked=True)
+        read_form(form_values(references=empty))
 
 
 def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
@@ -107,7 +126,9 @@ def test_follow_gives_every_event_up_to_the_last(settings: Settings) -> None:
         job.add(told[2])
         return heard + [event async for event in following]
 
-    assert asyncio.run(followed()) == told
+    # In a thread of its own: the browser tests leave an event loop running in this one.
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, followed()).result() == told
 
 
 @pytest.fixture
@@ -118,7 +139,7 @@ def stage() -> tabs.Stage:
 
 @pytest.fixture
 def view(stage: tabs.Stage) -> handlers.RunView:
-    begun = handlers.RunView(stage, NANO, ["The width was rounded."])
+    begun = handlers.RunView(stage, NANO)
     begun.begin(Job(Request(prompt="a fox", seed=3).resolve(NANO), "me"))
     return begun
 
@@ -129,6 +150,7 @@ def preview(step: int, *, first: int = 0, count: int = 1, images: int = 1, left:
 
 
 def test_view_keeps_every_notice(stage: tabs.Stage, view: handlers.RunView) -> None:
+    view.update(Notice(text="The width was rounded."))
     html = view.update(Notice(text="A <long> prompt."))[stage.notices]
     assert "The width was rounded." in html
     assert "A &lt;long&gt; prompt." in html
