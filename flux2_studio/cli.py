@@ -8,13 +8,14 @@ there is work for them, so that `--help` and a mistyped option answer at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TextIO, get_args
@@ -22,27 +23,34 @@ from typing import NoReturn, TextIO, get_args
 from flux2_studio import __version__
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError, StudioError
-from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
+from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
 from flux2_studio.request import Request
 from flux2_studio.settings import DtypeName, Settings
 
 PROGRAM = "flux2-studio"
 USER_ERROR = 2
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+UNREAD = 141  # and of one whose reader went away
 BAR_WIDTH = 24  # characters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; argparse's own exits are `SystemExit`, as usual."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold what cannot be encoded
     options = parser().parse_args(arguments)
     try:
-        return options.run(options)
-    except StudioError as error:
-        print(f"{PROGRAM}: {_one_line(error)}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: stopped", file=sys.stderr)
-        return INTERRUPTED
+        try:
+            return options.run(options)
+        except StudioError as error:
+            print(f"{PROGRAM}: {_one_line(error)}", file=sys.stderr)
+            return USER_ERROR
+        except KeyboardInterrupt:
+            print(f"{PROGRAM}: stopped", file=sys.stderr)
+            return INTERRUPTED
+    except BrokenPipeError:  # of `2>&1 | head`, say: nobody is left to be told
+        _discard(sys.stderr)
+        return UNREAD
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,9 +145,10 @@ def run_generate(options: argparse.Namespace) -> int:
 
     with stop_on_interrupt() as cancelled, Progress(sys.stderr) as progress:
         end = follow(Studio(settings).generate(request, cancelled), progress)
-    for source, target in zip(end.images, targets[: len(end.images)], strict=True):  # a stopped run has fewer
+    made = targets[: len(end.images)]  # a stopped run has fewer
+    for source, target in zip(end.images, made, strict=True):
         copy_file(source, target)
-        print(target)
+    print_paths(made)
     if isinstance(end, Stopped):
         print(f"{PROGRAM}: stopped, with {len(end.images)} of {request.count} done", file=sys.stderr)
         return INTERRUPTED
@@ -178,17 +187,34 @@ def copy_file(source: Path, target: Path) -> None:
         ) from error
 
 
+def print_paths(paths: Sequence[Path]) -> None:
+    """Write `paths` to stdout, one a line. Raises `SaveError` where stdout does not take them."""
+    try:
+        for path in paths:
+            print(path, flush=True)
+    except OSError as error:
+        _discard(sys.stdout)
+        raise SaveError(
+            f"Everything is saved, to {paths[0]}{' and so on' if len(paths) > 1 else ''}, but the names could not be "
+            f"printed ({error.strerror})."
+        ) from error
+
+
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives the function that says whether Ctrl-C was pressed. A second Ctrl-C does not wait for the step to end."""
+    """Gives the function that says whether Ctrl-C was pressed. A second one ends the program there and then."""
     pressed = threading.Event()
 
     def on_interrupt(*_: object) -> None:
         if pressed.is_set():
-            raise KeyboardInterrupt
+            tell(f"\n{PROGRAM}: stopped\n")
+            os._exit(INTERRUPTED)  # an exception would first wait for the thread that loads weights
         pressed.set()
-        # Not print: the signal may have come in the middle of one.
-        os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
+        tell("\nstopping after this step; Ctrl-C again stops at once\n")
+
+    def tell(text: str) -> None:
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), text.encode())  # not print: the signal may have come in the middle of one
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
@@ -198,11 +224,9 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def follow(events: Iterator[Event], progress: Progress) -> Result | Stopped:
-    """Show a run's events as they come, and return how it ended. Raises `StudioError` if it failed."""
+    """Show a run's events as they come, and return how it ended."""
     for event in events:
         match event:
-            case Queued(ahead=ahead):
-                progress.show(f"waiting for {ahead} other runs")
             case Status(text=text, fraction=fraction):
                 progress.show(text, fraction)
             case Notice(text=text):
@@ -211,11 +235,9 @@ def follow(events: Iterator[Event], progress: Progress) -> Result | Stopped:
                 picture = f"picture {first + 1} of {count}, " if count > 1 else ""
                 remaining = "" if left is None else f", {left:.0f} s left"
                 progress.show(f"{picture}step {step} of {steps}{remaining}", step / steps)
-            case Failed(message=message):
-                raise StudioError(message)
             case Result() | Stopped():
                 return event
-    raise AssertionError("a run must end with Result, Stopped or Failed")
+    raise AssertionError("a run must end with Result or Stopped")
 
 
 class Progress:
@@ -253,6 +275,11 @@ class Progress:
         if self._terminal:
             self._stream.write("\r\033[K")  # to the line's start, and erase it
             self._stream.flush()
+
+
+def _discard(stream: TextIO) -> None:
+    """Let go of what `stream` still holds: at exit it would be written once more, and fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _bar(fraction: float) -> str:

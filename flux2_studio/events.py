@@ -1,6 +1,6 @@
-"""What a run tells whoever follows it, in this order:
+"""What a run tells whoever follows it:
 
-Queued*  (Status | Notice | Preview)*  then exactly one of  Result | Stopped | Failed
+(Queued | Status | Notice | Preview)*  then exactly one of  Result | Stopped | Failed
 """
 
 from __future__ import annotations

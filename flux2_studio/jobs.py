@@ -50,8 +50,10 @@ class Job:
         self._cancelled = False
 
     def add(self, event: Event) -> None:
-        """Append an event and wake the followers. Of passing events only the newest of each kind is kept."""
+        """Append an event and wake the followers; nothing after the last one. Of passing events the newest is kept."""
         with self._changed:
+            if self.finished:  # whatever comes late (a place in the queue, say) would reopen it
+                return
             passing = PASSING if isinstance(event, FINAL) else type(event)
             if isinstance(event, PASSING + FINAL):
                 self._events = [(n, e) for n, e in self._events if not isinstance(e, passing)]
@@ -106,6 +108,7 @@ class JobQueue:
         self._jobs: dict[str, Job] = {}
         self._waiting: list[Job] = []
         self._lock = threading.Lock()
+        self._closed = False
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="flux2-worker", daemon=True)
         self._worker.start()
@@ -117,13 +120,15 @@ class JobQueue:
         for text in changes(request, resolved):
             job.add(Notice(text=text))
         with self._lock:
+            if self._closed:
+                raise StudioError("The studio is shutting down: start it again for further runs.")
             self._jobs[job.id] = job
             self._waiting.append(job)
             finished = [id_ for id_, other in self._jobs.items() if other.finished]
             for id_ in finished[: max(0, len(finished) - KEPT)]:
                 del self._jobs[id_]
             self._tell_places()
-        self._inbox.put(job)
+            self._inbox.put(job)
         return job
 
     def get(self, id_: str, owner: str = "") -> Job | None:
@@ -135,6 +140,7 @@ class JobQueue:
     def close(self) -> None:
         """Cancel everything and end the worker."""
         with self._lock:
+            self._closed = True
             for job in self._jobs.values():
                 job.cancel()
         self._inbox.put(None)
@@ -142,7 +148,7 @@ class JobQueue:
 
     def _tell_places(self) -> None:
         # The first is the running one; the rest wait for as many runs as stand before them.
-        for ahead, job in enumerate([job for job in self._waiting if not job.finished]):
+        for ahead, job in enumerate(job for job in self._waiting if not job.finished):
             if ahead:
                 job.add(Queued(ahead=ahead))
 

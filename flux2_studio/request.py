@@ -41,14 +41,16 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("Write a prompt first: say what the picture should show or how it should change.")
-        for text in (self.prompt, self.negative_prompt or ""):
+        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt or "")):
             if len(text) > MAX_PROMPT:
-                raise RequestError(f"The prompt has {len(text):,} characters; shorten it to {MAX_PROMPT:,} at most.")
+                raise RequestError(f"The {name} has {len(text):,} characters; shorten it to {MAX_PROMPT:,} at most.")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise RequestError(f"The {name} holds broken characters (lone surrogates): type or paste it again.")
         for name in ("width", "height", "steps", "seed", "count"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise RequestError(f"{name} must be a whole number, not {value!r}.")
-        if self.guidance is not None and not (isinstance(self.guidance, int | float) and math.isfinite(self.guidance)):
+        if self.guidance is not None and not (isinstance(self.guidance, int | float) and abs(self.guidance) < 1e6):
             raise RequestError(f"guidance must be a number, not {self.guidance!r}.")
         if not 1 <= self.count <= MAX_COUNT:
             raise RequestError(f"Choose between 1 and {MAX_COUNT} pictures a run, not {self.count}.")

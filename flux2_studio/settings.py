@@ -48,7 +48,10 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the variables of the module's table. Raises `StudioError` for a value that is not allowed."""
+        """Read the variables of the module's table; an empty one counts as unset.
+
+        Raises `StudioError` for a value that is not allowed.
+        """
         env = os.environ if environ is None else environ
         variables = {
             part.override
@@ -56,12 +59,13 @@ class Settings:
             for part in (*checkpoint.parts, checkpoint.tiny_autoencoder)
             if part.override
         }
-        home = env.get("FLUX2_HOME")
+        home = _path(env, "FLUX2_HOME")
+        overrides = {name: path for name in sorted(variables) if (path := _path(env, name))}
         settings = cls(
-            home=Path(home).expanduser() if home else Path(platformdirs.user_data_dir("flux2-studio", appauthor=False)),
-            default_checkpoint=env.get("FLUX2_CHECKPOINT", cls.default_checkpoint),
-            overrides={name: Path(env[name]).expanduser() for name in sorted(variables) if env.get(name)},
-            device=env.get("FLUX2_DEVICE", cls.device),
+            home=home or Path(platformdirs.user_data_dir("flux2-studio", appauthor=False)),
+            default_checkpoint=env.get("FLUX2_CHECKPOINT") or cls.default_checkpoint,
+            overrides=overrides,
+            device=env.get("FLUX2_DEVICE") or cls.device,
             dtype=_choice(env, "FLUX2_DTYPE", cls.dtype, get_args(DtypeName)),  # type: ignore[arg-type]
             preview=_choice(env, "FLUX2_PREVIEW", cls.preview, get_args(PreviewKind)),  # type: ignore[arg-type]
             on_space="SPACE_ID" in env,
@@ -93,8 +97,18 @@ class Settings:
         raise RequestError(f"There is no checkpoint called {wanted!r}. Choose one of: {known}.")
 
 
+def _path(env: Mapping[str, str], name: str) -> Path | None:
+    value = env.get(name)
+    try:
+        return Path(value).expanduser() if value else None
+    except RuntimeError as error:
+        raise StudioError(
+            f"{name} is {value!r}, in a home folder that is not known: write the path in full."
+        ) from error
+
+
 def _choice(env: Mapping[str, str], name: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = env.get(name, default)
+    value = env.get(name) or default
     if value not in allowed:
         raise StudioError(f"{name} is {value!r}; set it to one of: {', '.join(allowed)}.")
     return value

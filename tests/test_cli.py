@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -17,8 +18,8 @@ from PIL import Image
 
 from flux2_studio import cli
 from flux2_studio.checkpoints import CHECKPOINTS
-from flux2_studio.errors import RequestError, SaveError, StudioError
-from flux2_studio.events import Failed, Notice, Preview, Result, Status, Stopped
+from flux2_studio.errors import RequestError, SaveError
+from flux2_studio.events import Notice, Preview, Result, Status, Stopped
 from flux2_studio.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,6 +238,66 @@ def test_ctrl_c_stops_between_steps(home: Home) -> None:
     assert not out.exists()
 
 
+def test_a_second_ctrl_c_waits_for_no_thread() -> None:
+    program = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from flux2_studio import cli
+with cli.stop_on_interrupt(), ThreadPoolExecutor(1) as pool:
+    print("ready", flush=True)
+    pool.submit(time.sleep, 30).result()
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None and running.stderr is not None
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(signal.SIGINT)
+    assert running.stderr.readline() == "\n"
+    assert "Ctrl-C again stops at once" in running.stderr.readline()
+    running.send_signal(signal.SIGINT)
+    assert running.communicate(timeout=10) == ("", "\nflux2-studio: stopped\n")
+    assert running.returncode == 130
+
+
+@pytest.fixture
+def broken_pipe() -> Iterator[int]:
+    """A pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def test_a_name_that_cannot_be_printed(home: Home) -> None:
+    out = os.fsdecode(b"f\xc3\xbcchs-\xff.png")
+    home.environment["PYTHONIOENCODING"] = "ascii:strict"
+    done = home.run("generate", *FOX, "--out", home.folder / out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{home.folder}/f\\xfcchs-\\udcff.png\n"
+    assert (home.folder / out).is_file()
+
+
+def test_nobody_reads_the_names(home: Home, broken_pipe: int) -> None:
+    command = home.command("generate", *FOX, "--count", "2", "--out", home.folder / "fox.png")
+    done = subprocess.run(
+        command, cwd=ROOT, env=home.environment, stdout=broken_pipe, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"flux2-studio: Everything is saved, to {home.folder}/fox-1.png and so on, but the names could not be printed "
+        f"(Broken pipe)."
+    )
+    assert (home.folder / "fox-2.png").is_file()
+
+
+def test_nobody_reads_anything(home: Home, broken_pipe: int) -> None:
+    command = home.command("generate", *FOX, "--out", home.folder / "fox.png")
+    done = subprocess.run(command, cwd=ROOT, env=home.environment, stdout=broken_pipe, stderr=broken_pipe, timeout=120)
+    assert done.returncode == 141
+    assert home.outputs == []
+
+
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -286,5 +347,3 @@ def test_how_a_run_ends() -> None:
     assert cli.follow(iter(events), cli.Progress(stream)) == result
     assert stream.getvalue().splitlines() == ["Loading", "note: cut", "picture 2 of 2, step 1 of 4, 2 s left"]
     assert cli.follow(iter([Stopped()]), cli.Progress(stream)) == Stopped()
-    with pytest.raises(StudioError, match="no room"):
-        cli.follow(iter([Failed(message="no room")]), cli.Progress(stream))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.checkpoints import CHECKPOINTS
-from flux2_studio.errors import RequestError, WeightsError
+from flux2_studio.errors import RequestError, StudioError, WeightsError
 from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
 from flux2_studio.jobs import DEFECT, KEPT, Job, JobQueue
 from flux2_studio.request import Request
@@ -214,6 +214,22 @@ def test_a_run_cancelled_while_it_waits_draws_nothing(start: Start) -> None:
     assert isinstance(follow(first)[-1], Result)
     follow(jobs.submit(Request(prompt="fox")))
     assert studio.ran == ["gate", "fox"]  # the cancelled one never ran
+
+
+def test_nothing_comes_after_the_last_event() -> None:
+    job = Job(Request(prompt="fox"), "")
+    job.cancel()
+    job.add(Queued(ahead=1))  # the queue may have counted places just before
+    job.add(Preview(step=1, steps=4, images=(), first=0, count=1, seconds_left=None))
+    assert job.finished
+    assert [event for _, event in job.events()] == [Stopped()]
+
+
+def test_no_run_begins_when_the_queue_is_closed(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    jobs.close()
+    with pytest.raises(StudioError, match="shutting down"):
+        jobs.submit(Request(prompt="fox"))
 
 
 def test_places_in_the_queue(start: Start) -> None:

@@ -158,3 +158,19 @@ def test_as_dict_is_json() -> None:
     fields = json.loads(json.dumps(request.as_dict()))
     assert fields["references"] == [str(Path("pictures/a.png"))]
     assert (fields["prompt"], fields["seed"], fields["width"], fields["checkpoint"]) == ("a fox", 3, 64, "klein-4b")
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_broken_characters_are_refused(field: str) -> None:
+    with pytest.raises(RequestError, match="broken characters"):
+        Request(**{"prompt": "a fox", field: "a \ud800 fox"})
+
+
+def test_the_text_that_is_too_long_is_named() -> None:
+    with pytest.raises(RequestError, match="The negative prompt has"):
+        Request(prompt="a fox", negative_prompt="x" * 30_000)
+
+
+def test_a_guidance_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(RequestError, match="guidance"):
+        Request(prompt="a fox", guidance=10**400)

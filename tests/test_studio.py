@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flux2_studio import studio as studio_module
-from flux2_studio.errors import OutOfMemory, RequestError, StudioError
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.engine.transformer import Transformer
+from flux2_studio.errors import DeviceError, OutOfMemory, RequestError, SaveError, StudioError, WeightsError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
+from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.models.manager import LoadedCheckpoint, ModelManager
 from flux2_studio.outputs import metadata
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
@@ -119,43 +126,132 @@ def test_mistakes_are_refused_before_any_work(nano: Studio, tmp_path: Path) -> N
             next(nano.generate(Request(prompt="a cat", **fields)))  # type: ignore[arg-type]
 
 
-def test_stopping_between_steps_keeps_what_was_finished(nano: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studio_module, "batch_size", lambda *_: 1)
+class Cramped(torch.nn.Module):
+    """A transformer on a device that has no room for more than `most` pictures at once."""
+
+    def __init__(self, whole: Transformer, most: int) -> None:
+        super().__init__()
+        self._whole = whole
+        self._most = most
+        self.params, self.dtype, self.device, self.rope = whole.params, whole.dtype, whole.device, whole.rope
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if x.shape[0] > self._most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._whole(x, *args, **kwargs)
+
+
+class SmallDevice(ModelManager):
+    """Models on a device that holds `most` pictures at once, and is believed to hold `believed`."""
+
+    most, believed = 1, 2
+
+    def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
+        loaded = super().load(checkpoint, progress)
+        return replace(loaded, transformer=cast(Transformer, Cramped(loaded.transformer, self.most)))
+
+    def batch_size(self, loaded: LoadedCheckpoint, count: int, tokens: int, kept: int) -> int:
+        return min(count, self.believed)
+
+
+@pytest.fixture
+def small(nano: Studio) -> tuple[Studio, SmallDevice]:
+    models = SmallDevice(nano.settings, Hub(nano.settings))
+    return Studio(nano.settings, models), models
+
+
+def test_stopping_between_steps_keeps_what_was_finished(small: tuple[Studio, SmallDevice]) -> None:
+    studio, models = small
+    models.believed = 1
     seen: list[Event] = []
 
     def cancelled() -> bool:
         return any(isinstance(event, Preview) and event.first == 1 and event.step == 2 for event in seen)
 
-    for event in nano.generate(Request(prompt="a cat", seed=4, count=3), cancelled):
+    for event in studio.generate(Request(prompt="a cat", seed=4, count=3), cancelled):
         seen.append(event)
     assert isinstance(seen[-1], Stopped) and seen[-1].seeds == (4,) and seen[-1].images[0].is_file()
     assert [(event.first, event.step) for event in seen if isinstance(event, Preview)][-1] == (1, 2)
 
 
-def test_a_run_that_is_cancelled_while_loading_stops(tmp_path: Path) -> None:
+def test_a_run_that_is_cancelled_before_it_begins_stops(tmp_path: Path) -> None:
     events = list(Studio(Settings(home=tmp_path, device="cpu")).generate(Request(prompt="a cat"), lambda: True))
     assert events == [Stopped()]
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_said(nano: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = studio_module.denoise
-    monkeypatch.setattr(studio_module, "denoise", _failing_above(1, real))
-    events, result = run(nano, prompt="a cat", seed=1, count=2)
-    assert result.seeds == (1, 2) and "1 at a time" in " ".join(event.text for event in of(Notice, events))
-    monkeypatch.setattr(studio_module, "denoise", _failing_above(0, real))
+def test_a_batch_that_does_not_fit_is_halved_and_said(small: tuple[Studio, SmallDevice]) -> None:
+    studio, models = small
+    events, result = run(studio, prompt="a cat", seed=1, count=3)
+    assert result.seeds == (1, 2, 3) and "1 at a time" in " ".join(event.text for event in of(Notice, events))
+    previews = of(Preview, events)
+    assert previews[-1].seconds_left == 0 and previews[0].seconds_left > 0
+    models.most = 0
     with pytest.raises(OutOfMemory, match="smaller"):
-        list(nano.generate(Request(prompt="a cat")))
-    monkeypatch.undo()
-    run(nano, prompt="a cat")  # and the studio works on
+        list(studio.generate(Request(prompt="a cat")))
+    models.most = 1
+    run(studio, prompt="a cat")  # and the studio works on
 
 
-def _failing_above(most: int, real: Callable[..., object]) -> Callable[..., object]:
-    def denoise(model: object, noise: torch.Tensor, *args: object, **kwargs: object) -> object:
-        if noise.shape[0] > most:
+def test_memory_that_runs_out_while_loading_is_told_in_words(nano: Studio) -> None:
+    class Full(ModelManager):
+        def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, noise, *args, **kwargs)
 
-    return denoise
+    studio = Studio(nano.settings, Full(nano.settings, Hub(nano.settings)))
+    with pytest.raises(OutOfMemory, match="smaller checkpoint"):
+        list(studio.generate(Request(prompt="a cat")))
+
+
+def test_a_failed_load_keeps_nothing_alive(nano: Studio) -> None:
+    alive: list[weakref.ref[object]] = []
+
+    class Half:
+        pass
+
+    class Failing(ModelManager):
+        def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
+            half = Half()
+            alive.append(weakref.ref(half))
+            raise WeightsError("no")
+
+    studio = Studio(nano.settings, Failing(nano.settings, Hub(nano.settings)))
+    gc.disable()  # what only the garbage collector frees may stay for long, and be gigabytes
+    try:
+        with contextlib.suppress(WeightsError):
+            list(studio.generate(Request(prompt="a cat")))
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_numbers_beyond_the_precision_are_told_instead_of_drawn(nano: Studio) -> None:
+    class Overflowing(ModelManager):
+        def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
+            loaded = super().load(checkpoint, progress)
+            loaded.transformer.final_layer.linear.weight.fill_(float("inf"))
+            return loaded
+
+    studio = Studio(nano.settings, Overflowing(nano.settings, Hub(nano.settings)))
+    with pytest.raises(DeviceError, match="bfloat16"):
+        list(studio.generate(Request(prompt="a cat")))
+
+
+def test_a_home_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    occupied = tmp_path / "home"
+    occupied.write_text("a file")
+    with pytest.raises(SaveError):
+        next(Studio(Settings(home=occupied, device="cpu")).generate(Request(prompt="a cat")))
+
+
+def test_a_negative_prompt_that_does_nothing_or_is_too_long_is_told(toys: Toys, tmp_path: Path) -> None:
+    studio = Studio(toys.settings(tmp_path, ["klein-base-4b"]))
+    fields = {"prompt": "a house", "steps": 1, "width": 64, "height": 64}
+    events, _ = run(studio, **fields, negative_prompt="blue", guidance=1.0)
+    assert "no effect" in " ".join(event.text for event in of(Notice, events))
+    events, _ = run(studio, **fields, negative_prompt="blue " * 700, guidance=2.0)
+    assert "The negative prompt is too long" in " ".join(event.text for event in of(Notice, events))
+    events, _ = run(studio, **fields, negative_prompt="blue", guidance=2.0)
+    assert not of(Notice, events)
 
 
 @pytest.mark.parametrize("name", TOY_NAMES)

@@ -76,12 +76,17 @@ def denoise(
     if doubled and negative_context is None:
         raise ValueError("cfg needs a negative context: encode an empty prompt if there is none")
 
-    ctx = context.to(device, dtype).expand(batch, -1, -1)
+    def entering(tensor: Tensor) -> Tensor:
+        """`tensor` where and how the model computes, clipped to what its precision can hold."""
+        limit = torch.finfo(dtype).max
+        return tensor.to(device).float().clamp(-limit, limit).to(dtype)
+
+    ctx = entering(context).expand(batch, -1, -1)
     if doubled:
         assert negative_context is not None
-        ctx = torch.cat((ctx, negative_context.to(device, dtype).expand(batch, -1, -1)))
+        ctx = torch.cat((ctx, entering(negative_context).expand(batch, -1, -1)))
     rows = ctx.shape[0]
-    refs = [to_tokens(latent).to(device, dtype).expand(rows, -1, -1) for latent in references]
+    refs = [entering(to_tokens(latent)).expand(rows, -1, -1) for latent in references]
     rope = model.rope(sequence_ids(ctx.shape[1], h, w, references))
     cache = ReferenceCache(tokens=sum(ref.shape[1] for ref in refs)) if reference_cache and refs else None
     embedded = torch.full((rows,), guidance, device=device) if guiding == "embedded" else None

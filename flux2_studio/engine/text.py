@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.weights import Plan, Source, TensorFiles, fill
+from flux2_studio.engine.weights import Checked, Plan, Source, TensorFiles, checked
 from flux2_studio.errors import WeightsError
 
 # Where the decoder's tensors stand: a causal LM's file, Mistral3's old and new spelling, a bare decoder.
@@ -62,36 +62,44 @@ class TextEncoder:
         return Encoded(context, tuple(row[2] for row in rows))
 
     def _tokens(self, prompt: str) -> tuple[list[int], list[int], int]:
-        """Token ids and mask, both of the recipe's length, and how many tokens were cut from the end."""
+        """Token ids and mask, both of the recipe's length, and how many tokens of the prompt were cut."""
         recipe = self.recipe
         for token in recipe.removed:
             prompt = prompt.replace(token, "")
-        turns = [("user", prompt)] if recipe.system is None else [("system", recipe.system), ("user", prompt)]
-        messages = [
-            {"role": role, "content": [{"type": "text", "text": said}] if recipe.content_as_parts else said}
-            for role, said in turns
-        ]
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=recipe.generation_prompt, enable_thinking=False
-        )
+        text = render(self._tokenizer, prompt, recipe)
         # The template writes every special token itself.
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         kept = ids[: recipe.length]
         pad = recipe.length - len(kept)
+        # What the template writes after the prompt is no loss to the user.
+        said = prompt if prompt in text else prompt.strip()  # some templates trim it
+        ending = text.rpartition(said)[2] if said and said in text else ""
+        cut = max(0, len(ids) - len(kept) - len(self._tokenizer(ending, add_special_tokens=False)["input_ids"]))
         padding, mask = [self._tokenizer.pad_token_id] * pad, [1] * len(kept)
         if recipe.padding_side == "left":
-            return padding + kept, [0] * pad + mask, len(ids) - len(kept)
-        return kept + padding, mask + [0] * pad, len(ids) - len(kept)
+            return padding + kept, [0] * pad + mask, cut
+        return kept + padding, mask + [0] * pad, cut
 
 
-def context_width(weights: Path, recipe: TextRecipe) -> int:
-    """The width of the context that the encoder in folder `weights` gives, from its config. Raises `WeightsError`."""
-    return int(_config(weights, recipe)["hidden_size"]) * len(recipe.taps)
+@dataclass(frozen=True)
+class CheckedText:
+    """A text encoder whose files fit: all that is left is to read the weights. `width` is that of its context."""
+
+    width: int
+    recipe: TextRecipe
+    _tower: Checked[Any]
+    _tokenizer: Any
+    _config: Any
+
+    def load(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        """Raises `WeightsError`."""
+        tower = self._tower.load(device=device, dtype=dtype)
+        # Its tables are buffers that no file holds: make them anew where they are used.
+        tower.rotary_emb = type(tower.rotary_emb)(config=self._config).to(device)
+        return TextEncoder(tower, self._tokenizer, self.recipe)
 
 
-def load_text_encoder(
-    weights: Path, tokenizer: Path, recipe: TextRecipe, *, device: torch.device, dtype: torch.dtype
-) -> TextEncoder:
+def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedText:
     """The text encoder in folder `weights` with the tokenizer in folder `tokenizer`. Raises `WeightsError`."""
     # transformers takes seconds to import, and half of this package's users never need it
     from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
@@ -118,40 +126,61 @@ def load_text_encoder(
         raise WeightsError(
             f"The config.json in {weights.name} does not describe a text encoder that can be built. Download it again."
         ) from error
-    words = load_tokenizer(tokenizer)
+    words = load_tokenizer(tokenizer, recipe)
     if len(words) > config.vocab_size:
         raise WeightsError(
             f"The tokenizer in {tokenizer.name} knows {len(words)} tokens, but the text encoder in {weights.name} only "
             f"{config.vocab_size}: one of them is another checkpoint's. Use the tokenizer that belongs to the encoder."
         )
-
     files = TensorFiles(weights, "text_encoder")
-    tower = fill(build, files, _tower_plan(files, recipe.layers), device=device, dtype=dtype)
-    # Its tables are buffers that no file holds: make them anew where they are used.
-    tower.rotary_emb = type(tower.rotary_emb)(config=config).to(device)
-    return TextEncoder(tower, words, recipe)
+    tower = checked(build, files, _tower_plan(files, recipe.layers))
+    return CheckedText(config.hidden_size * len(recipe.taps), recipe, tower, words, config)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`, with its chat template. Raises `WeightsError`."""
+def load_text_encoder(
+    weights: Path, tokenizer: Path, recipe: TextRecipe, *, device: torch.device, dtype: torch.dtype
+) -> TextEncoder:
+    """`open_text_encoder` and `load` in one."""
+    return open_text_encoder(weights, tokenizer, recipe).load(device=device, dtype=dtype)
+
+
+def load_tokenizer(folder: Path, recipe: TextRecipe) -> Any:
+    """The tokenizer in `folder`, whose chat template has been tried as `recipe` uses it. Raises `WeightsError`."""
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
         raise WeightsError(f"There is no tokenizer folder {folder}. Put the tokenizer's files there.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        beside = folder / "chat_template.json"
+        if tokenizer.chat_template is None and beside.is_file():
+            # Multimodal repositories keep the template beside the tokenizer, for the processor.
+            tokenizer.chat_template = json.loads(beside.read_text("utf-8"))["chat_template"]
+        if tokenizer.chat_template is not None:
+            render(tokenizer, "a prompt", recipe)
+    except Exception as error:
+        # A damaged or foreign tokenizer raises nearly anything: from JSON, tokenizers, the template's sandbox.
         raise WeightsError(
-            f"The tokenizer in {folder.name} cannot be read: tokenizer.json or tokenizer_config.json is missing or "
-            f"damaged. Download the folder again."
+            f"The tokenizer in {folder.name} cannot be used: tokenizer.json, tokenizer_config.json or its chat "
+            f"template is missing or damaged. Download the folder again."
         ) from error
-    if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
-        # Multimodal repositories keep the template beside the tokenizer, for the processor.
-        tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text("utf-8"))["chat_template"]
     for what, value in (("chat template", tokenizer.chat_template), ("padding token", tokenizer.pad_token_id)):
         if value is None:
             raise WeightsError(f"The tokenizer in {folder.name} has no {what}: use the checkpoint's own tokenizer.")
     return tokenizer
+
+
+def render(tokenizer: Any, prompt: str, recipe: TextRecipe) -> str:
+    """`prompt` in the chat template, as the encoder reads it."""
+    turns = [("user", prompt)] if recipe.system is None else [("system", recipe.system), ("user", prompt)]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": said}] if recipe.content_as_parts else said}
+        for role, said in turns
+    ]
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=recipe.generation_prompt, enable_thinking=False
+    )
+    return text
 
 
 def _config(weights: Path, recipe: TextRecipe) -> dict[str, Any]:

@@ -4,19 +4,21 @@ Does: Black Forest Labs' single files and diffusers folders (sharded too) for th
 TAEF2's decoder in both spellings of its keys. Widths and depths are read from the tensors' shapes, so a checkpoint of
 any size loads. Does not know: where files come from, which checkpoint a file is supposed to be.
 
-A file's header is turned into a plan first: for every parameter of our modules, the tensors that it is made from. Names
-and shapes are checked on the plan, so that a wrong file is refused before a byte of its data is read. Every refusal is
-a `WeightsError` that names the file, what was expected and what was found.
+A file's header is turned into a plan first: for every parameter of our modules, the tensors that it is made from.
+Names, shapes and types are checked on the plan, so that a wrong file is refused before a byte of its data is read:
+`open_...` gives a `Checked` file, whose `load` reads it. Every refusal is a `WeightsError` that names the file, what
+was expected and what was found.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,9 +38,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class TensorFiles:
     """The tensors of one safetensors file, or of a folder's file or shards, read one at a time.
 
-    path: a file, or a folder with one .safetensors file or an index (*.safetensors.index.json). `subfolder` is looked
-    into when the folder itself holds neither (a whole diffusers repository). Raises `WeightsError` for anything that
-    cannot be read; the safetensors library checks headers, offsets and lengths.
+    path: a file, or a folder with one .safetensors file or an index (*.safetensors.index.json). Where the folder has a
+    `subfolder` with such files (a whole repository in diffusers' layout), that is meant. Raises `WeightsError` for
+    anything that cannot be read; the safetensors library checks headers, offsets and lengths.
     """
 
     def __init__(self, path: Path, subfolder: str = "") -> None:
@@ -55,6 +57,8 @@ class TensorFiles:
                         self._of[key] = file
                         self.shapes[key] = tuple(tensor.get_shape())
                         self.dtypes[key] = tensor.get_dtype()
+                        if 0 in self.shapes[key]:
+                            raise WeightsError(f"{file.name} has an empty tensor, {key}: {_AGAIN}")
             except (SafetensorError, OSError) as error:
                 raise WeightsError(
                     f"{file.name} is not a whole safetensors file ({error}). Download it again; files in other "
@@ -66,7 +70,7 @@ class TensorFiles:
             return [self.path]
         if not self.path.is_dir():
             raise WeightsError(f"There is no file or folder {self.path}: check the path, or download it again.")
-        for folder in (self.path, self.path / subfolder):
+        for folder in (self.path / subfolder, self.path):
             indexes = sorted(folder.glob("*.safetensors.index.json"))
             if indexes:
                 return self._shards(indexes[0])
@@ -125,30 +129,52 @@ class Source:
 Plan = dict[str, Source]
 
 
-def load_transformer(path: Path, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+@dataclass(frozen=True)
+class Checked(Generic[ModuleT]):
+    """A file whose header fits: all that is left is to read it. `params` are the sizes that it was found to have."""
+
+    params: Any
+    build: Callable[[], ModuleT]
+    files: TensorFiles
+    plan: Plan
+    float32: tuple[str, ...]  # prefixes of parameters that keep full precision
+
+    def load(self, *, device: torch.device, dtype: torch.dtype) -> ModuleT:
+        """Build the module on meta and give it its tensors, each converted and moved once. Raises `WeightsError`."""
+        with torch.device("meta"):
+            model = self.build()
+        target_of = {key: name for name, source in self.plan.items() for key in source.keys}
+        state: dict[str, Tensor] = {}
+        waiting: dict[str, Tensor] = {}  # pieces of a parameter whose other pieces are still to come
+        for key, tensor in self.files.read(target_of):
+            waiting[key] = tensor
+            target = target_of[key]
+            source = self.plan[target]
+            if all(piece in waiting for piece in source.keys):
+                made = source.make({piece: waiting.pop(piece) for piece in source.keys})
+                state[target] = made.to(device, torch.float32 if target.startswith(self.float32) else dtype)
+        model.load_state_dict(state, assign=True)
+        return model.eval().requires_grad_(False)
+
+
+def open_transformer(path: Path) -> Checked[Transformer]:
     """The transformer in `path`: a single file or a diffusers folder. Raises `WeightsError`."""
     files = TensorFiles(path, "transformer")
     plan = transformer_plan(files)
     params = transformer_params(files.name, _shapes(plan))
-    return fill(lambda: Transformer(params), files, plan, device=device, dtype=dtype)
+    return checked(lambda: Transformer(params), files, plan, params=params)
 
 
-def inspect_transformer(path: Path) -> TransformerParams:
-    """The sizes of the transformer in `path`, from its header alone. Raises `WeightsError`."""
-    files = TensorFiles(path, "transformer")
-    return transformer_params(files.name, _shapes(transformer_plan(files)))
-
-
-def load_autoencoder(path: Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+def open_autoencoder(path: Path) -> Checked[Autoencoder]:
     """The autoencoder in `path`: a single file of either spelling, or a diffusers folder. Raises `WeightsError`."""
     files = TensorFiles(path, "vae")
     plan = autoencoder_plan(files)
     params = autoencoder_params(files.name, _shapes(plan))
     # the statistics stay exact, whatever the precision of the convolutions
-    return fill(lambda: Autoencoder(params), files, plan, device=device, dtype=dtype, float32=("bn.",))
+    return checked(lambda: Autoencoder(params), files, plan, params=params, float32=("bn.",))
 
 
-def load_tiny_decoder(path: Path, *, device: torch.device, dtype: torch.dtype) -> TinyDecoder:
+def open_tiny_decoder(path: Path) -> Checked[TinyDecoder]:
     """TAEF2's decoder in `path`, whose encoder, if it is there, is left alone. Raises `WeightsError`."""
     files = TensorFiles(path)
     plan: Plan = {}
@@ -158,45 +184,48 @@ def load_tiny_decoder(path: Path, *, device: torch.device, dtype: torch.dtype) -
             plan[f"{int(match[1]) + 1}.{match[2]}"] = Source((key,), shape)
         elif not key.startswith("encoder."):
             plan[key.removeprefix("decoder.")] = Source((key,), shape)
-    return fill(TinyDecoder, files, plan, device=device, dtype=dtype)
+    return checked(TinyDecoder, files, plan)
 
 
-def fill(
+def load_transformer(path: Path, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """`open_transformer` and `load` in one."""
+    return open_transformer(path).load(device=device, dtype=dtype)
+
+
+def load_autoencoder(path: Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """`open_autoencoder` and `load` in one."""
+    return open_autoencoder(path).load(device=device, dtype=dtype)
+
+
+def load_tiny_decoder(path: Path, *, device: torch.device, dtype: torch.dtype) -> TinyDecoder:
+    """`open_tiny_decoder` and `load` in one."""
+    return open_tiny_decoder(path).load(device=device, dtype=dtype)
+
+
+def checked(
     build: Callable[[], ModuleT],
     files: TensorFiles,
     plan: Plan,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    params: Any = None,
     float32: tuple[str, ...] = (),
-) -> ModuleT:
-    """Build a module on meta and give it the planned tensors, each converted and moved once.
+) -> Checked[ModuleT]:
+    """Compare `plan` with the module that `build` makes.
 
-    float32: prefixes of parameters that keep full precision. Raises `WeightsError` listing missing, unexpected and
-    misshapen tensors, or tensors of a type we do not read.
+    Raises `WeightsError` listing missing, unexpected and misshapen tensors, or tensors of a type we do not read.
     """
-    with torch.device("meta"):
-        model = build()
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    check(files.name, expected, _shapes(plan))
-    used = {key: name for name, source in plan.items() for key in source.keys}
-    foreign = sorted({files.dtypes[key] for key in used} - READABLE)
+    # The type first: quantised files also have keys of their own, which would read as damage.
+    foreign = sorted({files.dtypes[key] for source in plan.values() for key in source.keys} - READABLE)
     if foreign:
         raise WeightsError(
             f"{files.name} holds {_list(foreign)} tensors; float32, bfloat16 and float16 files can be read. "
             f"Choose the checkpoint's bfloat16 file."
         )
-    state: dict[str, Tensor] = {}
-    waiting: dict[str, Tensor] = {}  # pieces of a parameter whose other pieces are still to come
-    for key, tensor in files.read(used):
-        waiting[key] = tensor
-        source = plan[used[key]]
-        if all(piece in waiting for piece in source.keys):
-            target = used[key]
-            made = source.make({piece: waiting.pop(piece) for piece in source.keys})
-            state[target] = made.to(device, torch.float32 if target.startswith(float32) else dtype)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+    with torch.device("meta"):
+        model = build()
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    check(files.name, expected, _shapes(plan))
+    return Checked(params, build, files, plan, float32)
 
 
 def check(name: str, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
@@ -276,7 +305,7 @@ def transformer_plan(files: TensorFiles) -> Plan:
         for target, pieces in _DOUBLE_QKV.items():
             if not single and block[3] in pieces:
                 sources = tuple(key.removesuffix(block[3]) + piece for piece in pieces)
-                if all(source in shapes for source in sources):
+                if all(shapes.get(source, ())[1:] == shape[1:] and source in shapes for source in sources):
                     rows = sum(shapes[source][0] for source in sources)
                     plan[prefix + target] = Source(sources, (rows, *shape[1:]))
                 break
@@ -294,15 +323,20 @@ def transformer_params(name: str, shapes: Mapping[str, Shape]) -> TransformerPar
                 f"(flux-2-...safetensors) or diffusers folder."
             )
     hidden, in_channels = shapes["img_in.weight"]
-    scale = shapes.get("single_blocks.0.norm.query_norm.scale", (0,))
-    if not scale[0] or hidden % scale[0] or scale[0] % 8:
-        raise WeightsError(f"{name} has heads of width {scale[0]} at hidden width {hidden}, which cannot be: {_AGAIN}")
+    head_width = math.prod(shapes.get("single_blocks.0.norm.query_norm.scale", (0,)))
+    mlp = shapes["single_blocks.0.linear2.weight"][1] - hidden
+    # four rotary axes, each of adjacent pairs
+    if not head_width or hidden % head_width or head_width % 8 or mlp < 1:
+        raise WeightsError(
+            f"{name} has heads of width {head_width} and an MLP of width {mlp} at hidden width {hidden}, which cannot "
+            f"be: {_AGAIN}"
+        )
     return TransformerParams(
         in_channels=in_channels,
         context_width=shapes["txt_in.weight"][1],
         hidden=hidden,
-        head_width=scale[0],
-        mlp=shapes["single_blocks.0.linear2.weight"][1] - hidden,
+        head_width=head_width,
+        mlp=mlp,
         double_blocks=_count(shapes, r"double_blocks\.(\d+)\."),
         single_blocks=_count(shapes, r"single_blocks\.(\d+)\."),
         guidance_embedding="guidance_in.in_layer.weight" in shapes,
@@ -356,7 +390,7 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
     """Sizes from the planned shapes. Raises `WeightsError` if this is no FLUX.2 autoencoder."""
     needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "bn.running_mean")
     for key in needed:
-        if key not in shapes:
+        if len(shapes.get(key, ())) != (1 if key.startswith("bn.") else 4):
             raise WeightsError(
                 f"{name} is not a FLUX.2 autoencoder: it has no {key}. Point to ae.safetensors or to the diffusers "
                 f"folder vae/."
@@ -373,7 +407,7 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
             at = f"{side}.{level}"
             candidates = (f"{at}.block.0.conv2.weight", f"{at}.{changer}.conv.weight", ends.get(level, ""))
             found = next((shapes[key] for key in candidates if key in shapes), (0,))
-            widths.append(found[0])
+            widths.append(found[0] if found else 0)
         if not all(width and width % 32 == 0 for width in widths):
             raise WeightsError(f"{name} has levels of {widths} channels in {side}, which cannot be: {_AGAIN}")
         return tuple(widths)

@@ -15,11 +15,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -50,7 +51,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "config.json",  # names the model, from which transformers knows the tokenizer's class
 )
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them makes a folder a tokenizer's
+VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # a tokenizer needs one
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -66,12 +67,20 @@ class Hub:
     """Finds parts, and downloads those that are nowhere on this machine.
 
     endpoint, cache: another hub and another cache folder than huggingface_hub's own choice.
+    patience: seconds within which the hub must begin to answer.
     """
 
-    def __init__(self, settings: Settings, endpoint: str | None = None, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        endpoint: str | None = None,
+        cache: Path | None = None,
+        patience: float = constants.HF_HUB_ETAG_TIMEOUT,
+    ) -> None:
         self._settings = settings
         self._endpoint = endpoint or constants.ENDPOINT
         self._cache = cache or Path(constants.HF_HUB_CACHE)
+        self._patience = patience
 
     def on_disk(self, part: Part) -> bool:
         """Whether `part` is complete on this machine. Never uses the network."""
@@ -116,7 +125,7 @@ class Hub:
             file = try_to_load_from_cache(part.repo, part.path, cache_dir=self._cache)
             return PartFiles(weights=Path(file), tokenizer=None) if isinstance(file, str) else None
         weights, tokenizer = (self._cached_folder(*folder) for folder in _folders(part))
-        if weights is None or tokenizer is None or not _has_weights(weights) or not _has_vocabulary(tokenizer):
+        if weights is None or tokenizer is None or not _has_weights(weights) or not _has_tokenizer(tokenizer):
             return None
         return PartFiles(weights=weights, tokenizer=tokenizer)
 
@@ -142,8 +151,9 @@ class Hub:
         self._fetch(part, repo, folder, _patterns(folder, files), _Teller(f"{_short(repo)} tokenizer", progress))
 
     def _fetch(self, part: Part, repo: str, path: str, patterns: list[str], teller: _Teller) -> None:
-        teller.begin()
-        try:
+        def download() -> None:
+            # snapshot_download begins with this question too, but waits for the answer without end.
+            HfApi(endpoint=self._endpoint).model_info(repo, revision=constants.DEFAULT_REVISION, timeout=self._patience)
             # For a single file too: without a connection this fails at once, hf_hub_download after half a minute.
             snapshot_download(
                 repo,
@@ -152,6 +162,13 @@ class Hub:
                 endpoint=self._endpoint,
                 tqdm_class=teller.bar_class(),
             )
+
+        teller.begin()
+        try:
+            downloaded = _in_background(download)
+            while not wait([downloaded], teller.INTERVAL).done:
+                teller.remind()
+            downloaded.result()
         except BaseException as error:
             if teller.raised is not None:
                 raise teller.raised from None
@@ -229,11 +246,20 @@ class _Teller:
         self._progress = progress
         self._size = size
         self._told = time.monotonic()
+        self._last: tuple[str, float | None] = (self._text, None)
         self._lock = threading.Lock()
         self.raised: BaseException | None = None  # by `progress`
 
     def begin(self) -> None:
-        self._progress(self._text, None)
+        self._progress(*self._last)
+
+    def remind(self) -> None:
+        """Tell the same again if nothing is heard of the hub, because only when told can `progress` end the wait."""
+        with self._lock:
+            if self.raised is not None:
+                raise self.raised
+            if time.monotonic() - self._told > 2 * self.INTERVAL:
+                self._tell()
 
     def update(self, done: int, total: int) -> None:
         """`done` of `total` bytes are on disk. Called from several threads."""
@@ -244,13 +270,17 @@ class _Teller:
             if done < total and time.monotonic() - self._told < self.INTERVAL:
                 return
             self._told = time.monotonic()
-            try:
-                self._progress(f"{self._text}: {_amount(total, done)}", done / total)
-            except BaseException as error:
-                self.raised = error
-                # The storage client ignores what its callback raises, and may not be stopped from within it.
-                threading.Thread(target=abort_xet_session, daemon=True).start()
-                raise
+            self._last = (f"{self._text}: {_amount(total, done)}", done / total)
+            self._tell()
+
+    def _tell(self) -> None:
+        try:
+            self._progress(*self._last)
+        except BaseException as error:
+            self.raised = error
+            # The storage client ignores what its callback raises, and may not be stopped from within it.
+            threading.Thread(target=abort_xet_session, daemon=True).start()
+            raise
 
     def bar_class(self) -> type[tqdm]:
         """A progress bar for huggingface_hub that draws nothing and tells of the bytes that reach the disk."""
@@ -271,6 +301,21 @@ class _Teller:
         return Bar
 
 
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    """Run `work` in a thread that can be left alone: a pool would wait for it when the program ends."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:  # noqa: BLE001 -- whoever looks at the future gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="flux2-download", daemon=True).start()
+    return future
+
+
 def _own_weights(variable: str, path: Path) -> PartFiles:
     if not path.exists():
         raise WeightsError(
@@ -281,20 +326,24 @@ def _own_weights(variable: str, path: Path) -> PartFiles:
 
 
 def _own_text(variable: str, path: Path) -> PartFiles:
-    """A text encoder's folder with its tokenizer in it or beside it, or a folder with both as subfolders."""
+    """A text encoder's folder with its tokenizer in it or beside it, or a folder with both as subfolders.
+
+    The subfolder goes first: a whole FLUX.2 repository has safetensors of its own at the root, the transformer's.
+    """
     if not path.is_dir():
         raise WeightsError(
             f"{variable} points to {path}, where there is no folder: set it to the folder that holds the text "
             f"encoder's config.json, .safetensors files and tokenizer, or unset it."
         )
-    weights = next((at for at in (path, path / "text_encoder") if any(at.glob("*.safetensors"))), None)
+    places = (path / "text_encoder", path)
+    weights = next((at for at in places if (at / "config.json").is_file() and any(at.glob("*.safetensors"))), None)
     if weights is None:
         raise WeightsError(
-            f"{variable} points to {path}, where there are no .safetensors files, nor in text_encoder/ in it: set it "
-            f"to the text encoder's folder, or unset it."
+            f"{variable} points to {path}, where there is no config.json with .safetensors files beside it, nor in "
+            f"text_encoder/ in it: set it to the text encoder's folder, or unset it."
         )
-    places = (weights, weights / "tokenizer", weights.parent / "tokenizer")
-    tokenizer = next((at for at in places if _has_vocabulary(at)), None)
+    beside = (weights, weights / "tokenizer", weights.parent / "tokenizer")
+    tokenizer = next((at for at in beside if _has_tokenizer(at)), None)
     if tokenizer is None:
         raise WeightsError(
             f"{variable} points to {path}, which has no tokenizer: put its tokenizer.json and tokenizer_config.json "
@@ -328,8 +377,10 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-def _has_vocabulary(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in VOCABULARIES)
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file() and any(
+        all((folder / name).is_file() for name in files) for files in VOCABULARIES
+    )
 
 
 def _short(repo: str) -> str:

@@ -1,7 +1,8 @@
 """Residency: the only code that moves weights. Keeps the parts of the last checkpoint in memory and swaps on demand.
 
 A part stays as long as the checkpoint in use has it: a swap drops what the next checkpoint does not need, then loads
-what it lacks, so parts that two checkpoints share (the autoencoder, a text encoder) are not moved at all.
+what it lacks, so parts that two checkpoints share (the autoencoder, a text encoder) are not moved at all. Before
+anything is dropped, all that will be loaded has been found and its headers checked.
 """
 
 from __future__ import annotations
@@ -9,28 +10,29 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flux2_studio.checkpoints import Checkpoint, Part
 from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.params import AutoencoderParams, TransformerParams
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
-from flux2_studio.engine.text import TextEncoder, context_width, load_text_encoder
+from flux2_studio.engine.text import TextEncoder, open_text_encoder
 from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import inspect_transformer, load_autoencoder, load_tiny_decoder, load_transformer
+from flux2_studio.engine.weights import load_tiny_decoder, open_autoencoder, open_transformer
 from flux2_studio.errors import DeviceError, WeightsError
-from flux2_studio.models.hub import Hub, PartFiles
+from flux2_studio.models import memory
+from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.request import MULTIPLE
 from flux2_studio.settings import Settings
 
-Progress = Callable[[str, float | None], None]  # what is being done, and how much of it (0..1) where that is known
-
 LARGE = 2 * 10**9  # bytes of bfloat16 weights (a billion parameters) from which a CPU had better stay at bfloat16
+Key = tuple[Part, torch.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadedCheckpoint:
     """A checkpoint in memory, ready to run. `previewer` is None where previews are off."""
 
     checkpoint: Checkpoint
@@ -47,56 +49,37 @@ class ModelManager:
     def __init__(self, settings: Settings, hub: Hub) -> None:
         self._settings = settings
         self._hub = hub
-        self._parts: dict[tuple[Part, torch.dtype], Any] = {}
+        self._parts: dict[Key, Any] = {}
+        self._not_to_be_had: dict[Part, str] = {}  # tiny autoencoders, and why: not asked for again at every run
         self.device = choose_device(settings.device)
 
     def on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether `checkpoint` can be loaded without a download."""
         return all(self._hub.on_disk(part) for part in checkpoint.parts)
 
-    def load(self, checkpoint: Checkpoint, progress: Progress) -> Loaded:
+    def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
         """`checkpoint`, from memory, disk or the hub. `progress` may raise to give up.
 
         Raises `WeightsError` for files that are missing, damaged or not of this checkpoint, before anything of the
         last checkpoint is given up.
         """
-        files = {part: self._hub.locate(part, progress) for part in checkpoint.parts}
         if any(self._key(part, checkpoint) not in self._parts for part in checkpoint.parts):
-            check_fit(checkpoint, files[checkpoint.flow].weights, files[checkpoint.text].weights)
-        self._release_all_but(checkpoint)
-
-        def part(which: Part, what: str, build: Callable[[PartFiles, torch.dtype], Any]) -> Any:
-            key = self._key(which, checkpoint)
-            if key not in self._parts:
-                progress(f"Loading {checkpoint.label}: {what}", None)
-                self._parts[key] = build(files[which], key[1])
-            return self._parts[key]
-
-        device = self.device
-        text = part(
-            checkpoint.text,
-            "text encoder",
-            lambda at, dtype: load_text_encoder(
-                at.weights, at.tokenizer or at.weights, checkpoint.recipe, device=device, dtype=dtype
-            ),
-        )
-        transformer = part(
-            checkpoint.flow, "transformer", lambda at, dtype: load_transformer(at.weights, device=device, dtype=dtype)
-        )
-        autoencoder = part(
-            checkpoint.autoencoder,
-            "autoencoder",
-            lambda at, dtype: load_autoencoder(at.weights, device=device, dtype=dtype),
-        )
+            self._load_parts(checkpoint, progress)
+        autoencoder: Autoencoder = self._parts[self._key(checkpoint.autoencoder, checkpoint)]
         previewer, notes = self._previewer(checkpoint, autoencoder, progress)
-        return Loaded(
+        return LoadedCheckpoint(
             checkpoint=checkpoint,
-            text=text,
-            transformer=transformer,
+            text=self._parts[self._key(checkpoint.text, checkpoint)],
+            transformer=self._parts[self._key(checkpoint.flow, checkpoint)],
             autoencoder=autoencoder,
             previewer=previewer,
             notes=notes,
         )
+
+    def batch_size(self, loaded: LoadedCheckpoint, count: int, tokens: int, kept: int) -> int:
+        """How many of `count` pictures to draw at once; see `memory.batch_size`."""
+        transformer = loaded.transformer
+        return memory.batch_size(count, tokens, kept, transformer.params, transformer.dtype, transformer.device)
 
     def release_scratch(self) -> None:
         """Give memory that no weight occupies back to the device."""
@@ -106,22 +89,51 @@ class ModelManager:
         elif self.device.type == "mps":
             torch.mps.empty_cache()
 
+    def _load_parts(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        """Have all parts of `checkpoint` in memory, and no others."""
+        files = {part: self._hub.locate(part, progress) for part in checkpoint.parts}
+        progress(f"Checking the files of {checkpoint.label}", None)
+        at = files[checkpoint.text]
+        text = open_text_encoder(at.weights, at.tokenizer or at.weights, checkpoint.recipe)
+        transformer = open_transformer(files[checkpoint.flow].weights)
+        autoencoder = open_autoencoder(files[checkpoint.autoencoder].weights)
+        check_fit(
+            checkpoint,
+            {part.kind: files[part].weights.name for part in checkpoint.parts},
+            transformer.params,
+            autoencoder.params,
+            text.width,
+        )
+        self._release_all_but(checkpoint)
+        for part, what, opened in (
+            (checkpoint.text, "text encoder", text),
+            (checkpoint.flow, "transformer", transformer),
+            (checkpoint.autoencoder, "autoencoder", autoencoder),
+        ):
+            key = self._key(part, checkpoint)
+            if key not in self._parts:
+                progress(f"Loading {checkpoint.label}: {what}", None)
+                self._parts[key] = opened.load(device=self.device, dtype=key[1])
+
     def _previewer(
         self, checkpoint: Checkpoint, autoencoder: Autoencoder, progress: Progress
     ) -> tuple[Previewer | None, tuple[str, ...]]:
+        part = checkpoint.tiny_autoencoder
         if self._settings.preview == "off":
             return None, ()
-        if checkpoint.tiny_autoencoder == checkpoint.autoencoder:
+        if part == checkpoint.autoencoder:
             return AutoencoderPreview(autoencoder), ()
         if self._settings.preview == "linear":
             return LinearPreview(), ()
-        key = self._key(checkpoint.tiny_autoencoder, checkpoint)
-        if key not in self._parts:
+        key = self._key(part, checkpoint)
+        if key not in self._parts and part not in self._not_to_be_had:
             try:
-                at = self._hub.locate(checkpoint.tiny_autoencoder, progress)
+                at = self._hub.locate(part, progress)
                 self._parts[key] = load_tiny_decoder(at.weights, device=self.device, dtype=key[1])
             except WeightsError as error:
-                return LinearPreview(), (f"Previews show rough colours only: {error}",)
+                self._not_to_be_had[part] = str(error)
+        if key not in self._parts:
+            return LinearPreview(), (f"Previews show rough colours only: {self._not_to_be_had[part]}",)
         return TinyPreview(self._parts[key]), ()
 
     def _release_all_but(self, checkpoint: Checkpoint) -> None:
@@ -132,7 +144,7 @@ class ModelManager:
         if unwanted:
             self.release_scratch()
 
-    def _key(self, part: Part, checkpoint: Checkpoint) -> tuple[Part, torch.dtype]:
+    def _key(self, part: Part, checkpoint: Checkpoint) -> Key:
         return part, choose_dtype(self._settings.dtype, self.device, checkpoint, part)
 
 
@@ -161,32 +173,53 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, part: Part) -> torch.dtype:
     """The precision of `part`.
 
-    auto: bfloat16, except small checkpoints on a CPU, which are as quick and exact in float32. float16 is kept to the
-    transformer, which guards its range; the text encoders and autoencoders were trained in bfloat16 and would overflow.
+    auto: bfloat16, or float16 on a CUDA device without it; float32 for small checkpoints on a CPU, which are as quick
+    and exact so. float16 is kept to the transformer, which guards its range: text encoders and autoencoders were
+    trained in bfloat16 and would overflow. The tiny autoencoder is published in float16.
     """
+    if part.kind == "tiny autoencoder":
+        return torch.float32 if device.type == "cpu" else torch.float16
     if name == "auto":
-        name = "float32" if device.type == "cpu" and checkpoint.flow.size < LARGE else "bfloat16"
+        if device.type == "cpu" and checkpoint.flow.size < LARGE:
+            name = "float32"
+        elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "float16"
+        else:
+            name = "bfloat16"
     if name == "float16" and part.kind != "flow":
         name = "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def check_fit(checkpoint: Checkpoint, flow: Path, text: Path) -> None:
-    """Raise `WeightsError` if transformer and text encoder do not belong together; reads headers and config only."""
-    params = inspect_transformer(flow)
-    width = context_width(text, checkpoint.recipe)
-    variable = f" ({checkpoint.flow.override})" if checkpoint.flow.override else ""
-    if params.context_width != width:
+def check_fit(
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    transformer: TransformerParams,
+    autoencoder: AutoencoderParams,
+    text_width: int,
+) -> None:
+    """Raise `WeightsError` if the parts do not belong together. names: the file or folder of each kind of part."""
+    flow, label = names["flow"], checkpoint.label
+    own = f"{label}'s own file{_named(checkpoint.flow)}"
+    if transformer.context_width != text_width:
         raise WeightsError(
-            f"{flow.name} reads text of width {params.context_width}, but the text encoder of {checkpoint.label} in "
-            f"{text.name} gives {width}: one of them is another checkpoint's. Give {checkpoint.label} its own "
-            f"transformer file{variable} and text encoder"
-            f"{f' ({checkpoint.text.override})' if checkpoint.text.override else ''}."
+            f"{flow} reads text of width {transformer.context_width}, but the text encoder of {label} in "
+            f"{names['text']} gives {text_width}: one of them is another checkpoint's. Give {label} its own "
+            f"transformer{_named(checkpoint.flow)} and text encoder{_named(checkpoint.text)}."
         )
     embeds = checkpoint.guiding == "embedded"
-    if params.guidance_embedding != embeds:
+    if transformer.guidance_embedding != embeds:
         raise WeightsError(
-            f"{flow.name} {'has a' if params.guidance_embedding else 'lacks the'} guidance embedding, which "
-            f"{checkpoint.label} does {'' if embeds else 'not '}have: the file is another checkpoint's. Choose "
-            f"{checkpoint.label}'s own file{variable}."
+            f"{flow} {'has a' if transformer.guidance_embedding else 'lacks the'} guidance embedding, which {label} "
+            f"{'has' if embeds else 'does not have'}: the file is another checkpoint's. Choose {own}."
         )
+    if autoencoder.patch != MULTIPLE or 4 * autoencoder.latent_channels != transformer.in_channels:
+        raise WeightsError(
+            f"{names['autoencoder']} makes latents of {4 * autoencoder.latent_channels} channels, one for "
+            f"{autoencoder.patch} x {autoencoder.patch} pixels, but {flow} reads {transformer.in_channels} channels, "
+            f"one for {MULTIPLE} x {MULTIPLE}. Choose {label}'s own autoencoder{_named(checkpoint.autoencoder)}."
+        )
+
+
+def _named(part: Part) -> str:
+    return f" ({part.override})" if part.override else ""

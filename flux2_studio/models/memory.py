@@ -20,9 +20,16 @@ CPU_TOKENS = 2048
 UNKNOWN = 4 * 2**30  # assumed to be free where the system does not tell
 
 
-def batch_size(count: int, tokens: int, params: TransformerParams, dtype: torch.dtype, device: torch.device) -> int:
-    """How many of `count` pictures to make at once, at least one; `tokens` is the length of one picture's sequence."""
-    one = tokens * params.hidden * ACTIVATIONS * dtype.itemsize
+def batch_size(
+    count: int, tokens: int, kept: int, params: TransformerParams, dtype: torch.dtype, device: torch.device
+) -> int:
+    """How many of `count` pictures to make at once, at least one.
+
+    tokens: what one picture sends through the transformer. kept: of these, how many have their keys and values kept
+    in every block (the reference cache).
+    """
+    blocks = params.double_blocks + params.single_blocks
+    one = (tokens * ACTIVATIONS + kept * 2 * blocks) * params.hidden * dtype.itemsize
     fitting = int(SHARE * free_memory(device) / one)
     useful = CPU_TOKENS // tokens if device.type == "cpu" else count
     return max(1, min(count, fitting, useful))

@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -27,6 +28,15 @@ class Library:
     def __init__(self, folder: Path, now: Callable[[], datetime] = datetime.now) -> None:
         self.folder = folder
         self._now = now
+
+    def check(self) -> None:
+        """Raises `SaveError` where nothing can be saved. Asked before a long run, it spares the run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.folder) as file:
+                file.write(b"may I?")
+        except OSError as error:
+            raise SaveError(self._reason(error)) from error
 
     def save(self, image: Image.Image, request: Request, reference_hashes: Sequence[str] = ()) -> Path:
         """Write `image`, made by `request` (resolved, its own seed, count 1), as a PNG with its parameters.
@@ -50,7 +60,7 @@ class Library:
         raise AssertionError("count() has no end")
 
     def _reason(self, error: OSError) -> str:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return (
                 f"There is no space left to save the picture in {self.folder}: free some, or set FLUX2_HOME to a "
                 f"folder on another drive."
@@ -73,15 +83,14 @@ def _write_new(target: Path, image: Image.Image, info: PngInfo) -> None:
     final rename cannot overwrite a picture.
     """
     hidden = target.with_name(f".{target.name}.part")
-    with hidden.open("xb") as file:
-        try:
+    file = hidden.open("xb")
+    try:
+        with file:  # closed before it is renamed, as Windows wants; on a full disk closing fails too
             if target.exists():
                 raise FileExistsError(target)
             image.save(file, format="PNG", pnginfo=info)
-            file.close()  # a file that is still open cannot be renamed on Windows
-            hidden.replace(target)
-        except BaseException:
-            file.close()
-            with suppress(OSError):
-                hidden.unlink()
-            raise
+        hidden.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            hidden.unlink()
+        raise

@@ -193,3 +193,11 @@ def test_previews_never_change_the_result(klein: Transformer, toys: Toys) -> Non
         for step in denoise(klein, start, context(tiny.KLEIN), steps=4, guidance=1.0, guiding="none"):
             assert preview(step.clean).shape[:2] == (2, 3)
         assert torch.equal(step.latents, without)
+
+
+def test_text_beyond_float16_is_clipped_on_the_way_in(toys: Toys) -> None:
+    model = load_transformer(toys.klein.file, device=CPU, dtype=torch.float16)
+    context = torch.randn(1, 8, model.params.context_width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    context[0, 0, 0] = 9e4
+    steps = denoise(model, noise([1], 64, 64), context, steps=2, guidance=1.0, guiding="none")
+    assert all(bool(step.latents.isfinite().all()) for step in steps)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
-from flux2_studio.engine.text import TextEncoder, context_width, load_text_encoder
+from flux2_studio.engine.text import TextEncoder, load_text_encoder, open_text_encoder
 from tests import oracle, tiny
 from tests.tiny import Text, Toys
 
@@ -78,8 +78,13 @@ def test_the_number_of_cut_tokens_is_told(toys: Toys) -> None:
             start, end = f"<s>[SYSTEM_PROMPT]{recipe.system}[/SYSTEM_PROMPT][INST]", "[/INST]"
         whole = tokenizer(start + LONG + end, add_special_tokens=False)["input_ids"]
         assert len(whole) > 512
-        encoded = load(text).encode(["a cat", LONG, ""])
-        assert encoded.cut == (0, len(whole) - 512, 0)
+        ending = tokenizer(end, add_special_tokens=False)["input_ids"]
+        encoder = load(text)
+        # the template's ending is cut off with the rest, but was not the user's to lose
+        assert encoder.encode(["a cat", LONG, ""]).cut == (0, len(whole) - len(ending) - 512, 0)
+        room = 512 - len(tokenizer(start, add_special_tokens=False)["input_ids"])
+        assert encoder.encode(["1" * room]).cut == (0,), "the prompt fits, only the ending does not"
+        assert encoder.encode(["1" * (room + 1)]).cut == (1,)
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(toys: Toys) -> None:
@@ -99,9 +104,9 @@ def test_padded_rows_take_part(toys: Toys) -> None:
 
 
 def test_the_width_is_known_without_loading(toys: Toys) -> None:
-    assert context_width(toys.qwen.folder, KLEIN_4B.recipe) == 3 * 32
-    assert context_width(toys.wide_qwen.folder, KLEIN_4B.recipe) == 3 * 48
-    assert context_width(toys.mistral.folder, DEV.recipe) == 3 * 40
+    assert open_text_encoder(toys.qwen.folder, toys.qwen.folder, KLEIN_4B.recipe).width == 3 * 32
+    assert open_text_encoder(toys.wide_qwen.folder, toys.wide_qwen.folder, KLEIN_4B.recipe).width == 3 * 48
+    assert open_text_encoder(toys.mistral.folder, toys.mistral.folder, DEV.recipe).width == 3 * 40
 
 
 def test_layers_past_the_last_tap_need_not_exist(toys: Toys, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flux2_studio.engine.latents import sequence_ids
 from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import inspect_transformer, load_transformer
+from flux2_studio.engine.weights import load_transformer, open_transformer
 from tests import oracle, tiny
 from tests.tiny import Flow, Toys
 
@@ -86,7 +86,7 @@ def test_bfloat16_errs_no_more_than_twice_as_much_as_diffusers(toys: Toys, name:
 def test_sizes_are_read_from_the_shapes(toys: Toys) -> None:
     for flow, size in ((toys.klein, tiny.KLEIN), (toys.nine, tiny.NINE), (toys.dev, tiny.DEV)):
         for locate in LAYOUTS.values():
-            params = inspect_transformer(locate(flow))
+            params = open_transformer(locate(flow)).params
             found = (params.double_blocks, params.single_blocks, params.heads, params.head_width, params.context_width)
             assert found == (size.double_blocks, size.single_blocks, size.heads, size.head_width, size.context_width)
             assert params.guidance_embedding == size.guidance

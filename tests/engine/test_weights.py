@@ -181,8 +181,48 @@ def test_parts_taken_for_one_another(toys: Toys) -> None:
 
 def test_a_quantised_file_is_refused_in_words(toys: Toys, tmp_path: Path) -> None:
     state = load_file(toys.klein.file)
-    state["img_in.weight"] = state["img_in.weight"].to(torch.float8_e4m3fn)
-    assert "F8_E4M3" in refusal(load_flow, tiny.save_state(state, tmp_path / "fp8.safetensors"))
+    for key in [key for key in state if key.endswith("linear1.weight")]:  # as the official fp8 files have it
+        state[key] = state[key].to(torch.float8_e4m3fn)
+        state[f"{key}_scale"] = torch.tensor(0.5)
+        state[key.replace("weight", "input_scale")] = torch.tensor(0.5)
+    message = refusal(load_flow, tiny.save_state(state, tmp_path / "fp8.safetensors"))
+    assert "F8_E4M3" in message and "bfloat16 file" in message and "damaged" not in message
+
+
+@pytest.mark.parametrize(
+    ("load", "key", "shape"),
+    [
+        (load_flow, "single_blocks.0.norm.query_norm.scale", ()),
+        (load_flow, "single_blocks.0.linear2.weight", (64, 0)),
+        (load_flow, "single_blocks.0.linear2.weight", (128, 64)),
+        (load_flow, "img_in.weight", (4,)),
+        (load_vae, "decoder.conv_in.weight", ()),
+        (load_vae, "encoder.mid.block_1.conv1.weight", ()),
+        (load_vae, "bn.running_mean", ()),
+    ],
+)
+def test_shapes_that_make_no_model(
+    toys: Toys, tmp_path: Path, load: Callable[[Path], Any], key: str, shape: tuple[int, ...]
+) -> None:
+    state = load_file(file_of(toys, load))
+    state[key] = torch.ones(shape)
+    refusal(load, tiny.save_state(state, tmp_path / "odd.safetensors"))
+
+
+def test_pieces_that_do_not_join(toys: Toys, tmp_path: Path) -> None:
+    state = load_file(toys.klein.folder / "diffusion_pytorch_model.safetensors")
+    state["transformer_blocks.0.attn.to_k.weight"] = torch.ones(3)
+    refusal(load_flow, tiny.save_state(state, tmp_path / "odd.safetensors"))
+
+
+def test_a_whole_repository_is_as_good_as_its_subfolders(toys: Toys, tmp_path: Path) -> None:
+    repository = tmp_path / "FLUX.2-klein-4B"
+    shutil.copytree(toys.klein.folder, repository / "transformer")
+    shutil.copytree(toys.autoencoder.folder, repository / "vae")
+    for name in ("flux-2-klein-4b.safetensors", "another.safetensors"):
+        shutil.copy(toys.dev.file, repository / name)  # what stands beside them is another model's
+    assert not load_flow(repository).params.guidance_embedding
+    assert load_vae(repository).params.latent_channels == 32
 
 
 def copied(folder: Path, tmp_path: Path) -> Path:
@@ -310,7 +350,10 @@ def test_a_text_encoder_lacking_a_layer_that_is_read(toys: Toys, tmp_path: Path)
         load_text_encoder(folder, folder, DEV.recipe, device=CPU, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("damage", ["missing folder", "empty folder", "damaged", "no template"])
+TEMPLATES = ("{% if %}", "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}")
+
+
+@pytest.mark.parametrize("damage", ["missing folder", "empty folder", "damaged", "no template", "config", *TEMPLATES])
 def test_a_tokenizer_that_cannot_serve(toys: Toys, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "tokenizer"
     if damage == "empty folder":
@@ -320,6 +363,10 @@ def test_a_tokenizer_that_cannot_serve(toys: Toys, tmp_path: Path, damage: str) 
         if damage == "damaged":
             for name in ("tokenizer.json", "vocab.json", "merges.txt"):
                 (folder / name).write_text("{")
+        elif damage == "config":
+            (folder / "tokenizer_config.json").write_text("[]")
+        elif damage in TEMPLATES:
+            (folder / "chat_template.jinja").write_text(damage)
         else:
             (folder / "chat_template.jinja").unlink()
     with pytest.raises(WeightsError, match="tokenizer"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
@@ -240,6 +242,7 @@ def test_a_broken_off_folder_is_not_on_disk_and_is_completed(fake: FakeHub, tmp_
         files.weights / "model.safetensors.index.json",
         files.weights / "config.json",
         files.tokenizer / "tokenizer.json",
+        files.tokenizer / "tokenizer_config.json",
         files.tokenizer / "chat_template.jinja",
     ):
         missing.unlink()
@@ -252,6 +255,7 @@ def test_what_another_tool_left_in_the_cache_is_judged_by_the_index(fake: FakeHu
     """Without the listing that newer versions of huggingface_hub keep."""
     ours = hub(fake, tmp_path)
     files = ours.locate(TEXT, silent)
+    assert files.tokenizer is not None
     cache = tmp_path / "cache" / "models--maker--Toy-4B"
     (cache / "trees" / f"{COMMIT}.json").unlink()
     program = f"""
@@ -261,8 +265,16 @@ from tests.models.test_hub import TEXT, Hub, settings
 print(Hub(settings(Path({str(tmp_path)!r})), cache=Path({str(tmp_path / "cache")!r})).on_disk(TEXT))
 """
     assert python(program).stdout == "True\n"
-    (files.weights / "model-00001-of-00002.safetensors").unlink()
-    assert python(program).stdout == "False\n"
+    for missing in (files.weights / "model-00001-of-00002.safetensors", files.tokenizer / "tokenizer_config.json"):
+        content = missing.read_bytes()
+        missing.unlink()
+        assert python(program).stdout == "False\n", missing.name
+        missing.write_bytes(content)
+    vocabulary = files.tokenizer / "tokenizer.json"
+    vocabulary.rename(vocabulary.with_name("vocab.json"))
+    assert python(program).stdout == "False\n"  # a vocabulary in two files, of which one is missing
+    fill(files.tokenizer, "merges.txt")
+    assert python(program).stdout == "True\n"
 
 
 def test_what_progress_raises_ends_the_download_and_arrives(fake: FakeHub, tmp_path: Path) -> None:
@@ -453,6 +465,37 @@ def test_no_connection(tmp_path: Path) -> None:
         assert message.endswith(f"or set {part.override} to a local copy.")
 
 
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The address of a hub that takes every connection and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_hub_that_never_answers(mute: str, tmp_path: Path) -> None:
+    ours = Hub(settings(tmp_path), endpoint=mute, cache=tmp_path / "cache", patience=0.5)
+    began = time.monotonic()
+    for part in (FLOW, TEXT):
+        assert f"{mute} cannot be reached" in refused(ours, part)
+    assert time.monotonic() - began < 10
+
+
+def test_waiting_for_the_hub_can_be_stopped(mute: str, tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    told: list[tuple[str, float | None]] = []
+
+    def give_up(text: str, fraction: float | None) -> None:
+        told.append((text, fraction))
+        if len(told) > 1:
+            raise Enough
+
+    with pytest.raises(Enough):
+        Hub(settings(tmp_path), endpoint=mute, cache=tmp_path / "cache", patience=30).locate(FLOW, give_up)
+    assert told == [("Downloading Toy-4B", None)] * 2
+
+
 def test_a_hub_in_trouble(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     fake.refusals["maker/Toy-4B"] = (503, "", "over capacity")
@@ -500,6 +543,7 @@ WEIGHTS, WORDS = ("config.json", "model.safetensors"), ("tokenizer.json", "token
 def test_the_places_of_a_local_text_encoder_and_its_tokenizer(fake: FakeHub, tmp_path: Path) -> None:
     together = fill(tmp_path / "a", *WEIGHTS, *WORDS)
     beside, beside_words = fill(tmp_path / "b" / "text_encoder", *WEIGHTS), fill(tmp_path / "b" / "tokenizer", *WORDS)
+    fill(tmp_path / "b", "model_index.json", "toy-transformer.safetensors")  # a whole repository
     inside, inside_words = fill(tmp_path / "c", *WEIGHTS), fill(tmp_path / "c" / "tokenizer", *WORDS)
     for given, weights, tokenizer in (
         (together, together, together),
@@ -515,7 +559,8 @@ def test_the_places_of_a_local_text_encoder_and_its_tokenizer(fake: FakeHub, tmp
 
 def test_a_local_text_encoder_that_lacks_something(fake: FakeHub, tmp_path: Path) -> None:
     for folder, said in (
-        (fill(tmp_path / "a", *WORDS), "no .safetensors files, nor in text_encoder/"),
+        (fill(tmp_path / "a", *WORDS), "no config.json with .safetensors files beside it, nor in text_encoder/"),
+        (fill(tmp_path / "c", "toy-transformer.safetensors", *WORDS), "no config.json with .safetensors files"),
         (fill(tmp_path / "b", *WEIGHTS), "which has no tokenizer: put its tokenizer.json"),
     ):
         ours = hub(fake, tmp_path, TEXT_MODEL_PATH=folder)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from flux2_studio.checkpoints import DEV, KLEIN_4B, NANO
+from flux2_studio.checkpoints import DEV, KLEIN_4B, NANO, Part
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, TinyPreview
+from flux2_studio.engine.weights import open_autoencoder, open_transformer
 from flux2_studio.errors import DeviceError, WeightsError
 from flux2_studio.models import memory
-from flux2_studio.models.hub import Hub
-from flux2_studio.models.manager import ModelManager, choose_device, choose_dtype
+from flux2_studio.models.hub import Hub, PartFiles, Progress
+from flux2_studio.models.manager import ModelManager, check_fit, choose_device, choose_dtype
 from flux2_studio.settings import Settings
 from tests.tiny import Toys
 
@@ -46,18 +48,57 @@ def test_the_last_checkpoint_stays_and_the_one_before_leaves(toys: Toys, tmp_pat
     assert second.autoencoder is autoencoder, "what two checkpoints share is not moved"
 
 
-def test_a_failed_load_does_not_cost_the_checkpoint_in_use(toys: Toys, tmp_path: Path) -> None:
-    settings = toys.settings(tmp_path, ["klein-4b"])
+@pytest.mark.parametrize("wrong", ["truncated", "a missing tensor", "no text encoder", "an autoencoder for it"])
+def test_a_failed_load_does_not_cost_the_checkpoint_in_use(toys: Toys, tmp_path: Path, wrong: str) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b", "dev"])
     broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(toys.dev.file.read_bytes()[:1000])
-    overrides = {**settings.overrides, "FLUX2_MODEL_PATH": broken, "MISTRAL_MODEL_PATH": toys.mistral.folder}
+    overrides = dict(settings.overrides)
+    match wrong:
+        case "truncated":
+            broken.write_bytes(toys.dev.file.read_bytes()[:1000])
+            overrides["FLUX2_MODEL_PATH"] = broken
+        case "a missing tensor":
+            state = load_file(toys.dev.file)
+            del state["single_blocks.0.linear1.weight"]
+            save_file(state, broken)
+            overrides["FLUX2_MODEL_PATH"] = broken
+        case "no text encoder":
+            overrides["MISTRAL_MODEL_PATH"] = tmp_path
+        case "an autoencoder for it":
+            overrides["FLUX2_MODEL_PATH"] = toys.autoencoder.file
     models = manager(replace(settings, overrides=overrides))
     loaded = models.load(KLEIN_4B, silent)
-    with pytest.raises(WeightsError, match=r"broken\.safetensors"):
+    with pytest.raises(WeightsError):
         models.load(DEV, silent)
     told: list[str] = []
     assert models.load(KLEIN_4B, lambda text, _: told.append(text)).transformer is loaded.transformer
     assert not told, "nothing had to be loaded again"
+
+
+def test_a_preview_that_cannot_be_had_is_not_asked_for_at_every_run(toys: Toys, tmp_path: Path) -> None:
+    class Counting(Hub):
+        asked = 0
+
+        def locate(self, part: Part, progress: Progress) -> PartFiles:
+            self.asked += part.kind == "tiny autoencoder"
+            return super().locate(part, progress)
+
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    hub = Counting(replace(settings, overrides={**settings.overrides, "TAEF2_MODEL_PATH": tmp_path / "nowhere"}))
+    models = ModelManager(settings, hub)
+    assert [bool(models.load(KLEIN_4B, silent).notes) for _ in range(3)] == [True] * 3
+    assert hub.asked == 1
+
+
+def test_an_autoencoder_of_another_scale_is_refused(toys: Toys) -> None:
+    transformer = open_transformer(toys.klein.file).params
+    autoencoder = open_autoencoder(toys.autoencoder.file).params
+    names = {"flow": "flow", "text": "text", "autoencoder": "ae.safetensors"}
+    check_fit(KLEIN_4B, names, transformer, autoencoder, transformer.context_width)
+    shallow = replace(autoencoder, encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32))
+    for wrong in (shallow, replace(autoencoder, latent_channels=16)):
+        with pytest.raises(WeightsError, match=r"ae\.safetensors makes latents"):
+            check_fit(KLEIN_4B, names, transformer, wrong, transformer.context_width)
 
 
 def test_giving_up_while_loading_leaves_a_manager_that_works(toys: Toys, tmp_path: Path) -> None:
@@ -109,7 +150,8 @@ def test_devices() -> None:
 def test_precision() -> None:
     assert choose_dtype("auto", CPU, NANO, NANO.flow) is torch.float32
     assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.flow) is torch.bfloat16
-    assert choose_dtype("auto", CUDA, NANO, NANO.flow) is torch.bfloat16
+    assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.tiny_autoencoder) is torch.float32
+    assert choose_dtype("bfloat16", CUDA, KLEIN_4B, KLEIN_4B.tiny_autoencoder) is torch.float16
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.flow) is torch.float16
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.text) is torch.bfloat16
     assert choose_dtype("float32", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.float32
@@ -127,13 +169,14 @@ def test_a_batch_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
         guidance_embedding=False,
     )
 
-    def size(count: int, tokens: int, free: int, device: torch.device = CUDA) -> int:
+    def size(count: int, tokens: int, free: int, device: torch.device = CUDA, kept: int = 0) -> int:
         monkeypatch.setattr(memory, "free_memory", lambda _: free)
-        return memory.batch_size(count, tokens, params, torch.bfloat16, device)
+        return memory.batch_size(count, tokens, kept, params, torch.bfloat16, device)
 
     assert size(4, 4608, 80 * 10**9) == 4
     assert 1 < size(16, 4608, 10 * 10**9) < 16
     assert size(4, 4608, 0) == 1
+    assert size(4, 20992, 40 * 10**9, kept=16384) < size(4, 20992, 40 * 10**9), "kept references take their room"
     assert size(16, 300, 80 * 10**9, CPU) == memory.CPU_TOKENS // 300
     assert size(16, 4608, 80 * 10**9, CPU) == 1
 

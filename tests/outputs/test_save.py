@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +105,7 @@ class Failing(Image.Image):
     [
         (errno.ENOSPC, "no space left"),
         (errno.EDQUOT, "no space left"),
+        (errno.EFBIG, "no space left"),
         (errno.EACCES, "may not be saved"),
         (errno.EROFS, "may not be saved"),
         (errno.EIO, "could not be saved"),
@@ -124,12 +127,43 @@ def test_a_defect_is_not_dressed_up_but_leaves_nothing_behind_either(tmp_path: P
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("call", ["save(Image.effect_noise((512, 512), 50), REQUEST)", "check()"])
+def test_a_disk_that_is_really_full(tmp_path: Path, call: str) -> None:
+    """Then closing the half-written file fails as well."""
+    program = f"""
+import resource
+from pathlib import Path
+from PIL import Image
+from flux2_studio.errors import SaveError
+from tests.outputs.test_save import REQUEST, library
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+try:
+    library(Path({str(tmp_path)!r})).{call}
+except SaveError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    print(error)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"There is no space left to save the picture in {tmp_path}")
+    assert done.stderr == ""
+    assert files(tmp_path) == []
+
+
+def test_checking_makes_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> None:
+    library(tmp_path / "new" / "outputs").check()
+    assert list((tmp_path / "new" / "outputs").iterdir()) == []
+
+
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "outputs").touch()
     with pytest.raises(SaveError, match=r"could not be saved in .*FLUX2_HOME"):
         library(tmp_path / "outputs").save(Image.new("RGB", (64, 64)), REQUEST)
     with pytest.raises(SaveError):
         library(tmp_path / "outputs" / "deeper").save(Image.new("RGB", (64, 64)), REQUEST)
+    with pytest.raises(SaveError, match=r"could not be saved in .*FLUX2_HOME"):
+        library(tmp_path / "outputs" / "deeper").check()
 
 
 @pytest.fixture
