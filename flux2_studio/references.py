@@ -25,7 +25,7 @@ from flux2_studio.errors import ReferenceImageError
 from flux2_studio.request import MIN_SIDE, MULTIPLE
 
 MAX_BYTES = 200 * 10**6
-MAX_PIXELS = 100 * 10**6
+MAX_PIXELS = 89 * 10**6  # just under the size from which Pillow itself warns of a decompression bomb
 MAX_ASPECT = 8
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # never a format that runs code (EPS, PDF)
 SRGB = ("sRGB IEC61966", "sRGB built-in")  # how the usual sRGB profiles, and the one made here, describe themselves

@@ -101,7 +101,7 @@ class Studio:
     def _run(self, asked: Request, cancelled: Callable[[], bool], finished: _Finished) -> Iterator[Event]:
         began = time.monotonic()
         _check(cancelled)
-        request, references = self._look_at(asked)
+        request, references = self._look_at(asked, cancelled)
         self._library.check()  # before hours of work, not after
         yield from (Notice(text=text) for text in changes(asked, request))
         checkpoint = self.settings.checkpoint(request.checkpoint)
@@ -134,14 +134,17 @@ class Studio:
             seconds=time.monotonic() - began,
         )
 
-    def _look_at(self, request: Request) -> tuple[Request, list[_Reference]]:
+    def _look_at(
+        self, request: Request, cancelled: Callable[[], bool] = lambda: False
+    ) -> tuple[Request, list[_Reference]]:
         """The resolved request, and its references at the size at which they are read."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
         request.resolve(checkpoint)  # whatever is wrong with the numbers is said before pictures are opened
         cap = checkpoint.reference_cap(len(request.references))
         references = []
         for number, path in enumerate(request.references, start=1):
-            whole = load_reference(path)
+            _check(cancelled)
+            whole = load_reference(path)  # one at a time: a photograph takes hundreds of megabytes until it is fitted
             image = fit(whole.image, cap)
             note = fit_note(number, whole.image.size, image.size)
             references.append(
