@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -20,14 +20,21 @@ from flux2_studio.request import Request
 
 
 class Library:
-    """The pictures under `folder`: `YYYY-MM-DD/HHMMSS-checkpoint-seed.png`, in local time by `now`.
+    """The pictures under `folder`: `YYYY-MM-DD/HHMMSS-checkpoint-seed-token.png`, in local time by `now`.
 
-    Several threads and processes may save at once.
+    `token` makes a name that nobody can guess: the page serves a picture to whoever knows its path. Several threads
+    and processes may save at once.
     """
 
-    def __init__(self, folder: Path, now: Callable[[], datetime] = datetime.now) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        now: Callable[[], datetime] = datetime.now,
+        token: Callable[[], str] = lambda: secrets.token_hex(5),
+    ) -> None:
         self.folder = folder
         self._now = now
+        self._token = token
 
     def check(self) -> None:
         """Raises `SaveError` where nothing can be saved. Asked before a long run, it spares the run."""
@@ -50,14 +57,13 @@ class Library:
         try:
             day = self.folder / f"{moment:%Y-%m-%d}"
             day.mkdir(parents=True, exist_ok=True)
-            for number in count(1):
-                target = day / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            while True:  # until a name is free, which the first is but for a wonder
+                target = day / f"{stem}-{self._token()}.png"
                 with suppress(FileExistsError):
                     _write_new(target, image, png_info(request, reference_hashes))
                     return target
         except OSError as error:
             raise SaveError(self._reason(error)) from error
-        raise AssertionError("count() has no end")
 
     def _reason(self, error: OSError) -> str:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ REQUEST = Request(prompt="a fox", negative_prompt="", checkpoint="klein-4b", wid
 NOON = datetime(2026, 2, 3, 12, 30, 59)
 
 
-def library(folder: Path) -> Library:
-    return Library(folder, now=lambda: NOON)
+def library(folder: Path, token: int = 1) -> Library:
+    """A library whose names end in 1, 2, 3, ..., from `token` on."""
+    return Library(folder, now=lambda: NOON, token=map(str, count(token)).__next__)
 
 
 def files(folder: Path) -> list[str]:
@@ -38,7 +40,7 @@ def files(folder: Path) -> list[str]:
 def test_a_picture_is_saved_with_its_pixels_its_name_and_its_parameters(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = library(tmp_path / "new" / "outputs").save(Image.fromarray(pixels), REQUEST, ("cd" * 32,))
-    assert path == tmp_path / "new" / "outputs" / "2026-02-03" / "123059-klein-4b-6.png"
+    assert path == tmp_path / "new" / "outputs" / "2026-02-03" / "123059-klein-4b-6-1.png"
     np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
     parameters = read(path)
     assert parameters is not None
@@ -52,9 +54,14 @@ def test_the_clock_is_the_real_one_by_default(tmp_path: Path) -> None:
     assert before <= saved <= datetime.now()
 
 
+def test_a_name_cannot_be_guessed(tmp_path: Path) -> None:
+    names = {Library(tmp_path, now=lambda: NOON).save(Image.new("RGB", (64, 64)), REQUEST).stem for _ in range(20)}
+    assert len({name.removeprefix("123059-klein-4b-6-") for name in names if len(name) >= 28}) == 20
+
+
 def test_nothing_is_ever_overwritten(tmp_path: Path) -> None:
     saved = [library(tmp_path).save(Image.new("RGB", (64, 64), (n, 0, 0)), REQUEST) for n in range(3)]
-    assert [path.name for path in saved] == [f"123059-klein-4b-6{n}.png" for n in ("", "-2", "-3")]
+    assert [path.name for path in saved] == [f"123059-klein-4b-6-{n}.png" for n in (1, 2, 3)]
     assert [Image.open(path).getpixel((0, 0)) for path in saved] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
 
 
@@ -75,14 +82,14 @@ def test_threads_saving_the_same_name_at_once_lose_nothing(tmp_path: Path) -> No
 
 def test_a_name_that_a_crash_left_taken_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "2026-02-03").mkdir()
-    (tmp_path / "2026-02-03" / ".123059-klein-4b-6.png.part").touch()
+    (tmp_path / "2026-02-03" / ".123059-klein-4b-6-1.png.part").touch()
     assert library(tmp_path).save(Image.new("RGB", (64, 64)), REQUEST).name == "123059-klein-4b-6-2.png"
 
 
 def test_a_checkpoints_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     request = Request(prompt="x", checkpoint="../../etc/a b", seed=1)
     path = library(tmp_path).save(Image.new("RGB", (64, 64)), request)
-    assert path.parent == tmp_path / "2026-02-03" and path.name == "123059-..-..-etc-a-b-1.png"
+    assert path.parent == tmp_path / "2026-02-03" and path.name == "123059-..-..-etc-a-b-1-1.png"
 
 
 class Failing(Image.Image):
@@ -117,7 +124,7 @@ def test_a_failure_is_told_in_words_and_leaves_nothing_behind(tmp_path: Path, co
         library(tmp_path).save(image, REQUEST)
     message = str(error.value)
     assert said in message and str(tmp_path) in message and "FLUX2_HOME" in message and "Errno" not in message
-    assert image.seen == ["2026-02-03/.123059-klein-4b-6.png.part"]  # what others could see meanwhile: no .png
+    assert image.seen == ["2026-02-03/.123059-klein-4b-6-1.png.part"]  # what others could see meanwhile: no .png
     assert files(tmp_path) == []
 
 
