@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from flux2_studio.errors import StudioError
 from flux2_studio.jobs import JobQueue
@@ -21,12 +26,13 @@ if TYPE_CHECKING:
 
 SPACE_HOST, SPACE_PORT = "0.0.0.0", 7860  # where a Hugging Face Space looks for its app
 HOUR = 3600  # seconds
+UPLOADS_KEPT = 24 * HOUR
 
 TITLE = """<h1><span class="mark" aria-hidden="true"></span>flux2-studio</h1>
 <p>Pictures with the FLUX.2 open models, made on this machine.</p>
 <button id="look" type="button" aria-label="Switch between light and dark">◐</button>"""
 
-# Ctrl+Enter runs the visible form, a pasted picture goes to the visible form's references, ◐ switches the look.
+# Ctrl+Enter runs the visible form, a pasted or dropped picture goes to its references, ◐ switches the look.
 SCRIPT = """<script>
 addEventListener('keydown', (event) => {
   if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
@@ -34,16 +40,26 @@ addEventListener('keydown', (event) => {
   const run = form && form.querySelector('button.run');
   if (run && !run.disabled) { event.preventDefault(); event.target.blur(); run.click(); }
 });
-addEventListener('paste', (event) => {
-  const pictures = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith('image/'));
-  const inputs = [...document.querySelectorAll('.sheet .references input[type=file]')];
-  const input = inputs.find((one) => one.closest('.references').offsetParent);
+const offer = (event, files) => {
+  // While a picture in it is selected the gallery has no input, and the button beside it takes its place.
+  const inputs = [...document.querySelectorAll('.sheet :is(.references, .tools) input[type=file]')];
+  const input = inputs.find((one) => one.closest('.sheet').offsetParent);
+  const pictures = [...(files ?? [])].filter((file) => file.type.startsWith('image/'));
   if (!pictures.length || !input) return;
   event.preventDefault();
   const carrier = new DataTransfer();
   pictures.forEach((file) => carrier.items.add(file));
   input.files = carrier.files;
   input.dispatchEvent(new Event('change', {bubbles: true}));
+};
+addEventListener('paste', (event) => offer(event, event.clipboardData?.files));
+addEventListener('dragover', (event) => {
+  if (event.dataTransfer?.types.includes('Files')) event.preventDefault();
+});
+addEventListener('drop', (event) => {
+  if (event.defaultPrevented || !event.dataTransfer?.files.length) return;
+  event.preventDefault();  // or the browser would leave the page to show the file
+  offer(event, event.dataTransfer.files);
 });
 addEventListener('click', (event) => {
   if (event.target.closest('#look')) document.body.classList.toggle('dark');
@@ -57,7 +73,7 @@ def build(studio: Studio, jobs: JobQueue) -> gr.Blocks:
     default = settings.checkpoint(None)
     examples = Examples.load(settings.assets / "examples")
     with gr.Blocks(
-        title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR), fill_width=True
+        title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, UPLOADS_KEPT), fill_width=True
     ) as page:
         gr.HTML(TITLE, elem_id="title")
         with gr.Row(elem_id="desk"):
@@ -90,6 +106,8 @@ def serve(settings: Settings, host: str | None = None, port: int | None = None, 
     studio = Studio(settings)
     jobs = JobQueue(studio)
     page = build(studio, jobs)
+    if Path(get_upload_folder()) == settings.home / "uploads":
+        forget_uploads(settings.home / "uploads")
     try:
         _, url, _ = page.launch(
             server_name=host,
@@ -114,7 +132,22 @@ def serve(settings: Settings, host: str | None = None, port: int | None = None, 
         raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
     sys.stdout.write(f"flux2-studio is open at {url}\n")
     sys.stdout.flush()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: Gradio then deletes its files
     page.block_thread()
+
+
+def forget_uploads(folder: Path) -> None:
+    """Delete the files in `folder` that are older than a day: those that a killed server left behind.
+
+    Gradio deletes only what its own process took in.
+    """
+    oldest = time.time() - UPLOADS_KEPT
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it
+        with suppress(OSError):  # another server's, or one that is not empty: it keeps
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif path.lstat().st_mtime < oldest:
+                path.unlink()
 
 
 def _check_host(host: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,11 @@ listen = partial(gr.on, api_visibility="private", show_progress="hidden")
 GO_TO_STAGE = """() => {
   const mat = document.getElementById('mat');
   if (mat && mat.getBoundingClientRect().top > window.innerHeight - 200) mat.scrollIntoView({behavior: 'smooth'});
+}"""
+# And back, where the form that takes the picture lies above it.
+GO_TO_FORM = """() => {
+  const [tabs, stage] = ['tabs', 'stage'].map((id) => document.getElementById(id).getBoundingClientRect());
+  if (tabs.bottom <= stage.top) document.getElementById('tabs').scrollIntoView({behavior: 'smooth'});
 }"""
 
 
@@ -79,6 +84,8 @@ def read_form(
         read |= {"steps": None, "guidance": None, "negative_prompt": None}
         if aspect in fields.ASPECTS:
             read["width"], read["height"] = fields.size_of(aspect, checkpoint)
+    if aspect != fields.AS_REFERENCE:
+        _check_typed(read["width"], read["height"])
     if not locked:
         read["seed"] = None
     if "references" in read:
@@ -86,6 +93,12 @@ def read_form(
         if not read["references"]:
             raise RequestError("Add a picture first: drop one above the instruction, or choose an example.")
     return Request(**read)
+
+
+def _check_typed(width: int | None, height: int | None) -> None:
+    for label, side in (("width", width), ("height", height)):
+        if side is None:  # alone, it would be left to chance or to the checkpoint
+            raise RequestError(f"Give the {label} in pixels, or choose a shape.")
 
 
 def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
@@ -115,14 +128,16 @@ def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form],
     async def run(
         request: gr.Request, locked: bool, laid_out_for: str, aspect: str, **values: Any
     ) -> AsyncIterator[Update]:
-        yield runs(can_start=False)
+        # Large references take their time before the job is there to tell of it.
+        checking = {stage.progress: show.status(Status(text="Checking the pictures"))} if form.panel else {}
+        yield {**runs(can_start=False), **checking}
         try:
             checkpoint = studio.settings.checkpoint(values["checkpoint"])
             asked = read_form(values, locked=locked, checkpoint=checkpoint, laid_out_for=laid_out_for, aspect=aspect)
             job = await asyncio.to_thread(jobs.submit, asked, request.session_hash or "")
         except StudioError as error:
             failure: str | None = str(error)
-            yield {stage.message: show.problem(str(error))}
+            yield {stage.message: show.problem(str(error)), stage.progress: ""}
         else:
             view = RunView(stage, checkpoint)
             yield {**view.begin(job), form.fields["seed"]: job.request.seed}
@@ -251,6 +266,7 @@ def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Ta
 
     listen(stage.stop.click, stop, stage.job, stage.stop, queue=False)
     listen(stage.gallery.select, pick, stage.results, [stage.picked, stage.download, stage.edit])
+    listen(stage.edit.click, None, js=GO_TO_FORM)
     listen(stage.edit.click, use, [stage.results, stage.picked, chosen], [tabs, *_offered_to(edit)])
 
 
@@ -348,8 +364,8 @@ def settled(
 ) -> tuple[int | None, str, str]:
     """What a side of `pixels`, as typed, becomes; a note on it, as HTML; and the shape of `width` x `height` then."""
     try:
-        if pixels is None or width is None or height is None:
-            raise RequestError(f"Give the {label} in pixels, or choose a shape.")
+        _check_typed(width, height)
+        assert pixels is not None and width is not None and height is not None
         side = round_side(pixels, label)
         size = round_side(width, "width"), round_side(height, "height")
         # The check that the run will make, told before the run.
@@ -378,15 +394,17 @@ class Examined:
 
 
 def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Examined:
-    """Look at each of the `offered` files; at most `most` are kept."""
+    """Look at the `offered` files until `most` are kept."""
     kept: list[Path] = []
     notes: list[str] = []
     refused: list[str] = []
+    left_out: list[str] = []
     first = (0, 0)
     for path in offered:
+        if len(kept) == most:
+            left_out.append(path.name)
+            continue
         try:
-            if len(kept) == most:
-                raise RequestError(f"{checkpoint.label} takes at most {most} pictures: {path.name} was left out.")
             loaded = load_reference(path)
         except StudioError as error:
             refused.append(str(error))
@@ -394,10 +412,30 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Exami
         first = first if kept else loaded.image.size
         kept.append(path)
         notes += loaded.notes
+    if left_out:
+        were = f"{_listed(left_out)} {'was' if len(left_out) == 1 else 'were'} left out"
+        refused.append(f"{checkpoint.label} takes at most {most} pictures: {were}.")
     if kept:
         width, height = fit_size(first, checkpoint.reference_cap(len(kept)))
         notes.insert(0, f"{fields.AS_REFERENCE}: {width} x {height} pixels ({fields.ratio(width, height)}).")
     return Examined(kept=tuple(kept), notes=tuple(notes), refused=tuple(refused))
+
+
+def newest(offered: Sequence[Path], checkpoint: Checkpoint) -> Examined:
+    """The last of the `offered` files that can be used, with why those after it cannot."""
+    refused: tuple[str, ...] = ()
+    for path in reversed(offered):
+        examined = examine([path], checkpoint, 1)
+        if examined.kept:
+            return replace(examined, refused=refused)
+        refused += examined.refused
+    return Examined(refused=refused)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c" or "a, b and 38 others"."""
+    told = [*names[:2], f"{len(names) - 2} others"] if len(names) > 3 else list(names)
+    return " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
 
 
 def reordered(order: Sequence[Path], index: int | None, by: int) -> tuple[list[Path], int | None]:
@@ -417,11 +455,12 @@ def _offer(form: Form, offered: Sequence[Path], checkpoint: Checkpoint, chosen: 
     """
     assert form.panel is not None
     tools = form.panel.tools
-    examined = examine(offered, checkpoint, checkpoint.max_references if tools else 1)
+    examined = examine(offered, checkpoint, checkpoint.max_references) if tools else newest(offered, checkpoint)
     update: Update = {
         form.fields["references"]: gr.Gallery(fields.numbered(examined.kept), selected_index=chosen),
         form.panel.refused: "".join(map(show.problem, examined.refused)),
         form.panel.note: show.notes(examined.notes),
+        form.panel.filled: bool(examined.kept),
     }
     if tools is not None:
         update |= {tools.chosen: chosen, tools.row: gr.Row(visible=bool(examined.kept))}
@@ -436,6 +475,7 @@ def _offered_to(form: Form) -> list[Any]:
         form.fields["references"],
         form.panel.refused,
         form.panel.note,
+        form.panel.filled,
         *([tools.chosen, tools.row] if tools else []),
     ]
 
@@ -444,20 +484,27 @@ def _wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Ref
     references, tools = form.fields["references"], panel.tools
 
     def check(items: Any, name: str) -> Update:
-        offered = paths(items) if tools else paths(items)[-1:]  # a second picture to edit replaces the first
-        return _offer(form, offered, studio.settings.checkpoint(name))
+        return _offer(form, paths(items), studio.settings.checkpoint(name))
 
-    def describe(items: Any, name: str) -> Sequence[Any]:
+    def emptied(items: Any, filled: bool, name: str) -> Any:
+        # A gallery that we emptied ourselves keeps what was said about it.
+        return check(items, name) if filled and not items else gr.skip()
+
+    def describe(items: Any, name: str) -> str:
         checkpoint = studio.settings.checkpoint(name)
-        examined = examine(paths(items), checkpoint, checkpoint.max_references)
-        return show.notes(examined.notes), *([gr.Row(visible=bool(examined.kept))] if tools else [])
+        return show.notes(examine(paths(items), checkpoint, checkpoint.max_references).notes)
 
     listen([references.upload, references.delete], check, [references, chosen], _offered_to(form))
-    # What the gallery's own buttons do to it, and a checkpoint with another cap.
-    described = [panel.note, *([tools.row] if tools else [])]
-    listen([references.change, chosen.change], describe, [references, chosen], described)
+    # The gallery's own button to clear it is heard as a change only.
+    listen(references.change, emptied, [references, panel.filled, chosen], _offered_to(form))
+    listen(chosen.change, describe, [references, chosen], panel.note)  # it may have another cap
     if tools is None:
+        # A gallery with a selected picture takes no upload.
+        listen(references.select, lambda: gr.Gallery(selected_index=None), None, references, queue=False)
         return
+
+    def add(items: Any, new: Sequence[str], name: str) -> Update:
+        return _offer(form, [*paths(items), *map(Path, new)], studio.settings.checkpoint(name))
 
     def move(by: int) -> Callable[[Any, int | None, str], Update]:
         def moved(items: Any, index: int | None, name: str) -> Update:
@@ -474,5 +521,6 @@ def _wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Ref
         return int(event.index)
 
     listen(references.select, choose, None, tools.chosen, queue=False)
+    listen(tools.add.upload, add, [references, tools.add, chosen], _offered_to(form))
     for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
         listen(button.click, action, [references, tools.chosen, chosen], _offered_to(form))

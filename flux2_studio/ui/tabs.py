@@ -39,10 +39,14 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePanel:
-    """What stands around a form's references: what was refused and why, and what to know of those that stay."""
+    """What stands around a form's references: what was refused and why, and what to know of those that stay.
+
+    `filled` is whether we put any there.
+    """
 
     refused: gr.HTML
     note: gr.HTML
+    filled: gr.State
     tools: ReferenceTools | None = None
 
 
@@ -52,6 +56,7 @@ class ReferenceTools:
 
     chosen: gr.State
     row: gr.Row
+    add: gr.UploadButton  # the gallery takes no upload while a picture in it is selected
     earlier: gr.Button
     later: gr.Button
     remove: gr.Button
@@ -99,7 +104,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> For
             checkpoint,
             examples,
             references=references,
-            panel=ReferencePanel(refused=gr.HTML(elem_classes="refused"), note=gr.HTML(elem_classes="note")),
+            panel=_panel(),
             prompt=fields.prompt("Instruction", "What should change? Say also what must stay."),
             run="Edit",
         )
@@ -109,26 +114,41 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> Fo
     with gr.Tab("Multi-reference", id="multi", elem_id="multi", elem_classes="sheet"):
         references = fields.references(f"Up to {checkpoint.max_references} pictures: drop, paste or choose", columns=5)
         with gr.Row(visible=False, elem_classes="tools") as row:
-            gr.HTML("<p>Select a picture, then:</p>", elem_classes="note")
             tools = ReferenceTools(
                 chosen=gr.State(None),
                 row=row,
+                add=gr.UploadButton(
+                    "Add pictures",
+                    size="sm",
+                    min_width=110,
+                    file_count="multiple",
+                    file_types=["image"],
+                    elem_classes="add",
+                ),
                 earlier=gr.Button("◀ Earlier", size="sm", min_width=80),
                 later=gr.Button("Later ▶", size="sm", min_width=80),
                 remove=gr.Button("Remove", size="sm", min_width=80),
             )
+            gr.HTML("<p>Select a picture to move or remove it.</p>", elem_classes="note")
         return _form(
             "multi",
             chosen,
             checkpoint,
             examples,
             references=references,
-            panel=ReferencePanel(
-                refused=gr.HTML(elem_classes="refused"), note=gr.HTML(elem_classes="note"), tools=tools
-            ),
+            panel=_panel(tools),
             prompt=fields.prompt("Instruction", 'Call the pictures "image 1", "image 2" and so on.'),
             run="Combine",
         )
+
+
+def _panel(tools: ReferenceTools | None = None) -> ReferencePanel:
+    return ReferencePanel(
+        refused=gr.HTML(elem_classes="refused"),
+        note=gr.HTML(elem_classes="note"),
+        filled=gr.State(False),
+        tools=tools,
+    )
 
 
 def _form(

@@ -60,6 +60,22 @@ def choose_checkpoint(page: Page, label: str) -> None:
     page.get_by_role("option", name=label, exact=True).click()
 
 
+def hand_over(page: Page, event: str, name: str) -> None:
+    """Paste or drop a picture of 96 x 64, anywhere on the page."""
+    page.evaluate(
+        """async ([event, name]) => {
+          const canvas = Object.assign(document.createElement('canvas'), {width: 96, height: 64});
+          const blob = await new Promise((done) => canvas.toBlob(done, 'image/png'));
+          const carrier = new DataTransfer();
+          carrier.items.add(new File([blob], name, {type: 'image/png'}));
+          const carried = {clipboardData: carrier, dataTransfer: carrier, bubbles: true, cancelable: true};
+          const Kind = event === 'paste' ? ClipboardEvent : DragEvent;
+          if (document.body.dispatchEvent(new Kind(event, carried))) throw new Error(`nobody took the ${event}`);
+        }""",
+        [event, name],
+    )
+
+
 def result(page: Page) -> Locator:
     return page.locator("#gallery img").first
 
@@ -261,8 +277,16 @@ def test_edit_an_uploaded_picture(page: Page, app: App, tmp_path: Path) -> None:
     # The size of an upright picture: the file arrived with its EXIF block.
     expect(page.locator("#edit")).to_contain_text("As image 1: 80 x 112 pixels")
     write(page, "edit", "make the background yellow")
+    page.evaluate(
+        """() => {
+          window.told = '';
+          new MutationObserver(() => { window.told += document.querySelector('#progress').innerText; })
+            .observe(document.querySelector('#progress'), {childList: true, subtree: true, characterData: true});
+        }"""
+    )
     run(page, "edit")
     expect_finished(page)
+    assert "Checking the pictures" in page.evaluate("window.told")
     assert Image.open(app.pictures()[-1]).size == (80, 112)
     assert settings(page)["References"] == "photo.jpg"
 
@@ -299,6 +323,53 @@ def test_two_references_in_order(page: Page) -> None:
     run(page, "multi")
     expect_finished(page)
     assert settings(page)["References"] == "car.png, rocket.png"
+
+
+def test_a_selected_picture_leaves_room_for_more(page: Page) -> None:
+    open_tab(page, "Multi-reference")
+    upload(page, "multi", EXAMPLES / "rocket.png", EXAMPLES / "car.png")
+    captions = page.locator("#multi .references .caption-label")
+    expect(captions).to_have_count(2)
+    page.locator("#multi .references .thumbnail-item").first.click()
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Add pictures").click()
+    chooser.value.set_files(EXAMPLES / "fox.png")
+    expect(captions).to_have_text(["image 1", "image 2", "image 3"])
+    page.locator("#multi .references .thumbnail-item").first.click()
+    hand_over(page, "paste", "pasted.png")
+    expect(captions).to_have_count(4)
+
+
+def test_the_picture_to_edit_is_replaced_by_a_good_one_only(page: Page, tmp_path: Path) -> None:
+    rubbish = tmp_path / "holiday.png"
+    rubbish.write_bytes(b"rubbish")
+    open_tab(page, "Edit")
+    upload(page, "edit", EXAMPLES / "fox.png")
+    picture = page.locator("#edit .references .thumbnail-item img")
+    expect(picture).to_have_attribute("src", _ends_with("fox.png"))
+    upload(page, "edit", rubbish)
+    expect(page.locator("#edit .block.refused")).to_contain_text("holiday.png is not a picture")
+    expect(picture).to_have_attribute("src", _ends_with("fox.png"))
+    # A click on the picture, which selects it, leaves it replaceable.
+    picture.click()
+    expect(page.locator("#edit .references input[type=file]")).to_have_count(1)
+    hand_over(page, "drop", "dropped.png")
+    expect(page.locator("#edit")).to_contain_text("As image 1: 96 x 64 pixels")
+    expect(picture).to_have_attribute("src", _ends_with("dropped.png"))
+    expect(page.locator("#edit .block.refused")).to_be_hidden()
+
+
+def test_clear_takes_the_refusal_along(page: Page, tmp_path: Path) -> None:
+    rubbish = tmp_path / "holiday.png"
+    rubbish.write_bytes(b"rubbish")
+    open_tab(page, "Multi-reference")
+    upload(page, "multi", EXAMPLES / "fox.png", rubbish)
+    refused = page.locator("#multi .block.refused")
+    expect(refused).to_contain_text("holiday.png")
+    page.locator("#multi .references").get_by_role("button", name="Clear").click()
+    expect(refused).to_be_hidden()
+    expect(page.locator("#multi")).not_to_contain_text("As image 1:")
+    expect(page.get_by_role("button", name="Add pictures")).to_be_hidden()
 
 
 def test_more_than_ten_references_are_refused_in_words(page: Page, tmp_path: Path) -> None:
@@ -377,6 +448,18 @@ def test_a_reference_gives_the_size_until_one_is_chosen(page: Page, app: App) ->
     assert Image.open(app.pictures()[-1]).size == (128, 128)
 
 
+def test_an_empty_side_is_named(page: Page, app: App) -> None:
+    before = len(app.pictures())
+    sheet = page.locator("#generate")
+    write(page, "generate", "a whale")
+    sheet.get_by_label("Width").fill("")
+    set_number(sheet.get_by_label("Height"), 256)
+    expect(sheet.locator(".note .problem")).to_contain_text("Give the width in pixels")
+    run(page, "generate")
+    expect(problem(page)).to_contain_text("Give the width in pixels")
+    assert len(app.pictures()) == before
+
+
 def test_control_enter_runs(page: Page) -> None:
     write(page, "generate", "a whale")
     page.locator("#generate .prompt textarea").press("Control+Enter")
@@ -386,17 +469,22 @@ def test_control_enter_runs(page: Page) -> None:
 
 def test_a_pasted_picture_becomes_the_reference(page: Page) -> None:
     open_tab(page, "Edit")
-    page.evaluate(
-        """async () => {
-          const canvas = Object.assign(document.createElement('canvas'), {width: 96, height: 64});
-          const blob = await new Promise((done) => canvas.toBlob(done, 'image/png'));
-          const carrier = new DataTransfer();
-          carrier.items.add(new File([blob], 'pasted.png', {type: 'image/png'}));
-          const paste = {clipboardData: carrier, bubbles: true, cancelable: true};
-          document.dispatchEvent(new ClipboardEvent('paste', paste));
-        }"""
-    )
+    hand_over(page, "paste", "pasted.png")
     expect(page.locator("#edit")).to_contain_text("As image 1: 96 x 64 pixels")
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_sixteen_pictures_fit_on_the_mat(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    write(page, "generate", "a frog")
+    set_count(page, "generate", 16)
+    run(page, "generate")
+    expect_finished(page, 16)
+    mat = page.locator("#mat").bounding_box()
+    last = page.locator("#gallery .thumbnail-item").nth(15).bounding_box()
+    assert mat and last
+    assert last["y"] + last["height"] <= mat["y"] + mat["height"]
+    assert last["x"] + last["width"] <= mat["x"] + mat["width"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -409,6 +497,8 @@ def test_a_phone_needs_no_sideways_scrolling(browser, app: App, scheme: str) -> 
     run(page, "generate")
     expect_finished(page)
     expect(page.locator("#mat")).to_be_in_viewport()  # the run brought its picture into sight
+    page.locator("#use-in-edit").click()
+    expect(page.locator("#edit .references .thumbnail-item")).to_be_in_viewport()  # and this one the form
     for tab in ("Generate", "Edit", "Multi-reference"):
         open_tab(page, tab)
         expect(page.locator(".sheet:visible .run")).to_be_visible()

@@ -51,6 +51,46 @@ def test_a_foreign_host_is_told_in_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_sigterm_ends_the_page_cleanly_and_old_uploads_go_at_the_start(tmp_path: Path) -> None:
+    old, new = tmp_path / "uploads" / "a" / "old.png", tmp_path / "uploads" / "b" / "new.png"
+    for file in (old, new):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"picture")
+    os.utime(old, (0, 0))
+    page = subprocess.Popen(
+        [sys.executable, "app.py"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+        | {"FLUX2_HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert page.stdout
+        assert "is open at" in page.stdout.readline()
+        assert not old.parent.exists()
+        assert new.exists()
+        page.terminate()
+        _, errors = page.communicate(timeout=60)
+        assert page.returncode == 0
+        assert "Traceback" not in errors
+    finally:
+        page.kill()
+
+
+def test_uploads_kept_elsewhere_are_left_alone(tmp_path: Path) -> None:
+    old = tmp_path / "uploads" / "old.png"
+    old.parent.mkdir()
+    old.write_bytes(b"picture")
+    os.utime(old, (0, 0))
+    with socket.socket() as taken:  # where the start ends, after the uploads' turn
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        start(tmp_path, "--port", str(taken.getsockname()[1]), GRADIO_TEMP_DIR=str(tmp_path / "elsewhere"))
+    assert old.exists()
+
+
 def test_help_names_the_options(tmp_path: Path) -> None:
     done = start(tmp_path, "--help")
     assert done.returncode == 0

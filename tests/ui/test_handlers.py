@@ -83,6 +83,14 @@ def test_read_form_takes_a_gallery_as_references(picture: Path) -> None:
     assert asked.references == (picture,)
 
 
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_read_form_wants_both_sides_of_a_size(side: str, picture: Path) -> None:
+    with pytest.raises(RequestError, match=f"Give the {side}"):
+        read_form(form_values(**{side: None}), aspect=fields.FREE)
+    both: dict[str, object] = {"width": None, "height": None, "references": [(str(picture), None)]}
+    assert read_form(form_values(**both), aspect=fields.AS_REFERENCE).width is None
+
+
 @pytest.mark.parametrize("empty", [None, []])
 def test_read_form_wants_the_references_of_a_form_that_has_some(empty: object) -> None:
     with pytest.raises(RequestError, match="Add a picture"):
@@ -212,6 +220,34 @@ def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:
     assert "at most 2 pictures: picture.png was left out" in examined.refused[1]
 
 
+@pytest.mark.parametrize(
+    "over, names",
+    [
+        (1, "1.png was"),
+        (2, "1.png and 2.png were"),
+        (3, "1.png, 2.png and 3.png were"),
+        (40, "2.png and 38 others were"),
+    ],
+)
+def test_examine_lists_in_one_sentence_what_is_over_the_limit(picture: Path, over: int, names: str) -> None:
+    examined = handlers.examine([picture, *(picture.with_name(f"{n}.png") for n in range(1, over + 1))], DEV, 1)
+    assert len(examined.refused) == 1
+    assert f"{names} left out." in examined.refused[0]
+
+
+def test_newest_is_the_last_that_can_be_used(picture: Path, tmp_path: Path) -> None:
+    rubbish = tmp_path / "rubbish.png"
+    rubbish.write_bytes(b"nothing of the kind")
+    small = tmp_path / "small.png"
+    Image.new("RGB", (64, 64)).save(small)
+    assert handlers.newest([picture, small], DEV).kept == (small,)
+    fallen_back = handlers.newest([small, picture, rubbish], DEV)
+    assert fallen_back.kept == (picture,)
+    assert len(fallen_back.refused) == 1
+    assert "rubbish.png" in fallen_back.refused[0]
+    assert handlers.newest([rubbish], DEV).kept == ()
+
+
 def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.new("RGB", (512, 512)).save(large)
@@ -243,6 +279,7 @@ def test_reordered(index: int | None, by: int, expected: str, place: int | None)
         ("width", 40, 128, 40, "at least 64 pixels", "Free"),
         ("height", 512, 1024, 1024, "too large for Nano", "Free"),
         ("width", None, 128, None, "Give the width in pixels", "Free"),
+        ("height", None, 256, 256, "Give the width in pixels", "Free"),
     ],
 )
 def test_settled(label: str, width: int | None, height: int | None, side: int | None, note: str, shape: str) -> None:
