@@ -19,7 +19,7 @@ from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, 
 from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
-from flux2_studio.ui import build, fields, handlers, tabs
+from flux2_studio.ui import build, fields, handlers, reference_panel, tabs
 from flux2_studio.ui.examples import Examples
 
 
@@ -213,7 +213,7 @@ def test_view_of_a_failed_run_says_why(stage: tabs.Stage, view: handlers.RunView
 def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:
     rubbish = tmp_path / "rubbish.png"
     rubbish.write_bytes(b"nothing of the kind")
-    examined = handlers.examine([rubbish, picture, picture, picture], DEV, 2)
+    examined = reference_panel.examine([rubbish, picture, picture, picture], DEV, 2)
     assert examined.kept == (picture, picture)
     assert examined.notes[0] == "As image 1: 160 x 96 pixels (1.67:1)."
     assert "rubbish.png" in examined.refused[0]
@@ -230,7 +230,7 @@ def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:
     ],
 )
 def test_examine_lists_in_one_sentence_what_is_over_the_limit(picture: Path, over: int, names: str) -> None:
-    examined = handlers.examine([picture, *(picture.with_name(f"{n}.png") for n in range(1, over + 1))], DEV, 1)
+    examined = reference_panel.examine([picture, *(picture.with_name(f"{n}.png") for n in range(1, over + 1))], DEV, 1)
     assert len(examined.refused) == 1
     assert f"{names} left out." in examined.refused[0]
 
@@ -240,19 +240,19 @@ def test_newest_is_the_last_that_can_be_used(picture: Path, tmp_path: Path) -> N
     rubbish.write_bytes(b"nothing of the kind")
     small = tmp_path / "small.png"
     Image.new("RGB", (64, 64)).save(small)
-    assert handlers.newest([picture, small], DEV).kept == (small,)
-    fallen_back = handlers.newest([small, picture, rubbish], DEV)
+    assert reference_panel.newest([picture, small], DEV).kept == (small,)
+    fallen_back = reference_panel.newest([small, picture, rubbish], DEV)
     assert fallen_back.kept == (picture,)
     assert len(fallen_back.refused) == 1
     assert "rubbish.png" in fallen_back.refused[0]
-    assert handlers.newest([rubbish], DEV).kept == ()
+    assert reference_panel.newest([rubbish], DEV).kept == ()
 
 
 def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.new("RGB", (512, 512)).save(large)
-    assert handlers.examine([large], NANO, 1).notes[0] == "As image 1: 128 x 128 pixels (1:1)."
-    assert handlers.examine([], NANO, 1) == handlers.Examined()
+    assert reference_panel.examine([large], NANO, 1).notes[0] == "As image 1: 128 x 128 pixels (1:1)."
+    assert reference_panel.examine([], NANO, 1) == reference_panel.Examined()
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> Non
     ],
 )
 def test_reordered(index: int | None, by: int, expected: str, place: int | None) -> None:
-    assert handlers.reordered([Path(c) for c in "abc"], index, by) == ([Path(c) for c in expected], place)
+    assert reference_panel.reordered([Path(c) for c in "abc"], index, by) == ([Path(c) for c in expected], place)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""Reference pictures on the page: offered, sorted into usable and refused, put in order, taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.errors import StudioError
+from flux2_studio.references import fit_size, load_reference
+from flux2_studio.ui import fields, show
+from flux2_studio.ui.tabs import Form, ReferencePanel
+from flux2_studio.ui.wiring import Update, listen
+
+if TYPE_CHECKING:
+    from flux2_studio.studio import Studio
+
+
+def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
+    """The files of a gallery's value."""
+    return tuple(Path(file) for file, _ in items or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """Offered files, sorted: `kept` can be used, `notes` tell what becomes of them, `refused` why others were not."""
+
+    kept: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Examined:
+    """Look at the `offered` files until `most` are kept."""
+    kept: list[Path] = []
+    notes: list[str] = []
+    refused: list[str] = []
+    left_out: list[str] = []
+    first = (0, 0)
+    for path in offered:
+        if len(kept) == most:
+            left_out.append(path.name)
+            continue
+        try:
+            loaded = load_reference(path)
+        except StudioError as error:
+            refused.append(str(error))
+            continue
+        first = first if kept else loaded.image.size
+        kept.append(path)
+        notes += loaded.notes
+    if left_out:
+        were = f"{_listed(left_out)} {'was' if len(left_out) == 1 else 'were'} left out"
+        refused.append(f"{checkpoint.label} takes at most {most} pictures: {were}.")
+    if kept:
+        width, height = fit_size(first, checkpoint.reference_cap(len(kept)))
+        notes.insert(0, f"{fields.AS_REFERENCE}: {width} x {height} pixels ({fields.ratio(width, height)}).")
+    return Examined(kept=tuple(kept), notes=tuple(notes), refused=tuple(refused))
+
+
+def newest(offered: Sequence[Path], checkpoint: Checkpoint) -> Examined:
+    """The last of the `offered` files that can be used, with why those after it cannot."""
+    refused: tuple[str, ...] = ()
+    for path in reversed(offered):
+        examined = examine([path], checkpoint, 1)
+        if examined.kept:
+            return replace(examined, refused=refused)
+        refused += examined.refused
+    return Examined(refused=refused)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c" or "a, b and 38 others"."""
+    told = [*names[:2], f"{len(names) - 2} others"] if len(names) > 3 else list(names)
+    return " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
+
+
+def reordered(order: Sequence[Path], index: int | None, by: int) -> tuple[list[Path], int | None]:
+    """`order` with the item at `index` moved `by` places as far as there is room, and where it is now."""
+    moved = list(order)
+    if index is None or index >= len(moved):
+        return moved, None
+    place = max(0, min(len(moved) - 1, index + by))
+    moved.insert(place, moved.pop(index))
+    return moved, place
+
+
+def offer(form: Form, offered: Sequence[Path], checkpoint: Checkpoint, chosen: int | None = None) -> Update:
+    """Put the usable ones of `offered` into the form's references, and say what is to be said of all of them.
+
+    Told outright with every change that we make, because a gallery does not always notice a change from outside.
+    """
+    assert form.panel is not None
+    tools = form.panel.tools
+    examined = examine(offered, checkpoint, checkpoint.max_references) if tools else newest(offered, checkpoint)
+    update: Update = {
+        form.fields["references"]: gr.Gallery(fields.numbered(examined.kept), selected_index=chosen),
+        form.panel.refused: "".join(map(show.problem, examined.refused)),
+        form.panel.note: show.notes(examined.notes),
+        form.panel.filled: bool(examined.kept),
+    }
+    if tools is not None:
+        update |= {tools.chosen: chosen, tools.row: gr.Row(visible=bool(examined.kept))}
+    return update
+
+
+def offered_to(form: Form) -> list[Any]:
+    """The components that `_offer` sets."""
+    assert form.panel is not None
+    tools = form.panel.tools
+    return [
+        form.fields["references"],
+        form.panel.refused,
+        form.panel.note,
+        form.panel.filled,
+        *([tools.chosen, tools.row] if tools else []),
+    ]
+
+
+def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: ReferencePanel) -> None:
+    references, tools = form.fields["references"], panel.tools
+
+    def check(items: Any, name: str) -> Update:
+        return offer(form, paths(items), studio.settings.checkpoint(name))
+
+    def emptied(items: Any, filled: bool, name: str) -> Any:
+        # A gallery that we emptied ourselves keeps what was said about it.
+        return check(items, name) if filled and not items else gr.skip()
+
+    def describe(items: Any, name: str) -> str:
+        checkpoint = studio.settings.checkpoint(name)
+        return show.notes(examine(paths(items), checkpoint, checkpoint.max_references).notes)
+
+    listen([references.upload, references.delete], check, [references, chosen], offered_to(form))
+    # The gallery's own button to clear it is heard as a change only.
+    listen(references.change, emptied, [references, panel.filled, chosen], offered_to(form))
+    listen(chosen.change, describe, [references, chosen], panel.note)  # it may have another cap
+    if tools is None:
+        # A gallery with a selected picture takes no upload.
+        listen(references.select, lambda: gr.Gallery(selected_index=None), None, references, queue=False)
+        return
+
+    def add(items: Any, new: Sequence[str], name: str) -> Update:
+        return offer(form, [*paths(items), *map(Path, new)], studio.settings.checkpoint(name))
+
+    def move(by: int) -> Callable[[Any, int | None, str], Update]:
+        def moved(items: Any, index: int | None, name: str) -> Update:
+            order, place = reordered(paths(items), index, by)
+            return offer(form, order, studio.settings.checkpoint(name), place)
+
+        return moved
+
+    def remove(items: Any, index: int | None, name: str) -> Update:
+        left = [path for number, path in enumerate(paths(items)) if number != index]
+        return offer(form, left, studio.settings.checkpoint(name))
+
+    def choose(event: gr.SelectData) -> int:
+        return int(event.index)
+
+    listen(references.select, choose, None, tools.chosen, queue=False)
+    listen(tools.add.upload, add, [references, tools.add, chosen], offered_to(form))
+    for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
+        listen(button.click, action, [references, tools.chosen, chosen], offered_to(form))
