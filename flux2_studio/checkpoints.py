@@ -153,7 +153,7 @@ NANO = Checkpoint(
     name="nano",
     label="Nano (a toy, on board)",
     good_for=(
-        "A toy that ships with the studio: 32 things drawn as small icons, in under a second on any computer. "
+        "A toy that ships with the studio: 32 things drawn as small icons, at once and on any computer. "
         "For a first look; choose a klein for real pictures."
     ),
     flow=Part(kind="flow", repo=None, path="nano/transformer.safetensors", size=17 * MB),
