@@ -1,0 +1,75 @@
+"""The two networks that are trained together, as the engine builds them, with gradients.
+
+A run starts from a checkpoint folder in nano's layout. Where that folder holds no transformer, one is made at random
+in the sizes that the recipe gives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flux2_studio.checkpoints import NANO
+from flux2_studio.engine.params import TransformerParams
+from flux2_studio.engine.text import open_text_encoder, render
+from flux2_studio.engine.transformer import FinalLayer, Modulation, RMSScale, Transformer
+from flux2_studio.engine.weights import load_transformer
+from tools.nano.recipe import Recipe
+
+
+class Text(nn.Module):
+    """Prompts to context [B, L, taps * W], as `engine.text.TextEncoder` computes it, but with gradients."""
+
+    def __init__(self, tower: nn.Module, tokenizer: Any, taps: tuple[int, ...], length: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self._tokenizer = tokenizer
+        self._taps = taps
+        self._length = length
+        self._known: dict[str, list[int]] = {}
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        rows = [self._tokens(prompt) for prompt in prompts]
+        device = next(self.tower.parameters()).device
+        pad = self._tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (self._length - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (self._length - len(row)) for row in rows], device=device)
+        out = self.tower(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return torch.cat([out.hidden_states[tap] for tap in self._taps], -1)
+
+    def _tokens(self, prompt: str) -> list[int]:
+        if prompt not in self._known:
+            text = render(self._tokenizer, prompt, NANO.recipe)
+            self._known[prompt] = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._length]
+        return self._known[prompt]
+
+
+def initial_text(init: Path, recipe: Recipe) -> Text:
+    folder = init / "text_encoder"
+    checked = open_text_encoder(folder, folder, NANO.recipe)
+    encoder = checked.load(device=torch.device("cpu"), dtype=torch.float32)
+    tower = encoder._tower.train().requires_grad_(True)
+    return Text(tower, encoder._tokenizer, NANO.recipe.taps, recipe.text_length)
+
+
+def initial_transformer(init: Path, recipe: Recipe) -> Transformer:
+    file = init / "transformer.safetensors"
+    if file.exists():
+        return load_transformer(file, device=torch.device("cpu"), dtype=torch.float32).requires_grad_(True)
+    model = Transformer(TransformerParams(guidance_embedding=False, in_channels=128, **recipe.transformer))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+        elif isinstance(module, RMSScale):
+            nn.init.ones_(module.scale)
+    # Every block begins as the identity, and the whole as zero (adaLN-zero).
+    for module in model.modules():
+        if isinstance(module, Modulation):
+            nn.init.zeros_(module.lin.weight)
+        elif isinstance(module, FinalLayer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+            nn.init.zeros_(module.linear.weight)
+    return model
