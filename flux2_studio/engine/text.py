@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flux2_studio.engine.formats import Contents, open_contents
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.weights import Checked, Plan, Source, TensorFiles, checked
+from flux2_studio.engine.weights import Checked, Plan, Source, Storage, checked
 from flux2_studio.errors import WeightsError
 
 # Where the decoder's tensors stand: a causal LM's file, Mistral3's old and new spelling, a bare decoder.
@@ -91,9 +92,9 @@ class CheckedText:
     _tokenizer: Any
     _config: Any
 
-    def load(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-        """Raises `WeightsError`."""
-        tower = self._tower.load(device=device, dtype=dtype)
+    def load(self, *, device: torch.device, dtype: torch.dtype, storage: Storage = "plain") -> TextEncoder:
+        """storage: how the layers' matrices are held, see `weights.Checked.load`, whose errors it raises."""
+        tower = self._tower.load(device=device, dtype=dtype, storage=storage)
         # Its tables are buffers that no file holds: make them anew where they are used.
         tower.rotary_emb = type(tower.rotary_emb)(config=self._config).to(device)
         return TextEncoder(tower, self._tokenizer, self.recipe)
@@ -132,8 +133,8 @@ def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> Che
             f"The tokenizer in {tokenizer.name} knows {len(words)} tokens, but the text encoder in {weights.name} only "
             f"{config.vocab_size}: one of them is another checkpoint's. Use the tokenizer that belongs to the encoder."
         )
-    files = TensorFiles(weights, "text_encoder")
-    tower = checked(build, files, _tower_plan(files, recipe.layers))
+    contents = open_contents(weights, "text_encoder")
+    tower = checked(build, contents, _tower_plan(contents, recipe.layers), blocks=("layers.",))
     return CheckedText(config.hidden_size * len(recipe.taps), recipe, tower, words, config)
 
 
@@ -208,13 +209,13 @@ def _config(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
     return fields
 
 
-def _tower_plan(files: TensorFiles, layers: int) -> Plan:
+def _tower_plan(contents: Contents, layers: int) -> Plan:
     """The decoder's tensors under their own names, without the layers and parts that are not read."""
-    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in files.shapes), None)
+    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in contents.shapes), None)
     if prefix is None:
-        raise WeightsError(f"{files.name} holds no text encoder: there is no embed_tokens.weight in its files.")
+        raise WeightsError(f"{contents.name} holds no text encoder: there is no embed_tokens.weight in its files.")
     plan: Plan = {}
-    for key, shape in files.shapes.items():
+    for key, shape in contents.shapes.items():
         name = key.removeprefix(prefix)
         layer = re.match(r"layers\.(\d+)\.", name)
         if _BESIDE.match(key) or name == "norm.weight" or (layer and int(layer[1]) >= layers):

@@ -1,8 +1,9 @@
-"""Checkpoint files to modules: safetensors only, strict, built on meta and moved once.
+"""Checkpoint files to modules: strict, built on meta and moved once.
 
 Does: Black Forest Labs' single files and diffusers folders (sharded too) for the transformer and the autoencoder,
-TAEF2's decoder in both spellings of its keys. Widths and depths are read from the tensors' shapes, so a checkpoint of
-any size loads. Does not know: where files come from, which checkpoint a file is supposed to be.
+TAEF2's decoder in both spellings of its keys; in every storage format that `formats.py` knows. Widths and depths are
+read from the tensors' shapes, so a checkpoint of any size loads. Does not know: where files come from, which checkpoint
+a file is supposed to be.
 
 A file's header is turned into a plan first: for every parameter of our modules, the tensors that it is made from.
 Names, shapes and types are checked on the plan, so that a wrong file is refused before a byte of its data is read:
@@ -12,114 +13,40 @@ was expected and what was found.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.formats import PREFIXES, Contents, open_contents
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
+from flux2_studio.engine.quantize import QuantizedLinear, StoredMatrix, quantize
+from flux2_studio.engine.tensor_files import AGAIN, Shape, listed
 from flux2_studio.engine.tiny_autoencoder import TinyDecoder
 from flux2_studio.engine.transformer import Transformer
-from flux2_studio.errors import WeightsError
+from flux2_studio.errors import DeviceError, WeightsError
 
-READABLE = {"F32", "F16", "BF16"}
-Shape = tuple[int, ...]
+# How matrices are held in memory. plain: in the precision that is computed in. stored: as the file has them, restored
+# layer by layer. fp8, int8: those that the file has in full are quantised on the way in, the others stay as stored.
+Storage = Literal["plain", "stored", "fp8", "int8"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-class TensorFiles:
-    """The tensors of one safetensors file, or of a folder's file or shards, read one at a time.
-
-    path: a file, or a folder with one .safetensors file or an index (*.safetensors.index.json). Where the folder has a
-    `subfolder` with such files (a whole repository in diffusers' layout), that is meant. Raises `WeightsError` for
-    anything that cannot be read; the safetensors library checks headers, offsets and lengths.
-    """
-
-    def __init__(self, path: Path, subfolder: str = "") -> None:
-        self.path = path
-        self.name = path.name
-        self._of: dict[str, Path] = {}
-        self.shapes: dict[str, Shape] = {}
-        self.dtypes: dict[str, str] = {}
-        for file in self._files(subfolder):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118 - not a dict
-                        tensor = opened.get_slice(key)
-                        self._of[key] = file
-                        self.shapes[key] = tuple(tensor.get_shape())
-                        self.dtypes[key] = tensor.get_dtype()
-                        if 0 in self.shapes[key]:
-                            raise WeightsError(f"{file.name} has an empty tensor, {key}: {_AGAIN}")
-            except (SafetensorError, OSError) as error:
-                raise WeightsError(
-                    f"{file.name} is not a whole safetensors file ({error}). Download it again; files in other "
-                    f"formats (.ckpt, .pt, .bin) are not read."
-                ) from error
-
-    def _files(self, subfolder: str) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        if not self.path.is_dir():
-            raise WeightsError(f"There is no file or folder {self.path}: check the path, or download it again.")
-        for folder in (self.path / subfolder, self.path):
-            indexes = sorted(folder.glob("*.safetensors.index.json"))
-            if indexes:
-                return self._shards(indexes[0])
-            files = sorted(folder.glob("*.safetensors"))
-            if len(files) == 1:
-                return files
-            if files:
-                names = ", ".join(file.name for file in files)
-                raise WeightsError(f"The folder {self.name} holds several weight files ({names}): name one of them.")
-        raise WeightsError(f"The folder {self.name} holds no .safetensors file: point to one that does.")
-
-    def _shards(self, index: Path) -> list[Path]:
-        try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-            # A shard is a plain name beside its index; anything else in a foreign index must not lead us elsewhere.
-            files = [index.parent / Path(str(name)).name for name in sorted(names)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{index.name} in {self.name} is not a valid index. Download it again.") from error
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise WeightsError(
-                f"The folder {self.name} lacks {_list(missing)}, which its index names. Download the folder again."
-            )
-        return files
-
-    def read(self, keys: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
-        """(key, tensor) on the CPU for each of `keys`, shard by shard; tensors may be views of the mapped file."""
-        by_file: dict[Path, list[str]] = {}
-        for key in keys:
-            by_file.setdefault(self._of[key], []).append(key)
-        for file, wanted in by_file.items():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for key in wanted:
-                        yield key, opened.get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{file.name} could not be read to its end ({error}). Download it again.") from error
 
 
 @dataclass(frozen=True)
 class Source:
-    """How one parameter is made: `keys` concatenated along rows, halves swapped where asked, viewed as `shape`."""
+    """How one parameter is made: `names` concatenated along rows, halves swapped where asked, viewed as `shape`."""
 
-    keys: tuple[str, ...]
+    names: tuple[str, ...]
     shape: Shape
     swap_halves: bool = False
 
-    def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        parts = [tensors[key] for key in self.keys]
+    def make(self, parts: list[Tensor]) -> Tensor:
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.swap_halves:
             tensor = torch.cat(tensor.chunk(2)[::-1])
@@ -131,60 +58,132 @@ Plan = dict[str, Source]
 
 @dataclass(frozen=True)
 class Checked(Generic[ModuleT]):
-    """A file whose header fits: all that is left is to read it. `params` are the sizes that it was found to have."""
+    """A file whose header fits: all that is left is to read it. `params` are the sizes that it was found to have.
+
+    float32: prefixes of parameters that keep full precision. plain: of those that are never held quantised. blocks: of
+    those that may be quantised on loading.
+    """
 
     params: Any
     build: Callable[[], ModuleT]
-    files: TensorFiles
+    contents: Contents
     plan: Plan
-    float32: tuple[str, ...]  # prefixes of parameters that keep full precision
+    float32: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
-    def load(self, *, device: torch.device, dtype: torch.dtype) -> ModuleT:
-        """Build the module on meta and give it its tensors, each converted and moved once. Raises `WeightsError`."""
+    def load(self, *, device: torch.device, dtype: torch.dtype, storage: Storage = "plain") -> ModuleT:
+        """Build the module on meta and give it its tensors, each converted and moved once.
+
+        dtype: what is computed in, and what plain parameters are held in. storage: how the weights of linear layers
+        are held. Only these can be quantised; everything else is restored at once. Raises `WeightsError`, and
+        `DeviceError` where `device` does not know the types that are to be kept.
+        """
+        self._check_device(device, storage)
         with torch.device("meta"):
             model = self.build()
-        target_of = {key: name for name, source in self.plan.items() for key in source.keys}
+        keys_of = {
+            target: tuple(key for name in source.names for key in self.contents.entries[name].keys)
+            for target, source in self.plan.items()
+        }
+        target_of = {key: target for target, keys in keys_of.items() for key in keys}
         state: dict[str, Tensor] = {}
         waiting: dict[str, Tensor] = {}  # pieces of a parameter whose other pieces are still to come
-        for key, tensor in self.files.read(target_of):
+        for key, tensor in self.contents.files.read(target_of):
             waiting[key] = tensor
             target = target_of[key]
-            source = self.plan[target]
-            if all(piece in waiting for piece in source.keys):
-                made = source.make({piece: waiting.pop(piece) for piece in source.keys})
-                state[target] = made.to(device, torch.float32 if target.startswith(self.float32) else dtype)
+            if all(piece in waiting for piece in keys_of[target]):
+                raw = {piece: waiting.pop(piece) for piece in keys_of[target]}
+                state |= self._place(model, target, raw, device, dtype, storage)
         model.load_state_dict(state, assign=True)
         return model.eval().requires_grad_(False)
 
+    def _place(
+        self,
+        model: nn.Module,
+        target: str,
+        raw: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        storage: Storage,
+    ) -> dict[str, Tensor]:
+        """What `target` adds to the state, once its layer has been replaced where it is to stay small."""
+        source = self.plan[target]
+        parts = [
+            self.contents.make(name, [raw[key] for key in self.contents.entries[name].keys]) for name in source.names
+        ]
+        stored = [part for part in parts if isinstance(part, StoredMatrix)]
+        small = storage != "plain" and self._may_be_small(model, source, target)
+        if small and len(stored) == len(parts):
+            return _replace_linear(model, target, QuantizedLinear(*stored).to(device))
+        if target.startswith(self.float32):
+            dtype = torch.float32
+        # Codes travel rather than values, but only to devices that have their types.
+        worker = device if device.type == "cuda" else torch.device("cpu")
+        tensor = source.make(
+            [part.to(worker).dequantize(dtype) if isinstance(part, StoredMatrix) else part for part in parts]
+        )
+        if small and (storage == "fp8" or storage == "int8") and target.startswith(self.blocks):
+            return _replace_linear(model, target, QuantizedLinear(quantize(tensor.to(worker), storage)).to(device))
+        return {target: tensor.to(device, dtype)}
+
+    def _check_device(self, device: torch.device, storage: Storage) -> None:
+        entries = (self.contents.entries[name] for source in self.plan.values() for name in source.names)
+        if device.type == "mps" and (storage == "fp8" or (storage != "plain" and any(e.has_float8 for e in entries))):
+            raise DeviceError(
+                f"Apple's GPUs know no fp8, so the weights of {self.contents.name} cannot be kept in it there. Choose "
+                f"int8 with the bfloat16 file, a GGUF file, or full precision."
+            )
+
+    def _may_be_small(self, model: nn.Module, source: Source, target: str) -> bool:
+        name, _, parameter = target.rpartition(".")
+        layer = model.get_submodule(name)
+        linear = isinstance(layer, nn.Linear) and parameter == "weight" and layer.bias is None
+        return linear and not source.swap_halves and not target.startswith(self.plain)
+
+
+def _replace_linear(model: nn.Module, target: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+    """Put `layer` where the linear layer of the weight `target` was; its tensors, by their names in `model`."""
+    name = target.removesuffix(".weight")
+    model.set_submodule(name, layer)
+    return {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+
 
 def open_transformer(path: Path) -> Checked[Transformer]:
-    """The transformer in `path`: a single file or a diffusers folder. Raises `WeightsError`."""
-    files = TensorFiles(path, "transformer")
-    plan = transformer_plan(files)
-    params = transformer_params(files.name, _shapes(plan))
-    return checked(lambda: Transformer(params), files, plan, params=params)
+    """The transformer in `path`: a single file (safetensors or GGUF) or a diffusers folder. Raises `WeightsError`."""
+    contents = open_contents(path, "transformer", PREFIXES)
+    plan = transformer_plan(contents.shapes)
+    params = transformer_params(contents.name, _shapes(plan))
+    return checked(
+        lambda: Transformer(params),
+        contents,
+        plan,
+        params=params,
+        plain=("img_in.",),  # the layer that tells which precision and device the whole has; a small one
+        blocks=("double_blocks.", "single_blocks."),
+    )
 
 
 def open_autoencoder(path: Path) -> Checked[Autoencoder]:
     """The autoencoder in `path`: a single file of either spelling, or a diffusers folder. Raises `WeightsError`."""
-    files = TensorFiles(path, "vae")
-    plan = autoencoder_plan(files)
-    params = autoencoder_params(files.name, _shapes(plan))
+    contents = open_contents(path, "vae")
+    plan = autoencoder_plan(contents.shapes)
+    params = autoencoder_params(contents.name, _shapes(plan))
     # the statistics stay exact, whatever the precision of the convolutions
-    return checked(lambda: Autoencoder(params), files, plan, params=params, float32=("bn.",))
+    return checked(lambda: Autoencoder(params), contents, plan, params=params, float32=("bn.",))
 
 
 def open_tiny_decoder(path: Path) -> Checked[TinyDecoder]:
     """TAEF2's decoder in `path`, whose encoder, if it is there, is left alone. Raises `WeightsError`."""
-    files = TensorFiles(path)
+    contents = open_contents(path)
     plan: Plan = {}
-    for key, shape in files.shapes.items():
+    for key, shape in contents.shapes.items():
         if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", key):
             # the hub's file counts from the first convolution, our Sequential from the clamp before it
             plan[f"{int(match[1]) + 1}.{match[2]}"] = Source((key,), shape)
         elif not key.startswith("encoder."):
             plan[key.removeprefix("decoder.")] = Source((key,), shape)
-    return checked(TinyDecoder, files, plan)
+    return checked(TinyDecoder, contents, plan)
 
 
 def load_transformer(path: Path, *, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -204,37 +203,41 @@ def load_tiny_decoder(path: Path, *, device: torch.device, dtype: torch.dtype) -
 
 def checked(
     build: Callable[[], ModuleT],
-    files: TensorFiles,
+    contents: Contents,
     plan: Plan,
     *,
     params: Any = None,
     float32: tuple[str, ...] = (),
+    plain: tuple[str, ...] = (),
+    blocks: tuple[str, ...] = (),
 ) -> Checked[ModuleT]:
-    """Compare `plan` with the module that `build` makes.
+    """Compare `plan` with the module that `build` makes. For the other arguments see `Checked`.
 
     Raises `WeightsError` listing missing, unexpected and misshapen tensors, or tensors of a type we do not read.
     """
-    # The type first: quantised files also have keys of their own, which would read as damage.
-    foreign = sorted({files.dtypes[key] for source in plan.values() for key in source.keys} - READABLE)
-    if foreign:
+    # The type first: formats that we do not know have keys of their own, which would read as damage.
+    entries = [contents.entries[name] for source in plan.values() for name in source.names]
+    if problem := next((entry.problem for entry in entries if entry.problem), ""):
+        raise WeightsError(f"{contents.name} has {problem}. Download it again, or choose the bfloat16 file.")
+    if foreign := sorted({entry.dtype for entry in entries if not entry.readable}):
         raise WeightsError(
-            f"{files.name} holds {_list(foreign)} tensors; float32, bfloat16 and float16 files can be read. "
-            f"Choose the checkpoint's bfloat16 file."
+            f"{contents.name} holds {listed(foreign)} tensors; float32, bfloat16, float16, fp8 (float8_e4m3fn), NVFP4 "
+            f"and GGUF files can be read. Choose the checkpoint's bfloat16 file."
         )
     with torch.device("meta"):
         model = build()
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    check(files.name, expected, _shapes(plan))
-    return Checked(params, build, files, plan, float32)
+    check(contents.name, expected, _shapes(plan))
+    return Checked(params, build, contents, plan, float32, plain, blocks)
 
 
 def check(name: str, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
     """Raise one `WeightsError` about everything in which `found` differs from `expected`."""
     problems = []
     if missing := sorted(expected.keys() - found.keys()):
-        problems.append(f"lacks {_list(missing)}")
+        problems.append(f"lacks {listed(missing)}")
     if unexpected := sorted(found.keys() - expected.keys()):
-        problems.append(f"has {_list(unexpected)}, which does not belong there")
+        problems.append(f"has {listed(unexpected)}, which does not belong there")
     for key in sorted(expected.keys() & found.keys()):
         if expected[key] != found[key]:
             problems.append(f"has {key} of shape {list(found[key])} where {list(expected[key])} was expected")
@@ -285,9 +288,8 @@ _SINGLE = {
 }
 
 
-def transformer_plan(files: TensorFiles) -> Plan:
+def transformer_plan(shapes: Mapping[str, Shape]) -> Plan:
     """Black Forest Labs' names as they are; diffusers' names translated, separate q, k, v joined."""
-    shapes = files.shapes
     plan: Plan = {}
     for key, shape in shapes.items():
         block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", key)
@@ -329,7 +331,7 @@ def transformer_params(name: str, shapes: Mapping[str, Shape]) -> TransformerPar
     if not head_width or hidden % head_width or head_width % 8 or mlp < 1:
         raise WeightsError(
             f"{name} has heads of width {head_width} and an MLP of width {mlp} at hidden width {hidden}, which cannot "
-            f"be: {_AGAIN}"
+            f"be: {AGAIN}"
         )
     return TransformerParams(
         in_channels=in_channels,
@@ -351,11 +353,11 @@ _LEVEL = r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|u
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def autoencoder_plan(files: TensorFiles) -> Plan:
+def autoencoder_plan(shapes: Mapping[str, Shape]) -> Plan:
     """Black Forest Labs' names as they are; diffusers' names translated, its attention linears as 1x1 convolutions."""
-    levels = _count(files.shapes, r"decoder\.up_blocks\.(\d+)\.")
+    levels = _count(shapes, r"decoder\.up_blocks\.(\d+)\.")
     plan: Plan = {}
-    for key, shape in files.shapes.items():
+    for key, shape in shapes.items():
         if key == "bn.num_batches_tracked":  # a counter of training
             continue
         target = _autoencoder_name(key, levels)
@@ -409,7 +411,7 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
             found = next((shapes[key] for key in candidates if key in shapes), (0,))
             widths.append(found[0] if found else 0)
         if not all(width and width % 32 == 0 for width in widths):
-            raise WeightsError(f"{name} has levels of {widths} channels in {side}, which cannot be: {_AGAIN}")
+            raise WeightsError(f"{name} has levels of {widths} channels in {side}, which cannot be: {AGAIN}")
         return tuple(widths)
 
     last = levels - 1
@@ -424,8 +426,6 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
 
 # --- small things ---
 
-_AGAIN = "the file is damaged or belongs to another model; download it again or choose another file."
-
 
 def _shapes(plan: Plan) -> dict[str, Shape]:
     return {key: source.shape for key, source in plan.items()}
@@ -435,9 +435,3 @@ def _count(names: Iterable[str], pattern: str) -> int:
     """How many different numbers `pattern` finds at the start of names: a gap shows as a missing tensor, not as a
     model as large as the highest number that a file cares to name."""
     return len({match[1] for name in names if (match := re.match(pattern, name))})
-
-
-def _list(names: Sequence[str], shown: int = 3) -> str:
-    """'a, b, c and 12 more'."""
-    text = ", ".join(names[:shown])
-    return text if len(names) <= shown else f"{text} and {len(names) - shown} more"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
+from flux2_studio.engine.quantize import EightBit, QuantizedLinear
 from flux2_studio.engine.text import TextEncoder, load_text_encoder, open_text_encoder
 from tests import oracle, tiny
 from tests.tiny import Text, Toys
@@ -130,3 +131,20 @@ def test_bfloat16_errs_no_more_than_twice_as_much_as_diffusers(toys: Toys, name:
     bound = 2 * oracle.relative_error(embeddings(Text(model=half, folder=text.folder), prompts), exact)
     ours = load(text, dtype=torch.bfloat16).encode(prompts).context
     assert 0 < oracle.relative_error(ours, exact) <= bound
+
+
+@pytest.mark.parametrize(("to", "bound"), [("fp8", 0.15), ("int8", 0.05)])
+@pytest.mark.parametrize("name", ["qwen", "new_mistral"])
+def test_quantised_on_loading(toys: Toys, name: str, to: EightBit, bound: float) -> None:
+    """The layers' matrices take a byte a value and four a row; the context stays near."""
+    text: Text = getattr(toys, name)
+    recipe = DEV.recipe if name == "new_mistral" else KLEIN_4B.recipe
+    opened = open_text_encoder(text.folder, text.folder, recipe)
+    encoder = opened.load(device=CPU, dtype=torch.float32, storage=to)
+    exact = load(text)
+    small = [module for module in encoder._tower.modules() if isinstance(module, QuantizedLinear)]
+    assert len(small) == 7 * recipe.layers
+    held = sum(tensor.nbytes for module in small for tensor in module.buffers())
+    assert held == sum(module.out_features * (module.in_features + 4) for module in small)
+    ours, theirs = encoder.encode(PROMPTS[:1]).context, exact.encode(PROMPTS[:1]).context
+    assert bound / 5 < oracle.relative_error(ours, theirs) < bound

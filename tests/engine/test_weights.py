@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
+from flux2_studio.engine.quantize import QuantizedLinear
 from flux2_studio.engine.text import load_text_encoder
-from flux2_studio.engine.weights import load_autoencoder, load_tiny_decoder, load_transformer
+from flux2_studio.engine.weights import load_autoencoder, load_tiny_decoder, load_transformer, open_transformer
 from flux2_studio.errors import WeightsError
 from tests import tiny
 from tests.tiny import Toys
@@ -179,14 +180,28 @@ def test_parts_taken_for_one_another(toys: Toys) -> None:
     assert "not a FLUX.2 autoencoder" in refusal(load_vae, toys.klein.file)
 
 
-def test_a_quantised_file_is_refused_in_words(toys: Toys, tmp_path: Path) -> None:
-    state = load_file(toys.klein.file)
-    for key in [key for key in state if key.endswith("linear1.weight")]:  # as the official fp8 files have it
-        state[key] = state[key].to(torch.float8_e4m3fn)
-        state[f"{key}_scale"] = torch.tensor(0.5)
-        state[key.replace("weight", "input_scale")] = torch.tensor(0.5)
-    message = refusal(load_flow, tiny.save_state(state, tmp_path / "fp8.safetensors"))
-    assert "F8_E4M3" in message and "bfloat16 file" in message and "damaged" not in message
+@pytest.mark.parametrize("layout", ["single file", "folder"])
+def test_an_fp8_file_is_read_as_the_values_it_stands_for(toys: Toys, tmp_path: Path, layout: str) -> None:
+    """Whole or stored, in either maker's names: diffusers' q, k and v have three scales for our one matrix."""
+    path = toys.klein.file if layout == "single file" else toys.klein.folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    values = dict(state)
+    for key in [key for key in state if "blocks." in key and state[key].ndim == 2]:
+        scale = state[key].abs().max() / 448
+        state[key] = (state[key] / scale).to(torch.float8_e4m3fn)
+        values[key] = state[key].float() * scale
+        state[f"{key}_scale"] = scale
+        state[key.replace(".weight", ".input_scale")] = torch.tensor(0.5)
+    path = tiny.save_state(state, tmp_path / "fp8.safetensors")
+    expected = load_flow(tiny.save_state(values, tmp_path / "values.safetensors")).state_dict()
+    found = load_flow(path).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    stored = open_transformer(path).load(device=CPU, dtype=torch.float32, storage="stored")
+    small = {name: module for name, module in stored.named_modules() if isinstance(module, QuantizedLinear)}
+    assert len(small) == 2 * 8 + 3 * 2
+    for name, module in small.items():
+        assert torch.equal(module.dequantize(torch.float32), expected[f"{name}.weight"])
+    assert len(small["double_blocks.0.txt_attn.qkv"].parts) == (1 if layout == "single file" else 3)
 
 
 @pytest.mark.parametrize(

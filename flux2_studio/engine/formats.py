@@ -1,0 +1,231 @@
+"""What the tensors of a file stand for: plain values, or codes with the scales that restore them.
+
+Does: fp8 as Black Forest Labs and ComfyUI store it, with one scale, one per row or none; NVFP4; GGUF's blocks; the
+prefixes that ComfyUI puts before names. Every tensor is listed under its own name with the shape of its *values*, so
+that plans (`weights.py`) need to know nothing of formats; scales and marks are no tensors of their own any more.
+Does not know: which tensors a model needs.
+
+    X.weight    F8_E4M3 [rows, cols]     value = weight * scale
+                U8 [rows, cols / 2]      NVFP4, told by X.weight_scale_2; see `quantize.NVFP4Matrix`
+    X.weight_scale or X.scale_weight     fp8: float, one number or one for each row; NVFP4: F8_E4M3, one for 16 values
+    X.weight_scale_2                     NVFP4: float, one number
+    X.input_scale or X.scale_input       the range of the layer's inputs, for those who multiply in fp8: not needed here
+    X.comfy_quant                        U8: JSON {"format": ...}; as `_quantization_metadata` in the header says it for
+                                         all layers at once
+    scaled_fp8                           a mark on ComfyUI's older files: their fp8 weights have scales
+
+Pitfall: fp8 without any scale or mark is a plain cast, so a scale that got lost can only be missed where the file
+speaks of scales at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux2_studio.engine.gguf import BLOCKS, MAGIC, GGUFFile, GGUFMatrix
+from flux2_studio.engine.quantize import NVFP4Matrix, ScaledMatrix, StoredMatrix
+from flux2_studio.engine.tensor_files import AGAIN, MARKER, Shape, TensorFiles
+from flux2_studio.errors import WeightsError
+
+PLAIN = ("F32", "F16", "BF16")
+FP8, NVFP4 = "F8_E4M3", "NVFP4"
+FORMATS = {"float8_e4m3fn": FP8, "nvfp4": NVFP4}  # as comfy_quant and the header's metadata call them
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_BESIDE = ("input_scale", "scale_input", "comfy_quant")  # of a layer, whatever its weight's type
+_MARK_LIMIT = 4096  # bytes of one comfy_quant
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: the shape of its values, and where they come from.
+
+    keys: names in the file, the first that of the values or codes. unpack: makes the matrix of the keys' tensors; None
+    where the first is made of plain values. problem: why it cannot be read, as the end of a sentence.
+    """
+
+    shape: Shape
+    dtype: str
+    keys: tuple[str, ...]
+    unpack: Callable[..., StoredMatrix] | None = None
+    problem: str = ""
+
+    @property
+    def has_float8(self) -> bool:
+        """Whether what is stored needs a device that knows float8_e4m3fn."""
+        return self.dtype in (FP8, NVFP4)
+
+    @property
+    def readable(self) -> bool:
+        return self.unpack is not None or self.dtype in (*PLAIN, FP8)
+
+
+class Contents:
+    """The tensors of a file or folder. entries: by name, without the prefix that all names may have in the file."""
+
+    def __init__(self, files: TensorFiles | GGUFFile, entries: Mapping[str, Entry]) -> None:
+        self.files = files
+        self.name = files.name
+        self.entries = dict(entries)
+        self.shapes: dict[str, Shape] = {name: entry.shape for name, entry in entries.items()}
+
+    def make(self, name: str, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
+        """The tensor `name` of what its keys hold in the file. Raises `WeightsError` for scales that cannot be."""
+        entry = self.entries[name]
+        if entry.unpack is None:
+            return tensors[0]
+        for key, scale in zip(entry.keys[1:], tensors[1:], strict=True):
+            values = scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale
+            if not bool(((values.float() >= 0) & values.float().isfinite()).all()):
+                raise WeightsError(f"{self.name} has a scale, {key}, that is negative or no number: {AGAIN}")
+        return entry.unpack(*tensors)
+
+
+def open_contents(path: Path, subfolder: str = "", prefixes: Sequence[str] = ()) -> Contents:
+    """The tensors in `path`: a safetensors or GGUF file, or a folder (see `TensorFiles`).
+
+    prefixes: those that names may have in front; they are left off. Raises `WeightsError`.
+    """
+    files = GGUFFile(path) if _is_gguf(path) else TensorFiles(path, subfolder)
+    names: dict[str, str] = {}
+    for key in files.shapes:
+        name = key
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        if name in names:
+            raise WeightsError(f"{files.name} has both {names[name]} and {key}: {AGAIN}")
+        names[name] = key
+    return Contents(files, _Reader(files, names, prefixes).entries())
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a folder, or nothing at all: the reader of safetensors has the words for it
+        return False
+
+
+class _Reader:
+    """Finds out, for one file, what belongs together. names: the file's key of each name."""
+
+    def __init__(self, files: TensorFiles | GGUFFile, names: Mapping[str, str], prefixes: Sequence[str]) -> None:
+        self._files = files
+        self._keys = names
+        self._shapes = {name: files.shapes[key] for name, key in names.items()}
+        self._dtypes = {name: files.dtypes[key] for name, key in names.items()}
+        self._declared = self._declarations(prefixes)
+        self._scaled = MARKER in names or any(name.endswith((".weight_scale", ".scale_weight")) for name in names)
+        self._taken = {MARKER} & names.keys()
+
+    def entries(self) -> dict[str, Entry]:
+        found = {name: self._entry(name) for name in self._keys}
+        return {name: entry for name, entry in found.items() if name not in self._taken}
+
+    def _entry(self, name: str) -> Entry:
+        layer, _, parameter = name.rpartition(".")
+        dtype, shape = self._dtypes[name], self._shapes[name]
+        entry = Entry(shape, dtype, (self._keys[name],))
+        if parameter == "weight":
+            self._taken |= {beside for word in _BESIDE if (beside := f"{layer}.{word}") in self._keys}
+            declared = self._declared.get(layer)
+            if declared is not None and declared not in FORMATS and dtype not in PLAIN:
+                return replace(entry, problem=f"{name} in the format {declared}, which is not read")
+            if dtype == FP8:
+                return self._fp8(entry, name, layer, declared)
+            if dtype == "U8":
+                return self._nvfp4(entry, name, layer, declared)
+        if dtype in BLOCKS:
+            if len(shape) != 2:
+                return replace(entry, problem=f"{name}, which is no matrix, in {dtype}")
+            return replace(entry, unpack=lambda blocks: GGUFMatrix(blocks, dtype))
+        return entry
+
+    def _fp8(self, entry: Entry, name: str, layer: str, declared: str | None) -> Entry:
+        scale = next((s for s in (f"{layer}.weight_scale", f"{layer}.scale_weight") if s in self._keys), None)
+        if len(entry.shape) != 2:
+            return entry if scale is None else replace(entry, problem=f"{name}, no matrix, in fp8 with a scale")
+        if scale is None:
+            if self._scaled or declared is not None:
+                return replace(entry, problem=f"{name} in fp8 without its scale, {layer}.weight_scale")
+            return replace(entry, unpack=lambda codes: ScaledMatrix(codes, torch.ones(1)))
+        self._taken.add(scale)
+        rows, dtype = entry.shape[0], self._dtypes[scale]
+        if dtype not in PLAIN or self._shapes[scale] not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+            return replace(
+                entry,
+                problem=f"{name} in fp8 with a scale of {dtype} {list(self._shapes[scale])}; one float number, or one "
+                f"for each of its {rows} rows, was expected",
+            )
+        return replace(entry, keys=(*entry.keys, self._keys[scale]), unpack=ScaledMatrix)
+
+    def _nvfp4(self, entry: Entry, name: str, layer: str, declared: str | None) -> Entry:
+        blocks, whole = f"{layer}.weight_scale", f"{layer}.weight_scale_2"
+        present = {blocks, whole} & self._keys.keys()
+        if not present and declared is None:
+            return entry  # bytes that we know nothing of
+        self._taken |= present
+        if missing := sorted({blocks, whole} - present):
+            return replace(entry, problem=f"{name} in NVFP4 without its scale, {missing[0]}")
+        if len(entry.shape) != 2 or entry.shape[1] % 8:
+            return replace(entry, problem=f"{name} in NVFP4 in the shape {list(entry.shape)}")
+        rows, cols = entry.shape[0], 2 * entry.shape[1]
+        expected = NVFP4Matrix.scale_count(rows, cols)
+        if math.prod(self._shapes[whole]) != 1 or self._dtypes[whole] not in PLAIN:
+            return replace(entry, problem=f"{name} in NVFP4 with a {whole} that is not one float number")
+        if math.prod(self._shapes[blocks]) != expected or self._dtypes[blocks] not in (FP8, "U8"):
+            return replace(
+                entry,
+                problem=f"{name} in NVFP4 with block scales of {self._dtypes[blocks]} {list(self._shapes[blocks])}; "
+                f"{expected} in fp8 were expected",
+            )
+        keys = (*entry.keys, self._keys[blocks], self._keys[whole])
+        return Entry((rows, cols), NVFP4, keys, unpack=NVFP4Matrix)
+
+    def _declarations(self, prefixes: Sequence[str]) -> dict[str, str]:
+        """Each layer's format, as far as the file declares it."""
+        declared = _layers(self._files.metadata.get("_quantization_metadata", "{}"), prefixes)
+        marks = {
+            key: name.removesuffix(".comfy_quant") for name, key in self._keys.items() if name.endswith(".comfy_quant")
+        }
+        files = self._files
+        short = {key for key in marks if files.dtypes[key] == "U8" and math.prod(files.shapes[key]) <= _MARK_LIMIT}
+        forms = {key: _form(_parsed(bytes(tensor.flatten().tolist()))) for key, tensor in files.read(short)}
+        for key, layer in marks.items():
+            if (form := forms.get(key)) is None:
+                raise WeightsError(f"{files.name} has a {key} that names no format: {AGAIN}")
+            declared[layer] = form
+        return declared
+
+
+def _layers(text: str, prefixes: Sequence[str]) -> dict[str, str]:
+    """{"layers": {name: {"format": ...}}} as format by name; what is not of this form says nothing."""
+    parsed = _parsed(text)
+    layers = parsed.get("layers") if isinstance(parsed, dict) else None
+    found = {}
+    for name, said in layers.items() if isinstance(layers, dict) else ():
+        form = _form(said)
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        if form is not None:
+            found[name] = form
+    return found
+
+
+def _form(said: Any) -> str | None:
+    form = said.get("format") if isinstance(said, dict) else said
+    return form if isinstance(form, str) else None
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,288 @@
+"""GGUF files and their block formats: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K; F32, F16 and BF16 beside them.
+
+Does: the header, with every count, size and offset checked against the file before anything is mapped; the arithmetic
+of the blocks in torch, on any device. Format: docs/gguf.md and ggml-common.h of ggml-org/ggml.
+Does not know: what the tensors are for. What else a header says (architecture, tokenizer) is stepped over.
+
+A block restores `values` neighbours of a row from `size` bytes. In the K formats a block of 256 is made of sub-blocks
+with small scales of their own, which are multiples of the block's scale.
+
+    blocks: uint8 [n, size] -> float32 [n, values]
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux2_studio.engine.quantize import StoredMatrix
+from flux2_studio.engine.tensor_files import Shape, listed
+from flux2_studio.errors import WeightsError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32  # of the tensors' data, unless the header says otherwise
+HEADER_LIMIT = 2**24  # bytes: tens of times what a model of this kind needs, and read through in about a second
+NAME_LIMIT = 256  # bytes; ggml's own tensors have 64 at most, ComfyUI's fields are named after them
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The types of a header's fields, by number, with their bytes; and three that are treated on their own.
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+UINT32, STRING, ARRAY = 4, 8, 9
+# ggml's numbers of types of tensor
+TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 30: "BF16",
+}  # fmt: skip
+
+
+# --- block formats ---
+
+
+def _float(blocks: Tensor, at: int) -> Tensor:
+    """The float16 number at byte `at` of each block, [n, 1] in float32."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _halves(packed: Tensor) -> Tensor:
+    """The low halves of bytes [..., m], then the high ones: [..., 2, m]."""
+    return torch.stack((packed & 15, packed >> 4), -2)
+
+
+def _bits(packed: Tensor, each: int) -> Tensor:
+    """Bytes [..., m] as groups of `each` bits, lowest first: [..., m, 8 / each]."""
+    shifts = torch.arange(0, 8, each, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> shifts) & (2**each - 1)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    return _float(blocks, 0) * (_halves(blocks[:, 2:]).flatten(1).float() - 8)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    return _float(blocks, 0) * _halves(blocks[:, 4:]).flatten(1) + _float(blocks, 2)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    fifth = _bits(blocks[:, 2:6], 1).flatten(1)
+    return _float(blocks, 0) * ((_halves(blocks[:, 6:]).flatten(1) | fifth << 4).float() - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    fifth = _bits(blocks[:, 4:8], 1).flatten(1)
+    return _float(blocks, 0) * (_halves(blocks[:, 8:]).flatten(1) | fifth << 4) + _float(blocks, 2)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return _float(blocks, 0) * blocks[:, 2:].view(torch.int8)
+
+
+def _scaled_and_shifted(blocks: Tensor, codes: Tensor) -> Tensor:
+    """Q4_K and Q5_K: codes [n, 8, 32] times their sub-block's scale, minus its offset.
+
+    Scales and offsets have six bits, packed into bytes 4..16: four bytes with the first four scales, four with the
+    first four offsets, four with the low halves of the other four of both, whose top bits fill up the first eight.
+    """
+    first_scales, first_offsets, low = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
+    scales = torch.cat((first_scales & 63, (low & 15) | (first_scales >> 6) << 4), 1)
+    offsets = torch.cat((first_offsets & 63, (low >> 4) | (first_offsets >> 6) << 4), 1)
+    scales, offsets = _float(blocks, 0) * scales, _float(blocks, 2) * offsets
+    return (scales[..., None] * codes - offsets[..., None]).flatten(1)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    return _scaled_and_shifted(blocks, _halves(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    fifth = _bits(blocks[:, 16:48], 1).transpose(1, 2)  # bit i of byte j belongs to value j of sub-block i
+    low = _halves(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2)
+    return _scaled_and_shifted(blocks, low | fifth << 4)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    low = _halves(blocks[:, :128].unflatten(1, (2, 64))).reshape(-1, 2, 4, 32)
+    high = _bits(blocks[:, 128:192].unflatten(1, (2, 32)), 2).transpose(2, 3)
+    codes = (low | high << 4).float() - 32
+    scales = _float(blocks, 208) * blocks[:, 192:208].view(torch.int8)
+    return (scales[..., None] * codes.reshape(-1, 16, 16)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Block:
+    values: int
+    size: int  # bytes
+    restore: Callable[[Tensor], Tensor]
+
+
+BLOCKS = {
+    "Q4_0": Block(32, 18, _q4_0),
+    "Q4_1": Block(32, 20, _q4_1),
+    "Q5_0": Block(32, 22, _q5_0),
+    "Q5_1": Block(32, 24, _q5_1),
+    "Q8_0": Block(32, 34, _q8_0),
+    "Q4_K": Block(256, 144, _q4_k),
+    "Q5_K": Block(256, 176, _q5_k),
+    "Q6_K": Block(256, 210, _q6_k),
+}
+
+
+class GGUFMatrix(StoredMatrix):
+    """A matrix of blocks: uint8 [rows, bytes of a row], in the format called `type_name`."""
+
+    blocks: Tensor
+
+    def __init__(self, blocks: Tensor, type_name: str) -> None:
+        self._block = BLOCKS[type_name]
+        rows, length = blocks.shape
+        super().__init__(rows, length // self._block.size * self._block.values)
+        self.register_buffer("blocks", blocks)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        blocks = self.blocks[start:stop].reshape(-1, self._block.size)
+        return self._block.restore(blocks).reshape(-1, self.cols)
+
+
+# --- files ---
+
+
+class GGUFFile:
+    """The tensors of a GGUF file, as `TensorFiles` gives those of a safetensors file; shapes are those of the values.
+
+    Raises `WeightsError` for a file that is cut off or damaged, or that holds types of tensor that are not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
+        self._spans: dict[str, tuple[int, int]] = {}  # first byte, and the one after the last
+        try:
+            self._size = path.stat().st_size
+            with path.open("rb") as file:
+                self._index(_Header(file.read(HEADER_LIMIT)))
+        except (_Damage, OSError) as error:
+            raise WeightsError(f"{self.name} is not a whole GGUF file ({error}). Download it again.") from error
+
+    def _index(self, header: _Header) -> None:
+        tensors, alignment = header.tensors()
+        if foreign := sorted({kind for _, kind, _ in tensors.values()} - BLOCKS.keys() - PLAIN.keys()):
+            raise WeightsError(
+                f"{self.name} holds {listed(foreign)} tensors; of GGUF's formats {', '.join(BLOCKS)}, F16, BF16 and "
+                f"F32 are read. Choose the checkpoint's Q4_K, Q5_K, Q6_K or Q8_0 file."
+            )
+        data = _aligned(header.at, alignment)
+        end = data
+        for key, (shape, kind, offset) in sorted(tensors.items(), key=lambda item: item[1][2]):
+            values, size = (1, PLAIN[kind].itemsize) if kind in PLAIN else (BLOCKS[kind].values, BLOCKS[kind].size)
+            if not shape or 0 in shape or shape[-1] % values:
+                raise _Damage(f"{key} has the shape {list(shape)}, which {kind} cannot have")
+            # Overlaps would let a small file stand for a model of any size.
+            if offset % alignment or data + offset < end:
+                raise _Damage(f"{key} begins where it should not")
+            end = data + offset + math.prod(shape) // values * size
+            if end > self._size:
+                raise _Damage(f"it ends inside {key}")
+            self.shapes[key], self.dtypes[key] = shape, kind
+            self._spans[key] = (data + offset, end)
+        if self._size not in (end, _aligned(end, alignment)):
+            raise _Damage("there is more or less in it than its header says")
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) for each of `keys`, on the CPU, as views of the mapped file: plain values in their shape,
+        blocks as uint8 [rows, bytes of a row]."""
+        try:
+            data = np.memmap(self.path, np.uint8, mode="c")
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{self.name} could not be read ({error}). Download it again.") from error
+        if len(data) != self._size:
+            raise WeightsError(f"{self.name} has changed since it was opened. Wait until it is whole and try again.")
+        for key in keys:
+            start, end = self._spans[key]
+            tensor, shape, kind = torch.from_numpy(data[start:end]), self.shapes[key], self.dtypes[key]
+            yield key, tensor.view(PLAIN[kind]).reshape(shape) if kind in PLAIN else tensor.reshape(*shape[:-1], -1)
+
+
+class _Damage(ValueError):
+    """What is wrong with a header, as the end of a sentence about the file."""
+
+
+class _Header:
+    """A reader that never goes beyond the bytes that it was given, and so ends on any input."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.at = 0
+
+    def tensors(self) -> tuple[dict[str, tuple[Shape, str, int]], int]:
+        """The shape, type and offset of every tensor, and the data's alignment."""
+        if self._take(4) != MAGIC:
+            raise _Damage("it does not begin as one")
+        if (version := self._number("<I")) not in VERSIONS:
+            raise _Damage(f"its version is {version}; 2 and 3 are read")
+        count, fields = self._number("<Q"), self._number("<Q")
+        alignment = ALIGNMENT
+        for _ in range(fields):
+            name, kind = self._string(), self._number("<I")
+            if name == "general.alignment" and kind == UINT32:
+                alignment = self._number("<I")
+            else:
+                self._skip(kind)
+        if not alignment or alignment % 8:
+            raise _Damage(f"its data are aligned to {alignment} bytes")
+        found: dict[str, tuple[Shape, str, int]] = {}
+        for _ in range(count):
+            name, dimensions = self._string(), self._number("<I")
+            if name in found or dimensions > 4:
+                raise _Damage(f"{name} is there twice, or has {dimensions} dimensions")
+            shape = tuple(self._number("<Q") for _ in range(dimensions))[::-1]
+            kind = self._number("<I")
+            found[name] = (shape, TYPES.get(kind, f"type {kind}"), self._number("<Q"))
+        return found, alignment
+
+    def _skip(self, kind: int) -> None:
+        if kind == STRING:
+            self._take(self._number("<Q"))
+        elif kind in SCALARS:
+            self._take(SCALARS[kind])
+        elif kind == ARRAY:
+            inner, count = self._number("<I"), self._number("<Q")
+            if inner in SCALARS:
+                self._take(count * SCALARS[inner])
+            elif inner == STRING:
+                for _ in range(count):
+                    self._take(self._number("<Q"))
+            else:
+                raise _Damage(f"its header has a list of type {inner}")
+        else:
+            raise _Damage(f"its header has a field of type {kind}")
+
+    def _string(self) -> str:
+        if (length := self._number("<Q")) > NAME_LIMIT:
+            raise _Damage(f"its header has a name of {length} bytes")
+        try:
+            return self._take(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _Damage("its header has a name that is no text") from error
+
+    def _number(self, layout: str) -> int:
+        number: int = struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
+        return number
+
+    def _take(self, count: int) -> bytes:
+        if count > len(self._data) - self.at:
+            raise _Damage("its header ends too early or is far too long")
+        self.at += count
+        return self._data[self.at - count : self.at]
+
+
+def _aligned(at: int, alignment: int) -> int:
+    return -(-at // alignment) * alignment

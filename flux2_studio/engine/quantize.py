@@ -1,0 +1,166 @@
+"""Weights that stay small: kept in memory as they are stored, restored one layer at a time.
+
+Does: fp8 and int8 with one scale or one per row, and NVFP4 (GGUF's blocks are in `gguf.py`); a linear layer over such
+weights; making fp8 or int8 of plain weights.
+Does not know: how files spell their scales (`formats.py`), which layers of which model are meant (`weights.py`).
+
+    codes: what is stored. values [rows, cols]: what they stand for, as a plain file would hold them; rows are a linear
+    layer's outputs, cols its inputs.
+
+Pitfalls: values are computed in float32 and rounded once, so that a layer restored on the fly equals one restored at
+load bit for bit. NVFP4 packs the first of two values into the *high* half of a byte, in Black Forest Labs' and
+ComfyUI's files; other makers' files have it in the low half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EightBit = Literal["fp8", "int8"]
+FP8_MAX = 448.0  # of float8_e4m3fn
+INT8_MAX = 127.0
+# Values restored at a time, 64 MiB of them in float32: the largest layers would take over a gigabyte at once.
+CHUNK = 2**24
+TILE = 128  # rows of an NVFP4 scale tile, so chunks begin at multiples of it
+
+
+class StoredMatrix(nn.Module):
+    """One matrix as it is stored. Its tensors are buffers; none has a gradient.
+
+    `.to(device)` moves them. `.to(dtype)` means the precision of computation and leaves them as they are.
+    """
+
+    def __init__(self, rows: int, cols: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.cols = cols
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop in float32, [stop - start, cols]; start is a multiple of `TILE`."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """All values, [rows, cols], computed in float32 and rounded to `dtype`, a part at a time."""
+        parts = list(_chunks(self.rows, self.cols))
+        if len(parts) == 1:
+            return self.values(0, self.rows).to(dtype)
+        device = next(self.buffers()).device
+        out = torch.empty(self.rows, self.cols, dtype=dtype, device=device)
+        for start, stop in parts:
+            out[start:stop] = self.values(start, stop)
+        return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # As bytes the tensors pass through a change of dtype unharmed; codes would grow, scales be rounded.
+        for name, tensor in self.named_buffers():
+            setattr(self, name, fn(tensor.view(torch.uint8)).view(tensor.dtype))
+        return self
+
+
+class ScaledMatrix(StoredMatrix):
+    """value = code * scale.
+
+    codes: [rows, cols] in float8_e4m3fn or int8. scale: float32, one number or one for each row.
+    """
+
+    codes: Tensor
+    scale: Tensor  # [1, 1] or [rows, 1]
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__(*codes.shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale.float().reshape(-1, 1))
+
+    def values(self, start: int, stop: int) -> Tensor:
+        scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
+        return self.codes[start:stop].float() * scale
+
+
+class NVFP4Matrix(StoredMatrix):
+    """value = e2m1 code * the scale of its block of 16 in a row * the matrix's scale.
+
+    codes: uint8 [rows, cols / 2], two to a byte, the first in the high half. block_scales: float8_e4m3fn in tiles of
+    128 rows x 4 blocks, as cuBLAS wants them ("1D block scaling factors layout" in its manual): the tiles of a row of
+    tiles one after the other, in each the scale of row r and block b at byte 16 * (r % 32) + 4 * (r // 32) + b. The
+    last tiles are filled up. scale: float32, one number.
+    """
+
+    codes: Tensor
+    block_scales: Tensor  # [row tiles, block tiles, 32, 4, 4]
+    scale: Tensor  # [1]
+
+    def __init__(self, codes: Tensor, block_scales: Tensor, scale: Tensor) -> None:
+        rows, packed = codes.shape
+        super().__init__(rows, 2 * packed)
+        tiles = block_scales.reshape(-(-rows // TILE), -1, 32, 4, 4).view(torch.float8_e4m3fn)
+        self.register_buffer("codes", codes)
+        self.register_buffer("block_scales", tiles)
+        self.register_buffer("scale", scale.float().reshape(1))
+
+    def values(self, start: int, stop: int) -> Tensor:
+        tiles = self.block_scales[start // TILE : -(-stop // TILE)].float()
+        scales = tiles.permute(0, 3, 2, 1, 4).flatten(3).flatten(0, 2)[: stop - start, : self.cols // 16]
+        bytes_ = self.codes[start:stop]
+        codes = torch.stack((bytes_ >> 4, bytes_ & 15), -1).flatten(1)
+        # s ee m as s 00ee m00 is an e4m3 number, 64 times too small: the exponents' biases are 1 and 7
+        small = ((codes & 8) << 4 | (codes & 7) << 2).view(torch.float8_e4m3fn).float()
+        return (small.unflatten(1, (-1, 16)) * (scales * (64 * self.scale))[..., None]).flatten(1)
+
+    @staticmethod
+    def scale_count(rows: int, cols: int) -> int:
+        """How many block scales a matrix of [rows, cols] has, with those that fill up the tiles."""
+        return -(-rows // TILE) * TILE * -(-cols // 64) * 4
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias over stored matrices, one under the other (q, k, v from three tensors of a file)."""
+
+    def __init__(self, *parts: StoredMatrix) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.in_features = parts[0].cols
+        self.out_features = sum(part.rows for part in parts)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out_features, in_features], as `nn.Linear` would hold it."""
+        weights = [part.dequantize(dtype) for part in self.parts if isinstance(part, StoredMatrix)]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The one place where stored weights meet activations: a way to multiply codes as they are would begin here.
+        return F.linear(x, self.dequantize(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def quantize(weight: Tensor, to: EightBit) -> ScaledMatrix:
+    """`weight` [rows, cols] in 8 bits, where it lies; each row's largest magnitude becomes the largest code.
+
+    int8 (symmetric): no value errs by more than 1/254 of its row's largest. fp8 (float8_e4m3fn): by more than 1/16 of
+    itself, or of 2^-6/448 of its row's largest where that is more. Not-a-number and infinity stay visible: a row that
+    holds one is restored as not-a-number.
+    """
+    rows, cols = weight.shape
+    dtype, largest = (torch.int8, INT8_MAX) if to == "int8" else (torch.float8_e4m3fn, FP8_MAX)
+    codes = torch.empty(rows, cols, dtype=dtype, device=weight.device)
+    scale = torch.empty(rows, 1, device=weight.device)
+    for start, stop in _chunks(rows, cols):
+        values = weight[start:stop].float()
+        scale[start:stop] = values.abs().amax(1, keepdim=True) / largest
+        step = scale[start:stop]
+        scaled = (values / step.where(step > 0, torch.ones_like(step))).clamp_(-largest, largest)
+        codes[start:stop] = scaled.round_() if to == "int8" else scaled
+    return ScaledMatrix(codes, scale)
+
+
+def _chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs of rows that hold about `CHUNK` values each."""
+    step = max(1, CHUNK // cols // TILE) * TILE
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
