@@ -1,0 +1,234 @@
+"""LoRAs: files of small changes to a transformer's linear layers, put onto it and taken off without loading it again.
+
+Does: says which tensors of a file (`lora_file`) fit a transformer and why others do not (`check`), and makes any set
+of LoRAs, each with a weight, the one that a transformer carries (`apply`). Does not know: where files come from, which
+checkpoint a transformer is.
+
+A change D of a layer's weight W counts as W + weight * scale * D, where scale = alpha / rank if the file states an
+alpha; DoRA's as W + weight * (its W' - W). Several add up, each reckoned from the bare W: their order is all one.
+
+`apply` has two ways. On the fly, a layer is wrapped with paths that run beside it (`lora_paths`): the weights are not
+touched, quantised ones do as well as others, and changing LoRAs is a matter of their own size. Fused, the changes are
+added to the weights: no cost per step, but the originals of the touched layers are kept on the CPU, because W + D - D
+is not W in floating point. Either way an empty set gives back the transformer bit by bit.
+
+Pitfall: fused LoRAs are in the weights. Whoever saves, quantises or copies weights takes the LoRAs off first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flux2_studio.engine.lora_file import Change, Lora, shown
+from flux2_studio.engine.lora_paths import (
+    AdaptedLinear,
+    LoraPath,
+    bare_weight,
+    build,
+    device_of,
+    has_float_weight,
+    joined,
+)
+from flux2_studio.engine.transformer import Transformer
+from flux2_studio.errors import RequestError, WeightsError
+
+# Only to put a name to a width in messages; what fits is decided by shapes.
+KNOWN_WIDTHS = {3072: "klein 4B", 4096: "klein 9B", 6144: "dev"}
+
+# Why a tensor does not fit, as it reads after a number.
+MISSING_LAYER = "for layers that this checkpoint does not have"
+OTHER_SIZE = "of another size than this checkpoint's layers"
+_CHOOSE = "Choose a LoRA that was made for this checkpoint, or the checkpoint that it was made for."
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a LoRA fits a transformer: `matched` has the module of each key, `unmatched` the reason why it has none."""
+
+    name: str
+    kind: str
+    matched: Mapping[str, str]
+    unmatched: Mapping[str, str]
+
+    @property
+    def text(self) -> str:
+        """A sentence or two for the page."""
+        total = len(self.matched) + len(self.unmatched)
+        if not self.unmatched:
+            return f"{self.name} ({self.kind}): all {total} tensors fit."
+        reasons = Counter(self.unmatched.values())
+        left = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        example = shown(min(self.unmatched))
+        return (
+            f"{self.name} ({self.kind}): {len(self.matched)} of {total} tensors fit. Left out: {left} "
+            f"(for example {example})."
+        )
+
+
+def check(lora: Lora, transformer: Transformer) -> Report:
+    """How `lora` fits `transformer`. Raises `WeightsError` if less than half of it does: it is another model's."""
+    fitting, unmatched = _fitting(lora, layers_of(transformer))
+    matched = {key: change.target.module for change in fitting for key in change.keys.values()}
+    total = sum(len(change.keys) for change in lora.changes)
+    if 2 * len(matched) >= total:
+        return Report(lora.name, lora.kind, matched, {**unmatched, **lora.left_out})
+    width = transformer.params.hidden
+    if lora.width != width:
+        raise WeightsError(
+            f"{lora.name} is a LoRA for {_sized(lora.width)}; the checkpoint in use has {_sized(width)}. {_CHOOSE}"
+        )
+    reasons = ", ".join(f"{count} are {reason}" for reason, count in Counter(unmatched.values()).most_common())
+    raise WeightsError(
+        f"{lora.name} is not a LoRA for this checkpoint: of {total} tensors {reasons} (for example "
+        f"{shown(min(unmatched))}). {_CHOOSE}"
+    )
+
+
+@torch.no_grad()
+def apply(transformer: Transformer, loras: Sequence[tuple[Lora, float]], *, fused: bool = False) -> list[Report]:
+    """Make `loras`, each with its weight, exactly those that `transformer` carries; an empty list takes all off.
+
+    Layers that already carry just that are left alone. fused: change the weights instead of running paths beside
+    them. Returns a report for each LoRA.
+
+    Raises `WeightsError` where a LoRA does not fit or cannot be read, or quantised weights are to be fused with, and
+    `RequestError` for a weight that is no number; the transformer is then as it was. If memory runs out on the way,
+    it carries what it did before, or, when fusing, nothing.
+    """
+    for lora, weight in loras:
+        if not math.isfinite(weight):
+            raise RequestError(f"{weight} is no weight for {lora.name}: choose a number, 1 for its full effect.")
+    reports = [check(lora, transformer) for lora, _ in loras]
+    layers = layers_of(transformer)
+    wanted: dict[str, list[_Part]] = {}
+    for lora, weight in loras:
+        for change in _fitting(lora, layers)[0] if weight else ():
+            wanted.setdefault(change.target.module, []).append(_Part(lora, change, weight, fused))
+    if fused and not all(has_float_weight(layers[name]) for name in wanted):
+        raise WeightsError(
+            "This checkpoint's weights are quantised, and LoRAs cannot be fused into them: apply the LoRAs on the fly, "
+            "or choose the checkpoint's bfloat16 file."
+        )
+    stale = [name for name in layers if _carried(transformer.get_submodule(name)) != wanted.get(name, [])]
+    tensors = _read([part for name in stale for part in wanted.get(name, [])])
+    if fused:
+        _fuse(transformer, stale, wanted, tensors)
+    else:
+        _wrap(transformer, stale, wanted, tensors)
+    return reports
+
+
+def layers_of(transformer: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers by their names, whether LoRAs are on them or not."""
+    found: dict[str, nn.Module] = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, AdaptedLinear):
+            found[name] = module.base
+        elif hasattr(module, "in_features") and name.removesuffix(".base") not in found:
+            found[name] = module
+    return found
+
+
+def _fitting(lora: Lora, layers: Mapping[str, nn.Module]) -> tuple[list[Change], dict[str, str]]:
+    """The changes that fit `layers`, and the keys of those that do not, with the reason."""
+    fitting: list[Change] = []
+    unmatched: dict[str, str] = {}
+    for change in lora.changes:
+        layer: Any = layers.get(change.target.module)
+        if layer is None:
+            unmatched |= dict.fromkeys(change.keys.values(), MISSING_LAYER)
+        elif change.shape != (layer.out_features // change.target.parts, layer.in_features):
+            unmatched |= dict.fromkeys(change.keys.values(), OTHER_SIZE)
+        else:
+            fitting.append(change)
+    return fitting, unmatched
+
+
+def _sized(width: int) -> str:
+    return f"{KNOWN_WIDTHS[width]} (width {width})" if width in KNOWN_WIDTHS else f"width {width}"
+
+
+# --- onto the transformer ---
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One LoRA's share in what a layer carries."""
+
+    lora: Lora
+    change: Change
+    weight: float
+    fused: bool
+
+
+_Tensors = Mapping[Change, Mapping[str, Tensor]]
+_Wanted = Mapping[str, list[_Part]]
+
+
+def _carried(module: nn.Module) -> object:
+    return module.carries if isinstance(module, AdaptedLinear) else []
+
+
+def _read(parts: Sequence[_Part]) -> _Tensors:
+    changes: dict[Lora, list[Change]] = {}
+    for part in parts:
+        changes.setdefault(part.lora, []).append(part.change)
+    return {change: found for lora, some in changes.items() for change, found in lora.read(some).items()}
+
+
+def _path(part: _Part, tensors: _Tensors, module: nn.Module, dtype: torch.dtype) -> LoraPath:
+    """The path of one part in float32, on the layer's device. Copied: a mapped file may be written over at any time."""
+    factors = {
+        field: tensor.to(device_of(module), torch.float32, copy=True) for field, tensor in tensors[part.change].items()
+    }
+    return build(factors, part.change.target, part.change.scale, part.weight, lambda: bare_weight(module, dtype))
+
+
+def _wrap(transformer: Transformer, stale: Sequence[str], wanted: _Wanted, tensors: _Tensors) -> None:
+    """On the fly: everything is built before anything is put into its place."""
+    built: dict[str, list[LoraPath]] = {}
+    for name in stale:
+        module = transformer.get_submodule(name)
+        paths = [_path(part, tensors, module, transformer.dtype) for part in wanted.get(name, [])]
+        built[name] = [path.to(transformer.dtype) for path in joined(paths)]
+    for name, paths in built.items():
+        base = _stripped(transformer, name)
+        if paths:
+            transformer.set_submodule(name, AdaptedLinear(base, wanted[name], paths=paths))
+
+
+def _fuse(transformer: Transformer, stale: Sequence[str], wanted: _Wanted, tensors: _Tensors) -> None:
+    """Layer by layer, because two copies of all weights are too many: on failure the layers are all stripped."""
+    try:
+        for name in stale:
+            base: Any = _stripped(transformer, name)
+            if name not in wanted:
+                continue
+            paths = joined([_path(part, tensors, base, transformer.dtype) for part in wanted[name]])
+            whole = changed = base.weight.float()
+            for path in paths:
+                changed = changed + path.delta(whole)
+            original = base.weight.detach().to("cpu", copy=True)
+            transformer.set_submodule(name, AdaptedLinear(base, wanted[name], original=original))
+            base.weight.copy_(changed)
+    except BaseException:
+        for name in layers_of(transformer):
+            _stripped(transformer, name)
+        raise
+
+
+def _stripped(transformer: Transformer, name: str) -> nn.Module:
+    """The layer without its LoRAs, put back into its place."""
+    module = transformer.get_submodule(name)
+    if not isinstance(module, AdaptedLinear):
+        return module
+    base = module.stripped()
+    transformer.set_submodule(name, base)
+    return base

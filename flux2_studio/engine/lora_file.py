@@ -1,0 +1,261 @@
+"""LoRA files: which layers they change, by what, and how strongly. Safetensors only.
+
+A file's header is sorted first: every key names a layer and a field of its change (`lora_keys`), and the fields of a
+layer must make one change of known shape. Only the alphas are read then; factors are read when they are needed.
+Hostile files are refused in words, on shapes alone: nothing is multiplied out, and no text of theirs is believed or
+shown at length.
+Does not know: the transformer that a file is meant for, and whether it fits one (`lora.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flux2_studio.engine.formats import PLAIN
+from flux2_studio.engine.lora_keys import CONVOLUTION, Target, hidden_width, is_of_text_encoder, parse, target_of
+from flux2_studio.engine.tensor_files import AGAIN, TensorFiles
+from flux2_studio.errors import WeightsError
+
+NUMBERS = {*PLAIN, "F64", "I64", "I32", "I16", "I8", "U8"}  # as which trainers write an alpha
+LARGEST_ALPHA = 1e6  # anything beyond, or NaN, is damage
+KINDS = {
+    "LoRA": ("down", "up"),
+    "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "difference": ("diff",),
+}
+BIASES = (".bias", ".diff_b", ".b_norm")
+
+# Why a tensor is left out, as it reads after a number.
+FOR_TEXT_ENCODER = "for a text encoder, which LoRAs do not change here"
+FOR_CONVOLUTION = "for convolutions, which FLUX.2 does not have"
+FOR_UNKNOWN_LAYER = "for layers that FLUX.2 does not have"
+BIAS = "biases, which FLUX.2's layers do not have"
+UNKNOWN = "not of a kind of LoRA that we know"
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """The change of one layer, or of some of its rows.
+
+    keys: the file's key of each field. shape: [out, in] of the change. kind: of `KINDS`. rank: None where the change
+    is no product. scale: alpha / rank.
+    """
+
+    target: Target
+    kind: str
+    keys: Mapping[str, str]
+    shape: tuple[int, int]
+    rank: int | None
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA file whose header fits together. Compared by identity: keep it, and `apply` knows it again.
+
+    left_out: keys that no transformer of FLUX.2 takes, with the reason. width: the hidden width of the transformer
+    that it was made for, as its shapes tell.
+    """
+
+    name: str
+    files: TensorFiles
+    changes: tuple[Change, ...]
+    left_out: Mapping[str, str]
+    width: int
+
+    @property
+    def kind(self) -> str:
+        """ "LoRA of rank 16", "LoKr", "LoRA of rank 8 to 32 with DoRA"."""
+        kinds = " and ".join(sorted({change.kind for change in self.changes}))
+        ranks = sorted({change.rank for change in self.changes if change.rank and change.kind != "LoKr"})
+        if ranks:
+            kinds += f" of rank {ranks[0]}" if len(ranks) == 1 else f" of rank {ranks[0]} to {ranks[-1]}"
+        return kinds + (" with DoRA" if any("magnitude" in change.keys for change in self.changes) else "")
+
+    def read(self, changes: Iterable[Change]) -> dict[Change, dict[str, Tensor]]:
+        """The tensors of some changes by their fields, on the CPU as they are stored, without alphas.
+
+        Raises `WeightsError` where the file cannot be read any more or holds infinities or NaN.
+        """
+        found: dict[Change, dict[str, Tensor]] = {change: {} for change in changes}
+        owners = {key: (change, field) for change in found for field, key in change.keys.items() if field != "alpha"}
+        for key, tensor in self.files.read(owners):
+            if not tensor.isfinite().all():
+                raise WeightsError(f"{self.name} holds infinities or NaN in {shown(key)}: {AGAIN}")
+            change, field = owners[key]
+            found[change][field] = tensor
+        return found
+
+
+def open_lora(path: Path) -> Lora:
+    """The LoRA in a safetensors file, its header checked and nothing but its alphas read.
+
+    Raises `WeightsError` for anything but a LoRA that changes layers of FLUX.2's transformer.
+    """
+    if path.is_dir():
+        raise WeightsError(f"{path.name} is a folder: name the LoRA's .safetensors file in it.")
+    files = TensorFiles(path)
+    fields: dict[str, dict[str, str]] = {}  # by layer as the file spells it
+    left_out: dict[str, str] = {}
+    for key in files.shapes:
+        parsed = parse(key)
+        if is_of_text_encoder(key):
+            left_out[key] = FOR_TEXT_ENCODER
+        elif parsed is None:
+            left_out[key] = BIAS if key.endswith(BIASES) else UNKNOWN
+        else:
+            layer, field = parsed
+            if field in fields.setdefault(layer, {}):
+                raise WeightsError(f"{files.name} holds {shown(key)} twice, under different names: {AGAIN}")
+            fields[layer][field] = key
+    numbers = _Numbers(
+        files, _config(path, files.metadata), [found["alpha"] for found in fields.values() if "alpha" in found]
+    )
+    changes: dict[Target, Change] = {}
+    for layer, keys in fields.items():
+        target = target_of(layer)
+        if target is None or keys.keys() & CONVOLUTION:
+            left_out |= dict.fromkeys(keys.values(), FOR_CONVOLUTION if target else FOR_UNKNOWN_LAYER)
+            continue
+        if target in changes:
+            raise WeightsError(f"{files.name} changes {target.module} twice, under different names: {AGAIN}")
+        changes[target] = _change(files, layer, target, keys, numbers)
+    if not changes:
+        raise WeightsError(
+            f"{files.name} is no LoRA for FLUX.2's transformer: its {len(left_out)} tensors are "
+            f"{Counter(left_out.values()).most_common(1)[0][0] if left_out else 'missing'} "
+            f"(for example {shown(min(left_out, default='none'))}). Choose a LoRA made for FLUX.2."
+        )
+    widths = Counter(hidden_width(change.target.module, change.shape) for change in changes.values())
+    return Lora(files.name, files, tuple(changes.values()), left_out, widths.most_common(1)[0][0])
+
+
+def shown(key: str) -> str:
+    """A key from a foreign file, fit to stand in a message."""
+    printable = "".join(letter if letter.isprintable() else "?" for letter in key[:100])
+    return printable if len(key) <= 100 else f"{printable}..."
+
+
+class _Numbers:
+    """The file's alphas: one for each layer, or, as PEFT does it, stated in a configuration for all of them."""
+
+    def __init__(self, files: TensorFiles, config: Mapping[str, Any], keys: Sequence[str]) -> None:
+        self.name = files.name
+        self.config = config
+        for key in keys:
+            if math.prod(files.shapes[key]) != 1 or files.dtypes[key] not in NUMBERS:
+                raise WeightsError(f"{files.name} has {shown(key)}, which is not one number: {AGAIN}")
+        self.alphas: dict[str, float] = {key: tensor.double().item() for key, tensor in files.read(keys)}
+        for key, alpha in self.alphas.items():
+            if not abs(alpha) <= LARGEST_ALPHA:
+                raise WeightsError(f"{files.name} has an alpha that is no number, {shown(key)}: {AGAIN}")
+
+    def scale(self, layer: str, key: str | None, rank: int) -> float:
+        """alpha / rank of `layer`, 1 where nothing is stated. key: that of its alpha, if it has one.
+
+        alpha / sqrt(rank) is rank-stabilised LoRA, https://arxiv.org/abs/2312.03732.
+        """
+        if key is not None:
+            return self.alphas[key] / rank
+        alpha = self.config.get("lora_alpha", rank)
+        patterns = self.config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", ending) for ending in patterns):
+            raise WeightsError(f"{self.name} states its alphas in a way that is not read (alpha_pattern): {AGAIN}")
+        for ending, value in patterns.items():
+            if f".{layer}".endswith(f".{ending}"):
+                alpha = value
+        if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
+            raise WeightsError(f"{self.name} states an alpha in its configuration that is no number: {AGAIN}")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") is True else rank)
+
+
+def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA: diffusers writes it into the file's header, with the part's name before each
+    entry; PEFT itself into adapter_config.json beside adapter_model.safetensors."""
+    text = metadata.get("lora_adapter_metadata", "{}")
+    beside = path.with_name("adapter_config.json")
+    try:
+        if path.name == "adapter_model.safetensors" and beside.is_file():
+            text = beside.read_text("utf-8")
+        config = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"The configuration that belongs to {path.name} cannot be read: {AGAIN}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"The configuration that belongs to {path.name} is no configuration: {AGAIN}")
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    if config.get("peft_type", "LORA") != "LORA":
+        raise WeightsError(
+            f"{path.name} was made by PEFT as {shown(str(config['peft_type']))}, whose configuration is not read. Save "
+            f"it in LyCORIS' or ComfyUI's form, or choose another LoRA."
+        )
+    return config
+
+
+def _change(files: TensorFiles, layer: str, target: Target, keys: Mapping[str, str], numbers: _Numbers) -> Change:
+    """The change that a layer's tensors make together. Raises `WeightsError` if they do not."""
+
+    def refuse(problem: str) -> WeightsError:
+        return WeightsError(f"{files.name}: {problem} in {shown(layer)}: {AGAIN}")
+
+    kinds = [kind for kind, names in KINDS.items() if keys.keys() & set(names)]
+    if len(kinds) != 1:
+        raise refuse(f"{' and '.join(kinds)} are mixed" if kinds else "nothing stands beside the alpha or dora_scale")
+    for key in (key for field, key in keys.items() if field != "alpha"):
+        if files.dtypes[key] not in PLAIN:
+            raise refuse(f"{files.dtypes[key]} tensors, where float32, bfloat16 and float16 can be read,")
+    shapes = {field: files.shapes[key] for field, key in keys.items() if field in KINDS[kinds[0]]}
+    if any(len(shape) != 2 for shape in shapes.values()):
+        raise refuse("a tensor that is no matrix")
+
+    def product(left: str, right: str) -> tuple[int, int, int]:
+        """(out, in, rank) of a product of two matrices."""
+        for name, partner in ((left, right), (right, left)):
+            if name not in shapes:
+                raise refuse(
+                    f"the partner of {shown(keys[partner])} is missing" if partner in keys else "a factor is missing"
+                )
+        (rows, rank), (other, columns) = shapes[left], shapes[right]
+        if rank != other:
+            raise refuse(f"factors of rank {rank} and {other}")
+        return rows, columns, rank
+
+    def factor(name: str) -> tuple[int, int, int | None]:
+        """(out, in, rank) of one of LoKr's factors, given whole or as a product."""
+        if name not in shapes:
+            return product(f"{name}_a", f"{name}_b")
+        if {f"{name}_a", f"{name}_b"} & shapes.keys():
+            raise refuse(f"{name} both whole and as a product")
+        rows, columns = shapes[name]
+        return rows, columns, None
+
+    rank: int | None
+    match kinds[0]:
+        case "LoRA":
+            rows, columns, rank = product("up", "down")
+        case "LoHa":
+            rows, columns, rank = product("hada_w1_a", "hada_w1_b")
+            if product("hada_w2_a", "hada_w2_b")[:2] != (rows, columns):
+                raise refuse("two matrices of different shapes")
+        case "LoKr":
+            (rows1, columns1, rank1), (rows2, columns2, rank2) = factor("lokr_w1"), factor("lokr_w2")
+            rows, columns = rows1 * rows2, columns1 * columns2
+            rank = rank2 or rank1  # LyCORIS scales by the rank that it factorised with, and not at all without
+        case _:
+            rows, columns = shapes["diff"]
+            rank = None
+    if "magnitude" in keys:
+        magnitude = files.shapes[keys["magnitude"]]
+        if magnitude not in ((rows,), (rows, 1), (1, columns)):
+            raise refuse(f"a dora_scale of shape {list(magnitude)} for a change of {rows} x {columns}")
+    scale = 1.0 if rank is None else numbers.scale(layer, keys.get("alpha"), rank)
+    return Change(target, kinds[0], dict(keys), (rows, columns), rank, scale)

@@ -1,0 +1,162 @@
+"""What the keys of a LoRA file mean: which layer of our transformer a tensor changes, and as what.
+
+A key is a prefix of the trainer's, a layer's name, and a field:
+
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight      Black Forest Labs' names
+    transformer.transformer_blocks.0.attn.to_q.lora_B.weight        diffusers' names
+    base_model.model.single_blocks.3.linear1.lora_A.default.weight  PEFT
+    lora_unet_single_blocks_3_linear1.alpha                         kohya, musubi: dots written as underscores
+    lycoris_transformer_blocks_0_ff_linear_in.lokr_w1               LyCORIS
+
+Prefixes and names come in any combination, and no two layers of FLUX.2 differ only in dots and underscores, so every
+name is compared without its dots. Strings only: nothing here knows of tensors or files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer of our transformer, or some of its rows.
+
+    module: its name in `Transformer`. part, parts: the change is for this one of so many equal runs of rows (q, k and
+    v of a joined qkv). swapped: the halves of the rows come in the other order.
+    """
+
+    module: str
+    part: int = 0
+    parts: int = 1
+    swapped: bool = False
+
+
+LONGEST_KEY = 300  # published keys stay below a third of it; longer ones are not worth a look
+
+# What a field's tensor is, by the name that follows the layer's. `.weight` and an adapter's name may stand behind it.
+_FIELDS = {
+    "lora_A": "down",
+    "lora_B": "up",
+    "lora_down": "down",
+    "lora_up": "up",
+    "lora.down": "down",
+    "lora.up": "up",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+    "lora_magnitude_vector": "magnitude",
+    "diff": "diff",
+} | {
+    name: name
+    for name in (
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+        *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    )
+}
+# Factors of convolutions, which FLUX.2 has none of: a layer that comes with one is not what we take it for.
+CONVOLUTION = {"lora_mid", "lokr_t1", "lokr_t2", "hada_t1", "hada_t2"}
+_FIELDS |= {name: name for name in CONVOLUTION}
+
+_KEY = re.compile(
+    rf"(?P<layer>.+)\.(?P<field>{'|'.join(re.escape(name) for name in _FIELDS)})"
+    rf"(?:\.(?!(?:weight|bias)\b)\w+)?(?:\.weight)?"
+)
+_PREFIX = re.compile(
+    r"(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.)*"
+    r"(?:lora_unet_|lora_transformer_|lycoris_)?"
+)
+_TEXT_ENCODER = re.compile(
+    r"(?:base_model\.model\.)?"
+    r"(?:(?:lora_|lycoris_)?(?:te\d?|text_encoders?(?:_\d)?|text_model|conditioner|language_model)[._]"
+    r"|model\.layers\.|model\.language_model\.)"
+)
+_BLOCK = re.compile(
+    r"(?:(?P<single>single_)(?:transformer_)?|double_|transformer_)blocks_(?P<number>\d{1,4})_(?P<layer>\w+)"
+)
+
+# Black Forest Labs' name of each layer (ours), and diffusers'.
+_TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",  # (shift, scale) here, (scale, shift) there
+}
+_DOUBLE = {
+    "img_attn.qkv": "attn.to_qkv",
+    "txt_attn.qkv": "attn.to_added_qkv",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_DOUBLE_PARTS = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+_SINGLE = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _targets(names: Mapping[str, str], parts: Mapping[str, Sequence[str]]) -> dict[str, Target]:
+    """Targets by every name that they have, dots as underscores."""
+    found: dict[str, Target] = {}
+    for ours, theirs in names.items():
+        found[_flat(ours)] = Target(ours)
+        found[_flat(theirs)] = Target(ours, swapped=theirs == "norm_out.linear")
+    for ours, pieces in parts.items():
+        for number, piece in enumerate(pieces):
+            found[_flat(piece)] = Target(ours, part=number, parts=len(pieces))
+    return found
+
+
+_TOP_TARGETS = _targets(_TOP, {})
+_DOUBLE_TARGETS = _targets(_DOUBLE, _DOUBLE_PARTS)
+_SINGLE_TARGETS = _targets(_SINGLE, {})
+
+# Layers whose input has the transformer's hidden width; the output of all others has it.
+_READS_HIDDEN = re.compile(r".*(?:attn\.(?:qkv|proj)|mlp\.0|linear1|\.lin|\.out_layer)|final_layer\..*")
+
+
+def parse(key: str) -> tuple[str, str] | None:
+    """(layer as the file spells it, field) of a key; None if it is none of a LoRA's that we know.
+
+    Fields are down, up, alpha, magnitude (DoRA), diff, LyCORIS' `lokr_...` and `hada_...`, and those of `CONVOLUTION`.
+    """
+    match = _KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None
+    return (match["layer"], _FIELDS[match["field"]]) if match else None
+
+
+def target_of(layer: str) -> Target | None:
+    """The target of a layer as a file spells it, prefix and all; None if FLUX.2 has no such layer."""
+    prefix = _PREFIX.match(layer)
+    name = _flat(layer[prefix.end() :] if prefix else layer)
+    block = _BLOCK.fullmatch(name)
+    if block is None:
+        return _TOP_TARGETS.get(name)
+    kind, targets = ("single", _SINGLE_TARGETS) if block["single"] else ("double", _DOUBLE_TARGETS)
+    found = targets.get(block["layer"])
+    return found and replace(found, module=f"{kind}_blocks.{int(block['number'])}.{found.module}")
+
+
+def is_of_text_encoder(key: str) -> bool:
+    """Whether the key belongs to a text encoder's LoRA, which some trainers put into the same file."""
+    return _TEXT_ENCODER.match(key) is not None
+
+
+def hidden_width(module: str, shape: tuple[int, int]) -> int:
+    """The hidden width of the transformer that a change of `shape` [out, in] to the whole of `module` was made for,
+    of a part of it likewise: parts divide rows of layers that read the hidden width."""
+    return shape[1] if _READS_HIDDEN.fullmatch(module) else shape[0]
