@@ -18,20 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, TextIO, get_args
+from typing import NoReturn, get_args
 
-from flux2_studio import __version__
+from flux2_studio import __version__, cli_models
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
+from flux2_studio.models.own import with_own_files
 from flux2_studio.request import Request
 from flux2_studio.settings import DtypeName, Settings
-
-PROGRAM = "flux2-studio"
-USER_ERROR = 2
-INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
-UNREAD = 141  # and of one whose reader went away
-BAR_WIDTH = 24  # characters
+from flux2_studio.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return options.run(options)
         except StudioError as error:
-            print(f"{PROGRAM}: {_one_line(error)}", file=sys.stderr)
+            print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr)
             return USER_ERROR
         except KeyboardInterrupt:
             print(f"{PROGRAM}: stopped", file=sys.stderr)
             return INTERRUPTED
     except BrokenPipeError:  # of `2>&1 | head`, say: nobody is left to be told
-        _discard(sys.stderr)
+        discard(sys.stderr)
         return UNREAD
 
 
@@ -57,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{PROGRAM}: {_one_line(message)} (see {self.prog} --help)\n")
+        self.exit(USER_ERROR, f"{PROGRAM}: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def parser() -> Parser:
@@ -109,6 +105,8 @@ def parser() -> Parser:
     ui.add_argument("--port", metavar="N", type=int, help="the port (default: 7860, or the next one that is free)")
     ui.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
     ui.set_defaults(run=run_ui)
+
+    cli_models.add_to(commands)
     return top
 
 
@@ -193,7 +191,7 @@ def print_paths(paths: Sequence[Path]) -> None:
         for path in paths:
             print(path, flush=True)
     except OSError as error:
-        _discard(sys.stdout)
+        discard(sys.stdout)
         raise SaveError(
             f"Everything is saved, to {paths[0]}{' and so on' if len(paths) > 1 else ''}, but the names could not be "
             f"printed ({error.strerror})."
@@ -240,62 +238,12 @@ def follow(events: Iterator[Event], progress: Progress) -> Result | Stopped:
     raise AssertionError("a run must end with Result or Stopped")
 
 
-class Progress:
-    """What a run is doing: one line that redraws itself on a terminal, plain lines elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._terminal = stream.isatty()
-        self._last = ""
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._clear()
-
-    def show(self, text: str, fraction: float | None = None) -> None:
-        """What is being done now, and how much of it (0..1) where that is known."""
-        if self._terminal:
-            bar = "" if fraction is None else f"{_bar(fraction)} "
-            columns = shutil.get_terminal_size().columns
-            self._clear()
-            self._stream.write(f"{bar}{text}"[: columns - 1])
-            self._stream.flush()
-        elif text != self._last:
-            print(text, file=self._stream)
-        self._last = text
-
-    def note(self, text: str) -> None:
-        """Something that stays to be read."""
-        self._clear()
-        print(f"note: {text}", file=self._stream)
-
-    def _clear(self) -> None:
-        if self._terminal:
-            self._stream.write("\r\033[K")  # to the line's start, and erase it
-            self._stream.flush()
-
-
-def _discard(stream: TextIO) -> None:
-    """Let go of what `stream` still holds: at exit it would be written once more, and fail once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _bar(fraction: float) -> str:
-    done = round(min(max(fraction, 0.0), 1.0) * BAR_WIDTH)
-    return f"[{'#' * done}{'.' * (BAR_WIDTH - done)}]"
-
-
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """The environment's settings, overruled by --dtype and --device."""
-    chosen = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name) is not None}
-    return replace(Settings.from_environment(), **chosen)
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    """The environment's settings with the user's own checkpoints, overruled by --dtype and --device."""
+    chosen = {name: value for name in ("dtype", "device") if (value := getattr(options, name, None)) is not None}
+    settings, _ = with_own_files(Settings.from_environment())
+    return replace(settings, **chosen)

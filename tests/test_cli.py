@@ -21,6 +21,7 @@ from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Notice, Preview, Result, Status, Stopped
 from flux2_studio.request import Request
+from tests.models.fake_hub import TOKEN, TOY, FakeHub, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 FOX = ("--model", "nano", "--prompt", "a fox on a pink background", "--seed", "1")
@@ -80,7 +81,17 @@ def pixels(path: Path) -> bytes:
 # --- asking for nothing, or for what cannot be -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["ui", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["generate", "--help"],
+        ["ui", "--help"],
+        ["models", "--help"],
+        ["models", "path", "--help"],
+        ["--version"],
+    ],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"
@@ -100,6 +111,10 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     [
         ([], "COMMAND"),
         (["draw"], "invalid choice: 'draw'"),
+        (["models"], "COMMAND"),
+        (["models", "download"], "NAME"),
+        (["models", "path", "klein"], "no checkpoint called 'klein'"),
+        (["models", "path", "klein-4b"], "the text encoder, the transformer and the autoencoder must be downloaded"),
         (["generate", "--out", "a.png"], "--prompt"),
         (["generate", "--prompt", "a fox"], "--out"),
         (["generate", "--prompt", "a fox", "--out", "a.png", "--steps", "many"], "--steps: invalid int value: 'many'"),
@@ -298,6 +313,118 @@ def test_nobody_reads_anything(home: Home, broken_pipe: int) -> None:
     assert home.outputs == []
 
 
+# --- models ----------------------------------------------------------------------------------------------------------
+
+KLEIN = "black-forest-labs/FLUX.2-klein-4B"
+AUTOENCODER = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeHub]:
+    """A hub with klein 4B's autoencoder, as large as a toy's, and the previews' decoder."""
+    with serve() as server:
+        server.repos = {KLEIN: {AUTOENCODER: TOY}, "madebyollin/taef2": {"taef2.safetensors": b"tiny"}}
+        yield server
+
+
+@pytest.fixture
+def online(home: Home, fake: FakeHub) -> Home:
+    """A machine with that hub, and with the larger parts of klein 4B as the user's own files."""
+    own = home.folder / "own"
+    own.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "klein.safetensors"):
+        (own / name).touch()
+    home.environment |= {
+        "HF_ENDPOINT": fake.url,
+        "HF_TOKEN": TOKEN,
+        "KLEIN_4B_MODEL_PATH": str(own / "klein.safetensors"),
+        "QWEN3_4B_MODEL_PATH": str(own),
+    }
+    del home.environment["HF_HUB_OFFLINE"]
+    return home
+
+
+def test_models_list(home: Home) -> None:
+    done = home.run("models", "list")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    names = [line.partition(":")[0] for line in lines if not line.startswith(" ")]
+    assert names == [checkpoint.name for checkpoint in CHECKPOINTS]
+    at = lines.index("klein-4b: FLUX.2 klein 4B")
+    assert lines[at + 1 : at + 3] == ["  not on disk, 16.1 GB to download", "  Apache 2.0, not gated"]
+    assert lines[at + 3].startswith("  shares the text encoder with klein-base-4b; the autoencoder with klein-9b, ")
+    assert "  FLUX non-commercial licence, gated: accept it at https://huggingface.co/" in done.stdout
+    assert lines[lines.index("nano: Nano (a toy, on board)") + 1] == "  on board"
+    assert not (home.folder / "hub").exists()
+
+
+def test_models_download_path_list_remove(online: Home, fake: FakeHub) -> None:
+    online.environment["HF_HUB_OFFLINE"] = "1"
+    offline = online.run("models", "download", "klein-4b")
+    assert offline.returncode == 2 and "HF_HUB_OFFLINE forbids downloading it" in offline.stderr.splitlines()[-1]
+    del online.environment["HF_HUB_OFFLINE"]
+
+    done = online.run("models", "download", "klein-4b")
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0] == "Downloading FLUX.2-klein-4B autoencoder"
+    assert "Downloading FLUX.2-klein-4B autoencoder: 3.0 of 3.0 MB" in lines
+    assert lines[-1] == "FLUX.2 klein 4B is on this machine"
+    assert f"Bearer {TOKEN}" in fake.tokens and fake.cdn_tokens == {None} and TOKEN not in done.stderr
+    fake.asked.clear()
+
+    path = online.run("models", "path", "klein-4b")
+    places = dict(line.split("\t") for line in path.stdout.splitlines())
+    assert list(places) == ["text encoder", "tokenizer", "transformer", "autoencoder"]
+    assert Path(places["autoencoder"]).read_bytes() == TOY
+    assert places["transformer"] == online.environment["KLEIN_4B_MODEL_PATH"]
+
+    listed = online.run("models", "list").stdout.splitlines()
+    assert listed[listed.index("klein-4b: FLUX.2 klein 4B") + 1] == "  on disk, 3.0 MB downloaded"
+    assert listed[listed.index("klein-9b: FLUX.2 klein 9B") + 1].startswith("  partly on disk (3.0 MB), 34.")
+
+    removed = online.run("models", "remove", "klein-4b")
+    assert (removed.returncode, removed.stdout, removed.stderr) == (0, "", "3.0 MB freed\n")
+    gone = online.run("models", "path", "klein-4b")
+    assert gone.returncode == 2 and gone.stderr == (
+        "flux2-studio: Of FLUX.2 klein 4B, the autoencoder must be downloaded first: "
+        "`flux2-studio models download klein-4b`.\n"
+    )
+    assert len(gone.stdout.splitlines()) == 3  # what is there is told all the same
+    assert "nothing to remove of klein-4b" in online.run("models", "remove", "klein-4b").stderr
+    assert fake.asked == []
+    assert sorted(path.name for path in (online.folder / "own").iterdir()) == [
+        "config.json", "klein.safetensors", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
+
+
+def test_ctrl_c_pauses_a_download(online: Home, fake: FakeHub) -> None:
+    fake.hold_at = 2 * 10**6
+    running = subprocess.Popen(
+        online.command("models", "download", "klein-4b"),
+        cwd=ROOT,
+        env=online.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    seen = ""
+    while "2.0 of 3.0 MB" not in seen:
+        line = running.stderr.readline()
+        assert line, f"ended too early: {seen}"
+        seen += line
+    running.send_signal(signal.SIGINT)
+    _, rest = running.communicate(timeout=300)
+    assert running.returncode == 130
+    assert rest == (
+        "flux2-studio: paused; what has arrived is kept, and `flux2-studio models download klein-4b` goes on from "
+        "there\n"
+    )
+    fake.hold_at = None
+    assert online.run("models", "download", "klein-4b").returncode == 0
+    assert [span for name, span in fake.sent if name == AUTOENCODER] == [None, f"bytes=2000000-{len(TOY) - 1}"]
+
+
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +446,18 @@ def test_copying_replaces_or_leaves_everything_as_it_was(tmp_path: Path) -> None
         cli.copy_file(tmp_path / "missing.png", target)
     assert target.read_bytes() == b"new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.png", "target.png"]
+
+
+def test_off_a_terminal_a_download_is_told_in_large_steps() -> None:
+    stream = io.StringIO()
+    with cli.Progress(stream, grain=0.05) as progress:
+        progress.show("Downloading a")
+        for percent in range(101):
+            progress.show(f"Downloading a: {percent} of 100 MB, 1.0 MB/s", percent / 100)
+        progress.show("Downloading b: 100 of 100 MB", 1.0)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "Downloading a" and lines[-1] == "Downloading b: 100 of 100 MB"
+    assert 20 <= len(lines) <= 24 and "Downloading a: 100 of 100 MB, 1.0 MB/s" in lines
 
 
 class Terminal(io.StringIO):

@@ -1,0 +1,156 @@
+"""`flux2-studio models`: the checkpoints on this machine, listed, downloaded, removed and found.
+
+huggingface_hub is imported only once there is work for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.errors import WeightsError
+from flux2_studio.models.own import with_own_files
+from flux2_studio.settings import Settings
+from flux2_studio.terminal import INTERRUPTED, PROGRAM, Progress, one_line, print_lines
+
+if TYPE_CHECKING:
+    from flux2_studio.models.hub import Hub
+
+KINDS = {"flow": "transformer", "text": "text encoder"}  # of parts, where users call them otherwise
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add `models` and what it can do to the command line. Each one's function is its `run` default."""
+    models = commands.add_parser(
+        "models",
+        allow_abbrev=False,
+        help="list, download and remove checkpoints",
+        description="See which checkpoints are on this machine, download them, and remove them.",
+    )
+    actions = models.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, run, text in (
+        ("list", run_models_list, "every checkpoint: its size, its licence, and whether it is on this machine"),
+        ("download", run_models_download, "fetch a checkpoint, going on where an earlier download broke off"),
+        ("remove", run_models_remove, "delete what was downloaded of a checkpoint and no other one here needs"),
+        ("path", run_models_path, "print where a checkpoint's files are"),
+    ):
+        action = actions.add_parser(name, allow_abbrev=False, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if name != "list":
+            action.add_argument("name", metavar="NAME", help="the checkpoint, as `models list` calls it")
+        action.set_defaults(run=run)
+
+
+def run_models_list(options: argparse.Namespace) -> int:
+    """`models list`: a few lines for every checkpoint, to stdout."""
+    settings, notes = with_own_files(Settings.from_environment())
+    from flux2_studio.models.hub import Hub
+
+    hub = Hub(settings)
+    print_lines(line for checkpoint in settings.checkpoints for line in about(checkpoint, settings.checkpoints, hub))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def run_models_download(options: argparse.Namespace) -> int:
+    """`models download NAME`: with its progress on stderr; Ctrl-C pauses it."""
+    settings, _ = with_own_files(Settings.from_environment())
+    checkpoint = settings.checkpoint(options.name)
+    from flux2_studio.models.hub import Hub
+
+    preview = (checkpoint.tiny_autoencoder,) if settings.preview == "tiny" else ()
+    try:
+        with Progress(sys.stderr, grain=0.05) as progress:
+            Hub(settings).download(checkpoint, (*checkpoint.parts, *preview), progress.show)
+    except KeyboardInterrupt:
+        again = f"{PROGRAM} models download {checkpoint.name}"
+        print(f"{PROGRAM}: paused; what has arrived is kept, and `{again}` goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{checkpoint.label} is on this machine", file=sys.stderr)
+    return 0
+
+
+def run_models_remove(options: argparse.Namespace) -> int:
+    """`models remove NAME`: what was freed and what was kept goes to stderr."""
+    settings, _ = with_own_files(Settings.from_environment())
+    checkpoint = settings.checkpoint(options.name)
+    from flux2_studio.models.hub import Hub
+    from flux2_studio.models.refusals import amount
+
+    removed = Hub(settings).remove(checkpoint)
+    for part, others in removed.kept:
+        print(f"kept the {_kind(part.kind)}: {_names(others)} on this machine needs it", file=sys.stderr)
+    if removed.freed:
+        print(f"{amount(removed.freed)} freed", file=sys.stderr)
+    else:
+        print(f"there is nothing to remove of {checkpoint.name} alone", file=sys.stderr)
+    return 0
+
+
+def run_models_path(options: argparse.Namespace) -> int:
+    """`models path NAME`: each part's kind, a tab and its place, to stdout. Raises `WeightsError` if one is missing."""
+    settings, _ = with_own_files(Settings.from_environment())
+    checkpoint = settings.checkpoint(options.name)
+    from flux2_studio.models.hub import Hub
+
+    hub = Hub(settings)
+    found = {part.kind: hub.find(part) for part in checkpoint.parts}
+    places = []
+    for kind, files in found.items():
+        if files:
+            places.append(f"{_kind(kind)}\t{files.weights}")
+            places += [f"tokenizer\t{files.tokenizer}"] if files.tokenizer else []
+    print_lines(places)
+    if missing := [f"the {_kind(kind)}" for kind, files in found.items() if files is None]:
+        *most, last = missing
+        raise WeightsError(
+            f"Of {checkpoint.label}, {', '.join(most) + ' and ' if most else ''}{last} must be downloaded first: "
+            f"`{PROGRAM} models download {checkpoint.name}`."
+        )
+    return 0
+
+
+def about(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint], hub: Hub) -> Iterator[str]:
+    """What `models list` says of `checkpoint`, line by line."""
+    yield f"{checkpoint.name}: {checkpoint.label}"
+    yield f"  {where(checkpoint, hub)}"
+    gate = f"gated: accept it at {checkpoint.licence_url}, then set HF_TOKEN" if checkpoint.gated else "not gated"
+    yield f"  {checkpoint.licence}, {gate}"
+    if shared := sharing(checkpoint, checkpoints):
+        yield f"  shares {shared}"
+
+
+def where(checkpoint: Checkpoint, hub: Hub) -> str:
+    """Whether `checkpoint` is on this machine, and how much of it is still to download."""
+    from flux2_studio.models.refusals import amount
+
+    try:
+        missing = [part for part in checkpoint.parts if hub.find(part) is None]
+    except WeightsError as error:
+        return f"cannot be used: {one_line(error)}"
+    here = sum(hub.size_on_disk(part) for part in checkpoint.parts)
+    to_come = sum(max(part.size - hub.size_on_disk(part), 0) for part in missing)
+    if missing:
+        state = f"partly on disk ({amount(here)})" if here else "not on disk"
+        return f"{state}, {amount(to_come)} to download"
+    return f"on disk, {amount(here)} downloaded" if here else "on board" if checkpoint.toy else "on disk"
+
+
+def sharing(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str:
+    """'the text encoder with a, b; the autoencoder with b': what `checkpoint` has in common with others."""
+    shared = {
+        _kind(part.kind): [other for other in checkpoints if other != checkpoint and part in other.parts]
+        for part in checkpoint.parts
+    }
+    return "; ".join(f"the {kind} with {_names(others)}" for kind, others in shared.items() if others)
+
+
+def _names(checkpoints: Iterable[Checkpoint]) -> str:
+    return ", ".join(checkpoint.name for checkpoint in checkpoints)
+
+
+def _kind(kind: str) -> str:
+    return KINDS.get(kind, kind)

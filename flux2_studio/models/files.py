@@ -1,0 +1,135 @@
+"""Which files make up a part: in a repository, in a folder of the user's own, and whether all of them are there.
+
+Only the files that are read count: safetensors, never pickles, and of repositories that carry their weights twice
+(Mistral's `consolidated.safetensors`) one copy. Knows nothing of the network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from flux2_studio.checkpoints import Part
+from flux2_studio.errors import WeightsError
+
+WEIGHT_FILES = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "config.json",  # names the model, from which transformers knows the tokenizer's class
+)
+VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # a tokenizer needs one
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFiles:
+    """A part on disk: `weights` is a file or a folder; `tokenizer` is the folder of a text part's tokenizer."""
+
+    weights: Path
+    tokenizer: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pick:
+    """Files of one repository: those under `path` (a file, or a folder, "" for the root) that match `patterns`."""
+
+    repo: str
+    path: str
+    patterns: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        return f"{self.repo}/{self.path}".rstrip("/")
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        """Those of `names`, paths inside the repository, that belong to the pick."""
+        return [name for name in names if any(_matches(name, pattern) for pattern in self.patterns)]
+
+
+def picks(part: Part) -> tuple[Pick, ...]:
+    """Where the files of `part` are on the hub. A text part has two: the weights', then the tokenizer's."""
+    assert part.repo is not None
+    if part.kind != "text":
+        return (Pick(repo=part.repo, path=part.path, patterns=(part.path,)),)
+    repo, folder = part.tokenizer or (None, part.path)
+    return (_folder(part.repo, part.path, WEIGHT_FILES), _folder(repo or part.repo, folder, TOKENIZER_FILES))
+
+
+def _folder(repo: str, folder: str, files: tuple[str, ...]) -> Pick:
+    return Pick(repo=repo, path=folder, patterns=tuple(f"{folder}/{file}" if folder else file for file in files))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all shards are there: what a broken-off download lacks, the index still lists."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return (folder / "model.safetensors").is_file()
+    try:
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return bool(shards) and all((folder / shard).is_file() for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file() and any(
+        all((folder / name).is_file() for name in files) for files in VOCABULARIES
+    )
+
+
+def own_copy(part: Part, path: Path) -> PartFiles:
+    """The user's own copy of `part` at `path`, which the part's variable names. Raises `WeightsError`."""
+    assert part.override is not None
+    return _own_text(part.override, path) if part.kind == "text" else _own_weights(part.override, path)
+
+
+def _own_weights(variable: str, path: Path) -> PartFiles:
+    if not path.exists():
+        raise WeightsError(
+            f"{variable} points to {path}, where there is nothing: set it to a .safetensors file or to the folder that "
+            f"holds it, or unset it."
+        )
+    return PartFiles(weights=path, tokenizer=None)
+
+
+def _own_text(variable: str, path: Path) -> PartFiles:
+    """A text encoder's folder with its tokenizer in it or beside it, or a folder with both as subfolders.
+
+    The subfolder goes first: a whole FLUX.2 repository has safetensors of its own at the root, the transformer's.
+    """
+    if not path.is_dir():
+        raise WeightsError(
+            f"{variable} points to {path}, where there is no folder: set it to the folder that holds the text "
+            f"encoder's config.json, .safetensors files and tokenizer, or unset it."
+        )
+    places = (path / "text_encoder", path)
+    weights = next((at for at in places if (at / "config.json").is_file() and any(at.glob("*.safetensors"))), None)
+    if weights is None:
+        raise WeightsError(
+            f"{variable} points to {path}, where there is no config.json with .safetensors files beside it, nor in "
+            f"text_encoder/ in it: set it to the text encoder's folder, or unset it."
+        )
+    beside = (weights, weights / "tokenizer", weights.parent / "tokenizer")
+    tokenizer = next((at for at in beside if has_tokenizer(at)), None)
+    if tokenizer is None:
+        raise WeightsError(
+            f"{variable} points to {path}, which has no tokenizer: put its tokenizer.json and tokenizer_config.json "
+            f"into {weights}, or into a folder called tokenizer beside it."
+        )
+    return PartFiles(weights=weights, tokenizer=tokenizer)

@@ -1,0 +1,123 @@
+"""Why the hub did not give a file, in sentences that say what to do: the page to open, the variable to set.
+
+Nothing of an error's own text is passed on: it may hold a secret.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from flux2_studio.checkpoints import Part
+from flux2_studio.models.transfer import Damaged
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Refusals:
+    """Puts errors into words, for the hub at `endpoint` and the cache in folder `cache`."""
+
+    def __init__(self, endpoint: str, cache: Path) -> None:
+        self._endpoint = endpoint
+        self._cache = cache
+
+    def explain(self, error: Exception, part: Part, repo: str, what: str) -> str:
+        """`error`, met on `what` of `repo` while `part` was fetched."""
+        page = f"{self._endpoint}/{repo}"
+        tokens = f"{self._endpoint}/settings/tokens"
+        or_local_copy = or_a_local_copy(part)
+        causes = list(_causes(error))
+        if any(getattr(cause, "errno", None) in NO_ROOM for cause in causes):
+            return (
+                f"There is no room for {what} ({amount(part.size)}) in {self._cache}: free some space, or set HF_HOME "
+                f"to a folder on a larger drive{or_local_copy}. What has arrived is kept."
+            )
+        if isinstance(error, Damaged):
+            return (
+                f"What the hub sends as {what} is not what it announced (its size or hash is wrong), so it was thrown "
+                f"away: try again; if that does not help, look for a proxy that changes downloads, and at {page}"
+                f"{or_local_copy}."
+            )
+        if isinstance(error, OSError) and error.filename is not None:  # the file system's, not a socket's
+            return (
+                f"{what} cannot be stored in {self._cache}: allow writing there, or set HF_HOME to another folder"
+                f"{or_local_copy}."
+            )
+        response = next((cause.response for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+        status = response.status_code if response is not None else None
+        signed_in = response is not None and "authorization" in response.request.headers
+        gated = part.gated or any(isinstance(cause, GatedRepoError) for cause in causes)
+        if status == 401 and signed_in:
+            return (
+                f"The hub does not accept this machine's token: make a new one at {tokens} and set HF_TOKEN to it, or "
+                f"remove the old one{or_local_copy}."
+            )
+        if status == 401 and gated:
+            return (
+                f"{repo} is only for those who have accepted its licence: sign in at {page} and accept it, then make "
+                f"a token at {tokens} and set HF_TOKEN to it{or_local_copy}."
+            )
+        if status == 403:
+            return (
+                f"Your account has no access to {repo} yet: accept its licence at {page} (and let a fine-grained token "
+                f"read gated repositories, at {tokens}), then try again{or_local_copy}."
+            )
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            return f"The hub has no repository {repo}, or hides it: look at {page}{or_local_copy}."
+        if any(isinstance(cause, (EntryNotFoundError, RevisionNotFoundError)) for cause in causes):
+            return f"The hub does not hold {what} (any more): look at {page}{or_local_copy}."
+        if constants.is_offline_mode():
+            return (
+                f"{what} is not on this machine, and HF_HUB_OFFLINE forbids downloading it: unset that variable"
+                f"{or_local_copy}."
+            )
+        if status is not None:
+            return f"The hub has trouble at the moment (HTTP {status}): try again later{or_local_copy}."
+        return (
+            f"{what} could not be downloaded, because {self._endpoint} cannot be reached or the connection broke: "
+            f"check it and try again{or_local_copy}."
+        )
+
+    def missing(self, part: Part) -> str:
+        """The repository is there, but not what is looked for in it."""
+        return (
+            f"{part.repo} does not hold {part.path or 'all that is needed'} (any more): look at "
+            f"{self._endpoint}/{part.repo}{or_a_local_copy(part)}."
+        )
+
+    def no_room(self, what: str, needed: int, free: int, margin: int, or_else: str = "") -> str:
+        """There is too little space for the `needed` bytes that are still to come, with `margin` left over."""
+        return (
+            f"There is no room for {what} in {self._cache}: {amount(needed)} are still to come and {amount(margin)} "
+            f"should stay free, but only {amount(free)} are free. Free some space, or set HF_HOME to a folder on a "
+            f"larger drive{or_else}."
+        )
+
+
+def or_a_local_copy(part: Part) -> str:
+    return f", or set {part.override} to a local copy" if part.override else ""
+
+
+def amount(total: int, done: int | None = None) -> str:
+    """'7.8 GB', or '1.2 of 7.8 GB'."""
+    unit, name = (10**9, "GB") if total >= 10**9 else (10**6, "MB")
+    return f"{'' if done is None else f'{done / unit:.1f} of '}{total / unit:.1f} {name}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,415 @@
+"""Downloads that break off and go on, are shared, and are checked, against a small hub of our own on 127.0.0.1."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flux2_studio.checkpoints import GB
+from flux2_studio.errors import DownloadError, WeightsError
+from flux2_studio.models.cache import Cache, RemoteFile
+from flux2_studio.models.downloads import Downloads, Running, Speed, duration
+from flux2_studio.models.files import picks
+from flux2_studio.models.refusals import Refusals
+from flux2_studio.models.transfer import CHECKING, DOWNLOADING, RETRYING, Transfer
+from tests.models.fake_hub import FLOW, MB, NEWER, TEXT, TOY, VAE, FakeHub, etag, hub, silent, start
+
+ETAG = etag("toy.safetensors", TOY)
+LAST = 3 * MB - 1
+PATIENCE = 300  # seconds that nothing here takes unless it hangs
+HELD = 2 * MB  # bytes after which the hub holds back, where it does
+
+
+class Enough(Exception):
+    pass
+
+
+def downloads(fake: FakeHub, tmp_path: Path, stretch: int = GB, patience: float = PATIENCE) -> Downloads:
+    """As `Hub` makes them, but without pauses before new attempts."""
+    cache = Cache(tmp_path / "cache", patience=0.05)
+    transfer = Transfer(fake.url, cache, patience=patience, pauses=(0.0, 0.0), stretch=stretch)
+    return Downloads(cache, transfer, Refusals(fake.url, cache.root), interval=0.02)
+
+
+def blobs(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "models--maker--Toy-4B" / "blobs"
+
+
+def partial(tmp_path: Path, content: bytes | None = None) -> Path:
+    """What has arrived of the toy's file; `content` is put there."""
+    path = blobs(tmp_path) / f"{ETAG}.incomplete"
+    if content is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return path
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "this never came true"
+        time.sleep(0.01)
+
+
+def arrived(tmp_path: Path) -> int:
+    path = partial(tmp_path)
+    return path.stat().st_size if path.exists() else 0
+
+
+def toy(tmp_path: Path) -> bytes:
+    return (blobs(tmp_path) / ETAG).read_bytes()
+
+
+def refused(ours: Downloads) -> str:
+    with pytest.raises(DownloadError) as error:
+        ours.download(FLOW, silent)
+    return str(error.value)
+
+
+class Waiting:
+    """Somebody who waits for a download in a thread of their own. `give_up` makes them leave."""
+
+    def __init__(self, ours: Downloads) -> None:
+        self.told: list[tuple[str, float | None]] = []
+        self.give_up = threading.Event()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._wait, args=(ours,), daemon=True)
+        self._thread.start()
+
+    def _wait(self, ours: Downloads) -> None:
+        try:
+            ours.download(FLOW, self._progress)
+        except BaseException as error:  # noqa: BLE001 -- looked at by the test
+            self.error = error
+
+    def _progress(self, text: str, fraction: float | None) -> None:
+        self.told.append((text, fraction))
+        if self.give_up.is_set():
+            raise Enough
+
+    def sees(self, words: str) -> bool:
+        return any(words in text for text, _ in list(self.told))
+
+    def end(self) -> BaseException | None:
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        return self.error
+
+
+# --- going on where it broke off ----------------------------------------------------------------------------------
+
+
+def test_a_killed_program_loses_nothing(fake: FakeHub, tmp_path: Path) -> None:
+    fake.hold_at = HELD
+    program = f"""
+from pathlib import Path
+from flux2_studio.models.hub import Hub
+from tests.models.fake_hub import FLOW, settings, silent
+there = Path({str(tmp_path)!r})
+Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}).locate(FLOW, silent)
+"""
+    with start(program) as running:
+        until(lambda: arrived(tmp_path) > MB or running.poll() is not None)
+        os.kill(running.pid, signal.SIGKILL)
+        running.communicate()
+    assert running.returncode == -signal.SIGKILL
+    there = arrived(tmp_path)
+    assert MB < there <= HELD and partial(tmp_path).read_bytes() == TOY[:there]
+    fake.hold_at = None
+    ours = hub(fake, tmp_path)
+    assert ours.size_on_disk(FLOW) == there and not ours.on_disk(FLOW)
+    told: list[tuple[str, float | None]] = []
+    files = ours.locate(FLOW, lambda text, fraction: told.append((text, fraction)))
+    assert files.weights.read_bytes() == TOY and not partial(tmp_path).exists()
+    assert fake.sent[1:] == [("toy.safetensors", f"bytes={there}-{LAST}")]
+    assert told[-1] == ("Downloading Toy-4B: 3.0 of 3.0 MB", 1.0)
+
+
+def test_a_connection_that_breaks_is_taken_up_again(fake: FakeHub, tmp_path: Path) -> None:
+    fake.breaks = 5
+    downloads(fake, tmp_path).download(FLOW, silent)
+    assert toy(tmp_path) == TOY and len(fake.sent) == 6
+    starts = [int(match[1]) for _, span in fake.sent[1:] if (match := re.match(r"bytes=(\d+)-", span or ""))]
+    assert len(starts) == 5 and starts == sorted(set(starts))
+
+
+def test_a_hub_that_is_busy_is_asked_again(fake: FakeHub, tmp_path: Path) -> None:
+    fake.busy = 2
+    downloads(fake, tmp_path).download(FLOW, silent)
+    assert toy(tmp_path) == TOY
+    fake.busy = 3
+    fake.repos["maker/Toy-4B"]["toy.safetensors"] = b"other"
+    assert "The hub has trouble at the moment (HTTP 503): try again later" in refused(downloads(fake, tmp_path))
+
+
+def test_a_connection_that_brings_nothing_is_given_up(fake: FakeHub, tmp_path: Path) -> None:
+    fake.repos["maker/Toy-4B"]["toy.safetensors"] = b"a"
+    fake.breaks = 3  # in the middle of a byte
+    message = refused(downloads(fake, tmp_path))
+    assert message == (
+        f"maker/Toy-4B/toy.safetensors could not be downloaded, because {fake.url} cannot be reached or the connection "
+        f"broke: check it and try again, or set TOY_MODEL_PATH to a local copy."
+    )
+    assert len(fake.sent) == 3
+
+
+def test_a_hub_that_falls_silent_is_asked_again(fake: FakeHub, tmp_path: Path) -> None:
+    fake.hold_at = HELD
+    downloads(fake, tmp_path, patience=1).download(FLOW, silent)
+    assert toy(tmp_path) == TOY and len(fake.sent) > 1
+
+
+def test_a_large_file_is_asked_for_in_stretches(fake: FakeHub, tmp_path: Path) -> None:
+    downloads(fake, tmp_path, stretch=MB).download(FLOW, silent)
+    assert toy(tmp_path) == TOY
+    assert [span for _, span in fake.sent] == [f"bytes={i * MB}-{(i + 1) * MB - 1}" for i in range(3)]
+
+
+@pytest.mark.parametrize("there", [0, 1, MB, 3 * MB])
+def test_what_is_there_is_not_asked_for_again(fake: FakeHub, tmp_path: Path, there: int) -> None:
+    partial(tmp_path, TOY[:there])
+    downloads(fake, tmp_path).download(FLOW, silent)
+    assert toy(tmp_path) == TOY
+    spans = {0: [None], 3 * MB: []}.get(there, [f"bytes={there}-{LAST}"])
+    assert [span for _, span in fake.sent] == spans
+
+
+def test_a_hub_without_ranges(fake: FakeHub, tmp_path: Path) -> None:
+    fake.ranges = False
+    partial(tmp_path, TOY[:MB])
+    downloads(fake, tmp_path).download(FLOW, silent)
+    assert toy(tmp_path) == TOY
+    assert fake.sent == [("toy.safetensors", f"bytes={MB}-{LAST}")]  # which it answered with everything
+
+
+def test_a_file_that_has_changed_starts_anew(fake: FakeHub, tmp_path: Path) -> None:
+    ours = downloads(fake, tmp_path)
+    fake.hold_at = HELD
+    somebody = Waiting(ours)
+    until(lambda: arrived(tmp_path) > MB // 2)
+    somebody.give_up.set()
+    assert isinstance(somebody.end(), Enough)
+    fake.go.set()
+    fake.hold_at = None
+    until(no_thread_is_left)
+    assert arrived(tmp_path) > 0
+    new = random.Random(2).randbytes(MB)
+    fake.repos["maker/Toy-4B"]["toy.safetensors"] = new
+    fake.commits["maker/Toy-4B"] = NEWER
+    fake.sent.clear()
+    ours.download(FLOW, silent)
+    assert (blobs(tmp_path) / hashlib.sha256(new).hexdigest()).read_bytes() == new
+    assert fake.sent == [("toy.safetensors", None)]
+    assert not partial(tmp_path).exists()  # nobody will ever need it
+
+
+def no_thread_is_left() -> bool:
+    return not any(thread.name == "flux2-download" for thread in threading.enumerate())
+
+
+# --- only what the hub announced ----------------------------------------------------------------------------------
+
+
+def test_a_wrong_hash(fake: FakeHub, tmp_path: Path) -> None:
+    fake.lies["toy.safetensors"] = bytes(3 * MB)
+    assert refused(downloads(fake, tmp_path)) == (
+        f"What the hub sends as maker/Toy-4B/toy.safetensors is not what it announced (its size or hash is wrong), so "
+        f"it was thrown away: try again; if that does not help, look for a proxy that changes downloads, and at "
+        f"{fake.url}/maker/Toy-4B, or set TOY_MODEL_PATH to a local copy."
+    )
+    assert list(blobs(tmp_path).iterdir()) == []
+    fake.lies.clear()
+    downloads(fake, tmp_path).download(FLOW, silent)
+    assert toy(tmp_path) == TOY
+
+
+def test_a_small_file_with_a_wrong_hash(fake: FakeHub, tmp_path: Path) -> None:
+    fake.lies["tokenizer/tokenizer_config.json"] = b"[ ]"
+    with pytest.raises(DownloadError, match=r"tokenizer/tokenizer_config\.json is not what it announced"):
+        downloads(fake, tmp_path).download(TEXT, silent)
+
+
+@pytest.mark.parametrize("content", [TOY[:-1], TOY + b"x"], ids=["short", "long"])
+def test_a_wrong_size(fake: FakeHub, tmp_path: Path, content: bytes) -> None:
+    fake.lies["toy.safetensors"] = content
+    assert "is not what it announced" in refused(downloads(fake, tmp_path))
+    assert list(blobs(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [bytes(MB), bytes(3 * MB), bytes(4 * MB)], ids=["part", "all", "more"])
+def test_damage_in_what_was_there_is_found(fake: FakeHub, tmp_path: Path, there: bytes) -> None:
+    partial(tmp_path, there)
+    downloads(fake, tmp_path).download(FLOW, silent)
+    assert toy(tmp_path) == TOY
+    assert fake.sent[-1] == ("toy.safetensors", None)  # from the start
+
+
+def test_a_blob_of_a_wrong_size_is_replaced(fake: FakeHub, tmp_path: Path) -> None:
+    blobs(tmp_path).mkdir(parents=True)
+    (blobs(tmp_path) / ETAG).write_bytes(TOY[:10])
+    downloads(fake, tmp_path).download(FLOW, silent)
+    assert toy(tmp_path) == TOY
+
+
+def test_a_listing_that_points_out_of_the_cache(fake: FakeHub, tmp_path: Path) -> None:
+    for name in ("../../../outside", f"{tmp_path}/outside", "a\\..\\outside"):
+        fake.repos["maker/Toy-4B"][f"{name}.safetensors"] = b"vae"  # contents that are in the cache
+    ours = downloads(fake, tmp_path)
+    ours.download(VAE, silent)
+    fake.commits["maker/Toy-4B"] = NEWER  # what is there already gets its names at the new commit
+    ours.download(TEXT, silent)
+    assert (blobs(tmp_path).parent / "snapshots" / NEWER / VAE.path).read_bytes() == b"vae"
+    assert not list(tmp_path.rglob("*outside*"))
+    fake.commits["maker/Toy-4B"] = "../../../outside"
+    with pytest.raises(DownloadError, match="is not what it announced"):
+        ours.download(FLOW, silent)
+
+
+# --- several who want the same ------------------------------------------------------------------------------------
+
+
+def test_two_share_one_download_and_one_may_leave(fake: FakeHub, tmp_path: Path) -> None:
+    fake.hold_at = HELD
+    ours = downloads(fake, tmp_path)
+    one, other = Waiting(ours), Waiting(ours)
+    until(lambda: one.sees("2.0 of 3.0 MB") and other.sees("2.0 of 3.0 MB"))
+    one.give_up.set()
+    assert isinstance(one.end(), Enough)
+    assert ours.running(FLOW)
+    fake.go.set()
+    assert other.end() is None
+    assert toy(tmp_path) == TOY and len(fake.sent) == 1
+    assert other.told[0] == ("Downloading Toy-4B", None)
+    assert other.told[-1] == ("Downloading Toy-4B: 3.0 of 3.0 MB", 1.0)
+    assert not ours.running(FLOW)
+
+
+def test_the_last_to_leave_pauses_it(fake: FakeHub, tmp_path: Path) -> None:
+    fake.hold_at = HELD
+    ours = downloads(fake, tmp_path)
+    both = Waiting(ours), Waiting(ours)
+    until(lambda: arrived(tmp_path) == HELD and all(one.told for one in both))
+    for one in both:
+        one.give_up.set()
+        assert isinstance(one.end(), Enough)
+    assert not ours.running(FLOW)
+    fake.go.set()
+    until(no_thread_is_left)
+    there = arrived(tmp_path)
+    assert HELD <= there < 3 * MB
+    fake.hold_at = None
+    ours.download(FLOW, silent)
+    assert toy(tmp_path) == TOY
+    assert fake.sent == [("toy.safetensors", None), ("toy.safetensors", f"bytes={there}-{LAST}")]
+
+
+def test_a_refusal_reaches_everyone_who_waits(fake: FakeHub, tmp_path: Path) -> None:
+    fake.hold_at = HELD
+    fake.lies["toy.safetensors"] = bytes(3 * MB)
+    ours = downloads(fake, tmp_path)
+    both = Waiting(ours), Waiting(ours)
+    until(lambda: all(one.sees("2.0 of 3.0 MB") for one in both))
+    fake.hold_at = None
+    fake.go.set()
+    errors = [one.end() for one in both]
+    assert all(isinstance(error, DownloadError) and "not what it announced" in str(error) for error in errors)
+    assert errors[0] is not errors[1]
+
+
+@pytest.mark.parametrize("error", [Enough, KeyboardInterrupt])
+def test_what_the_first_word_raises_starts_nothing(fake: FakeHub, tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupt(text: str, fraction: float | None) -> None:
+        raise error
+
+    ours = downloads(fake, tmp_path)
+    with pytest.raises(error):
+        ours.download(VAE, interrupt)
+    assert fake.asked == [] and not ours.running(VAE)
+
+
+def test_two_programs_take_turns(fake: FakeHub, tmp_path: Path) -> None:
+    fake.hold_at = HELD
+    program = f"""
+from pathlib import Path
+from flux2_studio.models.hub import Hub
+from tests.models.fake_hub import FLOW, settings, silent
+there = Path({str(tmp_path)!r})
+print(Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}).locate(FLOW, silent))
+"""
+    with start(program) as running:
+        until(lambda: arrived(tmp_path) > MB or running.poll() is not None)
+        ours = Waiting(downloads(fake, tmp_path))
+        until(lambda: ours.sees("Waiting for another program that downloads Toy-4B: 2.0 of 3.0 MB"))
+        cache = Cache(tmp_path / "cache", patience=0.05)
+        with pytest.raises(WeightsError, match=r"toy\.safetensors is being downloaded at the moment: stop that first"):
+            cache.remove(picks(FLOW), [])
+        fake.go.set()
+        out, err = running.communicate(timeout=PATIENCE)
+    assert "toy.safetensors" in out, err
+    assert ours.end() is None
+    assert toy(tmp_path) == TOY and len(fake.sent) == 1
+
+
+# --- how it is told -----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_speed_is_the_mean_of_the_last_ten_seconds() -> None:
+    clock = Clock()
+    speed = Speed(clock)
+    speed.add(10 * MB)
+    assert speed.per_second() is None  # too early to tell
+    for _ in range(40):
+        clock.now += 0.5
+        speed.add(MB)
+    assert speed.per_second() == pytest.approx(2 * MB)
+    for _ in range(40):
+        clock.now += 0.5
+        speed.add(4 * MB)
+    assert speed.per_second() == pytest.approx(8 * MB)
+    clock.now += 60
+    assert speed.per_second() == 0
+
+
+def test_what_is_told() -> None:
+    clock = Clock()
+    running = Running("Toy-4B", clock)
+    file = RemoteFile(repo="a/b", commit="c", name="d", size=10 * GB, etag="e", digest="sha256", git_id="f")
+    assert running.told() == ("Downloading Toy-4B", None) and running.to_come == 0
+    running.plan({file: 2 * GB})
+    assert running.told() == ("Downloading Toy-4B: 2.0 of 10.0 GB", 0.2)
+    running.report(file, CHECKING, GB)
+    assert running.told() == ("Checking what is here of Toy-4B: 1.0 of 2.0 GB", 0.5)
+    for second in range(1, 21):
+        clock.now += 1
+        running.report(file, DOWNLOADING, 2 * GB + second * 100 * MB)
+    assert running.told() == ("Downloading Toy-4B: 4.0 of 10.0 GB, 100.0 MB/s, 1 min left", 0.4)
+    assert running.to_come == 6 * GB
+    running.report(file, RETRYING, 4 * GB)
+    assert running.told() == ("The connection broke: trying again to download Toy-4B: 4.0 of 10.0 GB", 0.4)
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (4.4, 59.4, 61, 3599, 7500)] == [
+        "4 s",
+        "59 s",
+        "1 min",
+        "1 h 0 min",
+        "2 h 5 min",
+    ]
