@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from flux2_studio import ui
 from flux2_studio.errors import StudioError
+from flux2_studio.models.own import with_own_files
 from flux2_studio.settings import Settings
 
 
@@ -19,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's servers")
     options = parser.parse_args(arguments)
     try:
-        ui.serve(Settings.from_environment(), options.host, options.port, options.share)
+        settings, notes = with_own_files(Settings.from_environment())
+        for note in notes:
+            sys.stderr.write(f"{note}\n")
+        ui.serve(settings, options.host, options.port, options.share)
     except StudioError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -4,8 +4,10 @@
 |---|---|
 | FLUX2_HOME | where everything the studio writes lives (default: the platform's user data folder) |
 | FLUX2_CHECKPOINT | the checkpoint chosen when a request names none |
+| FLUX2_CHECKPOINTS_DIR | a folder of one's own checkpoint files, offered beside the known ones |
 | FLUX2_DEVICE | auto, cuda, cuda:1, mps or cpu |
 | FLUX2_DTYPE | auto, float32, bfloat16 or float16 |
+| FLUX2_QUANTIZE | off, fp8 or int8: hold transformer and text encoder in 8 bits, made when they are loaded |
 | FLUX2_PREVIEW | tiny (a small decoder), linear (rough colours, no extra weights) or off |
 | *_MODEL_PATH | a local copy of one part, named as in `checkpoints.py` (the official command line's names) |
 
@@ -27,6 +29,7 @@ from flux2_studio.errors import RequestError, StudioError
 
 Device = str
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["off", "fp8", "int8"]
 PreviewKind = Literal["tiny", "linear", "off"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -40,9 +43,11 @@ class Settings:
     assets: Path = ASSETS
     checkpoints: tuple[Checkpoint, ...] = CHECKPOINTS
     default_checkpoint: str = "nano"
+    checkpoints_dir: Path | None = None  # whose files `models.own` adds to `checkpoints`
     overrides: Mapping[str, Path] = field(default_factory=dict)  # variable -> local file or folder
     device: Device = "auto"
     dtype: DtypeName = "auto"
+    quantize: Quantize = "off"
     preview: PreviewKind = "tiny"
     on_space: bool = False  # running as a Hugging Face Space
 
@@ -64,13 +69,16 @@ class Settings:
         settings = cls(
             home=home or Path(platformdirs.user_data_dir("flux2-studio", appauthor=False)),
             default_checkpoint=env.get("FLUX2_CHECKPOINT") or cls.default_checkpoint,
+            checkpoints_dir=_path(env, "FLUX2_CHECKPOINTS_DIR"),
             overrides=overrides,
             device=env.get("FLUX2_DEVICE") or cls.device,
             dtype=_choice(env, "FLUX2_DTYPE", cls.dtype, get_args(DtypeName)),  # type: ignore[arg-type]
+            quantize=_choice(env, "FLUX2_QUANTIZE", cls.quantize, get_args(Quantize)),  # type: ignore[arg-type]
             preview=_choice(env, "FLUX2_PREVIEW", cls.preview, get_args(PreviewKind)),  # type: ignore[arg-type]
             on_space="SPACE_ID" in env,
         )
-        settings.checkpoint(settings.default_checkpoint)
+        if settings.checkpoints_dir is None:  # otherwise it may be one of that folder's
+            settings.checkpoint(settings.default_checkpoint)
         return settings
 
     @property

@@ -27,7 +27,7 @@ from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.manager import LoadedCheckpoint, ModelManager
 from flux2_studio.models.memory import is_out_of_memory
 from flux2_studio.outputs.save import Library
-from flux2_studio.pictures import images_from_pixels, pixels_from_image
+from flux2_studio.pictures import images_from_pixels
 from flux2_studio.references import fit, fit_note, load_reference
 from flux2_studio.request import MULTIPLE, Request, changes
 from flux2_studio.settings import Settings
@@ -212,7 +212,7 @@ def _encode(
         _check(cancelled)
         yield Status(text=f"Reading image {number}" if len(references) > 1 else "Reading the image")
         yield from (Notice(text=note) for note in reference.notes)
-        latents.append(loaded.autoencoder.encode(pixels_from_image(reference.image)))
+        latents.append(loaded.references.encode(reference.image))
     return _Conditions(
         context=encoded.context[:1],
         negative_context=encoded.context[1:] if guided else None,

@@ -66,7 +66,8 @@ def test_path_overrides_have_the_official_names(variable: str) -> None:
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
-    names = ("FLUX2_HOME", "FLUX2_CHECKPOINT", "FLUX2_DEVICE", "FLUX2_DTYPE", "FLUX2_PREVIEW")
+    own = ("HOME", "CHECKPOINT", "CHECKPOINTS_DIR", "DEVICE", "DTYPE", "QUANTIZE", "PREVIEW")
+    names = [f"FLUX2_{name}" for name in own]
     assert Settings.from_environment(dict.fromkeys(names, "")) == Settings.from_environment({})
 
 
@@ -74,10 +75,11 @@ def test_an_empty_variable_counts_as_unset() -> None:
     ("variable", "value", "says"),
     [
         ("FLUX2_DTYPE", "float8", "FLUX2_DTYPE is 'float8'; set it to one of: auto, float32, bfloat16, float16"),
+        ("FLUX2_QUANTIZE", "4", "FLUX2_QUANTIZE is '4'; set it to one of: off, fp8, int8"),
         ("FLUX2_PREVIEW", "yes", "FLUX2_PREVIEW is 'yes'; set it to one of: tiny, linear, off"),
         ("FLUX2_HOME", "~no-such-user/x", "FLUX2_HOME is '~no-such-user/x', in a home folder that is not known"),
         ("AE_MODEL_PATH", "~no-such-user/x", "AE_MODEL_PATH is '~no-such-user/x'"),
-        ("FLUX2_CHECKPOINT", "flux", "no checkpoint called 'flux'. Choose one of: nano, klein-4b"),
+        ("FLUX2_CHECKPOINT", "flux", "no checkpoint called 'flux'. Choose one of: nano, nano-base, klein-4b"),
     ],
 )
 def test_values_that_are_not_allowed(variable: str, value: str, says: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,17 +18,19 @@ from flux2_studio.checkpoints import Checkpoint, Part
 from flux2_studio.engine.autoencoder import Autoencoder
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
-from flux2_studio.engine.text import TextEncoder, open_text_encoder
+from flux2_studio.engine.text import open_text_encoder
 from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import load_tiny_decoder, open_autoencoder, open_transformer
+from flux2_studio.engine.weights import Storage, load_tiny_decoder, open_autoencoder, open_transformer
 from flux2_studio.errors import DeviceError, WeightsError
 from flux2_studio.models import memory
 from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.models.remembered import RememberingReferences, RememberingText
 from flux2_studio.request import MULTIPLE
 from flux2_studio.settings import Settings
 
 LARGE = 2 * 10**9  # bytes of bfloat16 weights (a billion parameters) from which a CPU had better stay at bfloat16
 Key = tuple[Part, torch.dtype]
+MemoryT = TypeVar("MemoryT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,10 @@ class LoadedCheckpoint:
     """A checkpoint in memory, ready to run. `previewer` is None where previews are off."""
 
     checkpoint: Checkpoint
-    text: TextEncoder
+    text: RememberingText
     transformer: Transformer
     autoencoder: Autoencoder
+    references: RememberingReferences
     previewer: Previewer | None
     notes: tuple[str, ...]  # what the user should know, such as a preview that is not the one that was set
 
@@ -50,6 +53,7 @@ class ModelManager:
         self._settings = settings
         self._hub = hub
         self._parts: dict[Key, Any] = {}
+        self._memories: dict[Key, Any] = {}  # of a part's results, see models/remembered.py
         self._not_to_be_had: dict[Part, str] = {}  # tiny autoencoders, and why: not asked for again at every run
         self.device = choose_device(settings.device)
 
@@ -65,13 +69,15 @@ class ModelManager:
         """
         if any(self._key(part, checkpoint) not in self._parts for part in checkpoint.parts):
             self._load_parts(checkpoint, progress)
-        autoencoder: Autoencoder = self._parts[self._key(checkpoint.autoencoder, checkpoint)]
+        autoencoder_key = self._key(checkpoint.autoencoder, checkpoint)
+        autoencoder: Autoencoder = self._parts[autoencoder_key]
         previewer, notes = self._previewer(checkpoint, autoencoder, progress)
         return LoadedCheckpoint(
             checkpoint=checkpoint,
-            text=self._parts[self._key(checkpoint.text, checkpoint)],
+            text=self._remembering(self._key(checkpoint.text, checkpoint), RememberingText),
             transformer=self._parts[self._key(checkpoint.flow, checkpoint)],
             autoencoder=autoencoder,
+            references=self._remembering(autoencoder_key, RememberingReferences),
             previewer=previewer,
             notes=notes,
         )
@@ -113,7 +119,16 @@ class ModelManager:
             key = self._key(part, checkpoint)
             if key not in self._parts:
                 progress(f"Loading {checkpoint.label}: {what}", None)
-                self._parts[key] = opened.load(device=self.device, dtype=key[1])
+                self._parts[key] = opened.load(
+                    device=self.device, dtype=key[1], storage=choose_storage(self._settings.quantize, self.device, part)
+                )
+
+    def _remembering(self, key: Key, make: Callable[[Any], MemoryT]) -> MemoryT:
+        """The memory of the part under `key`, made at first and kept as long as the part is loaded."""
+        if key not in self._memories:
+            self._memories[key] = make(self._parts[key])
+        found: MemoryT = self._memories[key]
+        return found
 
     def _previewer(
         self, checkpoint: Checkpoint, autoencoder: Autoencoder, progress: Progress
@@ -141,6 +156,7 @@ class ModelManager:
         unwanted = self._parts.keys() - wanted
         for key in unwanted:
             del self._parts[key]
+            self._memories.pop(key, None)
         if unwanted:
             self.release_scratch()
 
@@ -189,6 +205,18 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, part: 
     if name == "float16" and part.kind != "flow":
         name = "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def choose_storage(quantize: str, device: torch.device, part: Part) -> Storage:
+    """How the weights of `part` are held in memory.
+
+    As the user set it, for the two parts that are large. Otherwise as the file has them, so that an 8-bit or 4-bit
+    file takes no more memory than disk; but restored where that costs little (a toy on a CPU, which is quicker so) and
+    where 8-bit floats cannot be held (Apple).
+    """
+    if part.kind in ("flow", "text") and quantize != "off" and part.size >= LARGE:
+        return "fp8" if quantize == "fp8" else "int8"
+    return "plain" if device.type == "mps" or part.size < LARGE else "stored"
 
 
 def check_fit(

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from flux2_studio.checkpoints import DEV, KLEIN_4B, NANO, Part
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, TinyPreview
+from flux2_studio.engine.quantize import QuantizedLinear
 from flux2_studio.engine.weights import open_autoencoder, open_transformer
 from flux2_studio.errors import DeviceError, WeightsError
 from flux2_studio.models import memory
 from flux2_studio.models.hub import Hub, PartFiles, Progress
-from flux2_studio.models.manager import ModelManager, check_fit, choose_device, choose_dtype
+from flux2_studio.models.manager import ModelManager, check_fit, choose_device, choose_dtype, choose_storage
 from flux2_studio.settings import Settings
 from tests.tiny import Toys
 
@@ -192,3 +193,36 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
     assert memory.is_out_of_memory(RuntimeError("MPS backend out of memory"))
     assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
     assert not memory.is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+def test_quantising_takes_the_large_parts_and_leaves_the_rest(toys: Toys, tmp_path: Path, quantize: str) -> None:
+    plain = toys.settings(tmp_path, ["klein-4b"])
+    small = manager(replace(plain, quantize=quantize)).load(KLEIN_4B, silent)  # type: ignore[arg-type]
+    whole = manager(plain).load(KLEIN_4B, silent)
+
+    def matrices(model: torch.nn.Module) -> int:
+        return sum(isinstance(module, QuantizedLinear) for module in model.modules())
+
+    assert matrices(small.transformer) > 10 and matrices(small.autoencoder) == 0
+    assert matrices(whole.transformer) == 0
+    context, exact = (loaded.text.encode(["a fox"]).context for loaded in (small, whole))
+    error = float((context - exact).norm() / exact.norm())
+    assert 0 < error < 0.15, "the text encoder is quantised too"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "device", "part", "storage"),
+    [
+        ("off", "cuda", KLEIN_4B.flow, "stored"),
+        ("off", "cpu", KLEIN_4B.text, "stored"),
+        ("off", "mps", KLEIN_4B.flow, "plain"),
+        ("off", "cpu", NANO.flow, "plain"),
+        ("int8", "mps", KLEIN_4B.flow, "int8"),
+        ("fp8", "cuda", DEV.text, "fp8"),
+        ("fp8", "cuda", DEV.autoencoder, "plain"),
+        ("int8", "cpu", NANO.flow, "plain"),
+    ],
+)
+def test_how_weights_are_held(quantize: str, device: str, part: Part, storage: str) -> None:
+    assert choose_storage(quantize, torch.device(device), part) == storage

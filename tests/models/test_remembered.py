@@ -1,0 +1,92 @@
+"""A prompt or a reference that was seen is not computed again, and never mistaken for another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.text import Encoded, TextEncoder
+from flux2_studio.models.remembered import Recent, RememberingReferences, RememberingText
+from flux2_studio.request import Request
+from flux2_studio.studio import Studio
+from tests.tiny import Toys
+
+
+class CountingText:
+    """Encodes a prompt as its length, and says for which prompts it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def encode(self, prompts: Sequence[str]) -> Encoded:
+        self.asked.append(list(prompts))
+        return Encoded(torch.tensor([[[float(len(p))]] for p in prompts]), tuple(len(p) // 10 for p in prompts))
+
+
+class CountingAutoencoder:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        self.calls += 1
+        return pixels.mean((2, 3), keepdim=True)
+
+
+def test_only_new_prompts_are_encoded_and_each_keeps_its_own() -> None:
+    counting = CountingText()
+    text = RememberingText(cast(TextEncoder, counting))
+    first = text.encode(["a fox", "a much longer prompt"])
+    assert first.context.flatten().tolist() == [5.0, 20.0] and first.cut == (0, 2)
+    again = text.encode(["a much longer prompt", "an owl!", "a fox", "an owl!"])
+    assert again.context.flatten().tolist() == [20.0, 7.0, 5.0, 7.0] and again.cut == (2, 0, 0, 0)
+    assert counting.asked == [["a fox", "a much longer prompt"], ["an owl!"]]
+
+
+def test_a_batch_larger_than_the_memory_is_still_answered() -> None:
+    counting = CountingText()
+    text = RememberingText(cast(TextEncoder, counting), limit=4)
+    for _ in range(2):
+        assert text.encode(["a", "bb", "ccc"]).context.flatten().tolist() == [1.0, 2.0, 3.0]
+    assert counting.asked == [["a", "bb", "ccc"], ["a", "bb"]], "the last one fits"
+
+
+def test_references_are_told_apart_by_their_pixels() -> None:
+    counting = CountingAutoencoder()
+    references = RememberingReferences(cast(Autoencoder, counting))
+    red, also_red = (Image.new("RGB", (32, 16), "red") for _ in range(2))
+    assert references.encode(red).equal(references.encode(also_red))
+    assert counting.calls == 1
+    references.encode(Image.new("RGB", (16, 32), "red"))
+    assert not references.encode(Image.new("RGB", (32, 16), "blue")).equal(references.encode(red))
+    assert counting.calls == 3
+
+
+def test_the_least_recently_used_leave_first() -> None:
+    recent: Recent[str, str] = Recent(10)
+    recent.keep("a", "A", 4)
+    recent.keep("b", "B", 4)
+    assert recent.get("a") == "A"
+    recent.keep("c", "C", 4)
+    assert (recent.get("a"), recent.get("b"), recent.get("c")) == ("A", None, "C")
+    recent.keep("a", "A2", 6)
+    assert (recent.get("a"), recent.get("c")) == ("A2", "C"), "replaced, not counted twice"
+    recent.keep("d", "D", 11)
+    assert recent.get("d") is None, "larger than everything together"
+
+
+@pytest.mark.parametrize("other", ["klein-9b-kv", "dev"])
+def test_another_checkpoint_reads_the_prompt_itself(toys: Toys, tmp_path: Path, other: str) -> None:
+    """Memories belong to a part: the same prompt through another text encoder has another width."""
+    studio = Studio(toys.settings(tmp_path, ("klein-4b", other)))
+    for name in ("klein-4b", other, "klein-4b"):
+        steps = 2 if name == "dev" else None
+        request = Request(prompt="a fox", checkpoint=name, width=64, height=64, steps=steps, seed=1)
+        *_, last = studio.generate(request)
+        assert type(last).__name__ == "Result"
