@@ -53,7 +53,7 @@ class Feed:
         self._chance = chance
         self._store = store
         self.pools = {
-            kind: [tasks.draw(kind) for _ in range(round(share * size))] for kind, size in recipe.pools.items()
+            kind: [tasks.draw(kind) for _ in range(math.ceil(share * size))] for kind, size in recipe.pools.items()
         }
         self._kinds: dict[int, list[str]] = {}
         for kind, pool in self.pools.items():
@@ -105,7 +105,7 @@ class Averaged:
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.modules = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
         self._decay = decay
-        self._pairs = [
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = [
             (list(self.modules[name].parameters()), list(module.parameters())) for name, module in modules.items()
         ]
 

@@ -70,6 +70,6 @@ def initial_transformer(init: Path, recipe: Recipe) -> Transformer:
         if isinstance(module, Modulation):
             nn.init.zeros_(module.lin.weight)
         elif isinstance(module, FinalLayer):
-            nn.init.zeros_(module.adaLN_modulation[1].weight)
+            nn.init.zeros_(module.adaLN_modulation.get_parameter("1.weight"))
             nn.init.zeros_(module.linear.weight)
     return model

@@ -283,7 +283,7 @@ class Tasks:
         swapped = self.chance.random() < 0.3
         scenes = (alone(left, style, background), alone(right, style, background))
         if swapped:
-            said = (
+            said: tuple[str, ...] = (
                 "image 2 on the left and image 1 on the right",
                 f"the {right.name} of image 1 to the right of the {left.name} of image 2",
             )
