@@ -38,7 +38,8 @@ class Checkpoint:
     """One model that a user can choose, with its defaults and limits.
 
     `steps_fixed` and `guidance_fixed` mark values that distillation has burnt in: they are shown, not offered.
-    Pixel numbers are areas (width x height).
+    Pixel numbers are areas (width x height). `context_width` and `marks` tell whose a user's own file is: its tensors
+    have the width, and its name has the words (no tensor tells a Base checkpoint from a distilled one).
     """
 
     name: str
@@ -54,6 +55,8 @@ class Checkpoint:
     guiding: Guiding
     licence: str
     licence_url: str
+    context_width: int  # of one text token, as the transformer reads it
+    marks: tuple[str, ...] = ()
     steps_fixed: bool = False
     guidance_fixed: bool = False
     reference_cache: bool = False  # trained so that reference keys and values can be kept between steps
@@ -149,16 +152,20 @@ def _flow(repo: str, file: str, size: int, override: str, *, gated: bool) -> Par
     return Part(kind="flow", repo=f"black-forest-labs/{repo}", path=file, size=size, override=override, gated=gated)
 
 
+# 32 tokens are a short paragraph in nano's own vocabulary, and what it was trained with.
+_NANO_RECIPE = TextRecipe(taps=(1, 2, 3), length=32, padding_side="right", generation_prompt=False)
+_NANO_TEXT = Part(kind="text", repo=None, path="nano/text_encoder", tokenizer=(None, "nano/text_encoder"), size=5 * MB)
+
 NANO = Checkpoint(
     name="nano",
     label="Nano (a toy, on board)",
     good_for=(
-        "A toy that ships with the studio: 32 things drawn as small icons, at once and on any computer. "
+        "A toy that ships with the studio: 64 things drawn as small icons, at once and on any computer. "
         "For a first look; choose a klein for real pictures."
     ),
-    flow=Part(kind="flow", repo=None, path="nano/transformer.safetensors", size=17 * MB),
-    text=Part(kind="text", repo=None, path="nano/text_encoder", tokenizer=(None, "nano/text_encoder"), size=5 * MB),
-    recipe=TextRecipe(taps=(1, 2, 3), length=48, padding_side="right", generation_prompt=False),
+    flow=Part(kind="flow", repo=None, path="nano/transformer.safetensors", size=10 * MB),
+    text=_NANO_TEXT,
+    recipe=_NANO_RECIPE,
     autoencoder=_NANO_AUTOENCODER,
     tiny_autoencoder=_NANO_AUTOENCODER,
     steps=4,
@@ -168,6 +175,31 @@ NANO = Checkpoint(
     guidance_fixed=True,
     licence="Apache 2.0",
     licence_url=_APACHE[1],
+    context_width=576,
+    max_references=10,
+    default_pixels=128 * 128,
+    max_pixels=512 * 512,
+    reference_pixels=128 * 128,
+    references_pixels=128 * 128,
+    toy=True,
+)
+
+NANO_BASE = Checkpoint(
+    name="nano-base",
+    label="Nano Base (a toy, on board)",
+    good_for="The toy before distillation: takes guidance, a negative prompt and any number of steps, like klein Base.",
+    flow=Part(kind="flow", repo=None, path="nano/transformer-base.safetensors", size=10 * MB),
+    text=_NANO_TEXT,
+    recipe=_NANO_RECIPE,
+    autoencoder=_NANO_AUTOENCODER,
+    tiny_autoencoder=_NANO_AUTOENCODER,
+    steps=20,
+    guidance=2.0,
+    guiding="cfg",
+    licence="Apache 2.0",
+    licence_url=_APACHE[1],
+    context_width=576,
+    marks=("base",),
     max_references=10,
     default_pixels=128 * 128,
     max_pixels=512 * 512,
@@ -192,6 +224,7 @@ KLEIN_4B = Checkpoint(
     guidance_fixed=True,
     licence=_APACHE[0],
     licence_url=_APACHE[1],
+    context_width=7680,
 )
 
 KLEIN_9B = Checkpoint(
@@ -210,6 +243,7 @@ KLEIN_9B = Checkpoint(
     guidance_fixed=True,
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-9B",
+    context_width=12288,
 )
 
 KLEIN_9B_KV = Checkpoint(
@@ -231,6 +265,8 @@ KLEIN_9B_KV = Checkpoint(
     reference_cache=True,
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-9b-kv",
+    context_width=12288,
+    marks=("kv",),
 )
 
 KLEIN_BASE_4B = Checkpoint(
@@ -249,6 +285,8 @@ KLEIN_BASE_4B = Checkpoint(
     guiding="cfg",
     licence=_APACHE[0],
     licence_url=_APACHE[1],
+    context_width=7680,
+    marks=("base",),
 )
 
 KLEIN_BASE_9B = Checkpoint(
@@ -267,6 +305,8 @@ KLEIN_BASE_9B = Checkpoint(
     guiding="cfg",
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B",
+    context_width=12288,
+    marks=("base",),
 )
 
 DEV = Checkpoint(
@@ -283,10 +323,12 @@ DEV = Checkpoint(
     guiding="embedded",
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-dev",
+    context_width=15360,
 )
 
 CHECKPOINTS: tuple[Checkpoint, ...] = (
     NANO,
+    NANO_BASE,
     KLEIN_4B,
     KLEIN_9B,
     KLEIN_9B_KV,

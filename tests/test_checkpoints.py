@@ -13,6 +13,7 @@ BY_NAME = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
 QWEN_4B, QWEN_8B, MISTRAL = "QWEN3_4B_MODEL_PATH", "QWEN3_8B_MODEL_PATH", "MISTRAL_MODEL_PATH"
 
 # name: repository, file, path override, steps, guidance, guiding, text encoder's override, gated
+ON_BOARD = ("nano", "nano-base")
 PUBLISHED = {
     "klein-4b": (
         "FLUX.2-klein-4B", "flux-2-klein-4b.safetensors", "KLEIN_4B_MODEL_PATH", 4, 1.0, "none", QWEN_4B, False,
@@ -37,8 +38,8 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def test_the_six_published_and_the_one_on_board() -> None:
-    assert [checkpoint.name for checkpoint in CHECKPOINTS] == ["nano", *PUBLISHED]
+def test_the_six_published_and_the_two_on_board() -> None:
+    assert [checkpoint.name for checkpoint in CHECKPOINTS] == [*ON_BOARD, *PUBLISHED]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -90,8 +91,9 @@ def test_reference_caps() -> None:
     assert [klein.reference_cap(n) for n in (0, 1, 2, 10)] == [2024**2, 2024**2, 1024**2, 1024**2]
 
 
-def test_the_one_on_board_is_there() -> None:
-    parts = BY_NAME["nano"].parts
+def test_what_is_on_board_is_there_and_shared() -> None:
+    parts = {part for name in ON_BOARD for part in BY_NAME[name].parts}
+    assert len(parts) == 4, "two transformers, one text encoder, one autoencoder"
     assert {part.repo for part in parts} == {None}
     for part in parts:
         assert (ASSETS / part.path).exists(), part.path
@@ -100,8 +102,14 @@ def test_the_one_on_board_is_there() -> None:
     assert "Permission is hereby granted, free of charge" in notice
 
 
-def test_sizes_of_what_is_on_board_are_about_right() -> None:
-    for part in BY_NAME["nano"].parts:
+def test_what_is_on_board_is_small() -> None:
+    sizes = [path.stat().st_size for path in (ASSETS / "nano").rglob("*") if path.is_file()]
+    assert sum(sizes) < 40_000_000 and max(sizes) < 10_000_000
+
+
+@pytest.mark.parametrize("name", ON_BOARD)
+def test_sizes_of_what_is_on_board_are_about_right(name: str) -> None:
+    for part in BY_NAME[name].parts:
         path = ASSETS / part.path
         files = [path] if path.is_file() else list(path.iterdir())
         assert sum(file.stat().st_size for file in files) == pytest.approx(part.size, rel=0.15), part.path
@@ -111,4 +119,4 @@ def test_nobody_writes_to_the_table() -> None:
     assert isinstance(CHECKPOINTS, tuple)
     with pytest.raises(FrozenInstanceError):
         BY_NAME["dev"].steps = 4  # type: ignore[misc]
-    assert len({part for checkpoint in CHECKPOINTS for part in checkpoint.parts}) == 13  # hashable, and shared by value
+    assert len({part for checkpoint in CHECKPOINTS for part in checkpoint.parts}) == 14  # hashable, and shared by value

@@ -66,6 +66,11 @@ def test_options_are_documented_and_exist(name: str) -> None:
     assert documented <= known
 
 
+def test_commands_for_models_are_documented_and_exist() -> None:
+    (nested,) = [it for it in commands()["models"]._actions if isinstance(it, argparse._SubParsersAction)]
+    assert set(re.findall(r"^\| `models (\w+)", section("Command line"), re.MULTILINE)) == set(nested.choices)
+
+
 def test_example_commands_can_be_run() -> None:
     lines = re.findall(r"^\.venv/bin/python -m flux2_studio (.+)$", section("Command line"), re.MULTILINE)
     assert len(lines) >= 4
@@ -85,7 +90,7 @@ def test_variables_are_documented_and_exist() -> None:
         if part.override
     }
     source = (ROOT / "flux2_studio" / "settings.py").read_text(encoding="utf-8")
-    own = set(re.findall(r'"(FLUX2_[A-Z]+)"', source))
+    own = set(re.findall(r'"(FLUX2_[A-Z_]+)"', source))
     assert own
     assert {name for name in documented if not name.startswith("HF_")} == overrides | own
 
