@@ -44,6 +44,8 @@ class Recent(Generic[KeyT, ValueT]):
         """size: of the value in bytes. One that is larger than the limit is not kept."""
         if key in self._kept:
             self._held -= self._kept.pop(key)[1]
+        if size > self._limit:
+            return
         self._kept[key] = (value, size)
         self._held += size
         while self._held > self._limit:

@@ -62,6 +62,8 @@ def export(recipe: Recipe, init: Path, run: Path, out: Path) -> None:
     save_file(known | trained, folder / "model.safetensors", {"format": "pt"})
 
     decoder = run / "ae.safetensors"
+    if not decoder.exists():
+        print(f"{decoder} is not there, so the autoencoder stays that of {init}")
     shutil.copyfile(decoder if decoder.exists() else init / "ae.safetensors", out / "ae.safetensors.part")
     (out / "ae.safetensors.part").replace(out / "ae.safetensors")
     for file in sorted(path for path in out.rglob("*") if path.is_file()):

@@ -40,7 +40,7 @@ class LatentStore:
             part = missing[start : start + BATCH]
             pixels = pixels_of(self._drawings.render(scene, self._side) for scene in part)
             device = self._autoencoder.device
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 latent = self._autoencoder.encode(pixels.to(device))
             for scene, tokens in zip(part, to_tokens(latent).bfloat16().cpu(), strict=True):
                 self._tokens[scene] = tokens.clone()

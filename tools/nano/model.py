@@ -56,8 +56,10 @@ def initial_text(init: Path, recipe: Recipe) -> Text:
 
 
 def initial_transformer(init: Path, recipe: Recipe) -> Transformer:
-    file = init / "transformer.safetensors"
-    if file.exists():
+    # The undistilled one where there are two: guidance that was burnt in is no place to learn from.
+    files = (init / "transformer-base.safetensors", init / "transformer.safetensors")
+    file = next((file for file in files if file.exists()), None)
+    if file is not None:
         return load_transformer(file, device=torch.device("cpu"), dtype=torch.float32).requires_grad_(True)
     model = Transformer(TransformerParams(guidance_embedding=False, in_channels=128, **recipe.transformer))
     for module in model.modules():

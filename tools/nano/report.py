@@ -53,8 +53,8 @@ def goals(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("subject among the first five", alone("subject"), 0.90, "at least"),
         ("style", alone("style"), 0.95, "at least"),
         ("background colour", alone("background"), 0.95, "at least"),
-        ("edits: carried out and the rest kept", mean_rate(judged, 1), 0.90, "at least"),
-        ("two references: both as asked", mean_rate(judged, 2), 0.85, "at least"),
+        ("edits: all checks of their kind, mean of the kinds taught", mean_rate(judged, 1), 0.90, "at least"),
+        ("two references: all checks of their kind, mean of the kinds taught", mean_rate(judged, 2), 0.85, "at least"),
         ("points that 20 guided steps are better than 4", gap, 5.0, "at most"),
         ("seconds an image, warm (the slowest case)", slowest, 3.0, "at most"),
         ("pixels along a side", report["side"], 128, "at least"),
@@ -75,12 +75,20 @@ def figures(report: Mapping[str, Any]) -> str:
     machine, held_out = report["machine"], report["classifier"]["held out"]
     classes = report["classifier"]["classes"]
     trusted = ", ".join(f"{percent(row['top-5'])} ({style})" for style, row in held_out.items())
+    styles = ", ".join(f"{percent(row['style'])} ({style})" for style, row in held_out.items() if "style" in row)
+    counts = {name: sum(row["n"] for row in model["kinds"].values()) for name, model in report["models"].items()}
+    drew = ", ".join(f"{name} drew {count} pictures" for name, count in counts.items())
     lines = [
         f"Measured on {machine['date']} by `python -m tools.nano.evaluate` ({machine['system']}, {machine['device']}, "
         f"{machine['cores']} cores, torch {machine['torch']}), on fresh samples of fixed seeds. Subjects and styles "
         f"are judged by a small classifier of {classes} subjects, trained on the real drawings only. On drawings "
-        f"rendered anew its first five guesses hold the subject in {trusted} of cases; it was never trained on the "
-        "last of these styles. In brackets: 95 % intervals.",
+        f"rendered anew (other places and backgrounds) its first five guesses hold the subject in {trusted} of cases; "
+        f"the last is a redrawn copy of 3d that it was not trained on. It names the style in {styles}, so no figure "
+        'for styles can be expected to be higher than what the true pictures reach at the end. "subject" means '
+        "among those five; for drawings that the classifier does not know, and for turned ones, it means that the "
+        "picture is nearer to its truth than to 19 other drawings in its place. In brackets: 95 % intervals.",
+        "",
+        f"{drew}; the two are compared on the pictures that both drew.",
         "",
         "| goal | wanted | measured | reached |",
         "|---|---|---|---|",
@@ -99,7 +107,11 @@ def figures(report: Mapping[str, Any]) -> str:
         if model["other wordings"]:
             lines += ["", "In other wordings than the usual one:", "", *_table({"any": model["other wordings"]})]
         seconds = ", ".join(f"{case} {value:.2f}" for case, value in model["seconds"].items())
-        lines += ["", f"Seconds an image, warm, {machine['torch threads']} threads: {seconds}."]
+        lines += [
+            "",
+            f"Seconds an image, warm, {machine['torch threads']} threads, by the engine alone (a prompt seen before, "
+            f"no previews, nothing saved): {seconds}.",
+        ]
     lines += ["", "**The judges themselves**, given other pictures than a model's (all checks of a kind together):", ""]
     columns = list(report["judges"])
     lines += [f"| kind | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
