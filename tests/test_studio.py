@@ -108,7 +108,7 @@ def test_what_was_altered_is_said(nano: Studio) -> None:
     events, result = run(nano, prompt="a cat " + "very " * 80, width=100, height=128)
     notices = " ".join(event.text for event in of(Notice, events))
     assert result.request.width == 96 and "from 100 to 96" in notices
-    assert "too long" in notices and "48 tokens" in notices
+    assert "too long" in notices and "32 tokens" in notices
 
 
 def test_mistakes_are_refused_before_any_work(nano: Studio, tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ def train_decoder(
 
 
 def save(model: Autoencoder, out: Path) -> None:
-    save_file({name: tensor.float().contiguous().cpu() for name, tensor in model.state_dict().items()}, out)
+    """In Black Forest Labs' layout, whose batch norm also counts the batches of training; nobody reads that."""
+    tensors = {name: tensor.float().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(tensors | {"bn.num_batches_tracked": torch.tensor(0)}, out)
 
 
 def _advance(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, step: int, passed: float) -> None:
