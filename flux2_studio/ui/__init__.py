@@ -130,10 +130,14 @@ def serve(settings: Settings, host: str | None = None, port: int | None = None, 
     except OSError as error:
         where = f"Port {port}" if port else "Every port from 7860 on"
         raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
-    sys.stdout.write(f"flux2-studio is open at {url}\n")
-    sys.stdout.flush()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: Gradio then deletes its files
-    page.block_thread()
+    # As Ctrl+C: Gradio then deletes its files. Before anybody is told that the page is open, and may want to end it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.stdout.write(f"flux2-studio is open at {url}\n")
+        sys.stdout.flush()
+        page.block_thread()
+    except KeyboardInterrupt:  # before block_thread, which has an ear of its own for it
+        page.close()
 
 
 def forget_uploads(folder: Path) -> None:
