@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, notes = with_own_files(Settings.from_environment())
         for note in notes:
             sys.stderr.write(f"{note}\n")
-        ui.serve(settings, options.host, options.port, options.share)
+        ui.serve(settings, options.host, options.port, options.share, notes)
     except StudioError as error:
         sys.stderr.write(f"{error}\n")
         return 2

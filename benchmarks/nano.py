@@ -10,9 +10,7 @@ on, because the page has them on.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -22,21 +20,16 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from flux2_studio import __version__
+from benchmarks.measuring import ROOT, machine, write
 from flux2_studio.events import Preview, Result
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "nano.json"
+PACKAGES = ("torch", "transformers", "gradio", "pillow")
 PAGE_PATIENCE = 120.0  # seconds
 
 
@@ -101,18 +94,6 @@ def time_page(home: Path) -> float:
         app.wait()
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "date": date.today().isoformat(),
-        "flux2-studio": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "gradio", "pillow")},
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "torch threads": torch.get_num_threads(),
-    }
-
-
 def main() -> None:
     options = argparse.ArgumentParser(prog="make bench", description="Time the checkpoint on board.")
     options.add_argument("--runs", type=int, default=10, help="warm runs of each case (default: 10)")
@@ -144,15 +125,13 @@ def main() -> None:
     print(f"{'first run, loading included':30}{first.total:15.2f}")
     if page is not None:
         print(f"{'page answers after':30}{page:15.2f}")
-    RESULTS.parent.mkdir(exist_ok=True)
     report = {
-        "machine": {**machine(), "device": chosen.device},
+        "machine": machine(chosen.device, PACKAGES),
         "seconds": timed,
         "first run, loading included": first.total,
         "page answers after": page,
     }
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {RESULTS.relative_to(ROOT)}")
+    print(f"written to {write(report, 'nano.json')}")
 
 
 if __name__ == "__main__":

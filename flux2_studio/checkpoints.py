@@ -15,6 +15,13 @@ from flux2_studio.engine.params import TextRecipe
 Kind = Literal["flow", "text", "autoencoder", "tiny autoencoder"]
 Guiding = Literal["none", "cfg", "embedded"]
 
+KIND_NAMES: dict[Kind, str] = {  # as users call them
+    "flow": "transformer",
+    "text": "text encoder",
+    "autoencoder": "autoencoder",
+    "tiny autoencoder": "small decoder of the previews",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -39,7 +46,8 @@ class Checkpoint:
 
     `steps_fixed` and `guidance_fixed` mark values that distillation has burnt in: they are shown, not offered.
     Pixel numbers are areas (width x height). `context_width` and `marks` tell whose a user's own file is: its tensors
-    have the width, and its name has the words (no tensor tells a Base checkpoint from a distilled one).
+    have the width, and its name has the words (no tensor tells a Base checkpoint from a distilled one). `hidden_width`
+    tells which LoRAs it takes.
     """
 
     name: str
@@ -56,6 +64,7 @@ class Checkpoint:
     licence: str
     licence_url: str
     context_width: int  # of one text token, as the transformer reads it
+    hidden_width: int  # of the transformer
     marks: tuple[str, ...] = ()
     steps_fixed: bool = False
     guidance_fixed: bool = False
@@ -176,6 +185,7 @@ NANO = Checkpoint(
     licence="Apache 2.0",
     licence_url=_APACHE[1],
     context_width=576,
+    hidden_width=256,
     max_references=10,
     default_pixels=128 * 128,
     max_pixels=512 * 512,
@@ -199,6 +209,7 @@ NANO_BASE = Checkpoint(
     licence="Apache 2.0",
     licence_url=_APACHE[1],
     context_width=576,
+    hidden_width=256,
     marks=("base",),
     max_references=10,
     default_pixels=128 * 128,
@@ -225,6 +236,7 @@ KLEIN_4B = Checkpoint(
     licence=_APACHE[0],
     licence_url=_APACHE[1],
     context_width=7680,
+    hidden_width=3072,
 )
 
 KLEIN_9B = Checkpoint(
@@ -244,6 +256,7 @@ KLEIN_9B = Checkpoint(
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-9B",
     context_width=12288,
+    hidden_width=4096,
 )
 
 KLEIN_9B_KV = Checkpoint(
@@ -266,6 +279,7 @@ KLEIN_9B_KV = Checkpoint(
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-9b-kv",
     context_width=12288,
+    hidden_width=4096,
     marks=("kv",),
 )
 
@@ -286,6 +300,7 @@ KLEIN_BASE_4B = Checkpoint(
     licence=_APACHE[0],
     licence_url=_APACHE[1],
     context_width=7680,
+    hidden_width=3072,
     marks=("base",),
 )
 
@@ -306,6 +321,7 @@ KLEIN_BASE_9B = Checkpoint(
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B",
     context_width=12288,
+    hidden_width=4096,
     marks=("base",),
 )
 
@@ -324,6 +340,7 @@ DEV = Checkpoint(
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-dev",
     context_width=15360,
+    hidden_width=6144,
 )
 
 CHECKPOINTS: tuple[Checkpoint, ...] = (

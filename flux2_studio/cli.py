@@ -25,7 +25,7 @@ from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
 from flux2_studio.models.own import with_own_files
-from flux2_studio.request import Request
+from flux2_studio.request import MAX_LORA_WEIGHT, LoraChoice, Request
 from flux2_studio.settings import DtypeName, Settings
 from flux2_studio.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line
 
@@ -85,6 +85,15 @@ def parser() -> Parser:
     generate.add_argument("--steps", metavar="N", type=int, help="denoising steps (default: the model's)")
     generate.add_argument("--guidance", metavar="G", type=float, help="how closely to follow the prompt")
     generate.add_argument("--negative", metavar="TEXT", help="what to keep out; Base models only")
+    generate.add_argument(
+        "--lora",
+        metavar="NAME[:WEIGHT]",
+        type=lora_choice,
+        action="append",
+        default=[],
+        help=f"a LoRA as `models loras` calls it, with a weight of {-MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g} "
+        "(default 1); repeatable",
+    )
     generate.add_argument("--seed", metavar="S", type=int, help="same seed, same picture (default: by chance)")
     generate.add_argument(
         "--count", metavar="N", type=int, default=1, help="pictures, of seeds S, S+1, ... (default 1)"
@@ -106,16 +115,42 @@ def parser() -> Parser:
     ui.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
     ui.set_defaults(run=run_ui)
 
+    encode = commands.add_parser(
+        "encode-server",
+        parents=[machine],
+        allow_abbrev=False,
+        help="read prompts for studios on other machines",
+        description="Serve the text encoder of a checkpoint, and nothing else of it, to studios on other machines.",
+        epilog="They find it by FLUX2_TEXT_ENCODER_URL. FLUX2_ENCODE_TOKEN is the token that it asks for.",
+    )
+    encode.add_argument("--model", metavar="NAME", help="whose text encoder (default: FLUX2_CHECKPOINT, or nano)")
+    encode.add_argument("--host", metavar="ADDRESS", help="where to listen (default: 127.0.0.1, for this machine only)")
+    encode.add_argument("--port", metavar="N", type=int, help="the port (default: 7870)")
+    encode.set_defaults(run=run_encode_server)
+
     cli_models.add_to(commands)
     return top
 
 
 def run_ui(options: argparse.Namespace) -> int:
     """`ui`: the page, until it is stopped."""
-    settings = _settings(options)
+    settings, notes = _settings(options)
     from flux2_studio.ui import serve
 
-    serve(settings, host=options.host, port=options.port, share=options.share)
+    serve(settings, host=options.host, port=options.port, share=options.share, notes=notes)
+    return 0
+
+
+def run_encode_server(options: argparse.Namespace) -> int:
+    """`encode-server`: a text encoder for others, until it is stopped."""
+    settings, _ = _settings(options)
+    settings.checkpoint(options.model)  # an unknown name is said before torch loads
+    settings.prepare_process()
+    from flux2_studio.encode_server import open_server, serve
+
+    with Progress(sys.stderr) as progress:
+        server = open_server(settings, options.model, options.host, options.port, progress.show)
+    serve(server)
     return 0
 
 
@@ -132,10 +167,12 @@ def run_generate(options: argparse.Namespace) -> int:
         guidance=options.guidance,
         seed=options.seed,
         count=options.count,
+        loras=tuple(options.lora),
     )
     targets = output_files(options.out, request.count)
     # Nobody sees previews here, and they would cost time and, for most checkpoints, a download.
-    settings = replace(_settings(options), preview="off")
+    settings, _ = _settings(options)
+    settings = replace(settings, preview="off")
     # What is wrong with the numbers is said before torch loads.
     request.resolve(settings.checkpoint(request.checkpoint))
     settings.prepare_process()
@@ -152,6 +189,24 @@ def run_generate(options: argparse.Namespace) -> int:
         return INTERRUPTED
     print(f"{_seeds(end.seeds)}, {end.seconds:.1f} s", file=sys.stderr)
     return 0
+
+
+def lora_choice(text: str) -> LoraChoice:
+    """`NAME` or `NAME:WEIGHT`. A number behind the last colon is the weight, so a name that ends in one needs both."""
+    name, colon, number = text.rpartition(":")
+    try:
+        choice = LoraChoice(name=name, weight=float(number)) if colon and _is_number(number) else LoraChoice(name=text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return choice
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def output_files(out: Path, count: int) -> tuple[Path, ...]:
@@ -242,8 +297,11 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    """The environment's settings with the user's own checkpoints, overruled by --dtype and --device."""
+def _settings(options: argparse.Namespace) -> tuple[Settings, list[str]]:
+    """The environment's settings with the user's own checkpoints, overruled by --dtype and --device.
+
+    With a sentence about each file of the user's folder that is no checkpoint.
+    """
     chosen = {name: value for name in ("dtype", "device") if (value := getattr(options, name, None)) is not None}
-    settings, _ = with_own_files(Settings.from_environment())
-    return replace(settings, **chosen)
+    settings, notes = with_own_files(Settings.from_environment())
+    return replace(settings, **chosen), notes

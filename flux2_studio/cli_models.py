@@ -10,16 +10,15 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.checkpoints import KIND_NAMES, Checkpoint
 from flux2_studio.errors import WeightsError
+from flux2_studio.models.loras import Loras
 from flux2_studio.models.own import with_own_files
 from flux2_studio.settings import Settings
 from flux2_studio.terminal import INTERRUPTED, PROGRAM, Progress, one_line, print_lines
 
 if TYPE_CHECKING:
     from flux2_studio.models.hub import Hub
-
-KINDS = {"flow": "transformer", "text": "text encoder"}  # of parts, where users call them otherwise
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -35,10 +34,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         ("list", run_models_list, "every checkpoint: its size, its licence, and whether it is on this machine"),
         ("download", run_models_download, "fetch a checkpoint, going on where an earlier download broke off"),
         ("remove", run_models_remove, "delete what was downloaded of a checkpoint and no other one here needs"),
+        ("loras", run_models_loras, "your LoRAs: what each is, and which checkpoints it is for"),
         ("path", run_models_path, "print where a checkpoint's files are"),
     ):
         action = actions.add_parser(name, allow_abbrev=False, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if name != "list":
+        if name not in ("list", "loras"):
             action.add_argument("name", metavar="NAME", help="the checkpoint, as `models list` calls it")
         action.set_defaults(run=run)
 
@@ -82,11 +82,24 @@ def run_models_remove(options: argparse.Namespace) -> int:
 
     removed = Hub(settings).remove(checkpoint)
     for part, others in removed.kept:
-        print(f"kept the {_kind(part.kind)}: {_names(others)} on this machine needs it", file=sys.stderr)
+        print(f"kept the {KIND_NAMES[part.kind]}: {_names(others)} on this machine needs it", file=sys.stderr)
     if removed.freed:
         print(f"{amount(removed.freed)} freed", file=sys.stderr)
     else:
         print(f"there is nothing to remove of {checkpoint.name} alone", file=sys.stderr)
+    return 0
+
+
+def run_models_loras(options: argparse.Namespace) -> int:
+    """`models loras`: each LoRA's name, a tab and what it is, to stdout; files that are none go to stderr."""
+    settings, _ = with_own_files(Settings.from_environment())
+    loras = Loras(settings)
+    entries, problems = loras.look()
+    print_lines(f"{entry.name}\t{entry.kind} for {entry.family}" for entry in entries)
+    for problem in problems:
+        print(f"note: {one_line(problem)}", file=sys.stderr)
+    if not entries:
+        print(f"{PROGRAM}: no LoRAs yet; put their .safetensors files into {loras.folder}", file=sys.stderr)
     return 0
 
 
@@ -101,10 +114,10 @@ def run_models_path(options: argparse.Namespace) -> int:
     places = []
     for kind, files in found.items():
         if files:
-            places.append(f"{_kind(kind)}\t{files.weights}")
+            places.append(f"{KIND_NAMES[kind]}\t{files.weights}")
             places += [f"tokenizer\t{files.tokenizer}"] if files.tokenizer else []
     print_lines(places)
-    if missing := [f"the {_kind(kind)}" for kind, files in found.items() if files is None]:
+    if missing := [f"the {KIND_NAMES[kind]}" for kind, files in found.items() if files is None]:
         *most, last = missing
         raise WeightsError(
             f"Of {checkpoint.label}, {', '.join(most) + ' and ' if most else ''}{last} must be downloaded first: "
@@ -142,7 +155,7 @@ def where(checkpoint: Checkpoint, hub: Hub) -> str:
 def sharing(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str:
     """'the text encoder with a, b; the autoencoder with b': what `checkpoint` has in common with others."""
     shared = {
-        _kind(part.kind): [other for other in checkpoints if other != checkpoint and part in other.parts]
+        KIND_NAMES[part.kind]: [other for other in checkpoints if other != checkpoint and part in other.parts]
         for part in checkpoint.parts
     }
     return "; ".join(f"the {kind} with {_names(others)}" for kind, others in shared.items() if others)
@@ -150,7 +163,3 @@ def sharing(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str:
 
 def _names(checkpoints: Iterable[Checkpoint]) -> str:
     return ", ".join(checkpoint.name for checkpoint in checkpoints)
-
-
-def _kind(kind: str) -> str:
-    return KINDS.get(kind, kind)

@@ -7,6 +7,7 @@
     │   └── DownloadError           the hub did not give a file
     ├── DeviceError                 the chosen device or precision is not to be had here
     │   └── OutOfMemory             the device's memory does not suffice for this request
+    ├── RemoteTextError             the text encoder on another machine gave no context
     └── SaveError                   a finished picture could not be written
 
 Anything else that escapes is a defect of ours, not the user's doing.
@@ -39,6 +40,10 @@ class DeviceError(StudioError):
 
 class OutOfMemory(DeviceError):
     """The device's memory does not suffice for this request."""
+
+
+class RemoteTextError(StudioError):
+    """The text encoder on another machine gave no context."""
 
 
 class SaveError(StudioError):

@@ -1,6 +1,8 @@
 """What a run tells whoever follows it:
 
 (Queued | Status | Notice | Preview)*  then exactly one of  Result | Stopped | Failed
+
+Loading a checkpoint ahead of a run tells  (Queued | Status)*  and then  Ready | Stopped | Failed.
 """
 
 from __future__ import annotations
@@ -68,6 +70,13 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The checkpoint called `checkpoint` is loaded, as far as the memory allows."""
+
+    checkpoint: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stopped:
     """The run was cancelled by its owner. `images` are the pictures that were finished and saved before."""
 
@@ -82,5 +91,5 @@ class Failed:
     message: str
 
 
-Event = Queued | Status | Notice | Preview | Result | Stopped | Failed
-FINAL = (Result, Stopped, Failed)
+Event = Queued | Status | Notice | Preview | Result | Ready | Stopped | Failed
+FINAL = (Result, Ready, Stopped, Failed)

@@ -1,17 +1,20 @@
 """Runs belong to the server, not to the browser tab: a job goes on when nobody looks, and anyone may come back to it.
 
 `submit` checks the request at once, so a mistake is told to the one who made it; a worker thread per device runs
-the jobs in order. A follower reads `job.events(since)`; it may be slower than the run, so of previews and the like only
-the newest is kept. Cancelling takes effect between two denoising steps.
+the jobs. It takes the oldest first, but prefers the checkpoint that is loaded, as long as nobody is passed over more
+than a few times: users of two checkpoints do not have them swapped after every picture. A checkpoint that somebody has
+merely chosen is loaded when nothing else is to be done.
+
+A follower reads `job.events(since)`; it may be slower than the run, so of previews and the like only the newest is
+kept. Cancelling takes effect between two denoising steps.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from flux2_studio.errors import StudioError
@@ -21,6 +24,7 @@ from flux2_studio.request import Request, changes
 log = logging.getLogger(__name__)
 
 PASSING = (Queued, Status, Preview)  # what a later event of the same kind makes worthless
+PASSED = 3  # runs of the loaded checkpoint that may go before an older one of another
 KEPT = 200  # finished jobs that can still be asked for
 DEFECT = (
     "Something went wrong inside the studio; its log has the details. Try again, and restart the studio if it "
@@ -35,13 +39,14 @@ class Runner(Protocol):
 
     def generate(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
 
+    def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
 
-class Job:
-    """One submitted run: its resolved request and the events it has had so far. Safe to use from any thread."""
 
-    def __init__(self, request: Request, owner: str) -> None:
+class Task:
+    """Something that the worker does, and the events it has had so far. Safe to use from any thread."""
+
+    def __init__(self, owner: str) -> None:
         self.id = uuid.uuid4().hex
-        self.request = request
         self.owner = owner
         self._changed = threading.Condition()
         self._events: list[tuple[int, Event]] = []  # (number, event), numbers rising, old previews dropped
@@ -100,16 +105,35 @@ class Job:
             return bool(self._events) and isinstance(self._events[-1][1], FINAL)
 
 
+class Job(Task):
+    """One submitted run, with its resolved request."""
+
+    def __init__(self, request: Request, owner: str) -> None:
+        super().__init__(owner)
+        self.request = request
+        self.passed = 0  # how many younger runs were taken before it
+
+
+class Preparation(Task):
+    """Loading a checkpoint before it is needed."""
+
+    def __init__(self, checkpoint: str, owner: str) -> None:
+        super().__init__(owner)
+        self.checkpoint = checkpoint
+
+
 class JobQueue:
     """Runs jobs one after another in a thread of its own."""
 
     def __init__(self, studio: Runner) -> None:
         self._studio = studio
         self._jobs: dict[str, Job] = {}
-        self._waiting: list[Job] = []
-        self._lock = threading.Lock()
+        self._running: Task | None = None
+        self._waiting: list[Job] = []  # oldest first
+        self._wanted: Preparation | None = None
+        self._loaded: str | None = None  # the checkpoint that ran, or was loaded, last
         self._closed = False
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="flux2-worker", daemon=True)
         self._worker.start()
 
@@ -119,7 +143,7 @@ class JobQueue:
         job = Job(resolved, owner)
         for text in changes(request, resolved):
             job.add(Notice(text=text))
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise StudioError("The studio is shutting down: start it again for further runs.")
             self._jobs[job.id] = job
@@ -127,48 +151,114 @@ class JobQueue:
             finished = [id_ for id_, other in self._jobs.items() if other.finished]
             for id_ in finished[: max(0, len(finished) - KEPT)]:
                 del self._jobs[id_]
+            if isinstance(self._running, Preparation) and self._running.checkpoint != resolved.checkpoint:
+                self._running.cancel()  # a run goes first
             self._tell_places()
-            self._inbox.put(job)
+            self._changed.notify_all()
         return job
+
+    def prepare(self, checkpoint: str, owner: str = "") -> Preparation:
+        """Have `checkpoint` loaded as soon as no run is to be done. Whatever was to be prepared before is not."""
+        wanted = Preparation(checkpoint, owner)
+        with self._changed:
+            for earlier in (self._wanted, self._running):
+                if isinstance(earlier, Preparation):
+                    earlier.cancel()
+            if self._closed:
+                wanted.cancel()
+            elif isinstance(self._running, Job):
+                wanted.add(Queued(ahead=1 + len(self._waiting)))
+            self._wanted = wanted
+            self._changed.notify_all()
+        return wanted
 
     def get(self, id_: str, owner: str = "") -> Job | None:
         """The job called `id_` if it is `owner`'s and still known."""
-        with self._lock:
+        with self._changed:
             job = self._jobs.get(id_)
         return job if job is not None and job.owner == owner else None
 
     def close(self) -> None:
         """Cancel everything and end the worker."""
-        with self._lock:
+        with self._changed:
             self._closed = True
-            for job in self._jobs.values():
-                job.cancel()
-        self._inbox.put(None)
+            for task in (*self._jobs.values(), self._wanted, self._running):
+                if task is not None:
+                    task.cancel()
+            self._changed.notify_all()
         self._worker.join()
 
     def _tell_places(self) -> None:
-        # The first is the running one; the rest wait for as many runs as stand before them.
-        for ahead, job in enumerate(job for job in self._waiting if not job.finished):
+        """Tell every waiting run how many go before it, in the order in which they will be taken."""
+        ahead = int(isinstance(self._running, Job))
+        left = [job for job in self._waiting if not job.finished]
+        passed = {job: job.passed for job in left}
+        loaded = self._loaded
+        while left:
+            job = _pick(left, loaded, passed)
+            left.remove(job)
+            loaded = job.request.checkpoint
             if ahead:
                 job.add(Queued(ahead=ahead))
+            ahead += 1
+
+    def _take(self) -> Task | None:
+        """What to do next, waiting for it; None once the queue is closed."""
+        with self._changed:
+            while True:
+                self._waiting = [job for job in self._waiting if not job.finished]
+                if self._waiting:
+                    passed = {job: job.passed for job in self._waiting}
+                    job = _pick(self._waiting, self._loaded, passed)
+                    for other, times in passed.items():
+                        other.passed = times
+                    self._waiting.remove(job)
+                    self._running = job
+                    self._loaded = job.request.checkpoint
+                    self._tell_places()
+                    return job
+                if self._closed:
+                    return None
+                if self._wanted is not None:
+                    self._running, self._wanted = self._wanted, None
+                    return self._running
+                self._changed.wait()
 
     def _work(self) -> None:
-        while (job := self._inbox.get()) is not None:
-            if job.start():
-                self._run(job)
-            with self._lock:
-                self._waiting.remove(job)
+        while (task := self._take()) is not None:
+            if task.start():
+                self._run(task)
+            with self._changed:
+                self._running = None
                 self._tell_places()
 
-    def _run(self, job: Job) -> None:
+    def _run(self, task: Task) -> None:
         try:
-            for event in self._studio.generate(job.request, lambda: job.cancelled):
-                job.add(event)
-            if not job.finished:  # its followers would wait for ever
+            for event in self._events(task):
+                task.add(event)
+            if not task.finished:  # its followers would wait for ever
                 raise RuntimeError("the run ended without a final event")
         except StudioError as error:
-            job.add(Failed(message=str(error)))
+            task.add(Failed(message=str(error)))
         except Exception:
             # A defect of ours: the log has it whole, the user reads what can be done.
-            log.exception("run %s failed", job.id)
-            job.add(Failed(message=DEFECT))
+            log.exception("run %s failed", task.id)
+            task.add(Failed(message=DEFECT))
+
+    def _events(self, task: Task) -> Iterator[Event]:
+        if isinstance(task, Job):
+            yield from self._studio.generate(task.request, lambda: task.cancelled)
+        elif isinstance(task, Preparation):
+            yield from self._studio.prepare(task.checkpoint, lambda: task.cancelled)
+            with self._changed:
+                self._loaded = task.checkpoint
+
+
+def _pick(waiting: Sequence[Job], loaded: str | None, passed: dict[Job, int]) -> Job:
+    """The one of `waiting`, oldest first, to run now; counts in `passed` which older ones it goes before."""
+    chosen = waiting[0]
+    if passed[chosen] < PASSED:
+        chosen = next((job for job in waiting if job.request.checkpoint == loaded), chosen)
+    for older in waiting[: waiting.index(chosen)]:
+        passed[older] += 1
+    return chosen

@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.request import MIN_SIDE, MULTIPLE
@@ -46,29 +48,25 @@ def load_reference(path: Path) -> Loaded:
     name = _shown(path)
     data = _read(path, name)
     notes: list[str] = []
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            # The header is read, nothing is decoded yet.
-            _check_size(file.size, name)
-            # (A phone's MPO holds a photo and its depth map or the like: nothing worth a note.)
-            if file.format != "MPO" and getattr(file, "is_animated", False):
-                notes.append(f"{name} holds several pictures or frames: the first one is used.")
-            file.load()
-            _check_size(file.size, name)  # a decoder may find another size than the header told
-            image = _flatten(_to_srgb(_to_8_bit(_upright(file, name, notes)), name, notes))
-    except ReferenceImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ReferenceImageError(f"{name} is not a picture that can be read here: save it as {READABLE}.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ReferenceImageError(_too_large(name)) from error
-    except Exception as error:
-        # Decoders raise nearly every exception there is when a file is damaged or made to hurt.
-        raise ReferenceImageError(
-            f"{name} is damaged or incomplete: open it in an image program and save it again, or choose another."
-        ) from error
+    with _opening(data, name) as file:
+        # (A phone's MPO holds a photo and its depth map or the like: nothing worth a note.)
+        if file.format != "MPO" and getattr(file, "is_animated", False):
+            notes.append(f"{name} holds several pictures or frames: the first one is used.")
+        file.load()
+        _check_size(file.size, name)  # a decoder may find another size than the header told
+        image = _flatten(_to_srgb(_to_8_bit(_upright(file, name, notes)), name, notes))
     image.info.clear()  # an orientation or a colour profile left here would no longer be true
     return Loaded(image=image, notes=tuple(notes), sha256=hashlib.sha256(data).hexdigest())
+
+
+def reference_size(path: Path) -> tuple[int, int]:
+    """The (width, height) of the picture at `path` as it is stored, upright or not: by its header, without decoding.
+
+    Raises `ReferenceImageError` for what the header shows to be of no use.
+    """
+    name = _shown(path)
+    with _opening(_read(path, name), name) as file:
+        return file.size
 
 
 def fit_size(size: tuple[int, int], cap_pixels: int) -> tuple[int, int]:
@@ -113,6 +111,26 @@ def _capped(size: tuple[int, int], cap_pixels: int) -> tuple[int, int]:
         # In whole numbers: 64 / side * side may fall just under 64.
         return tuple(side * MIN_SIDE // min(size) for side in size)  # type: ignore[return-value]
     return int(width * scale), int(height * scale)
+
+
+@contextmanager
+def _opening(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
+    """The picture in `data`, its header read and checked; whatever goes wrong with it is a `ReferenceImageError`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            _check_size(file.size, name)
+            yield file
+    except ReferenceImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ReferenceImageError(f"{name} is not a picture that can be read here: save it as {READABLE}.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ReferenceImageError(_too_large(name)) from error
+    except Exception as error:
+        # Decoders raise nearly every exception there is when a file is damaged or made to hurt.
+        raise ReferenceImageError(
+            f"{name} is damaged or incomplete: open it in an image program and save it again, or choose another."
+        ) from error
 
 
 def _read(path: Path, name: str) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,36 @@ MIN_SIDE = 64
 MAX_COUNT = 16
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 20_000  # characters; far beyond what any text encoder reads
+MAX_LORAS = 16
+MAX_LORA_WEIGHT = 4.0  # either way; beyond it no LoRA leaves more than noise
+MAX_NAME = 250  # characters of a LoRA's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraChoice:
+    """A LoRA, called as `models.loras` lists it, and how strongly it counts: 1 is its full effect, 0 none.
+
+    Raises `RequestError` for a weight out of range, or a name that no LoRA can have.
+    """
+
+    name: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and is_lora_name(self.name)):
+            raise RequestError(f"{str(self.name)[:MAX_NAME]!r} is no LoRA's name: choose one of the list.")
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not (number and abs(self.weight) <= MAX_LORA_WEIGHT):
+            raise RequestError(
+                f"The weight of the LoRA {self.name} must be a number from {-MAX_LORA_WEIGHT:g} to "
+                f"{MAX_LORA_WEIGHT:g}, not {self.weight!r}."
+            )
+
+
+def is_lora_name(name: str) -> bool:
+    """Whether `name` is plain and relative, with / between folders: none that leads elsewhere or hides something."""
+    plain = name.isprintable() and name == name.strip() and "\\" not in name
+    return 0 < len(name) <= MAX_NAME and plain and not {"", ".", ".."} & set(name.split("/"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +68,7 @@ class Request:
     guidance: float | None = None
     seed: int | None = None
     count: int = 1
+    loras: tuple[LoraChoice, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -57,6 +89,12 @@ class Request:
         last_seed = MAX_SEED - self.count + 1  # each picture's own seed must be one that can be asked for again
         if self.seed is not None and not 0 <= self.seed <= last_seed:
             raise RequestError(f"Choose a seed between 0 and {last_seed}, not {self.seed}.")
+        if len(self.loras) > MAX_LORAS:
+            raise RequestError(f"Choose at most {MAX_LORAS} LoRAs, not {len(self.loras)}.")
+        names = [choice.name for choice in self.loras]
+        for name in names:
+            if names.count(name) > 1:
+                raise RequestError(f"The LoRA {name} is chosen twice: keep one of them, with the weight that you want.")
 
     def resolve(self, checkpoint: Checkpoint, reference_sizes: Sequence[tuple[int, int]] = ()) -> Request:
         """This request with every None decided; resolving a resolved request changes nothing.
@@ -108,7 +146,31 @@ class Request:
         """The fields as JSON knows them; references become strings."""
         fields = dict(vars(self))
         fields["references"] = [str(path) for path in self.references]
+        fields["loras"] = [asdict(choice) for choice in self.loras]
         return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Request:
+        """The request that `as_dict` gave, or one that somebody wrote. Raises `RequestError` for anything else.
+
+        A LoRA's `sha256`, which a saved picture has beside name and weight, is passed over.
+        """
+        read = dict(fields)
+        unknown = read.keys() - {field.name for field in fields_of(cls)}
+        if unknown:
+            raise RequestError(f"A request has no field {min(map(str, unknown))[:MAX_NAME]!r}: leave it out.")
+        try:
+            read["references"] = tuple(Path(path) for path in read.get("references", ()))
+            read["loras"] = tuple(
+                LoraChoice(**{key: value for key, value in entry.items() if key != "sha256"})
+                for entry in read.get("loras", ())
+            )
+            return cls(**read)
+        except (TypeError, AttributeError) as error:
+            raise RequestError(
+                "That is no request: it needs a prompt, a list of file names as references, and a list of "
+                '{"name": ..., "weight": ...} as LoRAs.'
+            ) from error
 
 
 def round_side(pixels: int, name: str) -> int:

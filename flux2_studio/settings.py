@@ -5,10 +5,16 @@
 | FLUX2_HOME | where everything the studio writes lives (default: the platform's user data folder) |
 | FLUX2_CHECKPOINT | the checkpoint chosen when a request names none |
 | FLUX2_CHECKPOINTS_DIR | a folder of one's own checkpoint files, offered beside the known ones |
+| FLUX2_LORAS_DIR | a folder of LoRAs, as ComfyUI's models/loras (default: loras in FLUX2_HOME) |
 | FLUX2_DEVICE | auto, cuda, cuda:1, mps or cpu |
 | FLUX2_DTYPE | auto, float32, bfloat16 or float16 |
 | FLUX2_QUANTIZE | off, fp8 or int8: hold transformer and text encoder in 8 bits, made when they are loaded |
+| FLUX2_MEMORY | gigabytes of the device's memory that the studio may take (default: what is free) |
 | FLUX2_PREVIEW | tiny (a small decoder), linear (rough colours, no extra weights) or off |
+| FLUX2_TEXT_ENCODER_URL | the address of a text encoder on another machine, see `models/remote_text.py` |
+| FLUX2_TEXT_ENCODER_TOKEN | the token that it asks for |
+| FLUX2_TEXT_ENCODER_FOR | the checkpoint whose text encoder it has; all that share that encoder use it (default: dev) |
+| FLUX2_ENCODE_TOKEN | the token that our own `encode-server` asks for |
 | *_MODEL_PATH | a local copy of one part, named as in `checkpoints.py` (the official command line's names) |
 
 The hub's own variables (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) are read by huggingface_hub.
@@ -17,10 +23,12 @@ The hub's own variables (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) are rea
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 import platformdirs
 
@@ -44,11 +52,17 @@ class Settings:
     checkpoints: tuple[Checkpoint, ...] = CHECKPOINTS
     default_checkpoint: str = "nano"
     checkpoints_dir: Path | None = None  # whose files `models.own` adds to `checkpoints`
+    loras_dir: Path | None = None  # None: `home`/loras
     overrides: Mapping[str, Path] = field(default_factory=dict)  # variable -> local file or folder
     device: Device = "auto"
     dtype: DtypeName = "auto"
     quantize: Quantize = "off"
+    memory: float | None = None  # gigabytes
     preview: PreviewKind = "tiny"
+    text_encoder_url: str | None = None
+    text_encoder_token: str | None = field(default=None, repr=False)
+    text_encoder_for: str = "dev"
+    encode_token: str | None = field(default=None, repr=False)
     on_space: bool = False  # running as a Hugging Face Space
 
     @classmethod
@@ -70,11 +84,19 @@ class Settings:
             home=home or Path(platformdirs.user_data_dir("flux2-studio", appauthor=False)),
             default_checkpoint=env.get("FLUX2_CHECKPOINT") or cls.default_checkpoint,
             checkpoints_dir=_path(env, "FLUX2_CHECKPOINTS_DIR"),
+            loras_dir=_path(env, "FLUX2_LORAS_DIR"),
             overrides=overrides,
             device=env.get("FLUX2_DEVICE") or cls.device,
             dtype=_choice(env, "FLUX2_DTYPE", cls.dtype, get_args(DtypeName)),  # type: ignore[arg-type]
             quantize=_choice(env, "FLUX2_QUANTIZE", cls.quantize, get_args(Quantize)),  # type: ignore[arg-type]
+            memory=_gigabytes(env, "FLUX2_MEMORY"),
             preview=_choice(env, "FLUX2_PREVIEW", cls.preview, get_args(PreviewKind)),  # type: ignore[arg-type]
+            text_encoder_url=_url(env, "FLUX2_TEXT_ENCODER_URL"),
+            text_encoder_token=_token(env, "FLUX2_TEXT_ENCODER_TOKEN"),
+            text_encoder_for=_choice(
+                env, "FLUX2_TEXT_ENCODER_FOR", cls.text_encoder_for, tuple(it.name for it in CHECKPOINTS)
+            ),
+            encode_token=_token(env, "FLUX2_ENCODE_TOKEN"),
             on_space="SPACE_ID" in env,
         )
         if settings.checkpoints_dir is None:  # otherwise it may be one of that folder's
@@ -85,6 +107,21 @@ class Settings:
     def outputs(self) -> Path:
         """The folder under which finished pictures are saved."""
         return self.home / "outputs"
+
+    def reads_remotely(self, checkpoint: Checkpoint) -> bool:
+        """Whether the prompts of `checkpoint` go to the text encoder at `text_encoder_url`.
+
+        They do where it has the same text encoder as `text_encoder_for`: a user's own quantised file of dev, too.
+        """
+        if self.text_encoder_url is None:
+            return False
+        served = next(it for it in CHECKPOINTS if it.name == self.text_encoder_for)
+        return (checkpoint.text, checkpoint.recipe) == (served.text, served.recipe)
+
+    @property
+    def loras(self) -> Path:
+        """The folder where users put LoRAs."""
+        return self.loras_dir or self.home / "loras"
 
     def prepare_process(self) -> None:
         """Set what libraries read from the environment, where the user has not; call it before torch is imported.
@@ -105,6 +142,30 @@ class Settings:
         raise RequestError(f"There is no checkpoint called {wanted!r}. Choose one of: {known}.")
 
 
+def _url(env: Mapping[str, str], name: str) -> str | None:
+    value = env.get(name)
+    if not value:
+        return None
+    try:
+        parts = urlsplit(value)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no number as the port, half a pair of brackets
+        fits = False
+    # What is wrong is not repeated: it may hold a secret.
+    if not fits or not re.fullmatch(r"[!-~]+", value):
+        raise StudioError(f"{name} is not an address: write it as http://encoder.example:7870/ or with https.")
+    if "@" in parts.netloc:
+        raise StudioError(f"{name} holds a name or password: write the address alone, and use a token.")
+    return value
+
+
+def _token(env: Mapping[str, str], name: str) -> str | None:
+    value = env.get(name, "").strip()
+    if value and not re.fullmatch(r"[!-~]+", value):
+        raise StudioError(f"{name} holds blanks or other characters that no token has: copy it again.")
+    return value or None
+
+
 def _path(env: Mapping[str, str], name: str) -> Path | None:
     value = env.get(name)
     try:
@@ -113,6 +174,19 @@ def _path(env: Mapping[str, str], name: str) -> Path | None:
         raise StudioError(
             f"{name} is {value!r}, in a home folder that is not known: write the path in full."
         ) from error
+
+
+def _gigabytes(env: Mapping[str, str], name: str) -> float | None:
+    value = env.get(name)
+    if not value:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise StudioError(f"{name} is {value!r}; set it to a number of gigabytes, such as 7.5.")
+    return number
 
 
 def _choice(env: Mapping[str, str], name: str, default: str, allowed: tuple[str, ...]) -> str:

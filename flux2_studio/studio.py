@@ -1,6 +1,6 @@
 """One run from request to saved pictures. The only orchestrator; every caller goes through `Studio.generate`.
 
-resolve -> references -> load -> encode text -> encode references -> denoise (previews) -> decode -> save -> Result
+resolve -> references -> plan -> encode text -> encode references -> denoise (previews) -> decode -> save -> Result
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.engine.latents import noise
 from flux2_studio.engine.sampling import denoise
 from flux2_studio.errors import DeviceError, OutOfMemory
-from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
+from flux2_studio.events import Event, Notice, Preview, Ready, Result, Status, Stopped
 from flux2_studio.models.hub import Hub, Progress
-from flux2_studio.models.manager import LoadedCheckpoint, ModelManager
+from flux2_studio.models.loras import Loras
+from flux2_studio.models.manager import Drawn, ModelManager, Session
 from flux2_studio.models.memory import is_out_of_memory
+from flux2_studio.models.plan import Plan, Workload
+from flux2_studio.models.refusals import amount
 from flux2_studio.outputs.save import Library
 from flux2_studio.pictures import images_from_pixels
 from flux2_studio.references import fit, fit_note, load_reference
-from flux2_studio.request import MULTIPLE, Request, changes
+from flux2_studio.request import Request, changes
 from flux2_studio.settings import Settings
 
 T = TypeVar("T")
@@ -65,6 +68,22 @@ class _Conditions:
     references: Sequence[Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One run under way: its resolved request, and what goes along with it from stage to stage."""
+
+    request: Request
+    references: Sequence[_Reference]
+    session: Session
+    cancelled: Callable[[], bool]
+    finished: _Finished
+
+    def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
+        """Do `work` while telling what it says; it is not begun when the run is cancelled."""
+        _check(self.cancelled)
+        return (yield from _with_status(work, self.cancelled))
+
+
 class Studio:
     """Turns requests into pictures, one at a time. `jobs.JobQueue` puts many callers in line."""
 
@@ -73,6 +92,11 @@ class Studio:
         self._models = models or ModelManager(settings, Hub(settings))
         self._library = library or Library(settings.outputs)
 
+    @property
+    def loras(self) -> Loras:
+        """The LoRAs that requests may choose."""
+        return self._models.loras
+
     def on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether `checkpoint` can run without a download."""
         return self._models.on_disk(checkpoint)
@@ -80,6 +104,41 @@ class Studio:
     def resolve(self, request: Request) -> Request:
         """`request` with nothing left open, its references looked at. Raises `RequestError` for what cannot be done."""
         return self._look_at(request)[0]
+
+    def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> str:
+        """How `request` will fit into memory, in words; "" where its checkpoint is not on disk. Reads headers only.
+
+        references: the size of each in pixels, as it will be read. Raises `StudioError` where it will not fit.
+        """
+        checkpoint = self.settings.checkpoint(request.checkpoint)
+        if not self.on_disk(checkpoint):
+            return ""
+        workload = _workload(request.resolve(checkpoint, references), references, checkpoint)
+        return self._models.outlook(checkpoint, workload, request.loras).text(self._models.place)
+
+    def needs(self, checkpoint: Checkpoint) -> str:
+        """What `checkpoint` needs of the memory, in words: by its published sizes, for it may not be here yet."""
+        sizes = [part.size for part in checkpoint.parts]
+        there = self._models.capacity
+        return (
+            f"Takes about {amount(sum(sizes))} of memory at once, {amount(max(sizes))} when its parts take turns; "
+            f"{self._models.place} has {amount(there)}."
+        )
+
+    def prepare(self, name: str, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Load checkpoint `name`, which must be on disk, as far as it fits, before it is asked for. Yields Status, then
+        Ready, or Stopped once `cancelled`. Raises `StudioError`."""
+        checkpoint = self.settings.checkpoint(name)
+        usual = Request(prompt="any").resolve(checkpoint)
+
+        def load(progress: Progress) -> None:
+            self._models.open(checkpoint, _workload(usual, [], checkpoint), progress).preload(progress)
+
+        try:
+            yield from _with_status(load, cancelled)
+            yield Ready(checkpoint=name)
+        except _Cancelled:
+            yield Stopped()
 
     def generate(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Carry out `request`, yielding events as `events.py` orders them; the last is a Result or, if `cancelled`
@@ -105,28 +164,35 @@ class Studio:
         self._library.check()  # before hours of work, not after
         yield from (Notice(text=text) for text in changes(asked, request))
         checkpoint = self.settings.checkpoint(request.checkpoint)
-
-        loaded = yield from _with_status(lambda progress: self._models.load(checkpoint, progress), cancelled)
-        yield from (Notice(text=text) for text in loaded.notes)
-        conditions = yield from _encode(loaded, request, references, cancelled)
-
-        timer = _Timer()
-        waiting = list(request.seeds)
-        most = self._batch_size(loaded, request, conditions)
-        while waiting:
-            seeds = waiting[:most]
-            pictures = yield from self._draw(loaded, request, seeds, len(waiting), conditions, timer, cancelled)
-            if pictures is None:
-                most = len(seeds) // 2
-                self._models.release_scratch()
-                yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
-                continue
-            for picture, seed in zip(pictures, seeds, strict=True):
-                one = replace(request, seed=seed, count=1)
-                path = self._library.save(picture, one, [reference.sha256 for reference in references])
-                finished.images.append(path)
-                finished.seeds.append(seed)
-            del waiting[: len(seeds)]
+        workload = _workload(request, [reference.image.size for reference in references], checkpoint)
+        exhausted: Plan | None = None  # the plan that turned out to be too much
+        while len(finished.images) < request.count:
+            before = exhausted
+            session = yield from _with_status(
+                lambda progress: self._models.open(
+                    checkpoint,
+                    workload,
+                    progress,
+                    loras=request.loras,
+                    after=before,  # noqa: B023 - run at once
+                ),
+                cancelled,
+            )
+            run = _Run(request=request, references=references, session=session, cancelled=cancelled, finished=finished)
+            if not before:
+                yield from (Notice(text=text) for text in session.notes)
+            if not session.plan.resident:
+                yield Notice(text=session.plan.text(self._models.place))
+            try:
+                yield from self._make(run)
+            except (RuntimeError, MemoryError) as error:
+                if before or not is_out_of_memory(error):
+                    raise
+                exhausted = session.plan
+            if exhausted and not before:
+                del run, session  # and whatever they hold on the device
+                self._models.release_all()
+                yield Notice(text="The memory ran out, in spite of the plan: trying once more, with less of it in use.")
         yield Result(
             request=request,
             images=tuple(finished.images),
@@ -140,6 +206,7 @@ class Studio:
         """The resolved request, and its references at the size at which they are read."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
         request.resolve(checkpoint)  # whatever is wrong with the numbers is said before pictures are opened
+        self.loras.check(request.loras, checkpoint, None)
         cap = checkpoint.reference_cap(len(request.references))
         references = []
         for number, path in enumerate(request.references, start=1):
@@ -152,67 +219,106 @@ class Studio:
             )
         return request.resolve(checkpoint, [reference.image.size for reference in references]), references
 
-    def _batch_size(self, loaded: LoadedCheckpoint, request: Request, conditions: _Conditions) -> int:
-        assert request.width is not None and request.height is not None
-        kept = sum(latent.shape[-2] * latent.shape[-1] for latent in conditions.references)
-        tokens = loaded.checkpoint.recipe.length + (request.height // MULTIPLE) * (request.width // MULTIPLE) + kept
-        rows = 1 if conditions.negative_context is None else 2
-        cached = kept if loaded.checkpoint.reference_cache else 0
-        return self._models.batch_size(loaded, request.count, rows * tokens, rows * cached)
+    def _make(self, run: _Run) -> Iterator[Event]:
+        """Draw and save the pictures of `run` that are not finished yet."""
+        conditions = yield from _encode(run)
+        timer = _Timer()
+        most = run.session.plan.batch
+        waiting = list(run.request.seeds[len(run.finished.images) :])
+        told = False
+        while waiting:
+            seeds = waiting[:most]
+            drawn = yield from run.working(run.session.draw)
+            if not told:
+                yield from (Notice(text=lora.report.text) for lora in drawn.applied)
+                told = True
+            pictures = yield from self._draw(run, drawn, seeds, len(waiting), conditions, timer)
+            if pictures is None:
+                most = len(seeds) // 2
+                self._models.release_scratch()
+                yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
+                continue
+            for picture, seed in zip(pictures, seeds, strict=True):
+                path = self._library.save(
+                    picture,
+                    replace(run.request, seed=seed, count=1),
+                    [reference.sha256 for reference in run.references],
+                    [lora.sha256 for lora in drawn.applied],
+                )
+                run.finished.images.append(path)
+                run.finished.seeds.append(seed)
+            del waiting[: len(seeds)]
 
     def _draw(
         self,
-        loaded: LoadedCheckpoint,
-        request: Request,
+        run: _Run,
+        drawn: Drawn,
         seeds: Sequence[int],
         waiting: int,
         conditions: _Conditions,
         timer: _Timer,
-        cancelled: Callable[[], bool],
     ) -> Generator[Event, None, list[Image.Image] | None]:
         """The pictures of `seeds`, drawn as one batch with a Preview per step; None if they do not fit into memory.
 
         waiting: how many pictures of the request are not done yet, these included.
         """
         try:
-            latents = yield from _denoise(loaded, request, seeds, waiting, conditions, timer, cancelled)
+            latents = yield from _denoise(run, drawn, seeds, waiting, conditions, timer)
             if not bool(torch.isfinite(latents).all()):
                 raise DeviceError(
-                    f"{loaded.checkpoint.label} ran out of the range of {loaded.transformer.dtype}, so there is no "
+                    f"{run.session.checkpoint.label} ran out of the range of {drawn.transformer.dtype}, so there is no "
                     f"picture. Set the precision to bfloat16 or float32 (FLUX2_DTYPE, or --dtype)."
                 )
-            yield Status(text="Decoding")
-            return [images_from_pixels(loaded.autoencoder.decode(latent[None]))[0] for latent in latents]
+            pictures = []
+            for latent in latents.split(1):
+                pixels = yield from run.working(lambda progress: run.session.decode(latent, progress))  # noqa: B023
+                pictures += images_from_pixels(pixels)
+            return pictures
         except (RuntimeError, MemoryError) as error:
             if len(seeds) == 1 or not is_out_of_memory(error):
                 raise
             return None
 
 
-def _encode(
-    loaded: LoadedCheckpoint, request: Request, references: Sequence[_Reference], cancelled: Callable[[], bool]
-) -> Generator[Event, None, _Conditions]:
+def _workload(request: Request, references: Sequence[tuple[int, int]], checkpoint: Checkpoint) -> Workload:
+    """What a resolved request asks of the memory; references: the size of each in pixels, as it will be read."""
+    assert request.width and request.height
+    return Workload(
+        width=request.width,
+        height=request.height,
+        count=request.count,
+        guided=_is_guided(request, checkpoint),
+        references=tuple(references),
+    )
+
+
+def _is_guided(request: Request, checkpoint: Checkpoint) -> bool:
+    """Whether two prompts are read and every step is computed twice."""
+    return checkpoint.guiding == "cfg" and request.guidance != 1.0
+
+
+def _encode(run: _Run) -> Generator[Event, None, _Conditions]:
     """Prompts and references as the transformer takes them."""
-    _check(cancelled)
-    yield Status(text="Reading the prompt")
-    guided = loaded.checkpoint.guiding == "cfg" and request.guidance != 1.0
+    request, session = run.request, run.session
+    guided = _is_guided(request, session.checkpoint)
     prompts = [request.prompt, request.negative_prompt or ""] if guided else [request.prompt]
-    encoded = loaded.text.encode(prompts)
+    yield Status(text="Reading the prompt")
+    encoded = yield from run.working(lambda progress: session.encode(prompts, progress))
     if request.negative_prompt and not guided:
         yield Notice(text="The negative prompt has no effect at guidance 1: choose a higher guidance to use it.")
     for name, cut in zip(("prompt", "negative prompt"), encoded.cut, strict=False):
         if cut:
             yield Notice(
-                text=f"The {name} is too long for {loaded.checkpoint.label}, which reads "
-                f"{loaded.checkpoint.recipe.length} tokens: its last {cut} token{'s' if cut > 1 else ''} (about "
+                text=f"The {name} is too long for {session.checkpoint.label}, which reads "
+                f"{session.checkpoint.recipe.length} tokens: its last {cut} token{'s' if cut > 1 else ''} (about "
                 f"{max(1, cut * 3 // 4)} word{'s' if cut > 2 else ''}) had to be left out."
             )
     latents = []
-    for number, reference in enumerate(references, start=1):
-        _check(cancelled)
-        yield Status(text=f"Reading image {number}" if len(references) > 1 else "Reading the image")
+    for number, reference in enumerate(run.references, start=1):
+        yield Status(text=f"Reading image {number}" if len(run.references) > 1 else "Reading the image")
         yield from (Notice(text=note) for note in reference.notes)
-        latents.append(loaded.references.encode(reference.image))
+        image = reference.image
+        latents.append((yield from run.working(lambda progress: session.encode_reference(image, progress))))  # noqa: B023
     return _Conditions(
         context=encoded.context[:1],
         negative_context=encoded.context[1:] if guided else None,
@@ -221,32 +327,30 @@ def _encode(
 
 
 def _denoise(
-    loaded: LoadedCheckpoint,
-    request: Request,
-    seeds: Sequence[int],
-    waiting: int,
-    conditions: _Conditions,
-    timer: _Timer,
-    cancelled: Callable[[], bool],
+    run: _Run, drawn: Drawn, seeds: Sequence[int], waiting: int, conditions: _Conditions, timer: _Timer
 ) -> Generator[Event, None, Tensor]:
     """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]."""
+    request, checkpoint = run.request, run.session.checkpoint
     assert request.width and request.height and request.steps and request.guidance is not None
-    _check(cancelled)
+    _check(run.cancelled)
     first = request.count - waiting
     yield Status(text="Drawing" if request.count == 1 else f"Drawing {_range(first, len(seeds), request.count)}")
     timer.start()
     for step in denoise(
-        loaded.transformer,
-        noise(seeds, request.width, request.height, loaded.transformer.params.in_channels),
+        drawn.transformer,
+        noise(seeds, request.width, request.height, drawn.transformer.params.in_channels),
         conditions.context,
         steps=request.steps,
         guidance=request.guidance,
-        guiding=loaded.checkpoint.guiding,
+        guiding=checkpoint.guiding,
         negative_context=conditions.negative_context,
         references=conditions.references,
-        reference_cache=loaded.checkpoint.reference_cache,
+        reference_cache=checkpoint.reference_cache,
     ):
-        images = images_from_pixels(loaded.previewer(step.clean)) if loaded.previewer else []
+        images: list[Image.Image] = []
+        if drawn.previewer is not None:
+            for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
+                images += images_from_pixels(drawn.previewer(clean))
         timer.stepped(len(seeds))
         yield Preview(
             step=step.index + 1,
@@ -256,7 +360,7 @@ def _denoise(
             count=request.count,
             seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
         )
-        _check(cancelled)
+        _check(run.cancelled)
     return step.latents
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"engine"},
     {"references", "pictures"},
     {"models", "outputs"},
-    {"studio"},
+    {"studio", "encode_server"},
     {"jobs"},
     {"ui"},
     {"terminal"},

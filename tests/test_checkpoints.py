@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from flux2_studio.checkpoints import CHECKPOINTS, Checkpoint
+from flux2_studio.engine.weights import open_transformer
 from flux2_studio.settings import ASSETS
 
 BY_NAME = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
@@ -120,3 +121,10 @@ def test_nobody_writes_to_the_table() -> None:
     with pytest.raises(FrozenInstanceError):
         BY_NAME["dev"].steps = 4  # type: ignore[misc]
     assert len({part for checkpoint in CHECKPOINTS for part in checkpoint.parts}) == 14  # hashable, and shared by value
+
+
+@pytest.mark.parametrize("name", ON_BOARD)
+def test_hidden_width_is_that_of_the_file(name: str) -> None:
+    checkpoint = BY_NAME[name]
+    params = open_transformer(ASSETS / checkpoint.flow.path).params
+    assert (checkpoint.hidden_width, checkpoint.context_width) == (params.hidden, params.context_width)

@@ -20,7 +20,9 @@ from flux2_studio import cli
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Notice, Preview, Result, Status, Stopped
-from flux2_studio.request import Request
+from flux2_studio.outputs import metadata
+from flux2_studio.request import LoraChoice, Request
+from tests.loras import write_lora
 from tests.models.fake_hub import TOKEN, TOY, FakeHub, serve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +132,11 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         (["generate", "--prompt", "a fox", "--out", "a.png", "--width", "63"], "width must be at least 64"),
         (["generate", "--prompt", "a fox", "--out", "a.png", "--device", "toaster"], "no device called 'toaster'"),
         (["generate", "--prompt", "a fox", "--out", "a.png", "--image", "no-such.png"], "no-such.png"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--lora", "ink"], "no LoRA called 'ink', nor any other"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--lora", "ink:9"], "a number from -4 to 4, not 9.0"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--lora", "ink:nan"], "a number from -4 to 4, not nan"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--lora", "../ink"], "'../ink' is no LoRA's name"),
+        (["generate", "--prompt", "a fox", "--out", "a.png", "--lora", "a", "--lora", "a:2"], "LoRA a is chosen twice"),
         (["generate", "--prompt", "a fox", "--out", "a.png", "--image", "README.md"], "README.md is not a picture"),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
@@ -149,6 +156,22 @@ def test_a_wrong_environment_is_a_users_error(home: Home) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("flux2-studio: FLUX2_DTYPE is 'int3'")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "weight"),
+    [
+        ("ink", "ink", 1.0),
+        ("ink:0.5", "ink", 0.5),
+        ("styles/ink:-2", "styles/ink", -2.0),
+        ("ink:v2", "ink:v2", 1.0),  # no number: part of the name
+        ("ink:v2:.5", "ink:v2", 0.5),
+        ("take:2:1", "take:2", 1.0),
+        ("pen: and ink", "pen: and ink", 1.0),
+    ],
+)
+def test_a_lora_and_its_weight(text: str, name: str, weight: float) -> None:
+    assert cli.lora_choice(text) == LoraChoice(name=name, weight=weight)
 
 
 def test_weights_that_are_not_here(home: Home) -> None:
@@ -179,6 +202,40 @@ def test_generate(home: Home) -> None:
     (kept,) = home.outputs
     assert kept.read_bytes() == out.read_bytes()
     assert sorted(path.name for path in home.folder.iterdir()) == ["fox.png", "home"]  # nothing half written
+
+
+def test_generate_with_loras(home: Home, fox: Path) -> None:
+    write_lora(home.folder / "home" / "loras" / "ink.safetensors", odd=True)
+    write_lora(home.folder / "home" / "loras" / "styles" / "grain.safetensors", seed=1)
+    pictures = {}
+    for loras in ((), ("ink",), ("ink:0.5", "styles/grain:-1"), ("ink:0",)):
+        out = home.folder / f"{len(pictures)}.png"
+        _, told = home.generate(*FOX, "--out", out, *(part for lora in loras for part in ("--lora", lora)))
+        assert ("8 of 12 tensors fit" in told) == bool(loras)
+        pictures[loras] = pixels(out)
+    assert pictures[()] == pictures["ink:0",] == pixels(fox)
+    assert len(set(pictures.values())) == 3
+    written = metadata.read(home.outputs[2])
+    assert written is not None
+    assert [(lora["name"], lora["weight"], len(lora["sha256"])) for lora in written["loras"]] == [
+        ("ink", 0.5, 64),
+        ("styles/grain", -1.0, 64),
+    ]
+
+
+def test_models_loras(home: Home) -> None:
+    done = home.run("models", "loras")
+    folder = home.folder / "home" / "loras"
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"flux2-studio: no LoRAs yet; put their .safetensors files into {folder}\n"
+    write_lora(folder / "styles" / "ink.safetensors", 4096)
+    write_lora(folder / "grain.safetensors", 320)
+    (folder / "torn.safetensors").write_bytes(b"torn")
+    done = home.run("models", "loras")
+    assert done.stdout == (
+        "grain\tLoRA of rank 4 for a transformer of width 320\nstyles/ink\tLoRA of rank 4 for klein 9B\n"
+    )
+    assert done.stderr.startswith("note: torn.safetensors is not a whole") and done.stderr.count("\n") == 1
 
 
 def test_same_seed_same_picture(home: Home, fox: Path) -> None:

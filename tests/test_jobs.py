@@ -11,8 +11,8 @@ import pytest
 
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, StudioError, WeightsError
-from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
-from flux2_studio.jobs import DEFECT, KEPT, Job, JobQueue
+from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Result, Status, Stopped
+from flux2_studio.jobs import DEFECT, KEPT, PASSED, Job, JobQueue, Task
 from flux2_studio.request import Request
 
 PATIENCE = 10.0  # seconds until a test that hangs is called a failure
@@ -29,11 +29,19 @@ class ScriptedStudio:
     def resolve(self, request: Request) -> Request:
         if request.prompt not in self.scripts:
             raise RequestError("no such script")
-        return request.resolve(CHECKPOINTS[0])
+        return request.resolve(next(one for one in CHECKPOINTS if one.name == (request.checkpoint or "nano")))
 
     def generate(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
         self.ran.append(request.prompt)
         return self.scripts[request.prompt](request, cancelled)
+
+    def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        self.ran.append(f"prepare {name}")
+        yield Status(text="loading")
+        waited = threading.Event()
+        while name == "nano-base" and not cancelled():  # one that takes for ever
+            waited.wait(0.01)
+        yield Stopped() if cancelled() else Ready(checkpoint=name)
 
 
 def preview(step: int, steps: int = 4) -> Preview:
@@ -105,7 +113,7 @@ def start(request: pytest.FixtureRequest) -> Callable[..., tuple[JobQueue, Scrip
 Start = Callable[..., tuple[JobQueue, ScriptedStudio]]
 
 
-def follow(job: Job, since: int = 0) -> list[Event]:
+def follow(job: Task, since: int = 0) -> list[Event]:
     """All events until the run ends; fails rather than hangs."""
     events = [event for _, event in job.events(since, timeout=PATIENCE)]
     assert events and isinstance(events[-1], FINAL), f"the run did not end: {events}"
@@ -296,3 +304,89 @@ def test_close_ends_what_runs_and_what_waits() -> None:
     assert not closer.is_alive()
     assert isinstance(follow(running)[-1], Stopped)
     assert isinstance(follow(waiting)[-1], Stopped)
+
+
+def test_runs_of_the_loaded_checkpoint_go_before_others(start: Start) -> None:
+    gate = Gate()
+    jobs, studio = start(gate=gate, ann=four_steps, bob=four_steps)
+    jobs.submit(Request(prompt="gate", checkpoint="klein-4b"))
+    assert gate.begun.wait(PATIENCE)
+    waiting = [
+        jobs.submit(Request(prompt=prompt, checkpoint=checkpoint))
+        for prompt, checkpoint in (("bob", "klein-9b"), ("ann", "klein-4b")) * 2
+    ]
+    told = [[event for _, event in job.events(timeout=0.01)][-1] for job in waiting]
+    assert told == [Queued(ahead=ahead) for ahead in (3, 1, 4, 2)]
+    gate.go.set()
+    for job in waiting:
+        follow(job)
+    assert studio.ran == ["gate", "ann", "ann", "bob", "bob"], "one swap instead of three"
+
+
+def test_nobody_is_passed_over_for_ever(start: Start) -> None:
+    gate = Gate()
+    jobs, studio = start(gate=gate, ann=four_steps, bob=four_steps)
+    jobs.submit(Request(prompt="gate", checkpoint="klein-4b"))
+    assert gate.begun.wait(PATIENCE)
+    jobs.submit(Request(prompt="bob", checkpoint="klein-9b"))
+    for job in [jobs.submit(Request(prompt="ann", checkpoint="klein-4b")) for _ in range(PASSED + 3)]:
+        gate.go.set()
+        follow(job)
+    assert studio.ran.index("bob") == 1 + PASSED
+
+
+def test_a_chosen_checkpoint_is_loaded_once_the_run_is_done(start: Start) -> None:
+    gate = Gate()
+    jobs, studio = start(gate=gate)
+    job = jobs.submit(Request(prompt="gate"))
+    assert gate.begun.wait(PATIENCE)
+    wanted = jobs.prepare("klein-4b")
+    assert [event for _, event in wanted.events(timeout=0.01)] == [Queued(ahead=1)]
+    gate.go.set()
+    assert follow(wanted)[-1] == Ready(checkpoint="klein-4b")
+    assert isinstance(follow(job)[-1], Result)
+    assert studio.ran == ["gate", "prepare klein-4b"]
+
+
+def test_a_run_does_not_wait_for_what_was_merely_chosen(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    chosen = jobs.prepare("nano-base")
+    assert next(chosen.events(timeout=PATIENCE))[1] == Status(text="loading")
+    assert isinstance(follow(jobs.submit(Request(prompt="fox")))[-1], Result)
+    assert follow(chosen)[-1] == Stopped()
+
+
+def test_a_run_lets_its_own_checkpoint_be_loaded_to_the_end(start: Start) -> None:
+    jobs, _ = start(fox=four_steps)
+    chosen = jobs.prepare("nano-base")
+    assert next(chosen.events(timeout=PATIENCE))[1] == Status(text="loading")
+    job = jobs.submit(Request(prompt="fox", checkpoint="nano-base"))
+    assert not chosen.cancelled
+    assert [event for _, event in job.events(timeout=0.05)] == []
+    chosen.cancel()
+    assert isinstance(follow(job)[-1], Result)
+
+
+def test_the_last_choice_counts(start: Start) -> None:
+    jobs, studio = start()
+    first = jobs.prepare("nano-base")
+    assert next(first.events(timeout=PATIENCE))[1] == Status(text="loading")
+    second = jobs.prepare("klein-9b")
+    assert follow(first)[-1] == Stopped()
+    assert follow(second)[-1] == Ready(checkpoint="klein-9b")
+    assert studio.ran == ["prepare nano-base", "prepare klein-9b"]
+
+
+def test_a_choice_that_cannot_be_loaded_is_told(start: Start) -> None:
+    class Broken(ScriptedStudio):
+        def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
+            raise WeightsError("klein.safetensors is damaged: download it again.")
+
+    jobs = JobQueue(Broken(fox=four_steps))
+    try:
+        assert follow(jobs.prepare("klein-4b"))[-1] == Failed(
+            message="klein.safetensors is damaged: download it again."
+        )
+        assert isinstance(follow(jobs.submit(Request(prompt="fox")))[-1], Result)
+    finally:
+        jobs.close()

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFilter
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.references import FORMATS, Loaded, fit, fit_note, fit_size, load_reference
+from flux2_studio.references import FORMATS, Loaded, fit, fit_note, fit_size, load_reference, reference_size
 
 # What Pillow murmurs about damaged files, before we say it in words.
 pytestmark = pytest.mark.filterwarnings(
@@ -453,3 +453,17 @@ def test_a_compressed_text_bomb_in_a_png(tmp_path: Path) -> None:
         png(64, 64, 8, 0, b"\0" * 65 * 64, (b"zTXt", b"a\0\0" + zlib.compress(b"x" * 64_000_000, 1)))
     )
     assert "text.png" in refused(tmp_path / "text.png")
+
+
+def test_the_size_of_a_reference_needs_no_decoding(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((320, 160), 50).save(whole)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:200])  # the header is there, the picture is not
+    assert reference_size(whole) == reference_size(cut) == (320, 160)
+    with pytest.raises(ReferenceImageError, match="damaged"):
+        load_reference(cut)
+    for name, data in (("empty.png", b""), ("text.png", b"no picture")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ReferenceImageError):
+            reference_size(tmp_path / name)

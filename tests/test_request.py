@@ -12,7 +12,17 @@ import pytest
 
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError
-from flux2_studio.request import MAX_COUNT, MAX_PROMPT, MAX_SEED, Request, changes, round_side, size_for_aspect
+from flux2_studio.request import (
+    MAX_COUNT,
+    MAX_LORAS,
+    MAX_PROMPT,
+    MAX_SEED,
+    LoraChoice,
+    Request,
+    changes,
+    round_side,
+    size_for_aspect,
+)
 
 BY_NAME = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
 DISTILLED, BASE, DEV = BY_NAME["klein-4b"], BY_NAME["klein-base-4b"], BY_NAME["dev"]
@@ -158,6 +168,72 @@ def test_as_dict_is_json() -> None:
     fields = json.loads(json.dumps(request.as_dict()))
     assert fields["references"] == [str(Path("pictures/a.png"))]
     assert (fields["prompt"], fields["seed"], fields["width"], fields["checkpoint"]) == ("a fox", 3, 64, "klein-4b")
+
+
+def test_loras_are_a_name_and_a_weight() -> None:
+    request = Request(prompt="a fox", loras=(LoraChoice(name="styles/ink 2.1", weight=-0.5), LoraChoice(name="名前")))
+    assert [choice.weight for choice in request.loras] == [-0.5, 1.0]
+    assert request.resolve(DISTILLED).loras == request.loras
+    assert request.as_dict()["loras"] == [{"name": "styles/ink 2.1", "weight": -0.5}, {"name": "名前", "weight": 1.0}]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 4.01, -5, "1", None, True, 10**400])
+def test_weights_have_limits(weight: object) -> None:
+    with pytest.raises(RequestError, match="weight of the LoRA ink must be a number from -4 to 4"):
+        LoraChoice(name="ink", weight=weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", " ", "ink ", "/ink", "ink/", "a//b", ".", "..", "../ink", "a/../b", "a/./b", "a\\b"),
+        *("a\nb", "a\0b", "a\ud800b", "a\u202eb", "x" * 251, None, 5),
+    ],
+)
+def test_names_of_loras_lead_nowhere(name: object) -> None:
+    with pytest.raises(RequestError, match="is no LoRA's name"):
+        LoraChoice(name=name)  # type: ignore[arg-type]
+
+
+def test_too_many_loras_and_the_same_twice() -> None:
+    many = tuple(LoraChoice(name=f"{number}") for number in range(MAX_LORAS + 1))
+    assert len(Request(prompt="a fox", loras=many[:-1]).loras) == MAX_LORAS
+    with pytest.raises(RequestError, match=f"at most {MAX_LORAS} LoRAs, not {MAX_LORAS + 1}"):
+        Request(prompt="a fox", loras=many)
+    with pytest.raises(RequestError, match="The LoRA ink is chosen twice"):
+        Request(prompt="a fox", loras=(LoraChoice(name="ink"), LoraChoice(name="ink", weight=0.5)))
+
+
+def test_json_and_back() -> None:
+    request = Request(prompt="a fox", references=(Path("a.png"),), seed=3, loras=(LoraChoice(name="ink", weight=0.5),))
+    assert Request.from_dict(json.loads(json.dumps(request.as_dict()))) == request
+    resolved = request.resolve(DISTILLED, [(64, 64)])
+    assert Request.from_dict(json.loads(json.dumps(resolved.as_dict()))) == resolved
+    assert Request.from_dict({"prompt": "a fox"}) == Request(prompt="a fox")
+    with_hash = {"prompt": "a fox", "loras": [{"name": "ink", "weight": 0.5, "sha256": "ab"}]}
+    assert Request.from_dict(with_hash).loras == request.loras
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"prompt": "a fox", "colour": "red"},
+        {"prompt": "a fox", 5: "red"},
+        {"prompt": "a fox", "references": 5},
+        {"prompt": "a fox", "references": [None]},
+        {"prompt": "a fox", "loras": "ink"},
+        {"prompt": "a fox", "loras": [["ink", 1]]},
+        {"prompt": "a fox", "loras": [{"weight": 1}]},
+        {"prompt": "a fox", "loras": [{"name": "ink", "strength": 1}]},
+        {"prompt": "a fox", "loras": [{"name": "ink", "weight": "NaN"}]},
+        {"prompt": "a fox", "negative_prompt": 5},
+        {"prompt": "a fox", "count": "many"},
+    ],
+)
+def test_what_is_no_request_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        Request.from_dict(fields)
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])

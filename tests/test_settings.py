@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import platformdirs
 import pytest
 
+from flux2_studio.checkpoints import DEV
 from flux2_studio.errors import RequestError, StudioError
 from flux2_studio.settings import Settings
 
@@ -16,8 +18,10 @@ def test_defaults() -> None:
     settings = Settings.from_environment({})
     assert settings.home == Path(platformdirs.user_data_dir("flux2-studio", appauthor=False))
     assert settings.outputs == settings.home / "outputs"
+    assert settings.loras == settings.home / "loras"
     assert (settings.device, settings.dtype, settings.preview) == ("auto", "auto", "tiny")
     assert settings.default_checkpoint == "nano"
+    assert settings.memory is None, "what is free"
     assert settings.overrides == {}
     assert not settings.on_space
     assert settings.assets.is_dir()
@@ -28,15 +32,19 @@ def test_variables(tmp_path: Path) -> None:
         {
             "FLUX2_HOME": str(tmp_path),
             "FLUX2_CHECKPOINT": "klein-4b",
+            "FLUX2_LORAS_DIR": str(tmp_path / "models" / "loras"),
             "FLUX2_DEVICE": "cuda:1",
             "FLUX2_DTYPE": "bfloat16",
+            "FLUX2_MEMORY": "7.5",
             "FLUX2_PREVIEW": "off",
             "SPACE_ID": "someone/flux2-studio",
         }
     )
     assert settings.home == tmp_path
     assert settings.checkpoint(None).name == "klein-4b"
+    assert settings.loras == tmp_path / "models" / "loras"
     assert (settings.device, settings.dtype, settings.preview) == ("cuda:1", "bfloat16", "off")
+    assert settings.memory == 7.5
     assert settings.on_space
 
 
@@ -66,7 +74,21 @@ def test_path_overrides_have_the_official_names(variable: str) -> None:
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
-    own = ("HOME", "CHECKPOINT", "CHECKPOINTS_DIR", "DEVICE", "DTYPE", "QUANTIZE", "PREVIEW")
+    own = (
+        "TEXT_ENCODER_URL",
+        "TEXT_ENCODER_TOKEN",
+        "TEXT_ENCODER_FOR",
+        "ENCODE_TOKEN",
+        "HOME",
+        "CHECKPOINT",
+        "CHECKPOINTS_DIR",
+        "LORAS_DIR",
+        "DEVICE",
+        "DTYPE",
+        "QUANTIZE",
+        "MEMORY",
+        "PREVIEW",
+    )
     names = [f"FLUX2_{name}" for name in own]
     assert Settings.from_environment(dict.fromkeys(names, "")) == Settings.from_environment({})
 
@@ -76,6 +98,11 @@ def test_an_empty_variable_counts_as_unset() -> None:
     [
         ("FLUX2_DTYPE", "float8", "FLUX2_DTYPE is 'float8'; set it to one of: auto, float32, bfloat16, float16"),
         ("FLUX2_QUANTIZE", "4", "FLUX2_QUANTIZE is '4'; set it to one of: off, fp8, int8"),
+        ("FLUX2_MEMORY", "8GB", "FLUX2_MEMORY is '8GB'; set it to a number of gigabytes, such as 7.5"),
+        ("FLUX2_MEMORY", "0", "FLUX2_MEMORY is '0'; set it"),
+        ("FLUX2_MEMORY", "-4", "FLUX2_MEMORY is '-4'; set it"),
+        ("FLUX2_MEMORY", "nan", "FLUX2_MEMORY is 'nan'; set it"),
+        ("FLUX2_MEMORY", "inf", "FLUX2_MEMORY is 'inf'; set it"),
         ("FLUX2_PREVIEW", "yes", "FLUX2_PREVIEW is 'yes'; set it to one of: tiny, linear, off"),
         ("FLUX2_HOME", "~no-such-user/x", "FLUX2_HOME is '~no-such-user/x', in a home folder that is not known"),
         ("AE_MODEL_PATH", "~no-such-user/x", "AE_MODEL_PATH is '~no-such-user/x'"),
@@ -90,3 +117,60 @@ def test_values_that_are_not_allowed(variable: str, value: str, says: str) -> No
 def test_unknown_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no checkpoint called 'klein'"):
         Settings(home=tmp_path).checkpoint("klein")
+
+
+# --- a text encoder on another machine -------------------------------------------------------------------------------
+
+ENCODER = {
+    "FLUX2_TEXT_ENCODER_URL": "https://encoder.example:7870/predict?model=a",
+    "FLUX2_TEXT_ENCODER_TOKEN": " secret-one\n",
+    "FLUX2_ENCODE_TOKEN": "secret-two",
+}
+
+
+def test_a_remote_text_encoder() -> None:
+    settings = Settings.from_environment(ENCODER)
+    assert settings.text_encoder_url == "https://encoder.example:7870/predict?model=a"
+    assert (settings.text_encoder_token, settings.encode_token) == ("secret-one", "secret-two")
+    assert "secret" not in repr(settings)
+
+
+def test_no_other_token_is_taken_for_it() -> None:
+    settings = Settings.from_environment({"HF_TOKEN": "hf_secret", "FLUX2_TEXT_ENCODER_URL": "http://localhost:7870"})
+    assert settings.text_encoder_token is None and settings.encode_token is None
+
+
+def test_who_has_the_same_text_encoder_reads_remotely() -> None:
+    def remote(**more: str) -> set[str]:
+        settings = Settings.from_environment({**ENCODER, **more})
+        return {it.name for it in settings.checkpoints if settings.reads_remotely(it)}
+
+    assert remote() == {"dev"}
+    assert remote(FLUX2_TEXT_ENCODER_FOR="klein-9b") == {"klein-9b", "klein-9b-kv", "klein-base-9b"}
+    assert remote(FLUX2_TEXT_ENCODER_URL="") == set()
+    own = replace(DEV, name="my-dev-q4", flow=replace(DEV.flow, repo=None, path="/files/my-dev-q4.gguf"))
+    assert Settings.from_environment(ENCODER).reads_remotely(own)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("FLUX2_TEXT_ENCODER_URL", "encoder.example", "FLUX2_TEXT_ENCODER_URL is not an address"),
+        ("FLUX2_TEXT_ENCODER_URL", "ftp://secret.example/", "FLUX2_TEXT_ENCODER_URL is not an address"),
+        ("FLUX2_TEXT_ENCODER_URL", "file:///etc/secret", "FLUX2_TEXT_ENCODER_URL is not an address"),
+        ("FLUX2_TEXT_ENCODER_URL", "http://", "FLUX2_TEXT_ENCODER_URL is not an address"),
+        ("FLUX2_TEXT_ENCODER_URL", "http://a:secret/", "FLUX2_TEXT_ENCODER_URL is not an address"),
+        ("FLUX2_TEXT_ENCODER_URL", "http://a:70000/", "FLUX2_TEXT_ENCODER_URL is not an address"),
+        ("FLUX2_TEXT_ENCODER_URL", "http://[secret/", "FLUX2_TEXT_ENCODER_URL is not an address"),
+        ("FLUX2_TEXT_ENCODER_URL", "http://a.example/se cret", "FLUX2_TEXT_ENCODER_URL is not an address"),
+        ("FLUX2_TEXT_ENCODER_URL", "http://me:secret@a.example/", "holds a name or password"),
+        ("FLUX2_TEXT_ENCODER_TOKEN", "sec\nret", "FLUX2_TEXT_ENCODER_TOKEN holds blanks or other characters"),
+        ("FLUX2_ENCODE_TOKEN", "sec ret", "FLUX2_ENCODE_TOKEN holds blanks or other characters"),
+        ("FLUX2_ENCODE_TOKEN", "secrét", "FLUX2_ENCODE_TOKEN holds blanks or other characters"),
+        ("FLUX2_TEXT_ENCODER_FOR", "klein", "FLUX2_TEXT_ENCODER_FOR is 'klein'; set it to one of: nano"),
+    ],
+)
+def test_what_is_no_address_or_token(variable: str, value: str, says: str) -> None:
+    with pytest.raises(StudioError, match=re.escape(says)) as caught:
+        Settings.from_environment({variable: value})
+    assert not any(part in str(caught.value) for part in ("secret", "sec ret", "sec\nret", "secrét"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.engine.transformer import Transformer
 from flux2_studio.errors import DeviceError, OutOfMemory, RequestError, SaveError, StudioError, WeightsError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
 from flux2_studio.models.hub import Hub, Progress
-from flux2_studio.models.manager import LoadedCheckpoint, ModelManager
+from flux2_studio.models.manager import Drawn, ModelManager, Session
+from flux2_studio.models.plan import Plan
 from flux2_studio.outputs import metadata
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
@@ -141,22 +142,54 @@ class Cramped(torch.nn.Module):
         return self._whole(x, *args, **kwargs)
 
 
-class SmallDevice(ModelManager):
-    """Models on a device that holds `most` pictures at once, and is believed to hold `believed`."""
+class Watched:
+    """A session in which something happens to what is drawn with, under a plan for `most` pictures at once."""
 
-    most, believed = 1, 2
+    def __init__(self, session: Session, most: int, happens: Callable[[Transformer], Transformer]) -> None:
+        self._session = session
+        self._happens = happens
+        self.plan = replace(session.plan, batch=min(session.plan.batch, most))
 
-    def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
-        loaded = super().load(checkpoint, progress)
-        return replace(loaded, transformer=cast(Transformer, Cramped(loaded.transformer, self.most)))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
-    def batch_size(self, loaded: LoadedCheckpoint, count: int, tokens: int, kept: int) -> int:
-        return min(count, self.believed)
+    def draw(self, progress: Progress) -> Drawn:
+        drawn = self._session.draw(progress)
+        return replace(drawn, transformer=self._happens(drawn.transformer))
+
+
+class Watching(ModelManager):
+    """Models whose plans are for `believed` pictures at once; `happens` to each transformer before it is used."""
+
+    believed = 2
+
+    def __init__(self, settings: Settings, happens: Callable[[Transformer], Transformer]) -> None:
+        super().__init__(settings, Hub(settings))
+        self.happens = happens
+        self.plans: list[Plan] = []
+
+    def open(self, *args: Any, **kwargs: Any) -> Session:
+        session = super().open(*args, **kwargs)
+        self.plans.append(session.plan)
+        return cast(Session, Watched(session, self.believed, self.happens))
+
+
+class SmallDevice(Watching):
+    """Models on a device that holds `most` pictures at once; in its first `tight` drawings it holds none."""
+
+    most, tight = 1, 0
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, self._cramped)
+
+    def _cramped(self, whole: Transformer) -> Transformer:
+        self.tight -= 1
+        return cast(Transformer, Cramped(whole, self.most if self.tight < 0 else 0))
 
 
 @pytest.fixture
 def small(nano: Studio) -> tuple[Studio, SmallDevice]:
-    models = SmallDevice(nano.settings, Hub(nano.settings))
+    models = SmallDevice(nano.settings)
     return Studio(nano.settings, models), models
 
 
@@ -185,21 +218,84 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(small: tuple[Studio, Small
     assert result.seeds == (1, 2, 3) and "1 at a time" in " ".join(event.text for event in of(Notice, events))
     previews = of(Preview, events)
     assert previews[-1].seconds_left == 0 and previews[0].seconds_left > 0
+    assert len(models.plans) == 1, "which is no reason to load anything anew"
+
+
+def test_one_picture_that_does_not_fit_is_tried_once_more_with_less(small: tuple[Studio, SmallDevice]) -> None:
+    studio, models = small
+    models.tight = 1
+    events, result = run(studio, prompt="a cat", seed=1)
+    notices = [event.text for event in of(Notice, events)]
+    assert any("ran out" in text and "once more" in text for text in notices)
+    planned, leaner = models.plans
+    assert leaner.peak < planned.peak
+    loading = [event.text for event in of(Status, events) if event.text.startswith("Loading")]
+    assert sum("transformer" in text for text in loading) == 2, "everything was freed in between"
+    whole = pixels(run(studio, prompt="a cat", seed=1)[1].images[0])
+    assert abs(pixels(result.images[0]) - whole).max() <= 1
+
+
+def test_pictures_that_are_finished_are_not_drawn_again(small: tuple[Studio, SmallDevice]) -> None:
+    studio, models = small
+    models.believed = 1
+    seen: list[Event] = []
+    for event in studio.generate(Request(prompt="a cat", seed=4, count=2)):
+        if isinstance(event, Preview) and event.first == 0:
+            models.tight = 1  # the second one's first try
+        seen.append(event)
+    assert isinstance(seen[-1], Result) and seen[-1].seeds == (4, 5) and len(set(seen[-1].images)) == 2
+    assert len(models.plans) == 2
+    steps = [(event.first, event.step) for event in of(Preview, seen)]
+    assert steps == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2), (1, 3), (1, 4)]
+
+
+def test_what_never_fits_is_told_in_words_and_leaves_the_studio_usable(small: tuple[Studio, SmallDevice]) -> None:
+    studio, models = small
     models.most = 0
     with pytest.raises(OutOfMemory, match="smaller"):
         list(studio.generate(Request(prompt="a cat")))
+    assert len(models.plans) == 2, "one more try, not many"
     models.most = 1
-    run(studio, prompt="a cat")  # and the studio works on
+    run(studio, prompt="a cat")
+
+
+def test_other_errors_are_not_taken_for_memory(nano: Studio) -> None:
+    def broken(transformer: Transformer) -> Transformer:
+        raise RuntimeError("shape mismatch")
+
+    models = Watching(nano.settings, broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        list(Studio(nano.settings, models).generate(Request(prompt="a cat")))
+    assert len(models.plans) == 1
 
 
 def test_memory_that_runs_out_while_loading_is_told_in_words(nano: Studio) -> None:
-    class Full(ModelManager):
-        def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def full(transformer: Transformer) -> Transformer:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    studio = Studio(nano.settings, Full(nano.settings, Hub(nano.settings)))
     with pytest.raises(OutOfMemory, match="smaller checkpoint"):
-        list(studio.generate(Request(prompt="a cat")))
+        list(Studio(nano.settings, Watching(nano.settings, full)).generate(Request(prompt="a cat")))
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(nano: Studio) -> None:
+    studio = Studio(replace(nano.settings, memory=0.06))
+    seen: list[Event] = []
+    with pytest.raises(OutOfMemory, match=r"at 256 x 256 needs about .* GB.* would fit"):
+        seen.extend(studio.generate(Request(prompt="a cat", width=256, height=256)))
+    assert not [event for event in seen if "Loading" in getattr(event, "text", "")]
+    with pytest.raises(OutOfMemory):
+        studio.outlook(Request(prompt="a cat", width=256, height=256))
+
+
+def test_how_a_request_will_fit_can_be_asked_before(nano: Studio) -> None:
+    assert nano.outlook(Request(prompt="a cat")).startswith("Fits: ")
+    assert nano.outlook(Request(prompt="a cat"), [(512, 512)] * 2) != nano.outlook(Request(prompt="a cat"))
+    assert (
+        Studio(replace(nano.settings, overrides={"KLEIN_4B_MODEL_PATH": Path("nowhere")})).outlook(
+            Request(prompt="a cat", checkpoint="klein-4b")
+        )
+        == ""
+    )
 
 
 def test_a_failed_load_keeps_nothing_alive(nano: Studio) -> None:
@@ -208,13 +304,12 @@ def test_a_failed_load_keeps_nothing_alive(nano: Studio) -> None:
     class Half:
         pass
 
-    class Failing(ModelManager):
-        def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
-            half = Half()
-            alive.append(weakref.ref(half))
-            raise WeightsError("no")
+    def failing(transformer: Transformer) -> Transformer:
+        half = Half()
+        alive.append(weakref.ref(half))
+        raise WeightsError("no")
 
-    studio = Studio(nano.settings, Failing(nano.settings, Hub(nano.settings)))
+    studio = Studio(nano.settings, Watching(nano.settings, failing))
     gc.disable()  # what only the garbage collector frees may stay for long, and be gigabytes
     try:
         with contextlib.suppress(WeightsError):
@@ -225,13 +320,13 @@ def test_a_failed_load_keeps_nothing_alive(nano: Studio) -> None:
 
 
 def test_numbers_beyond_the_precision_are_told_instead_of_drawn(nano: Studio) -> None:
-    class Overflowing(ModelManager):
-        def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
-            loaded = super().load(checkpoint, progress)
-            loaded.transformer.final_layer.linear.weight.fill_(float("inf"))
-            return loaded
+    def overflowing(transformer: Transformer) -> Transformer:
+        transformer.final_layer.linear.weight = torch.nn.Parameter(
+            torch.full_like(transformer.final_layer.linear.weight, float("inf")), requires_grad=False
+        )
+        return transformer
 
-    studio = Studio(nano.settings, Overflowing(nano.settings, Hub(nano.settings)))
+    studio = Studio(nano.settings, Watching(nano.settings, overflowing))
     with pytest.raises(DeviceError, match="bfloat16"):
         list(studio.generate(Request(prompt="a cat")))
 

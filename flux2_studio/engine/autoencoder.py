@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux2_studio.engine import tiling
 from flux2_studio.engine.params import AutoencoderParams
 
 GROUPS = 32
@@ -67,8 +68,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (m(h).flatten(2).transpose(1, 2)[:, None] for m in (self.q, self.k, self.v))  # [B, 1, HW, C]
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+        # Contiguous rows: other strides rule out every kernel that does without the HW x HW matrix of scores.
+        q, k, v = (m(h).flatten(2).transpose(1, 2)[:, None].contiguous() for m in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W]
         return x + self.proj_out(out)
 
 
@@ -117,7 +119,7 @@ class Level(nn.Module):
 class DownLevel(Level):
     def __init__(self, inputs: int, outputs: int, blocks: int, *, last: bool) -> None:
         super().__init__(inputs, outputs, blocks)
-        self.downsample = nn.Identity() if last else Downsample(outputs)
+        self.downsample: nn.Identity | Downsample = nn.Identity() if last else Downsample(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(super().forward(x))
@@ -126,7 +128,7 @@ class DownLevel(Level):
 class UpLevel(Level):
     def __init__(self, inputs: int, outputs: int, blocks: int, *, last: bool) -> None:
         super().__init__(inputs, outputs, blocks)
-        self.upsample = nn.Identity() if last else Upsample(outputs)
+        self.upsample: nn.Identity | Upsample = nn.Identity() if last else Upsample(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.upsample(super().forward(x))
@@ -219,11 +221,31 @@ class Autoencoder(nn.Module):
         return self.decoder.conv_in.weight.device
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] in -1..1, sides multiples of 16 -> normalised packed latent [B, 128, H/16, W/16]."""
-        return self.bn.normalise(pack(self.encoder(pixels.to(self.device, self.dtype))))
+    def encode(self, pixels: Tensor, rows: int | None = None, store: torch.device | None = None) -> Tensor:
+        """pixels [B, 3, H, W] in -1..1, sides multiples of 16 -> normalised packed latent [B, 128, H/16, W/16].
+
+        rows: None is the fast way. A number of pixel rows, multiple of 16, takes strips of that height through each
+        layer in turn, picture by picture: equal up to rounding, in a fraction of the memory. store: where feature maps
+        wait meanwhile, such as the host; None keeps them on the device. ValueError for any other `rows`.
+        """
+        pixels = pixels.to(self.device, self.dtype)
+        if rows is None:
+            mean = self.encoder(pixels)
+        else:
+            mean = tiling.encode(self.encoder, pixels, self.params.patch * self._high(rows), store)
+        return self.bn.normalise(pack(mean))
 
     @torch.inference_mode()
-    def decode(self, latent: Tensor) -> Tensor:
-        """Normalised packed latent [B, 128, h, w] -> pixels [B, 3, 16h, 16w], about -1..1, not clamped."""
-        return self.decoder(unpack(self.bn.denormalise(latent.to(self.device))).to(self.dtype))
+    def decode(self, latent: Tensor, rows: int | None = None, store: torch.device | None = None) -> Tensor:
+        """Normalised packed latent [B, 128, h, w] -> pixels [B, 3, 16h, 16w], about -1..1, not clamped.
+
+        rows and store: as for `encode`.
+        """
+        z = unpack(self.bn.denormalise(latent.to(self.device))).to(self.dtype)
+        return self.decoder(z) if rows is None else tiling.decode(self.decoder, z, 2 * self._high(rows), store)
+
+    def _high(self, rows: int) -> int:
+        """The height of a strip of `rows` pixel rows in rows of the packed latent."""
+        if rows < 1 or rows % self.params.patch:
+            raise ValueError(f"a strip is a multiple of {self.params.patch} rows high, not {rows}")
+        return rows // self.params.patch

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flux2_studio.engine.gguf import BLOCKS, MAGIC, GGUFFile, GGUFMatrix
 from flux2_studio.engine.quantize import NVFP4Matrix, ScaledMatrix, StoredMatrix
-from flux2_studio.engine.tensor_files import AGAIN, MARKER, Shape, TensorFiles
+from flux2_studio.engine.tensor_files import AGAIN, MARKER, Shape, TensorFiles, shown
 from flux2_studio.errors import WeightsError
 
 PLAIN = ("F32", "F16", "BF16")
@@ -62,6 +62,10 @@ class Entry:
         """Whether what is stored needs a device that knows float8_e4m3fn."""
         return self.dtype in (FP8, NVFP4)
 
+    def make(self, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
+        """The tensor, or the matrix that stands for it, of what the keys hold in the file."""
+        return tensors[0] if self.unpack is None else self.unpack(*tensors)
+
     @property
     def readable(self) -> bool:
         return self.unpack is not None or self.dtype in (*PLAIN, FP8)
@@ -79,13 +83,11 @@ class Contents:
     def make(self, name: str, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
         """The tensor `name` of what its keys hold in the file. Raises `WeightsError` for scales that cannot be."""
         entry = self.entries[name]
-        if entry.unpack is None:
-            return tensors[0]
         for key, scale in zip(entry.keys[1:], tensors[1:], strict=True):
             values = scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale
             if not bool(((values.float() >= 0) & values.float().isfinite()).all()):
-                raise WeightsError(f"{self.name} has a scale, {key}, that is negative or no number: {AGAIN}")
-        return entry.unpack(*tensors)
+                raise WeightsError(f"{self.name} has a scale, {shown(key)}, that is negative or no number: {AGAIN}")
+        return entry.make(tensors)
 
 
 def open_contents(path: Path, subfolder: str = "", prefixes: Sequence[str] = ()) -> Contents:
@@ -100,16 +102,18 @@ def open_contents(path: Path, subfolder: str = "", prefixes: Sequence[str] = ())
         for prefix in prefixes:
             name = name.removeprefix(prefix)
         if name in names:
-            raise WeightsError(f"{files.name} has both {names[name]} and {key}: {AGAIN}")
+            raise WeightsError(f"{files.name} has both {shown(names[name])} and {shown(key)}: {AGAIN}")
         names[name] = key
     return Contents(files, _Reader(files, names, prefixes).entries())
 
 
 def _is_gguf(path: Path) -> bool:
+    if not path.is_file():  # a folder, a pipe, nothing at all: the reader of safetensors has the words for it
+        return False
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
-    except OSError:  # a folder, or nothing at all: the reader of safetensors has the words for it
+    except OSError:
         return False
 
 
@@ -137,32 +141,32 @@ class _Reader:
             self._taken |= {beside for word in _BESIDE if (beside := f"{layer}.{word}") in self._keys}
             declared = self._declared.get(layer)
             if declared is not None and declared not in FORMATS and dtype not in PLAIN:
-                return replace(entry, problem=f"{name} in the format {declared}, which is not read")
+                return replace(entry, problem=f"{shown(name)} in the format {shown(declared)}, which is not read")
             if dtype == FP8:
                 return self._fp8(entry, name, layer, declared)
             if dtype == "U8":
                 return self._nvfp4(entry, name, layer, declared)
         if dtype in BLOCKS:
             if len(shape) != 2:
-                return replace(entry, problem=f"{name}, which is no matrix, in {dtype}")
+                return replace(entry, problem=f"{shown(name)}, which is no matrix, in {dtype}")
             return replace(entry, unpack=lambda blocks: GGUFMatrix(blocks, dtype))
         return entry
 
     def _fp8(self, entry: Entry, name: str, layer: str, declared: str | None) -> Entry:
         scale = next((s for s in (f"{layer}.weight_scale", f"{layer}.scale_weight") if s in self._keys), None)
         if len(entry.shape) != 2:
-            return entry if scale is None else replace(entry, problem=f"{name}, no matrix, in fp8 with a scale")
+            return entry if scale is None else replace(entry, problem=f"{shown(name)}, no matrix, in fp8 with a scale")
         if scale is None:
             if self._scaled or declared is not None:
-                return replace(entry, problem=f"{name} in fp8 without its scale, {layer}.weight_scale")
+                return replace(entry, problem=f"{shown(name)} in fp8 without its scale, {shown(layer)}.weight_scale")
             return replace(entry, unpack=lambda codes: ScaledMatrix(codes, torch.ones(1)))
         self._taken.add(scale)
         rows, dtype = entry.shape[0], self._dtypes[scale]
         if dtype not in PLAIN or self._shapes[scale] not in ((), (1,), (1, 1), (rows,), (rows, 1)):
             return replace(
                 entry,
-                problem=f"{name} in fp8 with a scale of {dtype} {list(self._shapes[scale])}; one float number, or one "
-                f"for each of its {rows} rows, was expected",
+                problem=f"{shown(name)} in fp8 with a scale of {dtype} {list(self._shapes[scale])}; one float "
+                f"number, or one for each of its {rows} rows, was expected",
             )
         return replace(entry, keys=(*entry.keys, self._keys[scale]), unpack=ScaledMatrix)
 
@@ -173,18 +177,18 @@ class _Reader:
             return entry  # bytes that we know nothing of
         self._taken |= present
         if missing := sorted({blocks, whole} - present):
-            return replace(entry, problem=f"{name} in NVFP4 without its scale, {missing[0]}")
+            return replace(entry, problem=f"{shown(name)} in NVFP4 without its scale, {shown(missing[0])}")
         if len(entry.shape) != 2 or entry.shape[1] % 8:
-            return replace(entry, problem=f"{name} in NVFP4 in the shape {list(entry.shape)}")
+            return replace(entry, problem=f"{shown(name)} in NVFP4 in the shape {list(entry.shape)}")
         rows, cols = entry.shape[0], 2 * entry.shape[1]
         expected = NVFP4Matrix.scale_count(rows, cols)
         if math.prod(self._shapes[whole]) != 1 or self._dtypes[whole] not in PLAIN:
-            return replace(entry, problem=f"{name} in NVFP4 with a {whole} that is not one float number")
+            return replace(entry, problem=f"{shown(name)} in NVFP4 with a {shown(whole)} that is not one float number")
         if math.prod(self._shapes[blocks]) != expected or self._dtypes[blocks] not in (FP8, "U8"):
             return replace(
                 entry,
-                problem=f"{name} in NVFP4 with block scales of {self._dtypes[blocks]} {list(self._shapes[blocks])}; "
-                f"{expected} in fp8 were expected",
+                problem=f"{shown(name)} in NVFP4 with block scales of {self._dtypes[blocks]} "
+                f"{list(self._shapes[blocks])}; {expected} in fp8 were expected",
             )
         keys = (*entry.keys, self._keys[blocks], self._keys[whole])
         return Entry((rows, cols), NVFP4, keys, unpack=NVFP4Matrix)
@@ -200,7 +204,7 @@ class _Reader:
         forms = {key: _form(_parsed(bytes(tensor.flatten().tolist()))) for key, tensor in files.read(short)}
         for key, layer in marks.items():
             if (form := forms.get(key)) is None:
-                raise WeightsError(f"{files.name} has a {key} that names no format: {AGAIN}")
+                raise WeightsError(f"{files.name} has a {shown(key)} that names no format: {AGAIN}")
             declared[layer] = form
         return declared
 

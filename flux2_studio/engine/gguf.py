@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from flux2_studio.engine.quantize import StoredMatrix
-from flux2_studio.engine.tensor_files import Shape, listed
+from flux2_studio.engine.reading import Span, WeightFile
+from flux2_studio.engine.tensor_files import HEADER_LIMIT, TENSOR_LIMIT, Shape, impossible, listed, shown
 from flux2_studio.errors import WeightsError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # of the tensors' data, unless the header says otherwise
-HEADER_LIMIT = 2**24  # bytes: tens of times what a model of this kind needs, and read through in about a second
 NAME_LIMIT = 256  # bytes; ggml's own tensors have 64 at most, ComfyUI's fields are named after them
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The types of a header's fields, by number, with their bytes; and three that are treated on their own.
@@ -164,13 +164,15 @@ class GGUFFile:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
-        self._spans: dict[str, tuple[int, int]] = {}  # first byte, and the one after the last
+        self._starts: dict[str, int] = {}
         try:
-            self._size = path.stat().st_size
-            with path.open("rb") as file:
+            self._file = WeightFile.at(path)
+            with self._file.open() as file:
                 self._index(_Header(file.read(HEADER_LIMIT)))
         except (_Damage, OSError) as error:
-            raise WeightsError(f"{self.name} is not a whole GGUF file ({error}). Download it again.") from error
+            raise WeightsError(
+                f"{self.name} is not a whole GGUF file ({shown(str(error))}). Download it again."
+            ) from error
 
     def _index(self, header: _Header) -> None:
         tensors, alignment = header.tensors()
@@ -183,32 +185,39 @@ class GGUFFile:
         end = data
         for key, (shape, kind, offset) in sorted(tensors.items(), key=lambda item: item[1][2]):
             values, size = (1, PLAIN[kind].itemsize) if kind in PLAIN else (BLOCKS[kind].values, BLOCKS[kind].size)
-            if not shape or 0 in shape or shape[-1] % values:
+            if not shape or 0 in shape or impossible(shape) or shape[-1] % values:
                 raise _Damage(f"{key} has the shape {list(shape)}, which {kind} cannot have")
-            # Overlaps would let a small file stand for a model of any size.
-            if offset % alignment or data + offset < end:
+            # Overlaps would let a small file stand for a model of any size, gaps hide a shape that has been damaged.
+            if data + offset != _aligned(end, alignment):
                 raise _Damage(f"{key} begins where it should not")
             end = data + offset + math.prod(shape) // values * size
-            if end > self._size:
+            if end > self._file.size:
                 raise _Damage(f"it ends inside {key}")
             self.shapes[key], self.dtypes[key] = shape, kind
-            self._spans[key] = (data + offset, end)
-        if self._size not in (end, _aligned(end, alignment)):
+            self._starts[key] = data + offset
+        if self._file.size not in (end, _aligned(end, alignment)):
             raise _Damage("there is more or less in it than its header says")
 
-    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def like(self, key: str) -> Tensor:
+        """A tensor of the type and shape that `read` gives, without values (on meta)."""
+        shape, kind = self.shapes[key], self.dtypes[key]
+        if kind in PLAIN:
+            return torch.empty(shape, dtype=PLAIN[kind], device="meta")
+        block = BLOCKS[kind]
+        return torch.empty(*shape[:-1], shape[-1] // block.values * block.size, dtype=torch.uint8, device="meta")
+
+    def spans(self, keys: Iterable[str]) -> dict[str, Span]:
+        """Where each of `keys` lies, for a `Reader`."""
+        return {key: Span(self._file, self._starts[key], self.like(key)) for key in keys}
+
+    def read(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
         """(key, tensor) for each of `keys`, on the CPU, as views of the mapped file: plain values in their shape,
         blocks as uint8 [rows, bytes of a row]."""
-        try:
+        with self._file.open():
             data = np.memmap(self.path, np.uint8, mode="c")
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{self.name} could not be read ({error}). Download it again.") from error
-        if len(data) != self._size:
-            raise WeightsError(f"{self.name} has changed since it was opened. Wait until it is whole and try again.")
-        for key in keys:
-            start, end = self._spans[key]
-            tensor, shape, kind = torch.from_numpy(data[start:end]), self.shapes[key], self.dtypes[key]
-            yield key, tensor.view(PLAIN[kind]).reshape(shape) if kind in PLAIN else tensor.reshape(*shape[:-1], -1)
+        for key, span in self.spans(keys).items():
+            tensor = torch.from_numpy(data[span.start : span.start + span.size])
+            yield key, tensor.view(span.like.dtype).reshape(span.like.shape)
 
 
 class _Damage(ValueError):
@@ -229,6 +238,8 @@ class _Header:
         if (version := self._number("<I")) not in VERSIONS:
             raise _Damage(f"its version is {version}; 2 and 3 are read")
         count, fields = self._number("<Q"), self._number("<Q")
+        if max(count, fields) > TENSOR_LIMIT:
+            raise _Damage(f"it is said to have {count} tensors and {fields} other fields")
         alignment = ALIGNMENT
         for _ in range(fields):
             name, kind = self._string(), self._number("<I")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.lora_file import Change, Lora, shown
+from flux2_studio.engine.lora_file import Change, Lora
 from flux2_studio.engine.lora_paths import (
     AdaptedLinear,
     LoraPath,
@@ -36,6 +36,9 @@ from flux2_studio.engine.lora_paths import (
     has_float_weight,
     joined,
 )
+from flux2_studio.engine.params import TransformerParams
+from flux2_studio.engine.streaming import writing
+from flux2_studio.engine.tensor_files import shown
 from flux2_studio.engine.transformer import Transformer
 from flux2_studio.errors import RequestError, WeightsError
 
@@ -45,6 +48,7 @@ KNOWN_WIDTHS = {3072: "klein 4B", 4096: "klein 9B", 6144: "dev"}
 # Why a tensor does not fit, as it reads after a number.
 MISSING_LAYER = "for layers that this checkpoint does not have"
 OTHER_SIZE = "of another size than this checkpoint's layers"
+_KRONECKER = ("lokr_w1", "lokr_w2")
 _CHOOSE = "Choose a LoRA that was made for this checkpoint, or the checkpoint that it was made for."
 
 
@@ -89,6 +93,37 @@ def check(lora: Lora, transformer: Transformer) -> Report:
         f"{lora.name} is not a LoRA for this checkpoint: of {total} tensors {reasons} (for example "
         f"{shown(min(unmatched))}). {_CHOOSE}"
     )
+
+
+def check_fits(lora: Lora, params: TransformerParams) -> Report:
+    """As `check`, before the transformer is loaded: its sizes are enough."""
+    with torch.device("meta"):
+        return check(lora, Transformer(params))
+
+
+def numbers(lora: Lora) -> int:
+    """How many numbers `lora` lays beside the weights of a transformer that all of it fits, put on on the fly."""
+    return sum(_numbers(lora, change) for change in lora.changes)
+
+
+def _numbers(lora: Lora, change: Change) -> int:
+    shapes = {field: lora.files.shapes[key] for field, key in change.keys.items() if field != "alpha"}
+    rows, columns = change.shape
+    parts = change.target.parts  # rows of the other parts are zeros, and there
+    dora = 2 * rows * parts if "magnitude" in shapes else 0  # per row, or one per row and one per column: about as many
+    match change.kind:
+        case "LoRA" | "LoHa":
+            placed = ("up", "hada_w1_a", "hada_w2_a")
+            return dora + sum(
+                math.prod(shape) * (parts if field in placed else 1)
+                for field, shape in shapes.items()
+                if field != "magnitude"
+            )
+        case "LoKr" if not change.target.swapped:
+            whole = [shapes.get(name) or (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1]) for name in _KRONECKER]
+            return dora + math.prod(whole[0]) * parts + math.prod(whole[1])
+        case _:
+            return dora + rows * columns * parts
 
 
 @torch.no_grad()
@@ -212,12 +247,13 @@ def _fuse(transformer: Transformer, stale: Sequence[str], wanted: _Wanted, tenso
             if name not in wanted:
                 continue
             paths = joined([_path(part, tensors, base, transformer.dtype) for part in wanted[name]])
-            whole = changed = base.weight.float()
-            for path in paths:
-                changed = changed + path.delta(whole)
-            original = base.weight.detach().to("cpu", copy=True)
-            transformer.set_submodule(name, AdaptedLinear(base, wanted[name], original=original))
-            base.weight.copy_(changed)
+            with writing(base):
+                whole = changed = base.weight.float()
+                for path in paths:
+                    changed = changed + path.delta(whole)
+                original = base.weight.detach().to("cpu", copy=True)
+                transformer.set_submodule(name, AdaptedLinear(base, wanted[name], original=original))
+                base.weight.copy_(changed)
     except BaseException:
         for name in layers_of(transformer):
             _stripped(transformer, name)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from flux2_studio.engine.formats import PLAIN
 from flux2_studio.engine.lora_keys import CONVOLUTION, Target, hidden_width, is_of_text_encoder, parse, target_of
-from flux2_studio.engine.tensor_files import AGAIN, TensorFiles
+from flux2_studio.engine.tensor_files import AGAIN, TensorFiles, read_json, shown
 from flux2_studio.errors import WeightsError
 
-NUMBERS = {*PLAIN, "F64", "I64", "I32", "I16", "I8", "U8"}  # as which trainers write an alpha
-LARGEST_ALPHA = 1e6  # anything beyond, or NaN, is damage
+NUMBERS = {*PLAIN, "F64", "I64", "I32"}  # as which trainers write an alpha
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # anything else but 0 is damage: NaN, or a number read as of another type
 KINDS = {
     "LoRA": ("down", "up"),
     "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
@@ -140,12 +140,6 @@ def open_lora(path: Path) -> Lora:
     return Lora(files.name, files, tuple(changes.values()), left_out, widths.most_common(1)[0][0])
 
 
-def shown(key: str) -> str:
-    """A key from a foreign file, fit to stand in a message."""
-    printable = "".join(letter if letter.isprintable() else "?" for letter in key[:100])
-    return printable if len(key) <= 100 else f"{printable}..."
-
-
 class _Numbers:
     """The file's alphas: one for each layer, or, as PEFT does it, stated in a configuration for all of them."""
 
@@ -157,7 +151,7 @@ class _Numbers:
                 raise WeightsError(f"{files.name} has {shown(key)}, which is not one number: {AGAIN}")
         self.alphas: dict[str, float] = {key: tensor.double().item() for key, tensor in files.read(keys)}
         for key, alpha in self.alphas.items():
-            if not abs(alpha) <= LARGEST_ALPHA:
+            if alpha and not SMALLEST_ALPHA <= abs(alpha) <= LARGEST_ALPHA:
                 raise WeightsError(f"{files.name} has an alpha that is no number, {shown(key)}: {AGAIN}")
 
     def scale(self, layer: str, key: str | None, rank: int) -> float:
@@ -182,12 +176,12 @@ class _Numbers:
 def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's configuration of a LoRA: diffusers writes it into the file's header, with the part's name before each
     entry; PEFT itself into adapter_config.json beside adapter_model.safetensors."""
-    text = metadata.get("lora_adapter_metadata", "{}")
     beside = path.with_name("adapter_config.json")
     try:
         if path.name == "adapter_model.safetensors" and beside.is_file():
-            text = beside.read_text("utf-8")
-        config = json.loads(text)
+            config = read_json(beside)
+        else:
+            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"The configuration that belongs to {path.name} cannot be read: {AGAIN}") from error
     if not isinstance(config, dict):

@@ -18,6 +18,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from flux2_studio.engine.names import DOUBLE, DOUBLE_PARTS, SINGLE, TOP
+
 
 @dataclass(frozen=True)
 class Target:
@@ -75,36 +77,6 @@ _BLOCK = re.compile(
     r"(?:(?P<single>single_)(?:transformer_)?|double_|transformer_)blocks_(?P<number>\d{1,4})_(?P<layer>\w+)"
 )
 
-# Black Forest Labs' name of each layer (ours), and diffusers'.
-_TOP = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
-    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
-    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
-    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
-    "single_stream_modulation.lin": "single_stream_modulation.linear",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",  # (shift, scale) here, (scale, shift) there
-}
-_DOUBLE = {
-    "img_attn.qkv": "attn.to_qkv",
-    "txt_attn.qkv": "attn.to_added_qkv",
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
-    "img_mlp.0": "ff.linear_in",
-    "img_mlp.2": "ff.linear_out",
-    "txt_mlp.0": "ff_context.linear_in",
-    "txt_mlp.2": "ff_context.linear_out",
-}
-_DOUBLE_PARTS = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-_SINGLE = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
-
 
 def _flat(name: str) -> str:
     return name.replace(".", "_")
@@ -122,9 +94,9 @@ def _targets(names: Mapping[str, str], parts: Mapping[str, Sequence[str]]) -> di
     return found
 
 
-_TOP_TARGETS = _targets(_TOP, {})
-_DOUBLE_TARGETS = _targets(_DOUBLE, _DOUBLE_PARTS)
-_SINGLE_TARGETS = _targets(_SINGLE, {})
+_TOP_TARGETS = _targets(TOP, {})
+_DOUBLE_TARGETS = _targets(DOUBLE, DOUBLE_PARTS)
+_SINGLE_TARGETS = _targets(SINGLE, {})
 
 # Layers whose input has the transformer's hidden width; the output of all others has it.
 _READS_HIDDEN = re.compile(r".*(?:attn\.(?:qkv|proj)|mlp\.0|linear1|\.lin|\.out_layer)|final_layer\..*")

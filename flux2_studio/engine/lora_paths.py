@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux2_studio.engine.lora_keys import Target
+from flux2_studio.engine.streaming import fetch, writing
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -251,7 +252,8 @@ class AdaptedLinear(nn.Module):
     def stripped(self) -> nn.Module:
         """The layer as it was, bit by bit."""
         if self.original is not None:
-            self.weight.copy_(self.original)
+            with writing(self.base):
+                self.weight.copy_(self.original)
             self.original = None
         return self.base
 
@@ -281,6 +283,7 @@ def bare_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
         if module.original is not None:
             return module.original.to(device_of(module), torch.float32)
         base = module.base
+    fetch(base)
     weight: Tensor = base.weight if has_float_weight(base) else base.dequantize(dtype)
     return weight.float()
 

@@ -6,16 +6,29 @@ Does not know: what the tensors are for, or whether their numbers are values or 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flux2_studio.engine.reading import Span, WeightFile
 from flux2_studio.errors import WeightsError
 
 Shape = tuple[int, ...]
 AGAIN = "the file is damaged or belongs to another model; download it again or choose another file."
+# The types of tensor that are read, by their names in a header. What else there is, is refused before it is read.
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8,
+}  # fmt: skip
+# Bounds that every file of FLUX.2 keeps by far, and that keep a hostile one from taking time and memory.
+HEADER_LIMIT = 2**24  # bytes; trainers write megabytes of remarks into a LoRA's
+TENSOR_LIMIT = 20_000
+SIDE_LIMIT = 2**24
 MARKER = "scaled_fp8"  # ComfyUI marks its older fp8 files with a tensor of this name, which may be empty
 
 
@@ -32,26 +45,32 @@ class TensorFiles:
     def __init__(self, path: Path, subfolder: str = "") -> None:
         self.path = path
         self.name = path.name
-        self._of: dict[str, Path] = {}
+        self._of: dict[str, WeightFile] = {}
+        self._starts: dict[str, int] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
-        for file in self._files(subfolder):
+        for shard in self._files(subfolder):
             try:
-                with safe_open(file, framework="pt") as opened:
-                    self.metadata |= opened.metadata() or {}
-                    for key in opened.keys():  # noqa: SIM118 - not a dict
-                        tensor = opened.get_slice(key)
-                        self._of[key] = file
-                        self.shapes[key] = tuple(tensor.get_shape())
-                        self.dtypes[key] = tensor.get_dtype()
-                        if 0 in self.shapes[key] and key.rpartition(".")[2] != MARKER:
-                            raise WeightsError(f"{file.name} has an empty tensor, {key}: {AGAIN}")
-            except (SafetensorError, OSError) as error:
+                file = WeightFile.at(shard)
+                header, data = _header(file)
+            except (_Damage, OSError) as error:
                 raise WeightsError(
-                    f"{file.name} is not a whole safetensors file ({error}). Download it again; files in other "
-                    f"formats (.ckpt, .pt, .bin) are not read."
+                    f"{shard.name} is not a whole safetensors file ({shown(str(error))}). Download it again; files in "
+                    f"other formats (.ckpt, .pt, .bin) are not read."
                 ) from error
+            self.metadata |= header.pop("__metadata__", None) or {}
+            if len(self.shapes) + len(header) > TENSOR_LIMIT:
+                raise WeightsError(f"{self.name} has more than {TENSOR_LIMIT} tensors, which no model has: {AGAIN}")
+            for key, said in header.items():
+                shape = tuple(said["shape"])
+                if key in self.shapes:
+                    raise WeightsError(f"{self._of[key].path.name} and {shard.name} both have {shown(key)}: {AGAIN}")
+                if (0 in shape and key.rpartition(".")[2] != MARKER) or impossible(shape):
+                    what = f"of shape {shown(str(list(shape)))}" if impossible(shape) else "which is empty"
+                    raise WeightsError(f"{shard.name} has a tensor, {shown(key)}, {what}: {AGAIN}")
+                self._of[key], self._starts[key] = file, data + said["data_offsets"][0]
+                self.shapes[key], self.dtypes[key] = shape, said["dtype"]
 
     def _files(self, subfolder: str) -> list[Path]:
         if self.path.is_file():
@@ -72,33 +91,93 @@ class TensorFiles:
 
     def _shards(self, index: Path) -> list[Path]:
         try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-            # A shard is a plain name beside its index; anything else in a foreign index must not lead us elsewhere.
-            files = [index.parent / Path(str(name)).name for name in sorted(names)]
+            names = {str(name) for name in read_json(index)["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index.name} in {self.name} is not a valid index. Download it again.") from error
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
+        # A shard is a plain name beside its index; nothing in a foreign index leads us elsewhere.
+        beside = {file.name: file for file in index.parent.glob("*.safetensors") if file.is_file()}
+        if missing := sorted(names - beside.keys()):
             raise WeightsError(
                 f"The folder {self.name} lacks {listed(missing)}, which its index names. Download the folder again."
             )
-        return files
+        return [beside[name] for name in sorted(names)]
 
-    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def like(self, key: str) -> Tensor:
+        """A tensor of the type and shape that `read` gives, without values (on meta)."""
+        return torch.empty(self.shapes[key], dtype=TYPES[self.dtypes[key]], device="meta")
+
+    def spans(self, keys: Iterable[str]) -> dict[str, Span]:
+        """Where each of `keys` lies, for a `Reader`."""
+        return {key: Span(self._of[key], self._starts[key], self.like(key)) for key in keys}
+
+    def read(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
         """(key, tensor) on the CPU for each of `keys`, shard by shard; tensors may be views of the mapped file."""
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[WeightFile, list[str]] = {}
         for key in keys:
             by_file.setdefault(self._of[key], []).append(key)
         for file, wanted in by_file.items():
             try:
-                with safe_open(file, framework="pt") as opened:
+                with file.open(), safe_open(file.path, framework="pt") as opened:
                     for key in wanted:
                         yield key, opened.get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{file.name} could not be read to its end ({error}). Download it again.") from error
+            except SafetensorError as error:
+                raise WeightsError(
+                    f"{file.path.name} could not be read to its end ({shown(str(error))}). Download it again."
+                ) from error
 
 
-def listed(names: Sequence[str], shown: int = 3) -> str:
-    """'a, b, c and 12 more'."""
-    text = ", ".join(names[:shown])
-    return text if len(names) <= shown else f"{text} and {len(names) - shown} more"
+class _Damage(ValueError):
+    """What is wrong with a header, as the end of a sentence about the file."""
+
+
+def _header(file: WeightFile) -> tuple[dict[str, Any], int]:
+    """What a safetensors file's header says, and where the data begin. Raises `_Damage`, `WeightsError`, `OSError`."""
+    with file.open() as opened:
+        start = opened.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > file.size - 8:
+            raise _Damage("its header ends too early")
+        if length > HEADER_LIMIT:
+            raise _Damage(f"its header is said to have {length} bytes")
+        text = opened.read(length)
+    try:
+        # The library knows the format's rules: every shape fits its bytes, and these fill the file without a gap.
+        with safe_open(file.path, framework="pt"):
+            return json.loads(text, object_pairs_hook=_once), 8 + length
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise _Damage(str(error)) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header. Readers differ on which of two entries of one name they take; we take neither."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Damage("its header says the same thing twice")
+    return found
+
+
+def impossible(shape: Shape) -> bool:
+    """Whether no model has a tensor of this shape. The numbers that are derived from others stay small."""
+    return len(shape) > 8 or any(size > SIDE_LIMIT for size in shape)
+
+
+def read_json(file: Path) -> Any:
+    """What a small JSON file beside weights says. Raises `OSError`, and `ValueError` for anything that is none."""
+    if file.stat().st_size > HEADER_LIMIT:
+        raise ValueError(f"{file.name} is far too long")
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{file.name} is nested too deeply") from error
+
+
+def shown(text: str, longest: int = 100) -> str:
+    """A name or a message from a foreign file, fit to stand in a sentence of ours."""
+    printable = "".join(letter if letter.isprintable() else "?" for letter in text[:longest])
+    return printable if len(text) <= longest else f"{printable}..."
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """'a, b, c and 12 more', each fit to be shown."""
+    text = ", ".join(shown(name) for name in names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"

@@ -14,16 +14,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flux2_studio.engine.footprint import META, hold_small, peak_bytes
 from flux2_studio.engine.formats import Contents, open_contents
+from flux2_studio.engine.layouts import Plan, Source, put
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.weights import Checked, Plan, Source, Storage, checked
+from flux2_studio.engine.tensor_files import read_json
+from flux2_studio.engine.weights import Checked, Storage, checked
 from flux2_studio.errors import WeightsError
 
 # Where the decoder's tensors stand: a causal LM's file, Mistral3's old and new spelling, a bare decoder.
@@ -44,13 +47,13 @@ class TextEncoder:
     """A tokenizer and a decoder tower, cut after the last layer that is read. Build it with `load_text_encoder`."""
 
     def __init__(self, tower: nn.Module, tokenizer: Any, recipe: TextRecipe) -> None:
-        self._tower = tower
+        self.tower = tower
         self._tokenizer = tokenizer
         self.recipe = recipe
 
     @property
     def device(self) -> torch.device:
-        return next(self._tower.parameters()).device
+        return next(self.tower.parameters()).device
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Encoded:
@@ -58,9 +61,7 @@ class TextEncoder:
         rows = [self._tokens(prompt) for prompt in prompts]
         ids = torch.tensor([row[0] for row in rows], device=self.device)
         mask = torch.tensor([row[1] for row in rows], device=self.device)
-        out = self._tower(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        context = torch.cat([out.hidden_states[tap] for tap in self.recipe.taps], -1)
-        return Encoded(context, tuple(row[2] for row in rows))
+        return Encoded(read_taps(self.tower, ids, mask, self.recipe), tuple(row[2] for row in rows))
 
     def _tokens(self, prompt: str) -> tuple[list[int], list[int], int]:
         """Token ids and mask, both of the recipe's length, and how many tokens of the prompt were cut."""
@@ -82,6 +83,12 @@ class TextEncoder:
         return kept + padding, mask + [0] * pad, cut
 
 
+def read_taps(tower: nn.Module, ids: Tensor, mask: Tensor, recipe: TextRecipe) -> Tensor:
+    """The context [B, L, taps * W] of token ids [B, L]; mask: of the tokens [B, L], or of pairs [B, 1, L, L]."""
+    out = tower(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return torch.cat([out.hidden_states[tap] for tap in recipe.taps], -1)
+
+
 @dataclass(frozen=True)
 class CheckedText:
     """A text encoder whose files fit: all that is left is to read the weights. `width` is that of its context."""
@@ -91,6 +98,34 @@ class CheckedText:
     _tower: Checked[Any]
     _tokenizer: Any
     _config: Any
+
+    def sizes(self, *, dtype: torch.dtype, storage: Storage = "plain") -> dict[str, int]:
+        """Bytes of memory of each of the tower's tensors, see `weights.Checked.sizes`."""
+        return self._tower.sizes(dtype=dtype, storage=storage)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Prefixes of the names of the tower's layers, see `weights.Checked`."""
+        return self._tower.blocks
+
+    def activations(self, *, dtype: torch.dtype, prompts: int, quantized: bool = False) -> int:
+        """Bytes alive at once, at most, while so many prompts are encoded, see `footprint.py`.
+
+        Two layers stand for all: what the others add is one hidden state each, which transformers keeps to the end.
+        """
+        length = self.recipe.length
+        shallow = replace(self.recipe, taps=(min(2, self.recipe.layers),) * len(self.recipe.taps))
+        with META:
+            tower = self._tower.build().to(dtype)
+            tower.layers = tower.layers[: shallow.layers]
+            if quantized:
+                hold_small(tower.layers)
+            ids = torch.empty(prompts, length, dtype=torch.long)
+            # Whole, as the tower would make it of the tokens' mask, whose values it asks for to do so.
+            mask = torch.empty(prompts, 1, length, length, dtype=torch.bool)
+        states = prompts * length * self._config.hidden_size * dtype.itemsize
+        peak = peak_bytes(lambda: read_taps(tower, ids, mask, shallow), ids, mask)
+        return peak + states * (self.recipe.layers - shallow.layers)
 
     def load(self, *, device: torch.device, dtype: torch.dtype, storage: Storage = "plain") -> TextEncoder:
         """storage: how the layers' matrices are held, see `weights.Checked.load`, whose errors it raises."""
@@ -188,7 +223,7 @@ def _config(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
     """The decoder's fields of config.json, cut to the layers that `recipe` reads."""
     file = weights / "config.json"
     try:
-        fields = json.loads(file.read_text("utf-8"))
+        fields = read_json(file)
         fields = {**fields, **fields["text_config"]} if "text_config" in fields else fields
         family, layers, width = fields["model_type"], fields["num_hidden_layers"], fields["hidden_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -217,8 +252,8 @@ def _tower_plan(contents: Contents, layers: int) -> Plan:
     plan: Plan = {}
     for key, shape in contents.shapes.items():
         name = key.removeprefix(prefix)
-        layer = re.match(r"layers\.(\d+)\.", name)
+        layer = re.match(r"layers\.(\d{1,4})\.", name)
         if _BESIDE.match(key) or name == "norm.weight" or (layer and int(layer[1]) >= layers):
             continue
-        plan[name] = Source((key,), shape)
+        put(plan, name, Source((key,), shape))
     return plan

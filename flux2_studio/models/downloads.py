@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -67,31 +68,36 @@ class Downloads:
         try:
             told: tuple[str, float | None] | None = None
             while not wait([running.ended], self._interval).done:
-                told = running.told()  # even if it is the same: only when told can `progress` end the waiting
+                told = running.reached().told  # even if it is the same: only when told can `progress` end the waiting
                 progress(*told)
             error = running.ended.exception()
             if isinstance(error, DownloadError):
                 raise DownloadError(str(error)) from error  # its own one for each of those who wait
             if error is not None:
                 raise error
-            if running.told() != told:
-                progress(*running.told())
+            if running.reached().told != told:
+                progress(*running.reached().told)
         finally:
             self._leave(part, running)
 
-    def running(self, part: Part) -> bool:
-        """Whether somebody in this program is downloading `part`."""
+    def reached(self, part: Part) -> Reached | None:
+        """How far `part` is; None unless somebody in this program is downloading it."""
         with self._lock:
-            return part in self._running
+            running = self._running.get(part)
+        return running.reached() if running else None
 
     def check_room(self, what: str, needed: int, or_else: str = "") -> None:
         """Raise `DownloadError` unless there is room for `needed` bytes more, besides what is on its way already."""
+        free = self.free()
+        if needed and needed + MARGIN > free:
+            raise DownloadError(self._refusals.no_room(what, needed, free, MARGIN, or_else))
+
+    def free(self) -> int:
+        """Bytes that are free where downloads go."""
         folder = self._cache.root
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        free = self._free_space(folder)
-        if needed and needed + MARGIN > free:
-            raise DownloadError(self._refusals.no_room(what, needed, free, MARGIN, or_else))
+        return self._free_space(folder)
 
     def _join(self, part: Part) -> Running:
         with self._lock:
@@ -147,6 +153,35 @@ class Downloads:
             raise DownloadError(self._refusals.explain(error, part, repo, what)) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """How far a download is.
+
+    done, total: bytes; a total of 0 is not known yet. checked: while what is here is read again, how many bytes of how
+    many have been. per_second: bytes, while they come in and as soon as it can be told.
+    """
+
+    words: str  # "Downloading FLUX.2-klein-4B text encoder"
+    done: int
+    total: int
+    checked: tuple[int, int] | None = None
+    per_second: float | None = None
+
+    @property
+    def told(self) -> tuple[str, float | None]:
+        """What is being done, in words, and how much of it."""
+        if self.checked:
+            read, there = self.checked
+            return f"{self.words}: {amount(there, read)}", read / max(there, read, 1)
+        if not self.total:
+            return self.words, None
+        text = f"{self.words}: {amount(self.total, self.done)}"
+        to_come = self.total - self.done
+        if self.per_second and to_come:
+            text += f", {self.per_second / MB:.1f} MB/s, {duration(to_come / self.per_second)} left"
+        return text, self.done / self.total
+
+
 class Running:
     """A download on its way. Written by its own thread, read by those who wait."""
 
@@ -189,20 +224,15 @@ class Running:
                 self._speed = self._speed or Speed(self._clock)
                 self._speed.add(max(new, 0))
 
-    def told(self) -> tuple[str, float | None]:
-        """What is being done, in words, and how much of it."""
+    def reached(self) -> Reached:
         with self._lock:
-            words = WORDS[self._doing].format(self._name)
-            if self._checked:
-                read, there = self._checked
-                return f"{words}: {amount(there, read)}", read / max(there, read, 1)
-            if not self._total:
-                return words, None
-            text = f"{words}: {amount(self._total, self._done)}"
-            rate = self._speed.per_second() if self._speed and self._doing == DOWNLOADING else None
-            if rate and self.to_come:
-                text += f", {rate / MB:.1f} MB/s, {duration(self.to_come / rate)} left"
-            return text, self._done / self._total
+            return Reached(
+                words=WORDS[self._doing].format(self._name),
+                done=self._done,
+                total=self._total,
+                checked=self._checked,
+                per_second=self._speed.per_second() if self._speed and self._doing == DOWNLOADING else None,
+            )
 
 
 class Speed:

@@ -8,7 +8,7 @@ user's feet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from huggingface_hub import constants
 from flux2_studio.checkpoints import Checkpoint, Part
 from flux2_studio.errors import DownloadError, WeightsError
 from flux2_studio.models.cache import Cache
-from flux2_studio.models.downloads import Downloads, Progress
+from flux2_studio.models.downloads import Downloads, Progress, Reached
 from flux2_studio.models.files import PartFiles, has_tokenizer, has_weights, own_copy, picks
 from flux2_studio.models.refusals import Refusals
 from flux2_studio.models.transfer import Transfer
 from flux2_studio.settings import Settings
 
-__all__ = ["Hub", "PartFiles", "Progress", "Removed"]
+__all__ = ["Hub", "PartFiles", "Progress", "Reached", "Removed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Hub:
     ) -> None:
         endpoint = endpoint or constants.ENDPOINT
         self._settings = settings
+        self._endpoint = endpoint
         self._cache = Cache(cache or Path(constants.HF_HUB_CACHE))
         self._refusals = Refusals(endpoint, self._cache.root)
         self._downloads = Downloads(
@@ -80,6 +81,18 @@ class Hub:
         """Bytes that the cache holds of `part`, those of a broken-off download too."""
         return sum(self._cache.size(pick) for pick in picks(part)) if self.from_hub(part) else 0
 
+    def reached(self, part: Part) -> Reached | None:
+        """How far `part` is; None unless somebody in this program is downloading it."""
+        return self._downloads.reached(part)
+
+    def room(self) -> tuple[Path, int]:
+        """The folder where downloads go, and the bytes that are free there."""
+        return self._cache.root, self._downloads.free()
+
+    def page(self, part: Part) -> str:
+        """The address of the repository of `part`, where its licence is accepted."""
+        return f"{self._endpoint}/{part.repo}"
+
     def locate(self, part: Part, progress: Progress) -> PartFiles:
         """The files of `part`, downloaded if need be. What `progress` raises ends the download and is passed on.
 
@@ -102,24 +115,25 @@ class Hub:
         # By the table's sizes, which are about right; each part's own are looked at again when it begins.
         needed = sum(max(part.size - self.size_on_disk(part), 0) for part in missing if self.from_hub(part))
         self._downloads.check_room(checkpoint.label, needed)
-        for part in missing:
+        for part in sorted(missing, key=lambda part: not part.gated):  # a gate refuses before gigabytes have come
             self.locate(part, progress)
 
-    def remove(self, checkpoint: Checkpoint) -> Removed:
-        """Delete from the cache what only `checkpoint` needs of the checkpoints that are complete on this machine.
+    def remove(self, checkpoint: Checkpoint, wanted: Collection[Checkpoint] = ()) -> Removed:
+        """Delete from the cache what only `checkpoint` needs of the checkpoints that are complete on this machine, and
+        of those that are `wanted` though they are not.
 
         Users' own copies are never touched. Raises `WeightsError` where files cannot be deleted, or are on their way.
         """
         others = [
             other
             for other in self._settings.checkpoints
-            if other.name != checkpoint.name and all(self.on_disk(part) for part in other.parts)
+            if other.name != checkpoint.name and (other in wanted or all(self.on_disk(part) for part in other.parts))
         ]
-        needed = {part for other in others for part in _parts(other)}
-        there = [part for part in _parts(checkpoint) if self.from_hub(part) and self.size_on_disk(part)]
+        needed = {part for other in others for part in parts_of(other)}
+        there = [part for part in parts_of(checkpoint) if self.from_hub(part) and self.size_on_disk(part)]
         going = [part for part in there if part not in needed]
         for part in going:
-            if self._downloads.running(part):
+            if self.reached(part):
                 raise WeightsError(f"{part.repo}/{part.path} is being downloaded at the moment: stop that first.")
         freed = self._cache.remove(
             [pick for part in going for pick in picks(part)],
@@ -128,7 +142,7 @@ class Hub:
         return Removed(
             freed=freed,
             kept=tuple(
-                (part, tuple(other for other in others if part in _parts(other))) for part in there if part in needed
+                (part, tuple(other for other in others if part in parts_of(other))) for part in there if part in needed
             ),
         )
 
@@ -167,6 +181,6 @@ class Hub:
         return PartFiles(weights=weights, tokenizer=tokenizer)
 
 
-def _parts(checkpoint: Checkpoint) -> tuple[Part, ...]:
+def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
     """All that `checkpoint` uses, each once: the previews' small decoder may be its autoencoder."""
     return tuple(dict.fromkeys((*checkpoint.parts, checkpoint.tiny_autoencoder)))

@@ -1,253 +1,290 @@
-"""Residency: the only code that moves weights. Keeps the parts of the last checkpoint in memory and swaps on demand.
+"""Checkpoints ready to run: files opened, a plan made to fit the memory, parts brought in as a run's stages ask.
 
-A part stays as long as the checkpoint in use has it: a swap drops what the next checkpoint does not need, then loads
-what it lacks, so parts that two checkpoints share (the autoencoder, a text encoder) are not moved at all. Before
-anything is dropped, all that will be loaded has been found and its headers checked.
+`open` reads nothing but headers and decides how the request will fit; the `Session` that it gives brings each part to
+the device when its stage comes. Parts are shared by what they are, so a swap between two checkpoints moves only what
+differs, and as much of both stays in memory as fits.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
-from flux2_studio.checkpoints import Checkpoint, Part
+from flux2_studio.checkpoints import GB, Checkpoint
+from flux2_studio.engine import lora
 from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.params import AutoencoderParams, TransformerParams
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
-from flux2_studio.engine.text import open_text_encoder
+from flux2_studio.engine.text import Encoded, TextEncoder
 from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import Storage, load_tiny_decoder, open_autoencoder, open_transformer
-from flux2_studio.errors import DeviceError, WeightsError
+from flux2_studio.errors import OutOfMemory
 from flux2_studio.models import memory
+from flux2_studio.models.choices import choose_device
 from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.models.loras import Applied, Loras
+from flux2_studio.models.opened import Key, Opened, Opener, draws_itself
+from flux2_studio.models.plan import DECODING, DRAWING, PROMPT, REFERENCES, Plan, Stage, Workload, make_plan, spread
 from flux2_studio.models.remembered import RememberingReferences, RememberingText
-from flux2_studio.request import MULTIPLE
+from flux2_studio.models.remote_text import RemoteText
+from flux2_studio.models.residency import Residency, release
+from flux2_studio.pictures import pixels_from_image
+from flux2_studio.request import LoraChoice
 from flux2_studio.settings import Settings
 
-LARGE = 2 * 10**9  # bytes of bfloat16 weights (a billion parameters) from which a CPU had better stay at bfloat16
-Key = tuple[Part, torch.dtype]
-MemoryT = TypeVar("MemoryT")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedCheckpoint:
-    """A checkpoint in memory, ready to run. `previewer` is None where previews are off."""
-
-    checkpoint: Checkpoint
-    text: RememberingText
-    transformer: Transformer
-    autoencoder: Autoencoder
-    references: RememberingReferences
-    previewer: Previewer | None
-    notes: tuple[str, ...]  # what the user should know, such as a preview that is not the one that was set
+HOST = torch.device("cpu")
+HOST_SHARE = 0.5  # of main memory, for weights that have left the device
+LEANER = 0.75  # of what a plan was to take that turned out to be too much
+_LABELS = {"text": "text encoder", "flow": "transformer", "autoencoder": "autoencoder", "tiny": "preview decoder"}
 
 
 class ModelManager:
-    """Loads checkpoints. One run at a time: not made for concurrent calls."""
+    """Opens checkpoints. One run at a time: sessions are not made for concurrent use; `outlook` may be asked any time.
 
-    def __init__(self, settings: Settings, hub: Hub) -> None:
+    host_budget: bytes of main memory for weights that have left the device. streaming: whether blocks may wait there;
+    both by default only where the device has a memory of its own.
+    """
+
+    def __init__(
+        self, settings: Settings, hub: Hub, *, host_budget: int | None = None, streaming: bool | None = None
+    ) -> None:
         self._settings = settings
         self._hub = hub
-        self._parts: dict[Key, Any] = {}
-        self._memories: dict[Key, Any] = {}  # of a part's results, see models/remembered.py
-        self._not_to_be_had: dict[Part, str] = {}  # tiny autoencoders, and why: not asked for again at every run
         self.device = choose_device(settings.device)
+        apart = self.device.type == "cuda"
+        if host_budget is None:
+            host_budget = int(HOST_SHARE * memory.whole_memory(HOST)) if apart else 0
+        self._streaming = apart if streaming is None else streaming
+        self.loras = Loras(settings)
+        self._opener = Opener(settings, hub, self.device)
+        self._residency: Residency[Key] = Residency(self.device, host_budget, leaving=_take_loras_off)
+        self._contexts = RememberingText()
+        self._latents = RememberingReferences()
 
     def on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether `checkpoint` can be loaded without a download."""
-        return all(self._hub.on_disk(part) for part in checkpoint.parts)
+        return all(self._hub.on_disk(part) for part in self._opener.parts(checkpoint))
 
-    def load(self, checkpoint: Checkpoint, progress: Progress) -> LoadedCheckpoint:
-        """`checkpoint`, from memory, disk or the hub. `progress` may raise to give up.
+    def open(
+        self,
+        checkpoint: Checkpoint,
+        workload: Workload,
+        progress: Progress,
+        *,
+        loras: Sequence[LoraChoice] = (),
+        after: Plan | None = None,
+    ) -> Session:
+        """`checkpoint` for a request of `workload`, from disk or the hub. `progress` may raise to give up.
 
-        Raises `WeightsError` for files that are missing, damaged or not of this checkpoint, before anything of the
-        last checkpoint is given up.
+        after: the plan that ran out of memory, to be leaner than. Raises `WeightsError` for files that are missing,
+        damaged or not of this checkpoint, and LoRAs that are not; `OutOfMemory` where no plan fits.
         """
-        if any(self._key(part, checkpoint) not in self._parts for part in checkpoint.parts):
-            self._load_parts(checkpoint, progress)
-        autoencoder_key = self._key(checkpoint.autoencoder, checkpoint)
-        autoencoder: Autoencoder = self._parts[autoencoder_key]
-        previewer, notes = self._previewer(checkpoint, autoencoder, progress)
-        return LoadedCheckpoint(
-            checkpoint=checkpoint,
-            text=self._remembering(self._key(checkpoint.text, checkpoint), RememberingText),
-            transformer=self._parts[self._key(checkpoint.flow, checkpoint)],
-            autoencoder=autoencoder,
-            references=self._remembering(autoencoder_key, RememberingReferences),
-            previewer=previewer,
-            notes=notes,
-        )
+        opened = self._opener.open(checkpoint, progress)
+        self.loras.check(loras, checkpoint, opened.flow.params)
+        return self._session(opened, self._plan(opened, workload, loras, after), loras)
 
-    def batch_size(self, loaded: LoadedCheckpoint, count: int, tokens: int, kept: int) -> int:
-        """How many of `count` pictures to draw at once; see `memory.batch_size`."""
-        transformer = loaded.transformer
-        return memory.batch_size(count, tokens, kept, transformer.params, transformer.dtype, transformer.device)
+    def outlook(self, checkpoint: Checkpoint, workload: Workload, loras: Sequence[LoraChoice] = ()) -> Plan:
+        """The plan for a request, of a checkpoint that is on disk. Raises what `open` does."""
+        return self._plan(self._opener.open(checkpoint, _silent), workload, loras, None)
+
+    @property
+    def place(self) -> str:
+        """What the memory belongs to, in words."""
+        return "the card" if self.device.type == "cuda" else "this machine"
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the device's memory that there are, or that the studio may take."""
+        limit = self._settings.memory
+        whole = memory.whole_memory(self.device)
+        return whole if limit is None else min(whole, int(limit * GB))
 
     def release_scratch(self) -> None:
         """Give memory that no weight occupies back to the device."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        elif self.device.type == "mps":
-            torch.mps.empty_cache()
+        release(self.device)
 
-    def _load_parts(self, checkpoint: Checkpoint, progress: Progress) -> None:
-        """Have all parts of `checkpoint` in memory, and no others."""
-        files = {part: self._hub.locate(part, progress) for part in checkpoint.parts}
-        progress(f"Checking the files of {checkpoint.label}", None)
-        at = files[checkpoint.text]
-        text = open_text_encoder(at.weights, at.tokenizer or at.weights, checkpoint.recipe)
-        transformer = open_transformer(files[checkpoint.flow].weights)
-        autoencoder = open_autoencoder(files[checkpoint.autoencoder].weights)
-        check_fit(
-            checkpoint,
-            {part.kind: files[part].weights.name for part in checkpoint.parts},
-            transformer.params,
-            autoencoder.params,
-            text.width,
+    def release_all(self) -> None:
+        """Forget all weights."""
+        self._residency.clear()
+
+    def _plan(self, opened: Opened, workload: Workload, loras: Sequence[LoraChoice], after: Plan | None) -> Plan:
+        needs = replace(opened.needs, loras=self.loras.size(loras, opened.needs.flow_dtype.itemsize))
+        budget = self._budget()
+        host = memory.free_host_memory() + self._residency.host_bytes if self.device.type == "cuda" else None
+
+        def plan(within: int) -> Plan:
+            return make_plan(needs, workload, within, self.device, host=host, streaming=self._streaming)
+
+        if after is not None:
+            with contextlib.suppress(OutOfMemory):
+                return plan(min(budget, int(LEANER * after.peak)))
+            budget = min(budget, after.peak - 1)  # then anything leaner will do
+        return plan(budget)
+
+    def _budget(self) -> int:
+        """Bytes of the device's memory that weights and activations may take, all in all."""
+        return min(memory.free_memory(self.device) + self._residency.device_bytes, self.capacity)
+
+    def _session(self, opened: Opened, plan: Plan, loras: Sequence[LoraChoice]) -> Session:
+        remote = None
+        if opened.text is None:
+            assert self._settings.text_encoder_url is not None
+            remote = RemoteText(
+                self._settings.text_encoder_url,
+                self._settings.text_encoder_token,
+                opened.checkpoint.recipe,
+                opened.flow.params.context_width,
+                opened.checkpoint.label,
+            )
+        return Session(
+            opened=opened,
+            plan=plan,
+            preview=self._settings.preview,
+            loras=self.loras,
+            chosen=tuple(loras),
+            remote=remote,
+            residency=self._residency,
+            contexts=self._contexts,
+            latents=self._latents,
         )
-        self._release_all_but(checkpoint)
-        for part, what, opened in (
-            (checkpoint.text, "text encoder", text),
-            (checkpoint.flow, "transformer", transformer),
-            (checkpoint.autoencoder, "autoencoder", autoencoder),
-        ):
-            key = self._key(part, checkpoint)
-            if key not in self._parts:
-                progress(f"Loading {checkpoint.label}: {what}", None)
-                self._parts[key] = opened.load(
-                    device=self.device, dtype=key[1], storage=choose_storage(self._settings.quantize, self.device, part)
-                )
 
-    def _remembering(self, key: Key, make: Callable[[Any], MemoryT]) -> MemoryT:
-        """The memory of the part under `key`, made at first and kept as long as the part is loaded."""
-        if key not in self._memories:
-            self._memories[key] = make(self._parts[key])
-        found: MemoryT = self._memories[key]
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What a picture is drawn with, on the device. `applied`: the LoRAs on the transformer. `previewer` is None where
+    previews are off."""
+
+    transformer: Transformer
+    previewer: Previewer | None
+    applied: tuple[Applied, ...]
+
+
+class Session:
+    """A checkpoint under a plan. Each method brings what it needs to the device, telling `progress`, which may raise
+    to give up. Build it with `ModelManager.open`."""
+
+    def __init__(
+        self,
+        *,
+        opened: Opened,
+        plan: Plan,
+        preview: str,
+        loras: Loras,
+        chosen: Sequence[LoraChoice],
+        remote: RemoteText | None,
+        residency: Residency[Key],
+        contexts: RememberingText,
+        latents: RememberingReferences,
+    ) -> None:
+        self.checkpoint = opened.checkpoint
+        self.plan = plan
+        self.notes = opened.notes
+        self._opened = opened
+        self._preview = preview
+        self._loras = loras
+        self._chosen = chosen
+        self._remote = remote
+        self._residency = residency
+        self._contexts = contexts
+        self._latents = latents
+
+    def encode(self, prompts: Sequence[str], progress: Progress) -> Encoded:
+        """The contexts of `prompts`; only those that are not remembered are read."""
+
+        def read(missing: Sequence[str]) -> Encoded:
+            if self._remote is not None:
+                progress("Sending the prompt to the text encoder", None)
+                return self._remote.encode(missing, progress)
+            text: TextEncoder = self._bring(PROMPT, progress)["text"]
+            progress("Reading the prompt", None)
+            return text.encode(missing)
+
+        return self._contexts.encode(self._opened.keys.get("text", self._remote), prompts, read)
+
+    def encode_reference(self, image: Image.Image, progress: Progress) -> Tensor:
+        """The latent [1, 128, h, w] of `image`, whose sides are multiples of 16, unless it is remembered."""
+
+        def read(picture: Image.Image) -> Tensor:
+            autoencoder: Autoencoder = self._bring(REFERENCES, progress)["autoencoder"]
+            stage = self.plan.stage(REFERENCES)
+            return autoencoder.encode(pixels_from_image(picture), stage.rows, HOST if stage.store else None)
+
+        return self._latents.encode(self._opened.keys["autoencoder"], image, read)
+
+    def draw(self, progress: Progress) -> Drawn:
+        """Transformer and previews' decoder, and the LoRAs that the request chose on the former."""
+        parts = self._bring(DRAWING, progress)
+        transformer: Transformer = parts["flow"]
+        applied = self._loras.put_on(transformer, self._chosen)
+        return Drawn(transformer=transformer, previewer=self._previewer(parts), applied=tuple(applied))
+
+    def decode(self, latent: Tensor, progress: Progress) -> Tensor:
+        """Pixels [1, 3, H, W] of a latent [1, 128, h, w]."""
+        autoencoder: Autoencoder = self._bring(DECODING, progress)["autoencoder"]
+        progress("Decoding", None)
+        stage = self.plan.stage(DECODING)
+        return autoencoder.decode(latent, stage.rows, HOST if stage.store else None)
+
+    def preload(self, progress: Progress) -> None:
+        """Bring in what fits at once: all, or what the first stage needs."""
+        for stage in self.plan.stages if self.plan.resident else self.plan.stages[:1]:
+            if stage.name != REFERENCES:
+                self._bring(stage.name, progress)
+
+    def _previewer(self, parts: dict[str, Any]) -> Previewer | None:
+        if self._preview == "off":
+            return None
+        if draws_itself(self.checkpoint):
+            return AutoencoderPreview(parts["autoencoder"])
+        return TinyPreview(parts["tiny"]) if "tiny" in parts else LinearPreview()
+
+    def _bring(self, name: str, progress: Progress) -> dict[str, Any]:
+        """The parts of a stage on the device, by kind, and room beside them for what it computes."""
+        stage = self.plan.stage(name)
+        together = [self._opened.keys[kind] for kind in stage.together]
+        there = sum(self._residency.on_device(key) for key in together)
+        self._residency.make_room(stage.peak - there, self.plan.budget, keep=together)
+        found = {}
+        for kind in stage.parts:
+            key = self._opened.keys[kind]
+            if not self._residency.on_device(key):
+                progress(f"Loading {self.checkpoint.label}: {_LABELS[kind]}", None)
+            found[kind] = self._residency.bring(
+                key,
+                partial(self._opened.load, kind),
+                _module_of,
+                blocks=_blocks(stage) if kind == stage.parts[0] else None,
+            )
         return found
 
-    def _previewer(
-        self, checkpoint: Checkpoint, autoencoder: Autoencoder, progress: Progress
-    ) -> tuple[Previewer | None, tuple[str, ...]]:
-        part = checkpoint.tiny_autoencoder
-        if self._settings.preview == "off":
-            return None, ()
-        if part == checkpoint.autoencoder:
-            return AutoencoderPreview(autoencoder), ()
-        if self._settings.preview == "linear":
-            return LinearPreview(), ()
-        key = self._key(part, checkpoint)
-        if key not in self._parts and part not in self._not_to_be_had:
-            try:
-                at = self._hub.locate(part, progress)
-                self._parts[key] = load_tiny_decoder(at.weights, device=self.device, dtype=key[1])
-            except WeightsError as error:
-                self._not_to_be_had[part] = str(error)
-        if key not in self._parts:
-            return LinearPreview(), (f"Previews show rough colours only: {self._not_to_be_had[part]}",)
-        return TinyPreview(self._parts[key]), ()
 
-    def _release_all_but(self, checkpoint: Checkpoint) -> None:
-        wanted = {self._key(part, checkpoint) for part in (*checkpoint.parts, checkpoint.tiny_autoencoder)}
-        unwanted = self._parts.keys() - wanted
-        for key in unwanted:
-            del self._parts[key]
-            self._memories.pop(key, None)
-        if unwanted:
-            self.release_scratch()
-
-    def _key(self, part: Part, checkpoint: Checkpoint) -> Key:
-        return part, choose_dtype(self._settings.dtype, self.device, checkpoint, part)
+def _module_of(model: Any) -> nn.Module:
+    module: nn.Module = model.tower if isinstance(model, TextEncoder) else model
+    return module
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; for "auto" the fastest there is. Raises `DeviceError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DeviceError(f"There is no device called {name!r}. Choose auto, cuda, cuda:1, mps or cpu.") from error
-    available: dict[str, Callable[[], bool]] = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "cpu": lambda: True,
-    }
-    if device.type not in available:
-        raise DeviceError(f"{name!r} cannot be used. Choose auto, cuda, mps or cpu.")
-    if not available[device.type]():
-        raise DeviceError(f"This machine has no usable {device.type} device. Choose cpu, or leave the choice at auto.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA device(s).")
-    return device
+def _blocks(stage: Stage) -> Callable[[Any], list[nn.Module]] | None:
+    """Which blocks of the stage's first part are streamed; None for none."""
+    if not stage.streamed:
+        return None
+
+    def chosen(model: Any) -> list[nn.Module]:
+        is_text = isinstance(model, TextEncoder)
+        blocks = list(model.tower.layers) if is_text else [*model.double_blocks, *model.single_blocks]
+        return [blocks[i] for i in spread(stage.streamed, len(blocks))]
+
+    return chosen
 
 
-def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, part: Part) -> torch.dtype:
-    """The precision of `part`.
-
-    auto: bfloat16, or float16 on a CUDA device without it; float32 for small checkpoints on a CPU, which are as quick
-    and exact so. float16 is kept to the transformer, which guards its range: text encoders and autoencoders were
-    trained in bfloat16 and would overflow. The tiny autoencoder is published in float16.
-    """
-    if part.kind == "tiny autoencoder":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if name == "auto":
-        if device.type == "cpu" and checkpoint.flow.size < LARGE:
-            name = "float32"
-        elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            name = "float16"
-        else:
-            name = "bfloat16"
-    if name == "float16" and part.kind != "flow":
-        name = "bfloat16"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+def _take_loras_off(model: Any) -> None:
+    if isinstance(model, Transformer):
+        lora.apply(model, [])
 
 
-def choose_storage(quantize: str, device: torch.device, part: Part) -> Storage:
-    """How the weights of `part` are held in memory.
-
-    As the user set it, for the two parts that are large. Otherwise as the file has them, so that an 8-bit or 4-bit
-    file takes no more memory than disk; but restored where that costs little (a toy on a CPU, which is quicker so) and
-    where 8-bit floats cannot be held (Apple).
-    """
-    if part.kind in ("flow", "text") and quantize != "off" and part.size >= LARGE:
-        return "fp8" if quantize == "fp8" else "int8"
-    return "plain" if device.type == "mps" or part.size < LARGE else "stored"
-
-
-def check_fit(
-    checkpoint: Checkpoint,
-    names: dict[str, str],
-    transformer: TransformerParams,
-    autoencoder: AutoencoderParams,
-    text_width: int,
-) -> None:
-    """Raise `WeightsError` if the parts do not belong together. names: the file or folder of each kind of part."""
-    flow, label = names["flow"], checkpoint.label
-    own = f"{label}'s own file{_named(checkpoint.flow)}"
-    if transformer.context_width != text_width:
-        raise WeightsError(
-            f"{flow} reads text of width {transformer.context_width}, but the text encoder of {label} in "
-            f"{names['text']} gives {text_width}: one of them is another checkpoint's. Give {label} its own "
-            f"transformer{_named(checkpoint.flow)} and text encoder{_named(checkpoint.text)}."
-        )
-    embeds = checkpoint.guiding == "embedded"
-    if transformer.guidance_embedding != embeds:
-        raise WeightsError(
-            f"{flow} {'has a' if transformer.guidance_embedding else 'lacks the'} guidance embedding, which {label} "
-            f"{'has' if embeds else 'does not have'}: the file is another checkpoint's. Choose {own}."
-        )
-    if autoencoder.patch != MULTIPLE or 4 * autoencoder.latent_channels != transformer.in_channels:
-        raise WeightsError(
-            f"{names['autoencoder']} makes latents of {4 * autoencoder.latent_channels} channels, one for "
-            f"{autoencoder.patch} x {autoencoder.patch} pixels, but {flow} reads {transformer.in_channels} channels, "
-            f"one for {MULTIPLE} x {MULTIPLE}. Choose {label}'s own autoencoder{_named(checkpoint.autoencoder)}."
-        )
-
-
-def _named(part: Part) -> str:
-    return f" ({part.override})" if part.override else ""
+def _silent(text: str, fraction: float | None) -> None:
+    pass

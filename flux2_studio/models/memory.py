@@ -1,38 +1,18 @@
-"""How many pictures are denoised at once: a guess from the device's free memory, kept on the safe side.
-
-A wrong guess costs nothing but time: a batch that does not fit is halved by the studio, which says so.
-"""
+"""How much memory there is, and how an error says that there is none left."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
+import psutil
 import torch
 
-from flux2_studio.engine.params import TransformerParams
-
-SHARE = 0.6  # of the free memory that a batch may take; the rest is for decoding and for what others allocate
-# Activations alive at once per token, in units of the hidden width: both streams, qkv in float32, the MLP's inner
-# width twice, and the joined input of linear2.
-ACTIVATIONS = 40
-# A processor is busy with this many tokens: a larger batch is no faster there, only later to its previews and to Stop.
-CPU_TOKENS = 2048
-UNKNOWN = 4 * 2**30  # assumed to be free where the system does not tell
-
-
-def batch_size(
-    count: int, tokens: int, kept: int, params: TransformerParams, dtype: torch.dtype, device: torch.device
-) -> int:
-    """How many of `count` pictures to make at once, at least one.
-
-    tokens: what one picture sends through the transformer. kept: of these, how many have their keys and values kept
-    in every block (the reference cache).
-    """
-    blocks = params.double_blocks + params.single_blocks
-    one = (tokens * ACTIVATIONS + kept * 2 * blocks) * params.hidden * dtype.itemsize
-    fitting = int(SHARE * free_memory(device) / one)
-    useful = CPU_TOKENS // tokens if device.type == "cpu" else count
-    return max(1, min(count, fitting, useful))
+# Where Linux says what a container may have, what it has, and how much of that is files kept for speed: the newer
+# interface, then the older one.
+_CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+)
 
 
 def free_memory(device: torch.device) -> int:
@@ -42,10 +22,21 @@ def free_memory(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # no sysconf (Windows), or not this name (macOS)
-        return UNKNOWN
+    return free_host_memory()
+
+
+def whole_memory(device: torch.device) -> int:
+    """Bytes that `device` has, in use or not."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _container())])
+
+
+def free_host_memory() -> int:
+    """Bytes of main memory that can still be had, files that the system keeps in it for speed included."""
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in _container())])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -54,3 +45,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _container() -> list[tuple[int, int]]:
+    """(limit, used) in bytes of the container that this process is in; [] where there is none or no limit."""
+    found = []
+    for folder, limit, used, files in _CONTAINERS:
+        try:
+            most, now = ((Path(folder) / name).read_text().strip() for name in (limit, used))
+            said = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not Linux, not in a container, or something else altogether
+            continue
+        if most.isdecimal() and now.isdecimal():  # "max" is none
+            found.append((int(most), max(0, int(now) - int(said.get(files, 0)))))
+    return found

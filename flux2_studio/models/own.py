@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,7 +26,7 @@ Kind = Literal["transformer", "lora", "autoencoder", "tiny autoencoder", "unknow
 SUFFIXES = (".safetensors", ".gguf")
 # What tells a file's kind, first match first: a pattern, and what a file with such a key is.
 SIGNS: tuple[tuple[str, Kind], ...] = (
-    (r"\.lora_(A|B|down|up)\b|\.lokr_|\.hada_|\.dora_scale$|\.diff$", "lora"),
+    (r"\.lora[_.](A|B|down|up)\b|\.lokr_|\.hada_|\.dora_scale$|\.diff$", "lora"),
     (r"^(txt_in|context_embedder)\.weight$", "transformer"),
     (r"^(encoder|decoder)\.(mid|mid_block|up|up_blocks)\.", "autoencoder"),
     (r"^decoder\.layers\.\d+\.", "tiny autoencoder"),
@@ -36,7 +36,10 @@ NUMBER_FORMATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4
 
 @dataclass(frozen=True, kw_only=True)
 class OwnFile:
-    """One file of the folder. `checkpoint` where it can be chosen; otherwise `reason` says in words why it cannot."""
+    """One file of the folder. `checkpoint` where it can be chosen; otherwise `reason` says in words why it cannot.
+
+    A LoRA has neither: it can be chosen beside a checkpoint, see `models.loras`.
+    """
 
     path: Path
     kind: Kind
@@ -86,8 +89,8 @@ def recognise(path: Path, name: str, known: Sequence[Checkpoint]) -> OwnFile:
     except WeightsError as error:
         return OwnFile(path=path, kind="unknown", reason=str(error))
     shapes = contents.shapes
-    kind = next((kind for sign, kind in SIGNS if any(re.search(sign, key) for key in shapes)), None)
-    if kind is None:
+    kind = kind_of(shapes)
+    if kind == "unknown":
         return OwnFile(
             path=path,
             kind="unknown",
@@ -95,7 +98,7 @@ def recognise(path: Path, name: str, known: Sequence[Checkpoint]) -> OwnFile:
         )
     if kind != "transformer":
         reasons = {
-            "lora": f"{path.name} is a LoRA, which changes a checkpoint and is none by itself.",
+            "lora": "",
             "autoencoder": f"{path.name} is an autoencoder: set AE_MODEL_PATH to it to use it with every checkpoint.",
             "tiny autoencoder": f"{path.name} draws previews: set TAEF2_MODEL_PATH to it.",
         }
@@ -117,9 +120,16 @@ def recognise(path: Path, name: str, known: Sequence[Checkpoint]) -> OwnFile:
         label=f"{path.stem} ({_short(like.label)}, {_numbers(contents)})",
         good_for=f"Your own file, used as {like.label}: with its text encoder, steps and limits.",
         flow=Part(kind="flow", repo=None, path=str(path.absolute()), size=path.stat().st_size),
+        hidden_width=shape[0],
         licence="that of the file's maker",
     )
     return OwnFile(path=path, kind="transformer", checkpoint=checkpoint)
+
+
+def kind_of(keys: Iterable[str]) -> Kind:
+    """What a file with such keys is."""
+    keys = list(keys)
+    return next((kind for sign, kind in SIGNS if any(re.search(sign, key) for key in keys)), "unknown")
 
 
 def _names(path: Path, folder: Path) -> Iterator[str]:

@@ -1,23 +1,20 @@
 """What prompts and references became, kept for the next run: a re-roll of the seed encodes nothing.
 
-Each memory belongs to the part that made its tensors and leaves with it, so nothing here outlives the weights it was
-computed with. Tensors stay where they were made.
+Kept by the weights that made it and by content, so it outlives a swap: the weights need not even come back.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.text import Encoded, TextEncoder
-from flux2_studio.pictures import pixels_from_image
+from flux2_studio.engine.text import Encoded
 
 CONTEXT_BYTES = 256 * 2**20  # 16 prompts of the largest text encoder, or 32 of klein 4B's
 LATENT_BYTES = 128 * 2**20  # 16 references at the largest size
@@ -54,38 +51,37 @@ class Recent(Generic[KeyT, ValueT]):
 
 
 class RememberingText:
-    """A text encoder that reads a prompt once."""
+    """Reads a prompt once. Contexts are kept in main memory, where there is room for them."""
 
-    def __init__(self, encoder: TextEncoder, limit: int = CONTEXT_BYTES) -> None:
-        self._encoder = encoder
-        self._known: Recent[str, tuple[Tensor, int]] = Recent(limit)
+    def __init__(self, limit: int = CONTEXT_BYTES) -> None:
+        self._known: Recent[tuple[Hashable, str], tuple[Tensor, int]] = Recent(limit)
 
-    def encode(self, prompts: Sequence[str]) -> Encoded:
-        """As `TextEncoder.encode`; only prompts that are not remembered are computed, as one batch."""
-        rows = {prompt: self._known.get(prompt) for prompt in prompts}
+    def encode(self, encoder: Hashable, prompts: Sequence[str], read: Callable[[Sequence[str]], Encoded]) -> Encoded:
+        """The contexts of `prompts`. encoder: what they depend on. read: called once, with those not remembered."""
+        rows = {prompt: self._known.get((encoder, prompt)) for prompt in prompts}
         missing = [prompt for prompt, row in rows.items() if row is None]
         if missing:
-            encoded = self._encoder.encode(missing)
+            encoded = read(missing)
             for prompt, context, cut in zip(missing, encoded.context.split(1), encoded.cut, strict=True):
-                context = context.clone()  # a row of its own, not a view that keeps the whole batch alive
+                # a row of its own, not a view that keeps the whole batch alive
+                context = context.clone() if context.device.type == "cpu" else context.cpu()
                 rows[prompt] = (context, cut)
-                self._known.keep(prompt, (context, cut), context.nbytes)
+                self._known.keep((encoder, prompt), (context, cut), context.nbytes)
         found = [row for prompt in prompts if (row := rows[prompt]) is not None]
         return Encoded(torch.cat([context for context, _ in found]), tuple(cut for _, cut in found))
 
 
 class RememberingReferences:
-    """An autoencoder's encoder that reads a picture once."""
+    """Reads a picture once. Latents are kept in main memory."""
 
-    def __init__(self, autoencoder: Autoencoder, limit: int = LATENT_BYTES) -> None:
-        self._autoencoder = autoencoder
-        self._known: Recent[tuple[tuple[int, int], str, bytes], Tensor] = Recent(limit)
+    def __init__(self, limit: int = LATENT_BYTES) -> None:
+        self._known: Recent[tuple[Hashable, tuple[int, int], str, bytes], Tensor] = Recent(limit)
 
-    def encode(self, image: Image.Image) -> Tensor:
-        """The latent [1, 128, h, w] of `image`, whose sides are multiples of 16."""
-        key = (image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
+    def encode(self, autoencoder: Hashable, image: Image.Image, read: Callable[[Image.Image], Tensor]) -> Tensor:
+        """The latent [1, 128, h, w] of `image`. autoencoder: what it depends on. read: makes it, if need be."""
+        key = (autoencoder, image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
         latent = self._known.get(key)
         if latent is None:
-            latent = self._autoencoder.encode(pixels_from_image(image))
+            latent = read(image).cpu()
             self._known.keep(key, latent, latent.nbytes)
         return latent

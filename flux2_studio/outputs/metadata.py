@@ -2,7 +2,8 @@
 
 Two text entries: `Software`, and `parameters`, a JSON object with the fields of the resolved `Request` of this one
 picture (its own seed, count 1). References are given as the SHA-256 of the file's bytes: a path would mean nothing on
-another machine and may tell more about its owner than intended.
+another machine and may tell more about its owner than intended. LoRAs have theirs beside name and weight, because a
+name may stand for another file tomorrow.
 
 The JSON is plain ASCII, so that every reader of PNG text gets it right and no prompt can fail to be written.
 """
@@ -24,9 +25,15 @@ MAX_FILE = 200 * 10**6  # bytes
 MAX_TEXT = 10**6  # characters; two prompts of the longest kind take less
 
 
-def png_info(request: Request, reference_hashes: Sequence[str] = ()) -> PngInfo:
-    """The text entries of the one picture that `request` (resolved, its own seed, count 1) made."""
+def png_info(request: Request, reference_hashes: Sequence[str] = (), lora_hashes: Sequence[str] = ()) -> PngInfo:
+    """The text entries of the one picture that `request` (resolved, its own seed, count 1) made.
+
+    lora_hashes: SHA-256 of the file of each of the request's LoRAs.
+    """
     parameters = request.as_dict() | {"references": list(reference_hashes)}
+    parameters["loras"] = [
+        lora | {"sha256": sha256} for lora, sha256 in zip(parameters["loras"], lora_hashes, strict=True)
+    ]
     info = PngInfo()
     info.add_text("Software", f"flux2-studio {__version__}")
     info.add_text("parameters", json.dumps(parameters))

@@ -45,11 +45,17 @@ class Library:
         except OSError as error:
             raise SaveError(self._reason(error)) from error
 
-    def save(self, image: Image.Image, request: Request, reference_hashes: Sequence[str] = ()) -> Path:
+    def save(
+        self,
+        image: Image.Image,
+        request: Request,
+        reference_hashes: Sequence[str] = (),
+        lora_hashes: Sequence[str] = (),
+    ) -> Path:
         """Write `image`, made by `request` (resolved, its own seed, count 1), as a PNG with its parameters.
 
-        reference_hashes: `Loaded.sha256` of each reference. Returns the file's path. Raises `SaveError` where it
-        cannot be written; nothing is left behind then.
+        reference_hashes: `Loaded.sha256` of each reference. lora_hashes: `Applied.sha256` of each LoRA.
+        Returns the file's path. Raises `SaveError` where it cannot be written; nothing is left behind then.
         """
         moment = self._now()
         checkpoint = re.sub(r"[^\w.-]+", "-", request.checkpoint or "")
@@ -60,7 +66,7 @@ class Library:
             while True:  # until a name is free, which the first is but for a wonder
                 target = day / f"{stem}-{self._token()}.png"
                 with suppress(FileExistsError):
-                    _write_new(target, image, png_info(request, reference_hashes))
+                    _write_new(target, image, png_info(request, reference_hashes, lora_hashes))
                     return target
         except OSError as error:
             raise SaveError(self._reason(error)) from error

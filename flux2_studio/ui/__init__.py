@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,10 @@ from gradio.utils import get_upload_folder
 
 from flux2_studio.errors import StudioError
 from flux2_studio.jobs import JobQueue
+from flux2_studio.models.shelf import Shelf
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, tabs
+from flux2_studio.ui import fields, handlers, models_tab, tabs
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.theme import StudioTheme
 
@@ -67,8 +69,14 @@ addEventListener('click', (event) => {
 </script>"""
 
 
-def build(studio: Studio, jobs: JobQueue) -> gr.Blocks:
-    """The page of `studio`, whose runs go through `jobs`; not launched yet."""
+def build(
+    studio: Studio, jobs: JobQueue, shelf: Shelf, needs: models_tab.Needs = lambda _: "", *, may_change: bool = True
+) -> gr.Blocks:
+    """The page of `studio`, whose runs go through `jobs`; not launched yet.
+
+    needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether checkpoints of `shelf`
+    can be downloaded and deleted there.
+    """
     settings = studio.settings
     default = settings.checkpoint(None)
     examples = Examples.load(settings.assets / "examples")
@@ -81,21 +89,44 @@ def build(studio: Studio, jobs: JobQueue) -> gr.Blocks:
                 with gr.Column(elem_id="choice"):
                     chosen = fields.checkpoint(settings.checkpoints, default.name)
                     about = gr.HTML(fields.about(default, studio.on_disk(default)), elem_id="about")
-                with gr.Tabs(elem_id="tabs") as tabbed:
+                    loading = gr.HTML(elem_id="loading")
+                with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabbed:
                     forms = [layout(chosen, default, examples) for layout in (tabs.generate, tabs.edit, tabs.multi)]
+                    models = models_tab.layout(shelf, needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
                 stage = tabs.stage()
-        handlers.wire(studio, jobs, examples, chosen=chosen, about=about, tabs=tabbed, forms=forms, stage=stage)
+        handlers.wire(
+            studio,
+            jobs,
+            examples,
+            chosen=chosen,
+            about=about,
+            loading=loading,
+            tabs=tabbed,
+            forms=forms,
+            stage=stage,
+        )
+        models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
     return page
 
 
-def serve(settings: Settings, host: str | None = None, port: int | None = None, share: bool = False) -> None:
+def serve(
+    settings: Settings,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    notes: Sequence[str] = (),
+) -> None:
     """Show the page until it is interrupted, at http://127.0.0.1:7860 or the next free port unless told otherwise.
 
+    notes: a sentence about each file of the user's own folder that is no checkpoint.
     Raises `StudioError` where the page cannot be started.
     """
     settings.prepare_process()
-    from flux2_studio.studio import Studio  # loads torch, which only a started page needs
+    # These load torch, which only a started page needs.
+    from flux2_studio.models.hub import Hub
+    from flux2_studio.models.manager import ModelManager
+    from flux2_studio.studio import Studio
 
     if settings.on_space:
         host, port = host or SPACE_HOST, port or SPACE_PORT
@@ -103,9 +134,10 @@ def serve(settings: Settings, host: str | None = None, port: int | None = None, 
     _check_host(host)
     if port is not None and not 1 <= port <= 65535:
         raise StudioError(f"There is no port {port}: choose one from 1 to 65535.")
-    studio = Studio(settings)
+    hub = Hub(settings)  # one for runs and for the Models tab, so that they share downloads
+    studio = Studio(settings, ModelManager(settings, hub))
     jobs = JobQueue(studio)
-    page = build(studio, jobs)
+    page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not for_guests(settings, share))
     if Path(get_upload_folder()) == settings.home / "uploads":
         forget_uploads(settings.home / "uploads")
     try:
@@ -138,6 +170,14 @@ def serve(settings: Settings, host: str | None = None, port: int | None = None, 
         page.block_thread()
     except KeyboardInterrupt:  # before block_thread, which has an ear of its own for it
         page.close()
+
+
+def for_guests(settings: Settings, share: bool) -> bool:
+    """Whether anybody may come by: to a Space, or through a public link. They may not fill a disk, nor empty it.
+
+    The owner of such a link is none the better for it: Gradio's tunnel ends on this machine, so a guest looks the same.
+    """
+    return settings.on_space or share
 
 
 def forget_uploads(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 
 from flux2_studio.checkpoints import GB, MB, Checkpoint, Part
+from flux2_studio.models.loras import LoraEntry
 from flux2_studio.request import MAX_COUNT, size_for_aspect
 from flux2_studio.ui.examples import Example
 
@@ -32,6 +33,42 @@ AS_REFERENCE = "As image 1"
 FREE = "Free"
 FIXED = "Fixed by distillation."
 
+# Draws the rows of `loras`, and redraws them when the value is changed from outside. Names are set as text, not HTML.
+LORA_ROWS = """
+const rows = element.querySelector('.rows');
+const value = () => props.value ?? [];
+const make = (tag, attributes) => Object.assign(document.createElement(tag), attributes);
+const row = (lora, index) => {
+  const set = (weight) => {
+    range.value = number.value = weight;
+    props.value = value().map((other, place) => (place === index ? {...other, weight} : other));
+  };
+  const side = {min: -2, max: 2, step: 0.05, value: lora.weight};
+  const name = make('span', {className: 'name', textContent: lora.name, title: lora.name});
+  const range = make('input', {type: 'range', ...side, ariaLabel: `Weight of ${lora.name}`});
+  const number = make('input', {type: 'number', ...side, ariaLabel: `Weight of ${lora.name} as a number`});
+  const remove = make('button', {type: 'button', textContent: '\\u00d7', ariaLabel: `Take ${lora.name} off`});
+  range.addEventListener('input', () => set(Number(range.value)));
+  number.addEventListener('change', () => set(Math.min(2, Math.max(-2, Number(number.value) || 0))));
+  remove.addEventListener('click', () => {
+    props.value = value().filter((_, place) => place !== index);
+    draw();
+    trigger('input');
+  });
+  const drawn = make('div', {className: 'lora'});
+  drawn.append(name, remove, range, number);
+  return drawn;
+};
+const draw = () => rows.replaceChildren(...value().map(row));
+draw();
+watch('value', () => { draw(); trigger('input'); });
+"""
+# Adds the one that was picked to the rows, unless it is there; in the browser, so that a run started at once has it.
+ADD_LORA = """(name, loras) => {
+  const chosen = loras ?? [];
+  return [null, !name || chosen.some((lora) => lora.name === name) ? chosen : [...chosen, {name, weight: 1}]];
+}"""
+
 
 def checkpoint(choices: Sequence[Checkpoint], chosen: str) -> gr.Dropdown:
     return gr.Dropdown(
@@ -45,7 +82,7 @@ def checkpoint(choices: Sequence[Checkpoint], chosen: str) -> gr.Dropdown:
 
 def about(checkpoint: Checkpoint, on_disk: bool) -> str:
     """What `checkpoint` is good for, its licence, and what choosing it will cost, as HTML."""
-    licence = _link(checkpoint.licence_url, checkpoint.licence)
+    licence = link(checkpoint.licence_url, checkpoint.licence)
     if on_disk:
         here = '<span class="chip here">on disk</span>'
     else:
@@ -62,10 +99,10 @@ def about(checkpoint: Checkpoint, on_disk: bool) -> str:
 
 
 def _hub_page(part: Part) -> str:
-    return _link(f"https://huggingface.co/{part.repo}", str(part.repo))
+    return link(f"https://huggingface.co/{part.repo}", str(part.repo))
 
 
-def _link(url: str, text: str) -> str:
+def link(url: str, text: str) -> str:
     return f'<a href="{escape(url)}" target="_blank" rel="noopener">{escape(text)}</a>'
 
 
@@ -132,6 +169,38 @@ def other_examples(entries: Sequence[Example]) -> gr.Dataset:
 
 def _samples(entries: Sequence[Example]) -> list[list[str]]:
     return [[entry.prompt] for entry in entries]
+
+
+def lora_offer(entries: Sequence[LoraEntry], checkpoint: Checkpoint) -> gr.Dropdown:
+    """What can be added to `loras`: those made for `checkpoint` first, the others with whom they are for."""
+    fitting = [(entry.name, entry.name) for entry in entries if entry.width == checkpoint.hidden_width]
+    others = [
+        (f"{entry.name} (for {entry.family})", entry.name)
+        for entry in entries
+        if entry.width != checkpoint.hidden_width
+    ]
+    return gr.Dropdown(
+        choices=[*fitting, *others],
+        value=None,
+        label="Add a LoRA",
+        visible=bool(entries),
+        min_width=140,
+        elem_classes="lora-offer",
+    )
+
+
+def loras() -> gr.HTML:
+    """The chosen LoRAs, `[{"name": ..., "weight": ...}, ...]`, each a row with a slider.
+
+    A component of its own, because name and weight must travel together: a run that is started while a slider still
+    moves gets what is shown. The event "input" tells that one was added or taken off.
+    """
+    return gr.HTML([], html_template='<div class="rows"></div>', js_on_load=LORA_ROWS, elem_classes="loras")
+
+
+def lora_title(chosen: int) -> str:
+    """How the folded panel is called: nobody should forget the LoRAs in it."""
+    return f"LoRAs ({chosen})" if chosen else "LoRAs"
 
 
 def aspect(*, with_references: bool) -> gr.Radio:

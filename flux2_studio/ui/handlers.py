@@ -1,8 +1,7 @@
 """What happens on the page: events to `Request`s, a run's events to components.
 
 One `run` serves every form. It builds the request, follows the job and maps what the job says; the work is done by
-the job queue, so a closed tab ends only the following. Pitfall: a blocked follower would hold one of Gradio's few
-threads for as long as the run takes, so followers poll from the event loop and hold none.
+the job queue, so a closed tab ends only the following.
 """
 
 from __future__ import annotations
@@ -17,19 +16,20 @@ from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError
-from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
+from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
 from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.lora_panel import choices, wire_loras
+from flux2_studio.ui.readiness import wire_outlook, wire_preparation
 from flux2_studio.ui.reference_panel import offer, offered_to, paths, wire_references
 from flux2_studio.ui.tabs import EMPTY, Form, Stage
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.wiring import Update, follow, listen
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-POLL = 0.08  # seconds between two looks at a job
 # On a narrow screen the stage lies below the form: go there, where the picture appears.
 GO_TO_STAGE = """() => {
   const mat = document.getElementById('mat');
@@ -49,16 +49,20 @@ def wire(
     *,
     chosen: gr.Dropdown,
     about: gr.HTML,
+    loading: gr.HTML,
     tabs: gr.Tabs,
     forms: Sequence[Form],
     stage: Stage,
 ) -> None:
     """Connect the laid-out components. `chosen` is the checkpoint choice that the forms share."""
     _wire_checkpoint(studio, examples, chosen, about, forms)
+    wire_preparation(studio, jobs, chosen, loading)
+    wire_loras(studio, chosen, forms)
     for form in forms:
         _wire_seed(form)
         _wire_size(studio, chosen, form)
         _wire_examples(studio, examples, chosen, form)
+        wire_outlook(studio, form)
         _wire_run(studio, jobs, form, forms, stage)
         if form.panel is not None:
             wire_references(studio, chosen, form, form.panel)
@@ -82,6 +86,7 @@ def read_form(
         _check_typed(read["width"], read["height"])
     if not locked:
         read["seed"] = None
+    read["loras"] = choices(read.get("loras"))
     if "references" in read:
         read["references"] = paths(read["references"])
         if not read["references"]:
@@ -93,18 +98,6 @@ def _check_typed(width: int | None, height: int | None) -> None:
     for label, side in (("width", width), ("height", height)):
         if side is None:  # alone, it would be left to chance or to the checkpoint
             raise RequestError(f"Give the {label} in pixels, or choose a shape.")
-
-
-async def follow(job: Job, pause: float = POLL) -> AsyncIterator[Event]:
-    """The events of `job` until its last one, without holding a thread while it works."""
-    since = 0
-    while True:
-        for number, event in job.events(since, timeout=0):
-            since = number + 1
-            yield event
-            if isinstance(event, FINAL):
-                return
-        await asyncio.sleep(pause)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------
@@ -199,6 +192,8 @@ class RunView:
             case Failed():
                 self.failure = event.message
                 return {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
+            case _:
+                raise AssertionError(f"{event} is no run's")
 
     def _end(self) -> Update:
         return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}

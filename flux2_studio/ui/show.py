@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -18,11 +19,18 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.events import Preview, Queued, Result, Status
 from flux2_studio.request import Request
 
+ADDRESS = re.compile(r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])")  # a comma or full stop behind it is the sentence's
 SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be larger than the screen shows it
 
 
 def problem(text: str) -> str:
-    return f'<div class="problem" role="alert">{escape(text)}</div>'
+    """A sentence that says what is wrong; the pages that it names can be opened."""
+    pieces = ADDRESS.split(text)
+    linked = [
+        f'<a href="{escape(piece)}" target="_blank" rel="noopener">{escape(piece)}</a>' if number % 2 else escape(piece)
+        for number, piece in enumerate(pieces)
+    ]
+    return f'<div class="problem" role="alert">{"".join(linked)}</div>'
 
 
 def notes(texts: Sequence[str]) -> str:
@@ -121,6 +129,7 @@ def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint) -> 
         ("Negative prompt", request.negative_prompt or ""),
         ("Checkpoint", checkpoint.label),
         ("References", ", ".join(path.name for path in request.references)),
+        ("LoRAs", ", ".join(f"{lora.name} ({lora.weight:g})" for lora in request.loras)),
         ("Size", f"{request.width} x {request.height}"),
         ("Seed" if len(seeds) == 1 else "Seeds", ", ".join(map(str, seeds))),
         ("Steps", f"{request.steps}"),

@@ -31,8 +31,10 @@ class Form:
     roll: gr.Button
     aspect: gr.Radio
     size_note: gr.HTML
+    fit: gr.HTML  # how the request will fit into memory
     laid_out_for: gr.Textbox  # hidden: the checkpoint whose ranges and defaults the fields show
     examples: gr.Dataset
+    loras: LoraPanel
     run: gr.Button
     panel: ReferencePanel | None = None
 
@@ -48,6 +50,17 @@ class ReferencePanel:
     note: gr.HTML
     filled: gr.State
     tools: ReferenceTools | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPanel:
+    """What stands around a form's LoRAs: those that can be added, and what to know of them."""
+
+    folded: gr.Accordion
+    offer: gr.Dropdown
+    dropped: gr.HTML
+    note: gr.HTML
+    refresh: gr.Button
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +177,7 @@ def _form(
 ) -> Form:
     samples = fields.examples(examples.of(name, checkpoint))
     run_button = gr.Button(run, variant="primary", size="lg", elem_classes="run")
+    fit = gr.HTML(elem_classes=["note", "fit"])
     aspect = fields.aspect(with_references=references is not None)
     with gr.Row(elem_classes="pair"):
         width, height = fields.sides(None if references else fields.size_of("1:1", checkpoint))
@@ -177,6 +191,7 @@ def _form(
         steps = fields.steps(checkpoint)
         guidance = fields.guidance(checkpoint)
     negative_prompt = fields.negative_prompt(checkpoint)
+    loras, lora_panel = _loras(checkpoint)
     return Form(
         name=name,
         fields={
@@ -190,16 +205,30 @@ def _form(
             "guidance": guidance,
             "seed": seed,
             "count": count,
+            "loras": loras,
         },
         lock=lock,
         roll=roll,
         aspect=aspect,
         size_note=size_note,
+        fit=fit,
         laid_out_for=gr.Textbox(checkpoint.name, visible=False),
         examples=samples,
+        loras=lora_panel,
         run=run_button,
         panel=panel,
     )
+
+
+def _loras(checkpoint: Checkpoint) -> tuple[gr.HTML, LoraPanel]:
+    with gr.Accordion(fields.lora_title(0), open=False, elem_classes="lora-panel") as folded:
+        chosen = fields.loras()
+        dropped = gr.HTML(elem_classes="note")
+        with gr.Row(elem_classes="lora-add"):
+            offer = fields.lora_offer((), checkpoint)  # filled when the page is opened: a large folder takes its time
+            refresh = gr.Button("Refresh", size="sm", min_width=80, elem_classes="refresh")
+        note = gr.HTML(elem_classes="note")
+    return chosen, LoraPanel(folded=folded, offer=offer, dropped=dropped, note=note, refresh=refresh)
 
 
 def stage() -> Stage:

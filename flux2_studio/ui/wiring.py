@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from flux2_studio.events import FINAL, Event
+from flux2_studio.jobs import Task
+
+POLL = 0.08  # seconds between two looks at a task
 Update = dict[Any, Any]  # components to what becomes of them
 
 # The page's events are not an API: none is listed, and none shows Gradio's own spinner over our stage.
 listen = partial(gr.on, api_visibility="private", show_progress="hidden")
+
+
+async def follow(task: Task, pause: float = POLL) -> AsyncIterator[Event]:
+    """The events of `task` until its last one.
+
+    It polls from the event loop: a blocked follower would hold one of Gradio's few threads for as long as a run takes.
+    """
+    since = 0
+    while True:
+        for number, event in task.events(since, timeout=0):
+            since = number + 1
+            yield event
+            if isinstance(event, FINAL):
+                return
+        await asyncio.sleep(pause)

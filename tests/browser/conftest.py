@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,19 +55,26 @@ def app(tmp_path_factory: pytest.TempPathFactory, toys: Toys) -> Iterator[App]:
         "FLUX2_DEVICE": "cpu",
         "HF_HUB_OFFLINE": "1",
     }
+    with started(["app.py", "--port"], environment, log) as url:
+        yield App(url=url, home=home, log=log)
+
+
+@contextmanager
+def started(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[str]:
+    """The address of a studio that `python *arguments PORT` starts; what it writes goes to `log`."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "app.py", "--port", str(port)], cwd=ROOT, env=environment, stdout=output, stderr=output
+            [sys.executable, *arguments, str(port)], cwd=ROOT, env=environment, stdout=output, stderr=output
         )
     url = f"http://127.0.0.1:{port}/"
     try:
         deadline = time.monotonic() + STARTED_IN
         while not answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"app.py does not answer:\n{log.read_text()}")
+                pytest.fail(f"the studio does not answer:\n{log.read_text()}")
             time.sleep(0.2)
-        yield App(url=url, home=home, log=log)
+        yield url
     finally:
         process.terminate()
         process.wait(30)

@@ -142,7 +142,7 @@ def test_quantised_on_loading(toys: Toys, name: str, to: EightBit, bound: float)
     opened = open_text_encoder(text.folder, text.folder, recipe)
     encoder = opened.load(device=CPU, dtype=torch.float32, storage=to)
     exact = load(text)
-    small = [module for module in encoder._tower.modules() if isinstance(module, QuantizedLinear)]
+    small = [module for module in encoder.tower.modules() if isinstance(module, QuantizedLinear)]
     assert len(small) == 7 * recipe.layers
     held = sum(tensor.nbytes for module in small for tensor in module.buffers())
     assert held == sum(module.out_features * (module.in_features + 4) for module in small)

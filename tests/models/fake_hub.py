@@ -10,13 +10,15 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from flux2_studio.checkpoints import Part
+from flux2_studio.checkpoints import KLEIN_4B, Part
 from flux2_studio.models.hub import Hub
 from flux2_studio.settings import Settings
 
@@ -39,6 +41,10 @@ TEXT = Part(
     override="TEXT_MODEL_PATH",
 )
 ROOT_TEXT = Part(kind="text", repo="maker/Root", path="", tokenizer=("maker/Words", ""), size=30)
+TINY = Part(kind="tiny autoencoder", repo="maker/Words", path="consolidated.safetensors", size=14)
+
+CHECKPOINT = replace(KLEIN_4B, flow=FLOW, text=TEXT, autoencoder=VAE, tiny_autoencoder=TINY)
+OTHER = replace(CHECKPOINT, name="other", label="Other", flow=GATED)
 
 INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
 SHARDED = {
@@ -82,6 +88,7 @@ class FakeHub(ThreadingHTTPServer):
         self.breaks = 0  # how many of the next answers with a file end in the middle
         self.hold_at: int | None = None  # bytes after which an answer waits for `go`
         self.go = threading.Event()
+        self.pace = 0.0  # seconds that it takes for each BLOCK of an answer
         self.asked: list[str] = []  # "GET path", of the hub itself
         self.sent: list[tuple[str, str | None]] = []  # (name, Range) of every file that was asked for
         self.tokens: set[str | None] = set()  # that the hub was shown
@@ -187,7 +194,9 @@ class Handler(BaseHTTPRequestHandler):
             hold = self.server.hold_at
             with suppress(ConnectionError):  # the client may give up
                 if hold is None or hold >= len(content):
-                    self.wfile.write(content[:cut])
+                    for start in range(0, len(content[:cut]), BLOCK):
+                        time.sleep(self.server.pace)
+                        self.wfile.write(content[:cut][start : start + BLOCK])
                 else:
                     self.wfile.write(content[:hold])
                     self.server.go.wait()

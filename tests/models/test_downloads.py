@@ -284,13 +284,13 @@ def test_two_share_one_download_and_one_may_leave(fake: FakeHub, tmp_path: Path)
     until(lambda: one.sees("2.0 of 3.0 MB") and other.sees("2.0 of 3.0 MB"))
     one.give_up.set()
     assert isinstance(one.end(), Enough)
-    assert ours.running(FLOW)
+    assert ours.reached(FLOW)
     fake.go.set()
     assert other.end() is None
     assert toy(tmp_path) == TOY and len(fake.sent) == 1
     assert other.told[0] == ("Downloading Toy-4B", None)
     assert other.told[-1] == ("Downloading Toy-4B: 3.0 of 3.0 MB", 1.0)
-    assert not ours.running(FLOW)
+    assert not ours.reached(FLOW)
 
 
 def test_the_last_to_leave_pauses_it(fake: FakeHub, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_the_last_to_leave_pauses_it(fake: FakeHub, tmp_path: Path) -> None:
     for one in both:
         one.give_up.set()
         assert isinstance(one.end(), Enough)
-    assert not ours.running(FLOW)
+    assert not ours.reached(FLOW)
     fake.go.set()
     until(no_thread_is_left)
     there = arrived(tmp_path)
@@ -333,7 +333,7 @@ def test_what_the_first_word_raises_starts_nothing(fake: FakeHub, tmp_path: Path
     ours = downloads(fake, tmp_path)
     with pytest.raises(error):
         ours.download(VAE, interrupt)
-    assert fake.asked == [] and not ours.running(VAE)
+    assert fake.asked == [] and not ours.reached(VAE)
 
 
 def test_two_programs_take_turns(fake: FakeHub, tmp_path: Path) -> None:
@@ -391,18 +391,18 @@ def test_what_is_told() -> None:
     clock = Clock()
     running = Running("Toy-4B", clock)
     file = RemoteFile(repo="a/b", commit="c", name="d", size=10 * GB, etag="e", digest="sha256", git_id="f")
-    assert running.told() == ("Downloading Toy-4B", None) and running.to_come == 0
+    assert running.reached().told == ("Downloading Toy-4B", None) and running.to_come == 0
     running.plan({file: 2 * GB})
-    assert running.told() == ("Downloading Toy-4B: 2.0 of 10.0 GB", 0.2)
+    assert running.reached().told == ("Downloading Toy-4B: 2.0 of 10.0 GB", 0.2)
     running.report(file, CHECKING, GB)
-    assert running.told() == ("Checking what is here of Toy-4B: 1.0 of 2.0 GB", 0.5)
+    assert running.reached().told == ("Checking what is here of Toy-4B: 1.0 of 2.0 GB", 0.5)
     for second in range(1, 21):
         clock.now += 1
         running.report(file, DOWNLOADING, 2 * GB + second * 100 * MB)
-    assert running.told() == ("Downloading Toy-4B: 4.0 of 10.0 GB, 100.0 MB/s, 1 min left", 0.4)
+    assert running.reached().told == ("Downloading Toy-4B: 4.0 of 10.0 GB, 100.0 MB/s, 1 min left", 0.4)
     assert running.to_come == 6 * GB
     running.report(file, RETRYING, 4 * GB)
-    assert running.told() == ("The connection broke: trying again to download Toy-4B: 4.0 of 10.0 GB", 0.4)
+    assert running.reached().told == ("The connection broke: trying again to download Toy-4B: 4.0 of 10.0 GB", 0.4)
 
 
 def test_durations() -> None:

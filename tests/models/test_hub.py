@@ -13,18 +13,21 @@ from pathlib import Path
 import pytest
 from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
 
-from flux2_studio.checkpoints import KLEIN_4B, NANO, Checkpoint, Part
+from flux2_studio.checkpoints import NANO, Checkpoint, Part
 from flux2_studio.errors import DownloadError, WeightsError
 from flux2_studio.models.hub import Hub, PartFiles
 from tests.models.fake_hub import (
+    CHECKPOINT,
     COMMIT,
     FLOW,
     GATED,
     MB,
     NEWER,
+    OTHER,
     ROOT_TEXT,
     SHARDED,
     TEXT,
+    TINY,
     TOKEN,
     TOKENIZER,
     TOY,
@@ -452,9 +455,6 @@ def test_a_file_of_the_users_folder_that_is_gone(fake: FakeHub, tmp_path: Path) 
 
 # --- several parts, and removing them -----------------------------------------------------------------------------
 
-TINY = Part(kind="tiny autoencoder", repo="maker/Words", path="consolidated.safetensors", size=14)
-CHECKPOINT = replace(KLEIN_4B, flow=FLOW, text=TEXT, autoencoder=VAE, tiny_autoencoder=TINY)
-OTHER = replace(CHECKPOINT, name="other", label="Other", flow=GATED)
 ALL_OF_IT = (*CHECKPOINT.parts, TINY)
 TOY_ETAG = etag("toy.safetensors", TOY)
 

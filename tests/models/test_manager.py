@@ -1,55 +1,101 @@
-"""Residency, the choice of device and precision, and how many pictures go into a batch."""
+"""Sessions: what is loaded for a request, what stays for the next one, and how parts are computed and held."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flux2_studio.checkpoints import DEV, KLEIN_4B, NANO, Part
-from flux2_studio.engine.params import TransformerParams
+from flux2_studio.checkpoints import DEV, GB, KLEIN_4B, KLEIN_BASE_4B, NANO, Checkpoint, Part
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, TinyPreview
 from flux2_studio.engine.quantize import QuantizedLinear
 from flux2_studio.engine.weights import open_autoencoder, open_transformer
-from flux2_studio.errors import DeviceError, WeightsError
+from flux2_studio.errors import DeviceError, OutOfMemory, WeightsError
 from flux2_studio.models import memory
+from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage
 from flux2_studio.models.hub import Hub, PartFiles, Progress
-from flux2_studio.models.manager import ModelManager, check_fit, choose_device, choose_dtype, choose_storage
+from flux2_studio.models.manager import ModelManager, Session
+from flux2_studio.models.opened import check_fit
+from flux2_studio.models.plan import DRAWING, ORDER, PROMPT, Workload
 from flux2_studio.settings import Settings
 from tests.tiny import Toys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SMALL = Workload(width=64, height=64)
 
 
 def silent(text: str, fraction: float | None) -> None:
     pass
 
 
-def manager(settings: Settings) -> ModelManager:
-    return ModelManager(settings, Hub(settings))
+def manager(settings: Settings, **fields: Any) -> ModelManager:
+    return ModelManager(settings, Hub(settings), **fields)
 
 
-def test_the_last_checkpoint_stays_and_the_one_before_leaves(toys: Toys, tmp_path: Path) -> None:
+def opened(models: ModelManager, checkpoint: Checkpoint, workload: Workload = SMALL) -> Session:
+    return models.open(checkpoint, workload, silent)
+
+
+def ran(models: ModelManager, checkpoint: Checkpoint) -> list[str]:
+    """What is told while every stage of a run is gone through, of parts being loaded."""
+    told: list[str] = []
+
+    def progress(text: str, fraction: float | None) -> None:
+        told.append(text)
+
+    session = models.open(checkpoint, SMALL, progress)
+    session.encode([f"a prompt not seen before: {len(gc.get_objects())}"], progress)
+    session.draw(progress)
+    session.decode(torch.zeros(1, 128, 4, 4), progress)
+    return [text.rpartition(": ")[2] for text in told if text.startswith("Loading")]
+
+
+ALL = ["text encoder", "transformer", "preview decoder", "autoencoder"]
+
+
+def test_a_swap_moves_what_differs_and_both_stay_where_there_is_room(toys: Toys, tmp_path: Path) -> None:
+    models = manager(toys.settings(tmp_path, ["klein-4b", "klein-base-4b", "dev"]))
+    assert ran(models, KLEIN_4B) == ALL
+    first = opened(models, KLEIN_4B).draw(silent).transformer
+    assert ran(models, KLEIN_BASE_4B) == ["transformer"], "the text encoder is the same, too"
+    assert ran(models, DEV) == ["text encoder", "transformer"]
+    assert [ran(models, it) for it in (KLEIN_4B, KLEIN_BASE_4B, DEV)] == [[], [], []]
+    assert opened(models, KLEIN_4B).draw(silent).transformer is first
+
+
+def test_the_one_before_leaves_where_there_is_no_room(toys: Toys, tmp_path: Path) -> None:
     settings = toys.settings(tmp_path, ["klein-4b", "dev"])
-    models = manager(settings)
-    klein, dev = settings.checkpoint("klein-4b"), settings.checkpoint("dev")
-    first = models.load(klein, silent)
-    assert models.load(klein, silent).transformer is first.transformer
-    gone = [weakref.ref(first.transformer), weakref.ref(first.text)]
-    autoencoder = first.autoencoder
-    del first
-    second = models.load(dev, silent)
+    peaks = [opened(manager(settings), it).plan.peak for it in (KLEIN_4B, DEV)]
+    models = manager(replace(settings, memory=1.03 * max(peaks) / GB))
+    assert ran(models, KLEIN_4B) == ALL
+    gone = weakref.ref(opened(models, KLEIN_4B).draw(silent).transformer)
+    assert ran(models, DEV) == ["text encoder", "transformer"], "what two checkpoints share is not moved"
     gc.collect()
-    assert [ref() for ref in gone] == [None, None]
-    assert second.autoencoder is autoencoder, "what two checkpoints share is not moved"
+    assert gone() is None
+    assert "transformer" in ran(models, KLEIN_4B)
 
 
-@pytest.mark.parametrize("wrong", ["truncated", "a missing tensor", "no text encoder", "an autoencoder for it"])
+def test_a_part_that_left_holds_no_memory_for_whoever_has_it_still(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    models = manager(settings)
+    drawn = opened(models, KLEIN_4B).draw(silent)
+    weight = weakref.ref(drawn.transformer.img_in.weight)
+    models.release_all()
+    assert weight() is None and drawn.transformer.img_in.weight.is_meta
+
+
+BROKEN = ["truncated", "a missing tensor", "no text encoder", "an autoencoder for it"]
+
+
+@pytest.mark.parametrize("wrong", BROKEN)
 def test_a_failed_load_does_not_cost_the_checkpoint_in_use(toys: Toys, tmp_path: Path, wrong: str) -> None:
     settings = toys.settings(tmp_path, ["klein-4b", "dev"])
     broken = tmp_path / "broken.safetensors"
@@ -67,13 +113,28 @@ def test_a_failed_load_does_not_cost_the_checkpoint_in_use(toys: Toys, tmp_path:
             overrides["MISTRAL_MODEL_PATH"] = tmp_path
         case "an autoencoder for it":
             overrides["FLUX2_MODEL_PATH"] = toys.autoencoder.file
-    models = manager(replace(settings, overrides=overrides))
-    loaded = models.load(KLEIN_4B, silent)
+    # No room for two: whoever made room before looking at the files would have driven the first one out.
+    memory = 1.03 * opened(manager(settings), KLEIN_4B).plan.peak / GB
+    models = manager(replace(settings, overrides=overrides, memory=memory))
+    ran(models, KLEIN_4B)
+    transformer = opened(models, KLEIN_4B).draw(silent).transformer
     with pytest.raises(WeightsError):
-        models.load(DEV, silent)
-    told: list[str] = []
-    assert models.load(KLEIN_4B, lambda text, _: told.append(text)).transformer is loaded.transformer
-    assert not told, "nothing had to be loaded again"
+        opened(models, DEV)
+    assert ran(models, KLEIN_4B) == [], "nothing had to be loaded again"
+    assert opened(models, KLEIN_4B).draw(silent).transformer is transformer
+
+
+def test_a_file_that_changed_is_opened_again(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(toys.klein.file.read_bytes())
+    models = manager(replace(settings, overrides={**settings.overrides, "KLEIN_4B_MODEL_PATH": own}))
+    ran(models, KLEIN_4B)
+    state = load_file(own)
+    state["img_in.weight"] = state["img_in.weight"] + 1
+    save_file(state, own)
+    assert ran(models, KLEIN_4B) == ["transformer"]
+    assert opened(models, KLEIN_4B).draw(silent).transformer.img_in.weight.equal(state["img_in.weight"])
 
 
 def test_a_preview_that_cannot_be_had_is_not_asked_for_at_every_run(toys: Toys, tmp_path: Path) -> None:
@@ -87,7 +148,7 @@ def test_a_preview_that_cannot_be_had_is_not_asked_for_at_every_run(toys: Toys, 
     settings = toys.settings(tmp_path, ["klein-4b"])
     hub = Counting(replace(settings, overrides={**settings.overrides, "TAEF2_MODEL_PATH": tmp_path / "nowhere"}))
     models = ModelManager(settings, hub)
-    assert [bool(models.load(KLEIN_4B, silent).notes) for _ in range(3)] == [True] * 3
+    assert [bool(opened(models, KLEIN_4B).notes) for _ in range(3)] == [True] * 3
     assert hub.asked == 1
 
 
@@ -102,16 +163,83 @@ def test_an_autoencoder_of_another_scale_is_refused(toys: Toys) -> None:
             check_fit(KLEIN_4B, names, transformer, wrong, transformer.context_width)
 
 
-def test_giving_up_while_loading_leaves_a_manager_that_works(toys: Toys, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ALL)
+def test_giving_up_while_loading_leaves_a_manager_that_works(toys: Toys, tmp_path: Path, part: str) -> None:
     models = manager(toys.settings(tmp_path, ["klein-4b"]))
 
     def give_up(text: str, fraction: float | None) -> None:
-        if "transformer" in text:
+        if text.endswith(part):
             raise KeyboardInterrupt
 
+    session = opened(models, KLEIN_4B)
     with pytest.raises(KeyboardInterrupt):
-        models.load(KLEIN_4B, give_up)
-    assert models.load(KLEIN_4B, silent).transformer is not None
+        session.encode(["a fox"], give_up)
+        session.draw(give_up)
+        session.decode(torch.zeros(1, 128, 4, 4), give_up)
+    assert ran(models, KLEIN_4B)[0] == part, "what came before is there, and what was given up is not"
+    assert ran(models, KLEIN_4B) == []
+
+
+def test_what_is_loaded_ahead_is_all_or_what_the_first_stage_needs(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    models = manager(settings)
+    session = opened(models, KLEIN_4B)
+    session.preload(silent)
+    assert ran(models, KLEIN_4B) == []
+    apart = manager(replace(settings, memory=1.0 * (session.plan.peak - 1) / GB))
+    session = opened(apart, KLEIN_4B)
+    assert not session.plan.resident
+    session.preload(silent)
+    assert ran(apart, KLEIN_4B) == ["transformer", "preview decoder", "autoencoder"]
+
+
+def test_the_outlook_is_the_plan_that_a_run_gets(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    whole = manager(settings).outlook(KLEIN_4B, SMALL)
+    assert whole.resident and "everything stays in this machine's memory" in whole.text("this machine")
+    models = manager(replace(settings, memory=1.0 * (whole.peak - 1) / GB))
+    assert models.outlook(KLEIN_4B, SMALL) == opened(models, KLEIN_4B).plan != whole
+    with pytest.raises(OutOfMemory, match="FLUX2_MEMORY"):
+        manager(replace(settings, memory=0.0001)).outlook(KLEIN_4B, SMALL)
+
+
+def test_a_plan_after_one_that_ran_out_is_leaner(toys: Toys, tmp_path: Path) -> None:
+    """By a quarter, or where that cannot be, as much as can be."""
+    models = manager(toys.settings(tmp_path, ["klein-4b"]))
+    plans = [models.outlook(KLEIN_4B, Workload(width=256, height=256))]
+    with pytest.raises(OutOfMemory):
+        while True:
+            plans.append(models.open(KLEIN_4B, Workload(width=256, height=256), silent, after=plans[-1]).plan)
+    peaks = [plan.peak for plan in plans]
+    assert len(peaks) > 1 and all(leaner < peak for peak, leaner in itertools.pairwise(peaks))
+
+
+def test_prompts_and_references_outlive_the_weights_that_read_them(toys: Toys, tmp_path: Path) -> None:
+    models = manager(toys.settings(tmp_path, ["klein-4b"]))
+    workload = replace(SMALL, references=((64, 48),))
+    picture = Image.linear_gradient("L").convert("RGB").resize((64, 48))
+
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        session = opened(models, KLEIN_4B, workload)
+        return session.encode(["a fox"], told).context, session.encode_reference(picture, told)
+
+    def told(text: str, fraction: float | None) -> None:
+        heard.append(text)
+
+    heard: list[str] = []
+    context, latent = read()
+    assert heard and latent.shape == (1, 128, 3, 4)
+    models.release_all()
+    heard.clear()
+    again = read()
+    assert not heard and again[0].equal(context) and again[1].equal(latent)
+
+
+def test_stages_have_their_parts_together_and_no_more_than_the_plan_allows(toys: Toys, tmp_path: Path) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    plan = manager(settings).outlook(KLEIN_4B, SMALL)
+    assert [stage.name for stage in plan.stages] == [name for name in ORDER if name != "references"]
+    assert plan.stage(PROMPT).together == ("autoencoder", "flow", "text", "tiny") == plan.stage(DRAWING).together
 
 
 @pytest.mark.parametrize(
@@ -128,8 +256,8 @@ def test_the_previewer_is_the_one_that_was_set(
     toys: Toys, tmp_path: Path, checkpoint: str, preview: str, kind: type
 ) -> None:
     settings = toys.settings(tmp_path, ["klein-4b"], preview=preview)
-    loaded = manager(settings).load(settings.checkpoint(checkpoint), silent)
-    assert isinstance(loaded.previewer, kind) and loaded.notes == ()
+    session = opened(manager(settings), settings.checkpoint(checkpoint))
+    assert isinstance(session.draw(silent).previewer, kind) and session.notes == ()
 
 
 def test_a_checkpoint_is_on_disk_when_all_its_parts_are(toys: Toys, tmp_path: Path) -> None:
@@ -158,32 +286,8 @@ def test_precision() -> None:
     assert choose_dtype("float32", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.float32
 
 
-def test_a_batch_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = TransformerParams(
-        in_channels=128,
-        context_width=7680,
-        hidden=3072,
-        head_width=128,
-        mlp=9216,
-        double_blocks=5,
-        single_blocks=20,
-        guidance_embedding=False,
-    )
-
-    def size(count: int, tokens: int, free: int, device: torch.device = CUDA, kept: int = 0) -> int:
-        monkeypatch.setattr(memory, "free_memory", lambda _: free)
-        return memory.batch_size(count, tokens, kept, params, torch.bfloat16, device)
-
-    assert size(4, 4608, 80 * 10**9) == 4
-    assert 1 < size(16, 4608, 10 * 10**9) < 16
-    assert size(4, 4608, 0) == 1
-    assert size(4, 20992, 40 * 10**9, kept=16384) < size(4, 20992, 40 * 10**9), "kept references take their room"
-    assert size(16, 300, 80 * 10**9, CPU) == memory.CPU_TOKENS // 300
-    assert size(16, 4608, 80 * 10**9, CPU) == 1
-
-
 def test_free_memory_of_this_machine() -> None:
-    assert 10**8 < memory.free_memory(CPU) < 10**13
+    assert 10**8 < memory.free_memory(CPU) <= memory.whole_memory(CPU) < 10**13
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:
@@ -198,17 +302,21 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
 @pytest.mark.parametrize("quantize", ["fp8", "int8"])
 def test_quantising_takes_the_large_parts_and_leaves_the_rest(toys: Toys, tmp_path: Path, quantize: str) -> None:
     plain = toys.settings(tmp_path, ["klein-4b"])
-    small = manager(replace(plain, quantize=quantize)).load(KLEIN_4B, silent)  # type: ignore[arg-type]
-    whole = manager(plain).load(KLEIN_4B, silent)
+    small, whole = (
+        opened(manager(settings), KLEIN_4B)
+        for settings in (replace(plain, quantize=quantize), plain)  # type: ignore[arg-type]
+    )
 
-    def matrices(model: torch.nn.Module) -> int:
-        return sum(isinstance(module, QuantizedLinear) for module in model.modules())
+    def matrices(session: Session) -> int:
+        return sum(isinstance(module, QuantizedLinear) for module in session.draw(silent).transformer.modules())
 
-    assert matrices(small.transformer) > 10 and matrices(small.autoencoder) == 0
-    assert matrices(whole.transformer) == 0
-    context, exact = (loaded.text.encode(["a fox"]).context for loaded in (small, whole))
+    assert matrices(small) > 10 and matrices(whole) == 0
+    latent = torch.randn(1, 128, 4, 4)
+    assert small.decode(latent, silent).equal(whole.decode(latent, silent)), "the autoencoder is not quantised"
+    context, exact = (session.encode(["a fox"], silent).context for session in (small, whole))
     error = float((context - exact).norm() / exact.norm())
     assert 0 < error < 0.15, "the text encoder is quantised too"
+    assert small.plan.peak < whole.plan.peak
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.text import Encoded, TextEncoder
+from flux2_studio.engine.text import Encoded
 from flux2_studio.models.remembered import Recent, RememberingReferences, RememberingText
+from flux2_studio.pictures import pixels_from_image
 from flux2_studio.request import Request
 from flux2_studio.studio import Studio
 from tests.tiny import Toys
@@ -31,41 +30,51 @@ class CountingText:
 
 
 class CountingAutoencoder:
+    """Encodes a picture as its mean colour, and counts how often it was asked."""
+
     def __init__(self) -> None:
         self.calls = 0
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, image: Image.Image) -> Tensor:
         self.calls += 1
-        return pixels.mean((2, 3), keepdim=True)
+        return pixels_from_image(image).mean((2, 3), keepdim=True)
 
 
 def test_only_new_prompts_are_encoded_and_each_keeps_its_own() -> None:
     counting = CountingText()
-    text = RememberingText(cast(TextEncoder, counting))
-    first = text.encode(["a fox", "a much longer prompt"])
+    text = RememberingText()
+    first = text.encode("klein", ["a fox", "a much longer prompt"], counting.encode)
     assert first.context.flatten().tolist() == [5.0, 20.0] and first.cut == (0, 2)
-    again = text.encode(["a much longer prompt", "an owl!", "a fox", "an owl!"])
+    again = text.encode("klein", ["a much longer prompt", "an owl!", "a fox", "an owl!"], counting.encode)
     assert again.context.flatten().tolist() == [20.0, 7.0, 5.0, 7.0] and again.cut == (2, 0, 0, 0)
     assert counting.asked == [["a fox", "a much longer prompt"], ["an owl!"]]
+    text.encode("dev", ["a fox"], counting.encode)
+    assert counting.asked[2:] == [["a fox"]], "another encoder reads the prompt itself"
 
 
 def test_a_batch_larger_than_the_memory_is_still_answered() -> None:
     counting = CountingText()
-    text = RememberingText(cast(TextEncoder, counting), limit=4)
+    text = RememberingText(limit=4)
     for _ in range(2):
-        assert text.encode(["a", "bb", "ccc"]).context.flatten().tolist() == [1.0, 2.0, 3.0]
+        assert text.encode("klein", ["a", "bb", "ccc"], counting.encode).context.flatten().tolist() == [1.0, 2.0, 3.0]
     assert counting.asked == [["a", "bb", "ccc"], ["a", "bb"]], "the last one fits"
 
 
 def test_references_are_told_apart_by_their_pixels() -> None:
     counting = CountingAutoencoder()
-    references = RememberingReferences(cast(Autoencoder, counting))
+    references = RememberingReferences()
+
+    def encode(image: Image.Image, autoencoder: str = "klein's") -> Tensor:
+        return references.encode(autoencoder, image, counting.encode)
+
     red, also_red = (Image.new("RGB", (32, 16), "red") for _ in range(2))
-    assert references.encode(red).equal(references.encode(also_red))
+    assert encode(red).equal(encode(also_red))
     assert counting.calls == 1
-    references.encode(Image.new("RGB", (16, 32), "red"))
-    assert not references.encode(Image.new("RGB", (32, 16), "blue")).equal(references.encode(red))
+    encode(Image.new("RGB", (16, 32), "red"))
+    assert not encode(Image.new("RGB", (32, 16), "blue")).equal(encode(red))
     assert counting.calls == 3
+    encode(red, "nano's")
+    assert counting.calls == 4, "another autoencoder reads the picture itself"
 
 
 def test_the_least_recently_used_leave_first() -> None:

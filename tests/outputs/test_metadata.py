@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 import flux2_studio
 from flux2_studio.outputs.metadata import png_info, read
-from flux2_studio.request import Request
+from flux2_studio.request import LoraChoice, Request
 
 REQUEST = Request(
     prompt='a "quoted" fox,\nüber 狐 🦊',
@@ -24,12 +25,13 @@ REQUEST = Request(
     steps=50,
     guidance=4.0,
     seed=9,
+    loras=(LoraChoice(name="styles/ink", weight=0.5),),
 )
 
 
 def written(tmp_path: Path, request: Request = REQUEST, hashes: tuple[str, ...] = ("ab" * 32,)) -> Path:
     path = tmp_path / "picture.png"
-    Image.new("RGB", (64, 64)).save(path, pnginfo=png_info(request, hashes))
+    Image.new("RGB", (64, 64)).save(path, pnginfo=png_info(request, hashes, ["cd" * 32] * len(request.loras)))
     return path
 
 
@@ -54,14 +56,19 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         "guidance": 4.0,
         "seed": 9,
         "count": 1,
+        "loras": [{"name": "styles/ink", "weight": 0.5, "sha256": "cd" * 32}],
     }
 
 
 def test_the_parameters_make_the_same_request_again(tmp_path: Path) -> None:
     parameters = read(written(tmp_path, hashes=()))
     assert parameters is not None
-    again = Request(**(parameters | {"references": ()}))
-    assert (again.prompt, again.seed, again.count, again.guidance) == (REQUEST.prompt, 9, 1, 4.0)
+    assert Request.from_dict(parameters) == replace(REQUEST, references=())
+
+
+def test_no_lora_is_written_without_its_hash() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        png_info(REQUEST, (), ())
 
 
 def test_no_path_of_a_reference_is_in_the_file_and_the_software_is(tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ from flux2_studio.checkpoints import CHECKPOINTS, DEV, NANO
 from flux2_studio.errors import RequestError
 from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
 from flux2_studio.jobs import Job, JobQueue
-from flux2_studio.request import Request
+from flux2_studio.models.hub import Hub
+from flux2_studio.models.loras import LoraEntry, Loras
+from flux2_studio.models.shelf import Shelf
+from flux2_studio.request import LoraChoice, Request
 from flux2_studio.settings import Settings
-from flux2_studio.ui import build, fields, handlers, reference_panel, tabs
+from flux2_studio.ui import build, fields, handlers, lora_panel, reference_panel, tabs, wiring
 from flux2_studio.ui.examples import Examples
 
 
@@ -28,6 +31,7 @@ class Scripted:
 
     def __init__(self, settings: Settings, *events: Event) -> None:
         self.settings = settings
+        self.loras = Loras(settings)
         self._events = events
 
     def on_disk(self, checkpoint: object) -> bool:
@@ -97,6 +101,68 @@ def test_read_form_wants_the_references_of_a_form_that_has_some(empty: object) -
         read_form(form_values(references=empty))
 
 
+def test_read_form_takes_rows_as_loras() -> None:
+    rows = [{"name": "ink", "weight": 0.5}, {"name": "styles/grain", "weight": -1}]
+    asked = read_form(form_values(loras=rows))
+    assert asked.loras == (LoraChoice(name="ink", weight=0.5), LoraChoice(name="styles/grain", weight=-1))
+    for none in (None, []):
+        assert read_form(form_values(loras=none)).loras == ()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ["ink", 5, [5], ["ink"], [{"name": "ink"}], [{"weight": 1}], {"name": "ink", "weight": 1}, [[["name", "ink"]]]],
+)
+def test_rows_of_another_shape_are_refused(rows: object) -> None:
+    with pytest.raises(RequestError, match="LoRAs came in a form that is not read"):
+        read_form(form_values(loras=rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"name": "../../etc/passwd", "weight": 1}, "is no LoRA's name"),
+        ({"name": 5, "weight": 1}, "is no LoRA's name"),
+        ({"name": "ink", "weight": "1"}, "must be a number from -4 to 4"),
+        ({"name": "ink", "weight": 4.5}, "must be a number from -4 to 4"),
+    ],
+)
+def test_rows_are_what_a_request_takes(row: object, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        read_form(form_values(loras=[row]))
+
+
+def entry(name: str, width: int, family: str) -> LoraEntry:
+    return LoraEntry(name=name, kind="LoRA of rank 4", width=width, family=family)
+
+
+def test_loras_that_fit_are_offered_first() -> None:
+    entries = [entry("a", 3072, "klein 4B"), entry("b", NANO.hidden_width, "Nano"), entry("c", 6144, "dev")]
+    choices = fields.lora_offer(entries, NANO).choices
+    assert choices == [("b", "b"), ("a (for klein 4B)", "a"), ("c (for dev)", "c")]
+    assert fields.lora_offer(entries, DEV).choices[0] == ("c", "c")
+    assert fields.lora_offer(entries, NANO).visible and not fields.lora_offer((), NANO).visible
+
+
+def test_another_checkpoint_drops_what_does_not_fit_it() -> None:
+    entries = [entry("a", 3072, "klein 4B"), entry("b", NANO.hidden_width, "Nano")]
+    rows = [{"name": name, "weight": 1} for name in ("a", "b", "gone")]
+    staying, dropped = lora_panel.kept(rows, entries, NANO)
+    assert staying == [{"name": "b", "weight": 1}]
+    assert dropped == [
+        f"a was taken off: it is for klein 4B, not for {NANO.label}.",
+        "gone was taken off: its file is gone.",
+    ]
+
+
+def test_the_lora_panel_says_where_to_put_files_and_which_are_none(settings: Settings) -> None:
+    loras = Loras(settings)
+    assert f"Put their .safetensors files into {loras.folder}" in lora_panel.told([], [], loras)
+    assert lora_panel.told([entry("a", 1, "x")], [], loras) == ""
+    told = lora_panel.told([entry("a", 1, "x")], [f"<{number}> is none." for number in range(9)], loras)
+    assert "&lt;2&gt; is none." in told and "&lt;3&gt;" not in told and "6 more files" in told
+
+
 def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
     known = {field.name for field in dataclass_fields(Request)}
     examples = Examples.load(settings.assets / "examples")
@@ -114,7 +180,7 @@ def test_builds_for_every_checkpoint(settings: Settings) -> None:
         chosen = Settings(home=settings.home, default_checkpoint=checkpoint.name)
         jobs = JobQueue(Scripted(chosen))
         try:
-            page = build(Scripted(chosen), jobs)  # type: ignore[arg-type]
+            page = build(Scripted(chosen), jobs, Shelf(chosen, Hub(chosen)))  # type: ignore[arg-type]
         finally:
             jobs.close()
         # Nothing but the page itself may call its events.
@@ -127,7 +193,7 @@ def test_follow_gives_every_event_up_to_the_last(settings: Settings) -> None:
 
     async def followed() -> list[Event]:
         heard = []
-        following = handlers.follow(job, pause=0)
+        following = wiring.follow(job, pause=0)
         job.add(told[0])
         heard.append(await anext(following))
         job.add(told[1])

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from flux2_studio.checkpoints import CHECKPOINTS, KLEIN_9B, KLEIN_BASE_4B, NANO
 from flux2_studio.events import Preview
-from flux2_studio.request import MAX_COUNT, Request
+from flux2_studio.request import MAX_COUNT, LoraChoice, Request
 from flux2_studio.settings import ASSETS
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.examples import Examples
@@ -69,11 +70,21 @@ def test_picture_is_carried_in_the_page() -> None:
     assert Image.open(io.BytesIO(base64.b64decode(data[1]))).size == (32, 16)
 
 
+def test_a_problems_pages_can_be_opened() -> None:
+    html = show.problem('Accept it at https://hub.example/a/b?c=d&e, then <go> to "http://x.example/y".')
+    assert re.findall(r'href="([^"]*)"', html) == ["https://hub.example/a/b?c=d&amp;e", "http://x.example/y"]
+    assert "</a>, then &lt;go&gt; to" in html and "javascript" not in html
+    assert "<a" not in show.problem("javascript://x, https://")
+
+
 def test_settings_escape_and_hide_folders() -> None:
     asked = Request(prompt="<script>", references=(Path("/secret/place/fox.png"),), seed=5).resolve(NANO, [(128, 128)])
     table = show.settings(asked, [5], NANO)
     assert "&lt;script&gt;" in table
     assert "<script>" not in table
+    assert "LoRAs" not in table
+    with_loras = replace(asked, loras=(LoraChoice(name="ink", weight=0.5), LoraChoice(name="a<b")))
+    assert "ink (0.5), a&lt;b (1)" in show.settings(with_loras, [5], NANO)
     told = json.loads(show.settings_json(asked))
     assert told["references"] == ["fox.png"]
     assert "secret" not in table

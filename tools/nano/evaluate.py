@@ -21,12 +21,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.nano import machine
+from benchmarks.measuring import machine
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.engine.autoencoder import Autoencoder
 from flux2_studio.engine.latents import noise
 from flux2_studio.engine.sampling import denoise
+from flux2_studio.engine.text import TextEncoder
+from flux2_studio.engine.transformer import Transformer
 from flux2_studio.errors import StudioError
+from flux2_studio.models.choices import choose_device
 from flux2_studio.models.hub import Hub
-from flux2_studio.models.manager import LoadedCheckpoint, ModelManager
+from flux2_studio.models.opened import Opener
 from flux2_studio.pictures import images_from_pixels, pixels_from_image
 from flux2_studio.settings import ASSETS, Settings
 from tools.nano.classifier import Classifier, trained
@@ -69,10 +74,20 @@ class Drawn:
     verdict: dict[str, bool]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A checkpoint's parts on the device, without what a run keeps for the next one: each is timed as the first is."""
+
+    checkpoint: Checkpoint
+    transformer: Transformer
+    text: TextEncoder
+    autoencoder: Autoencoder
+
+
 class Artist:
     """Draws with a loaded checkpoint at `steps`, pictures of `side` pixels."""
 
-    def __init__(self, loaded: LoadedCheckpoint, judge: Judge, steps: int, side: int) -> None:
+    def __init__(self, loaded: Loaded, judge: Judge, steps: int, side: int) -> None:
         self._loaded = loaded
         self._judge = judge
         self._steps = steps
@@ -282,9 +297,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     classifier = the_classifier(options.classifier, options.data)
     judge = Judge(Drawings(options.data), classifier, subjects, recipe.side)
     asked = ask(recipe, subjects, options.count)
-    manager = ModelManager(settings, Hub(settings))
+    device = choose_device(settings.device)
+    opener = Opener(settings, Hub(settings), device)
     report: dict[str, Any] = {
-        "machine": {**machine(), "device": str(manager.device)},
+        "machine": machine(str(device), ("torch", "transformers", "gradio", "pillow")),
         "seeds": SEEDS,
         "side": recipe.side,
         "subjects": recipe.subjects,
@@ -294,7 +310,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     }
     results: dict[str, dict[str, list[Drawn]]] = {}
     for name, checkpoint in checkpoints.items():
-        loaded = manager.load(checkpoint, lambda text, fraction: None)
+        opened = opener.open(checkpoint, lambda text, fraction: None)
+        loaded = Loaded(
+            checkpoint=checkpoint,
+            transformer=opened.load("flow", device),
+            text=opened.load("text", device),
+            autoencoder=opened.load("autoencoder", device),
+        )
         print(f"{name}, {STEPS[name]} steps", flush=True)
         artist = Artist(loaded, judge, STEPS[name], recipe.side)
         share = 1 if name == "nano" else BASE_SHARE

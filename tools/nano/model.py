@@ -51,7 +51,7 @@ def initial_text(init: Path, recipe: Recipe) -> Text:
     folder = init / "text_encoder"
     checked = open_text_encoder(folder, folder, NANO.recipe)
     encoder = checked.load(device=torch.device("cpu"), dtype=torch.float32)
-    tower = encoder._tower.train().requires_grad_(True)
+    tower = encoder.tower.train().requires_grad_(True)
     return Text(tower, encoder._tokenizer, NANO.recipe.taps, recipe.text_length)
 
 

@@ -1,0 +1,287 @@
+"""`flux2-studio encode-server`: one checkpoint's text encoder over HTTP, for studios whose cards are too small for it.
+
+    POST /         {"prompt": "..." or ["...", ...]}, with a bearer token where one is set -> the context [B, L, W] as
+                   safetensors, or as torch.save writes it where Accept asks for application/octet-stream alone;
+                   the header X-Cut-Tokens says how many tokens of each prompt did not fit
+    GET /health    {"model": ..., "width": W, "length": L}, for anybody
+
+What cannot be done is answered with a status and {"error": "a sentence"}. Prompts are not logged; the last
+ones stay in memory with their contexts, for whoever asks again. One request is encoded at a time, a few wait, and who
+comes then is told to come back (503, Retry-After).
+
+`models/remote_text.py` is the client; `models/wire.py` has the formats.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.engine.text import Encoded, open_text_encoder
+from flux2_studio.errors import StudioError
+from flux2_studio.models import wire
+from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage
+from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.models.memory import is_out_of_memory
+from flux2_studio.models.remembered import RememberingText
+from flux2_studio.request import MAX_PROMPT
+from flux2_studio.settings import Settings
+
+HOST, PORT = "127.0.0.1", 7870
+MAX_PROMPTS = 8  # of one request; a run of the studio has two
+MAX_BODY = 1024 + MAX_PROMPTS * MAX_PROMPT * 12  # bytes; JSON may write one character as \ud83e\udd8a
+WAITING = 8  # requests that may wait while one is encoded
+COME_BACK = 5  # seconds
+CONNECTIONS = 64  # at once, each with a thread of its own
+WRITE = 2**20  # bytes that a client must take within `Handler.timeout`
+
+
+class Encoder(Protocol):
+    """What a server needs of a text encoder."""
+
+    def encode(self, prompts: Sequence[str]) -> Encoded: ...
+
+
+class Refused(Exception):
+    """A request that is not carried out."""
+
+    def __init__(self, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.headers = headers or {}
+
+
+class EncodeServer(ThreadingTCPServer):
+    """Serves `encoder`, the text encoder of `checkpoint` whose contexts have `width`, once `open` was called.
+
+    The address is taken at once, so that one that cannot be had is told before anything is loaded; connections are
+    only taken from `open` on. Leaving it as a context answers what was begun. Raises `StudioError` for an address that
+    cannot be used, or that others can reach while no token is set.
+    """
+
+    allow_reuse_address = True
+    daemon_threads = False  # what is begun is answered
+    request_queue_size = 64
+
+    def __init__(self, host: str, port: int, token: str | None) -> None:
+        self.address_family, address = _address(host, port)
+        if token is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+            raise StudioError(
+                f"Whoever can reach {host} could use this machine's text encoder: set FLUX2_ENCODE_TOKEN to a secret "
+                f"of your own, and FLUX2_TEXT_ENCODER_TOKEN to the same on the machines that ask."
+            )
+        super().__init__(address, Handler, bind_and_activate=False)
+        try:
+            self.server_bind()
+        except OSError as error:
+            self.server_close()
+            raise StudioError(
+                f"Port {port} at {host} cannot be used ({error.strerror}): choose another with --port, or one of this "
+                f"machine's own addresses with --host."
+            ) from error
+        self.token = token
+        self.encoding = threading.Lock()
+        self.remembered = RememberingText()
+        self.places = threading.BoundedSemaphore(1 + WAITING)
+
+    def open(self, encoder: Encoder, checkpoint: Checkpoint, width: int) -> None:
+        """Take connections; they are answered while `serve_forever` runs."""
+        self.encoder = encoder
+        self.checkpoint = checkpoint
+        self.width = width
+        self.server_activate()
+
+    @property
+    def url(self) -> str:
+        host, port = self.server_address[:2]
+        return f"http://[{host!s}]:{port}/" if self.address_family == socket.AF_INET6 else f"http://{host!s}:{port}/"
+
+    def verify_request(self, request: object, client_address: object) -> bool:
+        """Whether there is a thread for one more connection; it is closed otherwise."""
+        return threading.active_count() <= CONNECTIONS
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Into the log, unless a client has just gone."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: EncodeServer
+    timeout = 20.0  # seconds for each read and write
+
+    def do_GET(self) -> None:
+        if urlsplit(self.path).path != "/health":
+            self.send_error(404)
+            return
+        server = self.server
+        about = {"model": server.checkpoint.name, "width": server.width, "length": server.checkpoint.recipe.length}
+        self.answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+
+    def do_POST(self) -> None:
+        try:
+            # First of all: whoever is refused while still sending would not get to read why.
+            body = self.body()
+            prompts = self.prompts(body)
+            if not self.server.places.acquire(blocking=False):
+                raise Refused(503, "Too many prompts wait already: come back.", {"Retry-After": f"{COME_BACK}"})
+        except Refused as refused:
+            self.refuse(refused)
+            return
+        try:
+            self.encode(prompts)
+        finally:
+            self.server.places.release()
+
+    def encode(self, prompts: list[str]) -> None:
+        server = self.server
+        try:
+            with server.encoding:
+                encoded = server.remembered.encode(server.checkpoint.text, prompts, server.encoder.encode)
+            media_type = _media_type(self.headers.get("Accept", ""))
+            packed = wire.pack(encoded.context, media_type)
+        except Exception as error:
+            why = "its memory does not suffice" if is_out_of_memory(error) else "its log says why"
+            self.refuse(Refused(500, f"The text encoder could not read the prompt: {why}."))
+            raise  # into the log
+        cut = ",".join(str(count) for count in encoded.cut)
+        self.answer(200, packed, {"Content-Type": media_type, wire.CUT: cut})
+
+    def body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit() or len(length) > 12:
+            raise Refused(411, "Say in Content-Length how long the request is.")
+        body = self.rfile.read(min(int(length), MAX_BODY))
+        if int(length) > MAX_BODY:
+            raise Refused(413, f"The request is too long: send at most {MAX_BODY:,} bytes.")
+        return body
+
+    def prompts(self, body: bytes) -> list[str]:
+        """What is to be encoded, of a request that may ask for it."""
+        if urlsplit(self.path).path != "/":
+            raise Refused(404, "There is nothing at that path: POST prompts to /.")
+        if not self.may_ask():
+            raise Refused(
+                401, "Send this server's token, as `Authorization: Bearer ...`.", {"WWW-Authenticate": "Bearer"}
+            )
+        # Not to be had from another site's page without this server's leave, unlike a form's or plain text.
+        if self.headers.get_content_type() != "application/json":
+            raise Refused(415, "Send JSON, with `Content-Type: application/json`.")
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, "The request is not JSON: it is damaged, or cut off.") from error
+        if not isinstance(fields, dict) or fields.keys() != {"prompt"}:
+            raise Refused(400, 'Send {"prompt": "..."} or {"prompt": ["...", "..."]}, and nothing else.')
+        prompts = [fields["prompt"]] if isinstance(fields["prompt"], str) else fields["prompt"]
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise Refused(400, "A prompt is text, or a list of texts.")
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise Refused(400, f"Send between 1 and {MAX_PROMPTS} prompts at once, not {len(prompts)}.")
+        for prompt in prompts:
+            if len(prompt) > MAX_PROMPT:
+                raise Refused(400, f"A prompt has {len(prompt):,} characters; shorten it to {MAX_PROMPT:,} at most.")
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise Refused(400, "A prompt holds broken characters (lone surrogates): type or paste it again.")
+        return prompts
+
+    def may_ask(self) -> bool:
+        token = self.server.token
+        if token is None:
+            return True
+        kind, _, shown = self.headers.get("Authorization", "").partition(" ")
+        # In constant time: how long it takes must not tell how much of a guess was right.
+        return hmac.compare_digest(shown.strip().encode(), token.encode()) and kind.lower() == "bearer"
+
+    def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        with suppress(ConnectionError, TimeoutError):  # who asked has gone
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            for start in range(0, len(body), WRITE):
+                self.wfile.write(body[start : start + WRITE])
+
+    def refuse(self, refused: Refused) -> None:
+        body = json.dumps({"error": str(refused)}).encode()
+        self.answer(refused.status, body, {"Content-Type": "application/json", **refused.headers})
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """As the base class's, which is called for what is hardly HTTP, but as JSON."""
+        self.refuse(Refused(code, "This server answers POST / and GET /health."))
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Who asked and how it ended; not what for, which may hold a secret."""
+        self.log_message("%s %s", self.command or "?", int(code))
+
+
+def open_server(
+    settings: Settings, name: str | None, host: str | None, port: int | None, progress: Progress
+) -> EncodeServer:
+    """The server of the text encoder of checkpoint `name` (None: the default one), loaded and open.
+
+    Raises `StudioError` for an address that cannot be used and for weights that cannot be had.
+    """
+    checkpoint = settings.checkpoint(name)
+    device = choose_device(settings.device)
+    server = EncodeServer(host or HOST, PORT if port is None else port, settings.encode_token)
+    try:
+        part = checkpoint.text
+        at = Hub(settings).locate(part, progress)
+        text = open_text_encoder(at.weights, at.tokenizer or at.weights, checkpoint.recipe)
+        progress(f"Loading the text encoder of {checkpoint.label}", None)
+        encoder = text.load(
+            device=device,
+            dtype=choose_dtype(settings.dtype, device, checkpoint, part),
+            storage=choose_storage(settings.quantize, device, part),
+        )
+        server.open(encoder, checkpoint, text.width)
+    except BaseException:
+        server.server_close()
+        raise
+    return server
+
+
+def serve(server: EncodeServer) -> None:
+    """Answer until Ctrl-C or SIGTERM; what was begun by then is still answered."""
+    with server:
+        # Before anybody is told that it is open, and may want to end it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            sys.stdout.write(f"the text encoder of {server.checkpoint.label} is open at {server.url}\n")
+            sys.stdout.flush()
+            server.serve_forever(poll_interval=0.1)
+        except KeyboardInterrupt:
+            sys.stderr.write("stopping\n")
+
+
+def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Where to listen. Raises `StudioError`."""
+    if not 0 <= port <= 65535:
+        raise StudioError(f"There is no port {port}: choose one from 1 to 65535, or 0 for any that is free.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise StudioError(
+            f"{host} is not an address of this machine: choose 127.0.0.1, 0.0.0.0 or one of its own with --host."
+        ) from error
+    return family, (str(address[0]), int(address[1]))
+
+
+def _media_type(accept: str) -> str:
+    """The format for a client that accepts `accept`: safetensors, unless it only takes the other."""
+    named = {kind.partition(";")[0].strip().lower() for kind in accept.split(",")}
+    return wire.SAVED if wire.SAVED in named and wire.SAFETENSORS not in named else wire.SAFETENSORS

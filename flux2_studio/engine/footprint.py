@@ -1,0 +1,188 @@
+"""How much memory a forward takes, found without running it: the same code goes through the meta device.
+
+Does: counts the bytes of all tensors alive at once while a stage runs on tensors that have shapes but no data, so a
+prediction follows the code instead of a formula beside it. Does not know: weights (only activations are counted), what
+a device's allocator adds, budgets.
+
+Pitfalls: workspaces inside kernels are not seen; for convolutions a copy of the input is added, which is what they take
+to reorder it (measured on a CPU; what cuDNN takes depends on the kernel that it chooses). Attention is taken to be one
+of the kernels that never hold the whole matrix of scores. Depth hardly matters, as a block's activations are gone
+before the next one's come: two blocks of a kind stand for all.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.params import AutoencoderParams, TransformerParams
+from flux2_studio.engine.quantize import QuantizedLinear, quantize
+from flux2_studio.engine.tiny_autoencoder import TinyDecoder
+from flux2_studio.engine.transformer import ReferenceCache, Rope, Transformer
+
+META = torch.device("meta")
+HOST = torch.device("cpu")
+_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
+SEEN = 256  # stages whose figure is remembered: a page asks for the same ones again and again
+
+
+@functools.lru_cache(SEEN)
+def transformer_bytes(
+    params: TransformerParams,
+    dtype: torch.dtype,
+    *,
+    batch: int,
+    tokens: int,
+    text: int,
+    references: int = 0,
+    reference_cache: bool = False,
+    quantized: bool = False,
+) -> int:
+    """Peak of one evaluation of the transformer, with the keys and values that a reference cache keeps after it.
+
+    batch: rows (twice the pictures under classifier-free guidance). tokens, text, references: of each row. quantized:
+    whether the blocks' weights are held in few bits, and restored layer by layer.
+    """
+    shallow = replace(params, double_blocks=min(2, params.double_blocks), single_blocks=min(2, params.single_blocks))
+    cached = references if reference_cache else 0
+    with META:
+        model = _frozen(Transformer(shallow).to(dtype))
+        if quantized:
+            hold_small(model.double_blocks)
+            hold_small(model.single_blocks)
+        length = text + tokens + references
+        angles = torch.empty(length, params.head_width // 2)
+        inputs = (
+            torch.empty(batch, tokens + references, params.in_channels, dtype=dtype),
+            torch.empty(batch, text, params.context_width, dtype=dtype),
+            torch.empty(batch),
+        )
+        guidance = torch.empty(batch) if params.guidance_embedding else None
+    cache = ReferenceCache(cached) if cached else None
+    peak = peak_bytes(
+        lambda: model(*inputs, Rope(angles, angles), guidance, outputs=tokens, cache=cache), *inputs, angles, angles
+    )
+    return peak + kept_bytes(params, dtype, batch, cached) - kept_bytes(shallow, dtype, batch, cached)
+
+
+def kept_bytes(params: TransformerParams, dtype: torch.dtype, batch: int, references: int) -> int:
+    """What a reference cache keeps: keys and values of each block."""
+    return 2 * (params.double_blocks + params.single_blocks) * batch * references * params.hidden * dtype.itemsize
+
+
+@functools.lru_cache(SEEN)
+def decode_bytes(
+    params: AutoencoderParams, dtype: torch.dtype, width: int, height: int, rows: int | None, store: bool = False
+) -> int:
+    """Peak of decoding one picture of width x height pixels, in strips of `rows` or whole.
+
+    store: whether feature maps wait in main memory, which is not counted.
+    """
+    with META:
+        model = _autoencoder(params, dtype)
+        latent = torch.empty(1, 4 * params.latent_channels, height // params.patch, width // params.patch)
+    return peak_bytes(lambda: model.decode(latent, rows, HOST if store else None), latent)
+
+
+@functools.lru_cache(SEEN)
+def encode_bytes(
+    params: AutoencoderParams, dtype: torch.dtype, width: int, height: int, rows: int | None, store: bool = False
+) -> int:
+    """Peak of encoding one picture of width x height pixels, in strips of `rows` or whole.
+
+    store: whether feature maps wait in main memory, which is not counted.
+    """
+    with META:
+        model = _autoencoder(params, dtype)
+        pixels = torch.empty(1, 3, height, width, dtype=dtype)
+    return peak_bytes(lambda: model.encode(pixels, rows, HOST if store else None), pixels)
+
+
+@functools.lru_cache(SEEN)
+def tiny_decode_bytes(dtype: torch.dtype, batch: int, width: int, height: int) -> int:
+    """Peak of the small decoder's preview of `batch` pictures."""
+    with META:
+        model = _frozen(TinyDecoder().to(dtype))
+        latent = torch.empty(batch, 32, height // 8, width // 8, dtype=dtype)
+    return peak_bytes(lambda: model(latent).float(), latent)
+
+
+def peak_bytes(run: Callable[[], Any], *inputs: Tensor) -> int:
+    """The bytes alive at once, at most, while `run` works on meta tensors; `inputs` are those alive before it."""
+    counter = _Counter(inputs)
+    with torch.inference_mode(), _LeanAttention(), counter:
+        run()
+    return counter.peak
+
+
+def hold_small(model: nn.Module) -> None:
+    """Put quantised layers, on the meta device, where `model` has linear ones: as 8 bits, which stand for all kinds."""
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for name, layer in layers:
+        unbiased = isinstance(layer, nn.Linear) and layer.bias is None
+        if unbiased:
+            model.set_submodule(name, QuantizedLinear(quantize(layer.weight, "int8")))
+
+
+class _Counter(TorchDispatchMode):
+    """Follows every storage on the meta device from its making to its end."""
+
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self._alive: dict[int, int] = {}
+        self._live = self.peak = sum(tensor.nbytes for tensor in inputs)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (kwargs or {}).get("device") == HOST and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            # Going to main memory: a tensor there that takes no room, for there is nothing to put into it.
+            return torch.empty((), dtype=args[0].dtype).expand(args[0].shape)
+        out = func(*args, **(kwargs or {}))
+        known = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        workspace = args[0].nbytes if func in _CONVOLUTIONS else 0
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.device == META:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive and storage._cdata not in known:  # a view of a weight, say
+                    self._alive[storage._cdata] = storage.nbytes()
+                    self._live += storage.nbytes()
+                    self.peak = max(self.peak, self._live + workspace)
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self._live -= self._alive.pop(key)
+
+
+class _LeanAttention(TorchFunctionMode):
+    """On the meta device torch would choose the kernel that writes the scores down, which no other device does here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            mask = (kwargs or {}).get("attn_mask")
+            if mask is not None and mask.dtype is torch.bool:  # kernels add it, as numbers
+                mask = torch.empty_like(mask, dtype=query.dtype)
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def _autoencoder(params: AutoencoderParams, dtype: torch.dtype) -> Autoencoder:
+    return _frozen(Autoencoder(params).to(dtype))
+
+
+def _frozen(model: Any) -> Any:
+    assert isinstance(model, nn.Module)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,231 @@
+"""Which tensors of a file make which parameter: the layouts in which checkpoints are published.
+
+Does: Black Forest Labs' and diffusers' names and shapes of the transformer and the autoencoder to ours, as a plan, and
+a plan's shapes to the sizes of the model. Does not know: files, formats (`formats.py`), or how a plan is carried out
+(`weights.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flux2_studio.engine.names import DOUBLE, DOUBLE_PARTS, SINGLE, TOP
+from flux2_studio.engine.params import AutoencoderParams, TransformerParams
+from flux2_studio.engine.tensor_files import AGAIN, Shape
+from flux2_studio.errors import WeightsError
+
+BLOCK_LIMIT = 500  # of each kind of a transformer; published ones have 48 at most
+LEVEL_LIMIT = 16  # of an autoencoder, and of residual blocks in each; published ones have 4 of 3 at most
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one parameter is made: `names` concatenated along rows, halves swapped where asked, viewed as `shape`."""
+
+    names: tuple[str, ...]
+    shape: Shape
+    swap_halves: bool = False
+
+    def make(self, parts: list[Tensor]) -> Tensor:
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.swap_halves:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        return tensor.reshape(self.shape)
+
+
+Plan = dict[str, Source]
+
+
+def put(plan: Plan, target: str, source: Source) -> None:
+    """Add to `plan`. A second source of a target gets a name that no model has, and so is reported."""
+    plan[target if plan.get(target, source) == source else f"a second {target}"] = source
+
+
+# --- the transformer ---
+
+
+def _weights(layers: Mapping[str, str]) -> dict[str, str]:
+    """Our name of a layer's weight by diffusers'."""
+    return {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in layers.items()}
+
+
+_TOP = _weights(TOP)
+_DOUBLE = _weights(DOUBLE) | {
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+}
+_DOUBLE_PARTS = {f"{ours}.weight": tuple(f"{part}.weight" for part in parts) for ours, parts in DOUBLE_PARTS.items()}
+_SINGLE = _weights(SINGLE) | {
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+}
+
+
+def transformer_plan(shapes: Mapping[str, Shape]) -> Plan:
+    """Black Forest Labs' names as they are; diffusers' names translated, separate q, k, v joined."""
+    plan: Plan = {}
+    for key, shape in shapes.items():
+        block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", key)
+        if block is None:
+            target = _TOP.get(key, key)
+            # diffusers stores the last modulation as (scale, shift)
+            put(plan, target, Source((key,), shape, swap_halves=key == "norm_out.linear.weight"))
+            continue
+        single = block[1].startswith("single")
+        prefix = f"{'single' if single else 'double'}_blocks.{block[2]}."
+        names = _SINGLE if single else _DOUBLE
+        if block[3] in names:
+            put(plan, prefix + names[block[3]], Source((key,), shape))
+            continue
+        for target, pieces in _DOUBLE_PARTS.items():
+            if not single and block[3] in pieces:
+                sources = tuple(key.removesuffix(block[3]) + piece for piece in pieces)
+                if all(shapes.get(source, ())[1:] == shape[1:] and source in shapes for source in sources):
+                    rows = sum(shapes[source][0] for source in sources)
+                    put(plan, prefix + target, Source(sources, (rows, *shape[1:])))
+                break
+        else:
+            put(plan, key, Source((key,), shape))  # reported as unexpected
+    return plan
+
+
+def transformer_params(name: str, shapes: Mapping[str, Shape]) -> TransformerParams:
+    """Sizes from the planned shapes. Raises `WeightsError` if this is no FLUX.2 transformer."""
+    for key in ("img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "single_blocks.0.linear2.weight"):
+        if len(shapes.get(key, ())) != 2:
+            raise WeightsError(
+                f"{name} is not a FLUX.2 transformer: it has no {key}. Point to the transformer's own file "
+                f"(flux-2-...safetensors) or diffusers folder."
+            )
+    hidden, in_channels = shapes["img_in.weight"]
+    head_width = math.prod(shapes.get("single_blocks.0.norm.query_norm.scale", (0,)))
+    mlp = shapes["single_blocks.0.linear2.weight"][1] - hidden
+    # four rotary axes, each of adjacent pairs
+    if not head_width or hidden % head_width or head_width % 8 or mlp < 1:
+        raise WeightsError(
+            f"{name} has heads of width {head_width} and an MLP of width {mlp} at hidden width {hidden}, which cannot "
+            f"be: {AGAIN}"
+        )
+    time_channels = shapes["time_in.in_layer.weight"][1]
+    double_blocks, single_blocks = (_count(shapes, rf"{kind}_blocks\.(\d+)\.") for kind in ("double", "single"))
+    if time_channels % 2 or max(double_blocks, single_blocks) > BLOCK_LIMIT:
+        raise WeightsError(
+            f"{name} has {double_blocks} double and {single_blocks} single blocks and {time_channels} channels for the "
+            f"time, which cannot be: {AGAIN}"
+        )
+    return TransformerParams(
+        in_channels=in_channels,
+        context_width=shapes["txt_in.weight"][1],
+        hidden=hidden,
+        head_width=head_width,
+        mlp=mlp,
+        double_blocks=double_blocks,
+        single_blocks=single_blocks,
+        guidance_embedding="guidance_in.in_layer.weight" in shapes,
+        time_channels=time_channels,
+    )
+
+
+# --- the autoencoder ---
+
+_MIDDLE = {"resnets.0": "block_1", "resnets.1": "block_2", "attentions.0": "attn_1"}
+_LEVEL = r"(encoder|decoder)\.(?:down|up)_blocks\.(\d{1,4})\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)"
+_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def autoencoder_plan(shapes: Mapping[str, Shape]) -> Plan:
+    """Black Forest Labs' names as they are; diffusers' names translated, its attention linears as 1x1 convolutions."""
+    levels = _count(shapes, r"decoder\.up_blocks\.(\d+)\.")
+    plan: Plan = {}
+    for key, shape in shapes.items():
+        if key == "bn.num_batches_tracked":  # a counter of training
+            continue
+        target = _autoencoder_name(key, levels)
+        if ".attn_1." in target and target.endswith(".weight") and len(shape) == 2:
+            shape = (*shape, 1, 1)
+        put(plan, target, Source((key,), shape))
+    return plan
+
+
+def _autoencoder_name(key: str, levels: int) -> str:
+    """Our name of a diffusers key; any other key as it is."""
+    if key.startswith("quant_conv."):
+        return f"encoder.{key}"
+    if key.startswith("post_quant_conv."):
+        return f"decoder.{key}"
+    key = key.replace(".conv_norm_out.", ".norm_out.").replace(".conv_shortcut.", ".nin_shortcut.")
+    if match := re.fullmatch(_LEVEL, key):
+        coder, level, what, index, rest = match.groups()
+        side, number = ("down", int(level)) if coder == "encoder" else ("up", levels - 1 - int(level))
+        inner = {"resnets": f"block.{index}", "downsamplers": "downsample", "upsamplers": "upsample"}[what]
+        return f"{coder}.{side}.{number}.{inner}.{rest}"
+    if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.(\w+\.\d+)\.(.+)", key):
+        coder, which, rest = match.groups()
+        if which == "attentions.0":
+            for old, new in _ATTENTION.items():
+                rest = re.sub(rf"^{re.escape(old)}\.", f"{new}.", rest)
+        return f"{coder}.mid.{_MIDDLE.get(which, which)}.{rest}"
+    return key
+
+
+def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderParams:
+    """Sizes from the planned shapes. Raises `WeightsError` if this is no FLUX.2 autoencoder."""
+    needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "bn.running_mean")
+    for key in needed:
+        if len(shapes.get(key, ())) != (1 if key.startswith("bn.") else 4):
+            raise WeightsError(
+                f"{name} is not a FLUX.2 autoencoder: it has no {key}. Point to ae.safetensors or to the diffusers "
+                f"folder vae/."
+            )
+    levels = max(_count(shapes, r"encoder\.down\.(\d+)\."), _count(shapes, r"decoder\.up\.(\d+)\."))
+
+    def blocks(side: str) -> int:
+        return _count(shapes, rf"{side}\.0\.block\.(\d+)\.")
+
+    if not 0 < levels <= LEVEL_LIMIT or max(blocks("encoder.down"), blocks("decoder.up")) > LEVEL_LIMIT:
+        raise WeightsError(
+            f"{name} has {levels} levels of {blocks('encoder.down')} and {blocks('decoder.up')} blocks, which cannot "
+            f"be: {AGAIN}"
+        )
+
+    def channels(side: str, changer: str, ends: Mapping[int, str]) -> tuple[int, ...]:
+        # A level's width stands in its last block, else in its change of resolution, else in the layer beside it.
+        widths = []
+        for level in range(levels):
+            at = f"{side}.{level}"
+            candidates = (f"{at}.block.0.conv2.weight", f"{at}.{changer}.conv.weight", ends.get(level, ""))
+            found = next((shapes[key] for key in candidates if key in shapes), (0,))
+            widths.append(found[0] if found else 0)
+        if not all(width and width % 32 == 0 for width in widths):
+            raise WeightsError(f"{name} has levels of {widths} channels in {side}, which cannot be: {AGAIN}")
+        return tuple(widths)
+
+    last = levels - 1
+    return AutoencoderParams(
+        encoder_channels=channels("encoder.down", "downsample", {last: "encoder.mid.block_1.conv1.weight"}),
+        decoder_channels=channels("decoder.up", "upsample", {last: "decoder.conv_in.weight"}),
+        encoder_blocks=blocks("encoder.down"),
+        decoder_blocks=blocks("decoder.up"),
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+    )
+
+
+# --- small things ---
+
+
+def shapes_of(plan: Plan) -> dict[str, Shape]:
+    return {key: source.shape for key, source in plan.items()}
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers `pattern` finds at the start of names: a gap shows as a missing tensor, not as a
+    model as large as the highest number that a file cares to name."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})

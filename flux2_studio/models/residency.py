@@ -1,0 +1,228 @@
+"""Where weights are: on the device, in main memory, or only in their files. The only code that moves them.
+
+A part comes to the device when a stage asks for it. What has not been used for longest makes room: it goes to main
+memory within a budget, from where it comes back quickly, else it is dropped and read from its file again. A part may
+also be streamed: some of its blocks stay in main memory and pass through two buffers (`engine/streaming.py`).
+
+Bytes are counted as the tensors take them; what activations need is the plan's business (`plan.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flux2_studio.engine.streaming import Streaming, host_memory, lane_for, packed_bytes, stream
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+
+@dataclass(kw_only=True)
+class _Entry:
+    """One part in memory. `host`: a copy of each tensor in main memory, by where the tensor hangs; kept when the part
+    comes back to the device, so that leaving again costs nothing."""
+
+    model: Any
+    module: nn.Module
+    size: int  # bytes
+    on_device: bool
+    host: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)
+    streaming: Streaming | None = None
+    streamed: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def device_bytes(self) -> int:
+        if self.streaming is not None:
+            return self.streaming.device_bytes
+        return self.size if self.on_device else 0
+
+    @property
+    def host_bytes(self) -> int:
+        if self.streaming is not None and self.on_device:
+            return self.streaming.host_bytes
+        return self.size if self.host or self.streaming is not None else 0
+
+
+class Residency(Generic[KeyT]):
+    """Parts in memory, by key. Not for several threads at once.
+
+    host_budget: bytes of main memory for parts that left the device; 0 where the device has no memory of its own.
+    leaving: called with a part's model before it is moved or dropped, to take off what is not its own.
+    """
+
+    def __init__(self, device: torch.device, host_budget: int, leaving: Callable[[Any], None] = lambda _: None) -> None:
+        self.device = device
+        self._host_budget = host_budget
+        self._leaving = leaving
+        self._entries: OrderedDict[KeyT, _Entry] = OrderedDict()  # least recently used first
+
+    @property
+    def device_bytes(self) -> int:
+        """What all parts take on the device."""
+        return sum(entry.device_bytes for entry in list(self._entries.values()))
+
+    @property
+    def host_bytes(self) -> int:
+        """What parts, or copies of them, take in main memory beside the device's."""
+        return sum(entry.host_bytes for entry in list(self._entries.values()))
+
+    def on_device(self, key: KeyT) -> int:
+        """Bytes that the part under `key` takes on the device at the moment."""
+        return self._entries[key].device_bytes if key in self._entries else 0
+
+    def make_room(self, size: int, limit: int, keep: Collection[KeyT] = ()) -> None:
+        """Have parts leave, least recently used first, until `size` more bytes stay within `limit`.
+
+        keep: those that must not. If even then it is too little, nothing is said: the device will.
+        """
+        left = False
+        for key in [key for key, entry in self._entries.items() if entry.on_device and key not in keep]:
+            if self.device_bytes + size <= limit:
+                break
+            self._leave(key)
+            left = True
+        if left:
+            release(self.device)
+
+    def bring(
+        self,
+        key: KeyT,
+        load: Callable[[torch.device], Any],
+        module_of: Callable[[Any], nn.Module],
+        *,
+        blocks: Callable[[Any], Sequence[nn.Module]] | None = None,
+    ) -> Any:
+        """The part under `key`, on the device; room must have been made.
+
+        load: reads it onto a device. module_of: its weights. blocks: if given, the blocks of it to stream.
+        """
+        entry = self._entries.get(key)
+        if entry is not None and entry.on_device:
+            wanted = len(blocks(entry.model)) if blocks is not None else 0
+            # More than are streamed would not fit; fewer would, but are not worth moving all of it again.
+            if wanted > len(entry.streamed) or (entry.streamed and not wanted):
+                self._leave(key)
+                entry = self._entries.get(key)
+        if entry is None:
+            model = load(torch.device("cpu") if blocks is not None else self.device)
+            module = module_of(model)
+            size = sum(tensor.nbytes for tensor in _tensors(module).values())
+            entry = _Entry(model=model, module=module, size=size, on_device=blocks is None)
+            self._entries[key] = entry
+        if not entry.on_device:
+            try:
+                self._enter(entry, blocks(entry.model) if blocks is not None else ())
+            except BaseException:  # half of it may be there: nobody could say how much it takes
+                self.drop(key)
+                raise
+        self._entries.move_to_end(key)
+        return entry.model
+
+    def drop(self, key: KeyT) -> None:
+        """Forget the part under `key`, wherever it is. Its memory is freed, even if somebody still holds the model."""
+        if (entry := self._entries.pop(key, None)) is not None:
+            self._leaving(entry.model)
+            if entry.streaming is not None:
+                entry.streaming.close()
+            for (owner, name), tensor in _tensors(entry.module).items():
+                _put(owner, name, tensor.to("meta"))
+
+    def clear(self) -> None:
+        """Forget all parts and give their memory back."""
+        for key in list(self._entries):
+            self.drop(key)
+        release(self.device)
+
+    def _enter(self, entry: _Entry, blocks: Sequence[nn.Module]) -> None:
+        if entry.streaming is not None and list(blocks) != entry.streamed:
+            entry.streaming.close()
+            entry.streaming = None
+        if entry.streaming is not None:
+            entry.streaming.resume()
+        elif blocks:
+            entry.host.clear()
+            entry.streaming = stream(entry.module, blocks, self.device)
+        else:
+            for (owner, name), tensor in _tensors(entry.module).items():
+                _put(owner, name, tensor.to(self.device, non_blocking=True))
+        entry.streamed = list(blocks)
+        entry.on_device = True
+
+    def _leave(self, key: KeyT) -> None:
+        """Off the device: to main memory where that has room, else out of memory."""
+        entry = self._entries[key]
+        self._leaving(entry.model)
+        if not self._host_room(entry.size - entry.host_bytes, key):
+            self.drop(key)
+            return
+        if entry.streaming is not None:
+            entry.streaming.pause()
+        elif entry.host or self._copy_to_host(entry):
+            for (owner, name), tensor in entry.host.items():
+                _put(owner, name, tensor)
+        else:
+            self.drop(key)
+            return
+        entry.on_device = False
+
+    def _copy_to_host(self, entry: _Entry) -> bool:
+        """Give `entry` its copy in main memory; False where the system has none left."""
+        tensors = _tensors(entry.module)
+        flat = host_memory(packed_bytes(tensor.nbytes for tensor in tensors.values()), lane_for(self.device))
+        if flat is None:
+            return False
+        offset = 0
+        for place, tensor in tensors.items():
+            copy = flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            entry.host[place] = copy.copy_(tensor.detach())
+            offset += packed_bytes([tensor.nbytes])
+        return True
+
+    def _host_room(self, size: int, key: KeyT) -> bool:
+        """Whether `size` more bytes fit into the budget, once parts that are only kept there have made room."""
+        streamed = {other for other, it in self._entries.items() if it.streaming is not None and it.on_device}
+        bound = sum(self._entries[other].host_bytes for other in streamed | {key})
+        if bound + size > self._host_budget:  # then nobody need leave for it
+            return False
+        for other in [other for other in self._entries if other != key and other not in streamed]:
+            if self.host_bytes + size <= self._host_budget:
+                break
+            entry = self._entries[other]
+            if entry.on_device:
+                entry.host.clear()
+            else:
+                self.drop(other)
+        return self.host_bytes + size <= self._host_budget
+
+
+def release(device: torch.device) -> None:
+    """Give memory that nothing occupies back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def _tensors(module: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
+    """All parameters and buffers, those too that no file holds, by the module and name where each hangs."""
+    return {
+        (owner, name): tensor
+        for owner in module.modules()
+        for held in (owner._parameters, owner._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }
+
+
+def _put(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[name] = tensor

@@ -1,0 +1,101 @@
+"""LoRAs on the page: offered for the chosen checkpoint, added with a weight, dropped where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.errors import RequestError
+from flux2_studio.models.loras import LoraEntry, Loras
+from flux2_studio.request import LoraChoice
+from flux2_studio.ui import fields, show
+from flux2_studio.ui.tabs import Form
+from flux2_studio.ui.wiring import Update, listen
+
+if TYPE_CHECKING:
+    from flux2_studio.studio import Studio
+
+TOLD = 3  # problems that the page lists; a folder shared with other models' LoRAs has hundreds
+
+
+def choices(rows: Any) -> tuple[LoraChoice, ...]:
+    """The rows of `fields.loras` as a request has them. Raises `RequestError`: they come as the browser sent them."""
+    try:
+        return tuple(LoraChoice(name=row["name"], weight=row["weight"]) for row in rows or ())
+    except (TypeError, KeyError) as error:
+        raise RequestError("The LoRAs came in a form that is not read: load the page again.") from error
+
+
+def kept(
+    rows: Sequence[Mapping[str, Any]], entries: Sequence[LoraEntry], checkpoint: Checkpoint
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Those of `rows` that `checkpoint` takes, and a sentence about every other one."""
+    by_name = {entry.name: entry for entry in entries}
+    staying: list[Mapping[str, Any]] = []
+    dropped = []
+    for row in rows:
+        entry = by_name.get(row["name"])
+        if entry is None:
+            dropped.append(f"{row['name']} was taken off: its file is gone.")
+        elif entry.width != checkpoint.hidden_width:
+            dropped.append(f"{entry.name} was taken off: it is for {entry.family}, not for {checkpoint.label}.")
+        else:
+            staying.append(row)
+    return staying, dropped
+
+
+def told(entries: Sequence[LoraEntry], problems: Sequence[str], loras: Loras) -> str:
+    """What to know of the folder, as HTML: where to put files while there are none, and which files are none."""
+    texts = list(problems[:TOLD])
+    if not entries:
+        texts.insert(0, f"No LoRAs yet. Put their .safetensors files into {loras.folder} and press Refresh.")
+    if more := len(problems) - len(problems[:TOLD]):
+        files = "1 more file is" if more == 1 else f"{more} more files are"
+        texts.append(f"{files} no LoRA for FLUX.2 either: `flux2-studio models loras` names them all.")
+    return show.notes(texts)
+
+
+def wire_loras(studio: Studio, chosen: gr.Dropdown, forms: Sequence[Form]) -> None:
+    panels = [form.loras for form in forms]
+
+    def offer(name: str) -> Update:
+        entries, problems = studio.loras.look()
+        checkpoint = studio.settings.checkpoint(name)
+        note = told(entries, problems, studio.loras)
+        update: Update = {}
+        for panel in panels:
+            update |= {panel.offer: fields.lora_offer(entries, checkpoint), panel.note: note}
+        return update
+
+    def drop(name: str, *chosen_rows: Any) -> Update:
+        entries, _ = studio.loras.look()
+        checkpoint = studio.settings.checkpoint(name)
+        update: Update = {}
+        for form, rows in zip(forms, chosen_rows, strict=True):
+            staying, dropped = kept(rows or (), entries, checkpoint)
+            update[form.loras.dropped] = show.notes(dropped)
+            if dropped:
+                update[form.fields["loras"]] = staying
+        return update
+
+    offered = [component for panel in panels for component in (panel.offer, panel.note)]
+    lists = [form.fields["loras"] for form in forms]
+    dropped = [*(panel.dropped for panel in panels), *lists]
+    # With no trigger named: at every choice of a checkpoint and when the page is opened.
+    listen(None, offer, chosen, offered)
+    listen(chosen.change, drop, [chosen, *lists], dropped)
+    for form, panel, rows in zip(forms, panels, lists, strict=True):
+        listen(panel.refresh.click, offer, chosen, offered)
+        listen(panel.refresh.click, drop, [chosen, *lists], dropped)
+        listen(panel.offer.input, None, [panel.offer, rows], [panel.offer, rows], js=fields.ADD_LORA)
+        # A folded panel shows that there is something in it.
+        listen(
+            rows.input,
+            lambda now: gr.Accordion(fields.lora_title(len(now or ()))),
+            rows,
+            form.loras.folded,
+            queue=False,
+        )

@@ -1,0 +1,109 @@
+"""Before a run: whether the request fits into memory, shown under its form, and the chosen checkpoint loaded ahead."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from flux2_studio.errors import OutOfMemory, StudioError
+from flux2_studio.events import Failed, Queued, Status
+from flux2_studio.jobs import JobQueue
+from flux2_studio.references import fit_size, reference_size
+from flux2_studio.request import Request
+from flux2_studio.ui import show
+from flux2_studio.ui.lora_panel import choices
+from flux2_studio.ui.reference_panel import paths
+from flux2_studio.ui.tabs import Form
+from flux2_studio.ui.wiring import follow, listen
+
+if TYPE_CHECKING:
+    from flux2_studio.studio import Studio
+
+DECISIVE = (
+    "checkpoint",
+    "references",
+    "width",
+    "height",
+    "count",
+    "guidance",
+    "loras",
+)  # what a request's memory depends on
+
+
+def wire_outlook(studio: Studio, form: Form) -> None:
+    """Tell under `form` how what it asks for will fit into memory, whenever that changes."""
+    components = {name: form.fields[name] for name in DECISIVE if name in form.fields}
+
+    async def tell(**values: Any) -> str:
+        return await asyncio.to_thread(outlook, studio, **values)
+
+    listen(
+        None,  # at every change, and when the page is opened
+        tell,
+        None,
+        form.fit,
+        inputs_kwargs=components,
+        concurrency_limit=None,
+        trigger_mode="always_last",
+    )
+
+
+def outlook(
+    studio: Studio,
+    *,
+    checkpoint: str,
+    width: int | None,
+    height: int | None,
+    count: int,
+    guidance: float,
+    references: Sequence[tuple[str, str | None]] | None = None,
+    loras: Any = None,
+) -> str:
+    """How a form's values will fit into memory, as HTML; "" for values that cannot be run, which the run will tell."""
+    try:
+        chosen = studio.settings.checkpoint(checkpoint)
+        files = paths(references)
+        cap = chosen.reference_cap(len(files))
+        sizes = [fit_size(reference_size(file), cap) for file in files]
+        asked = Request(
+            prompt="any",
+            checkpoint=checkpoint,
+            references=files,
+            width=width,
+            height=height,
+            count=count,
+            # A number that was laid out for the checkpoint before is not this one's.
+            guidance=None if chosen.guidance_fixed else guidance,
+            loras=choices(loras),
+        )
+        return show.notes([studio.outlook(asked, sizes)])
+    except OutOfMemory as error:
+        return show.problem(str(error))
+    except StudioError:
+        return ""
+
+
+def wire_preparation(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, loading: gr.HTML) -> None:
+    """Load a checkpoint that is on disk as soon as it is chosen, after the run under way, and show how far that is."""
+
+    async def prepare(name: str, request: gr.Request) -> AsyncIterator[str]:
+        checkpoint = studio.settings.checkpoint(name)
+        if not await asyncio.to_thread(studio.on_disk, checkpoint):
+            yield ""
+            return
+        async for event in follow(jobs.prepare(name, request.session_hash or "")):
+            match event:
+                case Queued():
+                    yield show.status(Status(text=f"{checkpoint.label} is loaded after the run under way"))
+                case Status():
+                    yield show.status(event)
+                case Failed(message=message):
+                    yield show.problem(message)
+                case _:
+                    yield ""
+
+    # By hand only: opening the page is no wish, and a new choice takes the place of the one before.
+    listen(chosen.input, prepare, chosen, loading, concurrency_limit=None, trigger_mode="multiple")

@@ -1,0 +1,220 @@
+"""Reading by several threads through a ring of buffers: bit for bit what the safetensors library reads, in bounded
+memory, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flux2_studio.engine.gguf import GGUFFile
+from flux2_studio.engine.reading import Reader
+from flux2_studio.engine.tensor_files import TYPES, TensorFiles
+from flux2_studio.engine.weights import Storage, open_transformer
+from flux2_studio.errors import WeightsError
+from tests import quantised
+from tests.tiny import Toys
+
+CPU = torch.device("cpu")
+
+
+def read(files: TensorFiles | GGUFFile, reader: Reader) -> dict[str, Tensor]:
+    return dict(reader.read(files.spans(files.shapes)))
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape), key
+        assert found[key].flatten().view(torch.uint8).equal(tensor.contiguous().flatten().view(torch.uint8)), key
+
+
+def mixed() -> dict[str, Tensor]:
+    """Every type, scalars and empty tensors, at odd offsets."""
+    generator = torch.Generator().manual_seed(2)
+    state = {f"odd.{number}": torch.arange(2 * number + 1, dtype=torch.uint8) for number in range(9)}
+    for name, dtype in TYPES.items():
+        shapes = ((), (1,), (7, 3), (41, 1, 5))
+        for number, shape in enumerate(shapes):
+            state[f"{name}.{number}"] = (20 * torch.randn(shape, generator=generator)).to(dtype)
+    return state | {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn), "large": torch.randn(300, 50)}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reading") / "mixed.safetensors"
+    save_file(mixed(), path)
+    return path
+
+
+def weight_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("weights")]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000, 2**24])
+@pytest.mark.parametrize("buffers", [1, 2, 5])
+def test_it_reads_what_the_library_reads(file: Path, buffers: int, size: int) -> None:
+    """Whether a buffer holds many tensors or a tensor takes many buffers."""
+    if size == 1:  # a thread's turn for each byte: the first tensors are enough
+        files = TensorFiles(file)
+        keys = [key for key in files.shapes if not key.startswith("large")]
+        assert_same(
+            dict(Reader(CPU, buffers=buffers, size=1).read(files.spans(keys))),
+            {key: tensor for key, tensor in load_file(file).items() if key in keys},
+        )
+    else:
+        assert_same(read(TensorFiles(file), Reader(CPU, buffers=buffers, size=size)), load_file(file))
+
+
+def test_a_header_that_leaves_the_data_unaligned(tmp_path: Path, file: Path) -> None:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    path = tmp_path / "unaligned.safetensors"
+    path.write_bytes((length + 3).to_bytes(8, "little") + raw[8 : 8 + length] + b"   " + raw[8 + length :])
+    assert_same(read(TensorFiles(path), Reader(CPU, size=99)), load_file(file))
+
+
+def test_some_tensors_alone_and_in_the_order_of_the_file(file: Path) -> None:
+    files = TensorFiles(file)
+    chosen = {"large", "F16.3", "BF16.0", "odd.8"}
+    spans = files.spans(sorted(chosen))
+    found = list(Reader(CPU, size=500).read(spans))
+    assert [key for key, _ in found] == sorted(chosen, key=lambda key: spans[key].start)
+    assert_same(dict(found), {key: tensor for key, tensor in load_file(file).items() if key in chosen})
+    assert list(Reader(CPU).read({})) == []
+
+
+def test_shards_and_gguf(toys: Toys, tmp_path: Path) -> None:
+    files = TensorFiles(toys.klein.sharded)
+    expected: dict[str, Tensor] = {}
+    for shard in toys.klein.sharded.glob("*.safetensors"):
+        expected |= load_file(shard)
+    assert_same(read(files, Reader(CPU, size=10_000)), expected)
+    quantised.write_gguf(quantised.toy_state(), tmp_path / "small.gguf", "Q5_K")
+    blocks = GGUFFile(tmp_path / "small.gguf")
+    assert_same(read(blocks, Reader(CPU, size=10_000)), dict(blocks.read(blocks.shapes)))
+
+
+@pytest.mark.parametrize("storage", ["plain", "stored", "int8"])
+def test_a_model_is_the_same_by_either_way(tmp_path: Path, storage: Storage) -> None:
+    opened = open_transformer(quantised.bfl_nvfp4(quantised.toy_state()).save(tmp_path / "small.safetensors"))
+
+    def state(reader: Reader | None) -> dict[str, Any]:
+        return opened.load(device=CPU, dtype=torch.bfloat16, storage=storage, reader=reader).state_dict()
+
+    assert_same(state(Reader(CPU, buffers=3, size=5000)), state(None))
+    assert weight_threads() == []
+
+
+# --- what is left behind ---
+
+
+def test_no_thread_stays(file: Path) -> None:
+    files = TensorFiles(file)
+    reader = Reader(CPU, buffers=3, size=100)
+    read(files, reader)
+    assert weight_threads() == []
+    half_way = reader.read(files.spans(files.shapes))
+    next(half_way)
+    assert weight_threads()
+    half_way.close()
+    assert weight_threads() == []
+
+
+def test_no_thread_stays_of_a_reading_that_is_forgotten(file: Path) -> None:
+    files = TensorFiles(file)
+    forgotten = Reader(CPU, buffers=3, size=100).read(files.spans(files.shapes))
+    next(forgotten)
+    del forgotten
+    gc.collect()
+    assert weight_threads() == []
+
+
+def test_no_thread_stays_of_a_load_that_fails(tmp_path: Path) -> None:
+    written = quantised.bfl_fp8(quantised.toy_state())
+    written.tensors["single_blocks.0.linear1.weight_scale"] = torch.tensor(float("nan"))
+    opened = open_transformer(written.save(tmp_path / "damaged.safetensors"))
+    with pytest.raises(WeightsError, match="negative or no number") as kept:
+        opened.load(device=CPU, dtype=torch.bfloat16, reader=Reader(CPU, buffers=4, size=1000))
+    assert weight_threads() == [], f"while {kept.type} is being handled"
+
+
+def test_memory_is_that_of_the_ring(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the tensors themselves nothing is made but the buffers, and no part goes beyond them."""
+    made: list[int] = []
+    empty = torch.empty
+
+    def counted(*size: Any, **how: Any) -> Tensor:
+        tensor = empty(*size, **how)
+        if not tensor.is_meta:
+            made.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    files = TensorFiles(file)
+    spans = files.spans(files.shapes)
+    monkeypatch.setattr(torch, "empty", counted)
+    for _ in Reader(CPU, buffers=3, size=128).read(spans):
+        pass
+    assert sum(made) == 3 * 128 + sum(span.size for span in spans.values())
+    made.clear()
+    for _ in Reader(CPU).read(files.spans(["odd.1"])):
+        pass
+    assert made == [3, 3], "a small file takes small buffers"
+
+
+@pytest.mark.parametrize("wrong", [{"buffers": 0}, {"size": 0}])
+def test_a_reader_needs_a_buffer(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        Reader(CPU, **wrong)
+
+
+# --- files that change ---
+
+
+def ways(files: TensorFiles | GGUFFile) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    yield Reader(CPU, buffers=2, size=64).read(files.spans(files.shapes))
+    yield files.read(files.shapes)
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "another", "gone"])
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_a_file_that_is_another_one_by_now(tmp_path: Path, file: Path, form: str, change: str) -> None:
+    path = tmp_path / f"model.{form}"
+    if form == "gguf":
+        quantised.write_gguf({"a.weight": torch.ones(4, 32)}, path, "Q8_0", quantised=lambda *_: True)
+    else:
+        path.write_bytes(file.read_bytes())
+    files = GGUFFile(path) if form == "gguf" else TensorFiles(path)
+    if change == "shorter":
+        os.truncate(path, path.stat().st_size - 1)
+    elif change == "longer":
+        os.truncate(path, path.stat().st_size + 1)
+    else:
+        data = path.read_bytes()
+        path.rename(tmp_path / "old")
+        if change == "another":
+            path.write_bytes(data)
+    for way in ways(files):
+        with pytest.raises(WeightsError, match=rf"model\.{form} (has changed since|could not be read).*again\."):
+            list(way)
+    assert weight_threads() == []
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, file: Path) -> None:
+    path = tmp_path / "shrinking.safetensors"
+    path.write_bytes(file.read_bytes())
+    files = TensorFiles(path)
+    reading = Reader(CPU, buffers=2, size=64).read(files.spans(files.shapes))
+    next(reading)
+    os.truncate(path, 3000)
+    with pytest.raises(WeightsError, match=r"shrinking\.safetensors has changed"):
+        list(reading)
+    assert weight_threads() == []

@@ -1,0 +1,341 @@
+"""Checkpoints downloaded, paused, resumed and deleted as the Models tab does it, against a small hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flux2_studio.checkpoints import NANO, Checkpoint, Part
+from flux2_studio.errors import RequestError, WeightsError
+from flux2_studio.models.hub import Hub
+from flux2_studio.models.shelf import DEFECT, Entry, Shared, Shelf
+from tests.models.fake_hub import CHECKPOINT, FLOW, MB, OTHER, TOY, FakeHub, settings, silent, start
+
+PATIENCE = 300  # seconds that nothing here takes unless it hangs
+HELD = 2 * MB  # bytes after which the hub holds back, where it does
+LAST = 3 * MB - 1
+NAME = CHECKPOINT.name
+
+
+def shelf(
+    fake: FakeHub, tmp_path: Path, *checkpoints: Checkpoint, free: int = 10**12, **overrides: Path
+) -> tuple[Shelf, Hub]:
+    """As the page makes them: one hub for both."""
+    known = replace(settings(tmp_path, **overrides), checkpoints=(NANO, *(checkpoints or (CHECKPOINT, OTHER))))
+    hub = Hub(known, endpoint=fake.url, cache=tmp_path / "cache", patience=60, free_space=lambda _: free)
+    return Shelf(known, hub), hub
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "this never came true"
+        time.sleep(0.01)
+
+
+def reaches(ours: Shelf, state: str, name: str = NAME) -> Entry:
+    """The entry, once it is in `state`; nothing of it moves any more, unless that is downloading."""
+    until(lambda: ours.entry(name).state == state)
+    return ours.entry(name)
+
+
+def is_quiet() -> bool:
+    return not any(thread.name.startswith(("flux2-shelf", "flux2-download")) for thread in threading.enumerate())
+
+
+@contextmanager
+def held(fake: FakeHub, ours: Shelf) -> Iterator[Entry]:
+    """A download that has come as far as HELD, and goes no further in here."""
+    fake.hold_at = HELD
+    ours.download(NAME)
+    until(lambda: ours.entry(NAME).here > HELD)
+    yield ours.entry(NAME)
+    fake.hold_at = None
+    fake.go.set()
+
+
+def weights(tmp_path: Path) -> bytes:
+    (file,) = (tmp_path / "cache").glob("models--maker--Toy-4B/snapshots/*/toy.safetensors")
+    return file.read_bytes()
+
+
+# --- what is here -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_here_and_the_network_is_not_asked(fake: FakeHub, tmp_path: Path) -> None:
+    ours, _ = shelf(fake, tmp_path)
+    nano, klein, other = ours.entries()
+    assert [entry.checkpoint.name for entry in (nano, klein, other)] == ["nano", NAME, "other"]
+    assert (klein.state, klein.here, klein.removable, klein.fraction) == ("absent", 0, 0, 0.0)
+    assert klein.size == klein.to_come == 3 * MB + 30 + 3 + 14  # by the table, the previews' decoder included
+    assert klein.shared == (
+        Shared(kind="text encoder", others=(OTHER,)),
+        Shared(kind="autoencoder", others=(OTHER,)),
+    )
+    assert klein.pages == () and other.pages == (f"{fake.url}/maker/Gated",)
+    assert fake.asked == []
+
+
+def test_what_ships_with_the_studio_is_on_board(fake: FakeHub, tmp_path: Path) -> None:
+    known = replace(settings(tmp_path), assets=Path(__file__).resolve().parents[2] / "assets")
+    ours = Shelf(known, Hub(known, endpoint=fake.url, cache=tmp_path / "cache"))
+    nano = ours.entry("nano")
+    assert (nano.state, nano.on_board, nano.own, nano.to_come, nano.removable) == ("complete", True, False, 0, 0)
+    assert nano.fraction == 1.0 and nano.size > MB
+
+
+def test_a_local_copy_that_is_not_there(fake: FakeHub, tmp_path: Path) -> None:
+    ours, _ = shelf(fake, tmp_path, TOY_MODEL_PATH=tmp_path / "gone.safetensors")
+    entry = ours.entry(NAME)
+    assert entry.state == "failed" and "TOY_MODEL_PATH points to" in entry.failure
+
+
+def test_an_unknown_name(fake: FakeHub, tmp_path: Path) -> None:
+    ours, _ = shelf(fake, tmp_path)
+    for ask in (ours.entry, ours.download, ours.remove):
+        with pytest.raises(RequestError, match="There is no checkpoint called 'x'"):
+            ask("x")
+
+
+# --- downloading --------------------------------------------------------------------------------------------------
+
+
+def test_a_download_tells_bytes_speed_and_time_left(fake: FakeHub, tmp_path: Path) -> None:
+    ours, hub = shelf(fake, tmp_path)
+    with held(fake, ours) as entry:
+        assert entry.state == "downloading" and entry.doing == "Downloading Toy-4B" and not entry.on_its_way
+        assert HELD < entry.here < HELD + 1000  # the text encoder came before
+        assert entry.here + entry.to_come == pytest.approx(3 * MB, rel=1e-3)
+        assert entry.fraction == pytest.approx(2 / 3, rel=1e-3)
+        until(lambda: ours.entry(NAME).per_second)
+        entry = ours.entry(NAME)
+        assert entry.per_second and 0 < entry.per_second < HELD * 2  # in more than a second, or it would not be told
+        assert entry.seconds_left == pytest.approx(entry.to_come / entry.per_second)
+        other = ours.entry("other")
+        assert (other.state, other.per_second, other.doing) == ("absent", None, "")
+    entry = reaches(ours, "complete")
+    assert weights(tmp_path) == TOY and all(hub.on_disk(part) for part in CHECKPOINT.parts)
+    until(is_quiet)
+    entry = ours.entry(NAME)
+    assert (entry.to_come, entry.failure, entry.doing, entry.per_second) == (0, "", "", None)
+    assert entry.here == entry.size == entry.removable and entry.fraction == 1.0
+    assert hub.on_disk(CHECKPOINT.tiny_autoencoder)
+
+
+def test_previews_that_are_off_are_not_downloaded_for(fake: FakeHub, tmp_path: Path) -> None:
+    known = replace(settings(tmp_path), checkpoints=(NANO, CHECKPOINT), preview="off")
+    hub = Hub(known, endpoint=fake.url, cache=tmp_path / "cache", free_space=lambda _: 10**12)
+    ours = Shelf(known, hub)
+    assert ours.entry(NAME).size == 3 * MB + 30 + 3
+    ours.download(NAME)
+    reaches(ours, "complete")
+    until(is_quiet)
+    assert not hub.on_disk(CHECKPOINT.tiny_autoencoder)
+
+
+def test_pause_and_resume(fake: FakeHub, tmp_path: Path) -> None:
+    ours, hub = shelf(fake, tmp_path)
+    with held(fake, ours):
+        ours.pause(NAME)
+        ours.pause(NAME)  # somebody else's click
+        assert ours.entry(NAME).state == "paused"
+        until(lambda: hub.reached(FLOW) is None)
+    until(is_quiet)
+    entry, there = ours.entry(NAME), hub.size_on_disk(FLOW)
+    assert entry.state == "paused" and not entry.doing and not entry.failure
+    assert HELD <= there < 3 * MB and there < entry.here and entry.fraction < 1.0
+    fake.sent.clear()
+    ours.download(NAME)
+    reaches(ours, "complete")
+    assert weights(tmp_path) == TOY
+    assert ("toy.safetensors", f"bytes={there}-{LAST}") in fake.sent
+    ours.pause(NAME)
+    assert ours.entry(NAME).state == "complete"
+
+
+def test_resumed_before_the_pause_has_taken_effect(fake: FakeHub, tmp_path: Path) -> None:
+    ours, _ = shelf(fake, tmp_path)
+    with held(fake, ours):
+        for _ in range(3):
+            ours.pause(NAME)
+            ours.download(NAME)
+        assert ours.entry(NAME).state == "downloading"
+    reaches(ours, "complete")
+    assert weights(tmp_path) == TOY and ours.entry(NAME).failure == ""
+
+
+def test_several_users_and_a_run_share_one_download(fake: FakeHub, tmp_path: Path) -> None:
+    ours, hub = shelf(fake, tmp_path)
+    with held(fake, ours):
+        users = [threading.Thread(target=ours.download, args=(NAME,)) for _ in range(8)]
+        found: list[Path] = []
+        run = threading.Thread(target=lambda: found.append(hub.locate(FLOW, silent).weights))
+        for thread in (*users, run):
+            thread.start()
+        for thread in users:
+            thread.join(PATIENCE)
+    run.join(PATIENCE)
+    assert found and found[0].read_bytes() == TOY
+    reaches(ours, "complete")
+    assert [name for name, _ in fake.sent].count("toy.safetensors") == 1
+
+
+def test_pausing_does_not_take_it_from_a_run(fake: FakeHub, tmp_path: Path) -> None:
+    ours, hub = shelf(fake, tmp_path)
+    heard = threading.Event()
+    with held(fake, ours):
+        run = threading.Thread(target=hub.locate, args=(FLOW, lambda *_: heard.set()))
+        run.start()
+        assert heard.wait(PATIENCE)
+        ours.pause(NAME)
+        until(lambda: ours.entry(NAME).on_its_way)
+        entry = ours.entry(NAME)
+        assert (entry.state, entry.on_its_way) == ("paused", ("transformer",))
+    run.join(PATIENCE)
+    assert weights(tmp_path) == TOY
+    assert [name for name, _ in fake.sent].count("toy.safetensors") == 1
+
+
+def test_a_killed_server_leaves_a_paused_download(fake: FakeHub, tmp_path: Path) -> None:
+    fake.hold_at = HELD
+    program = f"""
+import time
+from pathlib import Path
+from dataclasses import replace
+from flux2_studio.models.hub import Hub
+from flux2_studio.models.shelf import Shelf
+from tests.models.fake_hub import CHECKPOINT, settings
+there = Path({str(tmp_path)!r})
+known = replace(settings(there), checkpoints=(CHECKPOINT,), default_checkpoint={NAME!r})
+shelf = Shelf(known, Hub(known, endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}))
+shelf.download({NAME!r})
+time.sleep({PATIENCE})
+"""
+    ours, _ = shelf(fake, tmp_path)
+    with start(program) as running:
+        until(lambda: ours.entry(NAME).here > HELD or running.poll() is not None)
+        os.kill(running.pid, signal.SIGKILL)
+        running.communicate()
+    assert running.returncode == -signal.SIGKILL
+    fake.hold_at = None
+    fake.sent.clear()
+    ours, _ = shelf(fake, tmp_path)
+    entry = ours.entry(NAME)
+    assert entry.state == "paused" and entry.here > HELD and 0 < entry.to_come < 1.1 * MB
+    assert ours.entry("other").state == "absent"  # what the two share is whole
+    ours.download(NAME)
+    reaches(ours, "complete")
+    assert weights(tmp_path) == TOY
+    (span,) = [span for name, span in fake.sent if name == "toy.safetensors"]
+    assert span and (match := re.fullmatch(rf"bytes=(\d+)-{LAST}", span)) and int(match[1]) >= HELD
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk(fake: FakeHub, tmp_path: Path) -> None:
+    ours, _ = shelf(fake, tmp_path, free=100 * MB)
+    ours.download(NAME)
+    entry = reaches(ours, "failed")
+    assert entry.failure.startswith("There is no room for FLUX.2 klein 4B in ") and "HF_HOME" in entry.failure
+    assert ours.room() == (str(tmp_path / "cache"), 100 * MB)
+    assert fake.sent == []
+
+
+def test_a_gate(fake: FakeHub, tmp_path: Path) -> None:
+    fake.refusals["maker/Gated"] = (403, "GatedRepo", "not in the authorized list")
+    ours, _ = shelf(fake, tmp_path)
+    ours.download("other")
+    entry = reaches(ours, "failed", "other")
+    assert f"accept its licence at {fake.url}/maker/Gated" in entry.failure
+    assert fake.sent == [] and entry.here == 0  # it is asked before the text encoder comes
+    fake.refusals.clear()
+    ours.download("other")  # once it was accepted
+    entry = reaches(ours, "complete", "other")
+    assert entry.failure == ""
+
+
+def test_a_defect_of_ours_is_logged_and_told(fake: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Hub):
+        def download(self, *_: object) -> None:
+            raise ZeroDivisionError
+
+    known = replace(settings(tmp_path), checkpoints=(CHECKPOINT,), default_checkpoint=NAME)
+    ours = Shelf(known, Broken(known, endpoint=fake.url, cache=tmp_path / "cache"))
+    ours.download(NAME)
+    assert reaches(ours, "failed").failure == DEFECT
+    assert "ZeroDivisionError" in caplog.text
+
+
+# --- deleting -----------------------------------------------------------------------------------------------------
+
+
+def complete(ours: Shelf, *names: str) -> None:
+    for name in names:
+        ours.download(name)
+    for name in names:
+        reaches(ours, "complete", name)
+    until(is_quiet)
+
+
+def test_delete_keeps_what_others_need(fake: FakeHub, tmp_path: Path) -> None:
+    ours, hub = shelf(fake, tmp_path)
+    complete(ours, NAME, "other")
+    assert ours.entry(NAME).removable == 3 * MB
+    assert ours.remove(NAME) == (
+        "3.0 MB freed. The text encoder, the autoencoder and the small decoder of the previews stay, for Other."
+    )
+    entry = ours.entry(NAME)
+    assert (entry.state, entry.to_come, entry.removable) == ("absent", 3 * MB, 0)
+    assert ours.entry("other").state == "complete"
+    assert not hub.on_disk(FLOW) and hub.on_disk(CHECKPOINT.text)
+    assert ours.entry("other").removable == ours.entry("other").here  # nobody else needs any of it now
+    assert "freed" in ours.remove("other")
+    assert [entry.here for entry in ours.entries()] == [0, 0, 0]
+    assert list((tmp_path / "cache").glob("models--*")) == []
+    assert ours.remove("other") == "There is nothing to delete of Other alone."
+
+
+def test_delete_takes_nothing_from_a_download_that_was_asked_for(fake: FakeHub, tmp_path: Path) -> None:
+    ours, hub = shelf(fake, tmp_path)
+    complete(ours, "other")
+    with held(fake, ours):  # the text encoder is here already, and needed as soon as the rest has come
+        assert ours.entry("other").removable == len(b"precious")
+        assert "The text encoder, the autoencoder and the small decoder of the previews stay" in ours.remove("other")
+        with pytest.raises(WeightsError, match=r"FLUX\.2 klein 4B is being downloaded: pause that first"):
+            ours.remove(NAME)
+        ours.pause(NAME)
+        until(lambda: hub.reached(FLOW) is None)
+    until(is_quiet)
+    assert ours.entry(NAME).state == "paused" and hub.on_disk(CHECKPOINT.text)
+    complete(ours, "other")
+    assert "stay, for FLUX.2 klein 4B." in ours.remove("other")  # a paused one still wants it
+    assert "freed" in ours.remove(NAME)
+    assert [entry.state for entry in ours.entries()[1:]] == ["absent", "absent"]
+    assert list((tmp_path / "cache").glob("models--*")) == []
+
+
+def test_a_users_own_file_stays(fake: FakeHub, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(b"mine")
+    own = replace(
+        CHECKPOINT, name="mine", label="mine", flow=Part(kind="flow", repo=None, path=str(file), size=4), licence="?"
+    )
+    ours, _ = shelf(fake, tmp_path, CHECKPOINT, own)
+    entry = ours.entry("mine")
+    assert entry.own and not entry.on_board and entry.state == "absent" and entry.size - entry.to_come == 4
+    complete(ours, "mine")
+    assert ours.entry("mine").removable == ours.entry("mine").here > 0
+    assert "freed" in ours.remove("mine")
+    assert file.read_bytes() == b"mine"
+    file.unlink()
+    assert "put it back" in ours.entry("mine").failure
