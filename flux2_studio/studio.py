@@ -139,6 +139,8 @@ class Studio:
             yield Ready(checkpoint=name)
         except _Cancelled:
             yield Stopped()
+        except (RuntimeError, MemoryError) as error:
+            raise self._exhausted(name, error) from error
 
     def generate(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Carry out `request`, yielding events as `events.py` orders them; the last is a Result or, if `cancelled`
@@ -150,12 +152,17 @@ class Studio:
         except _Cancelled:
             yield Stopped(images=tuple(finished.images), seeds=tuple(finished.seeds))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(
-                f"{self.settings.checkpoint(request.checkpoint).label} does not fit into this device's memory for this "
-                f"request. Choose a smaller size, fewer or smaller references, or a smaller checkpoint."
-            ) from error
+            raise self._exhausted(request.checkpoint, error) from error
+
+    def _exhausted(self, name: str | None, error: RuntimeError | MemoryError) -> OutOfMemory:
+        """What the user is told of `error`, once all weights have left the memory. Raises `error` if it is another."""
+        if not is_out_of_memory(error):
+            raise error
+        self._models.release_all()
+        return OutOfMemory(
+            f"{self.settings.checkpoint(name).label} does not fit into this device's memory for this request. Choose a "
+            f"smaller size, fewer or smaller references, or a smaller checkpoint."
+        )
 
     def _run(self, asked: Request, cancelled: Callable[[], bool], finished: _Finished) -> Iterator[Event]:
         began = time.monotonic()

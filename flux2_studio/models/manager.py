@@ -128,7 +128,8 @@ class ModelManager:
 
     def _budget(self) -> int:
         """Bytes of the device's memory that weights and activations may take, all in all."""
-        return min(memory.free_memory(self.device) + self._residency.device_bytes, self.capacity)
+        held = memory.returnable(self.device, self._residency.device_bytes)
+        return min(memory.free_memory(self.device) + held, self.capacity)
 
     def _session(self, opened: Opened, plan: Plan, loras: Sequence[LoraChoice]) -> Session:
         remote = None

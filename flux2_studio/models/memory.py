@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -9,9 +10,9 @@ import torch
 
 # Where Linux says what a container may have, what it has, and how much of that is files kept for speed: the newer
 # interface, then the older one.
-_CONTAINERS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+CONTAINERS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
 )
 
 
@@ -25,18 +26,29 @@ def free_memory(device: torch.device) -> int:
     return free_host_memory()
 
 
+def returnable(device: torch.device, held: int) -> int:
+    """How many of the `held` bytes of weights would become free if they left `device`.
+
+    On a processor they may be mapped from their files, and count as free already: only memory of no file comes back.
+    """
+    process = psutil.Process().memory_info()
+    if device.type != "cpu" or not hasattr(process, "shared"):  # which only Linux tells
+        return held
+    return min(held, process.rss - process.shared)
+
+
 def whole_memory(device: torch.device) -> int:
     """Bytes that `device` has, in use or not."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _container())])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in container())])
 
 
 def free_host_memory() -> int:
     """Bytes of main memory that can still be had, files that the system keeps in it for speed included."""
-    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in _container())])
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in container())])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -47,13 +59,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-def _container() -> list[tuple[int, int]]:
-    """(limit, used) in bytes of the container that this process is in; [] where there is none or no limit."""
+def container(places: Iterable[tuple[Path, str, str, str]] = CONTAINERS) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of the container that this process is in; [] where there is none or no limit.
+
+    places: folders and names of the files that say so, and what files kept for speed are called in memory.stat.
+    """
     found = []
-    for folder, limit, used, files in _CONTAINERS:
+    for folder, limit, used, files in places:
         try:
-            most, now = ((Path(folder) / name).read_text().strip() for name in (limit, used))
-            said = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
+            most, now = ((folder / name).read_text().strip() for name in (limit, used))
+            said = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # not Linux, not in a container, or something else altogether
             continue
         if most.isdecimal() and now.isdecimal():  # "max" is none

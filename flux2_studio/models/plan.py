@@ -194,8 +194,8 @@ def make_plan(
 ) -> Plan:
     """The quickest plan within `budget` bytes of the device's memory.
 
-    host: bytes of main memory that streamed blocks may take, None for no limit. streaming: whether the device has a
-    main memory beside its own. Raises `OutOfMemory` where nothing fits, with the nearest request that would.
+    host: bytes of main memory for parts whose blocks are streamed, None for no limit. streaming: whether the device has
+    a main memory beside its own. Raises `OutOfMemory` where nothing fits, with the nearest request that would.
     """
     plan = _plan(needs, workload, budget, device, host, streaming)
     if plan is not None:
@@ -314,13 +314,8 @@ def _fitted(needs: Needs, group: list[_Demand], usable: int, streams: bool) -> l
 
 
 def _waiting(needs: Needs, stages: Iterable[Stage]) -> int:
-    """Bytes of main memory that streamed blocks take."""
-    streamed = {stage.parts[0]: stage.streamed for stage in stages if stage.streamed}
-    return sum(
-        needs.weights[part].blocks[i]
-        for part, count in streamed.items()
-        for i in spread(count, len(needs.weights[part].blocks))
-    )
+    """Bytes of main memory that parts with streamed blocks take: they are read as a whole there."""
+    return sum(needs.weights[part].total for part in {stage.parts[0] for stage in stages if stage.streamed})
 
 
 def _workspace(device: torch.device) -> int:

@@ -19,7 +19,6 @@ from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, TinyP
 from flux2_studio.engine.quantize import QuantizedLinear
 from flux2_studio.engine.weights import open_autoencoder, open_transformer
 from flux2_studio.errors import DeviceError, OutOfMemory, WeightsError
-from flux2_studio.models import memory
 from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage
 from flux2_studio.models.hub import Hub, PartFiles, Progress
 from flux2_studio.models.manager import ModelManager, Session
@@ -284,19 +283,6 @@ def test_precision() -> None:
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.flow) is torch.float16
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.text) is torch.bfloat16
     assert choose_dtype("float32", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.float32
-
-
-def test_free_memory_of_this_machine() -> None:
-    assert 10**8 < memory.free_memory(CPU) <= memory.whole_memory(CPU) < 10**13
-
-
-def test_out_of_memory_is_told_from_other_errors() -> None:
-    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert memory.is_out_of_memory(MemoryError())
-    assert memory.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
-    assert memory.is_out_of_memory(RuntimeError("MPS backend out of memory"))
-    assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
-    assert not memory.is_out_of_memory(ValueError("out of memory"))
 
 
 @pytest.mark.parametrize("quantize", ["fp8", "int8"])
