@@ -1,7 +1,7 @@
 """Weights that stay small: kept in memory as they are stored, restored one layer at a time.
 
 Does: fp8 and int8 with one scale or one per row, and NVFP4 (GGUF's blocks are in `gguf.py`); a linear layer over such
-weights; making fp8 or int8 of plain weights.
+weights, which multiplies fp8 as fp8 where the GPU does that quickly; making fp8 or int8 of plain weights.
 Does not know: how files spell their scales (`formats.py`), which layers of which model are meant (`weights.py`).
 
     codes: what is stored. values [rows, cols]: what they stand for, as a plain file would hold them; rows are a linear
@@ -14,6 +14,7 @@ ComfyUI's files; other makers' files have it in the low half.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Literal, Self
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 EightBit = Literal["fp8", "int8"]
 FP8_MAX = 448.0  # of float8_e4m3fn
 INT8_MAX = 127.0
+ALIGNED = 16  # of which both sides of a matrix must be multiples for fp8 products
 # Values restored at a time, 64 MiB of them in float32: the largest layers would take over a gigabyte at once.
 CHUNK = 2**24
 TILE = 128  # rows of an NVFP4 scale tile, so chunks begin at multiples of it
@@ -128,15 +130,52 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out_features, in_features], as `nn.Linear` would hold it."""
-        weights = [part.dequantize(dtype) for part in self.parts if isinstance(part, StoredMatrix)]
+        weights = [part.dequantize(dtype) for part in self._stored]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the codes can be multiplied as they are: all fp8, with sides that the kernels take."""
+        aligned = self.in_features % ALIGNED == 0 and all(part.rows % ALIGNED == 0 for part in self._stored)
+        return aligned and all(
+            isinstance(part, ScaledMatrix) and part.codes.dtype is torch.float8_e4m3fn for part in self._stored
+        )
+
+    def multiply_fp8(self, x: Tensor) -> Tensor:
+        """x [..., in_features], brought to fp8 with a scale for each row, times the codes: [..., out_features]."""
+        rows = quantize(x.flatten(0, -2), "fp8")
+        outs = [
+            torch._scaled_mm(
+                rows.codes,
+                part.codes.t(),
+                scale_a=rows.scale,
+                scale_b=part.scale.t().expand(1, part.rows).contiguous(),
+                out_dtype=torch.bfloat16,  # the only one that the row-wise kernels give
+            )
+            for part in self._stored
+            if isinstance(part, ScaledMatrix)
+        ]
+        return torch.cat(outs, -1).to(x.dtype).unflatten(0, x.shape[:-1])
+
     def forward(self, x: Tensor) -> Tensor:
-        # The one place where stored weights meet activations: a way to multiply codes as they are would begin here.
+        if multiplies_fp8(x.device) and self.is_fp8:
+            return self.multiply_fp8(x)
         return F.linear(x, self.dequantize(x.dtype))
+
+    @property
+    def _stored(self) -> list[StoredMatrix]:
+        return [part for part in self.parts if isinstance(part, StoredMatrix)]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@functools.cache
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether `device` has fast products of fp8 matrices: NVIDIA's, from compute capability 8.9 on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def quantize(weight: Tensor, to: EightBit) -> ScaledMatrix:

@@ -90,7 +90,7 @@ class ModelManager:
 
     def outlook(self, checkpoint: Checkpoint, workload: Workload, loras: Sequence[LoraChoice] = ()) -> Plan:
         """The plan for a request, of a checkpoint that is on disk. Raises what `open` does."""
-        return self._plan(self._opener.open(checkpoint, _silent), workload, loras, None)
+        return self._plan(self._opener.open(checkpoint, _silent, fetch=False), workload, loras, None)
 
     @property
     def place(self) -> str:

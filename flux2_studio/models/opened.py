@@ -82,8 +82,10 @@ class Opener:
         remote = self._settings.reads_remotely(checkpoint)
         return tuple(part for part in checkpoint.parts if not (remote and part.kind == "text"))
 
-    def open(self, checkpoint: Checkpoint, progress: Progress) -> Opened:
+    def open(self, checkpoint: Checkpoint, progress: Progress, *, fetch: bool = True) -> Opened:
         """`checkpoint`'s files, downloaded if need be and checked. `progress` may raise to give up.
+
+        fetch: whether a decoder for previews that is not here is worth a download, too.
 
         Raises `WeightsError` for files that are missing, damaged or not of this checkpoint.
         """
@@ -115,7 +117,7 @@ class Opener:
             autoencoder.params,
             text.width if text else flow.params.context_width,
         )
-        tiny, notes = self._tiny(checkpoint, stamps, progress)
+        tiny, notes = self._tiny(checkpoint, stamps, progress, fetch)
         parts = {"flow": checkpoint.flow, "autoencoder": checkpoint.autoencoder}
         if text is not None:
             parts["text"] = checkpoint.text
@@ -161,10 +163,12 @@ class Opener:
             return self._open[key]
 
     def _tiny(
-        self, checkpoint: Checkpoint, stamps: dict[str, Stamp], progress: Progress
+        self, checkpoint: Checkpoint, stamps: dict[str, Stamp], progress: Progress, fetch: bool
     ) -> tuple[Checked[TinyDecoder] | None, tuple[str, ...]]:
         part = checkpoint.tiny_autoencoder
         if self._settings.preview != "tiny" or part == checkpoint.autoencoder:
+            return None, ()
+        if not fetch and not self._hub.on_disk(part):
             return None, ()
         if part not in self._not_to_be_had:
             try:

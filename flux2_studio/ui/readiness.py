@@ -79,7 +79,8 @@ def outlook(
             guidance=None if chosen.guidance_fixed else guidance,
             loras=choices(loras),
         )
-        return show.notes([studio.outlook(asked, sizes)])
+        told = studio.outlook(asked, sizes)
+        return show.notes([told]) if told else ""
     except OutOfMemory as error:
         return show.problem(str(error))
     except StudioError:

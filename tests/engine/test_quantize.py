@@ -17,6 +17,7 @@ from flux2_studio.engine.quantize import (
     QuantizedLinear,
     ScaledMatrix,
     StoredMatrix,
+    multiplies_fp8,
     quantize,
 )
 from tests import quantised
@@ -250,3 +251,44 @@ def test_several_chunks_of_nvfp4() -> None:
         values = quantised.E2M1[first_and_second % 8] * (1 - 2 * (first_and_second // 8))
         steps = scales[:, columns.start // 16 : columns.stop // 16].float().repeat_interleave(16, 1) * 0.5
         assert torch.equal(restored[:, columns], (values * steps).bfloat16())
+
+
+# fp8 multiplied as fp8
+
+
+def test_fp8_times_fp8_is_the_product_of_what_the_codes_stand_for() -> None:
+    """Parts with one scale and with one for each row, as q, k and v may come from three tensors of a file."""
+    one = ScaledMatrix(quantize(weight(32, 64), "fp8").codes, torch.tensor(0.02))
+    layer = QuantizedLinear(one, quantize(weight(48, 64, seed=4), "fp8"))
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x[0, 1] = 0
+    out = layer.multiply_fp8(x)
+    rows = quantize(x.flatten(0, -2), "fp8").dequantize(torch.float32)
+    expected = (rows @ layer.dequantize(torch.float32).t()).unflatten(0, (2, 5))
+    assert layer.is_fp8 and out.shape == (2, 5, 80) and out.dtype is torch.bfloat16
+    assert not out[0, 1].any()
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-4)  # one rounding to bfloat16
+
+
+def test_fp8_activations_cost_a_few_percent() -> None:
+    layer = QuantizedLinear(quantize(weight(64, 512), "fp8"))
+    x = torch.randn(7, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
+    exact = x.float() @ layer.dequantize(torch.float32).t()
+    error = (layer.multiply_fp8(x).float() - exact).norm() / exact.norm()
+    assert 0.002 < error < 0.04
+
+
+def test_codes_that_the_kernels_do_not_take() -> None:
+    whole = QuantizedLinear(quantize(weight(32, 64), "fp8"))
+    assert whole.is_fp8
+    for other in (quantize(weight(32, 64), "int8"), quantize(weight(24, 64), "fp8"), nvfp4(weight(128, 64))):
+        assert not QuantizedLinear(other).is_fp8
+        assert not QuantizedLinear(*whole.parts, other).is_fp8  # type: ignore[arg-type]
+    assert not QuantizedLinear(quantize(weight(32, 40), "fp8")).is_fp8
+
+
+def test_where_fp8_products_are_not_quick_the_values_are_restored() -> None:
+    assert not multiplies_fp8(torch.device("cpu")) and not multiplies_fp8(torch.device("mps"))
+    layer = QuantizedLinear(quantize(weight(32, 64), "fp8"))
+    x = torch.randn(3, 64)
+    assert layer(x).equal(torch.nn.functional.linear(x, layer.dequantize(x.dtype)))

@@ -147,6 +147,8 @@ def test_a_preview_that_cannot_be_had_is_not_asked_for_at_every_run(toys: Toys, 
     settings = toys.settings(tmp_path, ["klein-4b"])
     hub = Counting(replace(settings, overrides={**settings.overrides, "TAEF2_MODEL_PATH": tmp_path / "nowhere"}))
     models = ModelManager(settings, hub)
+    models.outlook(KLEIN_4B, Workload(width=64, height=64))
+    assert hub.asked == 0, "a look ahead downloads nothing"
     assert [bool(opened(models, KLEIN_4B).notes) for _ in range(3)] == [True] * 3
     assert hub.asked == 1
 

@@ -1,0 +1,31 @@
+"""Where the weights of the larger picture classifier are, if they are on this machine. They are never downloaded: it is
+the user who chooses it, by putting it there (`hf download Falconsai/nsfw_image_detection`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from flux2_studio.errors import ClassifierError
+from flux2_studio.models.cache import Cache
+
+REPO = "Falconsai/nsfw_image_detection"
+FILES = ("config.json", "model.safetensors")
+
+
+def find_classifier(own: Path | None, cache: Path | None = None) -> Path | None:
+    """The folder of Falconsai's classifier: the user's `own` copy, or that of the hub's cache; None if there is none.
+
+    cache: another cache folder than huggingface_hub's own choice. Raises `ClassifierError` for an own copy that is not
+    there: what was asked for must not be replaced in silence.
+    """
+    if own is not None:
+        if not all((own / name).is_file() for name in FILES):
+            raise ClassifierError(
+                f"FLUX2_NSFW_MODEL_PATH points to {own}, where there is no {' with '.join(FILES)}: set it to the "
+                f"folder of {REPO}, or unset it."
+            )
+        return own
+    folder = Cache(cache or Path(constants.HF_HUB_CACHE)).snapshot(REPO)
+    return folder if folder and all((folder / name).is_file() for name in FILES) else None

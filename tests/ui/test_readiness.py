@@ -1,0 +1,81 @@
+"""What stands under the button before a run: whether the request fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flux2_studio.models.hub import Hub
+from flux2_studio.models.manager import ModelManager
+from flux2_studio.references import fit_size
+from flux2_studio.request import Request
+from flux2_studio.settings import Settings
+from flux2_studio.studio import Studio
+from flux2_studio.ui.readiness import outlook
+
+FORM: dict[str, Any] = {"checkpoint": "nano", "width": 128, "height": 128, "count": 1, "guidance": 1.0}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path)
+
+
+def test_a_request_that_fits_says_how(settings: Settings) -> None:
+    plenty, scarce = outlook(Studio(settings), **FORM), outlook(Studio(replace(settings, memory=0.062)), **FORM)
+    assert plenty.startswith("<p>Fits: ") and "everything stays" in plenty
+    assert "the text encoder leaves" in scarce and "of 0.06 GB" in scarce
+
+
+def test_one_that_does_not_names_the_nearest_that_would(settings: Settings) -> None:
+    studio = Studio(replace(settings, memory=0.062))
+    told = outlook(studio, **{**FORM, "width": 512, "height": 512})
+    assert 'class="problem"' in told and "512 x 512 needs about" in told
+    width, height = (int(side) for side in told.split(" would fit")[0].rpartition(". ")[2].split(" x "))
+    assert "Fits" in outlook(studio, **{**FORM, "width": width, "height": height})
+
+
+def test_everything_that_takes_memory_is_asked_about(settings: Settings, tmp_path: Path) -> None:
+    class Listening(Studio):
+        def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> str:
+            asked.append((request, references))
+            return "told"
+
+    asked: list[tuple[Request, Sequence[tuple[int, int]]]] = []
+    file = tmp_path / "picture.png"
+    Image.new("RGB", (300, 150), "teal").save(file)
+    values = {**FORM, "checkpoint": "nano-base", "guidance": 3.0, "count": 2, "width": None, "height": None}
+    told = outlook(Listening(settings), **values, references=[(str(file), None)], loras=[{"name": "ink", "weight": 1}])
+    ((request, references),) = asked
+    assert told == "<p>told</p>"
+    assert (request.checkpoint, request.guidance, request.count) == ("nano-base", 3.0, 2)
+    assert [choice.name for choice in request.loras] == ["ink"]
+    assert references == [fit_size((300, 150), 128 * 128)], "as large as the run will read it"
+    outlook(Listening(settings), **{**FORM, "guidance": 3.0})
+    assert asked[-1][0].guidance is None, "what the checkpoint fixes was laid out for another one"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width": 8},
+        {"width": 4096, "height": 4096},
+        {"checkpoint": "unknown"},
+        {"references": [("nowhere.png", None)]},
+        {"loras": [{"name": "unknown", "weight": 1}]},
+        {"loras": "rubbish"},
+        {"count": 99},
+    ],
+)
+def test_what_cannot_be_run_is_left_to_the_run_to_tell(settings: Settings, changes: dict[str, Any]) -> None:
+    assert outlook(Studio(settings), **{**FORM, **changes}) == ""
+
+
+def test_a_checkpoint_that_is_not_here_has_no_outlook(settings: Settings, tmp_path: Path) -> None:
+    models = ModelManager(settings, Hub(settings, cache=tmp_path / "empty"))
+    assert outlook(Studio(settings, models), **{**FORM, "checkpoint": "klein-4b"}) == ""
