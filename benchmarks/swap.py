@@ -7,8 +7,8 @@ takes until it can draw: from a cold file, a warm one, main memory, or when both
 with the same bytes (a plain copy, a plain read), and beside diffusers' from_pretrained. Then a run of a few steps
 within a small budget, beside the same run with all the memory. Prints tables, writes benchmarks/results/swap-*.json.
 
-A GPU: weights count as loaded when the device has finished. A CPU: files are mapped, so weights count as loaded when
-every page of them has been touched; otherwise a swap would be one in name only.
+A GPU: weights count as loaded when the device has finished. A CPU: when every page of them has been touched, for files
+may be mapped (diffusers'), and a swap would be one in name only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import contextlib
 import gc
 import importlib
 import importlib.util
-import shutil
+import os
 import statistics
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,18 @@ from torch import nn
 
 from benchmarks import page_cache
 from benchmarks.measuring import Arm, interleave, machine, summary, write
-from benchmarks.synthetic import FlowSize, TextSize, Written, disk_bytes, write_autoencoder, write_checkpoint
-from flux2_studio.checkpoints import GB, KLEIN_4B, KLEIN_9B
+from benchmarks.pair import SIZES, Bench, Size, prepare, silent, wait
+from benchmarks.synthetic import Written
+from flux2_studio.checkpoints import GB
 from flux2_studio.engine.latents import noise
-from flux2_studio.engine.params import AutoencoderParams
 from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.transformer import Transformer
 from flux2_studio.models.choices import choose_device
-from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.models.plan import CUDA_WORKSPACE, DRAWING, OVERHEAD, Plan, Workload
-from flux2_studio.models.residency import release
+from flux2_studio.models.plan import DRAWING, Plan
 from flux2_studio.pictures import images_from_pixels
-from flux2_studio.settings import Quantize, Settings
+from flux2_studio.settings import Quantize
 
 PACKAGES = ("torch", "transformers", "diffusers", "safetensors")
-PAGE = 4096  # bytes
 CEILING = 2**30  # bytes copied at a time: far beyond any cache, and no burden to a small device
 AMPLE = 2**44  # bytes of main memory: no limit
 COPY, READ_COLD, READ_WARM = "plain copy", "plain read, cold file", "plain read, warm file"
@@ -68,154 +64,18 @@ BESIDE: dict[str, tuple[str, ...]] = {  # what a level is told as a multiple of
 }
 ALL_MEMORY, LITTLE = "all the memory", "little memory"
 SAME, FRESH = "the same prompt", "a new prompt"
-# How weights are held, and what share of the transformer's bytes in bfloat16 is little for it: about half of its own.
-KINDS: tuple[tuple[str, Quantize, float], ...] = (("bfloat16", "off", 0.55), ("int8", "int8", 0.3))
+# How weights are held, and for what share of the transformer's bytes in bfloat16 little memory has room: part of it.
+KINDS: tuple[tuple[str, Quantize, float], ...] = (("bfloat16", "off", 0.55), ("int8", "int8", 0.31))
 NOTES = (
     "Weights are random and scaled so that every layer counts. Arms take turns, forwards and backwards.",
     "A swap: the other checkpoint can draw; how long until this one can, its prompt having been read before.",
     "A cold file: written out, and its pages dropped by posix_fadvise; caches below the system keep what they have.",
     "A plain copy: the same bytes from pinned memory to the GPU; on a CPU from memory to memory. A plain read: the "
     "file front to back into one buffer, by one thread.",
-    "On a CPU files are mapped: a transformer counts as loaded when each page of its weights, ours or diffusers', has "
-    "been touched.",
+    "On a CPU a transformer counts as loaded when each page of its weights has been touched: diffusers maps its file, "
+    "the studio copies a user's own.",
     "The planned peak is counted from headers and shapes; on a CPU nothing measures the memory that tensors take.",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """What is measured: two checkpoints and their autoencoder, pictures of `side` pixels.
-
-    budget: gigabytes for the runs in little memory; None: what makes most of the blocks be streamed. rounds, runs: how
-    often each swap and each picture is timed, after so many warm-ups.
-    """
-
-    first: FlowSize
-    second: FlowSize
-    autoencoder: AutoencoderParams
-    side: int
-    budget: float | None
-    rounds: int
-    runs: int
-    warmups: int
-
-
-SIZES = {
-    "small": Size(
-        first=FlowSize(
-            double_blocks=5,
-            single_blocks=20,
-            heads=2,
-            text=TextSize(width=192, mlp=512, heads=4, key_heads=2, head_width=64, vocabulary=4096),
-        ),
-        second=FlowSize(
-            double_blocks=8,
-            single_blocks=24,
-            heads=3,
-            text=TextSize(width=256, mlp=768, heads=4, key_heads=2, head_width=64, vocabulary=4096),
-        ),
-        autoencoder=AutoencoderParams(
-            encoder_channels=(32, 64, 64, 64),
-            decoder_channels=(32, 64, 64, 64),
-            encoder_blocks=1,
-            decoder_blocks=2,
-            latent_channels=32,
-        ),
-        side=256,
-        budget=None,
-        rounds=10,
-        runs=4,
-        warmups=1,
-    ),
-    "klein": Size(
-        first=FlowSize(
-            double_blocks=5,
-            single_blocks=20,
-            heads=24,
-            text=TextSize(width=2560, mlp=9728, heads=32, key_heads=8, head_width=128),
-        ),
-        second=FlowSize(
-            double_blocks=8,
-            single_blocks=24,
-            heads=32,
-            text=TextSize(width=4096, mlp=12_288, heads=32, key_heads=8, head_width=128, tied=False),
-        ),
-        autoencoder=AutoencoderParams(
-            encoder_channels=(128, 256, 512, 512),
-            decoder_channels=(128, 256, 512, 512),
-            encoder_blocks=2,
-            decoder_blocks=3,
-            latent_channels=32,
-        ),
-        side=1024,
-        budget=8.0,
-        rounds=20,
-        runs=20,
-        warmups=3,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Two written checkpoints, and how managers for them are made."""
-
-    pair: tuple[Written, Written]
-    autoencoder: Path
-    settings: Settings
-    device: torch.device
-    workload: Workload
-
-    def manager(self, *, memory: float | None = None, quantize: Quantize = "off", **fields: Any) -> ModelManager:
-        """memory: gigabytes of the device. fields: further ones of `ModelManager`."""
-        settings = replace(self.settings, memory=memory, quantize=quantize)
-        return ModelManager(settings, Hub(settings), **fields)
-
-    def other(self, written: Written) -> Written:
-        return next(it for it in self.pair if it is not written)
-
-    @property
-    def apart(self) -> bool:
-        """Whether the device has a memory of its own."""
-        return self.device.type == "cuda"
-
-    @property
-    def tight(self) -> float:
-        """Gigabytes in which the transformer of either can draw, but not with that of the other beside it."""
-        outlooks = [self.manager().outlook(it.checkpoint, self.workload) for it in self.pair]
-        return self.gigabytes(
-            max(it.flow_bytes + plan.stage(DRAWING).activations for it, plan in zip(self.pair, outlooks, strict=True))
-        )
-
-    def gigabytes(self, size: int) -> float:
-        """The setting under which a plan of `size` bytes fits, with a hundredth to spare."""
-        return (1.01 * OVERHEAD * size + (CUDA_WORKSPACE if self.apart else 0)) / GB
-
-    def settle(self, module: nn.Module) -> None:
-        """Return when all weights of `module` are where they belong."""
-        _wait(self.device)
-        if self.device.type != "cpu":
-            return
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.detach().reshape(-1).view(torch.uint8)[::PAGE].sum()
-
-    def bring(self, models: ModelManager, written: Written, *, moves: bool = True) -> Transformer:
-        """Have the transformer of `written` ready to draw. moves: whether it had not been on the device before; if that
-        is not so, what was timed is not what it is called."""
-        told: list[str] = []
-        session = models.open(written.checkpoint, self.workload, lambda text, _: told.append(text))
-        transformer = session.draw(lambda text, _: told.append(text)).transformer
-        if moves:
-            self.settle(transformer)
-        if any(text.startswith("Loading") for text in told) != moves:
-            raise SystemExit(f"{written.checkpoint.label} was {'' if moves else 'not '}on the device already.")
-        return transformer
-
-    def ensure(self, models: ModelManager, *wanted: Written) -> None:
-        """The same without minding where they were."""
-        for written in wanted:
-            session = models.open(written.checkpoint, self.workload, _silent)
-            self.settle(session.draw(_silent).transformer)
 
 
 # --- swaps ---
@@ -239,14 +99,14 @@ def time_swaps(bench: Bench, rounds: int, warmups: int) -> dict[str, Any]:
     """Seconds of every way to each of the two checkpoints, and their ratios; what was left out, and why."""
     cooler = Cooler()
     left_out: dict[str, str] = {}
-    groups = [_from_files(bench, cooler)]
+    groups = [from_files(bench, cooler)]
     if bench.apart:
-        groups += [_from_main_memory(bench, {}), _all_parts(bench, cooler)]
+        groups += [from_main_memory(bench, {}), all_parts(bench, cooler)]
     else:
         left_out[HOST] = "the device computes in main memory, so there is no such level"
-        left_out["all parts"] = "text encoder and autoencoder are mapped, and read when they are first used"
-    if _both_fit(bench):
-        groups.append(_resident(bench))
+        left_out["all parts"] = "measured where the device has a memory of its own"
+    if both_fit(bench):
+        groups.append(resident(bench))
     else:
         left_out[RESIDENT] = "the device has no room for both"
     if not page_cache.available():
@@ -272,7 +132,7 @@ def time_swaps(bench: Bench, rounds: int, warmups: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _from_files(bench: Bench, cooler: Cooler) -> Iterator[Arms]:
+def from_files(bench: Bench, cooler: Cooler) -> Iterator[Arms]:
     models = bench.manager(memory=bench.tight, host_budget=0)
     arms: Arms = {}
     for it in bench.pair:
@@ -289,11 +149,15 @@ def _from_files(bench: Bench, cooler: Cooler) -> Iterator[Arms]:
         if it.diffusers is not None:
             arms[name, THEIRS_WARM] = Arm(
                 prepare=_in_turn(gc.collect, partial(page_cache.read, it.diffusers_file)),
-                run=partial(_theirs, bench, it.diffusers),
+                run=partial(theirs, bench, it.diffusers),
             )
         if not page_cache.available():
             continue
-        arms[name, READ_COLD] = Arm(prepare=partial(cooler, it.flow), run=partial(page_cache.read, it.flow))
+        arms[name, READ_COLD] = Arm(
+            # What is mapped could not be dropped.
+            prepare=_in_turn(models.release_all, partial(cooler, it.flow)),
+            run=partial(page_cache.read, it.flow),
+        )
         arms[name, COLD] = Arm(
             prepare=_in_turn(partial(bench.ensure, models, other), partial(cooler, it.flow)),
             run=partial(bench.bring, models, it),
@@ -301,7 +165,7 @@ def _from_files(bench: Bench, cooler: Cooler) -> Iterator[Arms]:
         if it.diffusers is not None:
             arms[name, THEIRS_COLD] = Arm(
                 prepare=_in_turn(gc.collect, partial(cooler, it.diffusers_file)),
-                run=partial(_theirs, bench, it.diffusers),
+                run=partial(theirs, bench, it.diffusers),
             )
     try:
         yield arms
@@ -310,7 +174,7 @@ def _from_files(bench: Bench, cooler: Cooler) -> Iterator[Arms]:
 
 
 @contextlib.contextmanager
-def _from_main_memory(bench: Bench, fields: Mapping[str, Any]) -> Iterator[Arms]:
+def from_main_memory(bench: Bench, fields: Mapping[str, Any]) -> Iterator[Arms]:
     """fields: of the manager; none where the device has a memory of its own."""
     models = bench.manager(memory=bench.tight, **fields)
     arms: Arms = {}
@@ -325,20 +189,19 @@ def _from_main_memory(bench: Bench, fields: Mapping[str, Any]) -> Iterator[Arms]
 
 
 @contextlib.contextmanager
-def _all_parts(bench: Bench, cooler: Cooler) -> Iterator[Arms]:
+def all_parts(bench: Bench, cooler: Cooler) -> Iterator[Arms]:
     """Text encoder, transformer and autoencoder, from nothing, as far as they fit at once."""
     models = bench.manager()
 
     def load(it: Written) -> None:
-        models.open(it.checkpoint, bench.workload, _silent).preload(_silent)
-        _wait(bench.device)
+        models.open(it.checkpoint, bench.workload, silent).preload(silent)
+        wait(bench.device)
 
     arms: Arms = {}
     for it in bench.pair:
         name = it.checkpoint.name
         files = (it.flow, it.text_file, bench.autoencoder)
-        plan = models.outlook(it.checkpoint, bench.workload)
-        arms[name, COPY_ALL] = _copy(plan.stages[0].weights, bench.device)
+        arms[name, COPY_ALL] = _copy(bench.plans[name].stages[0].weights, bench.device)
         arms[name, ALL_WARM] = Arm(
             prepare=_in_turn(models.release_all, *(partial(page_cache.read, file) for file in files)),
             run=partial(load, it),
@@ -354,7 +217,7 @@ def _all_parts(bench: Bench, cooler: Cooler) -> Iterator[Arms]:
 
 
 @contextlib.contextmanager
-def _resident(bench: Bench) -> Iterator[Arms]:
+def resident(bench: Bench) -> Iterator[Arms]:
     models = bench.manager()
     arms: Arms = {}
     for it in bench.pair:
@@ -368,10 +231,10 @@ def _resident(bench: Bench) -> Iterator[Arms]:
         models.release_all()
 
 
-def _both_fit(bench: Bench) -> bool:
+def both_fit(bench: Bench) -> bool:
     """Whether either can draw while the transformer of the other stays."""
     for it in bench.pair:
-        plan = bench.manager().outlook(it.checkpoint, bench.workload)
+        plan = bench.plans[it.checkpoint.name]
         if bench.other(it).flow_bytes + plan.stage(DRAWING).peak > plan.budget:
             return False
     return True
@@ -385,7 +248,7 @@ def _copy(size: int, device: torch.device) -> Arm:
         for start in range(0, size, piece):
             length = min(piece, size - start)
             targets[0][:length].copy_(sources[0][:length], non_blocking=True)
-        _wait(device)
+        wait(device)
 
     sources: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
@@ -398,7 +261,7 @@ def _copy(size: int, device: torch.device) -> Arm:
     return Arm(prepare=prepare, run=run)
 
 
-def _theirs(bench: Bench, folder: Path) -> nn.Module:
+def theirs(bench: Bench, folder: Path) -> nn.Module:
     model_class = importlib.import_module("diffusers").Flux2Transformer2DModel
     model: nn.Module = model_class.from_pretrained(folder, torch_dtype=torch.bfloat16).to(bench.device)
     bench.settle(model)
@@ -412,10 +275,10 @@ def time_runs(bench: Bench, budget: float | None, rounds: int, warmups: int) -> 
     """Seconds of a whole run of the first checkpoint, from prompt to pixels on the host, in `budget` gigabytes and with
     all the memory, in bfloat16 and in 8 bits."""
     it = bench.pair[0]
-    drawing = bench.manager().outlook(it.checkpoint, bench.workload).stage(DRAWING)
     models: dict[tuple[str, str], ModelManager] = {}
     for kind, quantize, share in KINDS:
         models[kind, ALL_MEMORY] = bench.manager(quantize=quantize)
+        drawing = models[kind, ALL_MEMORY].outlook(it.checkpoint, bench.workload).stage(DRAWING)
         little = budget or bench.gigabytes(drawing.activations + int(share * it.flow_bytes))
         # Blocks wait in main memory; a device without one of its own has them copied within it.
         models[kind, LITTLE] = bench.manager(
@@ -433,20 +296,21 @@ def time_runs(bench: Bench, budget: float | None, rounds: int, warmups: int) -> 
             figures = seconds[prompts][f"{kind}, {LITTLE}"]
             figures["times"] = {ALL_MEMORY: figures["median"] / seconds[prompts][f"{kind}, {ALL_MEMORY}"]["median"]}
     plans = {}
+    for manager in models.values():
+        manager.release_all()
     for (kind, memory), manager in models.items():
-        for other in models.values():
-            other.release_all()
         plans[f"{kind}, {memory}"] = _peak(bench, manager)
+        manager.release_all()
     return {"checkpoint": it.checkpoint.name, "steps": it.checkpoint.steps, "seconds": seconds, "memory": plans}
 
 
 def _draw(bench: Bench, models: ModelManager, prompts: str) -> Plan:
     """One picture; the plan it was drawn by."""
     checkpoint = bench.pair[0].checkpoint
-    session = models.open(checkpoint, bench.workload, _silent)
+    session = models.open(checkpoint, bench.workload, silent)
     prompt = SAME if prompts == SAME else f"{FRESH} {uuid.uuid4()}"
-    context = session.encode([prompt], _silent).context
-    transformer = session.draw(_silent).transformer
+    context = session.encode([prompt], silent).context
+    transformer = session.draw(silent).transformer
     for step in denoise(
         transformer,
         noise([1], bench.workload.width, bench.workload.height),
@@ -458,7 +322,7 @@ def _draw(bench: Bench, models: ModelManager, prompts: str) -> Plan:
         latents = step.latents
     if not bool(torch.isfinite(latents).all()):
         raise SystemExit("The synthetic weights gave numbers that are none.")
-    images_from_pixels(session.decode(latents, _silent))
+    images_from_pixels(session.decode(latents, silent))
     return session.plan
 
 
@@ -496,161 +360,6 @@ def measure(size: Size, folder: Path, device: torch.device, *, baseline: bool) -
         "swaps": time_swaps(bench, size.rounds, size.warmups),
         "runs": time_runs(bench, size.budget, size.runs, size.warmups),
     }
-
-
-def prepare() -> None:
-        if not sources:  # zeros, so that all pages are there
-            sources.append(torch.zeros(piece, dtype=torch.uint8, pin_memory=device.type == "cuda"))
-            targets.append(torch.zeros(piece, dtype=torch.uint8, device=device))
-
-    return Arm(prepare=prepare, run=run)
-
-
-def _theirs(bench: Bench, folder: Path) -> nn.Module:
-    model_class = importlib.import_module("diffusers").Flux2Transformer2DModel
-    model: nn.Module = model_class.from_pretrained(folder, torch_dtype=torch.bfloat16).to(bench.device)
-    bench.settle(model)
-    return model
-
-
-# --- runs in little memory ---
-
-
-def time_runs(bench: Bench, budget: float | None, rounds: int, warmups: int) -> dict[str, Any]:
-    """Seconds of a whole run of the first checkpoint, from prompt to pixels on the host, in `budget` gigabytes and with
-    all the memory, in bfloat16 and in 8 bits."""
-    it = bench.pair[0]
-    drawing = bench.manager().outlook(it.checkpoint, bench.workload).stage(DRAWING)
-    models: dict[tuple[str, str], ModelManager] = {}
-    for kind, quantize, share in KINDS:
-        models[kind, ALL_MEMORY] = bench.manager(quantize=quantize)
-        little = budget or bench.gigabytes(drawing.activations + int(share * it.flow_bytes))
-        # Blocks wait in main memory; a device without one of its own has them copied within it.
-        models[kind, LITTLE] = bench.manager(
-            memory=little, quantize=quantize, streaming=True, host_budget=None if bench.apart else AMPLE
-        )
-    seconds: dict[str, dict[str, Any]] = {}
-    for prompts in (SAME, FRESH):
-        arms = {
-            f"{kind}, {memory}": Arm(run=partial(_draw, bench, manager, prompts))
-            for (kind, memory), manager in models.items()
-        }
-        times = interleave(arms, rounds, warmups)
-        seconds[prompts] = {name: summary(took) for name, took in times.items()}
-        for kind, _, _ in KINDS:
-            figures = seconds[prompts][f"{kind}, {LITTLE}"]
-            figures["times"] = {ALL_MEMORY: figures["median"] / seconds[prompts][f"{kind}, {ALL_MEMORY}"]["median"]}
-    plans = {}
-    for (kind, memory), manager in models.items():
-        for other in models.values():
-            other.release_all()
-        plans[f"{kind}, {memory}"] = _peak(bench, manager)
-    return {"checkpoint": it.checkpoint.name, "steps": it.checkpoint.steps, "seconds": seconds, "memory": plans}
-
-
-def _draw(bench: Bench, models: ModelManager, prompts: str) -> Plan:
-    """One picture; the plan it was drawn by."""
-    checkpoint = bench.pair[0].checkpoint
-    session = models.open(checkpoint, bench.workload, _silent)
-    prompt = SAME if prompts == SAME else f"{FRESH} {uuid.uuid4()}"
-    context = session.encode([prompt], _silent).context
-    transformer = session.draw(_silent).transformer
-    for step in denoise(
-        transformer,
-        noise([1], bench.workload.width, bench.workload.height),
-        context,
-        steps=checkpoint.steps,
-        guidance=checkpoint.guidance,
-        guiding=checkpoint.guiding,
-    ):
-        latents = step.latents
-    if not bool(torch.isfinite(latents).all()):
-        raise SystemExit("The synthetic weights gave numbers that are none.")
-    images_from_pixels(session.decode(latents, _silent))
-    return session.plan
-
-
-def _peak(bench: Bench, models: ModelManager) -> dict[str, Any]:
-    """How a run was made to fit, and the most memory that it took: planned and, on CUDA, measured."""
-    if bench.apart:
-        torch.cuda.reset_peak_memory_stats(bench.device)
-    plan = _draw(bench, models, FRESH)
-    streamed = {stage.parts[0]: stage.streamed for stage in plan.stages if stage.streamed}
-    return {
-        "budget": plan.budget,
-        "planned peak": plan.peak,
-        "measured peak": torch.cuda.max_memory_allocated(bench.device) if bench.apart else None,
-        "together": plan.together,
-        "blocks streamed": {part: [number, plan.blocks[part]] for part, number in streamed.items()},
-    }
-
-
-# --- all of it ---
-
-
-def measure(
-    size: Size,
-    folder: Path,
-    device: torch.device,
-    *,
-    baseline: bool,
-    rounds: int,
-    runs: int,
-    warmups: int,
-    budget: float | None,
-) -> dict[str, Any]:
-    """Write the checkpoints of `size` into `folder` and time everything. budget: gigabytes, None: as `size` says."""
-    bench = prepare(size, folder, device, baseline=baseline)
-    opening = {}
-    for it in bench.pair:
-        began = time.perf_counter()
-        bench.manager().outlook(it.checkpoint, bench.workload)
-        opening[it.checkpoint.name] = time.perf_counter() - began
-    return {
-        "transformers, bytes": {it.checkpoint.name: it.flow_bytes for it in bench.pair},
-        "pictures": f"{size.side} x {size.side}",
-        "warm-ups": warmups,
-        "first opening and plan, seconds": opening,
-        "swaps": time_swaps(bench, rounds, warmups),
-        "runs": time_runs(bench, budget or size.budget, runs, warmups),
-    }
-
-
-def prepare(size: Size, folder: Path, device: torch.device, *, baseline: bool) -> Bench:
-    """Write the checkpoints of `size` into `folder`. Raises `SystemExit` where the disk is too small."""
-    sizes = {KLEIN_4B: size.first, KLEIN_9B: size.second}
-    needed = sum(disk_bytes(it, baseline=baseline) for it in sizes.values()) + GB // 2
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise SystemExit(
-            f"This takes {needed / GB:.1f} GB in {folder}, where {free / GB:.1f} GB are free: name another folder "
-            f"with --folder, or add --without-baseline, which takes less."
-        )
-    first, second = (
-        write_checkpoint(folder / checkpoint.name, checkpoint, it, seed=seed, baseline=baseline, device=device)
-        for seed, (checkpoint, it) in enumerate(sizes.items())
-    )
-    autoencoder = write_autoencoder(folder / "ae.safetensors", size.autoencoder, seed=2, device=device)
-    release(device)
-    overrides: dict[str, Path] = {}
-    for it in (first, second):
-        parts = zip(it.checkpoint.parts, (it.text, it.flow, autoencoder), strict=True)
-        overrides |= {part.override: path for part, path in parts if part.override}
-    settings = Settings(
-        home=folder / "home",
-        overrides=overrides,
-        default_checkpoint=first.checkpoint.name,
-        device=str(device),
-        dtype="bfloat16",
-        preview="off",
-    )
-    return Bench(
-        pair=(first, second),
-        autoencoder=autoencoder,
-        settings=settings,
-        device=device,
-        workload=Workload(width=size.side, height=size.side),
-    )
 
 
 def show(report: Mapping[str, Any]) -> None:
@@ -702,11 +411,13 @@ def main() -> None:
         budget=chosen.memory or size.budget,
     )
     baseline = not chosen.without_baseline and importlib.util.find_spec("diffusers") is not None
+    before = _load()
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="flux2-swap-") as folder:
         measured = measure(size, Path(folder), device, baseline=baseline)
     report = {
         "machine": machine(str(device), PACKAGES),
         "command": " ".join(["python -m benchmarks.swap", *sys.argv[1:]]),
+        "load before and after": [before, _load()],
         "size": chosen.size,
         "notes": NOTES,
         **measured,
@@ -715,12 +426,9 @@ def main() -> None:
     print(f"\nwritten to {write(report, f'swap-{device.type}.json')}")
 
 
-def _wait(device: torch.device) -> None:
-    """Return when the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def _load() -> float | None:
+    """How many programs wanted a core in the last minute, this one included; nobody else should have."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def _in_turn(*steps: Callable[[], Any]) -> Callable[[], None]:
@@ -729,10 +437,6 @@ def _in_turn(*steps: Callable[[], Any]) -> Callable[[], None]:
             step()
 
     return run
-
-
-def _silent(text: str, fraction: float | None) -> None:
-    pass
 
 
 if __name__ == "__main__":

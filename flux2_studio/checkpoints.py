@@ -95,6 +95,23 @@ class Checkpoint:
         return self.reference_pixels if references <= 1 else self.references_pixels
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocalWriter:
+    """A text encoder that can also write, and so enrich prompts, when all of its layers are kept.
+
+    `part` and `recipe` are those of the checkpoints that read with it. `sees`: whether it looks at references.
+    `temperature` and `top_p` are what its makers advise.
+    """
+
+    name: str
+    label: str
+    part: Part
+    recipe: TextRecipe
+    sees: bool
+    temperature: float
+    top_p: float
+
+
 GB = 10**9
 MB = 10**6
 _APACHE = ("Apache 2.0", "https://www.apache.org/licenses/LICENSE-2.0")
@@ -353,3 +370,41 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
     KLEIN_BASE_9B,
     DEV,
 )
+
+LOCAL_WRITERS: tuple[LocalWriter, ...] = (
+    LocalWriter(
+        name="qwen3-4b",
+        label="Qwen3 4B",
+        part=_QWEN3_4B,
+        recipe=_QWEN3_RECIPE,
+        sees=False,
+        temperature=0.7,
+        top_p=0.8,
+    ),
+    LocalWriter(
+        name="qwen3-8b",
+        label="Qwen3 8B",
+        part=_QWEN3_8B,
+        recipe=_QWEN3_RECIPE,
+        sees=False,
+        temperature=0.7,
+        top_p=0.8,
+    ),
+    LocalWriter(
+        name="mistral",
+        label="Mistral Small 3.2 24B",
+        part=_MISTRAL,
+        recipe=_MISTRAL_RECIPE,
+        sees=True,
+        temperature=0.15,
+        top_p=1.0,
+    ),
+)
+
+
+def local_writers(checkpoint: Checkpoint) -> tuple[LocalWriter, ...]:
+    """Those to offer beside `checkpoint`: its own text encoder first, which is there anyway, then those that see."""
+    if checkpoint.toy:
+        return ()
+    own = [writer for writer in LOCAL_WRITERS if writer.part == checkpoint.text]
+    return (*own, *(writer for writer in LOCAL_WRITERS if writer.sees and writer not in own))

@@ -15,12 +15,14 @@ comes then is told to come back (503, Retry-After).
 from __future__ import annotations
 
 import hmac
+import io
 import ipaddress
 import json
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
@@ -30,11 +32,12 @@ from urllib.parse import urlsplit
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.engine.text import Encoded, open_text_encoder
-from flux2_studio.errors import StudioError
+from flux2_studio.errors import OutOfMemory, StudioError
 from flux2_studio.models import wire
 from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage
 from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.memory import is_out_of_memory
+from flux2_studio.models.opened import only_ever_replaced
 from flux2_studio.models.remembered import RememberingText
 from flux2_studio.request import MAX_PROMPT
 from flux2_studio.settings import Settings
@@ -118,9 +121,33 @@ class EncodeServer(ThreadingTCPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
+class _Timed(io.RawIOBase):
+    """What a client sends, all of it by `deadline` in the time of `time.monotonic`: with a limit on each piece alone,
+    who sends a byte now and then would keep a thread for ever."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection = connection
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request did not come in time")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+
 class Handler(BaseHTTPRequestHandler):
     server: EncodeServer
-    timeout = 20.0  # seconds for each read and write
+    timeout = 20.0  # seconds for a whole request to come, and for each piece of an answer to go
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Timed(self.connection, time.monotonic() + self.timeout))
 
     def do_GET(self) -> None:
         if urlsplit(self.path).path != "/health":
@@ -206,6 +233,7 @@ class Handler(BaseHTTPRequestHandler):
         return hmac.compare_digest(shown.strip().encode(), token.encode()) and kind.lower() == "bearer"
 
     def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.connection.settimeout(self.timeout)
         with suppress(ConnectionError, TimeoutError):  # who asked has gone
             self.send_response(status)
             for name, value in headers.items():
@@ -233,7 +261,7 @@ def open_server(
 ) -> EncodeServer:
     """The server of the text encoder of checkpoint `name` (None: the default one), loaded and open.
 
-    Raises `StudioError` for an address that cannot be used and for weights that cannot be had.
+    Raises `StudioError` for an address that cannot be used and for weights that cannot be had or do not fit.
     """
     checkpoint = settings.checkpoint(name)
     device = choose_device(settings.device)
@@ -247,10 +275,16 @@ def open_server(
             device=device,
             dtype=choose_dtype(settings.dtype, device, checkpoint, part),
             storage=choose_storage(settings.quantize, device, part),
+            mapped=only_ever_replaced(part, settings),
         )
         server.open(encoder, checkpoint, text.width)
-    except BaseException:
+    except BaseException as error:
         server.server_close()
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"The text encoder of {checkpoint.label} does not fit into the memory of {device}. Set "
+                f"FLUX2_QUANTIZE=int8 to hold it in 8 bits, or FLUX2_DEVICE to another device."
+            ) from error
         raise
     return server
 

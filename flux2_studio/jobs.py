@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from flux2_studio.errors import StudioError
-from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Status, Stopped
+from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Status, Stopped
 from flux2_studio.request import Request, changes
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,13 @@ class JobQueue:
         """Have `checkpoint` loaded as soon as no run is to be done. Whatever was to be prepared before is not."""
         wanted = Preparation(checkpoint, owner)
         with self._changed:
+            if self._loaded == checkpoint and not self._closed:
+                wanted.add(Ready(checkpoint=checkpoint))
+                return wanted
             for earlier in (self._wanted, self._running):
                 if isinstance(earlier, Preparation):
+                    if earlier.checkpoint == checkpoint and not earlier.cancelled:
+                        return earlier
                     earlier.cancel()
             if self._closed:
                 wanted.cancel()

@@ -15,6 +15,14 @@
 | FLUX2_TEXT_ENCODER_TOKEN | the token that it asks for |
 | FLUX2_TEXT_ENCODER_FOR | the checkpoint whose text encoder it has; all that share that encoder use it (default: dev) |
 | FLUX2_ENCODE_TOKEN | the token that our own `encode-server` asks for |
+| FLUX2_OPENROUTER_URL | the OpenAI-compatible server that enriches prompts (default: OpenRouter's) |
+| FLUX2_OPENROUTER_MODEL | the model that is asked there when none is chosen |
+| OPENROUTER_API_KEY | the key that it asks for |
+| FLUX2_C2PA_CERTIFICATE | one's own certificate chain that signs pictures, PEM (default: a local identity, made once) |
+| FLUX2_C2PA_KEY | its private key, PEM, not encrypted |
+| FLUX2_WATERMARK_MESSAGE | what the invisible watermark says: 4 to 16 characters, or 0x and 8 to 32 hex digits |
+| FLUX2_SAFETY | auto, on, warn or off: what the safety check does (default: auto, see `safety/policy.py`) |
+| FLUX2_NSFW_MODEL_PATH | a folder with Falconsai/nsfw_image_detection, which then checks pictures |
 | *_MODEL_PATH | a local copy of one part, named as in `checkpoints.py` (the official command line's names) |
 
 The hub's own variables (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) are read by huggingface_hub.
@@ -39,6 +47,7 @@ Device = str
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["off", "fp8", "int8"]
 PreviewKind = Literal["tiny", "linear", "off"]
+Safety = Literal["auto", "on", "warn", "off"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -63,6 +72,14 @@ class Settings:
     text_encoder_token: str | None = field(default=None, repr=False)
     text_encoder_for: str = "dev"
     encode_token: str | None = field(default=None, repr=False)
+    openrouter_url: str = "https://openrouter.ai/api/v1"
+    openrouter_model: str | None = None
+    openrouter_key: str | None = field(default=None, repr=False)
+    c2pa_certificate: Path | None = None  # None: the local identity in `identity`
+    c2pa_key: Path | None = None
+    watermark_message: str | None = None  # None: Black Forest Labs' published one
+    safety: Safety = "auto"
+    nsfw_model: Path | None = None
     on_space: bool = False  # running as a Hugging Face Space
 
     @classmethod
@@ -97,6 +114,14 @@ class Settings:
                 env, "FLUX2_TEXT_ENCODER_FOR", cls.text_encoder_for, tuple(it.name for it in CHECKPOINTS)
             ),
             encode_token=_token(env, "FLUX2_ENCODE_TOKEN"),
+            openrouter_url=_url(env, "FLUX2_OPENROUTER_URL") or cls.openrouter_url,
+            openrouter_model=env.get("FLUX2_OPENROUTER_MODEL") or None,
+            openrouter_key=_token(env, "OPENROUTER_API_KEY"),
+            c2pa_certificate=_path(env, "FLUX2_C2PA_CERTIFICATE"),
+            c2pa_key=_path(env, "FLUX2_C2PA_KEY"),
+            watermark_message=env.get("FLUX2_WATERMARK_MESSAGE") or None,
+            safety=_choice(env, "FLUX2_SAFETY", cls.safety, get_args(Safety)),  # type: ignore[arg-type]
+            nsfw_model=_path(env, "FLUX2_NSFW_MODEL_PATH"),
             on_space="SPACE_ID" in env,
         )
         if settings.checkpoints_dir is None:  # otherwise it may be one of that folder's
@@ -107,6 +132,11 @@ class Settings:
     def outputs(self) -> Path:
         """The folder under which finished pictures are saved."""
         return self.home / "outputs"
+
+    @property
+    def identity(self) -> Path:
+        """The folder of the identity that signs pictures where the user has none of their own."""
+        return self.home / "identity"
 
     def reads_remotely(self, checkpoint: Checkpoint) -> bool:
         """Whether the prompts of `checkpoint` go to the text encoder at `text_encoder_url`.

@@ -19,8 +19,9 @@ FOUNDATION = {"__init__", "errors", "events", "request", "checkpoints", "setting
 # Everything else, from the bottom up: a module imports only what stands before it, or its own package.
 LAYERS = [
     {"engine"},
-    {"references", "pictures"},
-    {"models", "outputs"},
+    {"answers"},
+    {"references", "pictures", "prompts", "chat_server"},
+    {"models", "outputs", "safety", "upsample"},
     {"studio", "encode_server"},
     {"jobs"},
     {"ui"},
@@ -37,6 +38,8 @@ LIGHT = [
     "settings",
     "jobs",
     "references",
+    "safety.guard",
+    "upsample",
     "cli",
 ]  # no torch when imported
 
@@ -111,7 +114,17 @@ def test_hub_only_in_models() -> None:
 
 
 def test_openai_only_in_upsample() -> None:
-    assert importers("openai") <= {f"{PACKAGE}.upsample"}
+    assert importers("openai") == {f"{PACKAGE}.upsample"}
+
+
+def test_c2pa_only_where_pictures_are_signed_and_read() -> None:
+    rooms = {f"{PACKAGE}.outputs.credentials", f"{PACKAGE}.outputs.credentials_reader"}
+    assert importers("c2pa") == rooms, "untrusted pictures are parsed in a process of their own"
+
+
+def test_onnxruntime_only_in_safety() -> None:
+    assert importers("onnxruntime") == {f"{PACKAGE}.safety.nudity"}
+    assert not importers("nudenet"), "only its model is used"
 
 
 def test_engine_is_pure() -> None:
@@ -150,7 +163,8 @@ def test_no_room_for_odds_and_ends() -> None:
 def test_importing_does_not_load_torch(name: str) -> None:
     code = (
         f"import sys, {PACKAGE}.{name}; "
-        "print(sorted({'torch', 'transformers', 'gradio', 'huggingface_hub'} & sys.modules.keys()))"
+        "heavy = {'torch', 'transformers', 'gradio', 'huggingface_hub', 'openai', 'onnxruntime'}; "
+        "print(sorted(heavy & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

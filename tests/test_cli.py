@@ -456,7 +456,7 @@ def test_models_download_path_list_remove(online: Home, fake: FakeHub) -> None:
 
 
 def test_ctrl_c_pauses_a_download(online: Home, fake: FakeHub) -> None:
-    fake.hold_at = 2 * 10**6
+    fake.hold_at = 10**6  # of each answer: a busy machine's client may lose its patience, and ask once more
     running = subprocess.Popen(
         online.command("models", "download", "klein-4b"),
         cwd=ROOT,
@@ -466,7 +466,7 @@ def test_ctrl_c_pauses_a_download(online: Home, fake: FakeHub) -> None:
     )
     assert running.stderr is not None
     seen = ""
-    while "2.0 of 3.0 MB" not in seen:
+    while "1.0 of 3.0 MB" not in seen:
         line = running.stderr.readline()
         assert line, f"ended too early: {seen}"
         seen += line
@@ -479,7 +479,8 @@ def test_ctrl_c_pauses_a_download(online: Home, fake: FakeHub) -> None:
     )
     fake.hold_at = None
     assert online.run("models", "download", "klein-4b").returncode == 0
-    assert [span for name, span in fake.sent if name == AUTOENCODER] == [None, f"bytes=2000000-{len(TOY) - 1}"]
+    first, *_, last = [span for name, span in fake.sent if name == AUTOENCODER]
+    assert first is None and last in (f"bytes={whole}000000-{len(TOY) - 1}" for whole in (1, 2))
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

@@ -29,10 +29,11 @@ from flux2_studio.encode_server import (
     MAX_PROMPTS,
     WAITING,
     EncodeServer,
+    Handler,
     open_server,
 )
 from flux2_studio.engine.text import Encoded, load_text_encoder
-from flux2_studio.errors import RemoteTextError, StudioError
+from flux2_studio.errors import OutOfMemory, RemoteTextError, StudioError
 from flux2_studio.models import wire
 from flux2_studio.models.remote_text import RemoteText
 from flux2_studio.request import MAX_PROMPT
@@ -322,6 +323,59 @@ def test_whoever_goes_leaves_the_place_to_others(server: EncodeServer, lengths: 
     assert ask(server, prompts("a fox"))[0] == 200
 
 
+@pytest.mark.parametrize("part", ["request line", "headers", "body"])
+def test_whoever_sends_byte_by_byte_is_cut_off(server: EncodeServer, lengths: Lengths, part: str) -> None:
+    class Hasty(Handler):
+        timeout = 0.5  # of which each byte takes a tenth
+
+    server.RequestHandlerClass = Hasty
+    body = prompts("a fox").encode()
+    head = f"Authorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: {len(body) + 1000}\r\n"
+    sent = {
+        "request line": b"POST /",
+        "headers": b"POST / HTTP/1.1\r\nX-Long: ",
+        "body": b"POST / HTTP/1.1\r\n" + head.encode() + b"\r\n" + body,
+    }
+    with socket.create_connection(address(server), timeout=60) as connection:
+        connection.sendall(sent[part])
+        for _ in range(400):
+            time.sleep(0.05)
+            try:
+                connection.sendall(b"x")
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("it was never cut off")
+    assert lengths.calls == []
+    server.RequestHandlerClass = Handler
+    assert ask(server, prompts("a fox"))[0] == 200
+
+
+def test_an_answer_has_time_of_its_own(server: EncodeServer) -> None:
+    """However late the request's last byte came."""
+
+    class Hasty(Handler):
+        timeout = 3.0
+
+    class Wide(Lengths):
+        def encode(self, prompts: Sequence[str]) -> Encoded:
+            return Encoded(torch.zeros(len(prompts), 512, 8192), (0,) * len(prompts))  # more than a connection holds
+
+    server.RequestHandlerClass, server.encoder = Hasty, Wide()
+    body = prompts("a fox").encode()
+    head = f"POST / HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(address(server), timeout=60) as connection:
+        connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body))
+        time.sleep(1.9)
+        connection.sendall(body[:1])  # so that the rest is waited for anew, and not for long
+        time.sleep(0.1)
+        connection.sendall(body[1:])
+        time.sleep(1.5)
+        found = http.client.HTTPResponse(connection)
+        found.begin()
+        assert found.status == 200 and len(found.read()) > 512 * 8192 * 4
+
+
 @pytest.mark.parametrize(
     ("failure", "says"),
     [
@@ -394,6 +448,25 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path: Path) 
         open_server(settings, "dev", None, port, lambda *_: None)
     with socket.create_server(("127.0.0.1", port)):
         pass  # given back
+
+
+def test_an_encoder_that_does_not_fit(toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = toys.settings(tmp_path, ["klein-4b"])
+    empty = torch.empty
+
+    def full(*size: object, **how: object) -> torch.Tensor:
+        if how.get("dtype") is torch.uint8:  # a buffer of what reads the files
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+        return empty(*size, **how)  # type: ignore[call-overload]
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", full)
+        with pytest.raises(OutOfMemory, match=r"text encoder of .*klein.* memory of cpu\. Set FLUX2_QUANTIZE=int8"):
+            open_server(settings, "klein-4b", None, port, lambda *_: None)
+    with running(open_server(settings, "klein-4b", None, port, lambda *_: None)) as server:
+        assert ask(server, prompts("a fox"))[0] == 200
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

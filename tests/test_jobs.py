@@ -377,6 +377,17 @@ def test_the_last_choice_counts(start: Start) -> None:
     assert studio.ran == ["prepare nano-base", "prepare klein-9b"]
 
 
+def test_the_same_choice_again_changes_nothing(start: Start) -> None:
+    jobs, studio = start(fox=four_steps)
+    first = jobs.prepare("nano-base", "ann")
+    assert next(first.events(timeout=PATIENCE))[1] == Status(text="loading")
+    assert jobs.prepare("nano-base", "bob") is first and not first.cancelled
+    follow(jobs.submit(Request(prompt="fox", checkpoint="nano")))
+    assert follow(first)[-1] == Stopped()
+    assert follow(jobs.prepare("nano")) == [Ready(checkpoint="nano")], "it was used last"
+    assert studio.ran == ["prepare nano-base", "fox"]
+
+
 def test_a_choice_that_cannot_be_loaded_is_told(start: Start) -> None:
     class Broken(ScriptedStudio):
         def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:

@@ -90,7 +90,7 @@ def test_variables_are_documented_and_exist() -> None:
         if part.override
     }
     source = (ROOT / "flux2_studio" / "settings.py").read_text(encoding="utf-8")
-    own = set(re.findall(r'"(FLUX2_[A-Z_]+)"', source))
+    own = set(re.findall(r'"((?:FLUX2|OPENROUTER)_[A-Z0-9_]+)"', source))
     assert own
     assert {name for name in documented if not name.startswith("HF_")} == overrides | own
 
@@ -121,5 +121,5 @@ def test_checkpoint_table() -> None:
 
 
 def test_dependencies_are_those_that_are_installed() -> None:
-    listed = re.findall(r"^\| \[([a-z_]+)\]", section("Dependencies"), re.MULTILINE)
+    listed = re.findall(r"^\| \[([a-z0-9_-]+)\]", section("Dependencies"), re.MULTILINE)
     assert sorted(listed) == sorted(requirements())

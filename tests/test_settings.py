@@ -22,6 +22,7 @@ def test_defaults() -> None:
     assert (settings.device, settings.dtype, settings.preview) == ("auto", "auto", "tiny")
     assert settings.default_checkpoint == "nano"
     assert settings.memory is None, "what is free"
+    assert (settings.safety, settings.nsfw_model) == ("auto", None)
     assert settings.overrides == {}
     assert not settings.on_space
     assert settings.assets.is_dir()
@@ -37,6 +38,8 @@ def test_variables(tmp_path: Path) -> None:
             "FLUX2_DTYPE": "bfloat16",
             "FLUX2_MEMORY": "7.5",
             "FLUX2_PREVIEW": "off",
+            "FLUX2_SAFETY": "on",
+            "FLUX2_NSFW_MODEL_PATH": str(tmp_path / "nsfw"),
             "SPACE_ID": "someone/flux2-studio",
         }
     )
@@ -45,7 +48,22 @@ def test_variables(tmp_path: Path) -> None:
     assert settings.loras == tmp_path / "models" / "loras"
     assert (settings.device, settings.dtype, settings.preview) == ("cuda:1", "bfloat16", "off")
     assert settings.memory == 7.5
+    assert (settings.safety, settings.nsfw_model) == ("on", tmp_path / "nsfw")
     assert settings.on_space
+
+
+def test_who_signs(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"FLUX2_HOME": str(tmp_path)})
+    assert (settings.c2pa_certificate, settings.c2pa_key) == (None, None)
+    assert settings.identity == tmp_path / "identity"
+    own = {"FLUX2_C2PA_CERTIFICATE": str(tmp_path / "chain.pem"), "FLUX2_C2PA_KEY": str(tmp_path / "key.pem")}
+    settings = Settings.from_environment(own)
+    assert (settings.c2pa_certificate, settings.c2pa_key) == (tmp_path / "chain.pem", tmp_path / "key.pem")
+
+
+def test_what_the_watermark_says() -> None:
+    assert Settings.from_environment({"FLUX2_WATERMARK_MESSAGE": ""}).watermark_message is None
+    assert Settings.from_environment({"FLUX2_WATERMARK_MESSAGE": "studio-7"}).watermark_message == "studio-7"
 
 
 def test_home_may_start_with_a_tilde() -> None:
@@ -79,6 +97,8 @@ def test_an_empty_variable_counts_as_unset() -> None:
         "TEXT_ENCODER_TOKEN",
         "TEXT_ENCODER_FOR",
         "ENCODE_TOKEN",
+        "OPENROUTER_URL",
+        "OPENROUTER_MODEL",
         "HOME",
         "CHECKPOINT",
         "CHECKPOINTS_DIR",
@@ -88,8 +108,10 @@ def test_an_empty_variable_counts_as_unset() -> None:
         "QUANTIZE",
         "MEMORY",
         "PREVIEW",
+        "SAFETY",
+        "NSFW_MODEL_PATH",
     )
-    names = [f"FLUX2_{name}" for name in own]
+    names = ["OPENROUTER_API_KEY", *(f"FLUX2_{name}" for name in own)]
     assert Settings.from_environment(dict.fromkeys(names, "")) == Settings.from_environment({})
 
 
@@ -103,6 +125,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
         ("FLUX2_MEMORY", "-4", "FLUX2_MEMORY is '-4'; set it"),
         ("FLUX2_MEMORY", "nan", "FLUX2_MEMORY is 'nan'; set it"),
         ("FLUX2_MEMORY", "inf", "FLUX2_MEMORY is 'inf'; set it"),
+        ("FLUX2_SAFETY", "no", "FLUX2_SAFETY is 'no'; set it to one of: auto, on, warn, off"),
         ("FLUX2_PREVIEW", "yes", "FLUX2_PREVIEW is 'yes'; set it to one of: tiny, linear, off"),
         ("FLUX2_HOME", "~no-such-user/x", "FLUX2_HOME is '~no-such-user/x', in a home folder that is not known"),
         ("AE_MODEL_PATH", "~no-such-user/x", "AE_MODEL_PATH is '~no-such-user/x'"),
@@ -140,6 +163,17 @@ def test_no_other_token_is_taken_for_it() -> None:
     assert settings.text_encoder_token is None and settings.encode_token is None
 
 
+def test_who_enriches_prompts() -> None:
+    settings = Settings.from_environment({"OPENAI_API_KEY": "of another service"})
+    assert (settings.openrouter_url, settings.openrouter_model) == ("https://openrouter.ai/api/v1", None)
+    assert settings.openrouter_key is None
+    own = {"FLUX2_OPENROUTER_URL": "http://localhost:11434/v1", "FLUX2_OPENROUTER_MODEL": "qwen3-vl:8b"}
+    settings = Settings.from_environment({**own, "OPENROUTER_API_KEY": "sk-or-secret\n"})
+    assert (settings.openrouter_url, settings.openrouter_model) == tuple(own.values())
+    assert settings.openrouter_key == "sk-or-secret"
+    assert "secret" not in repr(settings)
+
+
 def test_who_has_the_same_text_encoder_reads_remotely() -> None:
     def remote(**more: str) -> set[str]:
         settings = Settings.from_environment({**ENCODER, **more})
@@ -166,6 +200,8 @@ def test_who_has_the_same_text_encoder_reads_remotely() -> None:
         ("FLUX2_TEXT_ENCODER_URL", "http://me:secret@a.example/", "holds a name or password"),
         ("FLUX2_TEXT_ENCODER_TOKEN", "sec\nret", "FLUX2_TEXT_ENCODER_TOKEN holds blanks or other characters"),
         ("FLUX2_ENCODE_TOKEN", "sec ret", "FLUX2_ENCODE_TOKEN holds blanks or other characters"),
+        ("FLUX2_OPENROUTER_URL", "localhost:8000/v1", "FLUX2_OPENROUTER_URL is not an address"),
+        ("OPENROUTER_API_KEY", "sec ret", "OPENROUTER_API_KEY holds blanks or other characters"),
         ("FLUX2_ENCODE_TOKEN", "secrét", "FLUX2_ENCODE_TOKEN holds blanks or other characters"),
         ("FLUX2_TEXT_ENCODER_FOR", "klein", "FLUX2_TEXT_ENCODER_FOR is 'klein'; set it to one of: nano"),
     ],

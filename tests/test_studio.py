@@ -233,6 +233,8 @@ def test_one_picture_that_does_not_fit_is_tried_once_more_with_less(small: tuple
     assert sum("transformer" in text for text in loading) == 2, "everything was freed in between"
     whole = pixels(run(studio, prompt="a cat", seed=1)[1].images[0])
     assert abs(pixels(result.images[0]) - whole).max() <= 1
+    assert models.plans[-1].peak == leaner.peak, "it is not tried in vain again"
+    assert leaner.limit < planned.peak < leaner.budget, "what is made use of, and what there is"
 
 
 def test_pictures_that_are_finished_are_not_drawn_again(small: tuple[Studio, SmallDevice]) -> None:

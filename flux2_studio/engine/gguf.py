@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flux2_studio.engine.quantize import StoredMatrix
-from flux2_studio.engine.reading import Span, WeightFile
+from flux2_studio.engine.reading import Reader, Span, WeightFile
 from flux2_studio.engine.tensor_files import HEADER_LIMIT, TENSOR_LIMIT, Shape, impossible, listed, shown
 from flux2_studio.errors import WeightsError
 
@@ -211,8 +211,12 @@ class GGUFFile:
         return {key: Span(self._file, self._starts[key], self.like(key)) for key in keys}
 
     def read(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
-        """(key, tensor) for each of `keys`, on the CPU, as views of the mapped file: plain values in their shape,
-        blocks as uint8 [rows, bytes of a row]."""
+        """(key, tensor) for each of `keys`, on the CPU: plain values in their shape, blocks as uint8 [rows, bytes of a
+        row]."""
+        return Reader(torch.device("cpu")).read(self.spans(keys))
+
+    def mapped(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
+        """As `read` does, but tensors are views of the mapped file, see `TensorFiles.mapped`."""
         with self._file.open():
             data = np.memmap(self.path, np.uint8, mode="c")
         for key, span in self.spans(keys).items():

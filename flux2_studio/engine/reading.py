@@ -3,9 +3,9 @@
 Does: what safetensors' own reader leaves lying idle. Each part of a file is read by a thread of its own into one of a
 few buffers, pinned where the device is a GPU, and copied from there in the order of the file, so that disk, processor
 and bus work at the same time. Memory beside the tensors themselves is that of the ring. A file that is no longer what
-it was when its header was read, or that ends early, is an error.
-Does not know: formats of files; what the tensors are for. Where nothing is to be moved, mapped files are better
-(`tensor_files.py`).
+it was when its header was read, or that ends early, is an error; once read, it may become anything.
+Does not know: formats of files; what the tensors are for. Files that nobody writes over may be mapped instead
+(`tensor_files.py`), where nothing is to be moved.
 
     part: a run of bytes of one file, at most a buffer long, with the tensors or pieces of tensors that lie in it
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -117,9 +117,12 @@ class Reader:
         self.buffers = buffers
         self.size = size
 
-    def read(self, spans: Mapping[str, Span]) -> Generator[tuple[str, Tensor], None, None]:
+    def read(
+        self, spans: Mapping[str, Span], arrived: Callable[[int], None] = lambda size: None
+    ) -> Generator[tuple[str, Tensor], None, None]:
         """(key, tensor on the device) for each of `spans`, in the order of the files.
 
+        arrived: called with the bytes of each part that has come; what it raises ends the reading and is passed on.
         Close the iterator where it is not read to its end: its threads end with it. On a GPU the copies are queued on
         the stream that is current at each step. Raises `WeightsError`.
         """
@@ -142,6 +145,7 @@ class Reader:
                     # Its thread waits until the copies have left the buffer; ours goes on.
                     copied = torch.cuda.current_stream(self.device).record_event() if pinned else None
                     reading.append((following, buffer, threads.submit(_fill, following, buffer, copied)))
+                arrived(sum(piece.size for piece in part.pieces))
                 for key in whole:
                     like = spans[key].like
                     yield key, arriving.pop(key).view(like.dtype).reshape(like.shape)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flux2_studio.engine.reading import Span, WeightFile
+from flux2_studio.engine.reading import Reader, Span, WeightFile
 from flux2_studio.errors import WeightsError
 
 Shape = tuple[int, ...]
@@ -111,7 +111,15 @@ class TensorFiles:
         return {key: Span(self._of[key], self._starts[key], self.like(key)) for key in keys}
 
     def read(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
-        """(key, tensor) on the CPU for each of `keys`, shard by shard; tensors may be views of the mapped file."""
+        """(key, tensor) on the CPU for each of `keys`, in the order of the files."""
+        return Reader(torch.device("cpu")).read(self.spans(keys))
+
+    def mapped(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
+        """As `read` does, but tensors are views of the mapped files, which costs neither time nor memory.
+
+        Only for files that nobody writes over for as long as a tensor is in use: it would change with its file, and
+        where the file has become shorter the system ends the process (SIGBUS).
+        """
         by_file: dict[WeightFile, list[str]] = {}
         for key in keys:
             by_file.setdefault(self._of[key], []).append(key)

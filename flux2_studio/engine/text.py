@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from flux2_studio.engine.tensor_files import read_json
 from flux2_studio.engine.weights import Checked, Storage, checked
 from flux2_studio.errors import WeightsError
 
+TEXT_FOLDER = "text_encoder"  # where a repository in diffusers' layout has the files
 # Where the decoder's tensors stand: a causal LM's file, Mistral3's old and new spelling, a bare decoder.
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 # What a checkpoint holds beside the decoder, and conditioning does not need.
@@ -91,13 +92,14 @@ def read_taps(tower: nn.Module, ids: Tensor, mask: Tensor, recipe: TextRecipe) -
 
 @dataclass(frozen=True)
 class CheckedText:
-    """A text encoder whose files fit: all that is left is to read the weights. `width` is that of its context."""
+    """A text encoder whose files fit: all that is left is to read the weights. `width` is that of its context;
+    `config` is the cut tower's, as transformers has it."""
 
     width: int
     recipe: TextRecipe
     _tower: Checked[Any]
-    _tokenizer: Any
-    _config: Any
+    tokenizer: Any
+    config: Any
 
     def sizes(self, *, dtype: torch.dtype, storage: Storage = "plain") -> dict[str, int]:
         """Bytes of memory of each of the tower's tensors, see `weights.Checked.sizes`."""
@@ -123,16 +125,24 @@ class CheckedText:
             ids = torch.empty(prompts, length, dtype=torch.long)
             # Whole, as the tower would make it of the tokens' mask, whose values it asks for to do so.
             mask = torch.empty(prompts, 1, length, length, dtype=torch.bool)
-        states = prompts * length * self._config.hidden_size * dtype.itemsize
+        states = prompts * length * self.config.hidden_size * dtype.itemsize
         peak = peak_bytes(lambda: read_taps(tower, ids, mask, shallow), ids, mask)
         return peak + states * (self.recipe.layers - shallow.layers)
 
-    def load(self, *, device: torch.device, dtype: torch.dtype, storage: Storage = "plain") -> TextEncoder:
-        """storage: how the layers' matrices are held, see `weights.Checked.load`, whose errors it raises."""
-        tower = self._tower.load(device=device, dtype=dtype, storage=storage)
+    def load(
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        storage: Storage = "plain",
+        mapped: bool = False,
+        told: Callable[[float], None] | None = None,
+    ) -> TextEncoder:
+        """storage: how the layers' matrices are held; for all arguments and errors see `weights.Checked.load`."""
+        tower = self._tower.load(device=device, dtype=dtype, storage=storage, mapped=mapped, told=told)
         # Its tables are buffers that no file holds: make them anew where they are used.
-        tower.rotary_emb = type(tower.rotary_emb)(config=self._config).to(device)
-        return TextEncoder(tower, self._tokenizer, self.recipe)
+        tower.rotary_emb = type(tower.rotary_emb)(config=self.config).to(device)
+        return TextEncoder(tower, self.tokenizer, self.recipe)
 
 
 def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedText:
@@ -168,7 +178,7 @@ def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> Che
             f"The tokenizer in {tokenizer.name} knows {len(words)} tokens, but the text encoder in {weights.name} only "
             f"{config.vocab_size}: one of them is another checkpoint's. Use the tokenizer that belongs to the encoder."
         )
-    contents = open_contents(weights, "text_encoder")
+    contents = open_contents(weights, TEXT_FOLDER)
     tower = checked(build, contents, _tower_plan(contents, recipe.layers), blocks=("layers.",))
     return CheckedText(config.hidden_size * len(recipe.taps), recipe, tower, words, config)
 

@@ -13,7 +13,10 @@ was expected and what was found.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,7 +38,7 @@ from flux2_studio.engine.layouts import (
     transformer_params,
     transformer_plan,
 )
-from flux2_studio.engine.quantize import QuantizedLinear, StoredMatrix, quantize
+from flux2_studio.engine.quantize import EightBit, QuantizedLinear, StoredMatrix, quantize
 from flux2_studio.engine.reading import Reader
 from flux2_studio.engine.tensor_files import Shape, listed, shown
 from flux2_studio.engine.tiny_autoencoder import TinyDecoder
@@ -46,6 +49,9 @@ from flux2_studio.errors import DeviceError, WeightsError
 # layer by layer. fp8, int8: those that the file has in full are quantised on the way in, the others stay as stored.
 Storage = Literal["plain", "stored", "fp8", "int8"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# Where a repository in diffusers' layout has the files.
+TRANSFORMER_FOLDER, AUTOENCODER_FOLDER = "transformer", "vae"
+TOLD_EVERY = 0.05  # seconds, at least, between two words on how far a load is
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,17 @@ class Checked(Generic[ModuleT]):
         dtype: torch.dtype,
         storage: Storage = "plain",
         reader: Reader | None = None,
+        mapped: bool = False,
+        told: Callable[[float], None] | None = None,
     ) -> ModuleT:
         """Build the module on meta and give it its tensors, each converted and moved once.
 
         dtype: what is computed in, and what plain parameters are held in. storage: how the weights of linear layers
         are held. Only these can be quantised; everything else is restored at once. reader: what reads the files; None
-        is one for `device` where that is a GPU that CUDA runs on, and elsewhere maps them, so that what needs no
-        conversion is not even copied. Raises `WeightsError`, and `DeviceError` where `device` does not know the types
-        that are to be kept.
+        is one for `device`. mapped: whether the files may be mapped where that is no GPU that CUDA runs on, so that
+        what needs no conversion is not even copied; see `TensorFiles.mapped` for which may. told: called now and then
+        with the share of the bytes that has been read, and with 1 in the end; what it raises ends the load and is
+        passed on. Raises `WeightsError`, and `DeviceError` where `device` does not know the types that are to be kept.
         """
         self._check_device(device, storage)
         with torch.device("meta"):
@@ -90,17 +99,25 @@ class Checked(Generic[ModuleT]):
         target_of = {key: target for target, keys in keys_of.items() for key in keys}
         state: dict[str, Tensor] = {}
         waiting: dict[str, Tensor] = {}  # pieces of a parameter whose other pieces are still to come
-        if reader is None and device.type == "cuda":
-            reader = Reader(device)
         files = self.contents.files
-        with closing(files.read(target_of) if reader is None else reader.read(files.spans(target_of))) as arriving:
+        spans = files.spans(target_of)
+        arrived = _Progress(told, sum(span.size for span in spans.values()))
+        on_gpu = device.type == "cuda"
+        if views := mapped and reader is None and not on_gpu:
+            reading = files.mapped(target_of)
+        else:
+            reading = (reader or Reader(device if on_gpu else torch.device("cpu"))).read(spans, arrived)
+        with closing(reading) as arriving:
             for key, tensor in arriving:
                 waiting[key] = tensor
                 target = target_of[key]
                 if all(piece in waiting for piece in keys_of[target]):
                     raw = {piece: waiting.pop(piece) for piece in keys_of[target]}
                     state |= self._place(model, target, raw, device, dtype, storage)
+                if views:
+                    arrived(spans[key].size)
         model.load_state_dict(state, assign=True)
+        arrived.all()
         return model.eval().requires_grad_(False)
 
     def sizes(self, *, dtype: torch.dtype, storage: Storage = "plain") -> dict[str, int]:
@@ -118,9 +135,10 @@ class Checked(Generic[ModuleT]):
                     entry.make([self.contents.files.like(key) for key in entry.keys]) for entry in entries
                 )
                 found[target] = sum(_bytes(matrix.buffers()) for matrix in matrices)
+            elif held == "plain":
+                found[target] = math.prod(source.shape) * self._plain_dtype(target, dtype).itemsize
             else:
-                values = torch.empty(source.shape, dtype=self._plain_dtype(target, dtype), device="meta")
-                found[target] = _bytes([values] if held == "plain" else quantize(values, held).buffers())
+                found[target] = _quantized_bytes(source.shape, held)
         return found
 
     def _place(
@@ -174,8 +192,33 @@ class Checked(Generic[ModuleT]):
         return torch.float32 if target.startswith(self.float32) else dtype
 
 
+class _Progress:
+    """Tells how much of `whole` bytes has come, not too often."""
+
+    def __init__(self, told: Callable[[float], None] | None, whole: int) -> None:
+        self._told = told
+        self._whole = whole
+        self._come = 0
+        self._last = -math.inf
+
+    def __call__(self, size: int) -> None:
+        self._come += size
+        if self._told is not None and self._come < self._whole and time.monotonic() - self._last >= TOLD_EVERY:
+            self._last = time.monotonic()
+            self._told(self._come / self._whole)
+
+    def all(self) -> None:
+        if self._told is not None:
+            self._told(1.0)
+
+
 def _matrices(parts: Iterable[Tensor | StoredMatrix]) -> list[StoredMatrix]:
     return [part for part in parts if isinstance(part, StoredMatrix)]
+
+
+@functools.cache
+def _quantized_bytes(shape: Shape, to: EightBit) -> int:
+    return _bytes(quantize(torch.empty(shape, device="meta"), to).buffers())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -191,7 +234,7 @@ def _replace_linear(model: nn.Module, target: str, layer: QuantizedLinear) -> di
 
 def open_transformer(path: Path) -> Checked[Transformer]:
     """The transformer in `path`: a single file (safetensors or GGUF) or a diffusers folder. Raises `WeightsError`."""
-    contents = open_contents(path, "transformer", PREFIXES)
+    contents = open_contents(path, TRANSFORMER_FOLDER, PREFIXES)
     plan = transformer_plan(contents.shapes)
     params = transformer_params(contents.name, shapes_of(plan))
     return checked(
@@ -206,7 +249,7 @@ def open_transformer(path: Path) -> Checked[Transformer]:
 
 def open_autoencoder(path: Path) -> Checked[Autoencoder]:
     """The autoencoder in `path`: a single file of either spelling, or a diffusers folder. Raises `WeightsError`."""
-    contents = open_contents(path, "vae")
+    contents = open_contents(path, AUTOENCODER_FOLDER)
     plan = autoencoder_plan(contents.shapes)
     params = autoencoder_params(contents.name, shapes_of(plan))
     # the statistics stay exact, whatever the precision of the convolutions

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, WeightsError
-from flux2_studio.models.own import kind_of
+from flux2_studio.models.own import kind_of, name_problem
 from flux2_studio.request import MAX_NAME, LoraChoice
 from flux2_studio.settings import Settings
 
@@ -227,8 +227,8 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _opened(path: Path, stamp: Stamp, must_be_lora: bool) -> _File:
-    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # no page and no picture could tell of it
-        return _File(path, stamp, problem=f"The name of the file {path.name!a} is no text: rename it.")
+    if problem := name_problem(path):
+        return _File(path, stamp, problem=problem)
     # Torch takes seconds to import, and whoever has no such files does not need it here.
     from flux2_studio.engine.lora_file import open_lora
     from flux2_studio.engine.tensor_files import TensorFiles

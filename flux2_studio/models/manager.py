@@ -63,6 +63,7 @@ class ModelManager:
         self.loras = Loras(settings)
         self._opener = Opener(settings, hub, self.device)
         self._residency: Residency[Key] = Residency(self.device, host_budget, leaving=_take_loras_off)
+        self._too_much: dict[tuple[str, Workload], int] = {}  # peaks of plans that ran out of memory all the same
         self._contexts = RememberingText()
         self._latents = RememberingReferences()
 
@@ -114,17 +115,21 @@ class ModelManager:
 
     def _plan(self, opened: Opened, workload: Workload, loras: Sequence[LoraChoice], after: Plan | None) -> Plan:
         needs = replace(opened.needs, loras=self.loras.size(loras, opened.needs.flow_dtype.itemsize))
-        budget = self._budget()
         host = memory.free_host_memory() + self._residency.host_bytes if self.device.type == "cuda" else None
-
-        def plan(within: int) -> Plan:
-            return make_plan(needs, workload, within, self.device, host=host, streaming=self._streaming)
-
+        asked = opened.checkpoint.name, workload
         if after is not None:
-            with contextlib.suppress(OutOfMemory):
-                return plan(min(budget, int(LEANER * after.peak)))
-            budget = min(budget, after.peak - 1)  # then anything leaner will do
-        return plan(budget)
+            self._too_much[asked] = after.peak
+
+        def plan(within: int | None) -> Plan:
+            budget = self._budget()
+            return make_plan(needs, workload, budget, self.device, within=within, host=host, streaming=self._streaming)
+
+        too_much = self._too_much.get(asked)
+        if too_much is None:
+            return plan(None)
+        with contextlib.suppress(OutOfMemory):
+            return plan(int(LEANER * too_much))
+        return plan(too_much - 1)  # then anything leaner will do
 
     def _budget(self) -> int:
         """Bytes of the device's memory that weights and activations may take, all in all."""
@@ -249,15 +254,15 @@ class Session:
         stage = self.plan.stage(name)
         together = [self._opened.keys[kind] for kind in stage.together]
         there = sum(self._residency.on_device(key) for key in together)
-        self._residency.make_room(stage.peak - there, self.plan.budget, keep=together)
+        self._residency.make_room(stage.peak - there, self.plan.limit, keep=together)
         found = {}
         for kind in stage.parts:
-            key = self._opened.keys[kind]
+            key, words = self._opened.keys[kind], f"Loading {self.checkpoint.label}: {_LABELS[kind]}"
             if not self._residency.on_device(key):
-                progress(f"Loading {self.checkpoint.label}: {_LABELS[kind]}", None)
+                progress(words, None)
             found[kind] = self._residency.bring(
                 key,
-                partial(self._opened.load, kind),
+                partial(self._opened.load, kind, told=partial(progress, words)),
                 _module_of,
                 blocks=_blocks(stage) if kind == stage.parts[0] else None,
             )

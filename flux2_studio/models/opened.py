@@ -5,10 +5,12 @@ Headers are opened once and again only where a file has changed, so that a plan 
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +18,18 @@ import torch
 from flux2_studio.checkpoints import Checkpoint, Part
 from flux2_studio.engine.autoencoder import Autoencoder
 from flux2_studio.engine.params import AutoencoderParams, TextRecipe, TransformerParams
-from flux2_studio.engine.text import CheckedText, open_text_encoder
+from flux2_studio.engine.text import TEXT_FOLDER, CheckedText, open_text_encoder
 from flux2_studio.engine.tiny_autoencoder import TinyDecoder
 from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import Checked, Storage, open_autoencoder, open_tiny_decoder, open_transformer
+from flux2_studio.engine.weights import (
+    AUTOENCODER_FOLDER,
+    TRANSFORMER_FOLDER,
+    Checked,
+    Storage,
+    open_autoencoder,
+    open_tiny_decoder,
+    open_transformer,
+)
 from flux2_studio.errors import WeightsError
 from flux2_studio.models.choices import choose_dtype, choose_storage
 from flux2_studio.models.files import PartFiles
@@ -28,7 +38,11 @@ from flux2_studio.models.plan import Needs, Weights, weights_of
 from flux2_studio.request import MULTIPLE
 from flux2_studio.settings import Settings
 
-Stamp = tuple[tuple[str, int, int], ...]  # path, size and time of change of each file
+Stamp = tuple[tuple[str, int, int, int], ...]  # path, inode, size and time of change of each file
+# Where in the folder that is given for a part its files may be; else they are in that folder itself.
+SUBFOLDERS = {"flow": TRANSFORMER_FOLDER, "autoencoder": AUTOENCODER_FOLDER, "text": TEXT_FOLDER}
+# What is read of a folder, by the ends of names. Whatever else lies there is nothing to us.
+SUFFIXES = (".safetensors", ".json", ".model", ".jinja", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -55,14 +69,23 @@ class Opened:
     keys: dict[str, Key]  # by kind of part: text, flow, autoencoder, tiny
     needs: Needs
     notes: tuple[str, ...]
+    mapped: frozenset[str]  # kinds of the parts whose files nobody writes over
+    forget: Callable[[Key], None]
 
-    def load(self, kind: str, device: torch.device) -> Any:
-        """Read the part of that kind onto `device`. Raises what `weights.Checked.load` does."""
+    def load(self, kind: str, device: torch.device, told: Callable[[float], None] | None = None) -> Any:
+        """Read the part of that kind onto `device`. told: called with the share that has been read, and may raise to
+        give up. Raises what `weights.Checked.load` does; a file that is to blame is opened anew the next time."""
         parts: dict[str, Any] = {
             "text": self.text, "flow": self.flow, "autoencoder": self.autoencoder, "tiny": self.tiny
         }  # fmt: skip
         key = self.keys[kind]
-        return parts[kind].load(device=device, dtype=key.dtype, storage=key.storage)
+        try:
+            return parts[kind].load(
+                device=device, dtype=key.dtype, storage=key.storage, mapped=kind in self.mapped, told=told
+            )
+        except WeightsError:
+            self.forget(key)
+            raise
 
 
 class Opener:
@@ -73,8 +96,8 @@ class Opener:
         self._hub = hub
         self._device = device
         self._lock = threading.Lock()
-        self._open: dict[tuple[Part, Stamp, TextRecipe | None], Any] = {}
-        self._needed: dict[tuple[str, tuple[Key, ...]], Needs] = {}
+        self._open: dict[tuple[Part, TextRecipe | None], tuple[Stamp, Any]] = {}
+        self._needed: dict[str, tuple[tuple[Key, ...], Needs]] = {}  # by checkpoint, as its files were last
         self._not_to_be_had: dict[Part, str] = {}  # tiny autoencoders, and why: not asked for again at every run
 
     def parts(self, checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -92,10 +115,8 @@ class Opener:
         # What may be refused comes first: the gate is met before the gigabytes.
         parts_by_gate = sorted(self.parts(checkpoint), key=lambda part: not part.gated)
         files: dict[str, PartFiles] = {part.kind: self._hub.locate(part, progress) for part in parts_by_gate}
-        stamps = {kind: _stamp(found) for kind, found in files.items()}
-        with self._lock:
-            fresh = [part for part in self.parts(checkpoint) if (part, stamps[part.kind]) not in self._known()]
-        if fresh:
+        stamps = {kind: stamp_of(kind, found) for kind, found in files.items()}
+        if not self._known() >= {(part, stamps[part.kind]) for part in self.parts(checkpoint)}:
             progress(f"Checking the files of {checkpoint.label}", None)
         flow = self._header(checkpoint.flow, stamps["flow"], lambda: open_transformer(files["flow"].weights))
         autoencoder = self._header(
@@ -133,11 +154,12 @@ class Opener:
             )
             for kind, part in parts.items()
         }
-        known = checkpoint.name, tuple(keys.values())
+        whose = tuple(keys.values())
         with self._lock:
-            if known not in self._needed:
-                self._needed[known] = self._needs(checkpoint, flow, autoencoder, text, tiny, keys)
-            needs = self._needed[known]
+            of, needs = self._needed.get(checkpoint.name, ((), None))
+            if needs is None or of != whose:
+                needs = self._needs(checkpoint, flow, autoencoder, text, tiny, keys)
+                self._needed[checkpoint.name] = whose, needs
         return Opened(
             checkpoint=checkpoint,
             flow=flow,
@@ -147,20 +169,27 @@ class Opener:
             keys=keys,
             needs=needs,
             notes=notes,
+            mapped=frozenset(kind for kind, part in parts.items() if only_ever_replaced(part, self._settings)),
+            forget=self._forget,
         )
 
     def _known(self) -> set[tuple[Part, Stamp]]:
-        return {(part, stamp) for part, stamp, _ in self._open}
+        with self._lock:
+            return {(part, stamp) for (part, _), (stamp, _) in self._open.items()}
 
     def _header(self, part: Part, stamp: Stamp, read: Callable[[], Any], recipe: TextRecipe | None = None) -> Any:
-        key = (part, stamp, recipe)
         with self._lock:
-            if key not in self._open:
+            of, opened = self._open.get((part, recipe), (None, None))
+            if of != stamp:
                 opened = read()
-                for stale in [other for other in self._open if other[0] == part and other[1] != stamp]:
-                    del self._open[stale]
-                self._open[key] = opened
-            return self._open[key]
+                self._open[part, recipe] = stamp, opened
+            return opened
+
+    def _forget(self, key: Key) -> None:
+        """The header of what `key` stands for may be no longer true."""
+        with self._lock:
+            self._open.pop((key.part, key.recipe), None)
+            self._needed = {name: found for name, found in self._needed.items() if key not in found[0]}
 
     def _tiny(
         self, checkpoint: Checkpoint, stamps: dict[str, Stamp], progress: Progress, fetch: bool
@@ -170,10 +199,10 @@ class Opener:
             return None, ()
         if not fetch and not self._hub.on_disk(part):
             return None, ()
-        if part not in self._not_to_be_had:
+        if part not in self._not_to_be_had or self._hub.on_disk(part):
             try:
                 at = self._hub.locate(part, progress)
-                stamps["tiny"] = _stamp(at)
+                stamps["tiny"] = stamp_of("tiny", at)
                 return self._header(part, stamps["tiny"], lambda: open_tiny_decoder(at.weights)), ()
             except WeightsError as error:
                 self._not_to_be_had[part] = str(error)
@@ -217,6 +246,14 @@ class Opener:
         )
 
 
+def only_ever_replaced(part: Part, settings: Settings) -> bool:
+    """Whether the files of `part` are never written to in place, so that they may be mapped: those in the hub's cache
+    and those that ship with the studio. Of a user's own files nobody knows."""
+    if part.override is not None and part.override in settings.overrides:
+        return False
+    return part.repo is not None or not Path(part.path).is_absolute()
+
+
 def draws_itself(checkpoint: Checkpoint) -> bool:
     """Whether the autoencoder of `checkpoint` is small enough to draw its previews."""
     return checkpoint.tiny_autoencoder == checkpoint.autoencoder
@@ -232,15 +269,38 @@ def _nothing(prompts: int) -> int:
     return 0
 
 
-def _stamp(files: PartFiles) -> Stamp:
-    found = []
-    for path in (files.weights, files.tokenizer):
-        if path is None:
-            continue
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            at = file.stat()
-            found.append((str(file), at.st_size, at.st_mtime_ns))
-    return tuple(found)
+def stamp_of(kind: str, files: PartFiles) -> Stamp:
+    """By which files that have changed are known, of all that are read for a part of that kind.
+
+    Raises `WeightsError` for what cannot be looked at.
+    """
+    places = [files.weights]
+    if kind in SUBFOLDERS:
+        places.append(files.weights / SUBFOLDERS[kind])
+    if files.tokenizer is not None:
+        places.append(files.tokenizer)
+    try:
+        if not files.weights.is_dir():
+            found = files.weights.stat()
+            return ((str(files.weights), found.st_ino, found.st_size, found.st_mtime_ns),)
+        return tuple(sorted(stamp for place in dict.fromkeys(places) if place.is_dir() for stamp in _stamps(place)))
+    except OSError as error:
+        raise WeightsError(
+            f"{files.weights} cannot be read ({error.strerror or error}): put it back, or download it again."
+        ) from error
+
+
+def _stamps(folder: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Of the files in `folder` itself: never of all that is below it, which may be anything."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.endswith(SUFFIXES):
+                continue
+            try:
+                found = entry.stat()
+            except OSError:  # gone, or a link to nothing: whoever needs it says so
+                continue
+            yield entry.path, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def check_fit(

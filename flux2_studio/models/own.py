@@ -72,7 +72,10 @@ def own_files(folder: Path, known: Sequence[Checkpoint]) -> list[OwnFile]:
         )
     found = []
     names = {checkpoint.name for checkpoint in known}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()):
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or path.suffix.lower() not in SUFFIXES or not path.is_file():
+            continue
         name = next(name for name in _names(path, folder) if name not in names)
         names.add(name)
         found.append(recognise(path, name, known))
@@ -81,26 +84,33 @@ def own_files(folder: Path, known: Sequence[Checkpoint]) -> list[OwnFile]:
 
 def recognise(path: Path, name: str, known: Sequence[Checkpoint]) -> OwnFile:
     """What `path` is. A file that cannot be read is an unknown one, with the reason."""
+    if problem := name_problem(path):
+        return OwnFile(path=path, kind="unknown", reason=problem)
     # Torch takes seconds to import, and whoever has no folder of their own does not need it here.
     from flux2_studio.engine.formats import PREFIXES, open_contents
 
     try:
+        size = path.stat().st_size
         contents = open_contents(path, prefixes=PREFIXES)
     except WeightsError as error:
-        return OwnFile(path=path, kind="unknown", reason=str(error))
+        return OwnFile(path=path, kind="unknown", reason=printable(str(error)))
+    except OSError:
+        reason = f"{printable(path.name)} went while it was looked at: put it back and start again to use it."
+        return OwnFile(path=path, kind="unknown", reason=reason)
     shapes = contents.shapes
     kind = kind_of(shapes)
+    called = printable(path.name)
     if kind == "unknown":
         return OwnFile(
             path=path,
             kind="unknown",
-            reason=f"{path.name} holds neither a FLUX.2 transformer, nor a LoRA or autoencoder.",
+            reason=f"{called} holds neither a FLUX.2 transformer, nor a LoRA or autoencoder.",
         )
     if kind != "transformer":
         reasons = {
             "lora": "",
-            "autoencoder": f"{path.name} is an autoencoder: set AE_MODEL_PATH to it to use it with every checkpoint.",
-            "tiny autoencoder": f"{path.name} draws previews: set TAEF2_MODEL_PATH to it.",
+            "autoencoder": f"{called} is an autoencoder: set AE_MODEL_PATH to it to use it with every checkpoint.",
+            "tiny autoencoder": f"{called} draws previews: set TAEF2_MODEL_PATH to it.",
         }
         return OwnFile(path=path, kind=kind, reason=reasons[kind])
     shape = shapes.get("txt_in.weight", shapes.get("context_embedder.weight", ()))
@@ -110,20 +120,32 @@ def recognise(path: Path, name: str, known: Sequence[Checkpoint]) -> OwnFile:
         return OwnFile(
             path=path,
             kind="transformer",
-            reason=f"{path.name} reads text of width {shape[-1] if shape else 'unknown'}, which no known text encoder "
+            reason=f"{called} reads text of width {shape[-1] if shape else 'unknown'}, which no known text encoder "
             f"gives (known: {widths}).",
         )
     like = _sibling(path, family)
     checkpoint = replace(
         like,
         name=name,
-        label=f"{path.stem} ({_short(like.label)}, {_numbers(contents)})",
+        label=f"{printable(path.stem)} ({_short(like.label)}, {_numbers(contents)})",
         good_for=f"Your own file, used as {like.label}: with its text encoder, steps and limits.",
-        flow=Part(kind="flow", repo=None, path=str(path.absolute()), size=path.stat().st_size),
+        flow=Part(kind="flow", repo=None, path=str(path.absolute()), size=size),
         hidden_width=shape[0],
         licence="that of the file's maker",
     )
     return OwnFile(path=path, kind="transformer", checkpoint=checkpoint)
+
+
+def name_problem(path: Path) -> str:
+    """What is wrong with the name of a file that no page and no picture could tell of; empty where nothing is."""
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # bytes that are no text
+        return f"The name of the file {path.name!a} is no text: rename it."
+    return ""
+
+
+def printable(text: str) -> str:
+    """`text` in one line, whatever a file is called."""
+    return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
 def kind_of(keys: Iterable[str]) -> Kind:
@@ -134,8 +156,8 @@ def kind_of(keys: Iterable[str]) -> Kind:
 
 def _names(path: Path, folder: Path) -> Iterator[str]:
     """Names for a checkpoint, until one is free: the file's, with its folders, with a number."""
-    yield path.stem
-    whole = str(path.relative_to(folder).with_suffix("").as_posix())
+    yield printable(path.stem)
+    whole = printable(path.relative_to(folder).with_suffix("").as_posix())
     yield whole
     number = 2
     while True:

@@ -137,12 +137,13 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a request is made to fit into `budget` bytes. batch: how many pictures are drawn at once.
+    """How a request is made to fit into `limit` of the `budget` bytes that there are: the rest is the device's own.
 
-    blocks: how many the parts have that can be streamed.
+    batch: how many pictures are drawn at once. blocks: how many the parts have that can be streamed.
     """
 
     budget: int
+    limit: int
     together: Together
     batch: int
     stages: tuple[Stage, ...]
@@ -189,26 +190,29 @@ def make_plan(
     budget: int,
     device: torch.device,
     *,
+    within: int | None = None,
     host: int | None = None,
     streaming: bool = True,
 ) -> Plan:
     """The quickest plan within `budget` bytes of the device's memory.
 
-    host: bytes of main memory for parts whose blocks are streamed, None for no limit. streaming: whether the device has
-    a main memory beside its own. Raises `OutOfMemory` where nothing fits, with the nearest request that would.
+    within: bytes to do with this time, where that is less. host: bytes of main memory for parts whose blocks are
+    streamed, None for no limit. streaming: whether the device has a main memory beside its own. Raises `OutOfMemory`
+    where nothing fits, with the nearest request that would.
     """
-    plan = _plan(needs, workload, budget, device, host, streaming)
+    limit = int((min(budget, within or budget) - _workspace(device)) / OVERHEAD)
+
+    def planned(asked: Workload) -> Plan | None:
+        return _plan(needs, asked, budget, limit, device, host, streaming)
+
+    plan = planned(workload)
     if plan is not None:
         return plan
     asked = f"{workload.width} x {workload.height}"
     if count := len(workload.references):
         asked += f" with {count} reference{'s' if count > 1 else ''}"
     least = _least(needs, workload, device, streaming)
-
-    def fits(lesser: Workload) -> bool:
-        return _plan(needs, lesser, budget, device, host, streaming) is not None
-
-    if (words := _nearest(workload, fits)) is not None:
+    if (words := _nearest(workload, lambda lesser: planned(lesser) is not None)) is not None:
         raise OutOfMemory(
             f"{needs.label} at {asked} needs about {_gb(least)} GB of memory, and {_gb(budget)} GB can be used. "
             f"{words} would fit. A smaller checkpoint needs less, and so do weights in 8 bits (FLUX2_QUANTIZE=int8)."
@@ -251,9 +255,14 @@ class _Demand:
 
 
 def _plan(
-    needs: Needs, workload: Workload, budget: int, device: torch.device, host: int | None, streaming: bool
+    needs: Needs,
+    workload: Workload,
+    budget: int,
+    limit: int,
+    device: torch.device,
+    host: int | None,
+    streaming: bool,
 ) -> Plan | None:
-    usable = int((budget - _workspace(device)) / OVERHEAD)
     ways: list[tuple[Together, bool]] = [("all", False), ("all but the text encoder", False)]
     ways += [("all but the text encoder", True)] if streaming else []
     ways += [("one stage at a time", False)]
@@ -262,14 +271,16 @@ def _plan(
         for batch in _batches(workload, device) if not streams else [1]:
             stages: list[Stage] = []
             for group in _groups(_demands(needs, workload, batch, streaming), together):
-                fitted = _fitted(needs, group, usable, streams)
+                fitted = _fitted(needs, group, limit, streams)
                 if not fitted:
                     break
                 stages += fitted
             else:
                 if host is None or _waiting(needs, stages) <= host:
                     blocks = {part: len(weights.blocks) for part, weights in needs.weights.items()}
-                    return Plan(budget=budget, together=together, batch=batch, stages=tuple(stages), blocks=blocks)
+                    return Plan(
+                        budget=budget, limit=limit, together=together, batch=batch, stages=tuple(stages), blocks=blocks
+                    )
     return None
 
 
@@ -283,7 +294,7 @@ def _groups(demands: list[_Demand], together: Together) -> list[list[_Demand]]:
     return [*([prompt] if prompt else []), [demand for demand in demands if demand.name != PROMPT]]
 
 
-def _fitted(needs: Needs, group: list[_Demand], usable: int, streams: bool) -> list[Stage]:
+def _fitted(needs: Needs, group: list[_Demand], limit: int, streams: bool) -> list[Stage]:
     """The stages of `group`, with as few blocks streamed as will do; [] where nothing fits."""
     parts = {part for demand in group for part in demand.parts}
     whole = sum(needs.weights[part].total for part in parts)
@@ -293,7 +304,7 @@ def _fitted(needs: Needs, group: list[_Demand], usable: int, streams: bool) -> l
         weights = whole - passing.total + passing.on_device(streamed)
         stages = []
         for demand in group:
-            way = next((way for way in demand.ways if weights + demand.activations(*way) <= usable), None)
+            way = next((way for way in demand.ways if weights + demand.activations(*way) <= limit), None)
             if way is None:
                 break
             stages.append(

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.streaming import Streaming, host_memory, lane_for, packed_bytes, stream
+from flux2_studio.engine.streaming import Streaming, host_memory, lane_for, stream
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
@@ -81,6 +81,9 @@ class Residency(Generic[KeyT]):
 
         keep: those that must not. If even then it is too little, nothing is said: the device will.
         """
+        for key, entry in self._entries.items():
+            if key not in keep:  # what others put onto it would take room that is not counted
+                self._leaving(entry.model)
         left = False
         for key in [key for key, entry in self._entries.items() if entry.on_device and key not in keep]:
             if self.device_bytes + size <= limit:
@@ -88,7 +91,7 @@ class Residency(Generic[KeyT]):
             self._leave(key)
             left = True
         if left:
-            release(self.device)
+            empty_cache(self.device)
 
     def bring(
         self,
@@ -105,8 +108,11 @@ class Residency(Generic[KeyT]):
         entry = self._entries.get(key)
         if entry is not None and entry.on_device:
             wanted = len(blocks(entry.model)) if blocks is not None else 0
+            if not entry.streamed and wanted:
+                self._leaving(entry.model)
+                entry.on_device = False  # in part: what is streamed leaves, block by block
             # More than are streamed would not fit; fewer would, but are not worth moving all of it again.
-            if wanted > len(entry.streamed) or (entry.streamed and not wanted):
+            elif wanted > len(entry.streamed) or (entry.streamed and not wanted):
                 self._leave(key)
                 entry = self._entries.get(key)
         if entry is None:
@@ -117,7 +123,7 @@ class Residency(Generic[KeyT]):
             self._entries[key] = entry
         if not entry.on_device:
             try:
-                self._enter(entry, blocks(entry.model) if blocks is not None else ())
+                self._enter(key, entry, blocks(entry.model) if blocks is not None else ())
             except BaseException:  # half of it may be there: nobody could say how much it takes
                 self.drop(key)
                 raise
@@ -139,7 +145,7 @@ class Residency(Generic[KeyT]):
             self.drop(key)
         release(self.device)
 
-    def _enter(self, entry: _Entry, blocks: Sequence[nn.Module]) -> None:
+    def _enter(self, key: KeyT, entry: _Entry, blocks: Sequence[nn.Module]) -> None:
         if entry.streaming is not None and list(blocks) != entry.streamed:
             entry.streaming.close()
             entry.streaming = None
@@ -147,10 +153,14 @@ class Residency(Generic[KeyT]):
             entry.streaming.resume()
         elif blocks:
             entry.host.clear()
+            self._make_host_room(entry.size, key)
             entry.streaming = stream(entry.module, blocks, self.device)
         else:
-            for (owner, name), tensor in _tensors(entry.module).items():
+            before = _tensors(entry.module)
+            for (owner, name), tensor in before.items():
                 _put(owner, name, tensor.to(self.device, non_blocking=True))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # before what is copied from may be freed
         entry.streamed = list(blocks)
         entry.on_device = True
 
@@ -173,15 +183,13 @@ class Residency(Generic[KeyT]):
 
     def _copy_to_host(self, entry: _Entry) -> bool:
         """Give `entry` its copy in main memory; False where the system has none left."""
-        tensors = _tensors(entry.module)
-        flat = host_memory(packed_bytes(tensor.nbytes for tensor in tensors.values()), lane_for(self.device))
-        if flat is None:
-            return False
-        offset = 0
-        for place, tensor in tensors.items():
-            copy = flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            entry.host[place] = copy.copy_(tensor.detach())
-            offset += packed_bytes([tensor.nbytes])
+        lane = lane_for(self.device)
+        for place, tensor in _tensors(entry.module).items():
+            flat = host_memory(tensor.nbytes, lane)  # one for each, so that each can be freed for itself
+            if flat is None:
+                entry.host.clear()
+                return False
+            entry.host[place] = flat.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
         return True
 
     def _host_room(self, size: int, key: KeyT) -> bool:
@@ -190,20 +198,32 @@ class Residency(Generic[KeyT]):
         bound = sum(self._entries[other].host_bytes for other in streamed | {key})
         if bound + size > self._host_budget:  # then nobody need leave for it
             return False
-        for other in [other for other in self._entries if other != key and other not in streamed]:
+        self._make_host_room(size, key)
+        return self.host_bytes + size <= self._host_budget
+
+    def _make_host_room(self, size: int, key: KeyT) -> None:
+        """Have what is only kept in main memory leave it, until `size` more bytes fit into the budget or nothing is
+        left that could. key: whom it is for."""
+        for other, entry in list(self._entries.items()):
             if self.host_bytes + size <= self._host_budget:
                 break
-            entry = self._entries[other]
+            if other == key or (entry.streaming is not None and entry.on_device):
+                continue
             if entry.on_device:
                 entry.host.clear()
             else:
                 self.drop(other)
-        return self.host_bytes + size <= self._host_budget
 
 
 def release(device: torch.device) -> None:
-    """Give memory that nothing occupies back to the device."""
+    """Give all memory back to the device that nothing occupies, what only the garbage collector finds included: that
+    takes a fifth of a second, so not at every swap."""
     gc.collect()
+    empty_cache(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory that nothing occupies back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

@@ -1,11 +1,13 @@
 """Reading by several threads through a ring of buffers: bit for bit what the safetensors library reads, in bounded
-memory, and nothing left behind."""
+memory, and nothing left behind, whatever becomes of the files or of whoever waits."""
 
 from __future__ import annotations
 
 import gc
 import os
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor
 from flux2_studio.engine.gguf import GGUFFile
 from flux2_studio.engine.reading import Reader
 from flux2_studio.engine.tensor_files import TYPES, TensorFiles
-from flux2_studio.engine.weights import Storage, open_transformer
+from flux2_studio.engine.weights import TOLD_EVERY, Storage, _Progress, open_transformer
 from flux2_studio.errors import WeightsError
 from tests import quantised
 from tests.tiny import Toys
@@ -100,7 +102,7 @@ def test_shards_and_gguf(toys: Toys, tmp_path: Path) -> None:
     assert_same(read(files, Reader(CPU, size=10_000)), expected)
     quantised.write_gguf(quantised.toy_state(), tmp_path / "small.gguf", "Q5_K")
     blocks = GGUFFile(tmp_path / "small.gguf")
-    assert_same(read(blocks, Reader(CPU, size=10_000)), dict(blocks.read(blocks.shapes)))
+    assert_same(read(blocks, Reader(CPU, size=10_000)), dict(blocks.mapped(blocks.shapes)))
 
 
 @pytest.mark.parametrize("storage", ["plain", "stored", "int8"])
@@ -108,7 +110,8 @@ def test_a_model_is_the_same_by_either_way(tmp_path: Path, storage: Storage) -> 
     opened = open_transformer(quantised.bfl_nvfp4(quantised.toy_state()).save(tmp_path / "small.safetensors"))
 
     def state(reader: Reader | None) -> dict[str, Any]:
-        return opened.load(device=CPU, dtype=torch.bfloat16, storage=storage, reader=reader).state_dict()
+        how = {"mapped": True} if reader is None else {"reader": reader}
+        return opened.load(device=CPU, dtype=torch.bfloat16, storage=storage, **how).state_dict()
 
     assert_same(state(Reader(CPU, buffers=3, size=5000)), state(None))
     assert weight_threads() == []
@@ -147,6 +150,69 @@ def test_no_thread_stays_of_a_load_that_fails(tmp_path: Path) -> None:
     assert weight_threads() == [], f"while {kept.type} is being handled"
 
 
+# --- how far it is, and giving up ---
+
+
+def test_every_byte_is_told_once(file: Path) -> None:
+    files = TensorFiles(file)
+    spans = files.spans(files.shapes)
+    sizes: list[int] = []
+    for _ in Reader(CPU, buffers=3, size=100).read(spans, sizes.append):
+        pass
+    assert sum(sizes) == sum(span.size for span in spans.values()) and max(sizes) <= 100
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+def test_a_load_tells_how_far_it_is(tmp_path: Path, storage: Storage, mapped: bool) -> None:
+    opened = open_transformer(quantised.bfl_nvfp4(quantised.toy_state()).save(tmp_path / "small.safetensors"))
+    shares: list[float] = []
+
+    def slow(share: float) -> None:
+        shares.append(share)
+        time.sleep(TOLD_EVERY)  # so that there is something to say again
+
+    way: dict[str, Any] = {"mapped": True} if mapped else {"reader": Reader(CPU, buffers=2, size=400_000)}
+    opened.load(device=CPU, dtype=torch.bfloat16, storage=storage, told=slow, **way)
+    assert len(shares) > 3 and shares == sorted(set(shares)) and shares[0] > 0 and shares[-1] == 1.0
+
+
+def test_it_does_not_tell_of_every_piece() -> None:
+    shares: list[float] = []
+    arrived, pieces = _Progress(shares.append, 10**12), 0
+    while len(shares) < 3:
+        arrived(1)
+        pieces += 1
+    assert pieces > 100 and shares[0] == 1e-12
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_giving_up_in_the_middle_leaves_nothing(tmp_path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_transformer(quantised.bfl_fp8(quantised.toy_state()).save(tmp_path / "small.safetensors"))
+    made: list[weakref.ref[Tensor]] = []
+    empty = torch.empty
+
+    def watched(*size: Any, **how: Any) -> Tensor:
+        tensor = empty(*size, **how)
+        if not tensor.is_meta:
+            made.append(weakref.ref(tensor))
+        return tensor
+
+    def give_up(share: float) -> None:
+        assert 0 < share < 1 and (mapped or (weight_threads() and made))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "empty", watched)
+    way: dict[str, Any] = {"mapped": True} if mapped else {"reader": Reader(CPU, buffers=3, size=1000)}
+    with pytest.raises(KeyboardInterrupt) as kept:
+        opened.load(device=CPU, dtype=torch.bfloat16, told=give_up, **way)
+    assert weight_threads() == [], f"while {kept.type} is being handled"
+    del kept
+    gc.collect()
+    assert not any(tensor() is not None for tensor in made)
+    assert opened.load(device=CPU, dtype=torch.bfloat16, **way).params == opened.params
+
+
 def test_memory_is_that_of_the_ring(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the tensors themselves nothing is made but the buffers, and no part goes beyond them."""
     made: list[int] = []
@@ -182,6 +248,7 @@ def test_a_reader_needs_a_buffer(wrong: dict[str, int]) -> None:
 def ways(files: TensorFiles | GGUFFile) -> Iterator[Iterator[tuple[str, Tensor]]]:
     yield Reader(CPU, buffers=2, size=64).read(files.spans(files.shapes))
     yield files.read(files.shapes)
+    yield files.mapped(files.shapes)
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "another", "gone"])
@@ -218,3 +285,20 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, file: Path) -> Non
     with pytest.raises(WeightsError, match=r"shrinking\.safetensors has changed"):
         list(reading)
     assert weight_threads() == []
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_what_was_read_stays_when_its_file_is_written_over(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"small.{form}"
+    if form == "gguf":
+        quantised.write_gguf(quantised.toy_state(), path, "Q8_0")
+    else:
+        save_file(quantised.toy_state(), path)
+    opened = open_transformer(path)
+    before = open_transformer(path).load(device=CPU, dtype=torch.bfloat16, storage="stored").state_dict()
+    expected = {key: tensor.clone() for key, tensor in before.items()}
+    views = opened.load(device=CPU, dtype=torch.bfloat16, storage="stored", mapped=True).state_dict()
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_same(before, expected)
+    assert any(not views[key].equal(tensor) for key, tensor in expected.items()), "what is mapped does change"

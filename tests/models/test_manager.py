@@ -48,7 +48,8 @@ def ran(models: ModelManager, checkpoint: Checkpoint) -> list[str]:
     told: list[str] = []
 
     def progress(text: str, fraction: float | None) -> None:
-        told.append(text)
+        if fraction is None:  # what is told again, with how much of it is done, is one load
+            told.append(text)
 
     session = models.open(checkpoint, SMALL, progress)
     session.encode([f"a prompt not seen before: {len(gc.get_objects())}"], progress)

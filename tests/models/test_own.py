@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
+import orjson
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +106,50 @@ def test_what_is_no_checkpoint_says_what_it_is(toys: Toys, tmp_path: Path) -> No
         else:
             assert file.path.name in file.reason and file.reason.endswith("."), name
     assert "7680" in found["odd"].reason and "AE_MODEL_PATH" in found["ae"].reason
+
+
+ODD_NAMES = {
+    b"\xff\xfebad.safetensors": None,
+    b"two\nlines\x1b[2J.safetensors": "two_lines_[2J",
+    b"\xe2\x80\xaeright to left.safetensors": "_right to left",
+    "Füchslein 🦊.safetensors".encode(): "Füchslein 🦊",
+    b"<b>bold.safetensors": "<b>bold",
+}
+
+
+def test_odd_names_do_not_keep_the_page_from_starting(tmp_path: Path) -> None:
+    from flux2_studio.ui import fields
+
+    whole = flow(tmp_path / "elsewhere", "whole", 576).read_bytes()
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ODD_NAMES:
+        (folder / os.fsdecode(name)).write_bytes(whole)
+    (folder / "torn\nfile.safetensors").write_bytes(whole[:50])
+    environment = {"FLUX2_HOME": str(tmp_path), "FLUX2_CHECKPOINTS_DIR": str(folder)}
+    found, notes = with_own_files(Settings.from_environment(environment))
+    offered = {it.name for it in found.checkpoints} - {it.name for it in CHECKPOINTS}
+    assert offered == {name for name in ODD_NAMES.values() if name}
+    assert all(it.label.isprintable() for it in found.checkpoints)
+    dropdown = fields.checkpoint(found.checkpoints, found.default_checkpoint)
+    assert offered <= {name for _, name in orjson.loads(orjson.dumps(dropdown.get_config()))["choices"]}
+    assert len(notes) == 2 and all(note.isprintable() for note in orjson.loads(orjson.dumps(notes)))
+    assert any(r"'\udcff\udcfebad.safetensors' is no text: rename it." in note for note in notes)
+    assert any("torn_file.safetensors is not a whole" in note.replace("?", "_") for note in notes)
+
+
+def test_a_file_that_goes_while_it_is_looked_at(tmp_path: Path) -> None:
+    found = recognise(tmp_path / "gone.safetensors", "gone", CHECKPOINTS)
+    assert found.kind == "unknown" and found.reason.startswith("gone.safetensors went")
+
+
+def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
+    hidden = tmp_path / ".home" / "mine"  # where the folder itself lies does not matter
+    for name in (".hidden", "._mine", ".cache/whole", "seen/.trash/old"):
+        flow(hidden, name, 576)
+    assert own_files(hidden, CHECKPOINTS) == []
+    flow(hidden, "seen/whole", 576)
+    assert [file.path.stem for file in own_files(hidden, CHECKPOINTS)] == ["whole"]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

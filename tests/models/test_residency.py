@@ -167,6 +167,38 @@ def test_parts_that_were_streamed_make_room_in_main_memory_as_others_do() -> Non
     assert shelf.loaded == [1, 2]
 
 
+def test_what_waits_in_main_memory_makes_room_for_what_is_streamed() -> None:
+    shelf = Shelf(host_budget=int(1.2 * SIZE))
+    shelf.bring(1)
+    shelf.room(1, 1)
+    assert shelf.sizes == (0, SIZE)
+    shelf.bring(2, streamed=[0, 1, 2, 3])
+    assert shelf.sizes[1] == 4 * BLOCK, "the plan counts on what waits there to leave"
+    shelf.bring(1)
+    assert shelf.loaded == [1, 2, 1]
+
+
+def test_a_whole_part_begins_to_be_streamed_from_where_it_is() -> None:
+    taken_off: list[Part] = []
+    shelf = Shelf(host_budget=2 * SIZE, leaving=taken_off.append)
+    part = shelf.bring(1)
+    assert shelf.bring(1, streamed=[1, 3]) is part and taken_off == [part]
+    assert shelf.loaded == [1] and shelf.sizes == (SIZE, 2 * BLOCK), "two slots for two blocks; no copy of the whole"
+    assert shelf.bring(1, streamed=[0, 1, 2, 3]) is part
+    assert shelf.sizes == (2 * BLOCK + 64 * 4, 4 * BLOCK)
+    assert shelf.bring(1) is part and shelf.sizes[0] == SIZE
+
+
+def test_what_others_put_onto_a_part_is_taken_off_when_it_is_not_used() -> None:
+    taken_off: list[Part] = []
+    shelf = Shelf(leaving=taken_off.append)
+    one, two = shelf.bring(1), shelf.bring(2)
+    shelf.room(1, 9, keep=[2])
+    assert taken_off == [one] and shelf.where == [1, 2], "it stays, without it"
+    shelf.room(1, 9, keep=[1])
+    assert taken_off == [one, two]
+
+
 @pytest.mark.parametrize("host_budget", [0, 2 * SIZE])
 def test_what_is_not_a_parts_own_is_taken_off_before_it_leaves(host_budget: int) -> None:
     taken: list[Part] = []

@@ -1,0 +1,216 @@
+"""Two synthetic checkpoints that take turns in the studio's own model manager: their sizes, and what a benchmark asks
+of them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.synthetic import FlowSize, TextSize, Written, disk_bytes, write_autoencoder, write_checkpoint
+from flux2_studio.checkpoints import GB, KLEIN_4B, KLEIN_9B, Checkpoint
+from flux2_studio.engine.params import AutoencoderParams
+from flux2_studio.engine.transformer import Transformer
+from flux2_studio.models.hub import Hub
+from flux2_studio.models.manager import ModelManager
+from flux2_studio.models.plan import CUDA_WORKSPACE, DRAWING, OVERHEAD, Plan, Workload
+from flux2_studio.models.residency import release
+from flux2_studio.settings import Quantize, Settings
+
+PAGE = 4096  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is measured: two checkpoints and their autoencoder, pictures of `side` pixels.
+
+    budget: gigabytes for the runs in little memory; None: too little for all blocks. rounds, runs: how
+    often each swap and each picture is timed, after so many warm-ups. checkpoints: whose place the two take.
+    """
+
+    first: FlowSize
+    second: FlowSize
+    autoencoder: AutoencoderParams
+    side: int
+    budget: float | None
+    rounds: int
+    runs: int
+    warmups: int
+    checkpoints: tuple[Checkpoint, Checkpoint] = (KLEIN_4B, KLEIN_9B)
+
+
+SIZES = {
+    "small": Size(
+        first=FlowSize(
+            double_blocks=5,
+            single_blocks=20,
+            heads=2,
+            text=TextSize(width=192, mlp=512, heads=4, key_heads=2, head_width=64, vocabulary=4096),
+        ),
+        second=FlowSize(
+            double_blocks=8,
+            single_blocks=24,
+            heads=3,
+            text=TextSize(width=256, mlp=768, heads=4, key_heads=2, head_width=64, vocabulary=4096),
+        ),
+        autoencoder=AutoencoderParams(
+            encoder_channels=(32, 64, 64, 64),
+            decoder_channels=(32, 64, 64, 64),
+            encoder_blocks=1,
+            decoder_blocks=2,
+            latent_channels=32,
+        ),
+        side=256,
+        budget=None,
+        rounds=10,
+        runs=4,
+        warmups=1,
+    ),
+    "klein": Size(
+        first=FlowSize(
+            double_blocks=5,
+            single_blocks=20,
+            heads=24,
+            text=TextSize(width=2560, mlp=9728, heads=32, key_heads=8, head_width=128),
+        ),
+        second=FlowSize(
+            double_blocks=8,
+            single_blocks=24,
+            heads=32,
+            text=TextSize(width=4096, mlp=12_288, heads=32, key_heads=8, head_width=128, tied=False),
+        ),
+        autoencoder=AutoencoderParams(
+            encoder_channels=(128, 256, 512, 512),
+            decoder_channels=(128, 256, 512, 512),
+            encoder_blocks=2,
+            decoder_blocks=3,
+            latent_channels=32,
+        ),
+        side=1024,
+        budget=8.0,
+        rounds=20,
+        runs=20,
+        warmups=3,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Two written checkpoints, and how managers for them are made."""
+
+    pair: tuple[Written, Written]
+    autoencoder: Path
+    settings: Settings
+    device: torch.device
+    workload: Workload
+
+    def manager(self, *, memory: float | None = None, quantize: Quantize = "off", **fields: Any) -> ModelManager:
+        """memory: gigabytes of the device. fields: further ones of `ModelManager`."""
+        settings = replace(self.settings, memory=memory, quantize=quantize)
+        return ModelManager(settings, Hub(settings), **fields)
+
+    def other(self, written: Written) -> Written:
+        return next(it for it in self.pair if it is not written)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the device has a memory of its own."""
+        return self.device.type == "cuda"
+
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """Of each checkpoint, with all the memory."""
+        models = self.manager()
+        return {it.checkpoint.name: models.outlook(it.checkpoint, self.workload) for it in self.pair}
+
+    @property
+    def tight(self) -> float:
+        """Gigabytes in which the transformer of either can draw, but not with that of the other beside it."""
+        return self.gigabytes(
+            max(it.flow_bytes + self.plans[it.checkpoint.name].stage(DRAWING).activations for it in self.pair)
+        )
+
+    def gigabytes(self, size: int) -> float:
+        """The setting under which a plan of `size` bytes fits, with a hundredth to spare."""
+        return (1.01 * OVERHEAD * size + (CUDA_WORKSPACE if self.apart else 0)) / GB
+
+    def settle(self, module: nn.Module) -> None:
+        """Return when all weights of `module` are where they belong."""
+        wait(self.device)
+        if self.device.type != "cpu":
+            return
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.detach().reshape(-1).view(torch.uint8)[::PAGE].sum()
+
+    def bring(self, models: ModelManager, written: Written, *, moves: bool = True) -> Transformer:
+        """Have the transformer of `written` ready to draw. moves: whether it had not been on the device before; if that
+        is not so, what was timed is not what it is called."""
+        told: list[str] = []
+        session = models.open(written.checkpoint, self.workload, lambda text, _: told.append(text))
+        transformer = session.draw(lambda text, _: told.append(text)).transformer
+        if moves:
+            self.settle(transformer)
+        if any(text.startswith("Loading") for text in told) != moves:
+            raise SystemExit(f"{written.checkpoint.label} was {'' if moves else 'not '}on the device already.")
+        return transformer
+
+    def ensure(self, models: ModelManager, *wanted: Written) -> None:
+        """The same without minding where they were."""
+        for written in wanted:
+            session = models.open(written.checkpoint, self.workload, silent)
+            self.settle(session.draw(silent).transformer)
+
+
+def prepare(size: Size, folder: Path, device: torch.device, *, baseline: bool) -> Bench:
+    """Write the checkpoints of `size` into `folder`. Raises `SystemExit` where the disk is too small."""
+    sizes = dict(zip(size.checkpoints, (size.first, size.second), strict=True))
+    needed = sum(disk_bytes(it, baseline=baseline) for it in sizes.values()) + GB // 2
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SystemExit(
+            f"This takes {needed / GB:.1f} GB in {folder}, where {free / GB:.1f} GB are free: name another folder "
+            f"with --folder, or add --without-baseline, which takes less."
+        )
+    first, second = (
+        write_checkpoint(folder / checkpoint.name, checkpoint, it, seed=seed, baseline=baseline, device=device)
+        for seed, (checkpoint, it) in enumerate(sizes.items())
+    )
+    autoencoder = write_autoencoder(folder / "ae.safetensors", size.autoencoder, seed=2, device=device)
+    release(device)
+    overrides: dict[str, Path] = {}
+    for it in (first, second):
+        parts = zip(it.checkpoint.parts, (it.text, it.flow, autoencoder), strict=True)
+        overrides |= {part.override: path for part, path in parts if part.override}
+    settings = Settings(
+        home=folder / "home",
+        overrides=overrides,
+        default_checkpoint=first.checkpoint.name,
+        device=str(device),
+        dtype="bfloat16",
+        preview="off",
+    )
+    return Bench(
+        pair=(first, second),
+        autoencoder=autoencoder,
+        settings=settings,
+        device=device,
+        workload=Workload(width=size.side, height=size.side),
+    )
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def silent(text: str, fraction: float | None) -> None:
+    pass

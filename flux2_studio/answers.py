@@ -1,0 +1,168 @@
+"""What a language model answered, as a prompt or as a refusal of ours.
+
+Models chat, refuse, think aloud and ramble. A wrapping that surely is one (a code fence or a pair of quotation marks
+around the whole, a closed block of thoughts before it) is taken off, and the user told. Everything else that is not
+plainly a prompt is an `UpsampleError`: a wrong prompt costs more than a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from flux2_studio.errors import UpsampleError
+
+MOST = 4000  # characters of an enriched prompt: about twice what the text encoders read (512 tokens)
+OR_WITHOUT = "or generate without upsampling"  # the way out of every error
+
+_QUOTES = ('""', "“”", "„“", "«»", "»«", "「」", "''", "\u2018\u2019")
+_FENCE = re.compile(r"```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_THOUGHTS = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)</\1>\s*", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"</?(?:think|thinking|thought|reasoning|answer|assistant)>|<\|\w+\|>|\[/?INST\]", re.IGNORECASE)
+_PAGE = re.compile(r"<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
+
+# How a text begins that is no prompt. Each wants more than one word or a sign after it, so that "Sure-footed goats",
+# "Great waves" and a sign that says "Sorry" stay what they are.
+_REFUSAL = re.compile(
+    r"(?:i'?m|i am) (?:very |so |really |truly )?sorry\b"
+    r"|(?:i'?m|i am) (?:not able|unable|not comfortable|not permitted|not allowed)\b"
+    r"|(?:i|we) (?:cannot|can ?not|can'?t|could not|couldn'?t|won'?t|will not|must decline|have to decline)\b"
+    r"|(?:i|we) apologi[sz]e\b|my apologies\b|unfortunately,? (?:i|we|this|that|your)\b"
+    r"|sorry,? (?:but )?(?:i|we|this|that|your)\b|as an? (?:ai|language model|assistant)\b"
+    r"|this request (?:violates|goes against)|your request (?:violates|goes against)"
+    r"|(?:es )?tut mir (?:sehr )?leid\b|ich kann (?:dir |ihnen |dabei |das )|je suis désolée?\b|je ne peux pas\b"
+    r"|lo siento\b|no puedo\b|mi dispiace\b|non posso\b|sinto muito\b|desculpe\b|对不起|抱歉|很抱歉|申し訳|すみません",
+    re.IGNORECASE,
+)
+_PREAMBLE = re.compile(
+    r"(?:sure|certainly|of course|absolutely|okay|ok|alright|great|got it|gladly|happy to help|no problem)[!.,:]"
+    r"|(?:sure|certainly|of course|okay|ok) (?:thing|here|i)\b"
+    r"|here(?:'?s| is| are| you go)\b|below (?:is|are)\b|i(?:'ve| have) (?:written|rewritten|enhanced|expanded)\b"
+    r"|(?:hello|hi|hey)(?: there)?[!,]"
+    r"|(?:natürlich|gerne|klar|selbstverständlich)[!,.:]|hier ist\b|voici\b|bien sûr|aquí (?:está|tienes)\b|ecco\b",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"[*_#\s]*(?:(?:the|your|my|an?|final|new) )?(?:[\w.'-]+ ){0,3}(?:prompt|instruction|description)s?\s*"
+    r"(?:\([^)\n]*\)|\d+)?[*_\s]*:"
+    r"|[*_#\s]*(?:option|version|variant|alternative) (?:\d+|[a-c])\b[^\n]{0,40}[:*)\n]"
+    r"|#{1,6} \S",
+    re.IGNORECASE,
+)
+_QUESTION = re.compile(
+    r"(?:could|can|would|will) you (?:please )?(?:provide|share|tell|clarify|describe|upload|give|specify)\b"
+    r"|please (?:provide|share|upload|clarify|specify|tell me)\b"
+    r"|(?:i (?:do not|don't|cannot|can't) see|i need more|what (?:kind|sort|would you)) ",
+    re.IGNORECASE,
+)
+_AFTERWARDS = re.compile(
+    r"(?:let me know\b|feel free\b|would you like\b|do you want\b|i hope (?:this|that)\b|hope this\b"
+    r"|if you(?:'d| would) like\b|i can also\b|[*_]*(?:note|explanation|changes|why this works|key changes)[*_]*\s*:)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An enriched prompt, and in sentences for the user what was done to get at it."""
+
+    prompt: str
+    notes: tuple[str, ...] = ()
+
+
+def most_characters(asked: str) -> int:
+    """How long an answer to the prompt `asked` may be: a long prompt may stay long."""
+    return max(MOST, 2 * len(asked))
+
+
+def too_long(count: int, asked: str) -> UpsampleError:
+    """The error for an answer of `count` characters and perhaps more to come."""
+    return UpsampleError(
+        f"The language model wrote {count:,} characters and more, where a prompt has {most_characters(asked):,} at "
+        f"most. Try again, choose another model, {OR_WITHOUT}."
+    )
+
+
+def read_answer(text: str, asked: str) -> Answer:
+    """The prompt in `text`, which a model wrote in answer to the prompt `asked`. Raises `UpsampleError`."""
+    prompt, notes = text.strip(), []
+    if thoughts := _THOUGHTS.match(prompt):
+        prompt = prompt[thoughts.end() :]
+        if thoughts[2].strip():
+            notes.append("The language model thought aloud before the prompt: its thoughts were left out.")
+    if fence := _FENCE.fullmatch(prompt):
+        if "```" not in fence[1]:
+            prompt = fence[1].strip()
+            notes.append("A code fence around the prompt was taken off.")
+    elif len(prompt) > 2 and _quoted(prompt):
+        prompt = prompt[1:-1].strip()
+        notes.append("Quotation marks around the prompt were taken off.")
+    if len(prompt) > most_characters(asked):
+        raise too_long(most_characters(asked), asked)
+    if problem := _problem(prompt, asked):
+        raise UpsampleError(f"{problem} Try again, choose another model, {OR_WITHOUT}.")
+    return Answer(prompt=prompt, notes=tuple(notes))
+
+
+def _quoted(text: str) -> bool:
+    """Whether one pair of quotation marks stands around the whole, not just at both ends of it."""
+    for pair in _QUOTES:
+        opening, closing = pair[0], pair[1]
+        if text.startswith(opening) and text.endswith(closing):
+            inside = text[1:-1]
+            if opening in "'\u2018":
+                inside = re.sub(r"(?<=\w)['\u2019](?=\w)", "", inside)  # apostrophes
+            return opening not in inside and closing not in inside
+    return False
+
+
+def _problem(text: str, asked: str) -> str:
+    """Why `text` is no prompt, in a sentence; "" where it is one."""
+    plain = text.replace("\u2019", "'")
+    if not text:
+        return "The language model gave an empty answer."
+    if any(_no_text(character) for character in text) or not any(character.isalpha() for character in text):
+        return "The language model answered with something that is not text."
+    if _PAGE.match(text):
+        return "The language model's server gave a web page instead of a prompt."
+    if _REFUSAL.match(plain):
+        return f"The language model refused: {_start(text)}."
+    if _QUESTION.match(plain):
+        return f"The language model asked back instead of writing a prompt: {_start(text)}."
+    if _PREAMBLE.match(plain) or (_LABEL.match(plain) and not _LABEL.match(asked.strip())):
+        return f"The language model talked about the prompt instead of only writing it: {_start(text)}."
+    if _TAG.search(text):
+        return "The language model thought aloud, and it cannot be told where its prompt begins."
+    if "```" in text and "```" not in asked:
+        return "The language model wrote more than a prompt, with code fences in it."
+    last = plain.rpartition("\n")[2].strip()
+    if last != plain and _AFTERWARDS.match(last):
+        return f"The language model talked on after the prompt: {_start(last)}."
+    if _is_json(text) and not asked.lstrip().startswith(("{", "[")):
+        return "The language model answered with JSON, where sentences were asked for."
+    return ""
+
+
+def _no_text(character: str) -> bool:
+    """Whether it is a control character, half of one, or the sign that stands for damage."""
+    return character == "\ufffd" or (
+        unicodedata.category(character) in ("Cc", "Cs", "Cn") and character not in "\n\r\t"
+    )
+
+
+def _start(text: str) -> str:
+    """The first words of an answer, fit for a message."""
+    words = " ".join(text.split())
+    return f'"{words if len(words) <= 80 else words[:77] + "..."}"'
+
+
+def _is_json(text: str) -> bool:
+    if not text.startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

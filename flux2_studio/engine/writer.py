@@ -1,0 +1,443 @@
+"""A text encoder's whole language model, which writes: it enriches prompts and answers questions about pictures.
+
+Does: Qwen3 and Mistral3 with all layers, norm and LM head, Mistral3 with its vision tower, through transformers'
+modules on weights that are loaded strictly; seeded sampling with a cache of keys and values. The weights are held once
+for both uses: `Writer.encoder` is a text encoder made of the writer's own first layers. Does not know: what it is told
+to write, and what for.
+
+    pictures [1, 3, H, W] in -1..1; patch: pixels along one side of an image token (28 in Mistral Small 3.2)
+    an image is read as rows of [IMG] tokens, each row closed by [IMG_BREAK], the last by [IMG_END]
+
+Pitfalls: what users type must not turn into special tokens (a typed [IMG] has no picture, a typed end mark ends the
+message), so these are taken out. A character may take several tokens: text is only told as far as it is whole.
+transformers' hooks for hidden states are put on layers by whichever model asks first: only the encoder may ask.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux2_studio.engine.footprint import META, hold_small, peak_bytes
+from flux2_studio.engine.formats import Contents, open_contents
+from flux2_studio.engine.layouts import Plan, Source, put
+from flux2_studio.engine.params import TextRecipe
+from flux2_studio.engine.tensor_files import read_json
+from flux2_studio.engine.text import CheckedText, TextEncoder, open_text_encoder
+from flux2_studio.engine.weights import Checked, Storage, checked
+from flux2_studio.errors import DeviceError, WeightsError
+
+CHUNK = 512  # tokens read at once: bounds what is alive, and how long stopping takes
+IMAGE = "[IMG]"  # in the chat template, where a picture is; then one for each of its tokens
+# What Pixtral's vision tower was trained on: mean and deviation of CLIP's images, per channel.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+# How a file's names begin, and what our module calls the same. The last four are Mistral3's spelling on the hub.
+_NAMES = {
+    "model.": "body.",
+    "lm_head.": "head.",
+    "language_model.model.": "body.language_model.",
+    "language_model.lm_head.": "head.",
+    "vision_tower.": "body.vision_tower.",
+    "multi_modal_projector.": "body.multi_modal_projector.",
+}
+
+
+class LanguageModel(nn.Module):
+    """body: transformers' model without a head. tied: whether the embedding is the head as well."""
+
+    def __init__(self, body: Any, *, tied: bool) -> None:
+        super().__init__()
+        self.body = body
+        config = self.decoder.config
+        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def decoder(self) -> Any:
+        """The tower that reads and writes text."""
+        return self.body.language_model if self.sees else self.body
+
+    @property
+    def sees(self) -> bool:
+        return hasattr(self.body, "vision_tower")
+
+    @property
+    def patch(self) -> int:
+        """Pixels along one side of an image token."""
+        config = self.body.config
+        return int(config.vision_config.patch_size * config.spatial_merge_size)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the image tokens of a picture of that many pixels."""
+        return math.ceil(height / self.patch), math.ceil(width / self.patch)
+
+    def embed(self, ids: Tensor, pixels: Sequence[Tensor]) -> Tensor:
+        """[1, L, W] of token ids [1, L]; pixels: normalised pictures [1, 3, H, W], for the image tokens in order."""
+        embeddings: Tensor = self.decoder.embed_tokens(ids)
+        if pixels:
+            features = []
+            for image in pixels:  # one by one: none is padded to the size of another
+                seen = self.body.get_image_features(image, torch.tensor([image.shape[2:]]), return_dict=True)
+                features.append(seen.pooler_output[0])
+            where = (ids == self.body.config.image_token_id)[..., None]
+            embeddings = embeddings.masked_scatter(where, torch.cat(features).to(embeddings))
+        return embeddings
+
+    def forward(self, embeddings: Tensor, cache: Any) -> Tensor:
+        """Logits [V] after the last of `embeddings` [1, L, W], which follow what is in `cache`."""
+        read = self.decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        last = read.last_hidden_state[0, -1]
+        logits: Tensor = F.linear(last, self.decoder.embed_tokens.weight) if self.head is None else self.head(last)
+        return logits
+
+
+class Writer:
+    """A language model with its tokenizer. Build it with `open_writer`. encoder: reads prompts, on the same weights."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Any, recipe: TextRecipe, stops: frozenset[int]) -> None:
+        self.model = model
+        self.encoder = TextEncoder(_cut(model.decoder, recipe.layers), tokenizer, recipe)
+        self._tokenizer = tokenizer
+        self._recipe = recipe
+        self._stops = stops
+
+    @property
+    def sees(self) -> bool:
+        """Whether it looks at pictures."""
+        return self.model.sees
+
+    def write(
+        self,
+        system: str,
+        message: str,
+        images: Sequence[Tensor] = (),
+        *,
+        seed: int,
+        max_tokens: int,
+        temperature: float = 0.15,
+        top_p: float = 1.0,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Generator[str, None, bool]:
+        """Yields the answer to `message` in pieces; returns whether it came to its end, which it does not where
+        `max_tokens` run out or it is `cancelled`, seen between two tokens.
+
+        images: pictures [1, 3, H, W] in -1..1 that go before the message. temperature 0 takes the likeliest token each
+        time; top_p: see `choose`. The same seed gives the same text on the same device and precision. Raises
+        `DeviceError` where the numbers ran out of range.
+        """
+        from transformers import DynamicCache
+
+        ids, pixels = self._read(system, message, images)
+        cache = DynamicCache(config=self.model.decoder.config)
+        generator = torch.Generator().manual_seed(seed)
+        logits: Tensor | None = None
+        embeddings = self._embed(ids, pixels)
+        for chunk in embeddings.split(CHUNK, 1):
+            if cancelled():
+                return False
+            logits = self._step(chunk, cache)
+        assert logits is not None
+        written: list[int] = []
+        told = ""
+        for _ in range(max_tokens):
+            if cancelled():
+                return False
+            token = self._choose(logits, temperature, top_p, generator)
+            if token in self._stops:
+                return True
+            written.append(token)
+            text = self._tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            whole = text.rstrip("\ufffd")  # the rest of a character is still to come
+            if len(whole) > len(told):
+                yield whole[len(told) :]
+                told = whole
+            logits = self._step(self._embed([token], []), cache)
+        return False
+
+    @torch.inference_mode()
+    def _embed(self, ids: Sequence[int], pixels: Sequence[Tensor]) -> Tensor:
+        device = self.encoder.device
+        return self.model.embed(torch.tensor([ids], device=device), [image.to(device) for image in pixels])
+
+    @torch.inference_mode()
+    def _step(self, embeddings: Tensor, cache: Any) -> Tensor:
+        logits: Tensor = self.model(embeddings, cache)
+        return logits
+
+    def _choose(self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+        values = logits.float().cpu()
+        if not bool(torch.isfinite(values).all()):
+            raise DeviceError(
+                f"The language model ran out of the range of {logits.dtype}. Set the precision to bfloat16 or float32 "
+                f"(FLUX2_DTYPE, or --dtype)."
+            )
+        return choose(values, temperature, top_p, generator)
+
+    def _read(self, system: str, message: str, images: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
+        """Token ids of the whole conversation, and the pictures as the vision tower takes them."""
+        assert self.sees or not images, "this model reads text only"
+        message = without(message, self._special)
+        pixels, rows = [], []
+        for image in images:
+            pixels.append(self._normalised(image))
+            height, width = self.model.grid(*image.shape[2:])
+            rows.append("[IMG_BREAK]".join([IMAGE * width] * height) + "[IMG_END]")
+        text = render(self._tokenizer, system, message, len(images), self._recipe)
+        if images:
+            # Ours alone: none is left in the message.
+            marks = iter(rows)
+            text = re.sub(re.escape(IMAGE), lambda _: next(marks), text)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids, pixels
+
+    @property
+    def _special(self) -> list[str]:
+        return [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        """[1, 3, H, W] in -1..1 as the vision tower takes it, its sides the next multiples of a patch."""
+        size = tuple(count * self.model.patch for count in self.model.grid(*image.shape[2:]))
+        if size != image.shape[2:]:
+            image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _DEVIATION))
+        return (image / 2 + 0.5 - mean) / deviation
+
+
+@dataclass(frozen=True)
+class CheckedWriter:
+    """A writer whose files fit: all that is left is to read the weights. text: its encoder's part, as if alone."""
+
+    text: CheckedText
+    _model: Checked[LanguageModel]
+    _stops: frozenset[int]
+
+    @property
+    def width(self) -> int:
+        """Of the encoder's context."""
+        return self.text.width
+
+    @property
+    def recipe(self) -> TextRecipe:
+        return self.text.recipe
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Prefixes of the names of the decoder's layers, see `weights.Checked`."""
+        return self._model.blocks
+
+    def sizes(self, *, dtype: torch.dtype, storage: Storage = "plain") -> dict[str, int]:
+        """Bytes of memory of each tensor, see `weights.Checked.sizes`."""
+        return self._model.sizes(dtype=dtype, storage=storage)
+
+    def activations(self, *, dtype: torch.dtype, prompts: int, quantized: bool = False) -> int:
+        """Bytes alive at once, at most, while so many prompts are encoded."""
+        return self.text.activations(dtype=dtype, prompts=prompts, quantized=quantized)
+
+    def writing(
+        self, *, dtype: torch.dtype, tokens: int, pictures: Sequence[tuple[int, int]] = (), quantized: bool = False
+    ) -> int:
+        """Bytes alive at once, at most, while it writes, see `footprint.py`.
+
+        tokens: of text, the answer included; no text has more than characters. pictures: height and width of each, in
+        pixels. Two layers stand for all, beside the keys and values that each keeps.
+        """
+        from transformers import DynamicCache
+
+        with META:
+            model = self._model.build().to(dtype)
+            config, layers = model.decoder.config, len(model.decoder.layers)
+            model.decoder.layers = model.decoder.layers[:2]
+            if quantized:
+                hold_small(model.decoder.layers)
+            grids = [model.grid(*size) for size in pictures]
+            tokens += sum(rows * (columns + 1) for rows, columns in grids)
+            chunk = torch.empty(1, min(CHUNK, tokens), config.hidden_size, dtype=dtype)
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            shape = (1, config.num_key_value_heads, max(0, tokens - CHUNK), width)
+            cache = DynamicCache()
+            for index in range(len(model.decoder.layers)):
+                cache.update(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), index)
+            peak = peak_bytes(lambda: model(chunk, cache), chunk)
+            for rows, columns in set(grids):
+                size = (rows * model.patch, columns * model.patch)
+                image = torch.empty(1, 3, *size, dtype=dtype)
+                look = partial(model.body.vision_tower, image, [size], output_hidden_states=[-1])
+                peak = max(peak, peak_bytes(look, image))
+        kept = 2 * layers * config.num_key_value_heads * tokens * width * dtype.itemsize
+        everything = tokens * config.hidden_size * dtype.itemsize  # the embeddings, while chunks of them are read
+        return peak + kept + everything
+
+    def load(
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        storage: Storage = "plain",
+        mapped: bool = False,
+        told: Callable[[float], None] | None = None,
+    ) -> Writer:
+        """storage: how the layers' matrices are held; for all arguments and errors see `weights.Checked.load`."""
+        model = self._model.load(device=device, dtype=dtype, storage=storage, mapped=mapped, told=told)
+        # Their tables are buffers that no file holds: make them anew where they are used.
+        decoder = model.decoder
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)
+        if model.sees:
+            vision = model.body.vision_tower
+            positions = type(vision.patch_positional_embedding)(vision.config)
+            vision.patch_positional_embedding = positions.to(device)
+        return Writer(model, self.text.tokenizer, self.text.recipe, self._stops)
+
+
+def open_writer(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedWriter:
+    """The whole model in folder `weights`, with the tokenizer in folder `tokenizer`. Raises `WeightsError`.
+
+    recipe: how the same model reads prompts, for `Writer.encoder`.
+    """
+    # transformers takes seconds to import, and half of this package's users never need it
+    from transformers import (
+        Mistral3Config,
+        Mistral3Model,
+        MistralConfig,
+        MistralModel,
+        Qwen3Config,
+        Qwen3Model,
+    )
+
+    text = open_text_encoder(weights, tokenizer, recipe)
+    fields = read_json(weights / "config.json")
+    families: dict[str, tuple[Any, Any]] = {
+        "qwen3": (Qwen3Config, Qwen3Model),
+        "mistral": (MistralConfig, MistralModel),
+        "mistral3": (Mistral3Config, Mistral3Model),
+    }
+    if fields.get("model_type") not in families:
+        raise WeightsError(
+            f"{weights.name} holds a {fields.get('model_type')!r} model, which cannot write prompts here: choose "
+            f"another one for upsampling."
+        )
+    config_class, model_class = families[fields["model_type"]]
+    contents = open_contents(weights, "text_encoder")
+    try:
+        config = config_class.from_dict(fields)
+        config._attn_implementation = "sdpa"
+        tied = bool(config.tie_word_embeddings)
+
+        def build() -> LanguageModel:
+            return LanguageModel(model_class(config), tied=tied)
+
+        with torch.device("meta"):
+            build()
+    except Exception as error:
+        # Whatever transformers raises for fields that make no model: its validators' own errors, KeyError, ...
+        raise WeightsError(
+            f"The config.json in {weights.name} does not describe a language model that can be built. Download it "
+            f"again."
+        ) from error
+    plan = _plan(contents, tied=tied)
+    if not tied and "head.weight" not in plan:
+        raise WeightsError(
+            f"{weights.name} has no lm_head: it can read prompts, but not write any. Use the whole language model."
+        )
+    blocks = "body.language_model.layers." if fields["model_type"] == "mistral3" else "body.layers."
+    model = checked(build, contents, plan, blocks=(blocks,))
+    return CheckedWriter(text, model, _stops(weights, config, text.tokenizer))
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token of `logits` [V]: the likeliest at temperature 0, else by chance.
+
+    top_p: only the fewest likeliest tokens that together have so much of the probability are left (nucleus sampling,
+    Holtzman et al. 2019).
+    """
+    if temperature <= 0:
+        return int(logits.argmax())
+    chances = torch.softmax(logits.double() / temperature, -1)
+    if top_p >= 1:
+        return int(torch.multinomial(chances, 1, generator=generator))
+    chances, tokens = chances.sort(descending=True, stable=True)
+    before = chances.cumsum(-1) - chances
+    chances = torch.where(before < top_p, chances, 0)
+    chances[0] = chances[0].clamp(min=torch.finfo(chances.dtype).tiny)  # top_p 0: one is always left
+    return int(tokens[torch.multinomial(chances, 1, generator=generator)])
+
+
+def without(text: str, tokens: Sequence[str]) -> str:
+    """`text` without any of `tokens`, nor what would become one once another is gone."""
+    before = None
+    while before != text:
+        before = text
+        for token in tokens:
+            text = text.replace(token, "")
+    return text
+
+
+def render(tokenizer: Any, system: str, message: str, images: int, recipe: TextRecipe) -> str:
+    """The conversation in the chat template, ready for the answer, with an [IMG] for each picture."""
+    content: str | list[dict[str, str]] = message
+    if recipe.content_as_parts:
+        pictures = [
+            part
+            for number in range(1, images + 1)
+            for part in ({"type": "text", "text": f"Image {number}:"}, {"type": "image"})
+        ]
+        content = [*pictures, {"type": "text", "text": message}]
+    told: str | list[dict[str, str]] = [{"type": "text", "text": system}] if recipe.content_as_parts else system
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "system", "content": told}, {"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    return text
+
+
+def _cut(decoder: Any, layers: int) -> Any:
+    """A tower of the first `layers` of `decoder`, made of the very same modules: moving one moves the other."""
+    config = copy.deepcopy(decoder.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    with META:
+        tower = type(decoder)(config)
+    tower.embed_tokens = decoder.embed_tokens
+    tower.layers = nn.ModuleList(decoder.layers[:layers])
+    tower.norm = nn.Identity()
+    tower.rotary_emb = decoder.rotary_emb
+    return tower.eval()
+
+
+def _plan(contents: Contents, *, tied: bool) -> Plan:
+    """The file's tensors under our names."""
+    plan: Plan = {}
+    for key, shape in contents.shapes.items():
+        beginning = max((name for name in _NAMES if key.startswith(name)), key=len, default="")
+        target = _NAMES.get(beginning, "body.") + key.removeprefix(beginning)
+        if tied and target == "head.weight":
+            continue  # some files have the embedding twice
+        put(plan, target, Source((key,), shape))
+    return plan
+
+
+def _stops(weights: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: whatever the files beside the weights and the tokenizer call so."""
+    configs = (config, getattr(config, "text_config", None))
+    named: list[Any] = [tokenizer.eos_token_id, *(getattr(it, "eos_token_id", None) for it in configs)]
+    with suppress(OSError, ValueError, AttributeError):  # not every repository has it, and the tokenizer knows as well
+        named.append(read_json(weights / "generation_config.json").get("eos_token_id"))
+    found = {
+        token for value in named for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)
+    }
+    if not found:
+        raise WeightsError(f"The tokenizer for {weights.name} does not say how a text ends: download it again.")
+    return frozenset(found)

@@ -1,0 +1,120 @@
+"""The checks as a run makes them: before anything is computed, and before anything is shown or saved.
+
+Each method gives what the user should be told, and raises `SafetyError` for what must not go on:
+
+    ready()                     first: can pictures be checked here, if they have to be?
+    prompt(text)                the prompt, and again what a language model made of it
+    reference(number, image)    each reference, before it is encoded
+    preview(image)              each preview: the picture that may be shown in its place
+    output(image)               each finished picture, before it is saved or shown
+
+| policy | what is flagged | what cannot be checked, for want of a classifier |
+|---|---|---|
+| on | `SafetyError`; a preview becomes a mosaic | `ClassifierError`: nothing is drawn that cannot be checked |
+| warn | is told; previews are not looked at | is told |
+| off | - | - |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from flux2_studio.errors import ClassifierError, SafetyError
+from flux2_studio.safety.falconsai import Falconsai
+from flux2_studio.safety.nudity import NudeNet
+from flux2_studio.safety.policy import MEANING, Policy, Verdict
+from flux2_studio.safety.prompt_rules import check_prompt
+from flux2_studio.safety.questions import Ask, check_by_asking
+
+MOSAIC = 16  # squares along the longer side of a veiled preview: colours and layout remain, nothing else
+
+
+class Classifier(Protocol):
+    def load(self) -> None: ...
+
+    def __call__(self, image: Image.Image) -> Verdict: ...
+
+
+class Guard:
+    """The safety check of one studio.
+
+    find_weights: where the larger classifier's folder is, None if it is not on this machine.
+    classifier: another one than these two.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        find_weights: Callable[[], Path | None] = lambda: None,
+        classifier: Classifier | None = None,
+    ) -> None:
+        self.policy = policy
+        self._find_weights = find_weights
+        self._chosen = classifier
+
+    @property
+    def meaning(self) -> str:
+        """What the page says of it."""
+        return MEANING[self.policy]
+
+    def ready(self) -> None:
+        """Raises `ClassifierError` where pictures have to be checked and cannot be."""
+        if self.policy == "on":
+            self._classifier().load()
+
+    def prompt(self, text: str, ask: Ask | None = None) -> tuple[str, ...]:
+        """ask: a language model that is loaded anyway, for what rules cannot know. Raises `SafetyError`."""
+        verdict = check_prompt(text)
+        if verdict.always:
+            raise SafetyError(f"This prompt is refused, under every setting, because it {verdict.text}.")
+        if self.policy == "off":
+            return ()
+        if verdict.allowed and ask is not None:
+            verdict = check_by_asking(ask, text)
+        return self._settle(verdict, "The prompt", "Word it differently.")
+
+    def reference(self, number: int, image: Image.Image) -> tuple[str, ...]:
+        """number: 1-based, as the prompt calls it. Raises `SafetyError` and `ClassifierError`."""
+        return self._picture(image, f"Image {number}", "Choose another picture.")
+
+    def output(self, image: Image.Image) -> tuple[str, ...]:
+        """Raises `SafetyError` and `ClassifierError`: `image` must then go nowhere."""
+        advice = "It was neither saved nor shown. Change the prompt, or try another seed."
+        return self._picture(image, "A finished picture", advice)
+
+    def preview(self, image: Image.Image) -> Image.Image:
+        """`image`, or a mosaic of it where the policy is on and it is flagged. Raises `ClassifierError`."""
+        if self.policy != "on" or self._classifier()(image).allowed:
+            return image
+        scale = MOSAIC / max(image.size)
+        small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        return image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+
+    def _picture(self, image: Image.Image, what: str, advice: str) -> tuple[str, ...]:
+        if self.policy == "off":
+            return ()
+        try:
+            verdict = self._classifier()(image)
+        except ClassifierError as error:
+            if self.policy == "on":
+                raise
+            return (f"{what} was not checked. {error}",)
+        return self._settle(verdict, what, advice)
+
+    def _settle(self, verdict: Verdict, what: str, advice: str) -> tuple[str, ...]:
+        if verdict.allowed:
+            return ()
+        if self.policy == "on":
+            raise SafetyError(f"{what} was stopped by the safety check, because it {verdict.text}. {advice}")
+        return (f"{what} was flagged by the safety check, because it {verdict.text}.",)
+
+    def _classifier(self) -> Classifier:
+        """The larger one where its weights are."""
+        if self._chosen is None:
+            folder = self._find_weights()
+            self._chosen = NudeNet() if folder is None else Falconsai(folder)
+        return self._chosen

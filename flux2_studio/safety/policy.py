@@ -1,0 +1,49 @@
+"""Whether what was found stops a run, is only told, or is not looked for; and what a check says.
+
+| where the studio runs | auto means |
+|---|---|
+| on a Space, or with a shared link | on: strangers use it, so what is flagged is neither saved nor shown |
+| on one's own machine | warn: what is flagged is told, and shown all the same |
+
+`off` is never chosen by itself. One rule knows no policy: a prompt for sexual content with minors is refused in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flux2_studio.settings import Safety
+
+Policy = Literal["on", "warn", "off"]
+
+MEANING: Mapping[Policy, str] = {
+    "on": "Safety check: on. Prompts and references that it flags are refused, pictures that it flags are withheld.",
+    "warn": "Safety check: warnings only. What it flags is told, and shown all the same.",
+    "off": "Safety check: off, by this studio's settings.",
+}
+
+
+def decide(setting: Safety, *, shared: bool, on_space: bool) -> Policy:
+    """The policy of a studio that is `shared` by a public link, or runs `on_space`, with FLUX2_SAFETY at `setting`."""
+    if setting != "auto":
+        return setting
+    return "on" if shared or on_space else "warn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a check found. `reasons`: in words that complete "because it ...". `scores`: 0..1 by what was looked for.
+
+    always: refused whatever the policy.
+    """
+
+    allowed: bool
+    reasons: tuple[str, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+    always: bool = False
+
+    @property
+    def text(self) -> str:
+        return " and ".join(self.reasons)

@@ -1,0 +1,220 @@
+"""The watermark holds what it promises, and the judge is the library's own decoder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from imwatermark import WatermarkDecoder, WatermarkEncoder
+from PIL import Image
+
+from benchmarks.watermark import encoded, flat, icons, landscape, photographs, psnr
+from flux2_studio.errors import StudioError
+from flux2_studio.outputs.watermark import PUBLISHED, Detection, Message, detect, embed
+
+GREY = [it.convert("L").convert("RGB") for it in photographs()]
+PHOTOGRAPHS = [*photographs(), *GREY, landscape(0, 256), landscape(1, 512)]
+WHITE = Image.new("RGB", (256, 256), "white")
+ICON = WHITE.copy()
+ICON.paste((200, 40, 30), (60, 60, 190, 200))
+noise = np.random.default_rng(0)
+GARISH = [
+    Image.fromarray(noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)),
+    Image.fromarray(noise.integers(0, 2, (256, 256, 3), dtype=np.uint8) * 255),
+]
+ODD = [landscape(2, 512).crop((0, 0, 301, 259)), ICON.resize((263, 450))]
+
+
+def read(image: Image.Image, message: Message) -> float:
+    """Share of the message's bits that the library reads: its decoder, as anyone would call it."""
+    bits = WatermarkDecoder("bits", len(message.bits)).decode(np.array(image)[:, :, ::-1].copy(), "dwtDctSvd")
+    return float(np.mean(bits == np.array(message.bits)))
+
+
+def share(right: int, message: Message = PUBLISHED) -> Detection:
+    return Detection(message=message, right=right)
+
+
+def test_published_message_has_46_bits() -> None:
+    assert len(PUBLISHED.bits) == 46, "two of the 48 digits are leading zeros, which bin() drops"
+    assert "".join(map(str, PUBLISHED.bits)) == "1010101111111010000111100111001111010100101110"
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [PHOTOGRAPHS, icons(256), [WHITE, ICON], flat(256), GARISH, ODD],
+    ids=["photographs", "icons", "white", "flat", "garish", "odd sizes"],
+)
+def test_every_picture_can_be_marked(pictures: list[Image.Image]) -> None:
+    for picture in pictures:
+        before = picture.tobytes()
+        marked = embed(picture, PUBLISHED)
+        assert marked.reason is None and marked.detection is not None
+        assert (marked.image.size, marked.image.mode) == (picture.size, "RGB")
+        assert marked.detection.found
+        assert read(marked.image, PUBLISHED) == marked.detection.match >= 0.95
+        assert psnr(picture, marked.image) >= 38
+        assert picture.tobytes() == before
+
+
+def test_photographs_keep_it_through_jpeg() -> None:
+    for picture in PHOTOGRAPHS:
+        kept = read(encoded(embed(picture, PUBLISHED).image, "JPEG", 75), PUBLISHED)
+        assert kept >= 0.9
+
+
+def test_why_the_library_does_not_write() -> None:
+    """If its encoder ever gets white areas right, ours can go."""
+    encoder = WatermarkEncoder()
+    encoder.set_watermark("bits", list(PUBLISHED.bits))
+    written = Image.fromarray(encoder.encode(np.array(WHITE), "dwtDctSvd"))
+    assert read(written, PUBLISHED) < 0.6
+
+
+def test_unmarked_pictures_say_nothing() -> None:
+    for picture in [*PHOTOGRAPHS, *icons(256), *flat(256), *GARISH]:
+        detection = detect(picture, PUBLISHED)
+        assert detection is not None and not detection.found
+        assert "No watermark found" in str(detection)
+
+
+def test_another_message_is_not_found() -> None:
+    marked = embed(PHOTOGRAPHS[0], PUBLISHED).image
+    detection = detect(marked, Message.parse("studio-7"))
+    assert detection is not None and not detection.found
+
+
+@pytest.mark.parametrize("size", [(255, 300), (300, 255), (128, 128), (8, 4000)])
+def test_small_pictures_are_left_alone_and_it_is_said(size: tuple[int, int]) -> None:
+    picture = Image.new("RGB", size)
+    marked = embed(picture, PUBLISHED)
+    assert marked.image is picture and marked.detection is None
+    assert marked.reason is not None and f"{size[0]} x {size[1]}" in marked.reason and "256" in marked.reason
+
+
+def test_too_few_pixels_are_not_read() -> None:
+    assert detect(Image.new("RGB", (255, 256)), PUBLISHED) is None
+    assert detect(Image.new("RGB", (128, 512)), PUBLISHED) is not None
+
+
+class Decoder:
+    """In the library's place: reads only zeros, and remembers how large the pictures were."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, kind: str, length: int) -> Decoder:
+        assert kind == "bits"
+        self.length = length
+        return self
+
+    def decode(self, picture: np.ndarray[Any, Any], method: str) -> np.ndarray[Any, Any]:
+        assert method == "dwtDctSvd"
+        self.shapes.append(picture.shape)
+        return np.zeros(self.length, dtype=bool)
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    decoder = Decoder()
+    monkeypatch.setitem(sys.modules, "imwatermark", SimpleNamespace(WatermarkDecoder=decoder))
+    return decoder
+
+
+def test_what_cannot_be_read_back_is_not_called_marked(decoder: Decoder) -> None:
+    marked = embed(ICON, PUBLISHED)
+    assert len(decoder.shapes) == 1
+    assert marked.image is ICON and marked.detection is None
+    assert marked.reason is not None and "only 18 of 46 bits" in marked.reason
+
+
+def test_of_huge_pictures_the_upper_rows_are_read(decoder: Decoder) -> None:
+    detect(Image.new("RGB", (4096, 3000)), PUBLISHED)
+    detect(Image.new("L", (2048, 2048)), PUBLISHED)
+    assert decoder.shapes == [(1024, 4096, 3), (2048, 2048, 3)]
+
+
+@pytest.mark.parametrize("library", ["cv2", "imwatermark"])
+def test_without_its_libraries(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    marked = embed(ICON, PUBLISHED)
+    assert marked.image is ICON
+    assert marked.reason is not None and "pip install" in marked.reason
+    with pytest.raises(StudioError, match="pip install"):
+        detect(ICON, PUBLISHED)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "P", "L"])
+def test_any_mode_can_be_read(mode: str) -> None:
+    assert detect(ICON.convert(mode), PUBLISHED) is not None
+    if mode == "RGBA":
+        detection = detect(embed(ICON, PUBLISHED).image.convert(mode), PUBLISHED)
+        assert detection is not None and detection.match == 1
+
+
+def test_cut_off_below_it_is_still_read() -> None:
+    marked = embed(landscape(3, 512), PUBLISHED).image
+    detection = detect(marked.crop((0, 0, 512, 300)), PUBLISHED)
+    assert detection is not None and detection.match == 1
+
+
+def test_chance_is_the_binomial_tail() -> None:
+    assert share(46).chance == 2**-46
+    assert share(45).chance == 47 * 2**-46
+    assert share(0).chance == 1
+    assert share(23).chance == pytest.approx(0.5586, abs=1e-4)  # (1 + C(46, 23) / 2^46) / 2
+    assert share(39).found and not share(38).found, "one in a million lies between"
+
+
+def test_detection_in_words() -> None:
+    assert str(share(46)) == (
+        "Watermark found: 46 of the 46 bits of Black Forest Labs' published message agree (100%). "
+        "By chance, one picture in 10^13 does so well."
+    )
+    assert str(share(28)).startswith("No watermark found: 28 of the 46 bits")
+    assert str(share(28)).endswith("one picture in 11 does so well.")
+
+
+@pytest.mark.parametrize("text", ["studio-7", "0x0123456789abcdef", "Made by a model."])
+def test_own_message(text: str) -> None:
+    message = Message.parse(text)
+    for picture in [PHOTOGRAPHS[0], ICON]:
+        marked = embed(picture, message)
+        assert marked.detection is not None and marked.detection.found
+        assert read(marked.image, message) >= 0.95
+        assert not read(marked.image, PUBLISHED) > 0.8
+
+
+def test_own_message_is_bytes_to_the_library() -> None:
+    marked = embed(PHOTOGRAPHS[0], Message.parse("studio-7")).image
+    decoder = WatermarkDecoder("bytes", 64)
+    assert decoder.decode(cv2.cvtColor(np.array(marked), cv2.COLOR_RGB2BGR), "dwtDctSvd") == b"studio-7"
+
+
+def test_hexadecimal_keeps_leading_zeros() -> None:
+    assert Message.parse("0x00ff00FF").bits == (0,) * 8 + (1,) * 8 + (0,) * 8 + (1,) * 8
+
+
+@pytest.mark.parametrize(
+    "text", ["", "abc", "seventeen letters", "stüdio", "ab\ncd", "0x", "0x1234567", "0x12 34 56 78", "0x" + "5" * 33]
+)
+def test_messages_of_no_use(text: str) -> None:
+    with pytest.raises(StudioError, match="FLUX2_WATERMARK_MESSAGE must be 4 to 16"):
+        Message.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0x00000000", "0xffffffff", "0x00000000000000ff", "@@@@@@@@"])
+def test_messages_that_a_white_wall_says(text: str) -> None:
+    with pytest.raises(StudioError, match="too even"):
+        Message.parse(text)
+
+
+def test_importing_it_is_light() -> None:
+    code = "import sys, flux2_studio.outputs.watermark; print(*{'torch', 'cv2', 'imwatermark'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""

@@ -1,0 +1,253 @@
+"""The benchmarks measure what they say: synthetic checkpoints are checkpoints, arms take turns, swaps are swaps."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from benchmarks import page_cache, swap
+from benchmarks.measuring import Arm, interleave, machine, summary
+from benchmarks.pair import Bench, Size, prepare
+from benchmarks.synthetic import Entry, FlowSize, TextSize, Written, disk_bytes, write
+from flux2_studio.checkpoints import KLEIN_4B, KLEIN_9B, Checkpoint
+from flux2_studio.engine.latents import sequence_ids
+from flux2_studio.engine.params import AutoencoderParams
+from flux2_studio.engine.text import load_text_encoder
+from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.weights import load_transformer
+
+CPU = torch.device("cpu")
+TEXT = TextSize(width=32, mlp=64, heads=2, key_heads=1, head_width=16, layers=28, vocabulary=3072)
+
+
+def short(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with short prompts and two steps."""
+    return replace(checkpoint, recipe=replace(checkpoint.recipe, length=32), steps=2)
+
+
+TOY = Size(
+    first=FlowSize(double_blocks=2, single_blocks=8, heads=4, head_width=64, text=TEXT),
+    second=FlowSize(double_blocks=2, single_blocks=8, heads=5, head_width=64, text=replace(TEXT, width=48, tied=False)),
+    autoencoder=AutoencoderParams(
+        encoder_channels=(32, 32, 32, 32),
+        decoder_channels=(32, 32, 32, 32),
+        encoder_blocks=1,
+        decoder_blocks=1,
+        latent_channels=32,
+    ),
+    side=64,
+    budget=None,
+    rounds=1,
+    runs=1,
+    warmups=0,
+    checkpoints=(short(KLEIN_4B), short(KLEIN_9B)),
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    torch.set_num_threads(1)
+    return prepare(TOY, tmp_path_factory.mktemp("bench"), CPU, baseline=True)
+
+
+@pytest.fixture(scope="module")
+def written(bench: Bench) -> Written:
+    return bench.pair[0]
+
+
+# --- synthetic checkpoints ---
+
+
+def inputs(transformer: Transformer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latent tokens, context, times and ids of a picture of 4 x 4 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 16, transformer.params.in_channels, generator=generator)
+    context = torch.randn(1, 8, transformer.params.context_width, generator=generator)
+    return x, context, torch.tensor([0.6]), sequence_ids(8, 4, 4)
+
+
+@torch.inference_mode()
+def test_the_layouts_are_one_model_and_diffusers_agrees(written: Written) -> None:
+    assert written.diffusers is not None
+    ours = load_transformer(written.flow, device=CPU, dtype=torch.float32)
+    same = load_transformer(written.diffusers, device=CPU, dtype=torch.float32).state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, same[name]), name
+    theirs = Flux2Transformer2DModel.from_pretrained(written.diffusers, torch_dtype=torch.float32)
+    x, context, t, ids = inputs(ours)
+    expected = theirs(x, context, t, ids[8:], ids[:8], return_dict=False)[0]
+    torch.testing.assert_close(ours(x, context, t, ours.rope(ids), None), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_every_layer_counts(written: Written) -> None:
+    model = load_transformer(written.flow, device=CPU, dtype=torch.float32)
+    gates: list[Tensor] = []
+
+    def look(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        gates.extend(output.chunk(output.shape[-1] // model.params.hidden, -1)[2::3])  # shift, scale, gate
+
+    modulations = [
+        model.double_stream_modulation_img,
+        model.double_stream_modulation_txt,
+        model.single_stream_modulation,
+    ]
+    for modulation in modulations:
+        modulation.lin.register_forward_hook(look)
+    x, context, t, ids = inputs(model)
+    velocity = model(x, context, t, model.rope(ids), None)
+    assert len(gates) == 5
+    assert all(0.4 < float(gate.std()) < 1 for gate in gates), [float(gate.std()) for gate in gates]
+    assert 0.3 < float(velocity.std()) < 3
+
+
+def test_the_text_encoder_reads_prompts(written: Written) -> None:
+    encoder = load_text_encoder(
+        written.text, written.text.parent / "tokenizer", KLEIN_4B.recipe, device=CPU, dtype=torch.float32
+    )
+    one, other = encoder.encode(["a cat", "a dog"]).context
+    assert one.shape == (512, 3 * TEXT.width)
+    assert float((one - other).abs().mean()) > 0.01 and 0.3 < float(one.std()) < 10
+
+
+def test_the_disk_takes_what_was_said(bench: Bench) -> None:
+    for written, size in zip(bench.pair, (TOY.first, TOY.second), strict=True):
+        files = (written.flow, written.text_file, written.diffusers_file)
+        data = sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in files)
+        assert data == disk_bytes(size, baseline=True)
+        assert data - written.flow_bytes == disk_bytes(size, baseline=False)
+
+
+def test_tensors_are_written_in_pieces(tmp_path: Path) -> None:
+    values = torch.randn(7, 3)
+    pieces = [values[:2].to(torch.bfloat16), values[2:].to(torch.bfloat16)]
+    write(
+        tmp_path / "new" / "file.safetensors",
+        [
+            Entry("a", torch.bfloat16, (7, 3), lambda: pieces),
+            Entry("b", torch.int64, (), lambda: [torch.tensor(5)]),
+            Entry("c", torch.float32, (7, 3), lambda: [values.T.contiguous().T]),
+        ],
+    )
+    read = load_file(tmp_path / "new" / "file.safetensors")
+    assert torch.equal(read["a"], values.to(torch.bfloat16)) and read["b"] == 5 and torch.equal(read["c"], values)
+
+
+# --- measuring ---
+
+
+def test_arms_take_turns_and_warm_ups_do_not_count() -> None:
+    order: list[str] = []
+
+    def arm(name: str) -> Arm:
+        return Arm(prepare=lambda: order.append(f"before {name}"), run=lambda: order.append(name))
+
+    seconds = interleave({"a": arm("a"), "b": arm("b")}, rounds=3, warmups=1)
+    assert order[1::2] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert order[::2] == [f"before {name}" for name in order[1::2]]
+    assert [len(took) for took in seconds.values()] == [3, 3]
+
+
+def test_a_summary() -> None:
+    figures = summary([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (figures["runs"], figures["median"]) == (5, 3.0)
+    assert figures["p10"] == pytest.approx(1.4) and figures["p90"] == pytest.approx(4.6)
+    assert figures["A/A"] == pytest.approx(1.0)  # 1, 3, 5 and 2, 4
+    assert summary([2.0])["p90"] == 2.0
+
+
+def test_the_machine_of_a_result() -> None:
+    told = machine("cpu", ("torch", "no-such-package"))
+    assert told["torch"] and told["no-such-package"] is None and told["device"] == "cpu"
+    json.dumps(told)
+
+
+@pytest.mark.skipif(not page_cache.available(), reason="only Linux can be asked")
+def test_pages_in_memory(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(mmap.PAGESIZE * 3 + 1))
+    assert page_cache.read(file) == mmap.PAGESIZE * 3 + 1
+    assert page_cache.cached(file) == 1.0
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert not any(mapped[:: mmap.PAGESIZE])
+        page_cache.drop(file)
+        assert page_cache.cached(file) == 1.0, "what is mapped cannot be dropped, and is not said to be"
+
+
+# --- swaps and runs ---
+
+
+def test_what_is_no_swap_is_not_timed_as_one(bench: Bench) -> None:
+    first, second = bench.pair
+    models = bench.manager()
+    bench.bring(models, first)
+    with pytest.raises(SystemExit, match="already"):
+        bench.bring(models, first)
+    with pytest.raises(SystemExit, match="not on the device"):
+        bench.bring(models, second, moves=False)
+
+
+def test_levels_are_what_they_are_called(bench: Bench) -> None:
+    """As on a GPU: what leaves it waits in main memory, or is gone."""
+    name = bench.pair[0].checkpoint.name
+
+    def twice(arm: Arm) -> tuple[Any, Any]:
+        arm.prepare()
+        first = arm.run()
+        arm.prepare()
+        return first, arm.run()
+
+    with swap.from_main_memory(bench, {"host_budget": swap.AMPLE}) as arms:
+        first, second = twice(arms[name, swap.HOST])
+        assert first is second, "it came back"
+    with swap.from_files(bench, swap.Cooler()) as arms:
+        first, second = twice(arms[name, swap.WARM])
+        assert first is not second and first.img_in.weight.is_meta, "it was dropped, and read again"
+    with swap.resident(bench) as arms:
+        first, second = twice(arms[name, swap.RESIDENT])
+        assert first is second
+
+
+def test_all_parts_are_loaded(bench: Bench) -> None:
+    with swap.all_parts(bench, swap.Cooler()) as arms:
+        for written in bench.pair:
+            name = written.checkpoint.name
+            assert arms[name, swap.COPY_ALL].time() > 0 and arms[name, swap.ALL_WARM].time() > 0
+
+
+def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = swap.measure(TOY, tmp_path, CPU, baseline=True)
+    assert json.loads(json.dumps(report)) == report
+    swaps, runs = report["swaps"], report["runs"]
+    assert swaps["left out"].keys() == {swap.HOST, "all parts"}, "and says why"
+    levels = {swap.COPY, swap.READ_COLD, swap.READ_WARM, swap.COLD, swap.WARM, swap.RESIDENT}
+    for figures in swaps["seconds"].values():
+        assert figures.keys() == levels | {swap.THEIRS_COLD, swap.THEIRS_WARM}
+        assert figures[swap.WARM]["times"].keys() == {swap.COPY, swap.READ_WARM}
+        assert figures[swap.THEIRS_COLD]["times"][swap.COLD] == pytest.approx(
+            figures[swap.THEIRS_COLD]["median"] / figures[swap.COLD]["median"]
+        )
+    assert runs["seconds"].keys() == {swap.SAME, swap.FRESH}
+    for kind in ("bfloat16", "int8"):
+        little, plenty = runs["memory"][f"{kind}, {swap.LITTLE}"], runs["memory"][f"{kind}, {swap.ALL_MEMORY}"]
+        assert little["blocks streamed"]["flow"][0] > 0 and not plenty["blocks streamed"]
+        assert little["planned peak"] <= little["budget"] < plenty["planned peak"]
+        assert little["measured peak"] is None, "nothing here counts it"
+    swap.show(report)
+    told = capsys.readouterr().out
+    assert all(level in told for level in levels) and "blocks of flow streamed" in told
+
+
+def test_without_the_baseline(bench: Bench) -> None:
+    first, second = (replace(written, diffusers=None) for written in bench.pair)
+    with swap.from_files(replace(bench, pair=(first, second)), swap.Cooler()) as arms:
+        assert {level for _, level in arms} == {swap.COPY, swap.READ_COLD, swap.READ_WARM, swap.COLD, swap.WARM}
