@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import copy
@@ -54,6 +55,15 @@ class Told:
 
     pieces: list[str] = field(default_factory=list)
     answer: Answer | None = None
+
+
+@pytest.fixture(autouse=True)
+def no_loop_of_the_browser() -> Iterator[None]:
+    """Playwright leaves its event loop, which sleeps between the browser tests, standing as the running one."""
+    sleeping = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    yield
+    asyncio._set_running_loop(sleeping)
 
 
 @pytest.fixture(autouse=True)

@@ -47,16 +47,20 @@ def free_port() -> int:
 def app(tmp_path_factory: pytest.TempPathFactory, toys: Toys) -> Iterator[App]:
     home = tmp_path_factory.mktemp("home")
     log = tmp_path_factory.mktemp("log") / "app.log"
+    with started(["app.py", "--port"], environment(home, toys), log) as url:
+        yield App(url=url, home=home, log=log)
+
+
+def environment(home: Path, toys: Toys) -> dict[str, str]:
+    """That of a studio without a network, with toys for klein 4B and Base 4B."""
     overrides = toys.settings(home, ("klein-4b", "klein-base-4b")).overrides
-    environment = {
+    return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("FLUX2_", "GRADIO_"))},
         **{name: str(path) for name, path in overrides.items()},
         "FLUX2_HOME": str(home),
         "FLUX2_DEVICE": "cpu",
         "HF_HUB_OFFLINE": "1",
     }
-    with started(["app.py", "--port"], environment, log) as url:
-        yield App(url=url, home=home, log=log)
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
+from tests.browser.conftest import environment, started
 from tests.browser.test_page import choose_checkpoint, expect_finished, run, set_size, write
+from tests.tiny import Toys
 
 
 def test_whether_it_fits_stands_under_the_button(page: Page) -> None:
@@ -18,21 +21,23 @@ def test_whether_it_fits_stands_under_the_button(page: Page) -> None:
     expect(line).to_have_text(re.compile(r"Fits: 0\.\d"))
 
 
-def test_a_chosen_checkpoint_is_loaded_at_once(page: Page) -> None:
-    page.evaluate(
-        """() => {
-          window.told = [];
-          const loading = document.getElementById('loading');
-          new MutationObserver(() => window.told.push(loading.innerText.trim()))
-            .observe(loading, {childList: true, subtree: true, characterData: true});
-        }"""
-    )
-    choose_checkpoint(page, "FLUX.2 klein 4B")
-    page.wait_for_function("() => window.told.length > 1 && window.told.at(-1) === ''")
-    told = " ".join(page.evaluate("() => window.told"))
-    assert "FLUX.2 klein 4B" in told, told
-    expect(page.locator("#loading")).to_be_hidden()
-    set_size(page, "generate", 64, 64)
-    write(page, "generate", "a fox")
-    run(page, "generate")
-    expect_finished(page)
+def test_a_chosen_checkpoint_is_loaded_at_once(context: BrowserContext, toys: Toys, tmp_path: Path) -> None:
+    page = context.new_page()
+    with started(["app.py", "--port"], environment(tmp_path, toys), tmp_path / "app.log") as url:  # nothing loaded yet
+        page.goto(url)
+        expect(page.locator("#generate .run")).to_be_enabled()
+        page.evaluate(
+            """() => {
+              window.told = [];
+              const loading = document.getElementById('loading');
+              new MutationObserver(() => window.told.push(loading.innerText.trim()))
+                .observe(loading, {childList: true, subtree: true, characterData: true});
+            }"""
+        )
+        choose_checkpoint(page, "FLUX.2 klein 4B")
+        page.wait_for_function("() => window.told.some((text) => text.includes('FLUX.2 klein 4B'))")
+        expect(page.locator("#loading")).to_be_hidden()
+        set_size(page, "generate", 64, 64)
+        write(page, "generate", "a fox")
+        run(page, "generate")
+        expect_finished(page)
