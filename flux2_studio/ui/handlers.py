@@ -126,7 +126,8 @@ def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form],
             async for event in follow(job):
                 yield await asyncio.to_thread(view.update, event)
             failure = view.failure
-        yield runs(can_start=True)
+        # Stop once more: where a run ends as soon as it begins, the browser may mix up the two updates.
+        yield {**runs(can_start=True), stage.stop: gr.Button(visible=False)}
         if failure is not None:
             raise gr.Error(failure, print_exception=False)
 
