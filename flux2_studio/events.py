@@ -1,8 +1,9 @@
 """What a run tells whoever follows it:
 
-(Queued | Status | Notice | Preview)*  then exactly one of  Result | Stopped | Failed
+(Queued | Status | Notice | Writing | Upsampled | Preview)*  then exactly one of  Result | Stopped | Failed
 
-Loading a checkpoint ahead of a run tells  (Queued | Status)*  and then  Ready | Stopped | Failed.
+Enriching a prompt without drawing tells  (Queued | Status | Notice | Writing)*  and then  Upsampled and Ready, or
+Stopped | Failed. Loading a checkpoint ahead of a run tells  (Queued | Status)*  and then  Ready | Stopped | Failed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,23 @@ class Notice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Writing:
+    """A language model is enriching the prompt: `text` is all that it has written so far."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upsampled:
+    """The language model called `by` is done: `prompt` is what it made of `original`, and what is drawn if the run
+    goes on."""
+
+    original: str
+    prompt: str
+    by: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preview:
     """Step `step` (1-based) of `steps` is done; `images` is what the pictures would be by now.
 
@@ -61,17 +79,21 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The run is done: `images[i]` is the saved file of the picture drawn with `seeds[i]`."""
+    """The run is done: `images[i]` is the saved file of the picture drawn with `seeds[i]`.
 
-    request: Request  # resolved: exactly what was run
+    Fewer than were asked for where the safety check withheld some, which a Notice told.
+    """
+
+    request: Request  # resolved, its prompt enriched if that was asked for: exactly what was run
     images: tuple[Path, ...]
     seeds: tuple[int, ...]
     seconds: float
+    provenance: tuple[str, ...] = ()  # what was done so that others can tell where the pictures come from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """The checkpoint called `checkpoint` is loaded, as far as the memory allows."""
+    """The checkpoint called `checkpoint` is loaded as far as the memory allows, or its prompt enriched."""
 
     checkpoint: str
 
@@ -86,10 +108,14 @@ class Stopped:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The run ended with an error; `message` is written for the user."""
+    """The run ended with an error; `message` is written for the user.
+
+    `upsampling`: what failed was enriching the prompt, and the run would go on without it.
+    """
 
     message: str
+    upsampling: bool = False
 
 
-Event = Queued | Status | Notice | Preview | Result | Ready | Stopped | Failed
+Event = Queued | Status | Notice | Writing | Upsampled | Preview | Result | Ready | Stopped | Failed
 FINAL = (Result, Ready, Stopped, Failed)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError
@@ -20,7 +20,17 @@ MAX_SEED = 2**32 - 1
 MAX_PROMPT = 20_000  # characters; far beyond what any text encoder reads
 MAX_LORAS = 16
 MAX_LORA_WEIGHT = 4.0  # either way; beyond it no LoRA leaves more than noise
-MAX_NAME = 250  # characters of a LoRA's name
+MAX_NAME = 250  # characters of the name of a LoRA or of a language model
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+Enricher = Literal["none", "local", "openrouter"]
+# How a language model may choose its words, as servers take it: temperature 0 takes the likeliest each time; top_p keeps
+# those that make up so much of the probability.
+SAMPLING: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.01, 1.0),
+    "max_tokens": (16, 8192),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +61,42 @@ def is_lora_name(name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Upsampling:
+    """Whether a language model enriches the prompt first: nobody, one on this machine, or one behind OpenRouter or
+    another server of its kind.
+
+    model: a `LocalWriter`'s name, or what the server calls it. None leaves it, and how the model chooses its words, to
+    what is advised. Raises `RequestError` for what no model takes.
+    """
+
+    by: Enricher = "none"
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(Enricher):
+            raise RequestError(f"Upsample with one of {', '.join(get_args(Enricher))}, not {str(self.by)[:50]!r}.")
+        if self.model is not None and not (
+            isinstance(self.model, str) and 0 < len(self.model.strip()) <= MAX_NAME and self.model.isprintable()
+        ):
+            raise RequestError("Choose a language model or type its name, or generate without upsampling.")
+        for name, (low, high) in SAMPLING.items():
+            value = getattr(self, name)
+            number = isinstance(value, int if name == "max_tokens" else int | float) and not isinstance(value, bool)
+            if value is not None and not (number and low <= value <= high):
+                raise RequestError(f"Set the language model's {name} to a number from {low:g} to {high:g}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One run: `count` pictures of `prompt`, each from `references` (none: from nothing, one: an edit, more: combined).
 
     None means that the checkpoint, the first reference or chance decides; `resolve` returns a request with no None
-    left. Picture i is drawn with seed + i. Raises `RequestError` for what no checkpoint could do.
+    left. Picture i is drawn with seed + i. The pictures are saved as `format`, with an invisible watermark (`watermark`),
+    with the settings that made them (`metadata`) and signed (`sign`), the prompt in the signed credentials only where
+    `sign_prompt`. Raises `RequestError` for what no checkpoint could do.
     """
 
     prompt: str
@@ -69,6 +110,12 @@ class Request:
     seed: int | None = None
     count: int = 1
     loras: tuple[LoraChoice, ...] = ()
+    upsampling: Upsampling = Upsampling()
+    format: ImageFormat = "png"
+    watermark: bool = True
+    metadata: bool = True
+    sign: bool = True
+    sign_prompt: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -89,6 +136,11 @@ class Request:
         last_seed = MAX_SEED - self.count + 1  # each picture's own seed must be one that can be asked for again
         if self.seed is not None and not 0 <= self.seed <= last_seed:
             raise RequestError(f"Choose a seed between 0 and {last_seed}, not {self.seed}.")
+        if self.format not in get_args(ImageFormat):
+            raise RequestError(f"Save as one of {', '.join(get_args(ImageFormat))}, not {str(self.format)[:50]!r}.")
+        for name in ("watermark", "metadata", "sign", "sign_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, not {str(getattr(self, name))[:50]!r}.")
         if len(self.loras) > MAX_LORAS:
             raise RequestError(f"Choose at most {MAX_LORAS} LoRAs, not {len(self.loras)}.")
         names = [choice.name for choice in self.loras]
@@ -147,29 +199,25 @@ class Request:
         fields = dict(vars(self))
         fields["references"] = [str(path) for path in self.references]
         fields["loras"] = [asdict(choice) for choice in self.loras]
+        fields["upsampling"] = asdict(self.upsampling)
         return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Request:
-        """The request that `as_dict` gave, or one that somebody wrote. Raises `RequestError` for anything else.
-
-        A LoRA's `sha256`, which a saved picture has beside name and weight, is passed over.
-        """
+        """The request that `as_dict` gave, or one that somebody wrote. Raises `RequestError` for anything else."""
         read = dict(fields)
         unknown = read.keys() - {field.name for field in fields_of(cls)}
         if unknown:
             raise RequestError(f"A request has no field {min(map(str, unknown))[:MAX_NAME]!r}: leave it out.")
         try:
             read["references"] = tuple(Path(path) for path in read.get("references", ()))
-            read["loras"] = tuple(
-                LoraChoice(**{key: value for key, value in entry.items() if key != "sha256"})
-                for entry in read.get("loras", ())
-            )
+            read["loras"] = tuple(LoraChoice(**entry) for entry in read.get("loras", ()))
+            read["upsampling"] = Upsampling(**read.get("upsampling", {}))
             return cls(**read)
         except (TypeError, AttributeError) as error:
             raise RequestError(
-                "That is no request: it needs a prompt, a list of file names as references, and a list of "
-                '{"name": ..., "weight": ...} as LoRAs.'
+                "That is no request: it needs a prompt, a list of file names as references, a list of "
+                '{"name": ..., "weight": ...} as LoRAs, and {"by": ...} as upsampling.'
             ) from error
 
 

@@ -1,0 +1,28 @@
+"""What is known of how one picture was made: what goes into its file, and what is read back to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flux2_studio.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One picture's making. Hashes are SHA-256 of a file's bytes, in hexadecimal.
+
+    `request` is resolved, with this picture's own seed and count 1; its prompt is what the transformer drew, and no
+    language model is asked again (`upsampling.by` is none). Its references are no paths: `references` names them by
+    hash, in order, and so does `loras` the request's LoRAs.
+    """
+
+    request: Request
+    label: str  # the checkpoint's, as users call it
+    checkpoint: str = ""  # hash of the transformer's file, "" where it is not known
+    references: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
+    original_prompt: str | None = None  # before a language model enriched it
+    upsampled_by: str | None = None  # which one
+    versions: Mapping[str, str] = field(default_factory=dict)  # of flux2-studio, torch, ...
+    computed: Mapping[str, str] = field(default_factory=dict)  # device, precision, ...: what else the pixels depend on
