@@ -20,14 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from flux2_studio import __version__, cli_models
+from flux2_studio import __version__, cli_inspect, cli_models
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError, StudioError
-from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
+from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped, Upsampled, Writing
 from flux2_studio.models.own import with_own_files
-from flux2_studio.request import MAX_LORA_WEIGHT, LoraChoice, Request
+from flux2_studio.request import MAX_LORA_WEIGHT, Enricher, ImageFormat, LoraChoice, Request, Upsampling
 from flux2_studio.settings import DtypeName, Settings
 from flux2_studio.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line
+
+ENDINGS: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,11 +101,27 @@ def parser() -> Parser:
         "--count", metavar="N", type=int, default=1, help="pictures, of seeds S, S+1, ... (default 1)"
     )
     generate.add_argument(
+        "--upsample",
+        choices=get_args(Enricher),
+        help="have a language model enrich the prompt (default: FLUX2_UPSAMPLE, or none; none with --image)",
+    )
+    generate.add_argument("--upsample-model", metavar="NAME", help="which one (default: the first that is offered)")
+    generate.add_argument(
+        "--format", choices=get_args(ImageFormat), help="of the picture (default: what --out ends in)"
+    )
+    for option, what in (
+        ("--no-watermark", "lay no invisible watermark"),
+        ("--no-sign", "add no signed content credentials (C2PA)"),
+        ("--no-metadata", "write no settings into the file"),
+        ("--no-check", "skip the safety check"),
+    ):
+        generate.add_argument(option, action="store_true", help=what)
+    generate.add_argument(
         "--out",
         metavar="FILE",
         type=Path,
         required=True,
-        help="PNG to write; several: FILE-1.png, FILE-2.png, ...",
+        help="picture to write: .png, .jpg or .webp; several: FILE-1.png, FILE-2.png, ...",
     )
     generate.set_defaults(run=run_generate)
 
@@ -129,6 +147,7 @@ def parser() -> Parser:
     encode.set_defaults(run=run_encode_server)
 
     cli_models.add_to(commands)
+    cli_inspect.add_to(commands)
     return top
 
 
@@ -156,6 +175,8 @@ def run_encode_server(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     """`generate`: one run, its pictures copied to --out."""
+    settings, _ = _settings(options)
+    by = options.upsample or ("none" if options.image else settings.upsample)
     request = Request(
         prompt=options.prompt,
         negative_prompt=options.negative,
@@ -168,18 +189,24 @@ def run_generate(options: argparse.Namespace) -> int:
         seed=options.seed,
         count=options.count,
         loras=tuple(options.lora),
+        upsampling=Upsampling(by=by, model=options.upsample_model),
+        format=format_of(options.out, options.format),
+        watermark=not options.no_watermark,
+        sign=not options.no_sign,
+        metadata=not options.no_metadata,
     )
     targets = output_files(options.out, request.count)
     # Nobody sees previews here, and they would cost time and, for most checkpoints, a download.
-    settings, _ = _settings(options)
-    settings = replace(settings, preview="off")
+    settings = replace(settings, preview="off", safety="off" if options.no_check else settings.safety)
     # What is wrong with the numbers is said before torch loads.
     request.resolve(settings.checkpoint(request.checkpoint))
     settings.prepare_process()
+    from flux2_studio.outputs.kept import KeptReferences
     from flux2_studio.studio import Studio
 
+    studio = Studio(settings, kept=KeptReferences(settings.references))
     with stop_on_interrupt() as cancelled, Progress(sys.stderr) as progress:
-        end = follow(Studio(settings).generate(request, cancelled), progress)
+        end = follow(studio.generate(request, cancelled), progress)
     made = targets[: len(end.images)]  # a stopped run has fewer
     for source, target in zip(end.images, made, strict=True):
         copy_file(source, target)
@@ -187,6 +214,8 @@ def run_generate(options: argparse.Namespace) -> int:
     if isinstance(end, Stopped):
         print(f"{PROGRAM}: stopped, with {len(end.images)} of {request.count} done", file=sys.stderr)
         return INTERRUPTED
+    for text in end.provenance:
+        print(text, file=sys.stderr)
     print(f"{_seeds(end.seeds)}, {end.seconds:.1f} s", file=sys.stderr)
     return 0
 
@@ -209,13 +238,21 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def format_of(out: Path, wanted: ImageFormat | None) -> ImageFormat:
+    """The format that --out ends in. Raises `RequestError` where that is none, or not the one that is `wanted`."""
+    found = ENDINGS.get(out.suffix.lower())
+    if found is None:
+        raise RequestError(f"--out must end in .png, .jpg, .jpeg or .webp, not {out.name!r}.")
+    if wanted not in (None, found):
+        raise RequestError(f"--out {out.name!r} is not named as a picture of --format {wanted}: change one of them.")
+    return found
+
+
 def output_files(out: Path, count: int) -> tuple[Path, ...]:
     """The files that --out stands for: itself, or numbered for several.
 
     Raises `RequestError` where they could not be written.
     """
-    if out.suffix.lower() != ".png":
-        raise RequestError(f"--out must end in .png, not {out.name!r}: pictures are saved as PNG with their settings.")
     if not out.parent.is_dir():
         raise RequestError(f"There is no folder {str(out.parent)!r} for --out: create it first.")
     if not os.access(out.parent, os.W_OK | os.X_OK):
@@ -284,6 +321,10 @@ def follow(events: Iterator[Event], progress: Progress) -> Result | Stopped:
                 progress.show(text, fraction)
             case Notice(text=text):
                 progress.note(text)
+            case Writing(text=text):
+                progress.glimpse(text)
+            case Upsampled(prompt=prompt, by=by):
+                progress.note(f"Enriched by {by}: {prompt}")
             case Preview(step=step, steps=steps, first=first, count=count, seconds_left=left):
                 picture = f"picture {first + 1} of {count}, " if count > 1 else ""
                 remaining = "" if left is None else f", {left:.0f} s left"

@@ -17,13 +17,14 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from flux2_studio.errors import StudioError
-from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Status, Stopped
+from flux2_studio.errors import StudioError, UpsampleError
+from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Status, Stopped, Writing
 from flux2_studio.request import Request, changes
+from flux2_studio.upsample import ApiKey
 
 log = logging.getLogger(__name__)
 
-PASSING = (Queued, Status, Preview)  # what a later event of the same kind makes worthless
+PASSING = (Queued, Status, Writing, Preview)  # what a later event of the same kind makes worthless
 PASSED = 3  # runs of the loaded checkpoint that may go before an older one of another
 KEPT = 200  # finished jobs that can still be asked for
 DEFECT = (
@@ -35,9 +36,13 @@ DEFECT = (
 class Runner(Protocol):
     """What a job queue needs of a studio."""
 
-    def resolve(self, request: Request) -> Request: ...
+    def resolve(self, request: Request, key: ApiKey | None = None) -> Request: ...
 
-    def generate(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
+    def generate(
+        self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None
+    ) -> Iterator[Event]: ...
+
+    def enrich(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]: ...
 
     def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
 
@@ -106,12 +111,23 @@ class Task:
 
 
 class Job(Task):
-    """One submitted run, with its resolved request."""
+    """One submitted run, with its resolved request. key: its owner's, for the server that enriches prompts; forgotten
+    when the run has ended."""
 
-    def __init__(self, request: Request, owner: str) -> None:
+    def __init__(self, request: Request, owner: str, key: ApiKey | None = None) -> None:
         super().__init__(owner)
         self.request = request
+        self.key = key
         self.passed = 0  # how many younger runs were taken before it
+
+    def add(self, event: Event) -> None:
+        super().add(event)
+        if isinstance(event, FINAL):
+            self.key = None
+
+
+class Enrichment(Job):
+    """Having a prompt enriched, and nothing drawn."""
 
 
 class Preparation(Task):
@@ -137,25 +153,44 @@ class JobQueue:
         self._worker = threading.Thread(target=self._work, name="flux2-worker", daemon=True)
         self._worker.start()
 
-    def submit(self, request: Request, owner: str = "") -> Job:
+    def submit(self, request: Request, owner: str = "", key: ApiKey | None = None) -> Job:
         """Check and resolve `request`, and queue it. Raises `StudioError` at once for what cannot be done."""
-        resolved = self._studio.resolve(request)
-        job = Job(resolved, owner)
+        resolved = self._studio.resolve(request, key)
+        job = Job(resolved, owner, key)
         for text in changes(request, resolved):
             job.add(Notice(text=text))
+        self._queue(job)
+        return job
+
+    def enrich(self, request: Request, owner: str = "", key: ApiKey | None = None) -> Enrichment:
+        """Have the prompt of `request` enriched. What another machine does for it waits for no run here."""
+        job = Enrichment(self._studio.resolve(request, key), owner, key)
+        if request.upsampling.by == "local":
+            self._queue(job)
+            return job
         with self._changed:
-            if self._closed:
-                raise StudioError("The studio is shutting down: start it again for further runs.")
-            self._jobs[job.id] = job
+            self._admit(job)
+        if job.start():
+            threading.Thread(target=self._run, args=(job,), name="flux2-enriching", daemon=True).start()
+        return job
+
+    def _queue(self, job: Job) -> None:
+        with self._changed:
+            self._admit(job)
             self._waiting.append(job)
-            finished = [id_ for id_, other in self._jobs.items() if other.finished]
-            for id_ in finished[: max(0, len(finished) - KEPT)]:
-                del self._jobs[id_]
-            if isinstance(self._running, Preparation) and self._running.checkpoint != resolved.checkpoint:
+            if isinstance(self._running, Preparation) and self._running.checkpoint != job.request.checkpoint:
                 self._running.cancel()  # a run goes first
             self._tell_places()
             self._changed.notify_all()
-        return job
+
+    def _admit(self, job: Job) -> None:
+        """Let `job` be asked for by its name. Raises `StudioError` once the queue is closed."""
+        if self._closed:
+            raise StudioError("The studio is shutting down: start it again for further runs.")
+        self._jobs[job.id] = job
+        finished = [id_ for id_, other in self._jobs.items() if other.finished]
+        for id_ in finished[: max(0, len(finished) - KEPT)]:
+            del self._jobs[id_]
 
     def prepare(self, checkpoint: str, owner: str = "") -> Preparation:
         """Have `checkpoint` loaded as soon as no run is to be done. Whatever was to be prepared before is not."""
@@ -244,15 +279,17 @@ class JobQueue:
             if not task.finished:  # its followers would wait for ever
                 raise RuntimeError("the run ended without a final event")
         except StudioError as error:
-            task.add(Failed(message=str(error)))
+            task.add(Failed(message=str(error), upsampling=isinstance(error, UpsampleError)))
         except Exception:
             # A defect of ours: the log has it whole, the user reads what can be done.
             log.exception("run %s failed", task.id)
             task.add(Failed(message=DEFECT))
 
     def _events(self, task: Task) -> Iterator[Event]:
-        if isinstance(task, Job):
-            yield from self._studio.generate(task.request, lambda: task.cancelled)
+        if isinstance(task, Enrichment):
+            yield from self._studio.enrich(task.request, lambda: task.cancelled, task.key)
+        elif isinstance(task, Job):
+            yield from self._studio.generate(task.request, lambda: task.cancelled, task.key)
         elif isinstance(task, Preparation):
             yield from self._studio.prepare(task.checkpoint, lambda: task.cancelled)
             with self._changed:

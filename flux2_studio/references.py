@@ -18,7 +18,7 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
@@ -36,19 +36,21 @@ READABLE = "PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF"
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """One reference: `image` is RGB at its full size, upright; `notes` say what was done to it, for the user."""
+    """One reference: `image` is RGB at its full size, upright; `notes` say what was done to it, for the user; `data` is
+    the file."""
 
     image: Image.Image
     notes: tuple[str, ...]
+    data: bytes = field(repr=False)
     sha256: str  # of the file's bytes, which names the reference in a saved picture's metadata
 
 
 def load_reference(path: Path) -> Loaded:
     """Read the picture at `path`. Raises `ReferenceImageError` for anything that cannot serve as a reference."""
-    name = _shown(path)
+    name = shown_name(path)
     data = _read(path, name)
     notes: list[str] = []
-    with _opening(data, name) as file:
+    with opening(data, name) as file:
         # (A phone's MPO holds a photo and its depth map or the like: nothing worth a note.)
         if file.format != "MPO" and getattr(file, "is_animated", False):
             notes.append(f"{name} holds several pictures or frames: the first one is used.")
@@ -56,7 +58,7 @@ def load_reference(path: Path) -> Loaded:
         _check_size(file.size, name)  # a decoder may find another size than the header told
         image = _flatten(_to_srgb(_to_8_bit(_upright(file, name, notes)), name, notes))
     image.info.clear()  # an orientation or a colour profile left here would no longer be true
-    return Loaded(image=image, notes=tuple(notes), sha256=hashlib.sha256(data).hexdigest())
+    return Loaded(image=image, notes=tuple(notes), data=data, sha256=hashlib.sha256(data).hexdigest())
 
 
 def reference_size(path: Path) -> tuple[int, int]:
@@ -64,8 +66,8 @@ def reference_size(path: Path) -> tuple[int, int]:
 
     Raises `ReferenceImageError` for what the header shows to be of no use.
     """
-    name = _shown(path)
-    with _opening(_read(path, name), name) as file:
+    name = shown_name(path)
+    with opening(_read(path, name), name) as file:
         return file.size
 
 
@@ -114,11 +116,16 @@ def _capped(size: tuple[int, int], cap_pixels: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _opening(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
-    """The picture in `data`, its header read and checked; whatever goes wrong with it is a `ReferenceImageError`."""
+def opening(data: bytes, name: str, *, any_size: bool = False) -> Iterator[ImageFile.ImageFile]:
+    """The picture in `data`, its header read; whatever goes wrong with it, in the `with` too, is a
+    `ReferenceImageError` that calls it `name`.
+
+    any_size: it need not serve as a reference; how many pixels it has is then for the caller to check.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            _check_size(file.size, name)
+            if not any_size:
+                _check_size(file.size, name)
             yield file
     except ReferenceImageError:
         raise
@@ -172,7 +179,7 @@ def _too_large(name: str) -> str:
     return f"{name} has more than {MAX_PIXELS // 10**6} megapixels: scale it down first."
 
 
-def _shown(path: Path) -> str:
+def shown_name(path: Path) -> str:
     """The file's name, fit for a message: no folders, nothing unprintable, not too long."""
     name = "".join(c if c.isprintable() else "?" for c in path.name) or "The reference"
     return name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"

@@ -24,8 +24,8 @@ MAX_NAME = 250  # characters of the name of a LoRA or of a language model
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 Enricher = Literal["none", "local", "openrouter"]
-# How a language model may choose its words, as servers take it: temperature 0 takes the likeliest each time; top_p keeps
-# those that make up so much of the probability.
+# How a language model may choose its words, as servers take it: temperature 0 takes the likeliest each time; top_p
+# keeps those that make up so much of the probability.
 SAMPLING: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.01, 1.0),
@@ -94,9 +94,9 @@ class Request:
     """One run: `count` pictures of `prompt`, each from `references` (none: from nothing, one: an edit, more: combined).
 
     None means that the checkpoint, the first reference or chance decides; `resolve` returns a request with no None
-    left. Picture i is drawn with seed + i. The pictures are saved as `format`, with an invisible watermark (`watermark`),
-    with the settings that made them (`metadata`) and signed (`sign`), the prompt in the signed credentials only where
-    `sign_prompt`. Raises `RequestError` for what no checkpoint could do.
+    left. Picture i is drawn with seed + i. The pictures are saved as `format`, with an invisible watermark
+    (`watermark`), with the settings that made them (`metadata`) and signed (`sign`), the prompt in the signed
+    credentials only where `sign_prompt`. Raises `RequestError` for what no checkpoint could do.
     """
 
     prompt: str
@@ -120,6 +120,8 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("Write a prompt first: say what the picture should show or how it should change.")
+        if not isinstance(self.negative_prompt, str | None) or not isinstance(self.checkpoint, str | None):
+            raise RequestError("The negative prompt and the checkpoint's name must be texts.")
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt or "")):
             if len(text) > MAX_PROMPT:
                 raise RequestError(f"The {name} has {len(text):,} characters; shorten it to {MAX_PROMPT:,} at most.")

@@ -15,6 +15,7 @@
 | FLUX2_TEXT_ENCODER_TOKEN | the token that it asks for |
 | FLUX2_TEXT_ENCODER_FOR | the checkpoint whose text encoder it has; all that share that encoder use it (default: dev) |
 | FLUX2_ENCODE_TOKEN | the token that our own `encode-server` asks for |
+| FLUX2_UPSAMPLE | none, local or openrouter: who enriches prompts for new pictures when nothing is chosen |
 | FLUX2_OPENROUTER_URL | the OpenAI-compatible server that enriches prompts (default: OpenRouter's) |
 | FLUX2_OPENROUTER_MODEL | the model that is asked there when none is chosen |
 | OPENROUTER_API_KEY | the key that it asks for |
@@ -42,6 +43,7 @@ import platformdirs
 
 from flux2_studio.checkpoints import CHECKPOINTS, Checkpoint
 from flux2_studio.errors import RequestError, StudioError
+from flux2_studio.request import Enricher
 
 Device = str
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -72,6 +74,7 @@ class Settings:
     text_encoder_token: str | None = field(default=None, repr=False)
     text_encoder_for: str = "dev"
     encode_token: str | None = field(default=None, repr=False)
+    upsample: Enricher = "none"
     openrouter_url: str = "https://openrouter.ai/api/v1"
     openrouter_model: str | None = None
     openrouter_key: str | None = field(default=None, repr=False)
@@ -114,6 +117,7 @@ class Settings:
                 env, "FLUX2_TEXT_ENCODER_FOR", cls.text_encoder_for, tuple(it.name for it in CHECKPOINTS)
             ),
             encode_token=_token(env, "FLUX2_ENCODE_TOKEN"),
+            upsample=_choice(env, "FLUX2_UPSAMPLE", cls.upsample, get_args(Enricher)),  # type: ignore[arg-type]
             openrouter_url=_url(env, "FLUX2_OPENROUTER_URL") or cls.openrouter_url,
             openrouter_model=env.get("FLUX2_OPENROUTER_MODEL") or None,
             openrouter_key=_token(env, "OPENROUTER_API_KEY"),
@@ -132,6 +136,11 @@ class Settings:
     def outputs(self) -> Path:
         """The folder under which finished pictures are saved."""
         return self.home / "outputs"
+
+    @property
+    def references(self) -> Path:
+        """The folder where references are kept, so that pictures made from them can be made again."""
+        return self.home / "references"
 
     @property
     def identity(self) -> Path:

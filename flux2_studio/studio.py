@@ -1,16 +1,15 @@
 """One run from request to saved pictures. The only orchestrator; every caller goes through `Studio.generate`.
 
-resolve -> references -> plan -> encode text -> encode references -> denoise (previews) -> decode -> save -> Result
+resolve -> references -> check prompt and references -> upsample -> check again -> plan -> encode text -> encode
+references -> denoise (previews) -> decode -> check image -> watermark, settings, signature -> save -> Result
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,45 +17,68 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flux2_studio import __version__
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.engine.latents import noise
 from flux2_studio.engine.sampling import denoise
-from flux2_studio.errors import DeviceError, OutOfMemory
-from flux2_studio.events import Event, Notice, Preview, Ready, Result, Status, Stopped
+from flux2_studio.engine.writer import Writer
+from flux2_studio.enrichment import check_choice, enrich
+from flux2_studio.errors import DeviceError, OutOfMemory, SafetyError
+from flux2_studio.events import Event, Notice, Preview, Ready, Result, Status, Stopped, Upsampled
+from flux2_studio.models.choices import choose_dtype, choose_storage
+from flux2_studio.models.classifier import find_classifier
 from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Loras
 from flux2_studio.models.manager import Drawn, ModelManager, Session
 from flux2_studio.models.memory import is_out_of_memory
 from flux2_studio.models.plan import Plan, Workload
 from flux2_studio.models.refusals import amount
+from flux2_studio.models.writers import WriterOffer
+from flux2_studio.outputs.credentials import Signer, Source
+from flux2_studio.outputs.finish import Finisher
+from flux2_studio.outputs.kept import KeptReferences
+from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.save import Library
+from flux2_studio.outputs.watermark import PUBLISHED, Message
 from flux2_studio.pictures import images_from_pixels
 from flux2_studio.references import fit, fit_note, load_reference
-from flux2_studio.request import Request, changes
+from flux2_studio.request import Request, Upsampling, changes
+from flux2_studio.safety.guard import Guard
+from flux2_studio.safety.policy import decide
+from flux2_studio.safety.questions import Ask, asking
 from flux2_studio.settings import Settings
+from flux2_studio.upsample import ApiKey
+from flux2_studio.working import Cancelled, check, with_status
 
 T = TypeVar("T")
 
 
-class _Cancelled(Exception):
-    """The owner wants no more of this run."""
-
-
 @dataclass
 class _Finished:
-    """What a run has saved so far."""
+    """What a run has done so far: `drawn` pictures, of which those in `images` are saved and the rest were withheld."""
 
+    drawn: int = 0
     images: list[Path] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    provenance: tuple[str, ...] = ()
+    told: set[str] = field(default_factory=set)  # what need not be said of every picture
+    withheld: SafetyError | None = None  # why the last one was
+
+    def fresh(self, notes: Sequence[str]) -> list[Event]:
+        """A Notice for each of `notes` that was not told before."""
+        new = [note for note in dict.fromkeys(notes) if note not in self.told]
+        self.told.update(new)
+        return [Notice(text=note) for note in new]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Reference:
-    """A reference as the engine takes it, what was done to get there, and the hash of its file."""
+    """A reference as the engine takes it, what was done to get there, and its file, by hash and as an ingredient."""
 
     image: Image.Image
     notes: tuple[str, ...]
     sha256: str
+    source: Source | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,27 +92,56 @@ class _Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One run under way: its resolved request, and what goes along with it from stage to stage."""
+    """One run under way: its resolved request, and what goes along with it from stage to stage.
+
+    upsampled: how its prompt came about, where a language model wrote it.
+    """
 
     request: Request
+    upsampled: Upsampled | None
     references: Sequence[_Reference]
     session: Session
+    guard: Guard
     cancelled: Callable[[], bool]
     finished: _Finished
 
     def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
         """Do `work` while telling what it says; it is not begun when the run is cancelled."""
-        _check(self.cancelled)
-        return (yield from _with_status(work, self.cancelled))
+        check(self.cancelled)
+        return (yield from with_status(work, self.cancelled))
+
+
+def guard_of(settings: Settings, *, shared: bool) -> Guard:
+    """The safety check of a studio that is `shared` by a public link or not."""
+    policy = decide(settings.safety, shared=shared, on_space=settings.on_space)
+    return Guard(policy, lambda: find_classifier(settings.nsfw_model))
 
 
 class Studio:
-    """Turns requests into pictures, one at a time. `jobs.JobQueue` puts many callers in line."""
+    """Turns requests into pictures, one at a time. `jobs.JobQueue` puts many callers in line.
 
-    def __init__(self, settings: Settings, models: ModelManager | None = None, library: Library | None = None) -> None:
+    guard: the safety check, by default that of a studio for its owner alone. kept: where references are kept, so that
+    their pictures can be made again; None keeps none. Raises `StudioError` for a watermark that cannot be laid.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: ModelManager | None = None,
+        library: Library | None = None,
+        *,
+        guard: Guard | None = None,
+        kept: KeptReferences | None = None,
+    ) -> None:
         self.settings = settings
+        self.guard = guard or guard_of(settings, shared=False)
+        self.signer = Signer(settings.identity, settings.c2pa_certificate, settings.c2pa_key)
+        own = settings.watermark_message
+        self.message = Message.parse(own) if own else PUBLISHED
+        self.kept = kept
         self._models = models or ModelManager(settings, Hub(settings))
         self._library = library or Library(settings.outputs)
+        self._finisher = Finisher(self.message, self.signer)
 
     @property
     def loras(self) -> Loras:
@@ -101,8 +152,10 @@ class Studio:
         """Whether `checkpoint` can run without a download."""
         return self._models.on_disk(checkpoint)
 
-    def resolve(self, request: Request) -> Request:
-        """`request` with nothing left open, its references looked at. Raises `RequestError` for what cannot be done."""
+    def resolve(self, request: Request, key: ApiKey | None = None) -> Request:
+        """`request` with nothing left open, its references looked at. key: see `generate`. Raises `RequestError` for
+        what cannot be done, `UpsampleError` where nobody could enrich the prompt."""
+        check_choice(request.upsampling, self.settings.checkpoint(request.checkpoint), self.settings, key)
         return self._look_at(request)[0]
 
     def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> str:
@@ -115,6 +168,33 @@ class Studio:
             return ""
         workload = _workload(request.resolve(checkpoint, references), references, checkpoint)
         return self._models.outlook(checkpoint, workload, request.loras).text(self._models.place)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What watermarks may say that are looked for: this studio's, and the published one."""
+        return tuple(dict.fromkeys((self.message, PUBLISHED)))
+
+    def writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
+        """The language models on this machine that can enrich prompts for `checkpoint`."""
+        return self._models.writers(checkpoint)
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of what pictures depend on."""
+        return {"flux2-studio": __version__, "torch": torch.__version__, "transformers": version("transformers")}
+
+    def computed(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        """How `checkpoint` is computed here, as far as pictures depend on it."""
+        device, part = self._models.device, checkpoint.flow
+        return {
+            "device": device.type,
+            "precision": str(choose_dtype(self.settings.dtype, device, checkpoint, part)).removeprefix("torch."),
+            "weights": choose_storage(self.settings.quantize, device, part),
+        }
+
+    def checkpoint_hash(self, checkpoint: Checkpoint) -> str | None:
+        """SHA-256 of the transformer's file; None where it is not here, or would take long to read."""
+        return self._models.hash_of(checkpoint) if self.on_disk(checkpoint) else None
 
     def needs(self, checkpoint: Checkpoint) -> str:
         """What `checkpoint` needs of the memory, in words: by its published sizes, for it may not be here yet."""
@@ -135,21 +215,40 @@ class Studio:
             self._models.open(checkpoint, _workload(usual, [], checkpoint), progress).preload(progress)
 
         try:
-            yield from _with_status(load, cancelled)
+            yield from with_status(load, cancelled)
             yield Ready(checkpoint=name)
-        except _Cancelled:
+        except Cancelled:
             yield Stopped()
         except (RuntimeError, MemoryError) as error:
             raise self._exhausted(name, error) from error
 
-    def generate(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    def enrich(
+        self, request: Request, cancelled: Callable[[], bool] = lambda: False, key: ApiKey | None = None
+    ) -> Iterator[Event]:
+        """Have the prompt of `request` enriched as its `upsampling` says, and draw nothing: the last events are
+        Upsampled and Ready, or Stopped once `cancelled`. key: see `generate`. Raises `StudioError`."""
+        try:
+            self.guard.ready()
+            resolved, references = yield from self._examined(request, cancelled, _Finished(), with_files=False)
+            done = yield from enrich(
+                resolved, [it.image for it in references], self.settings, self._models, key, cancelled
+            )
+            yield from (Notice(text=text) for text in self.guard.prompt(done.prompt))
+            yield Ready(checkpoint=resolved.checkpoint or "")
+        except Cancelled:
+            yield Stopped()
+
+    def generate(
+        self, request: Request, cancelled: Callable[[], bool] = lambda: False, key: ApiKey | None = None
+    ) -> Iterator[Event]:
         """Carry out `request`, yielding events as `events.py` orders them; the last is a Result or, if `cancelled`
-        turned true between two steps, Stopped. Raises `StudioError` for what the user must know.
+        turned true between two steps, Stopped. key: the user's own for the server that enriches prompts. Raises
+        `StudioError` for what the user must know.
         """
         finished = _Finished()
         try:
-            yield from self._run(request, cancelled, finished)
-        except _Cancelled:
+            yield from self._run(request, cancelled, key, finished)
+        except Cancelled:
             yield Stopped(images=tuple(finished.images), seeds=tuple(finished.seeds))
         except (RuntimeError, MemoryError) as error:
             raise self._exhausted(request.checkpoint, error) from error
@@ -164,30 +263,49 @@ class Studio:
             f"smaller size, fewer or smaller references, or a smaller checkpoint."
         )
 
-    def _run(self, asked: Request, cancelled: Callable[[], bool], finished: _Finished) -> Iterator[Event]:
+    def _run(
+        self, asked: Request, cancelled: Callable[[], bool], key: ApiKey | None, finished: _Finished
+    ) -> Generator[Event, None, None]:
         began = time.monotonic()
-        _check(cancelled)
-        request, references = self._look_at(asked, cancelled)
-        self._library.check()  # before hours of work, not after
-        yield from (Notice(text=text) for text in changes(asked, request))
+        check(cancelled)
+        # Whatever can fail at the end is tried before hours of work.
+        self._library.check()
+        self.guard.ready()
+        request, references = yield from self._examined(asked, cancelled, finished, with_files=True)
+        self._finisher.check(request)
+        upsampled: Upsampled | None = None
+        if request.upsampling.by != "none":
+            pictures = [reference.image for reference in references]
+            upsampled = yield from enrich(request, pictures, self.settings, self._models, key, cancelled)
+            yield from finished.fresh(self.guard.prompt(upsampled.prompt))
+            request = replace(request, prompt=upsampled.prompt, upsampling=Upsampling())
         checkpoint = self.settings.checkpoint(request.checkpoint)
         workload = _workload(request, [reference.image.size for reference in references], checkpoint)
         exhausted: Plan | None = None  # the plan that turned out to be too much
-        while len(finished.images) < request.count:
+        while finished.drawn < request.count:
             before = exhausted
-            session = yield from _with_status(
+            session = yield from with_status(
                 lambda progress: self._models.open(
                     checkpoint,
                     workload,
                     progress,
                     loras=request.loras,
                     after=before,  # noqa: B023 - run at once
+                    whole=self.guard.policy == "on",
                 ),
                 cancelled,
             )
-            run = _Run(request=request, references=references, session=session, cancelled=cancelled, finished=finished)
+            run = _Run(
+                request=request,
+                upsampled=upsampled,
+                references=references,
+                session=session,
+                guard=self.guard,
+                cancelled=cancelled,
+                finished=finished,
+            )
             if not before:
-                yield from (Notice(text=text) for text in session.notes)
+                yield from finished.fresh(session.notes)
             if not session.plan.resident:
                 yield Notice(text=session.plan.text(self._models.place))
             try:
@@ -200,61 +318,117 @@ class Studio:
                 del run, session  # and whatever they hold on the device
                 self._models.release_all()
                 yield Notice(text="The memory ran out, in spite of the plan: trying once more, with less of it in use.")
+        if finished.withheld is not None and not finished.images:
+            raise finished.withheld
         yield Result(
             request=request,
             images=tuple(finished.images),
             seeds=tuple(finished.seeds),
             seconds=time.monotonic() - began,
+            provenance=finished.provenance,
         )
 
+    def _examined(
+        self, asked: Request, cancelled: Callable[[], bool], finished: _Finished, *, with_files: bool
+    ) -> Generator[Event, None, tuple[Request, list[_Reference]]]:
+        """The resolved request and its references, all of it checked. with_files: whether pictures will be made of the
+        references, which are then kept, and named in the pictures' credentials."""
+        request, references = self._look_at(asked, cancelled, with_files=with_files)
+        yield from finished.fresh(changes(asked, request))
+        yield from finished.fresh(self.guard.prompt(request.prompt))
+        for number, reference in enumerate(references, start=1):
+            check(cancelled)
+            yield from finished.fresh(self.guard.reference(number, reference.image))
+            if reference.source is not None and reference.source.note:
+                yield from finished.fresh([reference.source.note])
+        return request, references
+
     def _look_at(
-        self, request: Request, cancelled: Callable[[], bool] = lambda: False
+        self, request: Request, cancelled: Callable[[], bool] = lambda: False, *, with_files: bool = False
     ) -> tuple[Request, list[_Reference]]:
-        """The resolved request, and its references at the size at which they are read."""
+        """The resolved request, and its references at the size at which they are read. with_files: see `_examined`."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
         request.resolve(checkpoint)  # whatever is wrong with the numbers is said before pictures are opened
         self.loras.check(request.loras, checkpoint, None)
         cap = checkpoint.reference_cap(len(request.references))
         references = []
         for number, path in enumerate(request.references, start=1):
-            _check(cancelled)
+            check(cancelled)
             whole = load_reference(path)  # one at a time: a photograph takes hundreds of megabytes until it is fitted
             image = fit(whole.image, cap)
             note = fit_note(number, whole.image.size, image.size)
+            if with_files and request.metadata and self.kept is not None:
+                self.kept.keep(whole.data)
             references.append(
-                _Reference(image=image, notes=(*whole.notes, *([note] if note else [])), sha256=whole.sha256)
+                _Reference(
+                    image=image,
+                    notes=(*whole.notes, *([note] if note else [])),
+                    sha256=whole.sha256,
+                    source=self.signer.source(number, whole.data) if with_files and request.sign else None,
+                )
             )
         return request.resolve(checkpoint, [reference.image.size for reference in references]), references
 
     def _make(self, run: _Run) -> Iterator[Event]:
         """Draw and save the pictures of `run` that are not finished yet."""
         conditions = yield from _encode(run)
+        finished = run.finished
         timer = _Timer()
         most = run.session.plan.batch
-        waiting = list(run.request.seeds[len(run.finished.images) :])
-        told = False
+        waiting = list(run.request.seeds[finished.drawn :])
         while waiting:
             seeds = waiting[:most]
             drawn = yield from run.working(run.session.draw)
-            if not told:
-                yield from (Notice(text=lora.report.text) for lora in drawn.applied)
-                told = True
+            yield from finished.fresh([lora.report.text for lora in drawn.applied])
             pictures = yield from self._draw(run, drawn, seeds, len(waiting), conditions, timer)
             if pictures is None:
                 most = len(seeds) // 2
                 self._models.release_scratch()
                 yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
                 continue
-            for picture, seed in zip(pictures, seeds, strict=True):
-                path = self._library.save(
-                    picture,
-                    replace(run.request, seed=seed, count=1),
-                    [reference.sha256 for reference in run.references],
-                    [lora.sha256 for lora in drawn.applied],
-                )
-                run.finished.images.append(path)
-                run.finished.seeds.append(seed)
+            for place, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+                yield from self._finish(run, picture, self._record(run, drawn, seed, place, len(seeds)))
             del waiting[: len(seeds)]
+
+    def _finish(self, run: _Run, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
+        """Check, mark and save one picture; what the check does not let through goes nowhere."""
+        request, finished = record.request, run.finished
+        try:
+            told = self.guard.output(picture, _asking(run.session.asking()))
+        except SafetyError as error:
+            finished.drawn += 1
+            finished.withheld = error
+            if run.request.count > 1:  # of a single one the run's end tells
+                yield Notice(text=f"{error} (Seed {request.seed}.)")
+            return
+        if request.metadata:
+            checkpoint = run.session.checkpoint
+            found = yield from run.working(lambda progress: self._models.hashing(checkpoint, progress))
+            record = replace(record, checkpoint=found)
+        sources = [reference.source for reference in run.references if reference.source is not None]
+        file = self._finisher.finish(picture, record, sources)
+        path = self._library.save(file.data, request)
+        yield from finished.fresh([*told, *file.notes])
+        finished.drawn += 1
+        finished.images.append(path)
+        assert request.seed is not None
+        finished.seeds.append(request.seed)
+        finished.provenance = file.provenance
+
+    def _record(self, run: _Run, drawn: Drawn, seed: int, place: int, together: int) -> Record:
+        upsampled = run.upsampled
+        return Record(
+            request=replace(run.request, seed=seed, count=1, references=()),
+            label=run.session.checkpoint.label,
+            references=tuple(reference.sha256 for reference in run.references),
+            loras=tuple(lora.sha256 for lora in drawn.applied),
+            original_prompt=upsampled.original if upsampled else None,
+            upsampled_by=upsampled.by if upsampled else None,
+            place=place,
+            together=together,
+            versions=self.versions,
+            computed=self.computed(run.session.checkpoint),
+        )
 
     def _draw(
         self,
@@ -304,12 +478,23 @@ def _is_guided(request: Request, checkpoint: Checkpoint) -> bool:
     return checkpoint.guiding == "cfg" and request.guidance != 1.0
 
 
+def _asking(writer: Writer | None) -> Ask | None:
+    return None if writer is None else asking(writer)
+
+
 def _encode(run: _Run) -> Generator[Event, None, _Conditions]:
     """Prompts and references as the transformer takes them."""
     request, session = run.request, run.session
     guided = _is_guided(request, session.checkpoint)
     prompts = [request.prompt, request.negative_prompt or ""] if guided else [request.prompt]
     yield Status(text="Reading the prompt")
+    # Where strangers use the studio, the language model is worth loading to be asked.
+    ask = yield from run.working(
+        lambda progress: _asking(session.asking(progress if run.guard.policy == "on" else None))
+    )
+    if ask is not None:
+        pictures = [reference.image for reference in run.references]
+        yield from run.finished.fresh(run.guard.asked(ask, request.prompt, pictures))
     encoded = yield from run.working(lambda progress: session.encode(prompts, progress))
     if request.negative_prompt and not guided:
         yield Notice(text="The negative prompt has no effect at guidance 1: choose a higher guidance to use it.")
@@ -323,7 +508,7 @@ def _encode(run: _Run) -> Generator[Event, None, _Conditions]:
     latents = []
     for number, reference in enumerate(run.references, start=1):
         yield Status(text=f"Reading image {number}" if len(run.references) > 1 else "Reading the image")
-        yield from (Notice(text=note) for note in reference.notes)
+        yield from run.finished.fresh(reference.notes)
         image = reference.image
         latents.append((yield from run.working(lambda progress: session.encode_reference(image, progress))))  # noqa: B023
     return _Conditions(
@@ -339,7 +524,7 @@ def _denoise(
     """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]."""
     request, checkpoint = run.request, run.session.checkpoint
     assert request.width and request.height and request.steps and request.guidance is not None
-    _check(run.cancelled)
+    check(run.cancelled)
     first = request.count - waiting
     yield Status(text="Drawing" if request.count == 1 else f"Drawing {_range(first, len(seeds), request.count)}")
     timer.start()
@@ -357,7 +542,7 @@ def _denoise(
         images: list[Image.Image] = []
         if drawn.previewer is not None:
             for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
-                images += images_from_pixels(drawn.previewer(clean))
+                images += map(run.guard.preview, images_from_pixels(drawn.previewer(clean)))
         timer.stepped(len(seeds))
         yield Preview(
             step=step.index + 1,
@@ -367,7 +552,7 @@ def _denoise(
             count=request.count,
             seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
         )
-        _check(run.cancelled)
+        check(run.cancelled)
     return step.latents
 
 
@@ -391,37 +576,6 @@ class _Timer:
     def left(self, steps: int) -> float:
         """Seconds that `steps` further steps of one picture will take."""
         return self._spent / self._done * steps
-
-
-def _with_status(work: Callable[[Progress], T], cancelled: Callable[[], bool]) -> Generator[Event, None, T]:
-    """Run `work` in a thread of its own, yielding what it tells as Status; cancelling ends it at its next word."""
-    told: queue.SimpleQueue[Status | None] = queue.SimpleQueue()
-    abandoned = threading.Event()
-
-    def progress(text: str, fraction: float | None) -> None:
-        if abandoned.is_set() or cancelled():
-            raise _Cancelled
-        told.put(Status(text=text, fraction=fraction))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="flux2-loader") as pool:
-        future = pool.submit(work, progress)
-        future.add_done_callback(lambda _: told.put(None))
-        try:
-            while (status := told.get()) is not None:
-                yield status
-        finally:
-            abandoned.set()  # whoever stops listening must not leave a download running
-        try:
-            return future.result()
-        finally:
-            # An exception's traceback holds this frame, and the future holds the exception: together they would keep
-            # alive whatever was half loaded.
-            del future
-
-
-def _check(cancelled: Callable[[], bool]) -> None:
-    if cancelled():
-        raise _Cancelled
 
 
 def _range(first: int, length: int, count: int) -> str:

@@ -49,6 +49,11 @@ class Progress:
             print(text, file=self._stream)
         self._last = told
 
+    def glimpse(self, text: str) -> None:
+        """The end of a growing text that anybody may have written; only where the line redraws itself."""
+        if self._terminal:
+            self.show("".join(it if it.isprintable() else " " for it in text[-200:])[-60:])
+
     def note(self, text: str) -> None:
         """Something that stays to be read."""
         self._clear()

@@ -23,9 +23,10 @@ from PIL import Image
 
 from flux2_studio.answers import OR_WITHOUT, Answer, most_characters, read_answer, too_long
 from flux2_studio.chat_server import ChatServer, Trouble
-from flux2_studio.checkpoints import LocalWriter
+from flux2_studio.checkpoints import Checkpoint, LocalWriter
 from flux2_studio.errors import UpsampleError
 from flux2_studio.prompts import Mode, instructions
+from flux2_studio.request import SAMPLING
 from flux2_studio.settings import Settings
 
 if TYPE_CHECKING:
@@ -101,9 +102,17 @@ class Sampling:
     max_tokens: int = 768
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0.0, 2.0), ("top_p", 0.01, 1.0), ("max_tokens", 16, 8192)):
+        for name, (low, high) in SAMPLING.items():
             if not low <= getattr(self, name) <= high:
                 raise UpsampleError(f"Set {name} to a number from {low:g} to {high:g}, {OR_WITHOUT}.")
+
+
+def no_writers(checkpoint: Checkpoint) -> str:
+    """Why no language model on this machine is offered for `checkpoint`, and what to do."""
+    return (
+        f"{checkpoint.label} has no language model on this machine that could enrich prompts: choose OpenRouter, or a "
+        f"checkpoint that is no toy."
+    )
 
 
 class Upsampler(Protocol):

@@ -26,7 +26,7 @@ LAYERS = [
     {"jobs"},
     {"ui"},
     {"terminal"},
-    {"cli_models"},
+    {"cli_models", "cli_inspect"},
     {"cli"},
     {"__main__", "app"},
 ]

@@ -10,10 +10,24 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.checkpoints import CHECKPOINTS
-from flux2_studio.errors import RequestError, StudioError, WeightsError
-from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Result, Status, Stopped
-from flux2_studio.jobs import DEFECT, KEPT, PASSED, Job, JobQueue, Task
-from flux2_studio.request import Request
+from flux2_studio.errors import RequestError, StudioError, UpsampleError, WeightsError
+from flux2_studio.events import (
+    FINAL,
+    Event,
+    Failed,
+    Notice,
+    Preview,
+    Queued,
+    Ready,
+    Result,
+    Status,
+    Stopped,
+    Upsampled,
+    Writing,
+)
+from flux2_studio.jobs import DEFECT, KEPT, PASSED, Enrichment, Job, JobQueue, Task
+from flux2_studio.request import Request, Upsampling
+from flux2_studio.upsample import ApiKey
 
 PATIENCE = 10.0  # seconds until a test that hangs is called a failure
 Script = Callable[[Request, Callable[[], bool]], Iterator[Event]]
@@ -25,14 +39,21 @@ class ScriptedStudio:
     def __init__(self, **scripts: Script) -> None:
         self.scripts = scripts
         self.ran: list[str] = []
+        self.keys: list[ApiKey | None] = []
 
-    def resolve(self, request: Request) -> Request:
+    def resolve(self, request: Request, key: ApiKey | None = None) -> Request:
         if request.prompt not in self.scripts:
             raise RequestError("no such script")
         return request.resolve(next(one for one in CHECKPOINTS if one.name == (request.checkpoint or "nano")))
 
-    def generate(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    def generate(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
         self.ran.append(request.prompt)
+        self.keys.append(key)
+        return self.scripts[request.prompt](request, cancelled)
+
+    def enrich(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
+        self.ran.append(f"enrich {request.prompt}")
+        self.keys.append(key)
         return self.scripts[request.prompt](request, cancelled)
 
     def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
@@ -401,3 +422,85 @@ def test_a_choice_that_cannot_be_loaded_is_told(start: Start) -> None:
         assert isinstance(follow(jobs.submit(Request(prompt="fox")))[-1], Result)
     finally:
         jobs.close()
+
+
+def writes(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    for text in ("A red", "A red fox"):
+        yield Writing(text=text)
+    yield Upsampled(original=request.prompt, prompt="A red fox.", by="somebody")
+    yield Ready(checkpoint="nano")
+
+
+def no_credit(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    yield Status(text="asking")
+    raise UpsampleError("There is no credit left.")
+
+
+def test_of_what_a_model_writes_only_the_newest_is_kept(start: Start) -> None:
+    jobs, _ = start(writes=writes)
+    job = jobs.enrich(Request(prompt="writes", upsampling=Upsampling(by="openrouter")))
+    assert isinstance(job, Enrichment)
+    follow(job)
+    kinds = [type(event) for event in follow(job)]
+    assert kinds == [Upsampled, Ready]
+
+
+def test_another_machine_enriches_while_a_run_goes_on(start: Start) -> None:
+    gate = Gate()
+    jobs, studio = start(gate=gate, writes=writes)
+    running = jobs.submit(Request(prompt="gate"))
+    assert gate.begun.wait(PATIENCE)
+    assert isinstance(follow(jobs.enrich(Request(prompt="writes", upsampling=Upsampling(by="openrouter"))))[-1], Ready)
+    gate.go.set()
+    follow(running)
+    assert studio.ran == ["gate", "enrich writes"]
+
+
+def test_a_model_of_this_machine_waits_for_the_run_under_way(start: Start) -> None:
+    gate = Gate()
+    jobs, studio = start(gate=gate, writes=writes)
+    jobs.submit(Request(prompt="gate"))
+    assert gate.begun.wait(PATIENCE)
+    waiting = jobs.enrich(Request(prompt="writes", upsampling=Upsampling(by="local")))
+    assert [event for _, event in waiting.events(timeout=0)] == [Queued(ahead=1)] and studio.ran == ["gate"]
+    gate.go.set()
+    assert isinstance(follow(waiting)[-1], Ready)
+
+
+def test_a_failed_enrichment_says_that_the_run_would_go_on_without(start: Start) -> None:
+    jobs, _ = start(no_credit=no_credit, bad=bad_weights)
+    assert follow(jobs.submit(Request(prompt="no_credit")))[-1] == Failed(
+        message="There is no credit left.", upsampling=True
+    )
+    end = follow(jobs.submit(Request(prompt="bad")))[-1]
+    assert isinstance(end, Failed) and not end.upsampling
+
+
+@pytest.mark.parametrize("script", [four_steps, no_credit, defect])
+def test_a_key_reaches_the_run_and_is_forgotten_with_its_end(start: Start, script: Script) -> None:
+    jobs, studio = start(script=script)
+    job = jobs.submit(Request(prompt="script"), "me", ApiKey("sk-secret"))
+    follow(job)
+    (key,) = studio.keys
+    assert key is not None and key.reveal() == "sk-secret"
+    assert job.key is None and jobs.get(job.id, "me") is job
+
+
+def test_a_run_that_is_cancelled_in_the_queue_forgets_its_key_too(start: Start) -> None:
+    gate = Gate()
+    jobs, _ = start(gate=gate, four=four_steps)
+    jobs.submit(Request(prompt="gate"))
+    assert gate.begun.wait(PATIENCE)
+    job = jobs.submit(Request(prompt="four"), "me", ApiKey("sk-secret"))
+    job.cancel()
+    assert job.finished and job.key is None
+    gate.go.set()
+
+
+def test_enrichments_end_with_the_studio(start: Start) -> None:
+    jobs, _ = start(endless=endless)
+    job = jobs.enrich(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))
+    jobs.close()
+    assert isinstance(follow(job)[-1], Stopped)
+    with pytest.raises(StudioError, match="shutting down"):
+        jobs.enrich(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))

@@ -19,6 +19,7 @@ from flux2_studio.request import (
     MAX_SEED,
     LoraChoice,
     Request,
+    Upsampling,
     changes,
     round_side,
     size_for_aspect,
@@ -205,13 +206,22 @@ def test_too_many_loras_and_the_same_twice() -> None:
 
 
 def test_json_and_back() -> None:
-    request = Request(prompt="a fox", references=(Path("a.png"),), seed=3, loras=(LoraChoice(name="ink", weight=0.5),))
+    request = Request(
+        prompt="a fox",
+        references=(Path("a.png"),),
+        seed=3,
+        loras=(LoraChoice(name="ink", weight=0.5),),
+        upsampling=Upsampling(by="openrouter", model="some/model", temperature=0.5, top_p=0.9, max_tokens=100),
+        format="webp",
+        watermark=False,
+        metadata=False,
+        sign=False,
+        sign_prompt=True,
+    )
     assert Request.from_dict(json.loads(json.dumps(request.as_dict()))) == request
     resolved = request.resolve(DISTILLED, [(64, 64)])
     assert Request.from_dict(json.loads(json.dumps(resolved.as_dict()))) == resolved
     assert Request.from_dict({"prompt": "a fox"}) == Request(prompt="a fox")
-    with_hash = {"prompt": "a fox", "loras": [{"name": "ink", "weight": 0.5, "sha256": "ab"}]}
-    assert Request.from_dict(with_hash).loras == request.loras
 
 
 @pytest.mark.parametrize(
@@ -228,6 +238,24 @@ def test_json_and_back() -> None:
         {"prompt": "a fox", "loras": [{"name": "ink", "strength": 1}]},
         {"prompt": "a fox", "loras": [{"name": "ink", "weight": "NaN"}]},
         {"prompt": "a fox", "negative_prompt": 5},
+        {"prompt": "a fox", "negative_prompt": ["a dog"]},
+        {"prompt": "a fox", "checkpoint": ["nano"]},
+        {"prompt": "a fox", "format": "gif"},
+        {"prompt": "a fox", "format": ["png"]},
+        {"prompt": "a fox", "watermark": "yes"},
+        {"prompt": "a fox", "sign": 1},
+        {"prompt": "a fox", "upsampling": "openrouter"},
+        {"prompt": "a fox", "upsampling": {"by": "magic"}},
+        {"prompt": "a fox", "upsampling": {"by": "openrouter", "key": "sk-1"}},
+        {"prompt": "a fox", "upsampling": {"by": "openrouter", "model": "a\nb"}},
+        {"prompt": "a fox", "upsampling": {"by": "openrouter", "model": 5}},
+        {"prompt": "a fox", "upsampling": {"by": "openrouter", "model": " "}},
+        {"prompt": "a fox", "upsampling": {"temperature": 2.5}},
+        {"prompt": "a fox", "upsampling": {"temperature": float("nan")}},
+        {"prompt": "a fox", "upsampling": {"temperature": True}},
+        {"prompt": "a fox", "upsampling": {"top_p": 0}},
+        {"prompt": "a fox", "upsampling": {"max_tokens": 100.5}},
+        {"prompt": "a fox", "upsampling": {"max_tokens": 10**9}},
         {"prompt": "a fox", "count": "many"},
     ],
 )

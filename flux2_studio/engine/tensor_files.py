@@ -102,6 +102,11 @@ class TensorFiles:
             )
         return [beside[name] for name in sorted(names)]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that the tensors are in, by name."""
+        return sorted({file.path for file in self._of.values()})
+
     def like(self, key: str) -> Tensor:
         """A tensor of the type and shape that `read` gives, without values (on meta)."""
         return torch.empty(self.shapes[key], dtype=TYPES[self.dtypes[key]], device="meta")

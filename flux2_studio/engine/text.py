@@ -165,8 +165,8 @@ def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> Che
     try:
         config = config_class.from_dict(fields)
         config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            build()
+        with META:
+            blank = build()
     except Exception as error:
         # Whatever transformers raises for fields that make no model: its validators' own errors, KeyError, ...
         raise WeightsError(
@@ -179,7 +179,7 @@ def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> Che
             f"{config.vocab_size}: one of them is another checkpoint's. Use the tokenizer that belongs to the encoder."
         )
     contents = open_contents(weights, TEXT_FOLDER)
-    tower = checked(build, contents, _tower_plan(contents, recipe.layers), blocks=("layers.",))
+    tower = checked(build, contents, _tower_plan(contents, recipe.layers), blank=blank, blocks=("layers.",))
     return CheckedText(config.hidden_size * len(recipe.taps), recipe, tower, words, config)
 
 

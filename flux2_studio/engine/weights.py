@@ -58,12 +58,13 @@ TOLD_EVERY = 0.05  # seconds, at least, between two words on how far a load is
 class Checked(Generic[ModuleT]):
     """A file whose header fits: all that is left is to read it. `params` are the sizes that it was found to have.
 
-    float32: prefixes of parameters that keep full precision. plain: of those that are never held quantised. blocks: of
+    blank: what `build` makes, on the meta device, to look at: deep models take half a second to build. float32: prefixes of parameters that keep full precision. plain: of those that are never held quantised. blocks: of
     those that may be quantised on loading.
     """
 
     params: Any
     build: Callable[[], ModuleT]
+    blank: ModuleT
     contents: Contents
     plan: Plan
     float32: tuple[str, ...] = ()
@@ -123,8 +124,7 @@ class Checked(Generic[ModuleT]):
     def sizes(self, *, dtype: torch.dtype, storage: Storage = "plain") -> dict[str, int]:
         """Bytes of memory that each parameter of the plan, and each buffer that no file holds, has after `load` with
         these arguments. Told by the header alone."""
-        with torch.device("meta"):
-            model = self.build()
+        model = self.blank
         found = {name: _bytes([tensor]) for name, tensor in model.named_buffers() if name not in self.plan}
         for target, source in self.plan.items():
             # On meta, so that what a matrix keeps of its codes and scales is said by its class alone.
@@ -290,6 +290,7 @@ def checked(
     plan: Plan,
     *,
     params: Any = None,
+    blank: ModuleT | None = None,
     float32: tuple[str, ...] = (),
     plain: tuple[str, ...] = (),
     blocks: tuple[str, ...] = (),
@@ -307,11 +308,12 @@ def checked(
             f"{contents.name} holds {listed(foreign)} tensors; float32, bfloat16, float16, fp8 (float8_e4m3fn), NVFP4 "
             f"and GGUF files can be read. Choose the checkpoint's bfloat16 file."
         )
-    with torch.device("meta"):
-        model = build()
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if blank is None:
+        with torch.device("meta"):
+            blank = build()
+    expected = {key: tuple(tensor.shape) for key, tensor in blank.state_dict().items()}
     check(contents.name, expected, shapes_of(plan))
-    return Checked(params, build, contents, plan, float32, plain, blocks)
+    return Checked(params, build, blank, contents, plan, float32, plain, blocks)
 
 
 def check(name: str, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:

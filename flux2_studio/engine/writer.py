@@ -138,16 +138,11 @@ class Writer:
         """
         from transformers import DynamicCache
 
-        ids, pixels = self._read(system, message, images)
         cache = DynamicCache(config=self.model.decoder.config)
         generator = torch.Generator().manual_seed(seed)
-        logits: Tensor | None = None
-        embeddings = self._embed(ids, pixels)
-        for chunk in embeddings.split(CHUNK, 1):
-            if cancelled():
-                return False
-            logits = self._step(chunk, cache)
-        assert logits is not None
+        logits = self._begin(system, message, images, cache, cancelled)
+        if logits is None:
+            return False
         written: list[int] = []
         told = ""
         for _ in range(max_tokens):
@@ -165,6 +160,34 @@ class Writer:
             logits = self._step(self._embed([token], []), cache)
         return False
 
+    def next_logits(self, system: str, message: str, images: Sequence[Tensor] = ()) -> Tensor:
+        """The logits [V], float32 on the CPU, of the first token of an answer, of which nothing is written.
+
+        Arguments and errors as for `write`.
+        """
+        from transformers import DynamicCache
+
+        logits = self._begin(system, message, images, DynamicCache(config=self.model.decoder.config), lambda: False)
+        assert logits is not None
+        return self._finite(logits)
+
+    def tokens(self, text: str) -> list[int]:
+        """`text` as tokens, none of them special unless it spells one out."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _begin(
+        self, system: str, message: str, images: Sequence[Tensor], cache: Any, cancelled: Callable[[], bool]
+    ) -> Tensor | None:
+        """Read the conversation into `cache`: the logits [V] of what follows, None once `cancelled`."""
+        ids, pixels = self._read(system, message, images)
+        logits: Tensor | None = None
+        for chunk in self._embed(ids, pixels).split(CHUNK, 1):
+            if cancelled():
+                return None
+            logits = self._step(chunk, cache)
+        return logits
+
     @torch.inference_mode()
     def _embed(self, ids: Sequence[int], pixels: Sequence[Tensor]) -> Tensor:
         device = self.encoder.device
@@ -176,13 +199,17 @@ class Writer:
         return logits
 
     def _choose(self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+        return choose(self._finite(logits), temperature, top_p, generator)
+
+    @staticmethod
+    def _finite(logits: Tensor) -> Tensor:
         values = logits.float().cpu()
         if not bool(torch.isfinite(values).all()):
             raise DeviceError(
                 f"The language model ran out of the range of {logits.dtype}. Set the precision to bfloat16 or float32 "
                 f"(FLUX2_DTYPE, or --dtype)."
             )
-        return choose(values, temperature, top_p, generator)
+        return values
 
     def _read(self, system: str, message: str, images: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
         """Token ids of the whole conversation, and the pictures as the vision tower takes them."""
@@ -198,8 +225,7 @@ class Writer:
             # Ours alone: none is left in the message.
             marks = iter(rows)
             text = re.sub(re.escape(IMAGE), lambda _: next(marks), text)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids, pixels
+        return self.tokens(text), pixels
 
     @property
     def _special(self) -> list[str]:
@@ -216,9 +242,11 @@ class Writer:
 
 @dataclass(frozen=True)
 class CheckedWriter:
-    """A writer whose files fit: all that is left is to read the weights. text: its encoder's part, as if alone."""
+    """A writer whose files fit: all that is left is to read the weights. text: its encoder's part, as if alone. sees:
+    whether it looks at pictures."""
 
     text: CheckedText
+    sees: bool
     _model: Checked[LanguageModel]
     _stops: frozenset[int]
 
@@ -336,8 +364,8 @@ def open_writer(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedWr
         def build() -> LanguageModel:
             return LanguageModel(model_class(config), tied=tied)
 
-        with torch.device("meta"):
-            build()
+        with META:
+            blank = build()
     except Exception as error:
         # Whatever transformers raises for fields that make no model: its validators' own errors, KeyError, ...
         raise WeightsError(
@@ -349,9 +377,10 @@ def open_writer(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedWr
         raise WeightsError(
             f"{weights.name} has no lm_head: it can read prompts, but not write any. Use the whole language model."
         )
-    blocks = "body.language_model.layers." if fields["model_type"] == "mistral3" else "body.layers."
-    model = checked(build, contents, plan, blocks=(blocks,))
-    return CheckedWriter(text, model, _stops(weights, config, text.tokenizer))
+    sees = fields["model_type"] == "mistral3"
+    blocks = "body.language_model.layers." if sees else "body.layers."
+    model = checked(build, contents, plan, blank=blank, blocks=(blocks,))
+    return CheckedWriter(text, sees, model, _stops(weights, config, text.tokenizer))
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -35,8 +35,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, part: Part) -> torch.dtype:
-    """The precision of `part`.
+def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None, part: Part) -> torch.dtype:
+    """The precision of `part`, a part of `checkpoint`; a text encoder's depends on itself alone, as many checkpoints
+    and writing share it.
 
     auto: bfloat16, or float16 on a CUDA device without it; float32 for small checkpoints on a CPU, which are as quick
     and exact so. float16 is kept to the transformer, which guards its range: text encoders and autoencoders were
@@ -45,7 +46,8 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, part: 
     if part.kind == "tiny autoencoder":
         return torch.float32 if device.type == "cpu" else torch.float16
     if name == "auto":
-        if device.type == "cpu" and checkpoint.flow.size < LARGE:
+        whole = part if part.kind == "text" or checkpoint is None else checkpoint.flow
+        if device.type == "cpu" and whole.size < LARGE:
             name = "float32"
         elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = "float16"

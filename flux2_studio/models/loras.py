@@ -126,6 +126,11 @@ class Loras:
 
         return itemsize * sum(numbers(lora) for lora, weight in self.open(choices) if weight)
 
+    def hash_of(self, choice: LoraChoice) -> str:
+        """SHA-256 of the chosen LoRA's file, read once for as long as it stays as it is. Raises what `open` does."""
+        ((file, _),) = self._find([choice])
+        return _sha256(file)
+
     def put_on(self, transformer: Transformer, choices: Sequence[LoraChoice]) -> list[Applied]:
         """Make the chosen LoRAs exactly those that `transformer` carries; with none chosen, all are taken off.
 

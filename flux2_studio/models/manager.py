@@ -17,22 +17,25 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flux2_studio.checkpoints import GB, Checkpoint
+from flux2_studio.checkpoints import GB, Checkpoint, LocalWriter
 from flux2_studio.engine import lora
 from flux2_studio.engine.autoencoder import Autoencoder
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
 from flux2_studio.engine.text import Encoded, TextEncoder
 from flux2_studio.engine.transformer import Transformer
-from flux2_studio.errors import OutOfMemory
+from flux2_studio.engine.writer import CheckedWriter, Writer
+from flux2_studio.errors import OutOfMemory, StudioError, WeightsError
 from flux2_studio.models import memory
 from flux2_studio.models.choices import choose_device
+from flux2_studio.models.fingerprint import Fingerprints
 from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Applied, Loras
-from flux2_studio.models.opened import Key, Opened, Opener, draws_itself
-from flux2_studio.models.plan import DECODING, DRAWING, PROMPT, REFERENCES, Plan, Stage, Workload, make_plan, spread
+from flux2_studio.models.opened import SUBFOLDERS, TOKENS, Key, Opened, Opener, draws_itself
+from flux2_studio.models.plan import DECODING, DRAWING, PROMPT, REFERENCES, Plan, Workload, make_plan, spread
 from flux2_studio.models.remembered import RememberingReferences, RememberingText
 from flux2_studio.models.remote_text import RemoteText
-from flux2_studio.models.residency import Residency, release
+from flux2_studio.models.residency import Residency, empty_cache, release
+from flux2_studio.models.writers import WriterOffer, Writing, make_place, offers, writer_of
 from flux2_studio.pictures import pixels_from_image
 from flux2_studio.request import LoraChoice
 from flux2_studio.settings import Settings
@@ -66,6 +69,7 @@ class ModelManager:
         self._too_much: dict[tuple[str, Workload], int] = {}  # peaks of plans that ran out of memory all the same
         self._contexts = RememberingText()
         self._latents = RememberingReferences()
+        self._fingerprints = Fingerprints(settings.home / "hashes.json")
 
     def on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether `checkpoint` can be loaded without a download."""
@@ -79,19 +83,90 @@ class ModelManager:
         *,
         loras: Sequence[LoraChoice] = (),
         after: Plan | None = None,
+        whole: bool = False,
     ) -> Session:
         """`checkpoint` for a request of `workload`, from disk or the hub. `progress` may raise to give up.
 
-        after: the plan that ran out of memory, to be leaner than. Raises `WeightsError` for files that are missing,
-        damaged or not of this checkpoint, and LoRAs that are not; `OutOfMemory` where no plan fits.
+        after: the plan that ran out of memory, to be leaner than. whole: whether to load all of the text encoder's
+        language model in place of the encoder where that sees pictures, so that it can be asked about them; where that
+        cannot be, the session's notes say so. Without it, too, prompts are read with the whole model while it is on
+        the device, having written, unless drawing would be slower for that. So `writer` goes before `open`.
+
+        Raises `WeightsError` for files that are missing, damaged or not of this checkpoint, and LoRAs that are not;
+        `OutOfMemory` where no plan fits.
         """
         opened = self._opener.open(checkpoint, progress)
         self.loras.check(loras, checkpoint, opened.flow.params)
-        return self._session(opened, self._plan(opened, workload, loras, after), loras)
+        opened, plan = self._planned(opened, workload, loras, after, whole, progress)
+        return self._session(opened, plan, loras)
 
-    def outlook(self, checkpoint: Checkpoint, workload: Workload, loras: Sequence[LoraChoice] = ()) -> Plan:
-        """The plan for a request, of a checkpoint that is on disk. Raises what `open` does."""
-        return self._plan(self._opener.open(checkpoint, _silent, fetch=False), workload, loras, None)
+    def outlook(
+        self, checkpoint: Checkpoint, workload: Workload, loras: Sequence[LoraChoice] = (), *, whole: bool = False
+    ) -> Plan:
+        """The plan for a request, of a checkpoint that is on disk. Arguments and errors as for `open`."""
+        opened = self._opener.open(checkpoint, _silent, fetch=False)
+        return self._planned(opened, workload, loras, None, whole, _silent)[1]
+
+    def writer(
+        self,
+        model: LocalWriter,
+        progress: Progress,
+        pictures: Sequence[tuple[int, int]] = (),
+        *,
+        tokens: int = TOKENS,
+    ) -> Writing:
+        """`model` on the device, from disk or the hub, with room for what writing takes; other parts leave for it.
+
+        pictures: (height, width) in pixels of each that it is to see, as it will be shown. tokens: of the whole
+        conversation, the answer included. `progress` may raise to give up. The writer is the device's until another
+        part needs its room: have it write before anything else is opened.
+
+        Raises `WeightsError` for files that are missing, damaged or cannot write, `OutOfMemory` where nothing fits.
+        """
+        opened = self._opener.writer(model, progress)
+        place = make_place(
+            opened,
+            self._budget(),
+            self.device,
+            tokens=tokens,
+            pictures=pictures,
+            host=self._host(),
+            streaming=self._streaming,
+        )
+        key, words = opened.key, f"Loading {model.label}"
+        _part_from_twin(self._residency, key)
+        self._residency.make_room(place.peak - self._residency.on_device(key), place.limit, keep=[key])
+        if not self._residency.on_device(key):
+            progress(words, None)
+        writer: Writer = self._residency.bring(
+            key,
+            partial(opened.load, told=partial(progress, words)),
+            _module_of,
+            blocks=_blocks(place.streamed),
+        )
+        return Writing(writer=writer, notes=place.notes(model.label))
+
+    def writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
+        """The language models on this machine that may enrich prompts for `checkpoint`, its own first. Uses no network.
+
+        For the toys there are none, see `writers.no_writers`.
+        """
+        return offers(checkpoint, self._settings, self._hub, self._opener)
+
+    def hash_of(self, checkpoint: Checkpoint) -> str | None:
+        """The SHA-256 of the transformer's weights if it is known or read in a moment, see `hashing`; None otherwise,
+        and where they are not on this machine. Uses no network. Raises `WeightsError` for files that cannot be read.
+        """
+        if not self._hub.on_disk(checkpoint.flow):
+            return None
+        files = self._hub.find(checkpoint.flow)
+        return self._fingerprints.known(files.weights, SUBFOLDERS["flow"]) if files else None
+
+    def hashing(self, checkpoint: Checkpoint, progress: Progress) -> str:
+        """The SHA-256 of the transformer's weights; of a folder's, that of its files' lines "name hash", sorted. What
+        is not known by now is read whole, once. `progress` may raise to give up. Raises `WeightsError`."""
+        files = self._hub.locate(checkpoint.flow, progress)
+        return self._fingerprints.read(files.weights, progress, SUBFOLDERS["flow"])
 
     @property
     def place(self) -> str:
@@ -113,9 +188,42 @@ class ModelManager:
         """Forget all weights."""
         self._residency.clear()
 
+    def _planned(
+        self,
+        opened: Opened,
+        workload: Workload,
+        loras: Sequence[LoraChoice],
+        after: Plan | None,
+        whole: bool,
+        progress: Progress,
+    ) -> tuple[Opened, Plan]:
+        """The plan, and what to read prompts with: the text encoder, or the whole language model that it is part of.
+
+        The latter where it is asked for and fits. If it just is on the device, it is used as long as drawing is no
+        slower for it: to load the encoder beside it would take longer than anything that its size costs the prompt.
+        """
+        model = writer_of(opened.checkpoint) if "text" in opened.keys else None
+        there = model is not None and self._residency.on_device(replace(opened.keys["text"], whole=True)) > 0
+        wanted = model is not None and model.sees and whole
+        if model is None or not (there or wanted):
+            return opened, self._plan(opened, workload, loras, after)
+        try:
+            entire = self._opener.whole(opened, model, progress)
+            plan = self._plan(entire, workload, loras, after)
+        except (OutOfMemory, WeightsError) as error:
+            plain = self._plan(opened, workload, loras, after)  # which raises where that does not fit either
+            return replace(opened, notes=(*opened.notes, _unasked(model, error))) if wanted else opened, plain
+        if wanted:
+            return entire, plan
+        with contextlib.suppress(OutOfMemory):
+            plain = self._plan(opened, workload, loras, after)
+            if not plan.draws_like(plain):
+                return opened, plain
+        return entire, plan
+
     def _plan(self, opened: Opened, workload: Workload, loras: Sequence[LoraChoice], after: Plan | None) -> Plan:
         needs = replace(opened.needs, loras=self.loras.size(loras, opened.needs.flow_dtype.itemsize))
-        host = memory.free_host_memory() + self._residency.host_bytes if self.device.type == "cuda" else None
+        host = self._host()
         asked = opened.checkpoint.name, workload
         if after is not None:
             self._too_much[asked] = after.peak
@@ -135,6 +243,10 @@ class ModelManager:
         """Bytes of the device's memory that weights and activations may take, all in all."""
         held = memory.returnable(self.device, self._residency.device_bytes)
         return min(memory.free_memory(self.device) + held, self.capacity)
+
+    def _host(self) -> int | None:
+        """Bytes of main memory for parts whose blocks are streamed; None where the device has no memory of its own."""
+        return memory.free_host_memory() + self._residency.host_bytes if self.device.type == "cuda" else None
 
     def _session(self, opened: Opened, plan: Plan, loras: Sequence[LoraChoice]) -> Session:
         remote = None
@@ -206,11 +318,31 @@ class Session:
             if self._remote is not None:
                 progress("Sending the prompt to the text encoder", None)
                 return self._remote.encode(missing, progress)
-            text: TextEncoder = self._bring(PROMPT, progress)["text"]
+            text: TextEncoder | Writer = self._bring(PROMPT, progress)["text"]
             progress("Reading the prompt", None)
-            return text.encode(missing)
+            return (text.encoder if isinstance(text, Writer) else text).encode(missing)
 
-        return self._contexts.encode(self._opened.keys.get("text", self._remote), prompts, read)
+        key = self._opened.keys.get("text")
+        return self._contexts.encode(key.reading if key else self._remote, prompts, read)
+
+    def asking(self, progress: Progress | None = None) -> Writer | None:
+        """The language model that the prompts are read with, to be asked about what it sees, with room for that; None
+        where it is not whole or has no eyes, or is not on the device.
+
+        progress: brings it to the device as the prompt's stage would, which is worth it before that stage; without,
+        nothing is loaded. Nothing else must be computing meanwhile.
+        """
+        key = self._opened.keys.get("text")
+        if key is None or not key.whole or not isinstance(text := self._opened.text, CheckedWriter) or not text.sees:
+            return None
+        if progress is not None:
+            brought: Writer = self._bring(PROMPT, progress)["text"]
+            return brought
+        writer: Writer | None = self._residency.held(key)
+        if writer is not None:
+            stage = self.plan.stage(PROMPT)
+            self._residency.make_room(stage.activations, self.plan.limit, keep=list(self._opened.keys.values()))
+        return writer
 
     def encode_reference(self, image: Image.Image, progress: Progress) -> Tensor:
         """The latent [1, 128, h, w] of `image`, whose sides are multiples of 16, unless it is remembered."""
@@ -253,6 +385,8 @@ class Session:
         """The parts of a stage on the device, by kind, and room beside them for what it computes."""
         stage = self.plan.stage(name)
         together = [self._opened.keys[kind] for kind in stage.together]
+        for kind in stage.parts:
+            _part_from_twin(self._residency, self._opened.keys[kind])
         there = sum(self._residency.on_device(key) for key in together)
         self._residency.make_room(stage.peak - there, self.plan.limit, keep=together)
         found = {}
@@ -264,27 +398,50 @@ class Session:
                 key,
                 partial(self._opened.load, kind, told=partial(progress, words)),
                 _module_of,
-                blocks=_blocks(stage) if kind == stage.parts[0] else None,
+                blocks=_blocks(stage.streamed) if kind == stage.parts[0] else None,
             )
         return found
 
 
+def _part_from_twin(residency: Residency[Key], key: Key) -> None:
+    """Before the part under `key` comes to the device: if it is a text encoder and the whole language model with the
+    same weights is there, or the other way round, the latter leaves. No weights are held twice: the whole model
+    replaces the encoder wherever that is; it waits in main memory itself, where there is room, to write again."""
+    if (twin := key.twin) is not None:
+        if not key.whole:
+            residency.leave(twin)
+        elif residency.drop(twin):
+            empty_cache(residency.device)
+
+
 def _module_of(model: Any) -> nn.Module:
-    module: nn.Module = model.tower if isinstance(model, TextEncoder) else model
+    if isinstance(model, TextEncoder):
+        return model.tower
+    module: nn.Module = model.model if isinstance(model, Writer) else model
     return module
 
 
-def _blocks(stage: Stage) -> Callable[[Any], list[nn.Module]] | None:
-    """Which blocks of the stage's first part are streamed; None for none."""
-    if not stage.streamed:
+def _blocks(streamed: int) -> Callable[[Any], list[nn.Module]] | None:
+    """Which blocks of a part are streamed, so many of them; None for none."""
+    if not streamed:
         return None
 
     def chosen(model: Any) -> list[nn.Module]:
-        is_text = isinstance(model, TextEncoder)
-        blocks = list(model.tower.layers) if is_text else [*model.double_blocks, *model.single_blocks]
-        return [blocks[i] for i in spread(stage.streamed, len(blocks))]
+        if isinstance(model, TextEncoder | Writer):
+            tower: Any = model.tower if isinstance(model, TextEncoder) else model.model.decoder
+            blocks = list(tower.layers)
+        else:
+            blocks = [*model.double_blocks, *model.single_blocks]
+        return [blocks[i] for i in spread(streamed, len(blocks))]
 
     return chosen
+
+
+def _unasked(model: LocalWriter, error: StudioError) -> str:
+    return (
+        f"{model.label} is not loaded as a whole, so it is not asked about protected characters, logos and public "
+        f"figures: {error}"
+    )
 
 
 def _take_loras_off(model: Any) -> None:

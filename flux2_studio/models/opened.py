@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flux2_studio.checkpoints import Checkpoint, Part
+from flux2_studio.checkpoints import Checkpoint, LocalWriter, Part
 from flux2_studio.engine.autoencoder import Autoencoder
 from flux2_studio.engine.params import AutoencoderParams, TextRecipe, TransformerParams
 from flux2_studio.engine.text import TEXT_FOLDER, CheckedText, open_text_encoder
@@ -30,6 +30,7 @@ from flux2_studio.engine.weights import (
     open_tiny_decoder,
     open_transformer,
 )
+from flux2_studio.engine.writer import CheckedWriter, Writer, open_writer
 from flux2_studio.errors import WeightsError
 from flux2_studio.models.choices import choose_dtype, choose_storage
 from flux2_studio.models.files import PartFiles
@@ -43,28 +44,48 @@ Stamp = tuple[tuple[str, int, int, int], ...]  # path, inode, size and time of c
 SUBFOLDERS = {"flow": TRANSFORMER_FOLDER, "autoencoder": AUTOENCODER_FOLDER, "text": TEXT_FOLDER}
 # What is read of a folder, by the ends of names. Whatever else lies there is nothing to us.
 SUFFIXES = (".safetensors", ".json", ".model", ".jinja", "merges.txt")
+# Tokens of one conversation with a language model, the answer included: system message and chat template (under 700),
+# a prompt of some 2,000 words, which is far more than the 512 tokens that are read of it to draw, and a long answer.
+TOKENS = 4096
+ASKED_ABOUT = (768, 768)  # pixels, at most, of a picture that a language model is asked a question about
 
 
 @dataclass(frozen=True)
 class Key:
-    """What one part in memory is: whoever asks for the same gets the same."""
+    """What one part in memory is: whoever asks for the same gets the same.
+
+    recipe: of a text encoder. whole: whether that is the whole language model, which can write as well.
+    """
 
     part: Part
     dtype: torch.dtype
     storage: Storage
     stamp: Stamp
-    recipe: TextRecipe | None = None  # of a text encoder
+    recipe: TextRecipe | None = None
+    whole: bool = False
+
+    @property
+    def reading(self) -> Key:
+        """What a prompt's context depends on: the text encoder and the whole model of the same weights give the same
+        one, to the bit."""
+        return replace(self, whole=False)
+
+    @property
+    def twin(self) -> Key | None:
+        """The other of these two; None for what is no text encoder."""
+        return None if self.recipe is None else replace(self, whole=not self.whole)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A checkpoint whose files fit together. `text` is None where another machine encodes, `tiny` where the autoencoder
-    draws previews itself or none are drawn by a decoder."""
+    """A checkpoint whose files fit together. `text` is None where another machine encodes, and the whole language model
+    where that is to be loaded in its place; `tiny` is None where the autoencoder draws previews itself or none are
+    drawn by a decoder."""
 
     checkpoint: Checkpoint
     flow: Checked[Transformer]
     autoencoder: Checked[Autoencoder]
-    text: CheckedText | None
+    text: CheckedText | CheckedWriter | None
     tiny: Checked[TinyDecoder] | None
     keys: dict[str, Key]  # by kind of part: text, flow, autoencoder, tiny
     needs: Needs
@@ -88,16 +109,43 @@ class Opened:
             raise
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenedWriter:
+    """A language model whose files fit. beside: bytes of its weights that the text encoder made of them does not load.
+    writing: bytes that it takes to write so many tokens beside pictures of (height, width), see
+    `CheckedWriter.writing`."""
+
+    model: LocalWriter
+    checked: CheckedWriter
+    key: Key
+    weights: Weights
+    beside: int
+    writing: Callable[[int, tuple[tuple[int, int], ...]], int]
+    mapped: bool
+    forget: Callable[[Key], None]
+
+    def load(self, device: torch.device, told: Callable[[float], None] | None = None) -> Writer:
+        """Read it onto `device`; see `Opened.load`."""
+        key = self.key
+        try:
+            return self.checked.load(device=device, dtype=key.dtype, storage=key.storage, mapped=self.mapped, told=told)
+        except WeightsError:
+            self.forget(key)
+            raise
+
+
 class Opener:
-    """Opens checkpoints for a device. May be asked from several threads."""
+    """Opens checkpoints and language models for a device. May be asked from several threads."""
 
     def __init__(self, settings: Settings, hub: Hub, device: torch.device) -> None:
         self._settings = settings
         self._hub = hub
         self._device = device
         self._lock = threading.Lock()
-        self._open: dict[tuple[Part, TextRecipe | None], tuple[Stamp, Any]] = {}
-        self._needed: dict[str, tuple[tuple[Key, ...], Needs]] = {}  # by checkpoint, as its files were last
+        self._open: dict[tuple[Part, TextRecipe | None, bool], tuple[Stamp, Any]] = {}
+        # By checkpoint, and whether its text encoder is the whole language model, as its files were last.
+        self._needed: dict[tuple[str, bool], tuple[tuple[Key, ...], Needs]] = {}
+        self._writers: dict[str, OpenedWriter] = {}  # by name, as their files were last
         self._not_to_be_had: dict[Part, str] = {}  # tiny autoencoders, and why: not asked for again at every run
 
     def parts(self, checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -154,12 +202,6 @@ class Opener:
             )
             for kind, part in parts.items()
         }
-        whose = tuple(keys.values())
-        with self._lock:
-            of, needs = self._needed.get(checkpoint.name, ((), None))
-            if needs is None or of != whose:
-                needs = self._needs(checkpoint, flow, autoencoder, text, tiny, keys)
-                self._needed[checkpoint.name] = whose, needs
         return Opened(
             checkpoint=checkpoint,
             flow=flow,
@@ -167,29 +209,104 @@ class Opener:
             text=text,
             tiny=tiny,
             keys=keys,
-            needs=needs,
+            needs=self._needs_of(checkpoint, flow, autoencoder, text, tiny, keys),
             notes=notes,
             mapped=frozenset(kind for kind, part in parts.items() if only_ever_replaced(part, self._settings)),
             forget=self._forget,
         )
 
+    def writer(self, model: LocalWriter, progress: Progress) -> OpenedWriter:
+        """The files of `model`, downloaded if need be and checked. `progress` may raise to give up.
+
+        Raises `WeightsError` for files that are missing, damaged or no language model that can write.
+        """
+        part = model.part
+        files = self._hub.locate(part, progress)
+        stamp = stamp_of("text", files)
+        key = Key(
+            part,
+            choose_dtype(self._settings.dtype, self._device, None, part),
+            choose_storage(self._settings.quantize, self._device, part),
+            stamp,
+            model.recipe,
+            whole=True,
+        )
+        with self._lock:
+            known = self._writers.get(model.name)
+        if known is not None and (known.key, known.model) == (key, model):
+            return known
+        progress(f"Checking the files of {model.label}", None)
+        checked: CheckedWriter = self._header(
+            part,
+            stamp,
+            lambda: open_writer(files.weights, files.tokenizer or files.weights, model.recipe),
+            model.recipe,
+            whole=True,
+        )
+        opened = self._opened_writer(model, checked, key)
+        with self._lock:
+            self._writers[model.name] = opened
+        return opened
+
+    def whole(self, opened: Opened, model: LocalWriter, progress: Progress) -> Opened:
+        """`opened` with all of its text encoder's language model, which is `model`, in the place of the encoder.
+
+        Raises what `writer` does.
+        """
+        writer = self.writer(model, progress)
+        keys = {**opened.keys, "text": writer.key}
+        return replace(
+            opened,
+            text=writer.checked,
+            keys=keys,
+            needs=self._needs_of(opened.checkpoint, opened.flow, opened.autoencoder, writer.checked, opened.tiny, keys),
+        )
+
+    def _opened_writer(self, model: LocalWriter, checked: CheckedWriter, key: Key) -> OpenedWriter:
+        dtype, quantized = key.dtype, _small(checked, key)
+        sizes = checked.sizes(dtype=dtype, storage=key.storage)
+
+        @lru_cache
+        def writing(tokens: int, pictures: tuple[tuple[int, int], ...]) -> int:
+            return checked.writing(dtype=dtype, tokens=tokens, pictures=pictures, quantized=quantized)
+
+        return OpenedWriter(
+            model=model,
+            checked=checked,
+            key=key,
+            weights=weights_of(sizes, checked.blocks),
+            beside=sum(sizes.values()) - sum(checked.text.sizes(dtype=dtype, storage=key.storage).values()),
+            writing=writing,
+            mapped=only_ever_replaced(model.part, self._settings),
+            forget=self._forget,
+        )
+
     def _known(self) -> set[tuple[Part, Stamp]]:
         with self._lock:
-            return {(part, stamp) for (part, _), (stamp, _) in self._open.items()}
+            return {(part, stamp) for (part, _, whole), (stamp, _) in self._open.items() if not whole}
 
-    def _header(self, part: Part, stamp: Stamp, read: Callable[[], Any], recipe: TextRecipe | None = None) -> Any:
+    def _header(
+        self,
+        part: Part,
+        stamp: Stamp,
+        read: Callable[[], Any],
+        recipe: TextRecipe | None = None,
+        *,
+        whole: bool = False,
+    ) -> Any:
         with self._lock:
-            of, opened = self._open.get((part, recipe), (None, None))
+            of, opened = self._open.get((part, recipe, whole), (None, None))
             if of != stamp:
                 opened = read()
-                self._open[part, recipe] = stamp, opened
+                self._open[part, recipe, whole] = stamp, opened
             return opened
 
     def _forget(self, key: Key) -> None:
         """The header of what `key` stands for may be no longer true."""
         with self._lock:
-            self._open.pop((key.part, key.recipe), None)
+            self._open.pop((key.part, key.recipe, key.whole), None)
             self._needed = {name: found for name, found in self._needed.items() if key not in found[0]}
+            self._writers = {name: found for name, found in self._writers.items() if found.key != key}
 
     def _tiny(
         self, checkpoint: Checkpoint, stamps: dict[str, Stamp], progress: Progress, fetch: bool
@@ -208,25 +325,42 @@ class Opener:
                 self._not_to_be_had[part] = str(error)
         return None, (f"Previews show rough colours only: {self._not_to_be_had[part]}",)
 
+    def _needs_of(
+        self,
+        checkpoint: Checkpoint,
+        flow: Checked[Transformer],
+        autoencoder: Checked[Autoencoder],
+        text: CheckedText | CheckedWriter | None,
+        tiny: Checked[TinyDecoder] | None,
+        keys: dict[str, Key],
+    ) -> Needs:
+        """As `_needs`, reckoned once for the same files."""
+        whose = tuple(keys.values())
+        name = checkpoint.name, isinstance(text, CheckedWriter)
+        with self._lock:
+            of, needs = self._needed.get(name, ((), None))
+            if needs is None or of != whose:
+                needs = self._needs(checkpoint, flow, autoencoder, text, tiny, keys)
+                self._needed[name] = whose, needs
+            return needs
+
     def _needs(
         self,
         checkpoint: Checkpoint,
         flow: Checked[Transformer],
         autoencoder: Checked[Autoencoder],
-        text: CheckedText | None,
+        text: CheckedText | CheckedWriter | None,
         tiny: Checked[TinyDecoder] | None,
         keys: dict[str, Key],
     ) -> Needs:
-        def held(opened: Checked[Any] | CheckedText, kind: str) -> Weights:
+        def held(opened: Checked[Any] | CheckedText | CheckedWriter, kind: str) -> Weights:
             sizes = opened.sizes(dtype=keys[kind].dtype, storage=keys[kind].storage)
             return weights_of(sizes, opened.blocks)
 
         text_activations = _nothing
         if text is not None:
-            dtype, quantized = keys["text"].dtype, _small(text, keys["text"])
-            text_activations = lru_cache(
-                lambda prompts: text.activations(dtype=dtype, prompts=prompts, quantized=quantized)
-            )
+            quantized = _small(text, keys["text"])
+            text_activations = lru_cache(partial(_reading, text, keys["text"].dtype, quantized))
         return Needs(
             label=checkpoint.label,
             flow=held(flow, "flow"),
@@ -259,7 +393,16 @@ def draws_itself(checkpoint: Checkpoint) -> bool:
     return checkpoint.tiny_autoencoder == checkpoint.autoencoder
 
 
-def _small(opened: Checked[Any] | CheckedText, key: Key) -> bool:
+def _reading(text: CheckedText | CheckedWriter, dtype: torch.dtype, quantized: bool, prompts: int) -> int:
+    """Bytes alive at once, at most, while so many prompts are encoded, or the model is asked about a picture."""
+    reading = text.activations(dtype=dtype, prompts=prompts, quantized=quantized)
+    if isinstance(text, CheckedWriter) and text.sees:
+        asking = text.writing(dtype=dtype, tokens=TOKENS, pictures=[ASKED_ABOUT], quantized=quantized)
+        return max(reading, asking)
+    return reading
+
+
+def _small(opened: Checked[Any] | CheckedText | CheckedWriter, key: Key) -> bool:
     """Whether weights are held in fewer bits than they are computed in."""
     as_held = sum(opened.sizes(dtype=key.dtype, storage=key.storage).values())
     return as_held < sum(opened.sizes(dtype=key.dtype).values())

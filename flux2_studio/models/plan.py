@@ -162,6 +162,15 @@ class Plan:
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
+    def draws_like(self, other: Plan) -> bool:
+        """Whether all that comes after the prompt is done as in `other`: as many pictures at once, as many blocks
+        streamed, the same strips. That is what makes a run slow; the prompt is read once."""
+        after = [
+            [(stage.name, stage.streamed, stage.rows, stage.store) for stage in plan.stages if stage.name != PROMPT]
+            for plan in (self, other)
+        ]
+        return self.batch == other.batch and after[0] == after[1]
+
     def text(self, place: str) -> str:
         """Sentences for the page. place: what the memory belongs to ("the card", "this machine")."""
         ways = {
@@ -169,7 +178,7 @@ class Plan:
             "all but the text encoder": f"the text encoder leaves {place}'s memory after the prompt",
             "one stage at a time": f"text encoder, transformer and autoencoder take turns in {place}'s memory",
         }
-        told = [f"Fits: {_gb(self.peak)} of {_gb(self.budget)} GB; {ways[self.together]}."]
+        told = [f"Fits: {gigabytes(self.peak)} of {gigabytes(self.budget)} GB; {ways[self.together]}."]
         for part, streamed in {stage.parts[0]: stage.streamed for stage in self.stages if stage.streamed}.items():
             told.append(
                 f"{streamed} of the {_PARTS[part]}'s {self.blocks[part]} blocks wait in main memory and are sent over "
@@ -200,7 +209,7 @@ def make_plan(
     streamed, None for no limit. streaming: whether the device has a main memory beside its own. Raises `OutOfMemory`
     where nothing fits, with the nearest request that would.
     """
-    limit = int((min(budget, within or budget) - _workspace(device)) / OVERHEAD)
+    limit = usable(min(budget, within or budget), device)
 
     def planned(asked: Workload) -> Plan | None:
         return _plan(needs, asked, budget, limit, device, host, streaming)
@@ -208,20 +217,31 @@ def make_plan(
     plan = planned(workload)
     if plan is not None:
         return plan
+    can = f"{gigabytes(budget)} GB can be used"
     asked = f"{workload.width} x {workload.height}"
     if count := len(workload.references):
         asked += f" with {count} reference{'s' if count > 1 else ''}"
     least = _least(needs, workload, device, streaming)
     if (words := _nearest(workload, lambda lesser: planned(lesser) is not None)) is not None:
         raise OutOfMemory(
-            f"{needs.label} at {asked} needs about {_gb(least)} GB of memory, and {_gb(budget)} GB can be used. "
+            f"{needs.label} at {asked} needs about {gigabytes(least)} GB of memory, and {can}. "
             f"{words} would fit. A smaller checkpoint needs less, and so do weights in 8 bits (FLUX2_QUANTIZE=int8)."
         )
     raise OutOfMemory(
-        f"{needs.label} needs about {_gb(least)} GB of memory for this, and {_gb(budget)} GB can be used: no size "
+        f"{needs.label} needs about {gigabytes(least)} GB of memory for this, and {can}: no size "
         f"fits. Choose a smaller checkpoint or one in fewer bits (a GGUF file, or FLUX2_QUANTIZE=int8), close other "
         f"programs, or raise FLUX2_MEMORY if you have set it."
     )
+
+
+def usable(budget: int, device: torch.device) -> int:
+    """What weights and activations may take of `budget` bytes of the device's memory: the rest is its own."""
+    return int((budget - _workspace(device)) / OVERHEAD)
+
+
+def needed_for(size: int, device: torch.device) -> int:
+    """The budget of which `size` bytes are usable."""
+    return int(size * OVERHEAD) + _workspace(device)
 
 
 def weights_of(sizes: Mapping[str, int], prefixes: Sequence[str] = ()) -> Weights:
@@ -425,7 +445,7 @@ def _least(needs: Needs, workload: Workload, device: torch.device, streaming: bo
         parts = [needs.weights[part] for part in demand.parts]
         weights = sum(min(part.total, part.on_device(len(part.blocks)) if streaming else part.total) for part in parts)
         peaks.append(weights + min(demand.activations(*way) for way in demand.ways))
-    return int(max(peaks) * OVERHEAD) + _workspace(device)
+    return needed_for(max(peaks), device)
 
 
 def _nearest(workload: Workload, fits: Callable[[Workload], bool]) -> str | None:
@@ -451,5 +471,6 @@ def _tokens(size: tuple[int, int]) -> int:
     return (size[0] // MULTIPLE) * (size[1] // MULTIPLE)
 
 
-def _gb(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """`size` bytes in GB, without the unit."""
     return f"{size / GB:.1f}" if size >= GB // 10 else f"{size / GB:.2f}"

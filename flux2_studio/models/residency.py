@@ -76,6 +76,17 @@ class Residency(Generic[KeyT]):
         """Bytes that the part under `key` takes on the device at the moment."""
         return self._entries[key].device_bytes if key in self._entries else 0
 
+    def held(self, key: KeyT) -> Any | None:
+        """The part under `key` if it is on the device."""
+        entry = self._entries.get(key)
+        return entry.model if entry is not None and entry.on_device else None
+
+    def leave(self, key: KeyT) -> None:
+        """Have the part under `key` leave the device, if it is there: to main memory, or altogether."""
+        if self.held(key) is not None:
+            self._leave(key)
+            empty_cache(self.device)
+
     def make_room(self, size: int, limit: int, keep: Collection[KeyT] = ()) -> None:
         """Have parts leave, least recently used first, until `size` more bytes stay within `limit`.
 
@@ -130,14 +141,18 @@ class Residency(Generic[KeyT]):
         self._entries.move_to_end(key)
         return entry.model
 
-    def drop(self, key: KeyT) -> None:
-        """Forget the part under `key`, wherever it is. Its memory is freed, even if somebody still holds the model."""
-        if (entry := self._entries.pop(key, None)) is not None:
-            self._leaving(entry.model)
-            if entry.streaming is not None:
-                entry.streaming.close()
-            for (owner, name), tensor in _tensors(entry.module).items():
-                _put(owner, name, tensor.to("meta"))
+    def drop(self, key: KeyT) -> bool:
+        """Forget the part under `key`, wherever it is; whether there was one. Its memory is freed, even if somebody
+        still holds the model."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return False
+        self._leaving(entry.model)
+        if entry.streaming is not None:
+            entry.streaming.close()
+        for (owner, name), tensor in _tensors(entry.module).items():
+            _put(owner, name, tensor.to("meta"))
+        return True
 
     def clear(self) -> None:
         """Forget all parts and give their memory back."""

@@ -18,14 +18,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -152,46 +148,21 @@ class Signer:
                 self._loaded = _proven(self._load())
             return self._loaded
 
-    def sources(self, references: Sequence[bytes]) -> tuple[Source, ...]:
-        """What of `references` (their files' bytes) goes into the credentials of a picture: once per run.
+    def source(self, number: int, data: bytes) -> Source:
+        """What of reference `number` (1-based), a file's bytes, goes into the credentials of a picture: once per run.
 
-        A reference with damaged or hostile credentials is named without them, and its `note` says so.
+        A reference with damaged or hostile credentials is named without them, and `note` says so.
         """
-        return tuple(self._source(number, data) for number, data in enumerate(references, start=1))
-
-    def sign(
-        self,
-        path: Path,
-        model: str,
-        sources: Sequence[Source] = (),
-        watermark: str | None = None,
-        prompt: str | None = None,
-    ) -> tuple[str, ...]:
-        """Sign the picture at `path` (PNG, JPEG or WebP) in place; the arguments are those of `signed`.
-
-        The file is replaced by its signed copy in one step: a crash leaves it unsigned or signed. Returns what the user
-        should know. Raises `CredentialsError`, and leaves the file as it was.
-        """
-        try:
-            signed = self.signed(path.read_bytes(), model, sources, watermark, prompt)
-            handle, hidden = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(signed.data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                shutil.copymode(path, hidden)
-                Path(hidden).replace(path)
-            except BaseException:
-                with suppress(OSError):
-                    Path(hidden).unlink()
-                raise
-        except OSError as error:
-            raise CredentialsError(
-                f"{path.name} could not be signed ({error.strerror or 'unknown reason'}) and stays unsigned: free some "
-                f"space, or allow writing to its folder."
-            ) from error
-        return signed.notes
+        mime = _mime(data)
+        found = self._reader.read(data)
+        if found.state == "none":
+            return Source(mime=mime)
+        if found.state == "unreadable":
+            return Source(mime=mime, note=f"Image {number}: {found.summary} They are left out of the new picture's.")
+        if found.state == "broken":
+            note = f"Image {number}: {found.summary} Its credentials go along, marked as what they are."
+            return Source(mime=mime, data=data, note=note)
+        return Source(mime=mime, data=data)
 
     def signed(
         self,
@@ -203,8 +174,8 @@ class Signer:
     ) -> Signed:
         """The bytes of a finished picture (PNG, JPEG or WebP), signed.
 
-        model: what made it, as users call it. sources: `self.sources` of its references. watermark: how it was marked,
-        None if it was not. prompt: given only where the user wants it published. Raises `CredentialsError`.
+        model: what made it, as users call it. sources: `self.source` of each of its references. watermark: how it was
+        marked, None if it was not. prompt: given only where the user wants it published. Raises `CredentialsError`.
         """
         mime = _mime(data)
         if mime not in ("image/png", "image/jpeg", "image/webp"):
@@ -236,18 +207,6 @@ class Signer:
             except OSError as error:
                 return unreadable(f"the file cannot be opened ({error.strerror or 'unknown reason'})")
         return self._reader.read(data, self._known())
-
-    def _source(self, number: int, data: bytes) -> Source:
-        mime = _mime(data)
-        found = self._reader.read(data)
-        if found.state == "none":
-            return Source(mime=mime)
-        if found.state == "unreadable":
-            return Source(mime=mime, note=f"Image {number}: {found.summary} They are left out of the new picture's.")
-        if found.state == "broken":
-            note = f"Image {number}: {found.summary} Its credentials go along, marked as what they are."
-            return Source(mime=mime, data=data, note=note)
-        return Source(mime=mime, data=data)
 
     def _definition(
         self, model: str, sources: Sequence[Source], watermark: str | None, prompt: str | None

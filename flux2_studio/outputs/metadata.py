@@ -1,59 +1,364 @@
-"""What a saved picture says of itself: the settings that made it, as text inside the PNG.
+"""What a saved picture says of itself, in its file: the settings that made it, and that a model made it.
 
-Two text entries: `Software`, and `parameters`, a JSON object with the fields of the resolved `Request` of this one
-picture (its own seed, count 1). References are given as the SHA-256 of the file's bytes: a path would mean nothing on
-another machine and may tell more about its owner than intended. LoRAs have theirs beside name and weight, because a
-name may stand for another file tomorrow.
+Written into every format are EXIF (Software, Model) and XMP: `Iptc4xmpExt:DigitalSourceType`, by which search engines
+and archives tell generated pictures, and the system that was used (IPTC Photo Metadata 2025.1). The settings are a JSON
+object, in a PNG the text entry `parameters`, in JPEG and WebP EXIF's UserComment:
 
-The JSON is plain ASCII, so that every reader of PNG text gets it right and no prompt can fail to be written.
+    {"request": {"prompt": ..., "seed": ..., ...}, "checkpoint": {"name", "label", "sha256"},
+     "references": [sha256, ...], "loras": [{"name", "weight", "sha256"}, ...], "original_prompt", "upsampled_by",
+     "place", "together", "versions": {...}, "computed": {...}}
+
+References are given as the SHA-256 of the file's bytes: a path would mean nothing on another machine and may tell more
+about its owner than intended. LoRAs have theirs beside name and weight, because a name may stand for another file
+tomorrow. The JSON is plain ASCII, so that every reader gets it right and no prompt can fail to be written.
+
+What is read may come from anybody. No pixel is decoded for it, every value is checked, and what does not pass is left
+alone and said in a sentence. Even then it is only what the file claims: anybody can write anything there.
+
+Pitfalls that are dealt with here:
+- a JPEG's segment holds 64 KB, which a long prompt in an Asian script exceeds: the settings stay out then, as is said;
+- Pillow raises for text that unpacks to more than 1 MB, and for more than 64 MB of it in all, when a file is opened;
+- Pillow writes some of what it once read with a picture (`Image.info`) into the next file.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+from xml.sax.saxutils import escape
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from flux2_studio import __version__
-from flux2_studio.request import Request
+from flux2_studio.errors import RequestError
+from flux2_studio.outputs.record import Record
+from flux2_studio.request import MAX_COUNT, MAX_NAME, MAX_PROMPT, ImageFormat, Request
 
-MAX_FILE = 200 * 10**6  # bytes
-MAX_TEXT = 10**6  # characters; two prompts of the longest kind take less
+SOFTWARE = f"AI generated; flux2-studio {__version__}"
+QUALITY = 95  # of JPEG and WebP; with less, or with colours of half the size, the watermark fades
+MAX_SIDE: Mapping[ImageFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # pixels, by the encoders
+FORMATS = ("PNG", "JPEG", "WEBP")  # whose settings are read
+MAX_SEGMENT = 65_533  # bytes of EXIF in a JPEG
+MAX_TEXT = 10**6  # characters; three prompts of the longest kind take less
+MAX_ENTRIES = 32  # of a list or a table in the JSON
+MAX_VALUE = 200  # characters of what `versions` and `computed` hold
+MAX_NUMBER = 10**6  # pixels of a side, steps
+MAX_PROBLEM = 300  # characters
+
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about=""
+ xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+ xmlns:photoshop="http://ns.adobe.com/photoshop/1.0/"
+ xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
+{properties}
+</rdf:Description>
+</rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="w"?>"""
+
+# EXIF's numbers for what is written.
+MODEL, SOFTWARE_TAG, EXIF_IFD, USER_COMMENT = 0x0110, 0x0131, 0x8769, 0x9286
+ASCII = b"ASCII\0\0\0"  # how a UserComment says that it is plain text
+
+# Fields of a request that stand elsewhere in the JSON, or that are no setting of one picture.
+ELSEWHERE = {"checkpoint", "references", "loras", "upsampling", "count"}
+PARTS = {
+    "request",
+    "checkpoint",
+    "references",
+    "loras",
+    "original_prompt",
+    "upsampled_by",
+    "place",
+    "together",
+    "versions",
+    "computed",
+}
+OTHER_PROGRAM = "The file holds settings of another program, which are not read here."
+DAMAGED = "What the file says of itself is damaged, or made to be: it cannot be read."
 
 
-def png_info(request: Request, reference_hashes: Sequence[str] = (), lora_hashes: Sequence[str] = ()) -> PngInfo:
-    """The text entries of the one picture that `request` (resolved, its own seed, count 1) made.
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A picture's file. notes: what of it could not be written, for the user; () if nothing."""
 
-    lora_hashes: SHA-256 of the file of each of the request's LoRAs.
+    data: bytes
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The settings in a file, where there are any; `problem`, where there is something that cannot be used as such."""
+
+    record: Record | None = None
+    problem: str | None = None
+
+
+def check_size(width: int, height: int, format: ImageFormat) -> None:
+    """Raises `RequestError` where no file of `format` holds so many pixels a side: to be asked before the work."""
+    most = MAX_SIDE[format]
+    if max(width, height) > most:
+        raise RequestError(
+            f"{width} x {height} pixels do not go into a {_called(format)}, which has at most {most:,} a side: save as "
+            f"PNG, or choose a smaller size."
+        )
+
+
+def encode(image: Image.Image, format: ImageFormat, record: Record | None) -> Encoded:
+    """The file of `image` (RGB, [0, 255]) as `format`, with what `record` says; with pixels only for None.
+
+    PNG keeps the pixels as they are. Raises `RequestError` for more pixels a side than `format` has.
     """
-    parameters = request.as_dict() | {"references": list(reference_hashes)}
-    parameters["loras"] = [
-        lora | {"sha256": sha256} for lora, sha256 in zip(parameters["loras"], lora_hashes, strict=True)
-    ]
-    info = PngInfo()
-    info.add_text("Software", f"flux2-studio {__version__}")
-    info.add_text("parameters", json.dumps(parameters))
-    return info
+    check_size(*image.size, format)
+    plain = image.convert("RGB")  # a copy
+    plain.info.clear()
+    notes: tuple[str, ...] = ()
+    extra: dict[str, Any] = {}
+    if record is not None:
+        text = json.dumps(as_dict(record))
+        extra = {"exif": _exif(record, None if format == "png" else text)}
+        if format == "jpeg" and len(extra["exif"]) > MAX_SEGMENT:
+            extra = {"exif": _exif(record, None)}
+            notes = (
+                "The settings are not in the file: a JPEG has no room for a prompt of this length. Save as PNG or WebP "
+                "to keep them with the picture.",
+            )
+        if format == "png":
+            extra["pnginfo"] = info = PngInfo()
+            info.add_text("Software", SOFTWARE)
+            info.add_text("parameters", text)
+            info.add_itxt("XML:com.adobe.xmp", _xmp(record))
+        else:
+            extra["xmp"] = _xmp(record).encode()
+    if format == "jpeg":
+        extra |= {"quality": QUALITY, "subsampling": "4:4:4"}
+    elif format == "webp":
+        extra |= {"quality": QUALITY, "method": 4}
+    out = io.BytesIO()
+    plain.save(out, format=format.upper(), **extra)
+    return Encoded(data=out.getvalue(), notes=notes)
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """The parameters in the picture at `path`, or None where there are none to be read, whatever the reason.
-
-    The file may come from anybody. Nothing in it is decoded but its text, up to a limit; the values are what the file
-    says and have not been checked: `Request` does that.
-    """
+def read(data: bytes) -> Found:
+    """The settings in the bytes of any file, by whomever: never an exception."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_FILE:
-            return None
-        with Image.open(path, formats=("PNG",)) as image:
-            text = image.info.get("parameters")
-        if not isinstance(text, str) or len(text) > MAX_TEXT:
-            return None
-        parameters = json.loads(text)
-    except Exception:  # noqa: BLE001 - the PNG decoder and the JSON parser raise nearly anything for a damaged file
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            if file.format == "PNG":
+                text = file.info.get("parameters")
+            else:
+                comment = file.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+                text = _comment(comment) if isinstance(comment, bytes) else None
+    except UnidentifiedImageError:
+        return Found(problem="No settings can be read: this is no PNG, JPEG or WebP picture, or a damaged one.")
+    except Image.DecompressionBombError:
+        return Found(problem="The picture is too large to be looked at.")
+    except Exception:  # noqa: BLE001 - decoders raise nearly every exception there is for a file that is made to hurt
+        return Found(problem=DAMAGED)
+    if not isinstance(text, str) or not text.strip():
+        return Found()
+    if len(text) > MAX_TEXT:
+        return Found(problem=f"The settings in the file have more than {MAX_TEXT:,} characters: they are not read.")
+    if not text.lstrip().startswith("{"):
+        return Found(problem=OTHER_PROGRAM)
+    try:
+        return Found(record=_record(_parsed(text)))
+    except _Wrong as wrong:
+        return Found(problem=_shown(str(wrong)))
+    except RequestError as error:
+        return Found(problem=_shown(f"The settings in the file cannot be used: {error}"))
+
+
+def as_dict(record: Record) -> dict[str, Any]:
+    """`record` as the JSON in a file. Its request must have as many LoRAs as there are hashes of them."""
+    request = record.request
+    return {
+        "request": {key: value for key, value in request.as_dict().items() if key not in ELSEWHERE},
+        "checkpoint": {"name": request.checkpoint, "label": record.label, "sha256": record.checkpoint},
+        "references": list(record.references),
+        "loras": [asdict(lora) | {"sha256": sha256} for lora, sha256 in zip(request.loras, record.loras, strict=True)],
+        "original_prompt": record.original_prompt,
+        "upsampled_by": record.upsampled_by,
+        "place": record.place,
+        "together": record.together,
+        "versions": dict(record.versions),
+        "computed": dict(record.computed),
+    }
+
+
+def run_again(record: Record) -> Request:
+    """The request whose picture number `record.place` is this one, bit by bit, on the same kind of machine.
+
+    Its references are still to be found. Raises `RequestError` where no request can be so.
+    """
+    seed = record.request.seed
+    assert seed is not None, "a record's request is resolved"
+    return replace(record.request, seed=seed - record.place, count=record.together)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def _exif(record: Record, text: str | None) -> bytes:
+    exif = Image.Exif()
+    exif[MODEL] = record.label
+    exif[SOFTWARE_TAG] = SOFTWARE
+    if text is not None:
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + text.encode("ascii")
+    return exif.tobytes()
+
+
+def _xmp(record: Record) -> str:
+    edited = "compositeWithTrainedAlgorithmicMedia" if record.references else "trainedAlgorithmicMedia"
+    properties = {
+        "xmp:CreatorTool": f"flux2-studio {__version__}",
+        "photoshop:Credit": "AI generated",
+        "Iptc4xmpExt:DigitalSourceType": f"{SOURCE_TYPE}{edited}",
+        "Iptc4xmpExt:AISystemUsed": record.label,
+    }
+    if record.checkpoint:
+        properties["Iptc4xmpExt:AISystemVersionUsed"] = f"sha256:{record.checkpoint}"
+    return XMP.format(
+        properties="\n".join(f"<{name}>{escape(_line(value))}</{name}>" for name, value in properties.items())
+    )
+
+
+def _line(text: str) -> str:
+    """`text` without what XML 1.0 cannot hold even escaped."""
+    return "".join(it if it.isprintable() else " " for it in text)
+
+
+def _called(format: ImageFormat) -> str:
+    return {"png": "PNG", "jpeg": "JPEG", "webp": "WebP"}[format]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+class _Wrong(Exception):
+    """The JSON is not what is written here. The message is a sentence for the user."""
+
+
+def _comment(comment: bytes) -> str | None:
+    """The settings in a UserComment, ours or another program's; None for any other comment, a camera's say."""
+    coding, text = comment[:8], comment[8:]
+    if coding == ASCII:
+        plain = text.decode("latin-1")
+    elif coding == b"UNICODE\0":
+        plain = text.decode("utf-16-be", "replace")
+    else:
         return None
-    return parameters if isinstance(parameters, dict) else None
+    return plain if plain.lstrip().startswith("{") or "Steps: " in plain else None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise _Wrong(f"The settings in the file hold {constant} as a number: they are not read.")
+
+    try:
+        parsed = json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise _Wrong("The settings in the file are nested too deeply: they are not read.") from error
+    except ValueError as error:  # the number of more digits than Python converts, too
+        raise _Wrong("The settings in the file are damaged: they are no well-formed JSON.") from error
+    if not isinstance(parsed, dict) or not {"request", "checkpoint"} <= parsed.keys():
+        raise _Wrong(OTHER_PROGRAM)
+    if unknown := parsed.keys() - PARTS:
+        raise _Wrong(f"The settings in the file have a part {min(unknown)!r}, which this version does not know.")
+    return parsed
+
+
+def _record(parsed: Mapping[str, Any]) -> Record:
+    """Raises `_Wrong` or `RequestError`."""
+    request = _table(parsed["request"], "request")
+    if misplaced := request.keys() & ELSEWHERE:
+        raise _Wrong(f"The settings in the file have {min(misplaced)} in a place where it never stands.")
+    checkpoint = _table(parsed["checkpoint"], "checkpoint")
+    loras = [_table(entry, "loras") for entry in _list(parsed, "loras")]
+    hashes = tuple(_hash(entry.pop("sha256", None)) for entry in loras)
+    record = Record(
+        request=Request.from_dict(request | {"checkpoint": _name(checkpoint.get("name"), "name"), "loras": loras}),
+        label=_name(checkpoint.get("label"), "label"),
+        checkpoint=_hash(checkpoint["sha256"]) if checkpoint.get("sha256") else "",
+        references=tuple(_hash(entry) for entry in _list(parsed, "references")),
+        loras=hashes,
+        original_prompt=_prompt(parsed.get("original_prompt")),
+        upsampled_by=None if parsed.get("upsampled_by") is None else _name(parsed["upsampled_by"], "upsampled_by"),
+        place=_whole(parsed.get("place", 0), "place", MAX_COUNT),
+        together=_whole(parsed.get("together", 1), "together", MAX_COUNT),
+        versions=_texts(parsed, "versions"),
+        computed=_texts(parsed, "computed"),
+    )
+    _check_resolved(record)
+    return record
+
+
+def _check_resolved(record: Record) -> None:
+    """That nothing is left open in the request, as in all that are written, and that it can be run."""
+    request = record.request
+    for name in ("width", "height", "steps"):
+        _whole(getattr(request, name), name, MAX_NUMBER)
+    if request.seed is None or request.negative_prompt is None or type(request.guidance) not in (int, float):
+        raise _Wrong("The settings in the file lack the seed, the guidance or the negative prompt.")
+    if record.place >= record.together:
+        raise _Wrong("The settings in the file call the picture one more than were drawn together.")
+    run_again(record)
+
+
+def _table(value: object, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or any(isinstance(it, dict | list) for it in value.values()):
+        raise _Wrong(f"What the settings in the file have as {name} is of another form than this studio's.")
+    return dict(value)
+
+
+def _list(parsed: Mapping[str, Any], name: str) -> list[object]:
+    value = parsed.get(name, [])
+    if not isinstance(value, list) or len(value) > MAX_ENTRIES:
+        raise _Wrong(f"What the settings in the file have as {name} is no list, or too long a one.")
+    return value
+
+
+def _hash(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise _Wrong("The settings in the file name a file by something that is no SHA-256.")
+    return value
+
+
+def _name(value: object, name: str, longest: int = MAX_NAME) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= longest:
+        raise _Wrong(f"What the settings in the file have as {name} is no name, or too long a one.")
+    return value
+
+
+def _prompt(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > MAX_PROMPT or any("\ud800" <= it <= "\udfff" for it in value):
+        raise _Wrong("The original prompt in the file's settings is no text, or too long.")
+    return value
+
+
+def _whole(value: object, name: str, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise _Wrong(f"What the settings in the file have as {name} is no whole number from 0 to {most:,}.")
+    return value
+
+
+def _texts(parsed: Mapping[str, Any], name: str) -> dict[str, str]:
+    table = _table(parsed.get(name, {}), name)
+    if len(table) > MAX_ENTRIES:
+        raise _Wrong(f"What the settings in the file have as {name} is too long.")
+    return {_name(key, name, MAX_VALUE): _name(value, name, MAX_VALUE) for key, value in table.items()}
+
+
+def _shown(text: str) -> str:
+    """`text`, which may repeat what a file holds, on one line and not too long."""
+    line = _line(text[: MAX_PROBLEM + 1])
+    return line if len(line) <= MAX_PROBLEM else f"{line[: MAX_PROBLEM - 1]}…"

@@ -5,22 +5,21 @@ from __future__ import annotations
 import errno
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from flux2_studio.errors import SaveError
-from flux2_studio.outputs.metadata import png_info
-from flux2_studio.request import Request
+from flux2_studio.request import ImageFormat, Request
+
+ENDINGS: Mapping[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 class Library:
-    """The pictures under `folder`: `YYYY-MM-DD/HHMMSS-checkpoint-seed-token.png`, in local time by `now`.
+    """The pictures under `folder`: `YYYY-MM-DD/HHMMSS-checkpoint-seed-token.png`, or .jpg or .webp, in local time by
+    `now`.
 
     `token` makes a name that nobody can guess: the page serves a picture to whoever knows its path. Several threads
     and processes may save at once.
@@ -45,16 +44,9 @@ class Library:
         except OSError as error:
             raise SaveError(self._reason(error)) from error
 
-    def save(
-        self,
-        image: Image.Image,
-        request: Request,
-        reference_hashes: Sequence[str] = (),
-        lora_hashes: Sequence[str] = (),
-    ) -> Path:
-        """Write `image`, made by `request` (resolved, its own seed, count 1), as a PNG with its parameters.
+    def save(self, data: bytes, request: Request) -> Path:
+        """Write `data`, the finished file of the picture that `request` (resolved, its own seed) made.
 
-        reference_hashes: `Loaded.sha256` of each reference. lora_hashes: `Applied.sha256` of each LoRA.
         Returns the file's path. Raises `SaveError` where it cannot be written; nothing is left behind then.
         """
         moment = self._now()
@@ -64,9 +56,9 @@ class Library:
             day = self.folder / f"{moment:%Y-%m-%d}"
             day.mkdir(parents=True, exist_ok=True)
             while True:  # until a name is free, which the first is but for a wonder
-                target = day / f"{stem}-{self._token()}.png"
+                target = day / f"{stem}-{self._token()}{ENDINGS[request.format]}"
                 with suppress(FileExistsError):
-                    _write_new(target, image, png_info(request, reference_hashes, lora_hashes))
+                    _write_new(target, data)
                     return target
         except OSError as error:
             raise SaveError(self._reason(error)) from error
@@ -88,7 +80,7 @@ class Library:
         )
 
 
-def _write_new(target: Path, image: Image.Image, info: PngInfo) -> None:
+def _write_new(target: Path, data: bytes) -> None:
     """Write `target`, complete from the moment it can be seen. Raises `FileExistsError` if that name is taken.
 
     Whoever made the hidden file beside it owns the name: only then is it safe to look whether it is free, and the
@@ -100,7 +92,7 @@ def _write_new(target: Path, image: Image.Image, info: PngInfo) -> None:
         with file:  # closed before it is renamed, as Windows wants; on a full disk closing fails too
             if target.exists():
                 raise FileExistsError(target)
-            image.save(file, format="PNG", pnginfo=info)
+            file.write(data)
         hidden.replace(target)
     except BaseException:
         with suppress(OSError):

@@ -5,6 +5,7 @@ Each method gives what the user should be told, and raises `SafetyError` for wha
     ready()                     first: can pictures be checked here, if they have to be?
     prompt(text)                the prompt, and again what a language model made of it
     reference(number, image)    each reference, before it is encoded
+    asked(ask, ...)             prompt and references, where a language model is there to be asked about them
     preview(image)              each preview: the picture that may be shown in its place
     output(image)               each finished picture, before it is saved or shown
 
@@ -17,7 +18,7 @@ Each method gives what the user should be told, and raises `SafetyError` for wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,7 @@ from flux2_studio.safety.prompt_rules import check_prompt
 from flux2_studio.safety.questions import Ask, check_by_asking
 
 MOSAIC = 16  # squares along the longer side of a veiled preview: colours and layout remain, nothing else
+REWORD, ANOTHER = "Word it differently.", "Choose another picture."
 
 
 class Classifier(Protocol):
@@ -66,25 +68,42 @@ class Guard:
         if self.policy == "on":
             self._classifier().load()
 
-    def prompt(self, text: str, ask: Ask | None = None) -> tuple[str, ...]:
-        """ask: a language model that is loaded anyway, for what rules cannot know. Raises `SafetyError`."""
+    def prompt(self, text: str) -> tuple[str, ...]:
+        """Raises `SafetyError`."""
         verdict = check_prompt(text)
         if verdict.always:
             raise SafetyError(f"This prompt is refused, under every setting, because it {verdict.text}.")
         if self.policy == "off":
             return ()
-        if verdict.allowed and ask is not None:
-            verdict = check_by_asking(ask, text)
-        return self._settle(verdict, "The prompt", "Word it differently.")
+        return self._settle(verdict, "The prompt", REWORD)
 
     def reference(self, number: int, image: Image.Image) -> tuple[str, ...]:
         """number: 1-based, as the prompt calls it. Raises `SafetyError` and `ClassifierError`."""
-        return self._picture(image, f"Image {number}", "Choose another picture.")
+        return self._picture(image, _named(number), ANOTHER)
 
-    def output(self, image: Image.Image) -> tuple[str, ...]:
-        """Raises `SafetyError` and `ClassifierError`: `image` must then go nowhere."""
+    def asked(self, ask: Ask, prompt: str, references: Sequence[Image.Image] = ()) -> tuple[str, ...]:
+        """What rules and classifiers cannot know of them, of each by itself. ask: a language model that is there.
+
+        Raises `SafetyError`.
+        """
+        if self.policy == "off":
+            return ()
+        told = self._settle(check_by_asking(ask, prompt), "The prompt", REWORD)
+        for number, image in enumerate(references, start=1):
+            told += self._settle(check_by_asking(ask, "", [image]), _named(number), ANOTHER)
+        return told
+
+    def output(self, image: Image.Image, ask: Ask | None = None) -> tuple[str, ...]:
+        """ask: as for `asked`. Raises `SafetyError` and `ClassifierError`: `image` must then go nowhere."""
         advice = "It was neither saved nor shown. Change the prompt, or try another seed."
-        return self._picture(image, "A finished picture", advice)
+        return self._picture(image, "A finished picture", advice, ask)
+
+    def asked(self, ask: Ask, prompt: str, references: Sequence[Image.Image] = ()) -> tuple[str, ...]:
+        """What the language model `ask` says of the prompt together with its references. Raises `SafetyError`."""
+        if self.policy == "off":
+            return ()
+        verdict = check_by_asking(ask, prompt, references)
+        return self._settle(verdict, "The request", "Word it differently, or choose other pictures.")
 
     def preview(self, image: Image.Image) -> Image.Image:
         """`image`, or a mosaic of it where the policy is on and it is flagged. Raises `ClassifierError`."""
@@ -94,16 +113,19 @@ class Guard:
         small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         return image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
 
-    def _picture(self, image: Image.Image, what: str, advice: str) -> tuple[str, ...]:
+    def _picture(self, image: Image.Image, what: str, advice: str, ask: Ask | None = None) -> tuple[str, ...]:
         if self.policy == "off":
             return ()
+        verdict, told = Verdict(allowed=True), []
         try:
             verdict = self._classifier()(image)
         except ClassifierError as error:
             if self.policy == "on":
                 raise
-            return (f"{what} was not checked. {error}",)
-        return self._settle(verdict, what, advice)
+            told = [f"{what} was not checked. {error}"]
+        if verdict.allowed and ask is not None:
+            verdict = check_by_asking(ask, "", [image])
+        return (*told, *self._settle(verdict, what, advice))
 
     def _settle(self, verdict: Verdict, what: str, advice: str) -> tuple[str, ...]:
         if verdict.allowed:
@@ -118,3 +140,7 @@ class Guard:
             folder = self._find_weights()
             self._chosen = NudeNet() if folder is None else Falconsai(folder)
         return self._chosen
+
+
+def _named(number: int) -> str:
+    return f"Image {number}"

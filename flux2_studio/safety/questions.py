@@ -2,22 +2,27 @@
 
 The model answers yes or no, and its answer is read from the probabilities of the next token, not from a text: there is
 nothing to parse, and how sure it is can be told. One question covers all three; only if the answer is yes, three more
-find out which it is. A model is asked if it is loaded anyway (dev's Mistral); none is loaded for this.
+find out which it is. Only a model that reads the prompts of its checkpoint is asked (dev's Mistral): see
+`Session.asking`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
+from flux2_studio.errors import ClassifierError
 from flux2_studio.safety.policy import Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flux2_studio.engine.writer import Writer
+
 LIMIT = 0.5  # yes is likelier than no
+SIDE = 768  # pixels: the long side, at most, of a picture as the model sees it
 
 SYSTEM = (
     "You check requests to a picture generator before they are carried out. You are asked one question at a time and "
@@ -42,47 +47,59 @@ EACH: Mapping[str, str] = {
 }
 CLOSING = "Answer yes or no."
 
-Message = Mapping[str, Any]  # role, and content: a list of {"type": "text", "text"} and {"type": "image", "image"}
-
 
 class Ask(Protocol):
-    """A language model with a question: the probability of yes against no as the next word of its answer."""
+    """A language model with a question: the probability of yes against no as the first word of its answer to `message`,
+    which comes with `images`."""
 
-    def __call__(self, messages: Sequence[Message]) -> float: ...
+    def __call__(self, system: str, message: str, images: Sequence[Image.Image]) -> float: ...
+
+
+def asking(writer: Writer) -> Ask:
+    """`writer`, which sees pictures, as somebody who can be asked. Raises `ClassifierError` for one that cannot."""
+    yes, no = yes_and_no(writer.tokens)
+
+    def ask(system: str, message: str, images: Sequence[Image.Image]) -> float:
+        from flux2_studio.pictures import pixels_from_image  # imports torch
+
+        pixels = [pixels_from_image(_shrunk(image)) for image in images]
+        return probability_of_yes(writer.next_logits(system, message, pixels), yes, no)
+
+    return ask
 
 
 def check_by_asking(ask: Ask, prompt: str, images: Sequence[Image.Image] = ()) -> Verdict:
     """The verdict of the model behind `ask` on a prompt with its reference images, or on images alone (prompt "")."""
-    scores = {"any": ask(question(ANY, prompt, images))}
+    scores = {"any": ask(SYSTEM, question(ANY, prompt), images)}
     if scores["any"] < LIMIT:
         return Verdict(allowed=True, scores=scores)
-    scores |= {what: ask(question(text, prompt, images)) for what, text in EACH.items()}
+    scores |= {what: ask(SYSTEM, question(text, prompt), images) for what, text in EACH.items()}
     found = [what for what in EACH if scores[what] >= LIMIT] or ["a protected character, a logo or a public figure"]
     return Verdict(allowed=False, reasons=tuple(f"seems to show {what}" for what in found), scores=scores)
 
 
-def question(text: str, prompt: str, images: Sequence[Image.Image] = ()) -> list[Message]:
-    """The conversation in which `text` is asked of a prompt and images, as chat templates take it."""
+def question(text: str, prompt: str) -> str:
+    """The message in which `text` is asked of a prompt, or of images alone where that is ""."""
     told = f"The request, between the marks:\n<request>\n{_quoted(prompt)}\n</request>\n" if prompt else ""
-    content = [{"type": "image", "image": image} for image in images]
-    return [
-        {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-        {"role": "user", "content": [*content, {"type": "text", "text": f"{told}{text} {CLOSING}"}]},
-    ]
+    return f"{told}{text} {CLOSING}"
 
 
 def yes_and_no(encode: Callable[[str], Sequence[int]]) -> tuple[list[int], list[int]]:
     """The tokens with which a tokenizer begins to spell yes, and no. encode: a text to tokens, none of them special.
 
-    Raises `ValueError` for a tokenizer that begins both alike, which cannot be asked like this.
+    One that begins both (a blank that is a token of its own) tells nothing and is left out. Raises `ClassifierError`
+    for a tokenizer of which nothing remains.
     """
     yes, no = (
-        sorted({encode(blank + spelt)[0] for blank in ("", " ") for spelt in (word, word.title(), word.upper())})
+        {encode(blank + spelt)[0] for blank in ("", " ") for spelt in (word, word.title(), word.upper())}
         for word in ("yes", "no")
     )
-    if set(yes) & set(no):
-        raise ValueError("the tokenizer begins yes and no with the same token")
-    return yes, no
+    if not (yes - no and no - yes):
+        raise ClassifierError(
+            "The language model's tokenizer begins yes and no alike, so it cannot be asked about prompts and "
+            "pictures: use the tokenizer that belongs to it, or set FLUX2_SAFETY to warn or off."
+        )
+    return sorted(yes - no), sorted(no - yes)
 
 
 def probability_of_yes(logits: Tensor, yes: Sequence[int], no: Sequence[int]) -> float:
@@ -93,3 +110,10 @@ def probability_of_yes(logits: Tensor, yes: Sequence[int], no: Sequence[int]) ->
 def _quoted(prompt: str) -> str:
     """`prompt`, unable to end the quotation that it is put into."""
     return prompt.replace("<", "\u2039").replace(">", "\u203a")
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    """A copy in RGB that is no larger than a model is to see it."""
+    small = image.convert("RGB")
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return small

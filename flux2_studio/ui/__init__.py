@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from flux2_studio.jobs import JobQueue
 from flux2_studio.models.shelf import Shelf
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, models_tab, tabs
+from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, tabs
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.theme import StudioTheme
 
@@ -83,7 +84,7 @@ def build(
     with gr.Blocks(
         title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, UPLOADS_KEPT), fill_width=True
     ) as page:
-        gr.HTML(TITLE, elem_id="title")
+        gr.HTML(f'{TITLE}<p id="policy">{escape(studio.guard.meaning)}</p>', elem_id="title")
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=5, min_width=320, elem_id="forms"):
                 with gr.Column(elem_id="choice"):
@@ -91,7 +92,10 @@ def build(
                     about = gr.HTML(fields.about(default, studio.on_disk(default)), elem_id="about")
                     loading = gr.HTML(elem_id="loading")
                 with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabbed:
-                    forms = [layout(chosen, default, examples) for layout in (tabs.generate, tabs.edit, tabs.multi)]
+                    forms = [
+                        layout(chosen, default, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)
+                    ]
+                    inspection = inspect_tab.layout()
                     models = models_tab.layout(shelf, needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
                 stage = tabs.stage()
@@ -107,6 +111,16 @@ def build(
             stage=stage,
         )
         models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
+        inspect_tab.wire(
+            inspection,
+            studio,
+            studio.signer,
+            studio.messages,
+            forms=forms,
+            chosen=chosen,
+            tabs=tabbed,
+            references=studio.kept,
+        )
     return page
 
 
@@ -126,7 +140,8 @@ def serve(
     # These load torch, which only a started page needs.
     from flux2_studio.models.hub import Hub
     from flux2_studio.models.manager import ModelManager
-    from flux2_studio.studio import Studio
+    from flux2_studio.outputs.kept import KeptReferences
+    from flux2_studio.studio import Studio, guard_of
 
     if settings.on_space:
         host, port = host or SPACE_HOST, port or SPACE_PORT
@@ -135,9 +150,16 @@ def serve(
     if port is not None and not 1 <= port <= 65535:
         raise StudioError(f"There is no port {port}: choose one from 1 to 65535.")
     hub = Hub(settings)  # one for runs and for the Models tab, so that they share downloads
-    studio = Studio(settings, ModelManager(settings, hub))
+    guests = for_guests(settings, share)
+    studio = Studio(
+        settings,
+        ModelManager(settings, hub),
+        guard=guard_of(settings, shared=share),
+        # A picture names its references by hash, and guests' pictures travel: whoever has one must not get them here.
+        kept=None if guests else KeptReferences(settings.references),
+    )
     jobs = JobQueue(studio)
-    page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not for_guests(settings, share))
+    page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests)
     if Path(get_upload_folder()) == settings.home / "uploads":
         forget_uploads(settings.home / "uploads")
     try:
@@ -148,7 +170,11 @@ def serve(
             theme=StudioTheme(),
             css_paths=[settings.assets / "style.css"],
             head=SCRIPT,
-            allowed_paths=[str(settings.outputs), str(settings.assets / "examples")],
+            allowed_paths=[
+                str(settings.outputs),
+                str(settings.assets / "examples"),
+                *([] if guests else [str(settings.references)]),
+            ],
             max_file_size=MAX_BYTES,
             footer_links=[],
             run_history=False,

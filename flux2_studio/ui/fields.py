@@ -16,7 +16,7 @@ import gradio as gr
 
 from flux2_studio.checkpoints import GB, MB, Checkpoint, Part
 from flux2_studio.models.loras import LoraEntry
-from flux2_studio.request import MAX_COUNT, size_for_aspect
+from flux2_studio.request import MAX_COUNT, SAMPLING, size_for_aspect
 from flux2_studio.ui.examples import Example
 
 ASPECTS: dict[str, tuple[int, int]] = {
@@ -114,9 +114,11 @@ def prompt(label: str, placeholder: str) -> gr.Textbox:
     return gr.Textbox(label=label, placeholder=placeholder, lines=3, max_lines=10, elem_classes="prompt")
 
 
-def negative_prompt(checkpoint: Checkpoint) -> gr.Textbox:
+def negative_prompt(checkpoint: Checkpoint, value: str | None = None) -> gr.Textbox:
+    """value: None leaves what is there."""
     # Emptied where it is not used: a hidden text would be refused with the rest of the form.
-    emptied: dict[str, Any] = {} if checkpoint.takes_negative_prompt else {"value": ""}
+    shown = value if checkpoint.takes_negative_prompt else ""
+    given: dict[str, Any] = {} if shown is None else {"value": shown}
     return gr.Textbox(
         label="Negative prompt",
         placeholder="What the picture should not show",
@@ -124,7 +126,7 @@ def negative_prompt(checkpoint: Checkpoint) -> gr.Textbox:
         max_lines=6,
         visible=checkpoint.takes_negative_prompt,
         elem_classes="negative",
-        **emptied,
+        **given,
     )
 
 
@@ -242,11 +244,12 @@ def lock() -> gr.Checkbox:
     return gr.Checkbox(False, label="Lock", info="keep this seed", min_width=90, elem_classes="lock")
 
 
-def steps(checkpoint: Checkpoint) -> gr.Slider:
+def steps(checkpoint: Checkpoint, value: int | None = None) -> gr.Slider:
+    """value: None takes the checkpoint's own."""
     return gr.Slider(
         1,
         checkpoint.max_steps,
-        value=checkpoint.steps,
+        value=checkpoint.steps if value is None else value,
         step=1,
         precision=0,
         label="Steps",
@@ -257,11 +260,12 @@ def steps(checkpoint: Checkpoint) -> gr.Slider:
     )
 
 
-def guidance(checkpoint: Checkpoint) -> gr.Slider:
+def guidance(checkpoint: Checkpoint, value: float | None = None) -> gr.Slider:
+    """value: None takes the checkpoint's own."""
     return gr.Slider(
         1.0,
         checkpoint.max_guidance,
-        value=checkpoint.guidance,
+        value=checkpoint.guidance if value is None else value,
         step=0.1,
         label="Guidance",
         info=FIXED if checkpoint.guidance_fixed else "How closely the prompt is followed.",
@@ -269,3 +273,79 @@ def guidance(checkpoint: Checkpoint) -> gr.Slider:
         buttons=[],
         elem_classes="guidance",
     )
+
+
+def upsample_by(chosen: str) -> gr.Radio:
+    return gr.Radio(
+        [("Off", "none"), ("On this machine", "local"), ("OpenRouter or your server", "openrouter")],
+        value=chosen,
+        label="By a language model",
+        info="It turns a rough idea into a full prompt, in the same run or with Enrich now.",
+        elem_classes="upsample-by",
+    )
+
+
+def local_model(offers: Sequence[tuple[str, str]], *, visible: bool) -> gr.Dropdown:
+    """offers: (label, name) of the language models that can write on this machine."""
+    return gr.Dropdown(
+        choices=list(offers),
+        value=offers[0][1] if offers else None,
+        label="Language model",
+        filterable=False,
+        visible=visible and bool(offers),
+        elem_classes="local-model",
+    )
+
+
+def remote_model(models: Sequence[tuple[str, str]], chosen: str, *, visible: bool) -> gr.Dropdown:
+    """models: (label, name) of those in the list; any other name may be typed."""
+    known = {name for _, name in models}
+    return gr.Dropdown(
+        choices=[*models, *([] if chosen in known else [(chosen, chosen)])],
+        value=chosen,
+        label="Language model",
+        info="Choose one, or type the name that the server knows it by.",
+        allow_custom_value=True,
+        visible=visible,
+        elem_classes="remote-model",
+    )
+
+
+def api_key(*, visible: bool) -> gr.Textbox:
+    """Not a Request's field: it travels beside it, and is kept nowhere."""
+    return gr.Textbox(
+        label="API key",
+        type="password",
+        placeholder="for this session only",
+        visible=visible,
+        max_lines=1,
+        html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
+        elem_classes="api-key",
+    )
+
+
+def sampling(name: str, label: str) -> gr.Number:
+    """One of `SAMPLING`; empty leaves it to what is advised for the model."""
+    low, high = SAMPLING[name]
+    whole = name == "max_tokens"
+    return gr.Number(
+        None,
+        label=label,
+        minimum=low,
+        maximum=high,
+        step=1 if whole else 0.05,
+        precision=0 if whole else None,
+        placeholder="as advised",
+        min_width=90,
+        elem_classes="sampling",
+    )
+
+
+def image_format() -> gr.Radio:
+    return gr.Radio(
+        [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")], value="png", label="Save as", elem_classes="format"
+    )
+
+
+def mark(label: str, info: str, elem_class: str, *, on: bool = True) -> gr.Checkbox:
+    return gr.Checkbox(on, label=label, info=info, elem_classes=["mark", elem_class])

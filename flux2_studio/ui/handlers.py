@@ -7,7 +7,8 @@ the job queue, so a closed tab ends only the following.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,19 @@ import gradio as gr
 from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.errors import RequestError, StudioError
-from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
+from flux2_studio.errors import RequestError, StudioError, UpsampleError
+from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped, Upsampled, Writing
 from flux2_studio.jobs import Job, JobQueue
-from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
+from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, Upsampling, round_side
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.lora_panel import choices, wire_loras
 from flux2_studio.ui.readiness import wire_outlook, wire_preparation
 from flux2_studio.ui.reference_panel import offer, offered_to, paths, wire_references
-from flux2_studio.ui.tabs import EMPTY, Form, Stage
+from flux2_studio.ui.tabs import EMPTY, Form, Stage, UpsamplingPanel
+from flux2_studio.ui.upsample_panel import INPUTS, enriched, read_choice, shown, wire_upsampling, writing
 from flux2_studio.ui.wiring import Update, follow, listen
+from flux2_studio.upsample import ApiKey
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
@@ -63,21 +66,24 @@ def wire(
         _wire_size(studio, chosen, form)
         _wire_examples(studio, examples, chosen, form)
         wire_outlook(studio, form)
-        _wire_run(studio, jobs, form, forms, stage)
         if form.panel is not None:
             wire_references(studio, chosen, form, form.panel)
+    _wire_runs(studio, jobs, chosen, forms, stage)
+    _wire_identity(studio, forms)
     _wire_stage(studio, jobs, chosen, tabs, next(form for form in forms if form.name == "edit"), stage)
 
 
 def read_form(
     values: Mapping[str, Any], *, locked: bool, checkpoint: Checkpoint, laid_out_for: str, aspect: str
 ) -> Request:
-    """A form's values as a request. An unlocked seed is left to chance. Raises `RequestError`.
+    """A form's values as a request, without the key that is among them. An unlocked seed is left to chance. Raises
+    `StudioError`.
 
     Whoever chooses a checkpoint and runs at once sends the numbers that were `laid_out_for` the one before: then they
     are left to `checkpoint`, and so is the size unless it was typed.
     """
-    read = dict(values)
+    read = {name: value for name, value in values.items() if name not in INPUTS}
+    read["upsampling"] = read_choice(values)[0]
     if laid_out_for != checkpoint.name:
         read |= {"steps": None, "guidance": None, "negative_prompt": None}
         if aspect in fields.ASPECTS:
@@ -103,51 +109,95 @@ def _check_typed(width: int | None, height: int | None) -> None:
 # --- a run ------------------------------------------------------------------------------------------------------
 
 
-def _wire_run(studio: Studio, jobs: JobQueue, form: Form, forms: Sequence[Form], stage: Stage) -> None:
-    def runs(*, can_start: bool) -> Update:
-        return {other.run: gr.Button(interactive=can_start) for other in forms}
+def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Sequence[Form], stage: Stage) -> None:
+    def read(locked: bool, laid_out_for: str, aspect: str, values: Mapping[str, Any]) -> Request:
+        checkpoint = studio.settings.checkpoint(values["checkpoint"])
+        return read_form(values, locked=locked, checkpoint=checkpoint, laid_out_for=laid_out_for, aspect=aspect)
 
-    async def run(
-        request: gr.Request, locked: bool, laid_out_for: str, aspect: str, **values: Any
+    async def carried_out(
+        form: Form, ask: Callable[[], tuple[Request, ApiKey | None]], owner: str
     ) -> AsyncIterator[Update]:
+        """A run of `form`, from what `ask` gives to its end. Raises `gr.Error` where it failed."""
         # Large references take their time before the job is there to tell of it.
         checking = {stage.progress: show.status(Status(text="Checking the pictures"))} if form.panel else {}
-        yield {**runs(can_start=False), **checking}
+        yield {**_runs(forms, can_start=False), **checking, stage.without: gr.Button(visible=False)}
+        asked: Request | None = None
+        failure: str | None = None
+        without = False  # whether it would go on without enriching the prompt
         try:
-            checkpoint = studio.settings.checkpoint(values["checkpoint"])
-            asked = read_form(values, locked=locked, checkpoint=checkpoint, laid_out_for=laid_out_for, aspect=aspect)
-            job = await asyncio.to_thread(jobs.submit, asked, request.session_hash or "")
+            asked, key = ask()
+            job = await asyncio.to_thread(jobs.submit, asked, owner, key)
         except StudioError as error:
-            failure: str | None = str(error)
+            failure, without = str(error), isinstance(error, UpsampleError) and asked is not None
             yield {stage.message: show.problem(str(error)), stage.progress: ""}
         else:
-            view = RunView(stage, checkpoint)
+            view = RunView(stage, form.upsampling, studio.settings.checkpoint(job.request.checkpoint))
             yield {**view.begin(job), form.fields["seed"]: job.request.seed}
             async for event in follow(job):
                 yield await asyncio.to_thread(view.update, event)
-            failure = view.failure
+            failure, without = view.failure, view.upsampling_failed
         # Stop once more: where a run ends as soon as it begins, the browser may mix up the two updates.
-        yield {**runs(can_start=True), stage.stop: gr.Button(visible=False)}
+        yield {
+            **_runs(forms, can_start=True),
+            stage.stop: gr.Button(visible=False),
+            stage.without: gr.Button(visible=without),
+            stage.failed: (form.name, asked) if without else None,
+        }
         if failure is not None:
             raise gr.Error(failure, print_exception=False)
 
-    listen(form.run.click, None, js=GO_TO_STAGE)
-    listen(
-        form.run.click,
-        run,
-        [form.lock, form.laid_out_for, form.aspect],
-        [*vars(stage).values(), form.fields["seed"], *(other.run for other in forms)],
-        inputs_kwargs=form.fields,
-        concurrency_limit=None,
-    )
+    for form in forms:
+        around = [form.lock, form.laid_out_for, form.aspect]
+
+        async def run(request: gr.Request, *around: Any, form: Form = form, **values: Any) -> AsyncIterator[Update]:
+            def ask() -> tuple[Request, ApiKey | None]:
+                locked, laid_out_for, aspect = around
+                return read(locked, laid_out_for, aspect, values), read_choice(values)[1]
+
+            async for update in carried_out(form, ask, request.session_hash or ""):
+                yield update
+
+        listen(form.run.click, None, js=GO_TO_STAGE)
+        listen(
+            form.run.click,
+            run,
+            around,
+            [*_staged(stage, form), *(other.run for other in forms)],
+            inputs_kwargs=form.fields | form.upsampling.inputs,
+            concurrency_limit=None,
+        )
+        wire_upsampling(studio, jobs, chosen, form, read, around)
+
+    async def again(failed: tuple[str, Request], request: gr.Request) -> AsyncIterator[Update]:
+        name, asked = failed
+        form = next(form for form in forms if form.name == name)
+        plain = replace(asked, upsampling=Upsampling())
+        async for update in carried_out(form, lambda: (plain, None), request.session_hash or ""):
+            yield update
+
+    everything = dict.fromkeys(component for form in forms for component in (*_staged(stage, form), form.run))
+    listen(stage.without.click, again, stage.failed, list(everything), concurrency_limit=None)
+
+
+def _runs(forms: Sequence[Form], *, can_start: bool) -> Update:
+    return {form.run: gr.Button(interactive=can_start) for form in forms}
+
+
+def _staged(stage: Stage, form: Form) -> list[Any]:
+    """The components that a run of `form` changes, but for the buttons that start one."""
+    return [*vars(stage).values(), form.fields["seed"], *shown(form.upsampling)]
 
 
 class RunView:
-    """What the stage shows of one run, event by event."""
+    """What the page shows of one run, event by event: on the stage, and in its form's panel what a language model
+    writes."""
 
-    def __init__(self, stage: Stage, checkpoint: Checkpoint) -> None:
+    def __init__(self, stage: Stage, panel: UpsamplingPanel, checkpoint: Checkpoint) -> None:
         self.failure: str | None = None
+        self.upsampling_failed = False
         self._stage = stage
+        self._panel = panel
+        self._upsampled: Upsampled | None = None
         self._checkpoint = checkpoint
         self._notices: list[str] = []
         self._images: dict[int, Image.Image] = {}
@@ -179,6 +229,13 @@ class RunView:
             case Notice():
                 self._notices.append(event.text)
                 return {stage.notices: show.notices(self._notices)}
+            case Writing():
+                return writing(event, self._panel)
+            case Upsampled():
+                self._upsampled = event
+                assert self._request is not None, "begin first"
+                self._request = replace(self._request, prompt=event.prompt, upsampling=Upsampling())
+                return enriched(event, self._panel)
             case Preview():
                 shown: Update = {stage.progress: show.step(event)}
                 if event.images:
@@ -186,12 +243,15 @@ class RunView:
                     shown[stage.preview] = show.picture(self._images, event.count)
                 return shown
             case Result():
-                return {stage.progress: show.done(event), **self._pictures(event.images, event.seeds)}
+                return {
+                    stage.progress: show.done(event),
+                    **self._pictures(event.images, event.seeds, event.provenance),
+                }
             case Stopped():
                 update: Update = {stage.progress: show.stopped(len(event.images)), **self._end()}
                 return {**update, **self._pictures(event.images, event.seeds)} if event.images else update
             case Failed():
-                self.failure = event.message
+                self.failure, self.upsampling_failed = event.message, event.upsampling
                 return {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
             case _:
                 raise AssertionError(f"{event} is no run's")
@@ -199,7 +259,7 @@ class RunView:
     def _end(self) -> Update:
         return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}
 
-    def _pictures(self, images: Sequence[Path], seeds: Sequence[int]) -> Update:
+    def _pictures(self, images: Sequence[Path], seeds: Sequence[int], provenance: Sequence[str] = ()) -> Update:
         stage, request = self._stage, self._request
         assert request is not None, "begin first"
         one = len(images) == 1
@@ -219,7 +279,7 @@ class RunView:
             stage.download: _download(images, 0),
             stage.edit: gr.Button(_use_label(0, len(images))),
             stage.details: gr.Accordion(visible=True),
-            stage.table: show.settings(request, seeds, self._checkpoint),
+            stage.table: show.settings(request, seeds, self._checkpoint, self._upsampled) + show.provenance(provenance),
             stage.json: show.settings_json(request),
         }
 
@@ -265,16 +325,18 @@ def _wire_checkpoint(
         checkpoint = studio.settings.checkpoint(name)
         return fields.about(checkpoint, studio.on_disk(checkpoint))
 
-    def adopt(name: str, *aspects: str) -> Update:
+    def adopt(name: str, *around: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
         update: Update = {}
-        for form, aspect in zip(forms, aspects, strict=True):
+        for form, aspect, laid_out_for in zip(forms, around[: len(forms)], around[len(forms) :], strict=True):
+            update[form.examples] = fields.other_examples(examples.of(form.name, checkpoint))
+            if laid_out_for == name:  # whoever chose the checkpoint laid it out, with values that are to stay
+                continue
             update |= {
                 form.laid_out_for: name,
                 form.fields["steps"]: fields.steps(checkpoint),
                 form.fields["guidance"]: fields.guidance(checkpoint),
                 form.fields["negative_prompt"]: fields.negative_prompt(checkpoint),
-                form.examples: fields.other_examples(examples.of(form.name, checkpoint)),
             }
             if aspect in fields.ASPECTS:
                 update |= dict(zip(_sides(form), fields.size_of(aspect, checkpoint), strict=True))
@@ -284,7 +346,8 @@ def _wire_checkpoint(
     for form in forms:
         numbers = (form.fields[key] for key in ("steps", "guidance", "negative_prompt"))
         outputs += [form.laid_out_for, *_sides(form), form.examples, *numbers]
-    listen(chosen.change, adopt, [chosen, *(form.aspect for form in forms)], outputs)
+    around = [*(form.aspect for form in forms), *(form.laid_out_for for form in forms)]
+    listen(chosen.change, adopt, [chosen, *around], outputs)
     # With no trigger named: at every choice and when the page is opened, for a download may have happened meanwhile.
     listen(None, describe, chosen, about)
 
@@ -298,6 +361,18 @@ def _wire_examples(studio: Studio, examples: Examples, chosen: gr.Dropdown, form
 
     filled = [form.fields["prompt"], *(offered_to(form) if form.panel else [])]
     listen(form.examples.click, take, [form.examples, chosen], filled)
+
+
+def _wire_identity(studio: Studio, forms: Sequence[Form]) -> None:
+    def who() -> list[str]:
+        try:
+            told = show.notes([studio.signer.identity.proves])
+        except StudioError as error:
+            told = show.problem(str(error))
+        return [told] * len(forms)
+
+    # When the page is opened: the first time, the local identity is made.
+    listen(None, who, None, [form.identity for form in forms])
 
 
 # --- seed and size ----------------------------------------------------------------------------------------------

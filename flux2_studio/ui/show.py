@@ -16,7 +16,7 @@ from html import escape
 from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.events import Preview, Queued, Result, Status
+from flux2_studio.events import Preview, Queued, Result, Status, Upsampled
 from flux2_studio.request import Request
 
 ADDRESS = re.compile(r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])")  # a comma or full stop behind it is the sentence's
@@ -122,10 +122,12 @@ def contact_sheet(images: Mapping[int, Image.Image], count: int) -> Image.Image:
     return sheet
 
 
-def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint) -> str:
-    """What was run, as a table."""
+def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint, upsampled: Upsampled | None = None) -> str:
+    """What was run, as a table. upsampled: how the prompt came about, where a language model wrote it."""
     rows = [
         ("Prompt", request.prompt),
+        ("Original prompt", upsampled.original if upsampled else ""),
+        ("Enriched by", upsampled.by if upsampled else ""),
         ("Negative prompt", request.negative_prompt or ""),
         ("Checkpoint", checkpoint.label),
         ("References", ", ".join(path.name for path in request.references)),
@@ -137,6 +139,13 @@ def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint) -> 
     ]
     body = "".join(f"<tr><th scope='row'>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows if value)
     return f"<table>{body}</table>"
+
+
+def provenance(sentences: Sequence[str]) -> str:
+    """What a picture carries, so that others can tell where it comes from."""
+    if not sentences:
+        return '<p class="carries">The files say nothing of how they were made.</p>'
+    return f'<ul class="carries">{"".join(f"<li>{escape(text)}</li>" for text in sentences)}</ul>'
 
 
 def settings_json(request: Request) -> str:

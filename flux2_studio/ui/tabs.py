@@ -6,13 +6,19 @@ A function lays out one part and returns its components; nothing here listens to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.prompts import Mode, instructions
+from flux2_studio.settings import Settings
 from flux2_studio.ui import fields
 from flux2_studio.ui.examples import Examples
+from flux2_studio.upsample import REMOTE_MODELS
+
+UPSAMPLING = "Enrich the prompt"
 
 EMPTY = (
     '<div class="empty"><p class="lead">Your picture will appear here.</p>'
@@ -35,8 +41,34 @@ class Form:
     laid_out_for: gr.Textbox  # hidden: the checkpoint whose ranges and defaults the fields show
     examples: gr.Dataset
     loras: LoraPanel
+    upsampling: UpsamplingPanel
+    identity: gr.HTML  # who signs, and what that proves
     run: gr.Button
     panel: ReferencePanel | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplingPanel:
+    """Who enriches the form's prompt, and what came of it. `inputs` are what `Upsampling` is made of, and the key;
+    `job` is the id of the enrichment under way, `before` the prompts that were replaced, the last one last."""
+
+    folded: gr.Accordion
+    by: gr.Radio
+    local: gr.Dropdown
+    remote: gr.Dropdown
+    key: gr.Textbox
+    row: gr.Row
+    inputs: dict[str, Any]
+    about: gr.HTML
+    enrich: gr.Button
+    stop: gr.Button
+    status: gr.HTML
+    written: gr.Textbox
+    acts: gr.Row
+    use: gr.Button
+    undo: gr.Button
+    job: gr.State
+    before: gr.State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +109,15 @@ class ReferenceTools:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Where a run is followed. `job` is its id, `results` the saved paths, `picked` the index of the shown one."""
+    """Where a run is followed. `job` is its id, `results` the saved paths, `picked` the index of the shown one,
+    `failed` the form and request that could not be enriched."""
 
     job: gr.State
     results: gr.State
     picked: gr.State
+    failed: gr.State
     message: gr.HTML
+    without: gr.Button
     preview: gr.HTML
     gallery: gr.Gallery
     progress: gr.HTML
@@ -96,19 +131,20 @@ class Stage:
     json: gr.Code
 
 
-def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> Form:
+def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Generate", id="generate", elem_id="generate", elem_classes="sheet"):
         return _form(
             "generate",
             chosen,
             checkpoint,
             examples,
+            settings,
             prompt=fields.prompt("Prompt", "What should the picture show?"),
             run="Generate",
         )
 
 
-def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> Form:
+def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Edit", id="edit", elem_id="edit", elem_classes="sheet"):
         references = fields.references("Picture to edit: drop, paste or choose one", columns=1)
         return _form(
@@ -116,6 +152,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> For
             chosen,
             checkpoint,
             examples,
+            settings,
             references=references,
             panel=_panel(),
             prompt=fields.prompt("Instruction", "What should change? Say also what must stay."),
@@ -123,7 +160,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> For
         )
 
 
-def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> Form:
+def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Multi-reference", id="multi", elem_id="multi", elem_classes="sheet"):
         references = fields.references(f"Up to {checkpoint.max_references} pictures: drop, paste or choose", columns=5)
         with gr.Row(visible=False, elem_classes="tools") as row:
@@ -148,6 +185,7 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples) -> Fo
             chosen,
             checkpoint,
             examples,
+            settings,
             references=references,
             panel=_panel(tools),
             prompt=fields.prompt("Instruction", 'Call the pictures "image 1", "image 2" and so on.'),
@@ -169,6 +207,7 @@ def _form(
     chosen: gr.Dropdown,
     checkpoint: Checkpoint,
     examples: Examples,
+    settings: Settings,
     *,
     prompt: gr.Textbox,
     run: str,
@@ -176,6 +215,7 @@ def _form(
     panel: ReferencePanel | None = None,
 ) -> Form:
     samples = fields.examples(examples.of(name, checkpoint))
+    upsampling = _upsampling(settings, with_references=references is not None)
     run_button = gr.Button(run, variant="primary", size="lg", elem_classes="run")
     fit = gr.HTML(elem_classes=["note", "fit"])
     aspect = fields.aspect(with_references=references is not None)
@@ -192,6 +232,7 @@ def _form(
         guidance = fields.guidance(checkpoint)
     negative_prompt = fields.negative_prompt(checkpoint)
     loras, lora_panel = _loras(checkpoint)
+    marks, identity = _marks()
     return Form(
         name=name,
         fields={
@@ -206,6 +247,7 @@ def _form(
             "seed": seed,
             "count": count,
             "loras": loras,
+            **marks,
         },
         lock=lock,
         roll=roll,
@@ -215,6 +257,8 @@ def _form(
         laid_out_for=gr.Textbox(checkpoint.name, visible=False),
         examples=samples,
         loras=lora_panel,
+        upsampling=upsampling,
+        identity=identity,
         run=run_button,
         panel=panel,
     )
@@ -231,8 +275,88 @@ def _loras(checkpoint: Checkpoint) -> tuple[gr.HTML, LoraPanel]:
     return chosen, LoraPanel(folded=folded, offer=offer, dropped=dropped, note=note, refresh=refresh)
 
 
+def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel:
+    by = "none" if with_references else settings.upsample
+    with gr.Accordion(UPSAMPLING, open=by != "none", elem_classes=["upsampling", "extra"]) as folded:
+        choice = fields.upsample_by(by)
+        local = fields.local_model((), visible=False)  # filled once the checkpoint is known
+        models = [(model.label, model.name) for model in REMOTE_MODELS]
+        remote = fields.remote_model(
+            models, settings.openrouter_model or REMOTE_MODELS[0].name, visible=by == "openrouter"
+        )
+        key = fields.api_key(visible=by == "openrouter")
+        about = gr.HTML(elem_classes="note")
+        with gr.Row(visible=by != "none", elem_classes="pair") as row:
+            sampling = {
+                "temperature": fields.sampling("temperature", "Temperature"),
+                "top_p": fields.sampling("top_p", "Top p"),
+                "max_tokens": fields.sampling("max_tokens", "Most tokens"),
+            }
+        with gr.Row(elem_classes="acts"):
+            enrich = gr.Button("Enrich now", size="sm", visible=by != "none", elem_classes="enrich")
+            stop = gr.Button("Stop", size="sm", variant="stop", visible=False, elem_classes="enrich-stop")
+        status = gr.HTML(elem_classes="enrich-status")
+        written = gr.Textbox(
+            label="Enriched prompt",
+            info="Yours to change, and used only if you say so.",
+            lines=4,
+            max_lines=16,
+            visible=False,
+            elem_classes="written",
+        )
+        with gr.Row(visible=False, elem_classes="acts") as acts:
+            use = gr.Button("Use as prompt", size="sm", elem_classes="use")
+            undo = gr.Button("Undo", size="sm", visible=False, elem_classes="undo")
+        mode: Mode = "edit" if with_references else "generate"
+        with gr.Accordion("What the language model is told", open=False, elem_classes="told"):
+            gr.HTML(f"<pre>{escape(instructions(mode, 0, seen=True))}</pre>")
+    inputs = {"upsample_by": choice, "upsample_local": local, "upsample_remote": remote, "api_key": key, **sampling}
+    return UpsamplingPanel(
+        folded=folded,
+        by=choice,
+        local=local,
+        remote=remote,
+        key=key,
+        row=row,
+        inputs=inputs,
+        about=about,
+        enrich=enrich,
+        stop=stop,
+        status=status,
+        written=written,
+        acts=acts,
+        use=use,
+        undo=undo,
+        job=gr.State(""),
+        before=gr.State([]),
+    )
+
+
+def _marks() -> tuple[dict[str, Any], gr.HTML]:
+    """The fields of a request that say how its pictures are saved, and what they say of themselves."""
+    with gr.Accordion("Saving and provenance", open=False, elem_classes=["marks", "extra"]):
+        image_format = fields.image_format()
+        found = {
+            "format": image_format,
+            "watermark": fields.mark(
+                "Invisible watermark", "Says in the colours themselves that a model made the picture.", "watermark"
+            ),
+            "metadata": fields.mark(
+                "Settings in the file",
+                "Prompt, seed and so on, from which Inspect makes the picture again; and that it is AI-made.",
+                "metadata",
+            ),
+            "sign": fields.mark("Content credentials", "Signed (C2PA): later changes show.", "sign"),
+            "sign_prompt": fields.mark(
+                "Prompt in the credentials", "Publishes the prompt, signed.", "sign-prompt", on=False
+            ),
+        }
+        identity = gr.HTML(elem_classes=["note", "identity"])
+    return found, identity
+
+
 def stage() -> Stage:
-    job, results, picked = gr.State(""), gr.State([]), gr.State(0)
+    job, results, picked, failed = gr.State(""), gr.State([]), gr.State(0), gr.State(None)
     with gr.Column(elem_id="mat"):
         preview = gr.HTML(EMPTY, elem_id="preview")
         gallery = gr.Gallery(
@@ -247,6 +371,7 @@ def stage() -> Stage:
             elem_id="gallery",
         )
     message = gr.HTML(elem_id="message")
+    without = gr.Button("Generate without enriching", visible=False, elem_id="without")
     with gr.Row(elem_id="running"):
         progress = gr.HTML(elem_id="progress")
         stop = gr.Button("Stop", variant="stop", visible=False, min_width=96, scale=0, elem_id="stop")
@@ -261,7 +386,9 @@ def stage() -> Stage:
         job=job,
         results=results,
         picked=picked,
+        failed=failed,
         message=message,
+        without=without,
         preview=preview,
         gallery=gallery,
         progress=progress,

@@ -6,13 +6,12 @@ import http.server
 import io
 import json
 import logging
-import stat
 import struct
 import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -28,7 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flux2_studio import __version__
 from flux2_studio.errors import CredentialsError
-from flux2_studio.outputs.credentials import MAX_BYTES, ManifestReader, Signer
+from flux2_studio.outputs.credentials import MAX_BYTES, ManifestReader, Signer, Source
 from flux2_studio.outputs.identity import load_identity
 from tests import certificates
 
@@ -51,6 +50,10 @@ def picture(format: str = "PNG", seed: int = 0) -> bytes:
     out = io.BytesIO()
     Image.fromarray(grid).resize((64, 64), Image.Resampling.BICUBIC).save(out, format)
     return out.getvalue()
+
+
+def sources_of(signer: Signer, references: Sequence[bytes]) -> list[Source]:
+    return [signer.source(number, data) for number, data in enumerate(references, start=1)]
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -157,7 +160,7 @@ def test_an_edit_names_its_references_and_keeps_their_credentials(signer: Signer
     photo = stranger(tmp_path)
     generated = signer.signed(picture("JPEG", 2), "nano").data
     references = [photo, picture("WEBP", 3), generated, b"BM, which no reader of credentials knows"]
-    sources = signer.sources(references)
+    sources = sources_of(signer, references)
     assert [source.note for source in sources] == [None] * 4
     assert [source.data is not None for source in sources] == [True, False, True, False]
     signed = signer.signed(picture(), "nano", sources)
@@ -196,7 +199,7 @@ def test_an_edit_names_its_references_and_keeps_their_credentials(signer: Signer
 def test_the_same_reference_twice_and_an_edit_of_an_edit(signer: Signer) -> None:
     data = signer.signed(picture(seed=1), "nano").data
     for _ in range(3):
-        data = signer.signed(picture(), "nano", signer.sources([data, data])).data
+        data = signer.signed(picture(), "nano", sources_of(signer, [data, data])).data
     found = signer.read(data)
     assert (found.state, found.own, len(found.ingredients)) == ("intact", True, 2)
     assert len(json.loads(found.report)["manifests"]) == 4
@@ -278,50 +281,6 @@ def test_somebody_elses_signature_is_intact_but_confirms_no_name(signer: Signer,
     assert not (tmp_path / "elsewhere").exists(), "reading makes no identity"
 
 
-def test_signing_a_file_replaces_it(signer: Signer, tmp_path: Path) -> None:
-    path = tmp_path / "fox.png"
-    path.write_bytes(picture())
-    path.chmod(0o640)
-    assert signer.sign(path, "nano") == ()
-    assert signer.read(path).own
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert signer.sign(path, "nano") == (), "again"
-    assert signer.read(path).own
-    assert [it.name for it in tmp_path.iterdir()] == ["fox.png"]
-
-
-def test_a_crash_leaves_the_unsigned_picture(signer: Signer, tmp_path: Path) -> None:
-    path = tmp_path / "fox.png"
-    path.write_bytes(picture())
-    code = (
-        "import os, sys; from pathlib import Path; from flux2_studio.outputs.credentials import Signer; "
-        "signer = Signer(Path(sys.argv[1])); signer.identity; os.fsync = lambda handle: os._exit(9); "
-        "signer.sign(Path(sys.argv[2]), 'nano')"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "identity"), str(path)], cwd=ROOT, check=False)
-    assert done.returncode == 9
-    assert path.read_bytes() == picture()
-    assert {it.suffix for it in tmp_path.iterdir() if it.is_file()} == {".png", ".part"}
-
-
-def test_a_file_that_cannot_be_replaced_stays_as_it_was(
-    signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "fox.png"
-    path.write_bytes(picture())
-    assert signer.identity
-
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CredentialsError, match=r"fox\.png could not be signed \(No space left on device\) and stays"):
-        signer.sign(path, "nano")
-    with pytest.raises(CredentialsError, match=r"gone\.png could not be signed"):
-        signer.sign(tmp_path / "gone.png", "nano")
-    assert {it.name: it.read_bytes() for it in tmp_path.iterdir()} == {"fox.png": picture()}
-
-
 def test_what_is_no_picture_is_not_signed(signer: Signer) -> None:
     for data in (b"", b"hello", picture("GIF"), b"%PDF-1.4"):
         with pytest.raises(CredentialsError, match="Only PNG, JPEG and WebP"):
@@ -396,7 +355,7 @@ def test_broken_or_hostile_references_are_told_and_do_not_break_the_run(signer: 
         b"not a picture, but c2pa",
         b"",
     ]
-    sources = signer.sources(references)
+    sources = sources_of(signer, references)
     notes = [source.note or "" for source in sources]
     assert "Image 1: Not intact: The picture was changed after it was signed. Its credentials go along" in notes[0]
     assert "A statement in the credentials was changed" in notes[1]
@@ -414,7 +373,7 @@ def test_broken_or_hostile_references_are_told_and_do_not_break_the_run(signer: 
 
 def test_references_whose_credentials_contradict_each_other(signer: Signer) -> None:
     good = signer.signed(picture(seed=1), "nano").data
-    signed = signer.signed(picture(), "nano", signer.sources([changed(good, "PNG"), good, forge(good)]))
+    signed = signer.signed(picture(), "nano", sources_of(signer, [changed(good, "PNG"), good, forge(good)]))
     assert signed.notes == ("Too large or too damaged to go along: the content credentials of Image 1, Image 3.",)
     found = signer.read(signed.data)
     assert (found.state, found.own) == ("intact", True)
@@ -422,7 +381,7 @@ def test_references_whose_credentials_contradict_each_other(signer: Signer) -> N
 
 
 def test_references_with_very_large_credentials_are_named_without_them(signer: Signer, tmp_path: Path) -> None:
-    sources = signer.sources([stranger(tmp_path, thumbnail=bytes(17_000_000))])
+    sources = sources_of(signer, [stranger(tmp_path, thumbnail=bytes(17_000_000))])
     assert sources[0].note is None
     signed = signer.signed(picture(), "nano", sources)
     assert signed.notes == ("Too large or too damaged to go along: the content credentials of Image 1.",)
@@ -529,7 +488,7 @@ def test_nothing_is_fetched(signer: Signer, tmp_path: Path, server: _Server) -> 
     found = signer.read(remote)
     assert found.state == "unreadable"
     assert f"they are kept on the network, which is not asked ({server.url})" in found.summary
-    sources = signer.sources([remote])
+    sources = sources_of(signer, [remote])
     assert "which is not asked" in (sources[0].note or "")
     assert signer.read(signer.signed(picture(), "nano", sources).data).own
     made = certificates.make(tmp_path, responder=server.url)

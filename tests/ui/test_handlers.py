@@ -14,15 +14,30 @@ import pytest
 from PIL import Image
 
 from flux2_studio.checkpoints import CHECKPOINTS, DEV, NANO
-from flux2_studio.errors import RequestError
-from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped
+from flux2_studio.errors import RequestError, UpsampleError
+from flux2_studio.events import (
+    Event,
+    Failed,
+    Notice,
+    Preview,
+    Queued,
+    Result,
+    Status,
+    Stopped,
+    Upsampled,
+    Writing,
+)
 from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.loras import LoraEntry, Loras
 from flux2_studio.models.shelf import Shelf
-from flux2_studio.request import LoraChoice, Request
+from flux2_studio.models.writers import WriterOffer
+from flux2_studio.outputs.credentials import Signer
+from flux2_studio.outputs.watermark import PUBLISHED
+from flux2_studio.request import LoraChoice, Request, Upsampling
+from flux2_studio.safety.guard import Guard
 from flux2_studio.settings import Settings
-from flux2_studio.ui import build, fields, handlers, lora_panel, reference_panel, tabs, wiring
+from flux2_studio.ui import build, fields, handlers, lora_panel, reference_panel, tabs, upsample_panel, wiring
 from flux2_studio.ui.examples import Examples
 
 
@@ -32,15 +47,19 @@ class Scripted:
     def __init__(self, settings: Settings, *events: Event) -> None:
         self.settings = settings
         self.loras = Loras(settings)
+        self.guard = Guard("warn")
+        self.signer = Signer(settings.identity)
+        self.messages = (PUBLISHED,)
+        self.kept = None
         self._events = events
 
     def on_disk(self, checkpoint: object) -> bool:
         return True
 
-    def resolve(self, request: Request) -> Request:
+    def resolve(self, request: Request, key: object = None) -> Request:
         return request.resolve(self.settings.checkpoint(request.checkpoint), [(128, 128)] * len(request.references))
 
-    def generate(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    def generate(self, request: Request, cancelled: Callable[[], bool], key: object = None) -> Iterator[Event]:
         yield from self._events
 
 
@@ -57,7 +76,8 @@ def picture(tmp_path: Path) -> Path:
 
 
 def form_values(**changes: object) -> dict[str, object]:
-    return {"prompt": "a fox", "seed": 7, "width": 128, "height": 128, "steps": 4, "guidance": 1, "count": 2, **changes}
+    given = {"prompt": "a fox", "seed": 7, "width": 128, "height": 128, "steps": 4, "guidance": 1, "count": 2}
+    return {**given, **dict.fromkeys(upsample_panel.INPUTS), "upsample_by": "none", **changes}
 
 
 def read_form(values: dict[str, object], **changes: object) -> Request:
@@ -168,10 +188,11 @@ def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
     examples = Examples.load(settings.assets / "examples")
     with gr.Blocks():
         chosen = fields.checkpoint(settings.checkpoints, "nano")
-        forms = [layout(chosen, NANO, examples) for layout in (tabs.generate, tabs.edit, tabs.multi)]
+        forms = [layout(chosen, NANO, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)]
     for form in forms:
         assert set(form.fields) <= known
-        assert set(form.fields) == known - ({"references"} if form.name == "generate" else set())
+        assert set(form.fields) == known - {"upsampling"} - ({"references"} if form.name == "generate" else set())
+        assert set(form.upsampling.inputs) == set(upsample_panel.INPUTS)
         assert all(isinstance(component, gr.components.Component) for component in form.fields.values())
 
 
@@ -205,15 +226,23 @@ def test_follow_gives_every_event_up_to_the_last(settings: Settings) -> None:
         assert pool.submit(asyncio.run, followed()).result() == told
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stage() -> tabs.Stage:
     with gr.Blocks():
         return tabs.stage()
 
 
+@pytest.fixture(scope="module")
+def panel() -> tabs.UpsamplingPanel:
+    settings = Settings(home=Path("nowhere"))
+    with gr.Blocks():
+        chosen = fields.checkpoint(settings.checkpoints, "nano")
+        return tabs.generate(chosen, NANO, Examples.load(settings.assets / "examples"), settings).upsampling
+
+
 @pytest.fixture
-def view(stage: tabs.Stage) -> handlers.RunView:
-    begun = handlers.RunView(stage, NANO)
+def view(stage: tabs.Stage, panel: tabs.UpsamplingPanel) -> handlers.RunView:
+    begun = handlers.RunView(stage, panel, NANO)
     begun.begin(Job(Request(prompt="a fox", seed=3).resolve(NANO), "me"))
     return begun
 
@@ -274,6 +303,78 @@ def test_view_of_a_failed_run_says_why(stage: tabs.Stage, view: handlers.RunView
     assert "The file &lt;x&gt; is damaged." in update[stage.message]
     assert stage.preview not in update
     assert view.failure == "The file <x> is damaged."
+
+
+def test_view_shows_what_a_model_writes_and_what_is_drawn_then(
+    stage: tabs.Stage, panel: tabs.UpsamplingPanel, view: handlers.RunView, picture: Path
+) -> None:
+    assert view.update(Writing(text="A red"))[panel.written]._constructor_args[0]["value"] == "A red"
+    update = view.update(Upsampled(original="a fox", prompt="A red <fox>.", by="some/model"))
+    assert update[panel.written]._constructor_args[0]["value"] == "A red <fox>."
+    resolved = Request(prompt="A red <fox>.", seed=3).resolve(NANO)
+    result = Result(request=resolved, images=(picture,), seeds=(3,), seconds=1.5, provenance=("It is <signed>.",))
+    table = view.update(result)[stage.table]
+    assert "<td>A red &lt;fox&gt;.</td>" in table and "<td>a fox</td>" in table and "<td>some/model</td>" in table
+    assert "It is &lt;signed&gt;." in table
+    assert '"prompt": "A red <fox>."' in view.update(result)[stage.json]
+
+
+def test_view_of_a_prompt_that_was_not_enriched_says_that_it_goes_without(view: handlers.RunView) -> None:
+    view.update(Failed(message="No credit.", upsampling=True))
+    assert view.upsampling_failed and view.failure == "No credit."
+
+
+def test_a_panel_off_asks_nobody_whatever_else_is_in_it() -> None:
+    asked = read_form(form_values(upsample_remote="x/y", temperature=9, api_key="sk-1"))
+    assert asked.upsampling == Upsampling()
+
+
+def test_a_panel_is_read_as_what_is_shown_of_it() -> None:
+    filled = form_values(
+        upsample_by="openrouter", upsample_local="qwen3-4b", upsample_remote=" x/y ", temperature=0.5, max_tokens=100.0
+    )
+    asked = read_form(filled)
+    assert asked.upsampling == Upsampling(by="openrouter", model="x/y", temperature=0.5, max_tokens=100)
+    local = read_form(filled | {"upsample_by": "local"})
+    assert local.upsampling.model == "qwen3-4b"
+
+
+def test_a_key_goes_beside_the_request_and_only_to_a_server() -> None:
+    typed = form_values(upsample_by="openrouter", upsample_remote="x/y", api_key=" sk-1 ")
+    _, key = upsample_panel.read_choice(typed)
+    assert key is not None and key.reveal() == "sk-1"
+    assert "sk-1" not in repr(read_form(typed))
+    assert upsample_panel.read_choice(typed | {"upsample_by": "local"})[1] is None
+    assert upsample_panel.read_choice(typed | {"api_key": "  "})[1] is None
+    with pytest.raises(UpsampleError, match="no API key"):
+        upsample_panel.read_choice(typed | {"api_key": "sk 1"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"temperature": 5}, "temperature"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"upsample_remote": ""}, "Choose a language model"),
+        ({"upsample_remote": ["a"]}, "Choose a language model"),
+        ({"upsample_by": "magic"}, "Upsample with one of"),
+    ],
+)
+def test_rubbish_in_a_panel_is_refused(changes: dict[str, object], said: str) -> None:
+    values = form_values(upsample_by="openrouter", upsample_remote="x/y") | changes
+    with pytest.raises(RequestError, match=said):
+        read_form(values)
+
+
+def test_the_panel_says_what_each_choice_costs(settings: Settings) -> None:
+    offer = WriterOffer(
+        name="qwen3-4b", label="Qwen3 4B", sees=False, own=True, on_disk=True, download=0, memory=1, text="Loads more."
+    )
+    told = upsample_panel.told("local", [offer], DEV, "qwen3-4b", settings)
+    assert "Loads more." in told and "references it does not see" in told
+    assert "choose OpenRouter" in upsample_panel.told("local", [], NANO, None, settings)
+    assert "go to openrouter.ai" in upsample_panel.told("openrouter", [], NANO, None, settings)
+    assert upsample_panel.told("none", [offer], DEV, None, settings) == ""
 
 
 def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""`flux2-studio inspect`: what a picture says of where it comes from, and what of that can be relied on.
+
+What looks at pictures is imported only once there is one to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flux2_studio.errors import RequestError
+from flux2_studio.settings import Settings
+from flux2_studio.terminal import print_lines
+
+if TYPE_CHECKING:
+    from flux2_studio.outputs.inspect import Inspection
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add `inspect` to the command line, with its function as its `run` default."""
+    command = commands.add_parser(
+        "inspect",
+        allow_abbrev=False,
+        help="tell how a picture was made, and whether that can be relied on",
+        description="Tell what a picture says of how it was made: settings, invisible watermark, content credentials.",
+        epilog="Nothing is sent anywhere.",
+    )
+    command.add_argument("file", metavar="FILE", type=Path, help="any picture, by whatever program")
+    command.add_argument("--json", action="store_true", help="print all of it as JSON")
+    command.set_defaults(run=run_inspect)
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """`inspect FILE`: what was found, to stdout. Raises `RequestError` for no file, or one that is no picture."""
+    from flux2_studio.outputs.credentials import Signer
+    from flux2_studio.outputs.inspect import inspect
+    from flux2_studio.outputs.watermark import PUBLISHED, Message
+
+    settings = Settings.from_environment()
+    own = [Message.parse(settings.watermark_message)] if settings.watermark_message else []
+    signer = Signer(settings.identity, settings.c2pa_certificate, settings.c2pa_key)
+    seen = inspect(options.file, signer, [*own, PUBLISHED])
+    if not seen.is_picture:
+        raise RequestError(seen.problem or "This is not a picture.")
+    print_lines([json.dumps(seen.as_dict(), indent=2)] if options.json else map(plain, report(seen)))
+    return 0
+
+
+def report(seen: Inspection) -> Iterator[str]:
+    """What is told of a picture, line by line; texts of the file are still as they are in it."""
+    from flux2_studio.outputs.inspect import credential_rows, setting_rows
+
+    yield f"{seen.name}: {seen.format}, {seen.width} x {seen.height} pixels, {seen.bytes:,} bytes"
+    yield f"SHA-256 {seen.sha256}"
+    yield ""
+    for finding in seen.findings:
+        yield f"- {finding}"
+    if record := seen.settings.record:
+        yield ""
+        yield "Settings, as the file has them"
+        yield from (f"  {name}: {text}" for name, text in setting_rows(record))
+    if credentials := credential_rows(seen.credentials):
+        yield ""
+        yield "Content credentials"
+        yield from (f"  {name}: {text}" for name, text in credentials)
+
+
+def plain(line: str) -> str:
+    """`line` without what would move the cursor of a terminal, or change the order in which it is read."""
+    return "".join(it if it.isprintable() else " " for it in line)

@@ -1,0 +1,91 @@
+"""From a drawn picture to its finished file: watermark, settings, signature, in this order.
+
+The watermark lies in the pixels, so it comes before they are encoded; the settings are written with them; the signature
+covers every byte, so it is the last thing that happens to the file. What is done is told, and so is what is not.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from flux2_studio.outputs import metadata, watermark
+from flux2_studio.outputs.credentials import Signer, Source
+from flux2_studio.outputs.record import Record
+from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A picture's finished file. notes: what the user should know; provenance: what it carries now, a sentence each."""
+
+    data: bytes
+    notes: tuple[str, ...]
+    provenance: tuple[str, ...]
+
+
+class Finisher:
+    """Finishes pictures. message: what the watermark says."""
+
+    def __init__(self, message: Message, signer: Signer) -> None:
+        self.message = message
+        self.signer = signer
+
+    def check(self, request: Request) -> None:
+        """Raises `CredentialsError` where the pictures of `request` (resolved) could not be signed, and `RequestError`
+        where their format has no room for them: before hours of work."""
+        assert request.width and request.height, "resolve the request first"
+        metadata.check_size(request.width, request.height, request.format)
+        if request.sign:
+            _ = self.signer.identity
+
+    def finish(self, image: Image.Image, record: Record, sources: Sequence[Source] = ()) -> Finished:
+        """The file of `image` (RGB), as the record's request wants it.
+
+        sources: `Signer.source` of each reference. Raises `CredentialsError`.
+        """
+        request = record.request
+        notes: list[str] = []
+        provenance: list[str] = []
+        mark: Detection | None = None
+        if request.watermark:
+            marked = watermark.embed(image, self.message)
+            image, mark = marked.image, marked.detection
+            notes += [marked.reason] if marked.reason else []
+        encoded = metadata.encode(image, request.format, record if request.metadata else None)
+        data = encoded.data
+        notes += encoded.notes
+        if mark is not None and request.format != "png":
+            mark = self._survived(data, notes)
+        if mark is not None:
+            provenance.append(
+                f"Invisible watermark: {mark.right} of the {len(mark.message.bits)} bits of {mark.message.label} were "
+                f"read back."
+            )
+        if request.metadata and not encoded.notes:
+            provenance.append("Its settings are in the file, and that a model made it.")
+        if request.sign:
+            said = f"Invisible watermark: {mark.message.label}" if mark else None
+            prompt = request.prompt if request.sign_prompt else None
+            signed = self.signer.signed(data, record.label, sources, said, prompt)
+            data = signed.data
+            notes += signed.notes
+            provenance.append(f"Content credentials (C2PA). {self.signer.identity.proves}")
+        return Finished(data=data, notes=tuple(notes), provenance=tuple(provenance))
+
+    def _survived(self, data: bytes, notes: list[str]) -> Detection | None:
+        """The watermark in a file whose format changes pixels; None, and a note, where that destroyed it."""
+        with Image.open(io.BytesIO(data)) as file:
+            found = watermark.detect(file.convert("RGB"), self.message)
+        if found is not None and found.match >= watermark.ENOUGH:
+            return found
+        bits = len(self.message.bits)
+        notes.append(
+            f"No watermark that can be relied on: only {found.right if found else 0} of its {bits} bits outlived the "
+            f"compression. Save as PNG to keep it."
+        )
+        return None

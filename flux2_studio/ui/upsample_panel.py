@@ -1,0 +1,194 @@
+"""Enriching prompts on the page: who does it, what that costs, and what came of it beside the original."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import gradio as gr
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.errors import StudioError, UpsampleError
+from flux2_studio.events import Failed, Notice, Queued, Stopped, Upsampled, Writing
+from flux2_studio.events import Status as StatusEvent
+from flux2_studio.jobs import JobQueue
+from flux2_studio.request import Request, Upsampling
+from flux2_studio.settings import Settings
+from flux2_studio.ui import show
+from flux2_studio.ui.tabs import UPSAMPLING, Form, UpsamplingPanel
+from flux2_studio.ui.wiring import Update, follow, listen
+from flux2_studio.upsample import ApiKey, no_writers
+
+if TYPE_CHECKING:
+    from flux2_studio.models.writers import WriterOffer
+    from flux2_studio.studio import Studio
+
+Read = Callable[..., Request]  # a form's values, and what stands around them -> its request
+INPUTS = ("upsample_by", "upsample_local", "upsample_remote", "temperature", "top_p", "max_tokens", "api_key")
+
+
+def read_choice(values: Mapping[str, Any]) -> tuple[Upsampling, ApiKey | None]:
+    """The values of `UpsamplingPanel.inputs` as a request has them, and the key beside it. Raises `StudioError`."""
+    by = values["upsample_by"]
+    if by == "none":
+        return Upsampling(), None
+    model = values["upsample_local" if by == "local" else "upsample_remote"]
+    tokens = values["max_tokens"]
+    typed = (values["api_key"] or "").strip()
+    return (
+        Upsampling(
+            by=by,
+            model=model.strip() if isinstance(model, str) else model,
+            temperature=values["temperature"],
+            top_p=values["top_p"],
+            max_tokens=None if tokens is None else int(tokens),
+        ),
+        ApiKey(typed) if typed and by == "openrouter" else None,
+    )
+
+
+def told(by: str, offers: Sequence[WriterOffer], checkpoint: Checkpoint, chosen: str | None, settings: Settings) -> str:
+    """What to know of the choice, as HTML."""
+    if by == "local":
+        if not offers:
+            return show.notes([no_writers(checkpoint)])
+        offer = next((offer for offer in offers if offer.name == chosen), offers[0])
+        sees = "" if offer.sees else " It reads text only: references it does not see."
+        return show.notes([f"{offer.text}{sees}"])
+    if by == "openrouter":
+        host = urlsplit(settings.openrouter_url).hostname or "the server"
+        key = (
+            "This studio has a key for it; one that you type goes before."
+            if settings.openrouter_key
+            else "The key is sent with your runs, and kept nowhere."
+        )
+        return show.notes([f"Your prompt, and your references scaled down, go to {host}. {key}"])
+    return ""
+
+
+def enriched(event: Upsampled, panel: UpsamplingPanel) -> Update:
+    return {
+        panel.written: gr.Textbox(event.prompt, visible=True, label=f"Enriched prompt, by {event.by}"),
+        panel.acts: gr.Row(visible=True),
+        panel.folded: gr.Accordion(open=True),
+    }
+
+
+def writing(event: Writing, panel: UpsamplingPanel) -> Update:
+    return {panel.written: gr.Textbox(event.text, visible=True), panel.folded: gr.Accordion(open=True)}
+
+
+def shown(panel: UpsamplingPanel) -> list[Any]:
+    """The components that `writing` and `enriched` set."""
+    return [panel.written, panel.acts, panel.folded]
+
+
+def wire_upsampling(
+    studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, form: Form, read: Read, around: Sequence[Any]
+) -> None:
+    """read: makes a request of the values of `around` and of the form's fields, its panel's included."""
+    panel = form.upsampling
+
+    def offer(name: str, by: str, now: str | None) -> Update:
+        checkpoint = studio.settings.checkpoint(name)
+        offers = studio.writers(checkpoint)
+        names = [writer.name for writer in offers]
+        model = now if now in names else names[0] if names else None
+        return {
+            panel.local: gr.Dropdown(
+                [(writer.label, writer.name) for writer in offers], value=model, visible=by == "local" and bool(names)
+            ),
+            panel.remote: gr.Dropdown(visible=by == "openrouter"),
+            panel.key: gr.Textbox(visible=by == "openrouter"),
+            panel.row: gr.Row(visible=by != "none"),
+            panel.enrich: gr.Button(visible=by != "none"),
+            panel.about: told(by, offers, checkpoint, model, studio.settings),
+            panel.folded: gr.Accordion(label=UPSAMPLING if by == "none" else f"{UPSAMPLING} (on)"),
+        }
+
+    changed = [panel.local, panel.remote, panel.key, panel.row, panel.enrich, panel.about, panel.folded]
+    asked = [chosen, panel.by, panel.local]
+    # With no trigger named: at every choice, and when the page is opened.
+    listen(None, offer, asked, changed)
+    # Gradio shows a Number that was made with None as its least value until it is set once more.
+    numbers = [panel.inputs[name] for name in ("temperature", "top_p", "max_tokens")]
+    listen(None, lambda: [None] * len(numbers), None, numbers, queue=False)
+
+    async def enrich(request: gr.Request, *around: Any, **values: Any) -> AsyncIterator[Update]:
+        yield {
+            panel.enrich: gr.Button(interactive=False),
+            panel.status: show.status(StatusEvent(text="Starting")),
+            panel.stop: gr.Button("Stop", visible=True, interactive=True),
+        }
+        problem = ""
+        try:
+            asked_for, key = await asyncio.to_thread(_asked, read, around, values)
+            job = await asyncio.to_thread(jobs.enrich, asked_for, request.session_hash or "", key)
+        except StudioError as error:
+            problem = show.problem(str(error))
+        else:
+            yield {panel.job: job.id}
+            notes: list[str] = []
+            async for event in follow(job):
+                match event:
+                    case Queued():
+                        yield {panel.status: show.queued(event)}
+                    case StatusEvent():
+                        yield {panel.status: show.status(event)}
+                    case Writing():
+                        yield writing(event, panel)
+                    case Upsampled():
+                        yield enriched(event, panel)
+                    case Notice(text=text):
+                        notes.append(text)
+                    case Failed(message=message):
+                        problem = show.problem(message)
+                    case Stopped():
+                        notes.append("Stopped.")
+                    case _:
+                        pass  # Ready: Upsampled came before
+            problem += show.notes(notes)
+        yield {
+            panel.enrich: gr.Button(interactive=True),
+            panel.stop: gr.Button(visible=False),
+            panel.status: problem,
+            panel.job: "",
+        }
+
+    listen(
+        panel.enrich.click,
+        enrich,
+        around,
+        [*shown(panel), panel.enrich, panel.stop, panel.status, panel.job],
+        inputs_kwargs=form.fields | panel.inputs,
+        concurrency_limit=None,
+    )
+
+    def stop(job: str, request: gr.Request) -> Any:
+        running = jobs.get(job, request.session_hash or "")
+        if running is None:
+            return gr.Button(visible=False)
+        running.cancel()
+        return gr.Button("Stopping…", interactive=False)
+
+    def use(prompt: str, text: str, before: list[str]) -> Sequence[Any]:
+        return text, [*before, prompt], gr.Button(visible=True)
+
+    def undo(prompt: str, before: list[str]) -> Sequence[Any]:
+        *left, last = before or [prompt]
+        return last, left, gr.Button(visible=bool(left))
+
+    prompt = form.fields["prompt"]
+    listen(panel.stop.click, stop, panel.job, panel.stop, queue=False)
+    listen(panel.use.click, use, [prompt, panel.written, panel.before], [prompt, panel.before, panel.undo], queue=False)
+    listen(panel.undo.click, undo, [prompt, panel.before], [prompt, panel.before, panel.undo], queue=False)
+
+
+def _asked(read: Read, around: Sequence[Any], values: Mapping[str, Any]) -> tuple[Request, ApiKey | None]:
+    """The form's request, and the key beside it. Raises `StudioError`."""
+    request = read(*around, values)
+    if request.upsampling.by == "none":
+        raise UpsampleError("Choose first who enriches the prompt.")
+    return request, read_choice(values)[1]

@@ -1,0 +1,121 @@
+"""`inspect` tells in a terminal what a picture says of itself, whoever made it, and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux2_studio import cli_inspect
+from flux2_studio.outputs import watermark
+from flux2_studio.outputs.credentials import Signer
+from flux2_studio.outputs.metadata import encode
+from flux2_studio.outputs.record import Record
+from flux2_studio.outputs.watermark import PUBLISHED, Message
+from flux2_studio.request import Request
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTILE = "a fox\x1b[2J\r\n\u202e<b>"
+RECORD = Record(
+    request=Request(
+        prompt=HOSTILE, negative_prompt="", checkpoint="nano", width=256, height=256, steps=4, guidance=1.0, seed=9
+    ),
+    label="nano",
+)
+
+
+class Home:
+    """A folder of the studio's own, and pictures that it has made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("FLUX2_")}
+        self.environment |= {"FLUX2_HOME": str(folder / "home"), "PYTHONIOENCODING": "utf-8"}
+
+    def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flux2_studio", "inspect", *map(str, arguments)],
+            cwd=ROOT,
+            env=self.environment | environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+
+    def picture(self, message: Message = PUBLISHED) -> Path:
+        image = watermark.embed(Image.new("RGB", (256, 256), "teal"), message).image
+        data = encode(image, "png", RECORD).data
+        path = self.folder / "fox.png"
+        path.write_bytes(Signer(self.folder / "home" / "identity").signed(data, "nano", prompt=HOSTILE).data)
+        return path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+def test_a_picture_of_ones_own_in_words(home: Home) -> None:
+    done = home.run(home.picture())
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("fox.png: PNG, 256 x 256 pixels, ")
+    assert any(line.startswith("- The settings in the file are those that this installation wrote") for line in lines)
+    assert any(line.startswith("- Watermark found: 46 of the 46 bits") for line in lines)
+    assert "  Seed: 9" in lines and "  Checkpoint: nano (nano)" in lines
+    assert any(line.startswith("  Signed by: ") and line.endswith("(this installation)") for line in lines)
+
+
+def test_nothing_in_a_file_reaches_the_terminal_but_text(home: Home) -> None:
+    done = home.run(home.picture())
+    assert "  Prompt: a fox [2J   <b>" in done.stdout.splitlines()
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+
+
+def test_as_json(home: Home) -> None:
+    done = home.run(home.picture(), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    read = json.loads(done.stdout)
+    assert read["settings"]["request"]["prompt"] == HOSTILE
+    assert read["watermark"]["found"] is True and read["credentials"]["own"] is True
+    assert read["file"]["name"] == "fox.png" and read["findings"]
+    assert done.stdout.isascii() and "\x1b" not in done.stdout
+
+
+def test_ones_own_message_is_looked_for_too(home: Home) -> None:
+    picture = home.picture(Message.parse("studio 1"))
+    assert "Watermark found" in home.run(picture, FLUX2_WATERMARK_MESSAGE="studio 1").stdout
+    assert "No watermark found" in home.run(picture).stdout
+
+
+def test_anybodys_picture(home: Home) -> None:
+    path = home.folder / "photo.jpg"
+    Image.new("RGB", (300, 300)).save(path)
+    done = home.run(path)
+    assert done.returncode == 0
+    assert "- There are no settings in the file." in done.stdout and "no content credentials" in done.stdout
+    assert not (home.folder / "home").exists(), "looking at a picture makes no identity"
+
+
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "There is no file"), (b"rubbish", "is not a picture"), (b"", "empty")]
+)
+def test_no_file_and_no_picture_are_a_users_error(
+    home: Home, content: bytes | None, says: str, json_too: tuple[str, ...]
+) -> None:
+    path = home.folder / "x.png"
+    if content is not None:
+        path.write_bytes(content)
+    done = home.run(path, *json_too)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("flux2-studio: ") and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_plain_is_one_line() -> None:
+    assert cli_inspect.plain("a\x1b[0m\n\u202eb\x9bc 狐") == "a [0m  b c 狐"
