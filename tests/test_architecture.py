@@ -22,6 +22,8 @@ LAYERS = [
     {"answers"},
     {"references", "pictures", "prompts", "chat_server"},
     {"models", "outputs", "safety", "upsample"},
+    {"working"},
+    {"enrichment"},
     {"studio", "encode_server"},
     {"jobs"},
     {"ui"},

@@ -459,6 +459,7 @@ def mistral_model(hidden: int, seed: int, layers: int = 32) -> Mistral3ForCondit
             patch_size=16,
         ),
         image_token_index=MISTRAL_SPECIAL.index("[IMG]"),
+        tie_word_embeddings=False,  # as published
     )
     model = Mistral3ForConditionalGeneration(config)
     randomise(model, seed)
@@ -493,10 +494,13 @@ def rename_mistral(folder: Path, *, old_style: bool) -> None:
 
 def spell_config_as_published(folder: Path) -> None:
     """Rewrite a saved text encoder's config.json in the spelling of the published ones, made by an older transformers:
-    the base of the rotary embedding is a field of its own."""
+    the base of the rotary embedding is a field of its own, and Mistral's says nothing of its head being tied."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     text = config.get("text_config", config)
+    if "text_config" in config:
+        config.pop("tie_word_embeddings", None)
+        text.pop("tie_word_embeddings", None)
     text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
     text["rope_scaling"] = None
     text.pop("layer_types", None)

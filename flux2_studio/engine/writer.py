@@ -359,7 +359,9 @@ def open_writer(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedWr
     try:
         config = config_class.from_dict(fields)
         config._attn_implementation = "sdpa"
-        tied = bool(config.tie_word_embeddings)
+        # The decoder's own word. Mistral3's outer config takes the head for tied where the file says nothing, as that of
+        # Mistral Small 3.2 does, which has one of its own.
+        tied = bool(getattr(config, "text_config", config).tie_word_embeddings)
 
         def build() -> LanguageModel:
             return LanguageModel(model_class(config), tied=tied)

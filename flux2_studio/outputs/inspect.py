@@ -64,7 +64,7 @@ class Inspection:
         if self.is_picture:
             found += [_on_settings(self), *_contradictions(self), _on_watermark(self)]
         said = self.credentials.summary
-        return (*found, f"Content credentials: {said}" if self.credentials.state in ("intact", "broken") else said)
+        return (*found, f"There are content credentials. {said}" if self.credentials.signer else said)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON knows it."""

@@ -98,13 +98,6 @@ class Guard:
         advice = "It was neither saved nor shown. Change the prompt, or try another seed."
         return self._picture(image, "A finished picture", advice, ask)
 
-    def asked(self, ask: Ask, prompt: str, references: Sequence[Image.Image] = ()) -> tuple[str, ...]:
-        """What the language model `ask` says of the prompt together with its references. Raises `SafetyError`."""
-        if self.policy == "off":
-            return ()
-        verdict = check_by_asking(ask, prompt, references)
-        return self._settle(verdict, "The request", "Word it differently, or choose other pictures.")
-
     def preview(self, image: Image.Image) -> Image.Image:
         """`image`, or a mosaic of it where the policy is on and it is flagged. Raises `ClassifierError`."""
         if self.policy != "on" or self._classifier()(image).allowed:

@@ -136,10 +136,10 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
             async for event in follow(job):
                 yield await asyncio.to_thread(view.update, event)
             failure, without = view.failure, view.upsampling_failed
-        # Stop once more: where a run ends as soon as it begins, the browser may mix up the two updates.
+            yield view.once_more()
         yield {
             **_runs(forms, can_start=True),
-            stage.stop: gr.Button(visible=False),
+            stage.stop: gr.Button(visible=False),  # where the run did not even begin
             stage.without: gr.Button(visible=without),
             stage.failed: (form.name, asked) if without else None,
         }
@@ -255,6 +255,11 @@ class RunView:
                 return {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
             case _:
                 raise AssertionError(f"{event} is no run's")
+
+    def once_more(self) -> Update:
+        """What must be seen at the end: of updates that follow each other at once, the browser may lose the first."""
+        written = enriched(self._upsampled, self._panel) if self._upsampled else {}
+        return {**self._end(), **written}
 
     def _end(self) -> Update:
         return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}

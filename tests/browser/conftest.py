@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from tests.fake_openai import FakeOpenAI, says
 from tests.tiny import Toys
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,10 +45,18 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def app(tmp_path_factory: pytest.TempPathFactory, toys: Toys) -> Iterator[App]:
+def language_model() -> Iterator[FakeOpenAI]:
+    """A server that enriches prompts, as its `replies` have it."""
+    with FakeOpenAI(says("A flat red apple on a yellow background")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory, toys: Toys, language_model: FakeOpenAI) -> Iterator[App]:
     home = tmp_path_factory.mktemp("home")
     log = tmp_path_factory.mktemp("log") / "app.log"
-    with started(["app.py", "--port"], environment(home, toys), log) as url:
+    surroundings = {**environment(home, toys), "FLUX2_OPENROUTER_URL": language_model.url}
+    with started(["app.py", "--port"], surroundings, log) as url:
         yield App(url=url, home=home, log=log)
 
 

@@ -144,6 +144,19 @@ def test_mistral3_in_both_key_layouts(tmp_path: Path, old_style: bool) -> None:
     assert write(writer) == generated(text, conversation) != ""
 
 
+def test_a_head_of_its_own_is_used_whatever_the_outer_config_says(published: Text, tmp_path: Path) -> None:
+    """transformers takes Mistral3's head for tied where the config is silent, as the published one is."""
+    fields = json.loads((published.folder / "config.json").read_text())
+    assert "tie_word_embeddings" not in fields and "tie_word_embeddings" not in fields["text_config"]
+    assert load(published).model.head is not None
+    folder = tmp_path / "tied"
+    shutil.copytree(published.folder, folder)
+    fields["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(fields))
+    tied = open_writer(folder, folder, SHORT_MISTRAL).load(device=CPU, dtype=torch.float32)
+    assert tied.model.head is None and write(tied) != write(load(published))
+
+
 def numbers(writer: Writer, images: Sequence[Tensor], follows: Sequence[int]) -> Tensor:
     """The logits [1 + len(follows), V] after the conversation, and after each token that follows it."""
     ids, pixels = writer._read(SYSTEM, MESSAGE, images)
@@ -338,6 +351,44 @@ def test_numbers_that_are_none_are_told(small: Text) -> None:
     broken.model.head.weight[3] = float("inf")
     with pytest.raises(DeviceError, match="FLUX2_DTYPE"):
         write(broken)
+
+
+# --- what comes next, without writing it ---
+
+
+def test_the_next_logits_are_those_that_writing_begins_with(published: Text, mistral: Writer) -> None:
+    images = [pixels_from_image(picture(64, 96))]
+    conversation = f"<s>[SYSTEM_PROMPT]{SYSTEM}[/SYSTEM_PROMPT][INST]Image 1:{image_tokens(64, 96)}{MESSAGE}[/INST]"
+    read = oracle.mistral_tokenizer(published)(conversation, add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        expected = published.model(torch.tensor([read]), **seen([picture(64, 96)])).logits[0, -1]
+    logits = mistral.next_logits(SYSTEM, MESSAGE, images)
+    assert (logits.shape, logits.dtype) == ((tiny.VOCABULARY,), torch.float32)
+    assert oracle.relative_error(logits, expected) < 1e-5
+    told = write(mistral, tokens=1, images=images)
+    assert told == mistral._tokenizer.decode([int(logits.argmax())]).rstrip("\ufffd")
+    assert mistral.next_logits(SYSTEM, MESSAGE, images).equal(logits), "nothing is left of it"
+    assert oracle.relative_error(mistral.next_logits(SYSTEM, MESSAGE), expected) > 1e-3
+
+
+def test_a_long_conversation_has_next_logits_too(small: Text, writer: Writer) -> None:
+    long = "a red house by the river, " * 200
+    ids = small.tokenizer(QWEN.replace(MESSAGE, long), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert ids.shape[1] > 1024, "it is read in pieces"
+    with torch.inference_mode():
+        expected = small.model(ids).logits[0, -1]
+    assert oracle.relative_error(writer.next_logits(SYSTEM, long), expected) < 1e-5
+
+
+def test_next_logits_that_are_no_numbers_are_told(small: Text) -> None:
+    broken = load(small)
+    broken.model.head.weight[3] = float("nan")
+    with pytest.raises(DeviceError, match="FLUX2_DTYPE"):
+        broken.next_logits(SYSTEM, MESSAGE)
+
+
+def test_text_as_tokens(writer: Writer) -> None:
+    assert writer._tokenizer.decode(writer.tokens("a red cat")) == "a red cat"
 
 
 # --- the end of an answer ---

@@ -335,3 +335,14 @@ def test_damage_is_told_and_nothing_else(
         loras.check(choose("ink"), NANO, open_transformer(TRANSFORMER).params)
     except StudioError as error:
         assert str(error).endswith(".")
+
+
+def test_the_hash_of_a_lora_is_that_of_its_file_as_it_is_now(loras: Loras) -> None:
+    path = write_lora(loras.folder / "ink.safetensors")
+    (ink,) = choose("ink")
+    assert loras.hash_of(ink) == hashlib.sha256(path.read_bytes()).hexdigest()
+    write_lora(path, rank=8)
+    os.utime(path, ns=(1, 1))
+    assert loras.hash_of(ink) == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(RequestError, match="no LoRA called 'wash'"):
+        loras.hash_of(choose("wash")[0])

@@ -286,6 +286,12 @@ def test_precision() -> None:
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.flow) is torch.float16
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.text) is torch.bfloat16
     assert choose_dtype("float32", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.float32
+    # A text encoder is the same for whoever shares it: a small file of one's own, or a prompt that is enriched.
+    few_bits = replace(KLEIN_4B, flow=replace(KLEIN_4B.flow, size=GB))
+    assert choose_dtype("auto", CPU, few_bits, few_bits.flow) is torch.float32
+    assert choose_dtype("auto", CPU, few_bits, few_bits.text) is torch.bfloat16
+    assert choose_dtype("auto", CPU, None, few_bits.text) is torch.bfloat16
+    assert choose_dtype("auto", CPU, NANO, NANO.text) is torch.float32
 
 
 @pytest.mark.parametrize("quantize", ["fp8", "int8"])

@@ -264,6 +264,18 @@ def test_pictures_go_in_strips_where_the_whole_does_not_fit() -> None:
     assert "strips" in below.text("the card")
 
 
+def test_plans_that_draw_alike_differ_in_the_prompt_at_most() -> None:
+    whole = make_plan(TOY, SMALL, 10**12, CUDA)
+    larger = make_plan(replace(TOY, text=Weights(rest=10**9), text_activations=lambda _: 10**9), SMALL, 10**12, CUDA)
+    assert whole.draws_like(larger) and larger.draws_like(whole)
+    apart = plan(TOY, SMALL, needed(TOY, SMALL, lambda it: it.resident) - 1)
+    assert apart is not None and apart.together != whole.together and whole.draws_like(apart)
+    least = plan(TOY, SMALL, needed(TOY, SMALL, lambda _: True))
+    assert least is not None and least.stage(DRAWING).streamed and not whole.draws_like(least)
+    two, one = (make_plan(TOY, replace(SMALL, count=count), 10**12, CUDA) for count in (2, 1))
+    assert not two.draws_like(one)
+
+
 def test_parts_that_are_not_there_are_not_counted() -> None:
     whole = make_plan(TOY, SMALL, 10**12, CUDA)
     remote = make_plan(replace(TOY, text=None), SMALL, 10**12, CUDA)

@@ -83,6 +83,22 @@ def test_the_least_recently_used_leaves_first() -> None:
     assert shelf.loaded == [1, 2, 3, 1], "without main memory it is read from its file again"
 
 
+@pytest.mark.parametrize("host_budget", [0, SIZE])
+def test_one_part_is_asked_to_leave(host_budget: int) -> None:
+    shelf = Shelf(host_budget)
+    part = shelf.bring(1)
+    other = shelf.bring(2)
+    assert shelf.residency.held(1) is part and shelf.residency.held(3) is None
+    shelf.residency.leave(1)
+    assert shelf.residency.held(1) is None and shelf.residency.held(2) is other
+    assert shelf.sizes == (SIZE, host_budget)
+    shelf.residency.leave(1)
+    shelf.residency.leave(3)
+    assert shelf.sizes == (SIZE, host_budget), "who is not there cannot leave"
+    assert shelf.residency.drop(2) and not shelf.residency.drop(2)
+    assert shelf.sizes == (0, host_budget)
+
+
 def test_within_the_budget_parts_wait_in_main_memory() -> None:
     shelf = Shelf(host_budget=2 * SIZE + 1000)
     for key in (1, 2, 3):

@@ -105,7 +105,7 @@ def test_a_picture_of_ones_own(signer: Signer, tmp_path: Path) -> None:
     signed, marked, intact = seen.findings
     assert "this installation wrote" in signed
     assert marked.startswith("Watermark found") and "not who used it" in marked
-    assert intact == seen.credentials.summary
+    assert intact == f"There are content credentials. {seen.credentials.summary}"
 
 
 def test_bytes_and_a_path_are_the_same_to_it(signer: Signer, tmp_path: Path) -> None:

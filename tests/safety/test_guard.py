@@ -12,7 +12,7 @@ from PIL import Image
 from flux2_studio.errors import ClassifierError, SafetyError
 from flux2_studio.safety.guard import MOSAIC, Guard
 from flux2_studio.safety.policy import Policy, Verdict
-from flux2_studio.safety.questions import Message
+from flux2_studio.safety.questions import ANY, EACH
 
 FINE = Image.new("RGB", (64, 48), "white")
 NAKED = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8))
@@ -40,8 +40,22 @@ def guard(policy: Policy, broken: bool = False) -> Guard:
     return Guard(policy, classifier=Classifier(broken))
 
 
-def yes(messages: Sequence[Message]) -> float:
+def yes(system: str, message: str, images: Sequence[Image.Image]) -> float:
     return 0.9
+
+
+class Answers:
+    """A language model that says yes to what is asked of `about`, a picture or a word of the prompt, and no else."""
+
+    def __init__(self, about: Image.Image | str) -> None:
+        self.about = about
+        self.asked: list[tuple[str, list[Image.Image]]] = []
+
+    def __call__(self, system: str, message: str, images: Sequence[Image.Image]) -> float:
+        self.asked.append((message, list(images)))
+        figure = ANY in message or EACH["a public figure"] in message
+        hit = self.about in message if isinstance(self.about, str) else any(it is self.about for it in images)
+        return 0.9 if hit and figure else 0.1
 
 
 def test_on() -> None:
@@ -91,7 +105,8 @@ def test_off_looks_at_nothing() -> None:
     classifier = Classifier()
     it = Guard("off", classifier=classifier)
     it.ready()
-    assert (it.prompt("a pornographic photo", yes), it.reference(1, NAKED), it.output(NAKED)) == ((), (), ())
+    assert (it.prompt("a pornographic photo"), it.reference(1, NAKED), it.output(NAKED, yes)) == ((), (), ())
+    assert it.asked(yes, "a famous mouse", [NAKED]) == ()
     assert it.preview(NAKED) is NAKED
     assert classifier.asked == 0
 
@@ -118,12 +133,38 @@ def test_warn_tells_what_was_not_checked() -> None:
     assert it.output(NAKED) == ("A finished picture was not checked. There is no model: install it.",)
 
 
-def test_a_language_model_is_asked_what_rules_cannot_know() -> None:
-    assert guard("on").prompt("a famous mouse", lambda messages: 0.1) == ()
-    with pytest.raises(SafetyError, match="seems to show a protected character and seems to show a company's logo"):
-        guard("on").prompt("a famous mouse", yes)
-    (told,) = guard("warn").prompt("a famous mouse", yes)
-    assert "public figure" in told
+def test_a_language_model_is_asked_about_the_prompt() -> None:
+    assert guard("on").asked(Answers("nothing"), "a famous mouse") == ()
+    with pytest.raises(SafetyError, match=r"^The prompt was stopped .*seems to show a public figure\. Word it diff"):
+        guard("on").asked(Answers("mouse"), "a famous mouse", [FINE])
+    with pytest.raises(SafetyError, match="a protected character and seems to show a company's logo"):
+        guard("on").asked(yes, "a famous mouse")
+    (told,) = guard("warn").asked(Answers("mouse"), "a famous mouse", [FINE])
+    assert told == "The prompt was flagged by the safety check, because it seems to show a public figure."
+
+
+def test_a_language_model_is_asked_about_each_reference_by_itself() -> None:
+    other = Image.new("RGB", (32, 32), "red")
+    ask = Answers(other)
+    (told,) = guard("warn").asked(ask, "a fox", [FINE, other, FINE])
+    assert told.startswith("Image 2 was flagged") and told.endswith("a public figure.")
+    assert [len(images) for _, images in ask.asked] == [0, 1, 1, 1, 1, 1, 1], "a second time only of what was one"
+    assert all("fox" not in message for message, images in ask.asked if images)
+    with pytest.raises(SafetyError, match=r"^Image 2 was stopped .*Choose another picture"):
+        guard("on").asked(ask, "a fox", [FINE, other])
+
+
+def test_a_language_model_is_asked_about_finished_pictures() -> None:
+    assert guard("on").output(FINE, Answers(NAKED)) == ()
+    with pytest.raises(SafetyError, match=r"^A finished picture was stopped .*public figure\. It was neither saved"):
+        guard("on").output(FINE, Answers(FINE))
+    ask = Answers(NAKED)
+    (told,) = guard("warn").output(NAKED, ask)
+    assert "bare breasts" in told and ask.asked == [], "what the classifier flags need not be asked about"
+    unchecked, told = guard("warn", broken=True).output(FINE, Answers(FINE))
+    assert "was not checked" in unchecked and "a public figure" in told
+    with pytest.raises(ClassifierError):
+        guard("on", broken=True).output(FINE, Answers(NAKED))
 
 
 def test_the_larger_classifier_is_used_where_its_weights_are(tmp_path: Path) -> None:

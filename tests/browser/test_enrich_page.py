@@ -1,0 +1,123 @@
+"""Prompts enriched on the page: beside the original or straight into the run, and what happens when that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from tests.browser.conftest import App
+from tests.browser.test_page import choose_checkpoint, expect_finished, problem, run, settings, write
+from tests.fake_openai import FakeOpenAI, refuses, says, silent
+
+KEY = "sk-or-v1-typed-on-the-page"
+RICH = "A flat red apple on a yellow background"
+
+
+@pytest.fixture
+def model(language_model: FakeOpenAI) -> Iterator[FakeOpenAI]:
+    """The app's language model, which writes `RICH` unless a test has it do something else."""
+    language_model.replies[:] = [says("A flat red apple ", "on a yellow background")]
+    language_model.asked.clear()
+    yield language_model
+
+
+def panel(page: Page, form: str = "generate") -> Locator:
+    return page.locator(f"#{form} .upsampling")
+
+
+def unfold(page: Page, by: str, form: str = "generate") -> Locator:
+    """The panel, open, with `by` chosen."""
+    here = panel(page, form)
+    here.locator(".label-wrap").first.click()
+    here.get_by_label(by).check()
+    return here
+
+
+def test_a_prompt_is_enriched_beside_the_original_and_back(page: Page, model: FakeOpenAI) -> None:
+    write(page, "generate", "apple")
+    here = unfold(page, "OpenRouter or your server")
+    here.get_by_label("API key").fill(KEY)
+    here.get_by_role("button", name="Enrich now").click()
+    written = here.locator(".written textarea")
+    expect(written).to_have_value(RICH)
+    prompt = page.locator("#generate .prompt textarea")
+    expect(prompt).to_have_value("apple")
+    (asked,) = model.asked
+    assert asked.headers["authorization"] == f"Bearer {KEY}"
+    written.fill(f"{RICH}, please")
+    here.get_by_role("button", name="Use as prompt").click()
+    expect(prompt).to_have_value(f"{RICH}, please")
+    here.get_by_role("button", name="Undo").click()
+    expect(prompt).to_have_value("apple")
+    expect(here.get_by_role("button", name="Undo")).to_be_hidden()
+
+
+def test_what_the_model_writes_is_seen_as_it_comes_and_can_be_stopped(page: Page, model: FakeOpenAI) -> None:
+    model.replies[:] = [silent("A red ", "apple")]
+    write(page, "generate", "apple")
+    here = unfold(page, "OpenRouter or your server")
+    here.get_by_role("button", name="Enrich now").click()
+    expect(here.locator(".written textarea")).to_have_value("A red apple")
+    here.get_by_role("button", name="Stop").click()
+    expect(here.locator(".enrich-status").first).to_contain_text("Stopped.")
+    expect(here.get_by_role("button", name="Enrich now")).to_be_enabled()
+    expect(page.locator("#generate .prompt textarea")).to_have_value("apple")
+
+
+def test_straight_into_the_run(page: Page, model: FakeOpenAI, app: App) -> None:
+    write(page, "generate", "apple")
+    here = unfold(page, "OpenRouter or your server")
+    here.get_by_label("API key").fill(KEY)
+    run(page, "generate")
+    expect_finished(page)
+    expect(here.locator(".written textarea")).to_have_value(RICH)
+    expect(page.locator("#generate .prompt textarea")).to_have_value("apple")
+    table = settings(page)
+    assert (table["Prompt"], table["Original prompt"]) == (RICH, "apple")
+    assert KEY not in page.content()
+    files = [path for path in app.home.rglob("*") if path.is_file()]
+    assert app.pictures()[-1] in files
+    for file in (*files, app.log):
+        assert KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_failure_stops_the_run_and_one_click_goes_without(page: Page, model: FakeOpenAI, app: App) -> None:
+    model.replies[:] = [refuses(402)]
+    before = len(app.pictures())
+    write(page, "generate", "a flat fox")
+    unfold(page, "OpenRouter or your server")
+    run(page, "generate")
+    expect(problem(page)).to_contain_text("no credit left")
+    assert len(app.pictures()) == before
+    without = page.get_by_role("button", name="Generate without enriching")
+    without.click()
+    expect_finished(page)
+    expect(without).to_be_hidden()
+    assert settings(page)["Prompt"] == "a flat fox"
+    assert len(app.pictures()) == before + 1
+
+
+def test_what_each_choice_costs_is_said_before(page: Page) -> None:
+    here = unfold(page, "On this machine")
+    expect(here).to_contain_text("has no language model on this machine")
+    expect(here.get_by_label("API key")).to_be_hidden()
+    choose_checkpoint(page, "FLUX.2 klein 4B")
+    expect(here).to_contain_text("own text encoder")
+    expect(here.locator(".local-model")).to_be_visible()
+    here.get_by_label("OpenRouter or your server").check()
+    expect(here).to_contain_text("go to 127.0.0.1")
+    expect(here.get_by_label("API key")).to_have_attribute("type", "password")
+    here.get_by_label("Off").check()
+    expect(here.get_by_role("button", name="Enrich now")).to_be_hidden()
+
+
+@pytest.mark.parametrize(("form", "tab"), [("generate", "Generate"), ("edit", "Edit"), ("multi", "Multi-reference")])
+def test_enriching_is_off_until_it_is_wanted(page: Page, form: str, tab: str) -> None:
+    page.get_by_role("tab", name=tab).click()
+    panel(page, form).locator(".label-wrap").first.click()
+    expect(panel(page, form).get_by_label("Off")).to_be_checked()
+    panel(page, form).get_by_text("What the language model is told").click()
+    told = "changes pictures" if form != "generate" else "draws what it reads"
+    expect(panel(page, form)).to_contain_text(told)
