@@ -102,10 +102,8 @@ def test_one_changed_pixel_is_told(page: Page, app: App, tmp_path: Path) -> None
 
 GOOD = metadata.as_dict(
     Record(
-        request=replace(
-            Request(prompt="a fox"), negative_prompt="", width=64, height=64, steps=4, guidance=1.0, seed=1
-        ),
-        label="Nano",
+        request=Request(prompt="a fox", width=64, height=64, seed=1).resolve(NANO),
+        label=NANO.label,
     )
 )
 HTML = "<img src=x onerror='window.hacked=1'>"
