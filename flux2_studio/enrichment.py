@@ -24,6 +24,8 @@ from flux2_studio.settings import Settings
 from flux2_studio.upsample import ApiKey, Local, OpenRouter, Sampling, Upsampler, no_writers, shrunk, upsample
 from flux2_studio.working import Cancelled, check, with_status
 
+INSTRUCTIONS = 1024  # tokens, and more than the longest of them has, with the conversation's own marks
+
 
 def check_choice(choice: Upsampling, checkpoint: Checkpoint, settings: Settings, key: ApiKey | None) -> None:
     """Raises `UpsampleError` where what `choice` names is plainly not to be had: before anything else is done."""
@@ -65,7 +67,8 @@ def enrich(
         if choice.by == "openrouter":
             upsampler: Upsampler = OpenRouter.of(settings, choice.model, key, _sampling(choice))
         else:
-            upsampler = yield from _local(writer_of(choice, checkpoint), choice, references, models, cancelled)
+            model = writer_of(choice, checkpoint)
+            upsampler = yield from _local(model, choice, request.prompt, references, models, cancelled)
         answer = yield from _written(upsampler, request, references, cancelled)
     except (DeviceError, WeightsError) as error:  # of the model here: it is missing, or too large
         raise UpsampleError(f"The prompt could not be enriched. {error} Choose another model, {OR_WITHOUT}.") from error
@@ -85,16 +88,18 @@ def enrich(
 def _local(
     model: LocalWriter,
     choice: Upsampling,
+    prompt: str,
     references: Sequence[Image.Image],
     models: ModelManager,
     cancelled: Callable[[], bool],
 ) -> Generator[Event, None, Local]:
     check(cancelled)
     sizes = [(image.height, image.width) for image in shrunk(references)] if model.sees else []
-    writing = yield from with_status(lambda progress: models.writer(model, progress, sizes), cancelled)
+    sampling = _sampling(choice, Sampling(temperature=model.temperature, top_p=model.top_p))
+    tokens = INSTRUCTIONS + len(prompt.encode()) + sampling.max_tokens  # no text has more tokens than bytes
+    writing = yield from with_status(lambda progress: models.writer(model, progress, sizes, tokens=tokens), cancelled)
     yield from (Notice(text=note) for note in writing.notes)
-    advised = Sampling(temperature=model.temperature, top_p=model.top_p)
-    return Local(writing.writer, model, _sampling(choice, advised))
+    return Local(writing.writer, model, sampling)
 
 
 def _written(

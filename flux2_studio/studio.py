@@ -144,6 +144,11 @@ class Studio:
         self._finisher = Finisher(self.message, self.signer)
 
     @property
+    def _asks(self) -> bool:
+        """Whether a language model is worth loading as a whole, to be asked: where strangers use the studio."""
+        return self.guard.policy == "on"
+
+    @property
     def loras(self) -> Loras:
         """The LoRAs that requests may choose."""
         return self._models.loras
@@ -167,7 +172,8 @@ class Studio:
         if not self.on_disk(checkpoint):
             return ""
         workload = _workload(request.resolve(checkpoint, references), references, checkpoint)
-        return self._models.outlook(checkpoint, workload, request.loras).text(self._models.place)
+        plan = self._models.outlook(checkpoint, workload, request.loras, whole=self._asks)
+        return plan.text(self._models.place)
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -291,7 +297,7 @@ class Studio:
                     progress,
                     loras=request.loras,
                     after=before,  # noqa: B023 - run at once
-                    whole=self.guard.policy == "on",
+                    whole=self._asks,
                 ),
                 cancelled,
             )
@@ -373,6 +379,10 @@ class Studio:
         """Draw and save the pictures of `run` that are not finished yet."""
         conditions = yield from _encode(run)
         finished = run.finished
+        fingerprint = ""  # read before the drawing: it may take a minute, be given up, or fail
+        if run.request.metadata:
+            checkpoint = run.session.checkpoint
+            fingerprint = yield from run.working(lambda progress: self._models.hashing(checkpoint, progress))
         timer = _Timer()
         most = run.session.plan.batch
         waiting = list(run.request.seeds[finished.drawn :])
@@ -387,7 +397,8 @@ class Studio:
                 yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
                 continue
             for place, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
-                yield from self._finish(run, picture, self._record(run, drawn, seed, place, len(seeds)))
+                record = self._record(run, drawn, fingerprint, seed, place, len(seeds))
+                yield from self._finish(run, picture, record)
             del waiting[: len(seeds)]
 
     def _finish(self, run: _Run, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
@@ -401,10 +412,6 @@ class Studio:
             if run.request.count > 1:  # of a single one the run's end tells
                 yield Notice(text=f"{error} (Seed {request.seed}.)")
             return
-        if request.metadata:
-            checkpoint = run.session.checkpoint
-            found = yield from run.working(lambda progress: self._models.hashing(checkpoint, progress))
-            record = replace(record, checkpoint=found)
         sources = [reference.source for reference in run.references if reference.source is not None]
         file = self._finisher.finish(picture, record, sources)
         path = self._library.save(file.data, request)
@@ -415,11 +422,12 @@ class Studio:
         finished.seeds.append(request.seed)
         finished.provenance = file.provenance
 
-    def _record(self, run: _Run, drawn: Drawn, seed: int, place: int, together: int) -> Record:
+    def _record(self, run: _Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
         upsampled = run.upsampled
         return Record(
             request=replace(run.request, seed=seed, count=1, references=()),
             label=run.session.checkpoint.label,
+            checkpoint=fingerprint,
             references=tuple(reference.sha256 for reference in run.references),
             loras=tuple(lora.sha256 for lora in drawn.applied),
             original_prompt=upsampled.original if upsampled else None,

@@ -21,7 +21,9 @@ from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Notice, Preview, Result, Status, Stopped
 from flux2_studio.outputs import metadata
+from flux2_studio.outputs.record import Record
 from flux2_studio.request import LoraChoice, Request
+from tests.fake_openai import FakeOpenAI, says
 from tests.loras import write_lora
 from tests.models.fake_hub import TOKEN, TOY, FakeHub, serve
 
@@ -75,6 +77,12 @@ def fox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home.folder / "fox.png"
 
 
+def record_in(path: Path) -> Record:
+    found = metadata.read(path.read_bytes())
+    assert found.record is not None, found.problem
+    return found.record
+
+
 def pixels(path: Path) -> bytes:
     with Image.open(path) as image:
         return image.tobytes()
@@ -123,7 +131,22 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         (["generate", "--prompt", "a fox", "--out", "a.png", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
         (["generate", "--prompt", "a fox", "--out", "a.png", "--promt", "b"], "--promt"),
         (["generate", "--prompt", " ", "--out", "a.png"], "Write a prompt first"),
-        (["generate", "--prompt", "a fox", "--out", "a.jpg"], "--out must end in .png, not 'a.jpg'"),
+        (
+            ["generate", "--prompt", "a fox", "--out", "a.gif"],
+            "--out must end in .png, .jpg, .jpeg or .webp, not 'a.gif'",
+        ),
+        (
+            ["generate", "--prompt", "a fox", "--format", "webp", "--out", "a.png"],
+            "--out 'a.png' is not named as a picture of --format webp: change one of them.",
+        ),
+        (
+            ["generate", "--prompt", "a fox", "--upsample", "local", "--out", "a.png"],
+            "has no language model on this machine",
+        ),
+        (
+            ["generate", "--prompt", "a fox", "--upsample", "openrouter", "--out", "a.png"],
+            "OpenRouter needs an API key",
+        ),
         (["generate", "--prompt", "a fox", "--out", "no/such/folder/a.png"], "There is no folder 'no/such/folder'"),
         (["generate", "--prompt", "a fox", "--out", "a.png", "--model", "klein"], "no checkpoint called 'klein'"),
         (["generate", "--prompt", "a fox", "--out", "a.png", "--count", "0"], "between 1 and"),
@@ -215,11 +238,33 @@ def test_generate_with_loras(home: Home, fox: Path) -> None:
         pictures[loras] = pixels(out)
     assert pictures[()] == pictures["ink:0",] == pixels(fox)
     assert len(set(pictures.values())) == 3
-    (written,) = (told for told in map(metadata.read, home.outputs) if told and len(told["loras"]) == 2)
-    assert [(lora["name"], lora["weight"], len(lora["sha256"])) for lora in written["loras"]] == [
-        ("ink", 0.5, 64),
-        ("styles/grain", -1.0, 64),
-    ]
+    (written,) = (told for told in map(record_in, home.outputs) if len(told.loras) == 2)
+    assert [(lora.name, lora.weight) for lora in written.request.loras] == [("ink", 0.5), ("styles/grain", -1.0)]
+    assert [len(sha256) for sha256 in written.loras] == [64, 64]
+
+
+def test_formats_and_marks(home: Home) -> None:
+    out = home.folder / "fox.webp"
+    _, told = home.generate(*FOX, "--no-sign", "--no-watermark", "--no-check", "--out", out)
+    assert Image.open(out).format == "WEBP" and b"c2pa" not in out.read_bytes()
+    assert (record_in(out).request.sign, record_in(out).request.watermark) == (False, False)
+    assert "watermark" not in told and "Its settings are in the file" in told
+    bare = home.folder / "fox.jpg"
+    home.generate(*FOX, "--no-metadata", "--format", "jpeg", "--out", bare)
+    data = bare.read_bytes()
+    assert Image.open(bare).format == "JPEG" and metadata.read(data) == metadata.Found()
+    assert b"c2pa" in data and b"pink background" not in data
+
+
+def test_an_enriched_prompt_is_told_and_written_down(home: Home) -> None:
+    with FakeOpenAI(says("A flat fox on ", "a pink background.")) as server:
+        home.environment |= {"FLUX2_OPENROUTER_URL": server.url, "FLUX2_UPSAMPLE": "openrouter"}
+        out = home.folder / "fox.png"
+        _, told = home.generate("--prompt", "fox", "--upsample-model", "some/model", "--out", out)
+        assert "Enriched by some/model: A flat fox on a pink background." in told
+        assert (record_in(out).original_prompt, record_in(out).upsampled_by) == ("fox", "some/model")
+        home.generate("--prompt", "make it blue", "--image", out, "--out", home.folder / "blue.png")
+        assert len(server.asked) == 1, "edits are not enriched unless that is asked for"
 
 
 def test_models_loras(home: Home) -> None:

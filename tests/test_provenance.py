@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +16,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flux2_studio.checkpoints import LOCAL_WRITERS
 from flux2_studio.errors import ClassifierError, CredentialsError, SafetyError, StudioError, UpsampleError
 from flux2_studio.events import Event, Notice, Preview, Ready, Result, Stopped, Upsampled, Writing
+from flux2_studio.models.hub import Hub
+from flux2_studio.models.manager import ModelManager
 from flux2_studio.outputs import metadata, watermark
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.record import Record
+from flux2_studio.pictures import pixels_from_image
+from flux2_studio.prompts import instructions
+from flux2_studio.references import fit, load_reference
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import Policy, Verdict
+from flux2_studio.safety.questions import asking, check_by_asking
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
 from flux2_studio.upsample import ApiKey
 from tests.fake_openai import FakeOpenAI, refuses, says, silent
+from tests.tiny import Toys
 
 KEY = "sk-or-v1-0123456789abcdef"
 REMOTE = Upsampling(by="openrouter", model="toy/model")
@@ -168,6 +178,48 @@ def test_the_key_is_nowhere_but_in_the_request(settings: Settings, tmp_path: Pat
         assert secret not in repr(events) + str(failed.value) + caplog.text + repr(studio.settings)
 
 
+@pytest.mark.parametrize(("name", "writer"), [("klein-4b", "qwen3-4b"), ("dev", "mistral")])
+def test_a_model_of_this_machine_writes_and_then_reads(
+    toys: Toys, tmp_path: Path, apple: Path, name: str, writer: str
+) -> None:
+    """What a toy writes is no prompt, but it is written by the right model, of the right question, and told."""
+    studio = Studio(toys.settings(tmp_path, [name], safety="off"))
+    chosen = Upsampling(by="local", model=writer, temperature=0.7, top_p=0.9, max_tokens=16)
+    asked = Request(prompt="fox", upsampling=chosen, references=(apple,), seed=3, width=64, height=64)
+    events: list[Event] = []
+    with pytest.raises(UpsampleError, match="was not done after 16 tokens") as failed:
+        for event in studio.generate(asked):
+            events.append(event)
+    assert "generate without upsampling" in str(failed.value)
+    (offer,) = (it for it in studio.writers(studio.settings.checkpoint(name)) if it.name == writer)
+    assert offer.own and offer.on_disk
+    wrote = [event.text for event in events if isinstance(event, Writing)]
+    assert wrote and all(later.startswith(earlier) for earlier, later in itertools.pairwise(wrote))
+    models = ModelManager(studio.settings, Hub(studio.settings))
+    model = next(it for it in LOCAL_WRITERS if it.name == writer)
+    image = fit(load_reference(apple).image, 10**6)
+    sizes = [(image.height, image.width)] if model.sees else []
+    whole = models.writer(model, lambda *_: None, sizes).writer
+    expected = "".join(
+        whole.write(
+            instructions("edit", 1, seen=model.sees),
+            "fox",
+            [pixels_from_image(image)] if model.sees else [],
+            seed=3,
+            max_tokens=16,
+            temperature=0.7,
+            top_p=0.9,
+        )
+    )
+    assert wrote[-1] == expected
+
+
+def test_a_writer_that_does_not_fit_is_told_with_a_way_out(toys: Toys, tmp_path: Path) -> None:
+    studio = Studio(toys.settings(tmp_path, ["klein-4b"], safety="off", memory=0.0001))
+    with pytest.raises(UpsampleError, match=r"could not be enriched\. .*needs about .*generate without upsampling"):
+        list(studio.generate(Request(prompt="fox", upsampling=Upsampling(by="local"), width=64, height=64)))
+
+
 # --- the safety check -------------------------------------------------------------------------------------------
 
 
@@ -280,6 +332,25 @@ def test_off_looks_at_nothing(settings: Settings, tmp_path: Path) -> None:
     classifier = Flags(0)
     run(guarded(settings, "off", classifier, tmp_path), prompt="a nude")
     assert classifier.seen == []
+
+
+def test_where_guests_are_the_language_model_is_asked_too(toys: Toys, tmp_path: Path, apple: Path) -> None:
+    settings = toys.settings(tmp_path, ["dev"])
+    models = ModelManager(settings, Hub(settings))
+    mistral = next(it for it in LOCAL_WRITERS if it.sees)
+    ask = asking(models.writer(mistral, lambda *_: None, [(128, 128)]).writer)
+    picture = fit(load_reference(apple).image, 10**6)
+    verdicts = [check_by_asking(ask, "a red house"), check_by_asking(ask, "", [picture])]
+    reasons = [verdict.text for verdict in verdicts if not verdict.allowed]
+    fields: dict[str, Any] = {"prompt": "a red house", "references": (apple,), "steps": 1, "width": 64, "height": 64}
+    events, _ = run(Studio(settings, guard=Guard("warn", classifier=Flags())), **fields)
+    assert "seems to show" not in notices(events), "not where its owner is alone, and the model is not whole"
+    studio = Studio(settings, guard=Guard("on", classifier=Flags()))
+    if reasons:
+        with pytest.raises(SafetyError, match=re.escape(reasons[0])):
+            run(studio, **fields)
+    else:
+        run(studio, **fields)
 
 
 # --- marks, and making a picture again --------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_links_to_files() -> None:
 def test_options_are_documented_and_exist(name: str) -> None:
     options = {option for action in commands()[name]._actions for option in action.option_strings}
     text = section("Command line")
-    documented = set(re.findall(r"--[a-z]+", text))
+    documented = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", text))
     assert options - {"-h", "--help"} <= documented
     known = {option for parser in commands().values() for action in parser._actions for option in action.option_strings}
     assert documented <= known

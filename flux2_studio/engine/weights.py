@@ -58,8 +58,9 @@ TOLD_EVERY = 0.05  # seconds, at least, between two words on how far a load is
 class Checked(Generic[ModuleT]):
     """A file whose header fits: all that is left is to read it. `params` are the sizes that it was found to have.
 
-    blank: what `build` makes, on the meta device, to look at: deep models take half a second to build. float32: prefixes of parameters that keep full precision. plain: of those that are never held quantised. blocks: of
-    those that may be quantised on loading.
+    blank: what `build` makes, on the meta device, to look at: a deep model takes half a second to build. float32:
+    prefixes of parameters that keep full precision. plain: of those that are never held quantised. blocks: of those
+    that may be quantised on loading.
     """
 
     params: Any

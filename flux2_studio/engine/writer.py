@@ -359,8 +359,8 @@ def open_writer(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedWr
     try:
         config = config_class.from_dict(fields)
         config._attn_implementation = "sdpa"
-        # The decoder's own word. Mistral3's outer config takes the head for tied where the file says nothing, as that of
-        # Mistral Small 3.2 does, which has one of its own.
+        # The decoder's own word. Mistral3's outer config takes the head for tied where the file says nothing, as that
+        # of Mistral Small 3.2 does, which has one of its own.
         tied = bool(getattr(config, "text_config", config).tie_word_embeddings)
 
         def build() -> LanguageModel:

@@ -149,7 +149,7 @@ class ModelManager:
     def writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
         """The language models on this machine that may enrich prompts for `checkpoint`, its own first. Uses no network.
 
-        For the toys there are none, see `writers.no_writers`.
+        There are none for the toys.
         """
         return offers(checkpoint, self._settings, self._hub, self._opener)
 

@@ -76,14 +76,6 @@ def writer_of(checkpoint: Checkpoint) -> LocalWriter | None:
     return next((it for it in LOCAL_WRITERS if (it.part, it.recipe) == (checkpoint.text, checkpoint.recipe)), None)
 
 
-def no_writers(checkpoint: Checkpoint) -> str:
-    """Why `ModelManager.writers` offers none for `checkpoint`, and what to do."""
-    return (
-        f"{checkpoint.label} has no language model on this machine that could enrich prompts: choose OpenRouter, or a "
-        f"checkpoint that is no toy."
-    )
-
-
 def offers(checkpoint: Checkpoint, settings: Settings, hub: Hub, opener: Opener) -> tuple[WriterOffer, ...]:
     """See `ModelManager.writers`."""
     here = not settings.reads_remotely(checkpoint)

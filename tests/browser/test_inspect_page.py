@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, expect
 
+from flux2_studio.checkpoints import NANO
 from flux2_studio.outputs import metadata
 from flux2_studio.outputs.record import Record
 from flux2_studio.request import Request
