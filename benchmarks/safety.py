@@ -2,6 +2,7 @@
 
     python -m benchmarks.safety [--runs N] [--threads N]
 
+Prints a line each, and writes benchmarks/results/safety.json.
 Falconsai's classifier is timed with random weights of its size. The bar is 0.15 s per picture on two cores, which holds
 for NudeNet, of which everybody has the weights; Falconsai's, which a user has to fetch, takes longer there.
 """
@@ -11,20 +12,21 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.measuring import Arm, interleave, summary
+from benchmarks.measuring import Arm, interleave, machine, summary, write
 from flux2_studio.safety.falconsai import Falconsai
 from flux2_studio.safety.nudity import AGAIN, NudeNet
 from flux2_studio.safety.prompt_rules import check_prompt
 from flux2_studio.settings import ASSETS
 
 SIDE = 1024
+PACKAGES = ("torch", "transformers", "onnxruntime", "nudenet", "numpy", "pillow")
 PROMPT = "A lighthouse on a cliff at dusk, long exposure, the beam cuts through mist over dark water. " * 20
 
 
@@ -50,12 +52,11 @@ def main() -> None:
         "Falconsai": Arm(run=lambda: falconsai(picture)),
         "a prompt of 300 words": Arm(run=lambda: check_prompt(PROMPT)),
     }
-    print(
-        f"torch {torch.__version__}, {options.threads} threads; onnxruntime {onnxruntime.__version__}, its own choice"
-    )
+    report: dict[str, Any] = {"machine": machine("cpu", PACKAGES), "seconds": {}}
     for name, seconds in interleave(arms, options.runs, 3).items():
-        told = summary(seconds)
+        told = report["seconds"][name] = summary(seconds)
         print(f"{name}: " + ", ".join(f"{key} {1000 * told[key]:.1f} ms" for key in ("median", "p10", "p90")))
+    print(write(report, "safety.json"))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def test_variables(tmp_path: Path) -> None:
             "FLUX2_MEMORY": "7.5",
             "FLUX2_PREVIEW": "off",
             "FLUX2_SAFETY": "on",
+            "FLUX2_UPSAMPLE": "local",
             "FLUX2_NSFW_MODEL_PATH": str(tmp_path / "nsfw"),
             "SPACE_ID": "someone/flux2-studio",
         }
@@ -49,6 +50,7 @@ def test_variables(tmp_path: Path) -> None:
     assert (settings.device, settings.dtype, settings.preview) == ("cuda:1", "bfloat16", "off")
     assert settings.memory == 7.5
     assert (settings.safety, settings.nsfw_model) == ("on", tmp_path / "nsfw")
+    assert settings.upsample == "local"
     assert settings.on_space
 
 
@@ -109,6 +111,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
         "MEMORY",
         "PREVIEW",
         "SAFETY",
+        "UPSAMPLE",
         "NSFW_MODEL_PATH",
     )
     names = ["OPENROUTER_API_KEY", *(f"FLUX2_{name}" for name in own)]
@@ -125,6 +128,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
         ("FLUX2_MEMORY", "-4", "FLUX2_MEMORY is '-4'; set it"),
         ("FLUX2_MEMORY", "nan", "FLUX2_MEMORY is 'nan'; set it"),
         ("FLUX2_MEMORY", "inf", "FLUX2_MEMORY is 'inf'; set it"),
+        ("FLUX2_UPSAMPLE", "always", "FLUX2_UPSAMPLE is 'always'; set it to one of: none, local, openrouter"),
         ("FLUX2_SAFETY", "no", "FLUX2_SAFETY is 'no'; set it to one of: auto, on, warn, off"),
         ("FLUX2_PREVIEW", "yes", "FLUX2_PREVIEW is 'yes'; set it to one of: tiny, linear, off"),
         ("FLUX2_HOME", "~no-such-user/x", "FLUX2_HOME is '~no-such-user/x', in a home folder that is not known"),
