@@ -163,8 +163,13 @@ class JobQueue:
         return job
 
     def enrich(self, request: Request, owner: str = "", key: ApiKey | None = None) -> Enrichment:
-        """Have the prompt of `request` enriched. What another machine does for it waits for no run here."""
+        """Have the prompt of `request` enriched, in place of any other that `owner` has waiting for that. What another
+        machine does for it waits for no run here."""
         job = Enrichment(self._studio.resolve(request, key), owner, key)
+        with self._changed:
+            earlier = [it for it in self._jobs.values() if isinstance(it, Enrichment) and it.owner == owner]
+        for other in earlier:
+            other.cancel()
         if request.upsampling.by == "local":
             self._queue(job)
             return job

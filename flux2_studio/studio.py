@@ -78,7 +78,7 @@ class _Reference:
     image: Image.Image
     notes: tuple[str, ...]
     sha256: str
-    source: Source | None
+    source: Source | None = None  # None where nothing is signed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +160,9 @@ class Studio:
     def resolve(self, request: Request, key: ApiKey | None = None) -> Request:
         """`request` with nothing left open, its references looked at. key: see `generate`. Raises `RequestError` for
         what cannot be done, `UpsampleError` where nobody could enrich the prompt."""
-        check_choice(request.upsampling, self.settings.checkpoint(request.checkpoint), self.settings, key)
-        return self._look_at(request)[0]
+        checkpoint = self._checked(request)
+        check_choice(request.upsampling, checkpoint, self.settings, key)
+        return request.resolve(checkpoint, [reference.image.size for reference, _ in self._references(request)])
 
     def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> str:
         """How `request` will fit into memory, in words; "" where its checkpoint is not on disk. Reads headers only.
@@ -339,41 +340,40 @@ class Studio:
     ) -> Generator[Event, None, tuple[Request, list[_Reference]]]:
         """The resolved request and its references, all of it checked. with_files: whether pictures will be made of the
         references, which are then kept, and named in the pictures' credentials."""
-        request, references = self._look_at(asked, cancelled, with_files=with_files)
-        yield from finished.fresh(changes(asked, request))
-        yield from finished.fresh(self.guard.prompt(request.prompt))
-        for number, reference in enumerate(references, start=1):
+        checkpoint = self._checked(asked)
+        yield from finished.fresh(self.guard.prompt(asked.prompt))
+        references = []
+        for number, (reference, data) in enumerate(self._references(asked), start=1):
             check(cancelled)
             yield from finished.fresh(self.guard.reference(number, reference.image))
-            if reference.source is not None and reference.source.note:
-                yield from finished.fresh([reference.source.note])
+            if with_files and asked.metadata and self.kept is not None:
+                self.kept.keep(data)
+            if with_files and asked.sign:
+                source = self.signer.source(number, data)
+                yield from finished.fresh([source.note] if source.note else [])
+                reference = replace(reference, source=source)
+            references.append(reference)
+        request = asked.resolve(checkpoint, [reference.image.size for reference in references])
+        yield from finished.fresh(changes(asked, request))
         return request, references
 
-    def _look_at(
-        self, request: Request, cancelled: Callable[[], bool] = lambda: False, *, with_files: bool = False
-    ) -> tuple[Request, list[_Reference]]:
-        """The resolved request, and its references at the size at which they are read. with_files: see `_examined`."""
+    def _checked(self, request: Request) -> Checkpoint:
+        """The checkpoint of `request`. Whatever is wrong with the numbers is said before pictures are opened."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
-        request.resolve(checkpoint)  # whatever is wrong with the numbers is said before pictures are opened
+        request.resolve(checkpoint)
         self.loras.check(request.loras, checkpoint, None)
-        cap = checkpoint.reference_cap(len(request.references))
-        references = []
+        return checkpoint
+
+    def _references(self, request: Request) -> Iterator[tuple[_Reference, bytes]]:
+        """Each reference as it is read, and its file; one at a time, for a photograph takes hundreds of megabytes until
+        it is fitted. Raises `ReferenceImageError`."""
+        cap = self.settings.checkpoint(request.checkpoint).reference_cap(len(request.references))
         for number, path in enumerate(request.references, start=1):
-            check(cancelled)
-            whole = load_reference(path)  # one at a time: a photograph takes hundreds of megabytes until it is fitted
+            whole = load_reference(path)
             image = fit(whole.image, cap)
             note = fit_note(number, whole.image.size, image.size)
-            if with_files and request.metadata and self.kept is not None:
-                self.kept.keep(whole.data)
-            references.append(
-                _Reference(
-                    image=image,
-                    notes=(*whole.notes, *([note] if note else [])),
-                    sha256=whole.sha256,
-                    source=self.signer.source(number, whole.data) if with_files and request.sign else None,
-                )
-            )
-        return request.resolve(checkpoint, [reference.image.size for reference in references]), references
+            notes = (*whole.notes, *([note] if note else []))
+            yield _Reference(image=image, notes=notes, sha256=whole.sha256), whole.data
 
     def _make(self, run: _Run) -> Iterator[Event]:
         """Draw and save the pictures of `run` that are not finished yet."""

@@ -497,6 +497,14 @@ def test_a_run_that_is_cancelled_in_the_queue_forgets_its_key_too(start: Start) 
     gate.go.set()
 
 
+def test_a_new_enrichment_takes_the_place_of_its_owners_earlier_one(start: Start) -> None:
+    jobs, _ = start(endless=endless, writes=writes)
+    remote = Upsampling(by="openrouter")
+    mine, theirs = (jobs.enrich(Request(prompt="endless", upsampling=remote), owner) for owner in ("me", "them"))
+    assert isinstance(follow(jobs.enrich(Request(prompt="writes", upsampling=remote), "me"))[-1], Ready)
+    assert isinstance(follow(mine)[-1], Stopped) and not theirs.finished
+
+
 def test_enrichments_end_with_the_studio(start: Start) -> None:
     jobs, _ = start(endless=endless)
     job = jobs.enrich(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))

@@ -285,11 +285,13 @@ def test_a_warning_is_told_and_the_picture_kept(settings: Settings, tmp_path: Pa
 
 
 def test_a_flagged_reference_stops_the_run_before_it_begins(settings: Settings, tmp_path: Path, apple: Path) -> None:
-    studio = guarded(settings, "on", Flags(0), tmp_path)
+    kept = KeptReferences(tmp_path / "references")
+    studio = Studio(replace(settings, home=tmp_path), guard=Guard("on", classifier=Flags(0)), kept=kept)
     events: list[Event] = []
     with pytest.raises(SafetyError, match="Image 1 was stopped"):
         events.extend(studio.generate(Request(prompt="make it blue", references=(apple,))))
     assert events == [] and written(tmp_path) == []
+    assert kept.find(hashlib.sha256(apple.read_bytes()).hexdigest()) is None
 
 
 def test_prompts_are_checked_before_anything_is_sent_and_what_comes_back_too(

@@ -264,7 +264,9 @@ class RunView:
     def _end(self) -> Update:
         return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}
 
-    def _pictures(self, images: Sequence[Path], seeds: Sequence[int], provenance: Sequence[str] = ()) -> Update:
+    def _pictures(
+        self, images: Sequence[Path], seeds: Sequence[int], provenance: Sequence[str] | None = None
+    ) -> Update:
         stage, request = self._stage, self._request
         assert request is not None, "begin first"
         one = len(images) == 1

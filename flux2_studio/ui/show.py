@@ -141,8 +141,10 @@ def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint, ups
     return f"<table>{body}</table>"
 
 
-def provenance(sentences: Sequence[str]) -> str:
-    """What a picture carries, so that others can tell where it comes from."""
+def provenance(sentences: Sequence[str] | None) -> str:
+    """What a picture carries, so that others can tell where it comes from; "" where that was not told."""
+    if sentences is None:
+        return ""
     if not sentences:
         return '<p class="carries">The files say nothing of how they were made.</p>'
     return f'<ul class="carries">{"".join(f"<li>{escape(text)}</li>" for text in sentences)}</ul>'
