@@ -13,6 +13,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from flux2_studio.errors import UpsampleError
+from flux2_studio.request import MAX_PROMPT
 
 MOST = 4000  # characters of an enriched prompt: about twice what the text encoders read (512 tokens)
 OR_WITHOUT = "or generate without upsampling"  # the way out of every error
@@ -73,8 +74,8 @@ class Answer:
 
 
 def most_characters(asked: str) -> int:
-    """How long an answer to the prompt `asked` may be: a long prompt may stay long."""
-    return max(MOST, 2 * len(asked))
+    """How long an answer to the prompt `asked` may be: a long prompt may stay long, as far as a request takes it."""
+    return min(MAX_PROMPT, max(MOST, 2 * len(asked)))
 
 
 def too_long(count: int, asked: str) -> UpsampleError:

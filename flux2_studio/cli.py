@@ -199,7 +199,9 @@ def run_generate(options: argparse.Namespace) -> int:
     # Nobody sees previews here, and they would cost time and, for most checkpoints, a download.
     settings = replace(settings, preview="off", safety="off" if options.no_check else settings.safety)
     # What is wrong with the numbers is said before torch loads.
-    request.resolve(settings.checkpoint(request.checkpoint))
+    resolved = request.resolve(settings.checkpoint(request.checkpoint))
+    request = replace(request, seed=resolved.seed)  # chosen here, to know which picture is which
+    assert request.seed is not None
     settings.prepare_process()
     from flux2_studio.outputs.kept import KeptReferences
     from flux2_studio.studio import Studio
@@ -207,7 +209,8 @@ def run_generate(options: argparse.Namespace) -> int:
     studio = Studio(settings, kept=KeptReferences(settings.references))
     with stop_on_interrupt() as cancelled, Progress(sys.stderr) as progress:
         end = follow(studio.generate(request, cancelled), progress)
-    made = targets[: len(end.images)]  # a stopped run has fewer
+    # A stopped run has fewer, and one of which the safety check withheld some has gaps.
+    made = [targets[seed - request.seed] for seed in end.seeds]
     for source, target in zip(end.images, made, strict=True):
         copy_file(source, target)
     print_paths(made)
@@ -335,7 +338,10 @@ def follow(events: Iterator[Event], progress: Progress) -> Result | Stopped:
 
 
 def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    whole = len(seeds) == seeds[-1] - seeds[0] + 1
+    return f"seeds {seeds[0]} to {seeds[-1]}" if whole else f"seeds {', '.join(map(str, seeds))}"
 
 
 def _settings(options: argparse.Namespace) -> tuple[Settings, list[str]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run_inspect(options: argparse.Namespace) -> int:
     """`inspect FILE`: what was found, to stdout. Raises `RequestError` for no file, or one that is no picture."""
+    from PIL import Image
+
     from flux2_studio.outputs.credentials import Signer
     from flux2_studio.outputs.inspect import inspect
     from flux2_studio.outputs.watermark import PUBLISHED, Message
@@ -42,6 +45,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     own = [Message.parse(settings.watermark_message)] if settings.watermark_message else []
     signer = Signer(settings.identity, settings.c2pa_certificate, settings.c2pa_key)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is told in our words
     seen = inspect(options.file, signer, [*own, PUBLISHED])
     if not seen.is_picture:
         raise RequestError(seen.problem or "This is not a picture.")

@@ -24,6 +24,7 @@ from flux2_studio.settings import Settings
 from flux2_studio.upsample import ApiKey, Local, OpenRouter, Sampling, Upsampler, no_writers, shrunk, upsample
 from flux2_studio.working import Cancelled, check, with_status
 
+TRY = "use fewer or smaller references, or try again later"
 INSTRUCTIONS = 1024  # tokens, and more than the longest of them has, with the conversation's own marks
 
 
@@ -75,6 +76,8 @@ def enrich(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if choice.by != "local":  # then a run may be under way beside this, with its weights
+            raise UpsampleError(f"There is too little main memory left for this: {TRY}, {OR_WITHOUT}.") from error
         models.release_all()
         raise UpsampleError(
             f"The language model does not fit into memory: choose a smaller one, or OpenRouter, {OR_WITHOUT}."

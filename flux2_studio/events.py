@@ -1,9 +1,11 @@
 """What a run tells whoever follows it:
 
-(Queued | Status | Notice | Writing | Upsampled | Preview)*  then exactly one of  Result | Stopped | Failed
+(Queued | Status | Notice | Writing | Upsampled | Preview | Saved | Withheld)*
+then exactly one of  Result | Stopped | Failed
 
-Enriching a prompt without drawing tells  (Queued | Status | Notice | Writing)*  and then  Upsampled and Ready, or
-Stopped | Failed. Loading a checkpoint ahead of a run tells  (Queued | Status)*  and then  Ready | Stopped | Failed.
+Enriching a prompt without drawing tells  (Queued | Status | Notice | Writing | Upsampled)*  and then
+Ready | Stopped | Failed. Loading a checkpoint ahead of a run tells  (Queued | Status)*  and then
+Ready | Stopped | Failed.
 """
 
 from __future__ import annotations
@@ -78,6 +80,22 @@ class Preview:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Picture `index` (0-based) of the run is finished: `image` is its file, drawn with `seed`."""
+
+    index: int
+    image: Path
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Withheld:
+    """The safety check keeps picture `index` (0-based) of the run back: nothing of it is to be seen any more."""
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """The run is done: `images[i]` is the saved file of the picture drawn with `seeds[i]`.
 
@@ -88,7 +106,7 @@ class Result:
     images: tuple[Path, ...]
     seeds: tuple[int, ...]
     seconds: float
-    provenance: tuple[str, ...] = ()  # what was done so that others can tell where the pictures come from
+    provenance: tuple[str, ...] = ()  # what the pictures carry so that others can tell where they come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,5 +135,5 @@ class Failed:
     upsampling: bool = False
 
 
-Event = Queued | Status | Notice | Writing | Upsampled | Preview | Result | Ready | Stopped | Failed
+Event = Queued | Status | Notice | Writing | Upsampled | Preview | Saved | Withheld | Result | Ready | Stopped | Failed
 FINAL = (Result, Ready, Stopped, Failed)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PASSING = (Queued, Status, Writing, Preview)  # what a later event of the same kind makes worthless
 PASSED = 3  # runs of the loaded checkpoint that may go before an older one of another
+ENRICHMENTS = 8  # prompts that are enriched or wait for it, at most; each that another machine enriches is a thread
 KEPT = 200  # finished jobs that can still be asked for
 DEFECT = (
     "Something went wrong inside the studio; its log has the details. Try again, and restart the studio if it "
@@ -167,13 +168,15 @@ class JobQueue:
         machine does for it waits for no run here."""
         job = Enrichment(self._studio.resolve(request, key), owner, key)
         with self._changed:
-            earlier = [it for it in self._jobs.values() if isinstance(it, Enrichment) and it.owner == owner]
-        for other in earlier:
-            other.cancel()
-        if request.upsampling.by == "local":
-            self._queue(job)
-            return job
-        with self._changed:
+            under_way = [it for it in self._jobs.values() if isinstance(it, Enrichment) and not it.finished]
+            for other in under_way:
+                if other.owner == owner:
+                    other.cancel()
+            if len([it for it in under_way if it.owner != owner]) >= ENRICHMENTS:
+                raise UpsampleError("Too many prompts are being enriched at the moment: try again in a minute.")
+            if request.upsampling.by == "local":
+                self._queue(job)
+                return job
             self._admit(job)
         if job.start():
             threading.Thread(target=self._run, args=(job,), name="flux2-enriching", daemon=True).start()
@@ -242,7 +245,7 @@ class JobQueue:
         while left:
             job = _pick(left, loaded, passed)
             left.remove(job)
-            loaded = job.request.checkpoint
+            loaded = None if isinstance(job, Enrichment) else job.request.checkpoint
             if ahead:
                 job.add(Queued(ahead=ahead))
             ahead += 1
@@ -259,7 +262,8 @@ class JobQueue:
                         other.passed = times
                     self._waiting.remove(job)
                     self._running = job
-                    self._loaded = job.request.checkpoint
+                    # A language model that writes may have taken the place of whatever was loaded.
+                    self._loaded = None if isinstance(job, Enrichment) else job.request.checkpoint
                     self._tell_places()
                     return job
                 if self._closed:

@@ -6,6 +6,7 @@ references -> denoise (previews) -> decode -> check image -> watermark, settings
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,31 @@ from PIL import Image
 from torch import Tensor
 
 from flux2_studio import __version__
+from flux2_studio.answers import OR_WITHOUT
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.engine.latents import noise
 from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.writer import Writer
-from flux2_studio.enrichment import check_choice, enrich
-from flux2_studio.errors import DeviceError, OutOfMemory, SafetyError
-from flux2_studio.events import Event, Notice, Preview, Ready, Result, Status, Stopped, Upsampled
+from flux2_studio.enrichment import TRY, check_choice, enrich
+from flux2_studio.errors import (
+    ClassifierError,
+    CredentialsError,
+    DeviceError,
+    OutOfMemory,
+    SafetyError,
+    UpsampleError,
+)
+from flux2_studio.events import (
+    Event,
+    Notice,
+    Preview,
+    Ready,
+    Result,
+    Saved,
+    Status,
+    Stopped,
+    Upsampled,
+    Withheld,
+)
 from flux2_studio.models.choices import choose_dtype, choose_storage
 from flux2_studio.models.classifier import find_classifier
 from flux2_studio.models.hub import Hub, Progress
@@ -51,6 +70,7 @@ from flux2_studio.upsample import ApiKey
 from flux2_studio.working import Cancelled, check, with_status
 
 T = TypeVar("T")
+WHOLE = "whole"
 
 
 @dataclass
@@ -60,7 +80,8 @@ class _Finished:
     drawn: int = 0
     images: list[Path] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    provenance: tuple[str, ...] = ()
+    notes: dict[str, list[int]] = field(default_factory=dict)  # on finished pictures, with the seeds of which
+    provenance: dict[str, list[int]] = field(default_factory=dict)  # what they carry, likewise
     told: set[str] = field(default_factory=set)  # what need not be said of every picture
     withheld: SafetyError | None = None  # why the last one was
 
@@ -69,6 +90,19 @@ class _Finished:
         new = [note for note in dict.fromkeys(notes) if note not in self.told]
         self.told.update(new)
         return [Notice(text=note) for note in new]
+
+    def keep(self, image: Path, seed: int, notes: Sequence[str], provenance: Sequence[str]) -> None:
+        """Picture `image` is done, with what is to be said of it."""
+        self.drawn += 1
+        self.images.append(image)
+        self.seeds.append(seed)
+        for told, by in ((notes, self.notes), (provenance, self.provenance)):
+            for text in told:
+                by.setdefault(text, []).append(seed)
+
+    def named(self, said: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+        """The sentences of `said`, with the seeds of the pictures that they are true of, unless of all."""
+        return tuple(text if seeds == self.seeds else f"{text} ({_seeds(seeds)})" for text, seeds in said.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +146,7 @@ class _Run:
 
 
 def guard_of(settings: Settings, *, shared: bool) -> Guard:
-    """The safety check of a studio that is `shared` by a public link or not."""
+    """The safety check of a studio that others reach (`shared`), or its owner alone."""
     policy = decide(settings.safety, shared=shared, on_space=settings.on_space)
     return Guard(policy, lambda: find_classifier(settings.nsfw_model))
 
@@ -142,6 +176,7 @@ class Studio:
         self._models = models or ModelManager(settings, Hub(settings))
         self._library = library or Library(settings.outputs)
         self._finisher = Finisher(self.message, self.signer)
+        self._reading = threading.Lock()
 
     @property
     def _asks(self) -> bool:
@@ -197,6 +232,7 @@ class Studio:
             "device": device.type,
             "precision": str(choose_dtype(self.settings.dtype, device, checkpoint, part)).removeprefix("torch."),
             "weights": choose_storage(self.settings.quantize, device, part),
+            "autoencoder": WHOLE,
         }
 
     def checkpoint_hash(self, checkpoint: Checkpoint) -> str | None:
@@ -219,7 +255,8 @@ class Studio:
         usual = Request(prompt="any").resolve(checkpoint)
 
         def load(progress: Progress) -> None:
-            self._models.open(checkpoint, _workload(usual, [], checkpoint), progress).preload(progress)
+            workload = _workload(usual, [], checkpoint)
+            self._models.open(checkpoint, workload, progress, whole=self._asks).preload(progress)
 
         try:
             yield from with_status(load, cancelled)
@@ -240,10 +277,22 @@ class Studio:
             done = yield from enrich(
                 resolved, [it.image for it in references], self.settings, self._models, key, cancelled
             )
-            yield from (Notice(text=text) for text in self.guard.prompt(done.prompt))
+            yield from (Notice(text=text) for text in self._passed(done))
             yield Ready(checkpoint=resolved.checkpoint or "")
         except Cancelled:
             yield Stopped()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UpsampleError(f"There is too little main memory left for this: {TRY}.") from error
+
+    def _passed(self, done: Upsampled) -> tuple[str, ...]:
+        """What the safety check says of an enriched prompt. Raises `UpsampleError` where it stops it: the user's own
+        prompt has passed."""
+        try:
+            return self.guard.prompt(done.prompt)
+        except SafetyError as error:
+            raise UpsampleError(f"{done.by} wrote what does not pass: {error} Try again, {OR_WITHOUT}.") from error
 
     def generate(
         self, request: Request, cancelled: Callable[[], bool] = lambda: False, key: ApiKey | None = None
@@ -256,6 +305,7 @@ class Studio:
         try:
             yield from self._run(request, cancelled, key, finished)
         except Cancelled:
+            yield from finished.fresh(finished.named(finished.notes))
             yield Stopped(images=tuple(finished.images), seeds=tuple(finished.seeds))
         except (RuntimeError, MemoryError) as error:
             raise self._exhausted(request.checkpoint, error) from error
@@ -284,7 +334,7 @@ class Studio:
         if request.upsampling.by != "none":
             pictures = [reference.image for reference in references]
             upsampled = yield from enrich(request, pictures, self.settings, self._models, key, cancelled)
-            yield from finished.fresh(self.guard.prompt(upsampled.prompt))
+            yield from finished.fresh(self._passed(upsampled))
             request = replace(request, prompt=upsampled.prompt, upsampling=Upsampling())
         checkpoint = self.settings.checkpoint(request.checkpoint)
         workload = _workload(request, [reference.image.size for reference in references], checkpoint)
@@ -311,8 +361,7 @@ class Studio:
                 cancelled=cancelled,
                 finished=finished,
             )
-            if not before:
-                yield from finished.fresh(session.notes)
+            yield from finished.fresh(session.notes)
             if not session.plan.resident:
                 yield Notice(text=session.plan.text(self._models.place))
             try:
@@ -327,12 +376,13 @@ class Studio:
                 yield Notice(text="The memory ran out, in spite of the plan: trying once more, with less of it in use.")
         if finished.withheld is not None and not finished.images:
             raise finished.withheld
+        yield from finished.fresh(finished.named(finished.notes))
         yield Result(
             request=request,
             images=tuple(finished.images),
             seeds=tuple(finished.seeds),
             seconds=time.monotonic() - began,
-            provenance=finished.provenance,
+            provenance=finished.named(finished.provenance),
         )
 
     def _examined(
@@ -369,8 +419,9 @@ class Studio:
         it is fitted. Raises `ReferenceImageError`."""
         cap = self.settings.checkpoint(request.checkpoint).reference_cap(len(request.references))
         for number, path in enumerate(request.references, start=1):
-            whole = load_reference(path)
-            image = fit(whole.image, cap)
+            with self._reading:  # those of one run after the other's, too: runs are submitted from many threads
+                whole = load_reference(path)
+                image = fit(whole.image, cap)
             note = fit_note(number, whole.image.size, image.size)
             notes = (*whole.notes, *([note] if note else []))
             yield _Reference(image=image, notes=notes, sha256=whole.sha256), whole.data
@@ -403,24 +454,28 @@ class Studio:
 
     def _finish(self, run: _Run, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
         """Check, mark and save one picture; what the check does not let through goes nowhere."""
-        request, finished = record.request, run.finished
+        request, finished, index = record.request, run.finished, run.finished.drawn
+        assert request.seed is not None
         try:
-            told = self.guard.output(picture, _asking(run.session.asking()))
+            ask, told = _asking(run)
+            told += self.guard.output(picture, ask)
         except SafetyError as error:
             finished.drawn += 1
             finished.withheld = error
+            yield Withheld(index=index)
             if run.request.count > 1:  # of a single one the run's end tells
                 yield Notice(text=f"{error} (Seed {request.seed}.)")
             return
         sources = [reference.source for reference in run.references if reference.source is not None]
-        file = self._finisher.finish(picture, record, sources)
+        try:
+            file = self._finisher.finish(picture, record, sources)
+        except CredentialsError as error:  # it was there before the work, and so is the picture now
+            unsigned = replace(record, request=replace(request, sign=False))
+            file = self._finisher.finish(picture, unsigned)
+            told = (*told, f"The picture is not signed. {error}")
         path = self._library.save(file.data, request)
-        yield from finished.fresh([*told, *file.notes])
-        finished.drawn += 1
-        finished.images.append(path)
-        assert request.seed is not None
-        finished.seeds.append(request.seed)
-        finished.provenance = file.provenance
+        finished.keep(path, request.seed, [*told, *file.notes], file.provenance)
+        yield Saved(index=index, image=path, seed=request.seed)
 
     def _record(self, run: _Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
         upsampled = run.upsampled
@@ -435,7 +490,7 @@ class Studio:
             place=place,
             together=together,
             versions=self.versions,
-            computed=self.computed(run.session.checkpoint),
+            computed={**self.computed(run.session.checkpoint), "autoencoder": _strips(run.session.plan)},
         )
 
     def _draw(
@@ -486,8 +541,17 @@ def _is_guided(request: Request, checkpoint: Checkpoint) -> bool:
     return checkpoint.guiding == "cfg" and request.guidance != 1.0
 
 
-def _asking(writer: Writer | None) -> Ask | None:
-    return None if writer is None else asking(writer)
+def _asking(run: _Run, progress: Progress | None = None) -> tuple[Ask | None, tuple[str, ...]]:
+    """The language model to ask what rules and classifiers cannot know, where there is one, and what the user should
+    know of that. progress: loads it, if need be. Raises `ClassifierError` where it has to be asked and cannot be."""
+    if run.guard.policy == "off" or (writer := run.session.asking(progress)) is None:
+        return None, ()
+    try:
+        return asking(writer), ()
+    except ClassifierError as error:
+        if run.guard.policy == "on":
+            raise
+        return None, (str(error),)
 
 
 def _encode(run: _Run) -> Generator[Event, None, _Conditions]:
@@ -497,9 +561,8 @@ def _encode(run: _Run) -> Generator[Event, None, _Conditions]:
     prompts = [request.prompt, request.negative_prompt or ""] if guided else [request.prompt]
     yield Status(text="Reading the prompt")
     # Where strangers use the studio, the language model is worth loading to be asked.
-    ask = yield from run.working(
-        lambda progress: _asking(session.asking(progress if run.guard.policy == "on" else None))
-    )
+    ask, told = yield from run.working(lambda progress: _asking(run, progress if run.guard.policy == "on" else None))
+    yield from run.finished.fresh(told)
     if ask is not None:
         pictures = [reference.image for reference in run.references]
         yield from run.finished.fresh(run.guard.asked(ask, request.prompt, pictures))
@@ -584,6 +647,17 @@ class _Timer:
     def left(self, steps: int) -> float:
         """Seconds that `steps` further steps of one picture will take."""
         return self._spent / self._done * steps
+
+
+def _strips(plan: Plan) -> str:
+    """How the autoencoder goes through a picture under `plan`: in strips, sums come out in another order."""
+    rows = sorted({stage.rows for stage in plan.stages if stage.rows is not None})
+    return f"in strips of {' and '.join(map(str, rows))} rows" if rows else WHOLE
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """'seed 5', 'seeds 5, 7'."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _range(first: int, length: int, count: int) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flux2_studio.answers import MOST, read_answer, too_long
+from flux2_studio.answers import MOST, most_characters, read_answer, too_long
 from flux2_studio.errors import UpsampleError
+from flux2_studio.request import MAX_PROMPT
 
 PROMPT = "A red fox sleeps on a mossy log, soft morning light from the left, oil painting."
 
@@ -141,3 +142,8 @@ def test_a_long_prompt_may_stay_long() -> None:
 def test_what_the_prompt_itself_begins_with_is_no_label() -> None:
     asked = "Prompt: a fox"
     assert read_answer("Prompt: a red fox", asked).prompt == "Prompt: a red fox"
+
+
+def test_an_answer_is_never_longer_than_a_request_takes() -> None:
+    assert most_characters("a" * 15_000) == MAX_PROMPT
+    assert most_characters("a") == MOST

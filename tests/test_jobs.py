@@ -25,7 +25,7 @@ from flux2_studio.events import (
     Upsampled,
     Writing,
 )
-from flux2_studio.jobs import DEFECT, KEPT, PASSED, Enrichment, Job, JobQueue, Task
+from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, PASSED, Enrichment, Job, JobQueue, Task
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.upsample import ApiKey
 
@@ -465,6 +465,24 @@ def test_a_model_of_this_machine_waits_for_the_run_under_way(start: Start) -> No
     assert [event for _, event in waiting.events(timeout=0)] == [Queued(ahead=1)] and studio.ran == ["gate"]
     gate.go.set()
     assert isinstance(follow(waiting)[-1], Ready)
+
+
+def test_a_model_that_wrote_may_have_taken_the_checkpoints_place(start: Start) -> None:
+    jobs, studio = start(four=four_steps, writes=writes)
+    follow(jobs.submit(Request(prompt="four")))
+    follow(jobs.enrich(Request(prompt="writes", upsampling=Upsampling(by="local"))))
+    follow(jobs.prepare("nano"))
+    assert studio.ran[-1] == "prepare nano"
+
+
+def test_there_is_an_end_to_how_many_prompts_are_enriched_at_once(start: Start) -> None:
+    jobs, _ = start(endless=endless)
+    asked = Request(prompt="endless", upsampling=Upsampling(by="openrouter"))
+    for number in range(ENRICHMENTS):
+        jobs.enrich(asked, f"somebody {number}")
+    with pytest.raises(UpsampleError, match="try again in a minute"):
+        jobs.enrich(asked, "one more")
+    assert not jobs.enrich(asked, "somebody 0").finished, "in place of one's own there is room"
 
 
 def test_a_failed_enrichment_says_that_the_run_would_go_on_without(start: Start) -> None:

@@ -18,7 +18,18 @@ from PIL import Image
 
 from flux2_studio.checkpoints import LOCAL_WRITERS
 from flux2_studio.errors import ClassifierError, CredentialsError, SafetyError, StudioError, UpsampleError
-from flux2_studio.events import Event, Notice, Preview, Ready, Result, Stopped, Upsampled, Writing
+from flux2_studio.events import (
+    Event,
+    Notice,
+    Preview,
+    Ready,
+    Result,
+    Saved,
+    Stopped,
+    Upsampled,
+    Withheld,
+    Writing,
+)
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.outputs import metadata, watermark
@@ -266,13 +277,21 @@ def apple(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_flagged_picture_is_neither_saved_nor_shown(settings: Settings, tmp_path: Path) -> None:
     studio = guarded(settings, "on", Flags(0), tmp_path)
+    events: list[Event] = []
     with pytest.raises(SafetyError, match=r"neither saved nor shown. Change the prompt"):
-        list(studio.generate(Request(prompt="a fox")))
+        for event in studio.generate(Request(prompt="a fox")):
+            events.append(event)
+    assert events[-1] == Withheld(index=0), "whoever shows its preview must take it away"
     assert written(tmp_path) == []
 
 
 def test_of_several_pictures_only_the_flagged_ones_are_withheld(settings: Settings, tmp_path: Path) -> None:
     events, result = run(guarded(settings, "on", Flags(1), tmp_path), prompt="a fox", seed=5, count=3)
+    assert [event for event in events if isinstance(event, Saved | Withheld)] == [
+        Saved(index=0, image=result.images[0], seed=5),
+        Withheld(index=1),
+        Saved(index=2, image=result.images[1], seed=7),
+    ]
     assert result.seeds == (5, 7) and [record_in(path).request.seed for path in result.images] == [5, 7]
     assert "neither saved nor shown" in notices(events) and "(Seed 6.)" in notices(events)
     assert len(written(tmp_path)) == 2
@@ -302,9 +321,10 @@ def test_prompts_are_checked_before_anything_is_sent_and_what_comes_back_too(
         with pytest.raises(SafetyError, match="pornography"):
             list(studio.generate(Request(prompt="hardcore porn", upsampling=REMOTE)))
         assert server.asked == []
-        with pytest.raises(SafetyError, match="pornography"):
-            list(studio.generate(Request(prompt="a couple", upsampling=REMOTE)))
-        assert len(server.asked) == 1
+        for run_it in (studio.generate, studio.enrich):
+            with pytest.raises(UpsampleError, match=r"wrote what does not pass.*pornography.*without upsampling"):
+                list(run_it(Request(prompt="a couple", upsampling=REMOTE)))
+        assert len(server.asked) == 2
     assert written(tmp_path) == []
 
 
@@ -466,6 +486,30 @@ def test_an_identity_that_cannot_sign_is_told_before_any_work(settings: Settings
     with pytest.raises(CredentialsError, match="FLUX2_C2PA_CERTIFICATE"):
         list(studio.generate(Request(prompt="a fox")))
     run(studio, prompt="a fox", sign=False)
+
+
+def test_a_picture_outlives_an_identity_that_fails_after_the_work(settings: Settings, tmp_path: Path) -> None:
+    studio = Studio(replace(settings, home=tmp_path))
+    events: list[Event] = []
+    for event in studio.generate(Request(prompt="a fox", seed=3, count=2)):
+        if isinstance(event, Saved):
+            key = tmp_path / "identity" / "identity.pem"
+            studio.signer._loaded = replace(studio.signer.identity, key=b"no key any more")  # as if it broke meanwhile
+            assert key.is_file()
+        events.append(event)
+    end = events[-1]
+    assert isinstance(end, Result) and end.seeds == (3, 4)
+    assert "The picture is not signed." in notices(events) and "(seed 4)" in notices(events)
+    assert [studio.signer.read(path).present for path in end.images] == [True, False]
+    assert any(text.startswith("Content credentials") and text.endswith("(seed 3)") for text in end.provenance)
+
+
+def test_strips_are_written_down_for_they_change_a_shade(settings: Settings, tmp_path: Path) -> None:
+    short = Studio(replace(settings, home=tmp_path, memory=0.2))
+    _, result = run(short, prompt="a fox", width=512, height=512, watermark=False, sign=False)
+    assert record_in(result.images[0]).computed["autoencoder"].startswith("in strips of")
+    _, result = run(short, prompt="a fox", watermark=False, sign=False)
+    assert record_in(result.images[0]).computed == short.computed(short.settings.checkpoint("nano"))
 
 
 def test_a_watermark_that_cannot_be_laid_is_told_at_once(settings: Settings) -> None:

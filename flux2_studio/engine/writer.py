@@ -404,13 +404,21 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 def without(text: str, tokens: Sequence[str]) -> str:
-    """`text` without any of `tokens`, nor what would become one once another is gone."""
-    before = None
-    while before != text:
-        before = text
-        for token in tokens:
-            text = text.replace(token, "")
-    return text
+    """`text` without any of `tokens`, nor what would become one once another is gone.
+
+    Each is taken out where its last character comes, so that one pass will do: what is kept so far never holds any.
+    """
+    by_end: dict[str, list[str]] = {}
+    for token in sorted(tokens, key=len, reverse=True):
+        by_end.setdefault(token[-1:], []).append(token)
+    kept: list[str] = []
+    for character in text:
+        kept.append(character)
+        for token in by_end.get(character, ()):
+            if "".join(kept[-len(token) :]) == token:
+                del kept[-len(token) :]
+                break
+    return "".join(kept)
 
 
 def render(tokenizer: Any, system: str, message: str, images: int, recipe: TextRecipe) -> str:

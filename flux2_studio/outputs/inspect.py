@@ -215,7 +215,10 @@ def _look(data: bytes, name: str, messages: Sequence[Message]) -> _Seen:
                     height=height,
                     watermark_problem=f"More than {MAX_PIXELS // 10**6} megapixels are not read.",
                 )
-            pixels = file.convert("RGB")
+            file.load()
+            width, height = file.size
+            # No more than a watermark is looked for in: a copy of the whole in RGB may take gigabytes.
+            pixels = file.crop((0, 0, width, max(1, min(height, watermark.READ // width)))).convert("RGB")
     except StudioError as error:
         if not format:
             return _Seen(problem=f"{error}")
@@ -223,11 +226,11 @@ def _look(data: bytes, name: str, messages: Sequence[Message]) -> _Seen:
             format=format,
             width=width,
             height=height,
-            problem="The picture is damaged or incomplete: it has a beginning, but not all of its pixels.",
+            problem="The picture cannot be decoded here: it is damaged or incomplete, or of a rare kind.",
             watermark_problem="The pixels cannot be read.",
         )
     mark, why = _mark(pixels, messages)
-    return _Seen(format=format, width=pixels.width, height=pixels.height, watermark=mark, watermark_problem=why)
+    return _Seen(format=format, width=width, height=height, watermark=mark, watermark_problem=why)
 
 
 def _mark(pixels: Image.Image, messages: Sequence[Message]) -> tuple[Detection | None, str | None]:

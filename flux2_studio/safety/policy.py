@@ -2,8 +2,8 @@
 
 | where the studio runs | auto means |
 |---|---|
-| on a Space, or with a shared link | on: strangers use it, so what is flagged is neither saved nor shown |
-| on one's own machine | warn: what is flagged is told, and shown all the same |
+| a Space, a shared link, an address that other machines reach | on: what is flagged is neither saved nor shown |
+| one's own machine | warn: what is flagged is told, and shown all the same |
 
 `off` is never chosen by itself. One rule knows no policy: a prompt for sexual content with minors is refused in all.
 """
@@ -26,7 +26,7 @@ MEANING: Mapping[Policy, str] = {
 
 
 def decide(setting: Safety, *, shared: bool, on_space: bool) -> Policy:
-    """The policy of a studio that is `shared` by a public link, or runs `on_space`, with FLUX2_SAFETY at `setting`."""
+    """The policy of a studio that others reach (`shared`), or that runs `on_space`, with FLUX2_SAFETY at `setting`."""
     if setting != "auto":
         return setting
     return "on" if shared or on_space else "warn"

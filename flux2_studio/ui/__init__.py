@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from html import escape
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,12 +152,13 @@ def serve(
         raise StudioError(f"There is no port {port}: choose one from 1 to 65535.")
     hub = Hub(settings)  # one for runs and for the Models tab, so that they share downloads
     guests = for_guests(settings, share)
+    exposed = guests or not _is_loopback(host)
     studio = Studio(
         settings,
         ModelManager(settings, hub),
-        guard=guard_of(settings, shared=share),
-        # A picture names its references by hash, and guests' pictures travel: whoever has one must not get them here.
-        kept=None if guests else KeptReferences(settings.references),
+        guard=guard_of(settings, shared=exposed),
+        # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
+        kept=None if exposed else KeptReferences(settings.references),
     )
     jobs = JobQueue(studio)
     page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests)
@@ -173,7 +175,7 @@ def serve(
             allowed_paths=[
                 str(settings.outputs),
                 str(settings.assets / "examples"),
-                *([] if guests else [str(settings.references)]),
+                *([] if exposed else [str(settings.references)]),
             ],
             max_file_size=MAX_BYTES,
             footer_links=[],
@@ -218,6 +220,12 @@ def forget_uploads(folder: Path) -> None:
                 path.rmdir()
             elif path.lstat().st_mtime < oldest:
                 path.unlink()
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`, one of its own addresses or names."""
+    address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0][4][0]
+    return ip_address(str(address).partition("%")[0]).is_loopback
 
 
 def _check_host(host: str) -> None:

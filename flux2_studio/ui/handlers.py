@@ -17,7 +17,20 @@ from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError, UpsampleError
-from flux2_studio.events import Event, Failed, Notice, Preview, Queued, Result, Status, Stopped, Upsampled, Writing
+from flux2_studio.events import (
+    Event,
+    Failed,
+    Notice,
+    Preview,
+    Queued,
+    Result,
+    Saved,
+    Status,
+    Stopped,
+    Upsampled,
+    Withheld,
+    Writing,
+)
 from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, Upsampling, round_side
 from flux2_studio.ui import fields, show
@@ -26,7 +39,7 @@ from flux2_studio.ui.lora_panel import choices, wire_loras
 from flux2_studio.ui.readiness import wire_outlook, wire_preparation
 from flux2_studio.ui.reference_panel import offer, offered_to, paths, wire_references
 from flux2_studio.ui.tabs import EMPTY, Form, Stage, UpsamplingPanel
-from flux2_studio.ui.upsample_panel import INPUTS, enriched, read_choice, shown, wire_upsampling, writing
+from flux2_studio.ui.upsample_panel import INPUTS, enriched, read_choice, read_key, shown, wire_upsampling, writing
 from flux2_studio.ui.wiring import Update, follow, listen
 from flux2_studio.upsample import ApiKey
 
@@ -83,7 +96,7 @@ def read_form(
     are left to `checkpoint`, and so is the size unless it was typed.
     """
     read = {name: value for name, value in values.items() if name not in INPUTS}
-    read["upsampling"] = read_choice(values)[0]
+    read["upsampling"] = read_choice(values)
     if laid_out_for != checkpoint.name:
         read |= {"steps": None, "guidance": None, "negative_prompt": None}
         if aspect in fields.ASPECTS:
@@ -115,9 +128,9 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
         return read_form(values, locked=locked, checkpoint=checkpoint, laid_out_for=laid_out_for, aspect=aspect)
 
     async def carried_out(
-        form: Form, ask: Callable[[], tuple[Request, ApiKey | None]], owner: str
+        form: Form, ask: Callable[[], Request], key_of: Callable[[], ApiKey | None], owner: str
     ) -> AsyncIterator[Update]:
-        """A run of `form`, from what `ask` gives to its end. Raises `gr.Error` where it failed."""
+        """A run of `form`, from the request that `ask` gives to its end. Raises `gr.Error` where it failed."""
         # Large references take their time before the job is there to tell of it.
         checking = {stage.progress: show.status(Status(text="Checking the pictures"))} if form.panel else {}
         yield {**_runs(forms, can_start=False), **checking, stage.without: gr.Button(visible=False)}
@@ -125,8 +138,8 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
         failure: str | None = None
         without = False  # whether it would go on without enriching the prompt
         try:
-            asked, key = ask()
-            job = await asyncio.to_thread(jobs.submit, asked, owner, key)
+            asked = ask()
+            job = await asyncio.to_thread(jobs.submit, asked, owner, key_of())
         except StudioError as error:
             failure, without = str(error), isinstance(error, UpsampleError) and asked is not None
             yield {stage.message: show.problem(str(error)), stage.progress: ""}
@@ -150,11 +163,11 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
         around = [form.lock, form.laid_out_for, form.aspect]
 
         async def run(request: gr.Request, *around: Any, form: Form = form, **values: Any) -> AsyncIterator[Update]:
-            def ask() -> tuple[Request, ApiKey | None]:
+            def ask() -> Request:
                 locked, laid_out_for, aspect = around
-                return read(locked, laid_out_for, aspect, values), read_choice(values)[1]
+                return read(locked, laid_out_for, aspect, values)
 
-            async for update in carried_out(form, ask, request.session_hash or ""):
+            async for update in carried_out(form, ask, lambda: read_key(values), request.session_hash or ""):
                 yield update
 
         listen(form.run.click, None, js=GO_TO_STAGE)
@@ -172,7 +185,7 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
         name, asked = failed
         form = next(form for form in forms if form.name == name)
         plain = replace(asked, upsampling=Upsampling())
-        async for update in carried_out(form, lambda: (plain, None), request.session_hash or ""):
+        async for update in carried_out(form, lambda: plain, lambda: None, request.session_hash or ""):
             yield update
 
     everything = dict.fromkeys(component for form in forms for component in (*_staged(stage, form), form.run))
@@ -198,6 +211,8 @@ class RunView:
         self._stage = stage
         self._panel = panel
         self._upsampled: Upsampled | None = None
+        self._saved: dict[Path, int] = {}  # with the seed of each
+        self._count = 1
         self._checkpoint = checkpoint
         self._notices: list[str] = []
         self._images: dict[int, Image.Image] = {}
@@ -238,10 +253,17 @@ class RunView:
                 return enriched(event, self._panel)
             case Preview():
                 shown: Update = {stage.progress: show.step(event)}
+                self._count = event.count
                 if event.images:
                     self._images.update(enumerate(event.images, event.first))
-                    shown[stage.preview] = show.picture(self._images, event.count)
+                    shown[stage.preview] = self._previews()
                 return shown
+            case Saved():
+                self._saved[event.image] = event.seed
+                return {}
+            case Withheld():
+                self._images.pop(event.index, None)
+                return {stage.preview: self._previews()}
             case Result():
                 return {
                     stage.progress: show.done(event),
@@ -252,9 +274,15 @@ class RunView:
                 return {**update, **self._pictures(event.images, event.seeds)} if event.images else update
             case Failed():
                 self.failure, self.upsampling_failed = event.message, event.upsampling
-                return {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
+                failed: Update = {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
+                if not self._saved:
+                    return failed
+                return {**failed, **self._pictures(list(self._saved), list(self._saved.values()))}
             case _:
                 raise AssertionError(f"{event} is no run's")
+
+    def _previews(self) -> str:
+        return show.picture(self._images, self._count) if self._images else EMPTY
 
     def once_more(self) -> Update:
         """What must be seen at the end: of updates that follow each other at once, the browser may lose the first."""

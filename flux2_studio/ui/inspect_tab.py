@@ -300,7 +300,9 @@ def _filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs:
         put["loras"]: [{"name": lora.name, "weight": lora.weight} for lora in request.loras],
         form.loras.folded: gr.Accordion(fields.lora_title(len(request.loras))),
         form.upsampling.by: "none",
-        **{put[name]: getattr(request, name) for name in ("format", "watermark", "metadata", "sign", "sign_prompt")},
+        # What the pixels depend on. What else the file is to say of itself stays as the user has it: this file may be
+        # a stranger's, and have them publish their prompts.
+        **{put[name]: getattr(request, name) for name in ("format", "watermark")},
     }
     return update | offer(form, plan.references, checkpoint) if form.panel else update
 

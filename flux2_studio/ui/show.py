@@ -107,7 +107,7 @@ def columns(count: int) -> int:
 
 def contact_sheet(images: Mapping[int, Image.Image], count: int) -> Image.Image:
     """`images` in a square-ish grid with room for `count`, each scaled down so that the sheet fits SHEET."""
-    first = next(iter(images.values()))
+    first = next(iter(images.values()))  # all are of one size
     across = columns(count)
     down = math.ceil(count / across)
     gap = 0 if count == 1 else max(2, first.width // 64)

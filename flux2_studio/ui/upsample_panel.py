@@ -29,24 +29,26 @@ Read = Callable[..., Request]  # a form's values, and what stands around them ->
 INPUTS = ("upsample_by", "upsample_local", "upsample_remote", "temperature", "top_p", "max_tokens", "api_key")
 
 
-def read_choice(values: Mapping[str, Any]) -> tuple[Upsampling, ApiKey | None]:
-    """The values of `UpsamplingPanel.inputs` as a request has them, and the key beside it. Raises `StudioError`."""
+def read_choice(values: Mapping[str, Any]) -> Upsampling:
+    """The values of `UpsamplingPanel.inputs` as a request has them. Raises `RequestError`."""
     by = values["upsample_by"]
     if by == "none":
-        return Upsampling(), None
+        return Upsampling()
     model = values["upsample_local" if by == "local" else "upsample_remote"]
     tokens = values["max_tokens"]
-    typed = (values["api_key"] or "").strip()
-    return (
-        Upsampling(
-            by=by,
-            model=model.strip() if isinstance(model, str) else model,
-            temperature=values["temperature"],
-            top_p=values["top_p"],
-            max_tokens=None if tokens is None else int(tokens),
-        ),
-        ApiKey(typed) if typed and by == "openrouter" else None,
+    return Upsampling(
+        by=by,
+        model=model.strip() if isinstance(model, str) else model,
+        temperature=values["temperature"],
+        top_p=values["top_p"],
+        max_tokens=None if tokens is None else int(tokens),
     )
+
+
+def read_key(values: Mapping[str, Any]) -> ApiKey | None:
+    """The key that was typed, where it is of use. Raises `UpsampleError` for what is none."""
+    typed = (values["api_key"] or "").strip()
+    return ApiKey(typed) if typed and values["upsample_by"] == "openrouter" else None
 
 
 def told(by: str, offers: Sequence[WriterOffer], checkpoint: Checkpoint, chosen: str | None, settings: Settings) -> str:
@@ -191,4 +193,4 @@ def _asked(read: Read, around: Sequence[Any], values: Mapping[str, Any]) -> tupl
     request = read(*around, values)
     if request.upsampling.by == "none":
         raise UpsampleError("Choose first who enriches the prompt.")
-    return request, read_choice(values)[1]
+    return request, read_key(values)

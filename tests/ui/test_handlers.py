@@ -22,9 +22,11 @@ from flux2_studio.events import (
     Preview,
     Queued,
     Result,
+    Saved,
     Status,
     Stopped,
     Upsampled,
+    Withheld,
     Writing,
 )
 from flux2_studio.jobs import Job, JobQueue
@@ -305,6 +307,22 @@ def test_view_of_a_failed_run_says_why(stage: tabs.Stage, view: handlers.RunView
     assert view.failure == "The file <x> is damaged."
 
 
+def test_view_forgets_what_is_withheld(stage: tabs.Stage, view: handlers.RunView) -> None:
+    view.update(preview(4, count=2, images=2))
+    one = view.update(Withheld(index=1))[stage.preview]
+    assert one.startswith("<img") and one != view.update(preview(4, count=2, images=2))[stage.preview]
+    view.update(Withheld(index=0))
+    assert view.update(Withheld(index=1))[stage.preview] == tabs.EMPTY
+
+
+def test_view_of_a_run_that_fails_late_shows_what_was_saved(
+    stage: tabs.Stage, view: handlers.RunView, picture: Path
+) -> None:
+    view.update(Saved(index=0, image=picture, seed=3))
+    update = view.update(Failed(message="The disk is full."))
+    assert update[stage.results] == [str(picture)] and "The disk is full." in update[stage.message]
+
+
 def test_view_shows_what_a_model_writes_and_what_is_drawn_then(
     stage: tabs.Stage, panel: tabs.UpsamplingPanel, view: handlers.RunView, picture: Path
 ) -> None:
@@ -341,13 +359,14 @@ def test_a_panel_is_read_as_what_is_shown_of_it() -> None:
 
 def test_a_key_goes_beside_the_request_and_only_to_a_server() -> None:
     typed = form_values(upsample_by="openrouter", upsample_remote="x/y", api_key=" sk-1 ")
-    _, key = upsample_panel.read_choice(typed)
+    key = upsample_panel.read_key(typed)
     assert key is not None and key.reveal() == "sk-1"
     assert "sk-1" not in repr(read_form(typed))
-    assert upsample_panel.read_choice(typed | {"upsample_by": "local"})[1] is None
-    assert upsample_panel.read_choice(typed | {"api_key": "  "})[1] is None
+    assert upsample_panel.read_key(typed | {"upsample_by": "local"}) is None
+    assert upsample_panel.read_key(typed | {"api_key": "  "}) is None
     with pytest.raises(UpsampleError, match="no API key"):
-        upsample_panel.read_choice(typed | {"api_key": "sk 1"})
+        upsample_panel.read_key(typed | {"api_key": "sk 1"})
+    assert read_form(typed | {"api_key": "sk 1"}).prompt == "a fox", "so that one can go on without"
 
 
 @pytest.mark.parametrize(
