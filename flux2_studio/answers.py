@@ -16,7 +16,7 @@ from flux2_studio.errors import UpsampleError
 from flux2_studio.request import MAX_PROMPT
 
 MOST = 4000  # characters of an enriched prompt: about twice what the text encoders read (512 tokens)
-OR_WITHOUT = "or generate without upsampling"  # the way out of every error
+OR_WITHOUT = "or generate without enriching"  # the way out of every error
 
 _QUOTES = ('""', "“”", "„“", "«»", "»«", "「」", "''", "\u2018\u2019")
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)

@@ -158,6 +158,10 @@ class JobQueue:
         """Check and resolve `request`, and queue it. Raises `StudioError` at once for what cannot be done."""
         resolved = self._studio.resolve(request, key)
         job = Job(resolved, owner, key)
+        if resolved.upsampling.by != "none":  # it shows what it writes in the same place
+            with self._changed:
+                for other in self._enrichments(owner):
+                    other.cancel()
         for text in changes(request, resolved):
             job.add(Notice(text=text))
         self._queue(job)
@@ -168,11 +172,9 @@ class JobQueue:
         machine does for it waits for no run here."""
         job = Enrichment(self._studio.resolve(request, key), owner, key)
         with self._changed:
-            under_way = [it for it in self._jobs.values() if isinstance(it, Enrichment) and not it.finished]
-            for other in under_way:
-                if other.owner == owner:
-                    other.cancel()
-            if len([it for it in under_way if it.owner != owner]) >= ENRICHMENTS:
+            for other in self._enrichments(owner):
+                other.cancel()
+            if len(self._enrichments()) - len(self._enrichments(owner)) >= ENRICHMENTS:
                 raise UpsampleError("Too many prompts are being enriched at the moment: try again in a minute.")
             if request.upsampling.by == "local":
                 self._queue(job)
@@ -181,6 +183,11 @@ class JobQueue:
         if job.start():
             threading.Thread(target=self._run, args=(job,), name="flux2-enriching", daemon=True).start()
         return job
+
+    def _enrichments(self, owner: str | None = None) -> list[Job]:
+        """Those of `owner`, or all, that are not done."""
+        found = [job for job in self._jobs.values() if isinstance(job, Enrichment) and not job.finished]
+        return [job for job in found if owner in (None, job.owner)]
 
     def _queue(self, job: Job) -> None:
         with self._changed:

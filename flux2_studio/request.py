@@ -81,7 +81,7 @@ class Upsampling:
         if self.model is not None and not (
             isinstance(self.model, str) and 0 < len(self.model.strip()) <= MAX_NAME and self.model.isprintable()
         ):
-            raise RequestError("Choose a language model or type its name, or generate without upsampling.")
+            raise RequestError("Choose a language model or type its name, or generate without enriching.")
         for name, (low, high) in SAMPLING.items():
             value = getattr(self, name)
             number = isinstance(value, int if name == "max_tokens" else int | float) and not isinstance(value, bool)

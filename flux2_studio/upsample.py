@@ -110,8 +110,8 @@ class Sampling:
 def no_writers(checkpoint: Checkpoint) -> str:
     """Why no language model on this machine is offered for `checkpoint`, and what to do."""
     return (
-        f"{checkpoint.label} has no language model on this machine that could enrich prompts: choose OpenRouter, or a "
-        f"checkpoint that is no toy."
+        f"{checkpoint.label} has no language model on this machine that could enrich prompts: choose OpenRouter or "
+        f"your server, a checkpoint that is no toy, {OR_WITHOUT}."
     )
 
 

@@ -129,7 +129,7 @@ def test_everything_else_is_refused(text: str, says: str) -> None:
     with pytest.raises(UpsampleError) as caught:
         read_answer(text, "a fox")
     assert says in str(caught.value)
-    assert str(caught.value).endswith("or generate without upsampling.")
+    assert str(caught.value).endswith("or generate without enriching.")
     assert len(str(caught.value)) < 300
 
 

@@ -140,7 +140,7 @@ def test_without_a_prompt_nothing_is_drawn_and_the_reason_told(settings: Setting
         events: list[Event] = []
         with pytest.raises(UpsampleError, match=said) as refused:
             events.extend(studio.generate(Request(prompt="fox", upsampling=REMOTE)))
-    assert "generate without upsampling" in str(refused.value)
+    assert "generate without enriching" in str(refused.value)
     assert not [event for event in events if isinstance(event, Preview)]
 
 
@@ -201,7 +201,7 @@ def test_a_model_of_this_machine_writes_and_then_reads(
     with pytest.raises(UpsampleError, match="was not done after 16 tokens") as failed:
         for event in studio.generate(asked):
             events.append(event)
-    assert "generate without upsampling" in str(failed.value)
+    assert "generate without enriching" in str(failed.value)
     (offer,) = (it for it in studio.writers(studio.settings.checkpoint(name)) if it.name == writer)
     assert offer.own and offer.on_disk
     wrote = [event.text for event in events if isinstance(event, Writing)]
@@ -227,7 +227,7 @@ def test_a_model_of_this_machine_writes_and_then_reads(
 
 def test_a_writer_that_does_not_fit_is_told_with_a_way_out(toys: Toys, tmp_path: Path) -> None:
     studio = Studio(toys.settings(tmp_path, ["klein-4b"], safety="off", memory=0.0001))
-    with pytest.raises(UpsampleError, match=r"could not be enriched\. .*needs about .*generate without upsampling"):
+    with pytest.raises(UpsampleError, match=r"could not be enriched\. .*needs about .*generate without enriching"):
         list(studio.generate(Request(prompt="fox", upsampling=Upsampling(by="local"), width=64, height=64)))
 
 
@@ -322,7 +322,7 @@ def test_prompts_are_checked_before_anything_is_sent_and_what_comes_back_too(
             list(studio.generate(Request(prompt="hardcore porn", upsampling=REMOTE)))
         assert server.asked == []
         for run_it in (studio.generate, studio.enrich):
-            with pytest.raises(UpsampleError, match=r"wrote what does not pass.*pornography.*without upsampling"):
+            with pytest.raises(UpsampleError, match=r"wrote what does not pass.*pornography.*without enriching"):
                 list(run_it(Request(prompt="a couple", upsampling=REMOTE)))
         assert len(server.asked) == 2
     assert written(tmp_path) == []
@@ -389,7 +389,7 @@ def test_a_file_says_how_it_was_made(studio: Studio) -> None:
     mark = watermark.detect(Image.open(path), studio.message)
     assert mark is not None and mark.match >= 0.95
     assert studio.signer.read(path).own
-    assert len(result.provenance) == 3 and "proves that a picture is unchanged" in result.provenance[-1]
+    assert len(result.provenance) == 3 and "signed with this installation's own identity" in result.provenance[-1]
     assert "atermark" not in notices(events)
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 QWEN3, MISTRAL = LOCAL_WRITERS[0], LOCAL_WRITERS[-1]
 KEY = "sk-or-v1-0123456789abcdef"
 PROMPT = "A red fox sleeps on a mossy log."
-WAY_OUT = "or generate without upsampling."
+WAY_OUT = "or generate without enriching."
 
 
 @dataclass

@@ -20,7 +20,7 @@ from flux2_studio.models.plan import gigabytes, needed_for, usable
 from flux2_studio.models.refusals import amount
 from flux2_studio.settings import Settings
 
-OR_ELSE = "Choose a smaller language model, OpenRouter, or no upsampling"
+OR_ELSE = "Choose a smaller language model, OpenRouter, or draw without enriching"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,9 @@ class Finisher:
             signed = self.signer.signed(data, record.label, sources, said, prompt)
             data = signed.data
             notes += signed.notes
-            provenance.append(f"Content credentials (C2PA). {self.signer.identity.proves}")
+            identity = self.signer.identity
+            by = "this installation's own identity" if identity.local else f"the certificate of {identity.name}"
+            provenance.append(f"Content credentials (C2PA), signed with {by}: later changes show.")
         return Finished(data=data, notes=tuple(notes), provenance=tuple(provenance))
 
     def _survived(self, data: bytes, notes: list[str]) -> Detection | None:

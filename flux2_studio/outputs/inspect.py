@@ -163,7 +163,7 @@ def credential_rows(credentials: Credentials) -> list[tuple[str, str]]:
     ]
     for action in credentials.actions:
         done = ", ".join(filter(None, (action.text, action.agent, action.when)))
-        table += [("Done", done), ("Prompt, published", action.prompt)]
+        table += [("Action", done), ("Prompt, published", action.prompt)]
     for ingredient in credentials.ingredients:
         signed = f"with credentials of its own{f', by {ingredient.generator}' if ingredient.generator else ''}"
         facts = (ingredient.relation, signed if ingredient.signed else "", *ingredient.problems)

@@ -149,10 +149,12 @@ def encode(image: Image.Image, format: ImageFormat, record: Record | None) -> En
 
 def read(data: bytes) -> Found:
     """The settings in the bytes of any file, by whomever: never an exception."""
+    foreign = False
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             if file.format == "PNG":
                 text = file.info.get("parameters")
+                foreign = not {"prompt", "workflow"}.isdisjoint(file.info)  # ComfyUI's
             else:
                 comment = file.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
                 text = _comment(comment) if isinstance(comment, bytes) else None
@@ -163,7 +165,7 @@ def read(data: bytes) -> Found:
     except Exception:  # noqa: BLE001 - decoders raise nearly every exception there is for a file that is made to hurt
         return Found(problem=DAMAGED)
     if not isinstance(text, str) or not text.strip():
-        return Found()
+        return Found(problem=OTHER_PROGRAM) if foreign else Found()
     if len(text) > MAX_TEXT:
         return Found(problem=f"The settings in the file have more than {MAX_TEXT:,} characters: they are not read.")
     if not text.lstrip().startswith("{"):

@@ -53,6 +53,7 @@ UNLIKELY = 1e-6  # a match that chance brings about less often than this counts 
 GREEN, BLUE = -0.395, 2.032
 DITHER = np.array([[1, 5], [7, 3]], dtype=np.float32) / 8  # ordered, 2 x 2
 
+RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 FEWEST, MOST = 32, 128  # bits of a message: fewer are found by chance, more stand in too few squares
 
 
@@ -125,12 +126,18 @@ class Detection:
         return self.chance <= UNLIKELY
 
     def __str__(self) -> str:
+        agree = f"{self.right} of the {len(self.message.bits)} bits of {self.message.label} agree ({self.match:.0%})"
+        if not self.found:
+            return f"No watermark found: {agree}, which chance brings about too."
+        return f"Watermark found: {agree}. By chance, one picture in {self.odds} does so well."
+
+    @property
+    def odds(self) -> str:
+        """Of how many pictures one does so well by chance."""
         pictures = 1 / self.chance
-        odds = f"{pictures:,.0f}" if pictures < 1 / UNLIKELY else f"10^{math.floor(math.log10(pictures))}"
-        return (
-            f"{'Watermark' if self.found else 'No watermark'} found: {self.right} of the {len(self.message.bits)} bits "
-            f"of {self.message.label} agree ({self.match:.0%}). By chance, one picture in {odds} does so well."
-        )
+        if pictures < 1 / UNLIKELY:
+            return f"{pictures:,.0f}"
+        return f"10{str(math.floor(math.log10(pictures))).translate(RAISED)}"
 
 
 @dataclass(frozen=True, kw_only=True)

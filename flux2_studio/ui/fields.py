@@ -335,7 +335,7 @@ def sampling(name: str, label: str) -> gr.Number:
         maximum=high,
         step=1 if whole else 0.05,
         precision=0 if whole else None,
-        placeholder="as advised",
+        placeholder="advised",
         min_width=90,
         elem_classes="sampling",
     )

@@ -39,17 +39,28 @@ from flux2_studio.ui.lora_panel import choices, wire_loras
 from flux2_studio.ui.readiness import wire_outlook, wire_preparation
 from flux2_studio.ui.reference_panel import offer, offered_to, paths, wire_references
 from flux2_studio.ui.tabs import EMPTY, Form, Stage, UpsamplingPanel
-from flux2_studio.ui.upsample_panel import INPUTS, enriched, read_choice, read_key, shown, wire_upsampling, writing
+from flux2_studio.ui.upsample_panel import (
+    DRAWN,
+    INPUTS,
+    begun,
+    ended,
+    enriched,
+    read_choice,
+    read_key,
+    shown,
+    wire_upsampling,
+    writing,
+)
 from flux2_studio.ui.wiring import Update, follow, listen
 from flux2_studio.upsample import ApiKey
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-# On a narrow screen the stage lies below the form: go there, where the picture appears.
+# On a narrow screen the stage lies below the form: go there, where the picture appears, or why there is none.
 GO_TO_STAGE = """() => {
-  const mat = document.getElementById('mat');
-  if (mat && mat.getBoundingClientRect().top > window.innerHeight - 200) mat.scrollIntoView({behavior: 'smooth'});
+  const stage = document.getElementById('stage');
+  if (stage && stage.getBoundingClientRect().top > window.innerHeight - 200) stage.scrollIntoView({behavior: 'smooth'});
 }"""
 # And back, where the form that takes the picture lies above it.
 GO_TO_FORM = """() => {
@@ -133,12 +144,15 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
         """A run of `form`, from the request that `ask` gives to its end. Raises `gr.Error` where it failed."""
         # Large references take their time before the job is there to tell of it.
         checking = {stage.progress: show.status(Status(text="Checking the pictures"))} if form.panel else {}
-        yield {**_runs(forms, can_start=False), **checking, stage.without: gr.Button(visible=False)}
+        yield {**_runs(forms, can_start=False), **checking, **_without(stage, None)}
         asked: Request | None = None
         failure: str | None = None
         without = False  # whether it would go on without enriching the prompt
+        done: Upsampled | None = None
         try:
             asked = ask()
+            if asked.upsampling.by != "none":
+                yield begun(form.upsampling)
             job = await asyncio.to_thread(jobs.submit, asked, owner, key_of())
         except StudioError as error:
             failure, without = str(error), isinstance(error, UpsampleError) and asked is not None
@@ -149,12 +163,13 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
             async for event in follow(job):
                 yield await asyncio.to_thread(view.update, event)
             failure, without = view.failure, view.upsampling_failed
-            yield view.once_more()
+            done = view.upsampled
         yield {
             **_runs(forms, can_start=True),
-            stage.stop: gr.Button(visible=False),  # where the run did not even begin
-            stage.without: gr.Button(visible=without),
-            stage.failed: (form.name, asked) if without else None,
+            **(ended(form.upsampling, done, DRAWN) if asked and asked.upsampling.by != "none" else {}),
+            # Once more: where a run ends as soon as it begins, the browser may mix up the two updates.
+            stage.stop: gr.Button(visible=False),
+            **_without(stage, form if without else None),
         }
         if failure is not None:
             raise gr.Error(failure, print_exception=False)
@@ -170,26 +185,27 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
             async for update in carried_out(form, ask, lambda: read_key(values), request.session_hash or ""):
                 yield update
 
-        listen(form.run.click, None, js=GO_TO_STAGE)
-        listen(
-            form.run.click,
-            run,
-            around,
-            [*_staged(stage, form), *(other.run for other in forms)],
-            inputs_kwargs=form.fields | form.upsampling.inputs,
-            concurrency_limit=None,
-        )
+        async def plain(request: gr.Request, *around: Any, run: Any = run, **values: Any) -> AsyncIterator[Update]:
+            async for update in run(request, *around, **values | {"upsample_by": "none"}):
+                yield update
+
+        for button, action in ((form.run, run), (getattr(stage, f"without_{form.name}"), plain)):
+            listen(button.click, None, js=GO_TO_STAGE)
+            listen(
+                button.click,
+                action,
+                around,
+                [*_staged(stage, form), *(other.run for other in forms)],
+                inputs_kwargs=form.fields | form.upsampling.inputs,
+                concurrency_limit=None,
+            )
         wire_upsampling(studio, jobs, chosen, form, read, around)
 
-    async def again(failed: tuple[str, Request], request: gr.Request) -> AsyncIterator[Update]:
-        name, asked = failed
-        form = next(form for form in forms if form.name == name)
-        plain = replace(asked, upsampling=Upsampling())
-        async for update in carried_out(form, lambda: plain, lambda: None, request.session_hash or ""):
-            yield update
 
-    everything = dict.fromkeys(component for form in forms for component in (*_staged(stage, form), form.run))
-    listen(stage.without.click, again, stage.failed, list(everything), concurrency_limit=None)
+def _without(stage: Stage, failed: Form | None) -> Update:
+    """Offer to run the form whose prompt could not be enriched without that; None where there is none."""
+    buttons = {"generate": stage.without_generate, "edit": stage.without_edit, "multi": stage.without_multi}
+    return {button: gr.Button(visible=failed is not None and failed.name == name) for name, button in buttons.items()}
 
 
 def _runs(forms: Sequence[Form], *, can_start: bool) -> Update:
@@ -210,7 +226,7 @@ class RunView:
         self.upsampling_failed = False
         self._stage = stage
         self._panel = panel
-        self._upsampled: Upsampled | None = None
+        self.upsampled: Upsampled | None = None
         self._saved: dict[Path, int] = {}  # with the seed of each
         self._count = 1
         self._checkpoint = checkpoint
@@ -247,10 +263,10 @@ class RunView:
             case Writing():
                 return writing(event, self._panel)
             case Upsampled():
-                self._upsampled = event
+                self.upsampled = event
                 assert self._request is not None, "begin first"
                 self._request = replace(self._request, prompt=event.prompt, upsampling=Upsampling())
-                return enriched(event, self._panel)
+                return enriched(event, self._panel, DRAWN)
             case Preview():
                 shown: Update = {stage.progress: show.step(event)}
                 self._count = event.count
@@ -284,11 +300,6 @@ class RunView:
     def _previews(self) -> str:
         return show.picture(self._images, self._count) if self._images else EMPTY
 
-    def once_more(self) -> Update:
-        """What must be seen at the end: of updates that follow each other at once, the browser may lose the first."""
-        written = enriched(self._upsampled, self._panel) if self._upsampled else {}
-        return {**self._end(), **written}
-
     def _end(self) -> Update:
         return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}
 
@@ -314,7 +325,7 @@ class RunView:
             stage.download: _download(images, 0),
             stage.edit: gr.Button(_use_label(0, len(images))),
             stage.details: gr.Accordion(visible=True),
-            stage.table: show.settings(request, seeds, self._checkpoint, self._upsampled) + show.provenance(provenance),
+            stage.table: show.settings(request, seeds, self._checkpoint, self.upsampled) + show.provenance(provenance),
             stage.json: show.settings_json(request),
         }
 
@@ -408,6 +419,14 @@ def _wire_identity(studio: Studio, forms: Sequence[Form]) -> None:
 
     # When the page is opened: the first time, the local identity is made.
     listen(None, who, None, [form.identity for form in forms])
+    for form in forms:
+        listen(
+            form.fields["sign"].change,
+            lambda signs: (gr.HTML(visible=signs), gr.Checkbox(interactive=signs)),
+            form.fields["sign"],
+            [form.identity, form.fields["sign_prompt"]],
+            queue=False,
+        )
 
 
 # --- seed and size ----------------------------------------------------------------------------------------------

@@ -326,7 +326,6 @@ def _picture() -> gr.Gallery:
     return gr.Gallery(
         label="Picture to inspect: drop, paste or choose one",
         type="filepath",
-        file_types=["image"],
         interactive=True,
         allow_preview=False,
         columns=1,
@@ -393,7 +392,7 @@ def _watermark(mark: Detection | None) -> str:
         "Result": state,
         "Message": mark.message.label,
         "Bits that agree": f"{mark.right} of {len(mark.message.bits)} ({mark.match:.0%})",
-        "Chance of so many": f"{mark.chance:.2g}",
+        "By chance": f"one picture in {mark.odds}",
     }
     return _section("Invisible watermark", rows.items())
 

@@ -64,7 +64,6 @@ class UpsamplingPanel:
     stop: gr.Button
     status: gr.HTML
     written: gr.Textbox
-    acts: gr.Row
     use: gr.Button
     undo: gr.Button
     job: gr.State
@@ -109,15 +108,16 @@ class ReferenceTools:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Where a run is followed. `job` is its id, `results` the saved paths, `picked` the index of the shown one,
-    `failed` the form and request that could not be enriched."""
+    """Where a run is followed. `job` is its id, `results` the saved paths, `picked` the index of the shown one. One
+    `without_` each form runs it without enriching its prompt, where that failed."""
 
     job: gr.State
     results: gr.State
     picked: gr.State
-    failed: gr.State
     message: gr.HTML
-    without: gr.Button
+    without_generate: gr.Button
+    without_edit: gr.Button
+    without_multi: gr.Button
     preview: gr.HTML
     gallery: gr.Gallery
     progress: gr.HTML
@@ -290,7 +290,7 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
             sampling = {
                 "temperature": fields.sampling("temperature", "Temperature"),
                 "top_p": fields.sampling("top_p", "Top p"),
-                "max_tokens": fields.sampling("max_tokens", "Most tokens"),
+                "max_tokens": fields.sampling("max_tokens", "Tokens"),
             }
         with gr.Row(elem_classes="acts"):
             enrich = gr.Button("Enrich now", size="sm", visible=by != "none", elem_classes="enrich")
@@ -298,14 +298,14 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
         status = gr.HTML(elem_classes="enrich-status")
         written = gr.Textbox(
             label="Enriched prompt",
-            info="Yours to change, and used only if you say so.",
+            info="As it is written.",
             lines=4,
             max_lines=16,
             visible=False,
             elem_classes="written",
         )
-        with gr.Row(visible=False, elem_classes="acts") as acts:
-            use = gr.Button("Use as prompt", size="sm", elem_classes="use")
+        with gr.Row(elem_classes="acts"):
+            use = gr.Button("Use as prompt", size="sm", visible=False, elem_classes="use")
             undo = gr.Button("Undo", size="sm", visible=False, elem_classes="undo")
         mode: Mode = "edit" if with_references else "generate"
         with gr.Accordion("What the language model is told", open=False, elem_classes="told"):
@@ -324,7 +324,6 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
         stop=stop,
         status=status,
         written=written,
-        acts=acts,
         use=use,
         undo=undo,
         job=gr.State(""),
@@ -356,7 +355,12 @@ def _marks() -> tuple[dict[str, Any], gr.HTML]:
 
 
 def stage() -> Stage:
-    job, results, picked, failed = gr.State(""), gr.State([]), gr.State(0), gr.State(None)
+    job, results, picked = gr.State(""), gr.State([]), gr.State(0)
+    message = gr.HTML(elem_id="message")
+    without = {
+        form: gr.Button(f"{verb} without enriching", visible=False, elem_classes="without")
+        for form, verb in (("generate", "Generate"), ("edit", "Edit"), ("multi", "Combine"))
+    }
     with gr.Column(elem_id="mat"):
         preview = gr.HTML(EMPTY, elem_id="preview")
         gallery = gr.Gallery(
@@ -370,8 +374,6 @@ def stage() -> Stage:
             buttons=["fullscreen"],
             elem_id="gallery",
         )
-    message = gr.HTML(elem_id="message")
-    without = gr.Button("Generate without enriching", visible=False, elem_id="without")
     with gr.Row(elem_id="running"):
         progress = gr.HTML(elem_id="progress")
         stop = gr.Button("Stop", variant="stop", visible=False, min_width=96, scale=0, elem_id="stop")
@@ -386,9 +388,10 @@ def stage() -> Stage:
         job=job,
         results=results,
         picked=picked,
-        failed=failed,
         message=message,
-        without=without,
+        without_generate=without["generate"],
+        without_edit=without["edit"],
+        without_multi=without["multi"],
         preview=preview,
         gallery=gallery,
         progress=progress,

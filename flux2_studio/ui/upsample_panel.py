@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
 Read = Callable[..., Request]  # a form's values, and what stands around them -> its request
+GROWING = "It is still being written."
+OFFERED = "Change it as you like, then use it as your prompt."
+DRAWN = "Drawn as it stands here. To change it for the next run, use it as your prompt."
+USED = "Your prompt is the enriched one now, and is drawn as it stands."
 INPUTS = ("upsample_by", "upsample_local", "upsample_remote", "temperature", "top_p", "max_tokens", "api_key")
 
 
@@ -70,21 +74,43 @@ def told(by: str, offers: Sequence[WriterOffer], checkpoint: Checkpoint, chosen:
     return ""
 
 
-def enriched(event: Upsampled, panel: UpsamplingPanel) -> Update:
+def begun(panel: UpsamplingPanel) -> Update:
+    """Whatever was written before goes, so that nobody takes it for what comes now."""
     return {
-        panel.written: gr.Textbox(event.prompt, visible=True, label=f"Enriched prompt, by {event.by}"),
-        panel.acts: gr.Row(visible=True),
-        panel.folded: gr.Accordion(open=True),
+        panel.written: gr.Textbox("", visible=False),
+        panel.use: gr.Button(visible=False),
+        panel.enrich: gr.Button(interactive=False),
     }
 
 
 def writing(event: Writing, panel: UpsamplingPanel) -> Update:
-    return {panel.written: gr.Textbox(event.text, visible=True), panel.folded: gr.Accordion(open=True)}
+    return {
+        panel.written: gr.Textbox(event.text, visible=True, interactive=False, label="Enriched prompt", info=GROWING),
+        panel.folded: gr.Accordion(open=True),
+    }
+
+
+def enriched(event: Upsampled, panel: UpsamplingPanel, info: str) -> Update:
+    """info: what becomes of it."""
+    return {
+        panel.written: gr.Textbox(
+            event.prompt, visible=True, interactive=True, label=f"Enriched prompt, by {event.by}", info=info
+        ),
+        panel.use: gr.Button(visible=True),
+        panel.folded: gr.Accordion(open=True),
+    }
+
+
+def ended(panel: UpsamplingPanel, done: Upsampled | None, info: str) -> Update:
+    """At the end once more what was written, for of updates that follow each other at once the browser may lose the
+    first; or nothing, where it came to nothing."""
+    ready = {panel.enrich: gr.Button(interactive=True)}
+    return {**begun(panel), **(enriched(done, panel, info) if done else {}), **ready}
 
 
 def shown(panel: UpsamplingPanel) -> list[Any]:
-    """The components that `writing` and `enriched` set."""
-    return [panel.written, panel.acts, panel.folded]
+    """The components that these set."""
+    return [panel.written, panel.use, panel.folded, panel.enrich]
 
 
 def wire_upsampling(
@@ -98,33 +124,35 @@ def wire_upsampling(
         offers = studio.writers(checkpoint)
         names = [writer.name for writer in offers]
         model = now if now in names else names[0] if names else None
+        possible = by == "openrouter" or (by == "local" and bool(names))
         return {
             panel.local: gr.Dropdown(
                 [(writer.label, writer.name) for writer in offers], value=model, visible=by == "local" and bool(names)
             ),
             panel.remote: gr.Dropdown(visible=by == "openrouter"),
             panel.key: gr.Textbox(visible=by == "openrouter"),
-            panel.row: gr.Row(visible=by != "none"),
-            panel.enrich: gr.Button(visible=by != "none"),
+            panel.row: gr.Row(visible=possible),
+            panel.enrich: gr.Button(visible=possible),
             panel.about: told(by, offers, checkpoint, model, studio.settings),
-            panel.folded: gr.Accordion(label=UPSAMPLING if by == "none" else f"{UPSAMPLING} (on)"),
+            panel.folded: gr.Accordion(label=f"{UPSAMPLING} (on)" if possible else UPSAMPLING),
         }
 
     changed = [panel.local, panel.remote, panel.key, panel.row, panel.enrich, panel.about, panel.folded]
     asked = [chosen, panel.by, panel.local]
-    # With no trigger named: at every choice, and when the page is opened.
-    listen(None, offer, asked, changed)
+    # With no trigger named: at every choice, and when the page is opened. At once: what it says is of another choice.
+    listen(None, offer, asked, changed, queue=False)
     # Gradio shows a Number that was made with None as its least value until it is set once more.
     numbers = [panel.inputs[name] for name in ("temperature", "top_p", "max_tokens")]
     listen(None, lambda: [None] * len(numbers), None, numbers, queue=False)
 
     async def enrich(request: gr.Request, *around: Any, **values: Any) -> AsyncIterator[Update]:
         yield {
-            panel.enrich: gr.Button(interactive=False),
+            **begun(panel),
             panel.status: show.status(StatusEvent(text="Starting")),
             panel.stop: gr.Button("Stop", visible=True, interactive=True),
         }
         problem = ""
+        done: Upsampled | None = None
         try:
             asked_for, key = await asyncio.to_thread(_asked, read, around, values)
             job = await asyncio.to_thread(jobs.enrich, asked_for, request.session_hash or "", key)
@@ -142,18 +170,18 @@ def wire_upsampling(
                     case Writing():
                         yield writing(event, panel)
                     case Upsampled():
-                        yield enriched(event, panel)
+                        done = event
                     case Notice(text=text):
                         notes.append(text)
                     case Failed(message=message):
-                        problem = show.problem(message)
+                        problem, done = show.problem(message), None
                     case Stopped():
                         notes.append("Stopped.")
                     case _:
                         pass  # Ready: Upsampled came before
             problem += show.notes(notes)
         yield {
-            panel.enrich: gr.Button(interactive=True),
+            **ended(panel, done, OFFERED),
             panel.stop: gr.Button(visible=False),
             panel.status: problem,
             panel.job: "",
@@ -163,7 +191,7 @@ def wire_upsampling(
         panel.enrich.click,
         enrich,
         around,
-        [*shown(panel), panel.enrich, panel.stop, panel.status, panel.job],
+        [*shown(panel), panel.stop, panel.status, panel.job],
         inputs_kwargs=form.fields | panel.inputs,
         concurrency_limit=None,
     )
@@ -175,17 +203,37 @@ def wire_upsampling(
         running.cancel()
         return gr.Button("Stopping…", interactive=False)
 
-    def use(prompt: str, text: str, before: list[str]) -> Sequence[Any]:
-        return text, [*before, prompt], gr.Button(visible=True)
+    def use(prompt: str, by: str, text: str, before: list[tuple[str, str]]) -> Update:
+        return {
+            form.fields["prompt"]: text,
+            panel.by: "none",  # or it would be enriched once more
+            panel.before: [*before, (prompt, by)],
+            panel.written: gr.Textbox(visible=False),
+            panel.use: gr.Button(visible=False),
+            panel.undo: gr.Button(visible=True),
+            panel.status: show.notes([USED]),
+        }
 
-    def undo(prompt: str, before: list[str]) -> Sequence[Any]:
-        *left, last = before or [prompt]
-        return last, left, gr.Button(visible=bool(left))
+    def undo(before: list[tuple[str, str]]) -> Update:
+        *left, (prompt, by) = before
+        return {
+            form.fields["prompt"]: prompt,
+            panel.by: by,
+            panel.before: left,
+            panel.undo: gr.Button(visible=bool(left)),
+            panel.status: "",
+        }
 
-    prompt = form.fields["prompt"]
+    restored = [form.fields["prompt"], panel.by, panel.before, panel.undo, panel.status]
     listen(panel.stop.click, stop, panel.job, panel.stop, queue=False)
-    listen(panel.use.click, use, [prompt, panel.written, panel.before], [prompt, panel.before, panel.undo], queue=False)
-    listen(panel.undo.click, undo, [prompt, panel.before], [prompt, panel.before, panel.undo], queue=False)
+    listen(
+        panel.use.click,
+        use,
+        [form.fields["prompt"], panel.by, panel.written, panel.before],
+        [*restored, panel.written, panel.use],
+        queue=False,
+    )
+    listen(panel.undo.click, undo, panel.before, restored, queue=False)
 
 
 def _asked(read: Read, around: Sequence[Any], values: Mapping[str, Any]) -> tuple[Request, ApiKey | None]:

@@ -49,8 +49,11 @@ def test_a_prompt_is_enriched_beside_the_original_and_back(page: Page, model: Fa
     written.fill(f"{RICH}, please")
     here.get_by_role("button", name="Use as prompt").click()
     expect(prompt).to_have_value(f"{RICH}, please")
+    expect(here.get_by_label("Off")).to_be_checked()  # what was accepted is not enriched once more
+    expect(written).to_be_hidden()
     here.get_by_role("button", name="Undo").click()
     expect(prompt).to_have_value("apple")
+    expect(here.get_by_label("OpenRouter or your server")).to_be_checked()
     expect(here.get_by_role("button", name="Undo")).to_be_hidden()
 
 
@@ -61,9 +64,25 @@ def test_what_the_model_writes_is_seen_as_it_comes_and_can_be_stopped(page: Page
     here.get_by_role("button", name="Enrich now").click()
     expect(here.locator(".written textarea")).to_have_value("A red apple")
     here.get_by_role("button", name="Stop").click()
-    expect(here.locator(".enrich-status").first).to_contain_text("Stopped.")
+    expect(here.get_by_text("Stopped.")).to_be_visible()
+    expect(here.locator(".written textarea")).to_be_hidden()
     expect(here.get_by_role("button", name="Enrich now")).to_be_enabled()
     expect(page.locator("#generate .prompt textarea")).to_have_value("apple")
+
+
+def test_a_failure_is_seen_and_leaves_nothing_that_could_be_used(page: Page, model: FakeOpenAI) -> None:
+    model.replies[:] = [says(RICH), says("I'm sorry, but I can't help with that request."), refuses(401)]
+    write(page, "generate", "apple")
+    here = unfold(page, "OpenRouter or your server")
+    for said in ("", "The language model refused", "asks for an API key"):
+        here.get_by_role("button", name="Enrich now").click()
+        if said:
+            expect(here.locator(".problem")).to_contain_text(said)
+            expect(here.locator(".problem")).to_be_visible()
+            expect(here.locator(".written textarea")).to_be_hidden()
+            expect(here.get_by_role("button", name="Use as prompt")).to_be_hidden()
+        else:
+            expect(here.get_by_role("button", name="Use as prompt")).to_be_visible()
 
 
 def test_straight_into_the_run(page: Page, model: FakeOpenAI, app: App) -> None:
@@ -86,12 +105,13 @@ def test_straight_into_the_run(page: Page, model: FakeOpenAI, app: App) -> None:
 def test_a_failure_stops_the_run_and_one_click_goes_without(page: Page, model: FakeOpenAI, app: App) -> None:
     model.replies[:] = [refuses(402)]
     before = len(app.pictures())
-    write(page, "generate", "a flat fox")
+    write(page, "generate", "a flat owl")
     unfold(page, "OpenRouter or your server")
     run(page, "generate")
     expect(problem(page)).to_contain_text("no credit left")
     assert len(app.pictures()) == before
     without = page.get_by_role("button", name="Generate without enriching")
+    write(page, "generate", "a flat fox")
     without.click()
     expect_finished(page)
     expect(without).to_be_hidden()
@@ -102,6 +122,7 @@ def test_a_failure_stops_the_run_and_one_click_goes_without(page: Page, model: F
 def test_what_each_choice_costs_is_said_before(page: Page) -> None:
     here = unfold(page, "On this machine")
     expect(here).to_contain_text("has no language model on this machine")
+    expect(here.get_by_role("button", name="Enrich now")).to_be_hidden()
     expect(here.get_by_label("API key")).to_be_hidden()
     choose_checkpoint(page, "FLUX.2 klein 4B")
     expect(here).to_contain_text("own text encoder")

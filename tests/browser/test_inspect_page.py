@@ -139,6 +139,22 @@ def test_rubbish_is_told_in_words(page: Page, tmp_path: Path) -> None:
     expect(page.locator("#inspect-restore")).to_be_hidden()
 
 
+def test_what_cannot_be_restored_is_explained(page: Page, tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("parameters", json.dumps(GOOD | {"checkpoint": {"name": "sdxl", "label": "SDXL", "sha256": ""}}))
+    file = tmp_path / "unknown.png"
+    Image.new("RGB", (64, 64), "teal").save(file, pnginfo=info)
+    inspect(page, file)
+    expect(page.get_by_text("this studio has no checkpoint called 'sdxl'")).to_be_visible()
+
+
+def test_a_file_of_another_kind_is_told(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("no picture at all")
+    inspect(page, file)
+    expect(page.locator("#inspect-findings")).to_contain_text("not a picture")
+
+
 def test_the_page_says_which_safety_policy_holds(page: Page) -> None:
     expect(page.locator("#policy")).to_have_text(
         "Safety check: warnings only. What it flags is told, and shown all the same."

@@ -306,7 +306,9 @@ def test_the_table_of_the_credentials(signer: Signer, stranger: Signer) -> None:
     names = dict(table)
     assert names["Signed by"].endswith("(this installation)")
     assert names["Program"].startswith("flux2-studio ")
-    assert [text for name, text in table if name == "Done"][1].startswith("Edited, partly made by an AI model, FLUX.2")
+    assert [text for name, text in table if name == "Action"][1].startswith(
+        "Edited, partly made by an AI model, FLUX.2"
+    )
     assert names["Prompt, published"] == "a fox"
     assert names["Image 1"].startswith("the picture that was edited; with credentials of its own, by flux2-studio")
     elsewhere = dict(credential_rows(signer.read(changed(reference))))

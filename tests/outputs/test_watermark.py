@@ -174,10 +174,10 @@ def test_chance_is_the_binomial_tail() -> None:
 def test_detection_in_words() -> None:
     assert str(share(46)) == (
         "Watermark found: 46 of the 46 bits of Black Forest Labs' published message agree (100%). "
-        "By chance, one picture in 10^13 does so well."
+        "By chance, one picture in 10¹³ does so well."
     )
     assert str(share(28)).startswith("No watermark found: 28 of the 46 bits")
-    assert str(share(28)).endswith("one picture in 11 does so well.")
+    assert str(share(28)).endswith("which chance brings about too.") and share(28).odds == "11"
 
 
 @pytest.mark.parametrize("text", ["studio-7", "0x0123456789abcdef", "Made by a model."])
