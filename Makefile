@@ -4,11 +4,12 @@
 # make bench    times the toy checkpoint and writes benchmarks/results/nano.json
 #
 # Everything is installed into $(VENV); delete it to start afresh. ARGS are passed on: make run ARGS="--port 8080",
-# make test ARGS="-k cli", make bench ARGS="--runs 50".
+# make test ARGS="-k cli", make bench ARGS="--runs 50". Tests run in WORKERS=2 processes side by side; 0 is one for all.
 
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+WORKERS ?= 2
 
 # torch's threads would spin while they wait for each other, which starves them as soon as anything else (a browser, a
 # test beside them) wants a core: measured on two busy cores, a picture takes several times as long. Sleeping costs an
@@ -28,7 +29,7 @@ run: $(VENV)/installed
 	$(BIN)/python app.py $(ARGS)
 
 test: lint chromium
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from tests.tiny import Toys
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported, and for the processes that a test starts: a worker has about one core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one worker, which then makes what they share once; so do all that look at the page."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = "tests/browser/"  # one Chromium and one studio for them all
+            return folder if file.startswith(folder) else file
+
+    config.option.loadscopereorder = False  # by the number of tests, the longest files would come last
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
