@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flux2_studio import ui
 from flux2_studio.errors import StudioError
 from flux2_studio.models.own import with_own_files
 from flux2_studio.settings import Settings
@@ -23,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, notes = with_own_files(Settings.from_environment())
         for note in notes:
             sys.stderr.write(f"{note}\n")
+        from flux2_studio import ui  # Gradio takes seconds to import; help and a wrong setting need not wait for it
+
         ui.serve(settings, options.host, options.port, options.share, notes)
     except StudioError as error:
         sys.stderr.write(f"{error}\n")

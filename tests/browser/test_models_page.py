@@ -15,7 +15,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 from tests.browser.conftest import started
 from tests.models.fake_hub import CHECKPOINT, OTHER, TOY, FakeHub, serve
 
-PACE = 0.1  # seconds for each 50 kB, of which the toy has sixty
+PACE = 0.5  # seconds for each 50 kB, of which the toy has sixty: no download ends before a test lets it
 # Beside the toy on board, the two of the tests' own hub. The port is the last argument.
 PROGRAM = """
 import sys
@@ -46,7 +46,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     home = tmp_path_factory.mktemp("models")
     known = {name: value for name, value in os.environ.items() if not name.startswith(("FLUX2_", "GRADIO_", "HF_"))}
     with serve() as hub:
-        hub.pace = PACE
         hub.refusals["maker/Gated"] = (401, "GatedRepo", "Access to model is restricted. Please log in.")
         environment = {**known, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
         with started(["-c", PROGRAM, str(home / "home")], environment, home / "log") as url:
@@ -58,6 +57,7 @@ def studio(running: Studio) -> Studio:
     """The same one for all, with nothing downloaded."""
     shutil.rmtree(running.home / "hub", ignore_errors=True)
     running.hub.sent.clear()
+    running.hub.pace = PACE
     return running
 
 
@@ -111,6 +111,7 @@ def test_download_pause_reload_resume_delete(context: BrowserContext, studio: St
     assert 0 < there < 1 and studio.toy() == []
 
     studio.hub.sent.clear()
+    studio.hub.pace = 0
     button(klein, "Resume").click()
     expect(klein).to_contain_text("on disk")
     expect(button(klein, "Resume")).to_be_hidden()
@@ -140,6 +141,7 @@ def test_the_choice_knows_of_it_and_a_closed_tab_loses_nothing(context: BrowserC
     other.locator("#checkpoint input").click()
     other.get_by_role("option", name=CHECKPOINT.label, exact=True).click()
     expect(other.locator("#about")).to_contain_text("first run downloads")
+    studio.hub.pace = 0
     expect(other.locator("#about")).to_contain_text("on disk")
     assert studio.toy() == [TOY] and [name for name, _ in studio.hub.sent].count("toy.safetensors") == 1
 

@@ -347,6 +347,7 @@ def test_the_picture_to_edit_is_replaced_by_a_good_one_only(page: Page, tmp_path
     upload(page, "edit", EXAMPLES / "fox.png")
     picture = page.locator("#edit .references .thumbnail-item img")
     expect(picture).to_have_attribute("src", _ends_with("fox.png"))
+    expect(page.locator("#edit")).to_contain_text("As image 1: 128 x 128 pixels")  # the server is done with it
     upload(page, "edit", rubbish)
     expect(page.locator("#edit .block.refused")).to_contain_text("holiday.png is not a picture")
     expect(picture).to_have_attribute("src", _ends_with("fox.png"))

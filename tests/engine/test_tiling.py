@@ -106,7 +106,7 @@ def test_pictures_are_the_same_within_one_level(
 def test_there_is_no_seam(load: Callable[..., Autoencoder], dtype: torch.dtype) -> None:
     """Rows beside a border are no farther from the whole picture than others are, nor is there a shift of colour."""
     model, rows = load("nano", dtype), 32
-    latent = model.encode(pixels_from_image(gradient(192)))
+    latent = model.encode(pixels_from_image(gradient(192)))[..., :4]  # a third of its columns
     difference = (model.decode(latent, rows).float() - model.decode(latent).float()).double()
     error = difference.square().mean((0, 1, 3)).sqrt()  # per row
     beside = (torch.arange(192) % rows == 0) | (torch.arange(192) % rows == rows - 1)

@@ -48,8 +48,10 @@ def budgets(settings: Settings, checkpoint: Checkpoint, workload: Workload, stre
     found = {}
     whole = make_plan(needs, workload, 10**12, CPU).peak
     for budget in range(int(1.05 * whole), 0, -max(1, whole // 150)):
-        with contextlib.suppress(OutOfMemory):
+        try:
             found[way(make_plan(needs, workload, budget, CPU, streaming=streaming))] = budget
+        except OutOfMemory:
+            break  # and still less would not do either; each refusal takes its time to name what would fit
     return found
 
 
