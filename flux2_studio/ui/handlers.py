@@ -161,7 +161,8 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
             view = RunView(stage, form.upsampling, studio.settings.checkpoint(job.request.checkpoint))
             yield {**view.begin(job), form.fields["seed"]: job.request.seed}
             async for event in follow(job):
-                yield await asyncio.to_thread(view.update, event)
+                if update := await asyncio.to_thread(view.update, event):  # Gradio takes none for a mistake
+                    yield update
             failure, without = view.failure, view.upsampling_failed
             done = view.upsampled
         yield {

@@ -326,6 +326,7 @@ def _picture() -> gr.Gallery:
     return gr.Gallery(
         label="Picture to inspect: drop, paste or choose one",
         type="filepath",
+        file_types=["image"],
         interactive=True,
         allow_preview=False,
         columns=1,
