@@ -9,23 +9,30 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from flux2_studio import __version__
 from flux2_studio.answers import OR_WITHOUT
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.sampling import denoise
+from flux2_studio.drawing import (
+    WHOLE,
+    Conditions,
+    Finished,
+    Reference,
+    Run,
+    Timer,
+    asking_of,
+    denoise_batch,
+    encode,
+    strips,
+    workload_of,
+)
 from flux2_studio.enrichment import TRY, check_choice, enrich
 from flux2_studio.errors import (
-    ClassifierError,
     CredentialsError,
     DeviceError,
     OutOfMemory,
@@ -35,11 +42,9 @@ from flux2_studio.errors import (
 from flux2_studio.events import (
     Event,
     Notice,
-    Preview,
     Ready,
     Result,
     Saved,
-    Status,
     Stopped,
     Upsampled,
     Withheld,
@@ -48,12 +53,12 @@ from flux2_studio.models.choices import choose_dtype, choose_storage
 from flux2_studio.models.classifier import find_classifier
 from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Loras
-from flux2_studio.models.manager import Drawn, ModelManager, Session
+from flux2_studio.models.manager import Drawn, ModelManager
 from flux2_studio.models.memory import is_out_of_memory
-from flux2_studio.models.plan import Plan, Workload
+from flux2_studio.models.plan import Plan
 from flux2_studio.models.refusals import amount
 from flux2_studio.models.writers import WriterOffer
-from flux2_studio.outputs.credentials import Signer, Source
+from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.finish import Finisher
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.record import Record
@@ -64,85 +69,9 @@ from flux2_studio.references import fit, fit_note, load_reference
 from flux2_studio.request import Request, Upsampling, changes
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import decide
-from flux2_studio.safety.questions import Ask, asking
 from flux2_studio.settings import Settings
 from flux2_studio.upsample import ApiKey
 from flux2_studio.working import Cancelled, check, with_status
-
-T = TypeVar("T")
-WHOLE = "whole"
-
-
-@dataclass
-class _Finished:
-    """What a run has done so far: `drawn` pictures, of which those in `images` are saved and the rest were withheld."""
-
-    drawn: int = 0
-    images: list[Path] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    notes: dict[str, list[int]] = field(default_factory=dict)  # on finished pictures, with the seeds of which
-    provenance: dict[str, list[int]] = field(default_factory=dict)  # what they carry, likewise
-    told: set[str] = field(default_factory=set)  # what need not be said of every picture
-    withheld: SafetyError | None = None  # why the last one was
-
-    def fresh(self, notes: Sequence[str]) -> list[Event]:
-        """A Notice for each of `notes` that was not told before."""
-        new = [note for note in dict.fromkeys(notes) if note not in self.told]
-        self.told.update(new)
-        return [Notice(text=note) for note in new]
-
-    def keep(self, image: Path, seed: int, notes: Sequence[str], provenance: Sequence[str]) -> None:
-        """Picture `image` is done, with what is to be said of it."""
-        self.drawn += 1
-        self.images.append(image)
-        self.seeds.append(seed)
-        for told, by in ((notes, self.notes), (provenance, self.provenance)):
-            for text in told:
-                by.setdefault(text, []).append(seed)
-
-    def named(self, said: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
-        """The sentences of `said`, with the seeds of the pictures that they are true of, unless of all."""
-        return tuple(text if seeds == self.seeds else f"{text} ({_seeds(seeds)})" for text, seeds in said.items())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reference:
-    """A reference as the engine takes it, what was done to get there, and its file, by hash and as an ingredient."""
-
-    image: Image.Image
-    notes: tuple[str, ...]
-    sha256: str
-    source: Source | None = None  # None where nothing is signed
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Conditions:
-    """What every picture of a run is drawn from: contexts [1, L, C] and reference latents [1, 128, h, w]."""
-
-    context: Tensor
-    negative_context: Tensor | None
-    references: Sequence[Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One run under way: its resolved request, and what goes along with it from stage to stage.
-
-    upsampled: how its prompt came about, where a language model wrote it.
-    """
-
-    request: Request
-    upsampled: Upsampled | None
-    references: Sequence[_Reference]
-    session: Session
-    guard: Guard
-    cancelled: Callable[[], bool]
-    finished: _Finished
-
-    def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
-        """Do `work` while telling what it says; it is not begun when the run is cancelled."""
-        check(self.cancelled)
-        return (yield from with_status(work, self.cancelled))
 
 
 def guard_of(settings: Settings, *, shared: bool) -> Guard:
@@ -207,7 +136,7 @@ class Studio:
         checkpoint = self.settings.checkpoint(request.checkpoint)
         if not self.on_disk(checkpoint):
             return ""
-        workload = _workload(request.resolve(checkpoint, references), references, checkpoint)
+        workload = workload_of(request.resolve(checkpoint, references), references, checkpoint)
         plan = self._models.outlook(checkpoint, workload, request.loras, whole=self._asks)
         return plan.text(self._models.place)
 
@@ -255,7 +184,7 @@ class Studio:
         usual = Request(prompt="any").resolve(checkpoint)
 
         def load(progress: Progress) -> None:
-            workload = _workload(usual, [], checkpoint)
+            workload = workload_of(usual, [], checkpoint)
             self._models.open(checkpoint, workload, progress, whole=self._asks).preload(progress)
 
         try:
@@ -273,7 +202,7 @@ class Studio:
         Upsampled and Ready, or Stopped once `cancelled`. key: see `generate`. Raises `StudioError`."""
         try:
             self.guard.ready()
-            resolved, references = yield from self._examined(request, cancelled, _Finished(), with_files=False)
+            resolved, references = yield from self._examined(request, cancelled, Finished(), with_files=False)
             done = yield from enrich(
                 resolved, [it.image for it in references], self.settings, self._models, key, cancelled
             )
@@ -301,7 +230,7 @@ class Studio:
         turned true between two steps, Stopped. key: the user's own for the server that enriches prompts. Raises
         `StudioError` for what the user must know.
         """
-        finished = _Finished()
+        finished = Finished()
         try:
             yield from self._run(request, cancelled, key, finished)
         except Cancelled:
@@ -321,7 +250,7 @@ class Studio:
         )
 
     def _run(
-        self, asked: Request, cancelled: Callable[[], bool], key: ApiKey | None, finished: _Finished
+        self, asked: Request, cancelled: Callable[[], bool], key: ApiKey | None, finished: Finished
     ) -> Generator[Event, None, None]:
         began = time.monotonic()
         check(cancelled)
@@ -337,7 +266,7 @@ class Studio:
             yield from finished.fresh(self._passed(upsampled))
             request = replace(request, prompt=upsampled.prompt, upsampling=Upsampling())
         checkpoint = self.settings.checkpoint(request.checkpoint)
-        workload = _workload(request, [reference.image.size for reference in references], checkpoint)
+        workload = workload_of(request, [reference.image.size for reference in references], checkpoint)
         exhausted: Plan | None = None  # the plan that turned out to be too much
         while finished.drawn < request.count:
             before = exhausted
@@ -352,7 +281,7 @@ class Studio:
                 ),
                 cancelled,
             )
-            run = _Run(
+            run = Run(
                 request=request,
                 upsampled=upsampled,
                 references=references,
@@ -386,8 +315,8 @@ class Studio:
         )
 
     def _examined(
-        self, asked: Request, cancelled: Callable[[], bool], finished: _Finished, *, with_files: bool
-    ) -> Generator[Event, None, tuple[Request, list[_Reference]]]:
+        self, asked: Request, cancelled: Callable[[], bool], finished: Finished, *, with_files: bool
+    ) -> Generator[Event, None, tuple[Request, list[Reference]]]:
         """The resolved request and its references, all of it checked. with_files: whether pictures will be made of the
         references, which are then kept, and named in the pictures' credentials."""
         checkpoint = self._checked(asked)
@@ -414,7 +343,7 @@ class Studio:
         self.loras.check(request.loras, checkpoint, None)
         return checkpoint
 
-    def _references(self, request: Request) -> Iterator[tuple[_Reference, bytes]]:
+    def _references(self, request: Request) -> Iterator[tuple[Reference, bytes]]:
         """Each reference as it is read, and its file; one at a time, for a photograph takes hundreds of megabytes until
         it is fitted. Raises `ReferenceImageError`."""
         cap = self.settings.checkpoint(request.checkpoint).reference_cap(len(request.references))
@@ -424,17 +353,17 @@ class Studio:
                 image = fit(whole.image, cap)
             note = fit_note(number, whole.image.size, image.size)
             notes = (*whole.notes, *([note] if note else []))
-            yield _Reference(image=image, notes=notes, sha256=whole.sha256), whole.data
+            yield Reference(image=image, notes=notes, sha256=whole.sha256), whole.data
 
-    def _make(self, run: _Run) -> Iterator[Event]:
+    def _make(self, run: Run) -> Iterator[Event]:
         """Draw and save the pictures of `run` that are not finished yet."""
-        conditions = yield from _encode(run)
+        conditions = yield from encode(run)
         finished = run.finished
         fingerprint = ""  # read before the drawing: it may take a minute, be given up, or fail
         if run.request.metadata:
             checkpoint = run.session.checkpoint
             fingerprint = yield from run.working(lambda progress: self._models.hashing(checkpoint, progress))
-        timer = _Timer()
+        timer = Timer()
         most = run.session.plan.batch
         waiting = list(run.request.seeds[finished.drawn :])
         while waiting:
@@ -452,12 +381,12 @@ class Studio:
                 yield from self._finish(run, picture, record)
             del waiting[: len(seeds)]
 
-    def _finish(self, run: _Run, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
+    def _finish(self, run: Run, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
         """Check, mark and save one picture; what the check does not let through goes nowhere."""
         request, finished, index = record.request, run.finished, run.finished.drawn
         assert request.seed is not None
         try:
-            ask, told = _asking(run)
+            ask, told = asking_of(run)
             told += self.guard.output(picture, ask)
         except SafetyError as error:
             finished.drawn += 1
@@ -477,7 +406,7 @@ class Studio:
         finished.keep(path, request.seed, [*told, *file.notes], file.provenance)
         yield Saved(index=index, image=path, seed=request.seed)
 
-    def _record(self, run: _Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
+    def _record(self, run: Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
         upsampled = run.upsampled
         return Record(
             request=replace(run.request, seed=seed, count=1, references=()),
@@ -490,24 +419,24 @@ class Studio:
             place=place,
             together=together,
             versions=self.versions,
-            computed={**self.computed(run.session.checkpoint), "autoencoder": _strips(run.session.plan)},
+            computed={**self.computed(run.session.checkpoint), "autoencoder": strips(run.session.plan)},
         )
 
     def _draw(
         self,
-        run: _Run,
+        run: Run,
         drawn: Drawn,
         seeds: Sequence[int],
         waiting: int,
-        conditions: _Conditions,
-        timer: _Timer,
+        conditions: Conditions,
+        timer: Timer,
     ) -> Generator[Event, None, list[Image.Image] | None]:
         """The pictures of `seeds`, drawn as one batch with a Preview per step; None if they do not fit into memory.
 
         waiting: how many pictures of the request are not done yet, these included.
         """
         try:
-            latents = yield from _denoise(run, drawn, seeds, waiting, conditions, timer)
+            latents = yield from denoise_batch(run, drawn, seeds, waiting, conditions, timer)
             if not bool(torch.isfinite(latents).all()):
                 raise DeviceError(
                     f"{run.session.checkpoint.label} ran out of the range of {drawn.transformer.dtype}, so there is no "
@@ -522,146 +451,3 @@ class Studio:
             if len(seeds) == 1 or not is_out_of_memory(error):
                 raise
             return None
-
-
-def _workload(request: Request, references: Sequence[tuple[int, int]], checkpoint: Checkpoint) -> Workload:
-    """What a resolved request asks of the memory; references: the size of each in pixels, as it will be read."""
-    assert request.width and request.height
-    return Workload(
-        width=request.width,
-        height=request.height,
-        count=request.count,
-        guided=_is_guided(request, checkpoint),
-        references=tuple(references),
-    )
-
-
-def _is_guided(request: Request, checkpoint: Checkpoint) -> bool:
-    """Whether two prompts are read and every step is computed twice."""
-    return checkpoint.guiding == "cfg" and request.guidance != 1.0
-
-
-def _asking(run: _Run, progress: Progress | None = None) -> tuple[Ask | None, tuple[str, ...]]:
-    """The language model to ask what rules and classifiers cannot know, where there is one, and what the user should
-    know of that. progress: loads it, if need be. Raises `ClassifierError` where it has to be asked and cannot be."""
-    if run.guard.policy == "off" or (writer := run.session.asking(progress)) is None:
-        return None, ()
-    try:
-        return asking(writer), ()
-    except ClassifierError as error:
-        if run.guard.policy == "on":
-            raise
-        return None, (str(error),)
-
-
-def _encode(run: _Run) -> Generator[Event, None, _Conditions]:
-    """Prompts and references as the transformer takes them."""
-    request, session = run.request, run.session
-    guided = _is_guided(request, session.checkpoint)
-    prompts = [request.prompt, request.negative_prompt or ""] if guided else [request.prompt]
-    yield Status(text="Reading the prompt")
-    # Where strangers use the studio, the language model is worth loading to be asked.
-    ask, told = yield from run.working(lambda progress: _asking(run, progress if run.guard.policy == "on" else None))
-    yield from run.finished.fresh(told)
-    if ask is not None:
-        pictures = [reference.image for reference in run.references]
-        yield from run.finished.fresh(run.guard.asked(ask, request.prompt, pictures))
-    encoded = yield from run.working(lambda progress: session.encode(prompts, progress))
-    if request.negative_prompt and not guided:
-        yield Notice(text="The negative prompt has no effect at guidance 1: choose a higher guidance to use it.")
-    for name, cut in zip(("prompt", "negative prompt"), encoded.cut, strict=False):
-        if cut:
-            yield Notice(
-                text=f"The {name} is too long for {session.checkpoint.label}, which reads "
-                f"{session.checkpoint.recipe.length} tokens: its last {cut} token{'s' if cut > 1 else ''} (about "
-                f"{max(1, cut * 3 // 4)} word{'s' if cut > 2 else ''}) had to be left out."
-            )
-    latents = []
-    for number, reference in enumerate(run.references, start=1):
-        yield Status(text=f"Reading image {number}" if len(run.references) > 1 else "Reading the image")
-        yield from run.finished.fresh(reference.notes)
-        image = reference.image
-        latents.append((yield from run.working(lambda progress: session.encode_reference(image, progress))))  # noqa: B023
-    return _Conditions(
-        context=encoded.context[:1],
-        negative_context=encoded.context[1:] if guided else None,
-        references=latents,
-    )
-
-
-def _denoise(
-    run: _Run, drawn: Drawn, seeds: Sequence[int], waiting: int, conditions: _Conditions, timer: _Timer
-) -> Generator[Event, None, Tensor]:
-    """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]."""
-    request, checkpoint = run.request, run.session.checkpoint
-    assert request.width and request.height and request.steps and request.guidance is not None
-    check(run.cancelled)
-    first = request.count - waiting
-    yield Status(text="Drawing" if request.count == 1 else f"Drawing {_range(first, len(seeds), request.count)}")
-    timer.start()
-    for step in denoise(
-        drawn.transformer,
-        noise(seeds, request.width, request.height, drawn.transformer.params.in_channels),
-        conditions.context,
-        steps=request.steps,
-        guidance=request.guidance,
-        guiding=checkpoint.guiding,
-        negative_context=conditions.negative_context,
-        references=conditions.references,
-        reference_cache=checkpoint.reference_cache,
-    ):
-        images: list[Image.Image] = []
-        if drawn.previewer is not None:
-            for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
-                images += map(run.guard.preview, images_from_pixels(drawn.previewer(clean)))
-        timer.stepped(len(seeds))
-        yield Preview(
-            step=step.index + 1,
-            steps=step.steps,
-            images=tuple(images),
-            first=first,
-            count=request.count,
-            seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
-        )
-        check(run.cancelled)
-    return step.latents
-
-
-class _Timer:
-    """Estimates the time left from the steps so far, counting a step once per picture."""
-
-    def __init__(self) -> None:
-        self._done = 0
-        self._spent = 0.0
-        self._since = 0.0
-
-    def start(self) -> None:
-        self._since = time.monotonic()
-
-    def stepped(self, pictures: int) -> None:
-        now = time.monotonic()
-        self._spent += now - self._since
-        self._since = now
-        self._done += pictures
-
-    def left(self, steps: int) -> float:
-        """Seconds that `steps` further steps of one picture will take."""
-        return self._spent / self._done * steps
-
-
-def _strips(plan: Plan) -> str:
-    """How the autoencoder goes through a picture under `plan`: in strips, sums come out in another order."""
-    rows = sorted({stage.rows for stage in plan.stages if stage.rows is not None})
-    return f"in strips of {' and '.join(map(str, rows))} rows" if rows else WHOLE
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    """'seed 5', 'seeds 5, 7'."""
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def _range(first: int, length: int, count: int) -> str:
-    """'pictures 1-2 of 4', 'picture 3 of 4'."""
-    if length == 1:
-        return f"picture {first + 1} of {count}"
-    return f"pictures {first + 1}-{first + length} of {count}"

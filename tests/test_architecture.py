@@ -23,7 +23,7 @@ LAYERS = [
     {"references", "pictures", "prompts", "chat_server"},
     {"models", "outputs", "safety", "upsample"},
     {"working"},
-    {"enrichment"},
+    {"enrichment", "drawing"},
     {"studio", "encode_server"},
     {"jobs"},
     {"ui"},

@@ -51,7 +51,7 @@ from flux2_studio.ui.upsample_panel import (
     wire_upsampling,
     writing,
 )
-from flux2_studio.ui.wiring import Update, follow, listen
+from flux2_studio.ui.wiring import Update, follow, listen, stopper
 from flux2_studio.upsample import ApiKey
 
 if TYPE_CHECKING:
@@ -341,13 +341,6 @@ def _use_label(index: int, count: int) -> str:
 
 
 def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: Stage) -> None:
-    def stop(job: str, request: gr.Request) -> Any:
-        running = jobs.get(job, request.session_hash or "")
-        if running is None:
-            return gr.Button(visible=False)
-        running.cancel()
-        return gr.Button("Stopping…", interactive=False)
-
     def pick(images: list[str], event: gr.SelectData) -> Sequence[Any]:
         index = int(event.index)
         return index, _download(images, index), gr.Button(_use_label(index, len(images)))
@@ -356,7 +349,7 @@ def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Ta
         picture = Path(images[index])
         return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
 
-    listen(stage.stop.click, stop, stage.job, stage.stop, queue=False)
+    listen(stage.stop.click, stopper(jobs), stage.job, stage.stop, queue=False)
     listen(stage.gallery.select, pick, stage.results, [stage.picked, stage.download, stage.edit])
     listen(stage.edit.click, None, js=GO_TO_FORM)
     listen(stage.edit.click, use, [stage.results, stage.picked, chosen], [tabs, *offered_to(edit)])

@@ -18,7 +18,7 @@ from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
 from flux2_studio.ui import show
 from flux2_studio.ui.tabs import UPSAMPLING, Form, UpsamplingPanel
-from flux2_studio.ui.wiring import Update, follow, listen
+from flux2_studio.ui.wiring import Update, follow, listen, stopper
 from flux2_studio.upsample import ApiKey, no_writers
 
 if TYPE_CHECKING:
@@ -196,13 +196,6 @@ def wire_upsampling(
         concurrency_limit=None,
     )
 
-    def stop(job: str, request: gr.Request) -> Any:
-        running = jobs.get(job, request.session_hash or "")
-        if running is None:
-            return gr.Button(visible=False)
-        running.cancel()
-        return gr.Button("Stopping…", interactive=False)
-
     def use(prompt: str, by: str, text: str, before: list[tuple[str, str]]) -> Update:
         return {
             form.fields["prompt"]: text,
@@ -225,7 +218,7 @@ def wire_upsampling(
         }
 
     restored = [form.fields["prompt"], panel.by, panel.before, panel.undo, panel.status]
-    listen(panel.stop.click, stop, panel.job, panel.stop, queue=False)
+    listen(panel.stop.click, stopper(jobs), panel.job, panel.stop, queue=False)
     listen(
         panel.use.click,
         use,

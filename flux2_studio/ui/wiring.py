@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from flux2_studio.events import FINAL, Event
-from flux2_studio.jobs import Task
+from flux2_studio.jobs import JobQueue, Task
 
 POLL = 0.08  # seconds between two looks at a task
 Update = dict[Any, Any]  # components to what becomes of them
 
 # The page's events are not an API: none is listed, and none shows Gradio's own spinner over our stage.
 listen = partial(gr.on, api_visibility="private", show_progress="hidden")
+
+
+def stopper(jobs: JobQueue) -> Callable[[str, gr.Request], Any]:
+    """A handler for a Stop button: it ends the job of that id, if it is the caller's, and says so on the button."""
+
+    def stop(job: str, request: gr.Request) -> Any:
+        running = jobs.get(job, request.session_hash or "")
+        if running is None:
+            return gr.Button(visible=False)
+        running.cancel()
+        return gr.Button("Stopping…", interactive=False)
+
+    return stop
 
 
 async def follow(task: Task, pause: float = POLL) -> AsyncIterator[Event]:

@@ -1,0 +1,254 @@
+"""The stages of a run from its prompt to its latents, and what goes along with it. `studio.py` puts them in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+from torch import Tensor
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.engine.latents import noise
+from flux2_studio.engine.sampling import denoise
+from flux2_studio.errors import (
+    ClassifierError,
+    SafetyError,
+)
+from flux2_studio.events import (
+    Event,
+    Notice,
+    Preview,
+    Status,
+    Upsampled,
+)
+from flux2_studio.models.hub import Progress
+from flux2_studio.models.manager import Drawn, Session
+from flux2_studio.models.plan import Plan, Workload
+from flux2_studio.outputs.credentials import Source
+from flux2_studio.pictures import images_from_pixels
+from flux2_studio.request import Request
+from flux2_studio.safety.guard import Guard
+from flux2_studio.safety.questions import Ask, asking
+from flux2_studio.working import check, with_status
+
+T = TypeVar("T")
+WHOLE = "whole"
+
+
+@dataclass
+class Finished:
+    """What a run has done so far: `drawn` pictures, of which those in `images` are saved and the rest were withheld."""
+
+    drawn: int = 0
+    images: list[Path] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    notes: dict[str, list[int]] = field(default_factory=dict)  # on finished pictures, with the seeds of which
+    provenance: dict[str, list[int]] = field(default_factory=dict)  # what they carry, likewise
+    told: set[str] = field(default_factory=set)  # what need not be said of every picture
+    withheld: SafetyError | None = None  # why the last one was
+
+    def fresh(self, notes: Sequence[str]) -> list[Event]:
+        """A Notice for each of `notes` that was not told before."""
+        new = [note for note in dict.fromkeys(notes) if note not in self.told]
+        self.told.update(new)
+        return [Notice(text=note) for note in new]
+
+    def keep(self, image: Path, seed: int, notes: Sequence[str], provenance: Sequence[str]) -> None:
+        """Picture `image` is done, with what is to be said of it."""
+        self.drawn += 1
+        self.images.append(image)
+        self.seeds.append(seed)
+        for told, by in ((notes, self.notes), (provenance, self.provenance)):
+            for text in told:
+                by.setdefault(text, []).append(seed)
+
+    def named(self, said: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+        """The sentences of `said`, with the seeds of the pictures that they are true of, unless of all."""
+        return tuple(text if seeds == self.seeds else f"{text} ({_seeds(seeds)})" for text, seeds in said.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A reference as the engine takes it, what was done to get there, and its file, by hash and as an ingredient."""
+
+    image: Image.Image
+    notes: tuple[str, ...]
+    sha256: str
+    source: Source | None = None  # None where nothing is signed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What every picture of a run is drawn from: contexts [1, L, C] and reference latents [1, 128, h, w]."""
+
+    context: Tensor
+    negative_context: Tensor | None
+    references: Sequence[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run under way: its resolved request, and what goes along with it from stage to stage.
+
+    upsampled: how its prompt came about, where a language model wrote it.
+    """
+
+    request: Request
+    upsampled: Upsampled | None
+    references: Sequence[Reference]
+    session: Session
+    guard: Guard
+    cancelled: Callable[[], bool]
+    finished: Finished
+
+    def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
+        """Do `work` while telling what it says; it is not begun when the run is cancelled."""
+        check(self.cancelled)
+        return (yield from with_status(work, self.cancelled))
+
+
+def workload_of(request: Request, references: Sequence[tuple[int, int]], checkpoint: Checkpoint) -> Workload:
+    """What a resolved request asks of the memory; references: the size of each in pixels, as it will be read."""
+    assert request.width and request.height
+    return Workload(
+        width=request.width,
+        height=request.height,
+        count=request.count,
+        guided=_is_guided(request, checkpoint),
+        references=tuple(references),
+    )
+
+
+def _is_guided(request: Request, checkpoint: Checkpoint) -> bool:
+    """Whether two prompts are read and every step is computed twice."""
+    return checkpoint.guiding == "cfg" and request.guidance != 1.0
+
+
+def asking_of(run: Run, progress: Progress | None = None) -> tuple[Ask | None, tuple[str, ...]]:
+    """The language model to ask what rules and classifiers cannot know, where there is one, and what the user should
+    know of that. progress: loads it, if need be. Raises `ClassifierError` where it has to be asked and cannot be."""
+    if run.guard.policy == "off" or (writer := run.session.asking(progress)) is None:
+        return None, ()
+    try:
+        return asking(writer), ()
+    except ClassifierError as error:
+        if run.guard.policy == "on":
+            raise
+        return None, (str(error),)
+
+
+def encode(run: Run) -> Generator[Event, None, Conditions]:
+    """Prompts and references as the transformer takes them."""
+    request, session = run.request, run.session
+    guided = _is_guided(request, session.checkpoint)
+    prompts = [request.prompt, request.negative_prompt or ""] if guided else [request.prompt]
+    yield Status(text="Reading the prompt")
+    # Where strangers use the studio, the language model is worth loading to be asked.
+    ask, told = yield from run.working(lambda progress: asking_of(run, progress if run.guard.policy == "on" else None))
+    yield from run.finished.fresh(told)
+    if ask is not None:
+        pictures = [reference.image for reference in run.references]
+        yield from run.finished.fresh(run.guard.asked(ask, request.prompt, pictures))
+    encoded = yield from run.working(lambda progress: session.encode(prompts, progress))
+    if request.negative_prompt and not guided:
+        yield Notice(text="The negative prompt has no effect at guidance 1: choose a higher guidance to use it.")
+    for name, cut in zip(("prompt", "negative prompt"), encoded.cut, strict=False):
+        if cut:
+            yield Notice(
+                text=f"The {name} is too long for {session.checkpoint.label}, which reads "
+                f"{session.checkpoint.recipe.length} tokens: its last {cut} token{'s' if cut > 1 else ''} (about "
+                f"{max(1, cut * 3 // 4)} word{'s' if cut > 2 else ''}) had to be left out."
+            )
+    latents = []
+    for number, reference in enumerate(run.references, start=1):
+        yield Status(text=f"Reading image {number}" if len(run.references) > 1 else "Reading the image")
+        yield from run.finished.fresh(reference.notes)
+        image = reference.image
+        latents.append((yield from run.working(lambda progress: session.encode_reference(image, progress))))  # noqa: B023
+    return Conditions(
+        context=encoded.context[:1],
+        negative_context=encoded.context[1:] if guided else None,
+        references=latents,
+    )
+
+
+def denoise_batch(
+    run: Run, drawn: Drawn, seeds: Sequence[int], waiting: int, conditions: Conditions, timer: Timer
+) -> Generator[Event, None, Tensor]:
+    """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]."""
+    request, checkpoint = run.request, run.session.checkpoint
+    assert request.width and request.height and request.steps and request.guidance is not None
+    check(run.cancelled)
+    first = request.count - waiting
+    yield Status(text="Drawing" if request.count == 1 else f"Drawing {_range(first, len(seeds), request.count)}")
+    timer.start()
+    for step in denoise(
+        drawn.transformer,
+        noise(seeds, request.width, request.height, drawn.transformer.params.in_channels),
+        conditions.context,
+        steps=request.steps,
+        guidance=request.guidance,
+        guiding=checkpoint.guiding,
+        negative_context=conditions.negative_context,
+        references=conditions.references,
+        reference_cache=checkpoint.reference_cache,
+    ):
+        images: list[Image.Image] = []
+        if drawn.previewer is not None:
+            for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
+                images += map(run.guard.preview, images_from_pixels(drawn.previewer(clean)))
+        timer.stepped(len(seeds))
+        yield Preview(
+            step=step.index + 1,
+            steps=step.steps,
+            images=tuple(images),
+            first=first,
+            count=request.count,
+            seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
+        )
+        check(run.cancelled)
+    return step.latents
+
+
+class Timer:
+    """Estimates the time left from the steps so far, counting a step once per picture."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._spent = 0.0
+        self._since = 0.0
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def stepped(self, pictures: int) -> None:
+        now = time.monotonic()
+        self._spent += now - self._since
+        self._since = now
+        self._done += pictures
+
+    def left(self, steps: int) -> float:
+        """Seconds that `steps` further steps of one picture will take."""
+        return self._spent / self._done * steps
+
+
+def strips(plan: Plan) -> str:
+    """How the autoencoder goes through a picture under `plan`: in strips, sums come out in another order."""
+    rows = sorted({stage.rows for stage in plan.stages if stage.rows is not None})
+    return f"in strips of {' and '.join(map(str, rows))} rows" if rows else WHOLE
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """'seed 5', 'seeds 5, 7'."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _range(first: int, length: int, count: int) -> str:
+    """'pictures 1-2 of 4', 'picture 3 of 4'."""
+    if length == 1:
+        return f"picture {first + 1} of {count}"
+    return f"pictures {first + 1}-{first + length} of {count}"
