@@ -41,10 +41,14 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
 
     auto: bfloat16, or float16 on a CUDA device without it; float32 for small checkpoints on a CPU, which are as quick
     and exact so. float16 is kept to the transformer, which guards its range: text encoders and autoencoders were
-    trained in bfloat16 and would overflow. The tiny autoencoder is published in float16.
+    trained in bfloat16 and would overflow. The tiny autoencoder is published in float16. A processor without
+    convolutions of its own for bfloat16 gets autoencoders in float32: the way round is 100 times slower there, and
+    takes several times the memory.
     """
     if part.kind == "tiny autoencoder":
         return torch.float32 if device.type == "cpu" else torch.float16
+    if part.kind == "autoencoder" and device.type == "cpu" and not convolves_bfloat16():
+        return torch.float32
     if name == "auto":
         whole = part if part.kind == "text" or checkpoint is None else checkpoint.flow
         if device.type == "cpu" and whole.size < LARGE:
@@ -56,6 +60,11 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
     if name == "float16" and part.kind != "flow":
         name = "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def convolves_bfloat16() -> bool:
+    """Whether this machine's processor has fast convolutions in bfloat16 (AVX-512, say)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_storage(quantize: str, device: torch.device, part: Part) -> Storage:

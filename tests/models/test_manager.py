@@ -19,7 +19,7 @@ from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, TinyP
 from flux2_studio.engine.quantize import QuantizedLinear
 from flux2_studio.engine.weights import open_autoencoder, open_transformer
 from flux2_studio.errors import DeviceError, OutOfMemory, WeightsError
-from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage
+from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage, convolves_bfloat16
 from flux2_studio.models.hub import Hub, PartFiles, Progress
 from flux2_studio.models.manager import ModelManager, Session
 from flux2_studio.models.opened import check_fit
@@ -286,6 +286,10 @@ def test_precision() -> None:
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.flow) is torch.float16
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.text) is torch.bfloat16
     assert choose_dtype("float32", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.float32
+    natively = torch.bfloat16 if convolves_bfloat16() else torch.float32
+    assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.autoencoder) is natively
+    assert choose_dtype("bfloat16", CPU, KLEIN_4B, KLEIN_4B.autoencoder) is natively
+    assert choose_dtype("bfloat16", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.bfloat16
     # A text encoder is the same for whoever shares it: a small file of one's own, or a prompt that is enriched.
     few_bits = replace(KLEIN_4B, flow=replace(KLEIN_4B.flow, size=GB))
     assert choose_dtype("auto", CPU, few_bits, few_bits.flow) is torch.float32
