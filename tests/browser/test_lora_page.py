@@ -111,11 +111,11 @@ def test_two_with_their_weights_are_in_the_file(folder: Path, page: Page, app: A
         slider.press("ArrowLeft")
     expect(row(page, "styles/grain").locator("input[type=number]")).to_have_value("0.5")
     made = draw(page, app)
-    expect(page.locator("#notices li")).to_have_count(2)
-    written = metadata.read(made)
+    expect(page.locator("#notices li").filter(has_text="tensors fit")).to_have_count(2)
+    written = metadata.read(made.read_bytes()).record
     assert written is not None
-    assert [(lora["name"], lora["weight"]) for lora in written["loras"]] == [("ink", 1), ("styles/grain", 0.5)]
-    assert all(len(lora["sha256"]) == 64 for lora in written["loras"])
+    assert [(lora.name, lora.weight) for lora in written.request.loras] == [("ink", 1), ("styles/grain", 0.5)]
+    assert all(len(sha256) == 64 for sha256 in written.loras)
     expect(page.locator("#json")).to_contain_text("styles/grain")
     told = json.loads("".join(page.locator("#json .cm-line").all_inner_texts()))
     assert told["loras"][1] == {"name": "styles/grain", "weight": 0.5}
