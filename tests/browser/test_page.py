@@ -172,7 +172,7 @@ def test_picking_one_of_several_downloads_that_one(page: Page, app: App, tmp_pat
 def test_stop_ends_the_run(page: Page, app: App) -> None:
     before = len(app.pictures())
     write(page, "generate", "a 3D owl")
-    set_size(page, "generate", 320, 320)
+    set_size(page, "generate", 256, 256)
     set_count(page, "generate", 16)
     run(page, "generate")
     expect(page.locator("#preview img")).to_be_visible()
@@ -188,7 +188,7 @@ def test_stop_ends_the_run(page: Page, app: App) -> None:
 def test_second_tab_waits_its_turn(open_page: Callable[[], Page]) -> None:
     first, second = open_page(), open_page()
     write(first, "generate", "a house")
-    set_size(first, "generate", 320, 320)
+    set_size(first, "generate", 256, 256)
     set_count(first, "generate", 16)
     run(first, "generate")
     expect(first.locator("#preview img")).to_be_visible()
@@ -203,7 +203,7 @@ def test_a_closed_tab_loses_nothing(open_page: Callable[[], Page], app: App) -> 
     before = len(app.pictures())
     first = open_page()
     write(first, "generate", "a sunflower")
-    set_size(first, "generate", 320, 320)
+    set_size(first, "generate", 256, 256)
     set_count(first, "generate", 2)
     run(first, "generate")
     expect(first.locator("#preview img")).to_be_visible()
@@ -213,7 +213,7 @@ def test_a_closed_tab_loses_nothing(open_page: Callable[[], Page], app: App) -> 
     run(second, "generate")
     expect_finished(second)
     sizes = sorted(Image.open(path).size for path in app.pictures()[before:])
-    assert sizes == [(128, 128), (320, 320), (320, 320)]
+    assert sizes == [(128, 128), (256, 256), (256, 256)]
     assert "Traceback" not in app.log.read_text()
 
 
