@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import queue
 import re
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
@@ -379,38 +381,47 @@ class OpenRouter:
 def _driven(pieces: AsyncGenerator[str, None], cancelled: Callable[[], bool]) -> Generator[str, None, None]:
     """`pieces`, each as soon as it is there, and "" now and then while it is not; it ends once `cancelled`.
 
-    The event loop runs only while we are asked for a piece. So no thread is left behind, and whatever goes on ends at
-    once, connection included, when nobody wants it any more.
+    The event loop runs in a thread of its own, for the caller's may run one already (a notebook's does). However this
+    ends, what goes on ends at once, connection included, and the thread with it.
     """
+    arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None is the last
     loop = asyncio.new_event_loop()
-    step: asyncio.Task[str | None] | None = None
 
-    async def following() -> str | None:
-        return await anext(pieces, None)
+    async def follow() -> None:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                arrived.put(piece)
 
-    async def leave() -> None:
-        if step is not None:
-            step.cancel()
-            await asyncio.wait({step})
-        await pieces.aclose()
-        await asyncio.sleep(0)  # generators of the package's that nobody holds any more get a task each to close them
-        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(rest, timeout=POLL)
+    following = loop.create_task(follow())
 
+    def run() -> None:
+        try:
+            loop.run_until_complete(asyncio.wait({following}))
+            # Generators of the package's that nobody holds any more get a task each to close them.
+            loop.run_until_complete(asyncio.sleep(0))
+            if rest := asyncio.all_tasks(loop):
+                loop.run_until_complete(asyncio.wait(rest, timeout=POLL))
+        finally:
+            loop.close()
+            arrived.put(None)
+
+    thread = threading.Thread(target=run, name="upsampling", daemon=True)
+    thread.start()
     try:
         while not cancelled():
-            step = step or loop.create_task(following())
-            loop.run_until_complete(asyncio.wait({step}, timeout=POLL))
-            if not step.done():
-                yield ""
-                continue
-            piece, step = step.result(), None
+            try:
+                piece = arrived.get(timeout=POLL)
+            except queue.Empty:
+                piece = ""
             if piece is None:
-                return
+                break
             yield piece
     finally:
-        loop.run_until_complete(leave())
-        loop.close()
+        with suppress(RuntimeError):  # closed by now: there is nothing to end
+            loop.call_soon_threadsafe(following.cancel)
+        thread.join()
+    if not following.cancelled():
+        following.result()  # or what it failed with
 
 
 def _read(chunk: Any) -> tuple[str, str | None]:

@@ -448,6 +448,17 @@ def test_each_piece_may_be_asked_for_by_another_thread() -> None:
     assert "".join(got) == PROMPT
 
 
+def test_whoever_asks_may_run_an_event_loop() -> None:
+    """As a notebook does."""
+
+    async def ask(server: FakeOpenAI) -> str:
+        return "".join(upsample(router(server), "a fox", seed=1))
+
+    with FakeOpenAI(says("A red fox", " sleeps on", " a mossy log.")) as server:
+        assert asyncio.run(ask(server)) == PROMPT
+    assert "upsampling" not in [thread.name for thread in threading.enumerate()]
+
+
 # --- stopping ---
 
 

@@ -229,20 +229,23 @@ def _look(data: bytes, name: str, messages: Sequence[Message]) -> _Seen:
             problem="The picture cannot be decoded here: it is damaged or incomplete, or of a rare kind.",
             watermark_problem="The pixels cannot be read.",
         )
-    mark, why = _mark(pixels, messages)
+    mark, why = _mark(pixels, (width, height), messages)
     return _Seen(format=format, width=width, height=height, watermark=mark, watermark_problem=why)
 
 
-def _mark(pixels: Image.Image, messages: Sequence[Message]) -> tuple[Detection | None, str | None]:
-    """Which of `messages` the pixels come closest to saying, or why that cannot be told."""
+def _mark(
+    pixels: Image.Image, size: tuple[int, int], messages: Sequence[Message]
+) -> tuple[Detection | None, str | None]:
+    """Which of `messages` the pixels come closest to saying, or why that cannot be told. size: of the whole picture, of
+    which `pixels` may be the upper part."""
     if min(pixels.size) < watermark.SIDE or pixels.width * watermark.SIDE > watermark.READ:
-        return None, f"{pixels.width} x {pixels.height} pixels is no shape in which one is looked for."
+        return None, f"{size[0]} x {size[1]} pixels is no shape in which one is looked for."
     try:
         read = [found for message in messages if (found := watermark.detect(pixels, message)) is not None]
     except StudioError as error:
         return None, str(error)
     if not read:
-        return None, f"{pixels.width} x {pixels.height} pixels are too few to hold one."
+        return None, f"{size[0]} x {size[1]} pixels are too few to hold one."
     return min(read, key=lambda found: found.chance), None
 
 

@@ -60,6 +60,18 @@ def choose_checkpoint(page: Page, label: str) -> None:
     page.get_by_role("option", name=label, exact=True).click()
 
 
+def run_for_long(page: Page) -> None:
+    """Start a run of many quick steps: on no machine is it over before there was time to stop it."""
+    choose_checkpoint(page, "Nano Base (a toy, on board)")
+    steps = page.locator("#generate .steps input[type=number]")
+    expect(steps).to_have_value("20")  # the form is laid out for it
+    set_number(steps, 100)
+    write(page, "generate", "a 3D owl")
+    set_size(page, "generate", 256, 256)
+    set_count(page, "generate", 16)
+    run(page, "generate")
+
+
 def hand_over(page: Page, event: str, name: str) -> None:
     """Paste or drop a picture of 96 x 64, anywhere on the page."""
     page.evaluate(
@@ -171,10 +183,7 @@ def test_picking_one_of_several_downloads_that_one(page: Page, app: App, tmp_pat
 
 def test_stop_ends_the_run(page: Page, app: App) -> None:
     before = len(app.pictures())
-    write(page, "generate", "a 3D owl")
-    set_size(page, "generate", 256, 256)
-    set_count(page, "generate", 16)
-    run(page, "generate")
+    run_for_long(page)
     expect(page.locator("#preview img")).to_be_visible()
     page.locator("#stop").click()
     expect(page.locator("#progress")).to_contain_text("Stopped")
@@ -187,10 +196,7 @@ def test_stop_ends_the_run(page: Page, app: App) -> None:
 
 def test_second_tab_waits_its_turn(open_page: Callable[[], Page]) -> None:
     first, second = open_page(), open_page()
-    write(first, "generate", "a house")
-    set_size(first, "generate", 256, 256)
-    set_count(first, "generate", 16)
-    run(first, "generate")
+    run_for_long(first)
     expect(first.locator("#preview img")).to_be_visible()
     write(second, "generate", "a lemon")
     run(second, "generate")

@@ -142,7 +142,8 @@ class Page:
     def request(self, name: str, update: Mapping[Any, Any]) -> Request:
         """What form `name` asks for, once it shows `update` and its button is pressed."""
         form = self.form(name)
-        shown = {key: value_of(update[component]) for key, component in form.fields.items()}
+        # What the update leaves alone stays as the page shows it.
+        shown = {key: value_of(update.get(component, component)) for key, component in form.fields.items()}
         untouched = {key: component.value for key, component in form.upsampling.inputs.items()}
         by = {"upsample_by": value_of(update[form.upsampling.by])}
         references = {"references": shown["references"]} if "references" in shown else {}
@@ -153,6 +154,11 @@ class Page:
             laid_out_for=value_of(update[form.laid_out_for]),
             aspect=value_of(update[form.aspect]),
         )
+
+
+def as_the_page_has_it(request: Request) -> Request:
+    """`request` with what its file says of itself as a new page has it: restoring leaves that alone."""
+    return replace(request, metadata=True, sign=True, sign_prompt=False)
 
 
 def value_of(update: Any) -> Any:
@@ -297,7 +303,7 @@ def test_restoring_asks_for_the_very_same_run(studio: Studio) -> None:
     page = Page(studio)
     update = page.restore(seen())
     assert update[page.tabs].selected == "generate"
-    assert page.request("generate", update) == REQUEST
+    assert page.request("generate", update) == as_the_page_has_it(REQUEST)
     form = page.form("generate")
     assert update[form.aspect] == fields.FREE and update[form.size_note] == ""
     assert update[form.fields["width"]].visible and update[form.fields["height"]].visible
@@ -317,7 +323,7 @@ def test_restoring_puts_the_references_back(studio: Studio, store: KeptReference
     assert update[page.tabs].selected == name
     asked = page.request(name, update)
     assert [path.stem for path in asked.references] == list(hashes)
-    assert replace(asked, references=()) == run_again(record)
+    assert replace(asked, references=()) == as_the_page_has_it(run_again(record))
     panel = page.form(name).panel
     assert panel is not None and update[panel.refused] == "" and update[panel.filled] is True
 
@@ -354,7 +360,7 @@ def test_a_checkpoint_without_a_negative_prompt_gets_an_empty_one(studio: Studio
     update = page.restore(seen(record))
     negative = update[page.form("generate").fields["negative_prompt"]]
     assert negative.value == "" and not negative.visible
-    assert page.request("generate", update) == record.request
+    assert page.request("generate", update) == as_the_page_has_it(record.request)
 
 
 @pytest.mark.parametrize("nothing", [None, seen(None)])
