@@ -23,6 +23,7 @@ from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
 from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, tabs
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def build(
     settings = studio.settings
     default = settings.checkpoint(None)
     examples = Examples.load(settings.assets / "examples")
-    with gr.Blocks(
+    with Page(
         title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, UPLOADS_KEPT), fill_width=True
     ) as page:
         gr.HTML(f'{TITLE}<p id="policy">{escape(studio.guard.meaning)}</p>', elem_id="title")

@@ -181,6 +181,19 @@ def test_picking_one_of_several_downloads_that_one(page: Page, app: App, tmp_pat
     assert seeds[1] in download.value.suggested_filename
 
 
+def test_a_busy_browser_misses_nothing(page: Page) -> None:
+    """All that a run tells comes at once to a browser that had other things to do."""
+    write(page, "generate", "a strawberry")
+    page.evaluate("""() => {
+        document.querySelector('#generate .run').click();
+        setTimeout(() => { const end = performance.now() + 8000; while (performance.now() < end); }, 50);
+    }""")
+    expect_finished(page)
+    expect(page.locator("#download")).to_be_visible()
+    assert settings(page)["Prompt"] == "a strawberry"
+    expect(page.locator("#stop")).to_be_hidden()
+
+
 def test_stop_ends_the_run(page: Page, app: App) -> None:
     before = len(app.pictures())
     run_for_long(page)
