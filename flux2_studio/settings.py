@@ -138,6 +138,11 @@ class Settings:
         return self.home / "outputs"
 
     @property
+    def database(self) -> Path:
+        """The file in which jobs and history are kept."""
+        return self.home / "studio.sqlite3"
+
+    @property
     def references(self) -> Path:
         """The folder where references are kept, so that pictures made from them can be made again."""
         return self.home / "references"

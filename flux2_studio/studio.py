@@ -61,10 +61,10 @@ from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.finish import Finisher
 from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.save import Library
 from flux2_studio.outputs.watermark import PUBLISHED, Message
 from flux2_studio.pictures import images_from_pixels
+from flux2_studio.record import Record
 from flux2_studio.references import fit, fit_note, load_reference
 from flux2_studio.request import Request, Upsampling, changes
 from flux2_studio.safety.guard import Guard
@@ -404,7 +404,7 @@ class Studio:
             told = (*told, f"The picture is not signed. {error}")
         path = self._library.save(file.data, request)
         finished.keep(path, request.seed, [*told, *file.notes], file.provenance)
-        yield Saved(index=index, image=path, seed=request.seed)
+        yield Saved(index=index, image=path, seed=request.seed, record=record)
 
     def _record(self, run: Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
         upsampled = run.upsampled

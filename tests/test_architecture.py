@@ -15,7 +15,7 @@ PACKAGE = "flux2_studio"
 SOURCES = [ROOT / "app.py", *sorted((ROOT / PACKAGE).rglob("*.py"))]
 
 # Anyone may import these; they import only each other, and the plain sizes in engine/params.
-FOUNDATION = {"__init__", "errors", "events", "request", "checkpoints", "settings"}
+FOUNDATION = {"__init__", "errors", "events", "record", "request", "checkpoints", "settings"}
 # Everything else, from the bottom up: a module imports only what stands before it, or its own package.
 LAYERS = [
     {"engine"},

@@ -14,8 +14,8 @@ from PIL import Image
 
 from flux2_studio.outputs import metadata, watermark
 from flux2_studio.outputs.credentials import Signer, Source
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.record import Record
 from flux2_studio.request import Request
 
 

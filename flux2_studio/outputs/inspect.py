@@ -23,8 +23,8 @@ from flux2_studio.outputs import metadata, watermark
 from flux2_studio.outputs.credentials import MAX_BYTES, Signer
 from flux2_studio.outputs.credentials_report import Credentials, unreadable
 from flux2_studio.outputs.metadata import Found
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.record import Record
 from flux2_studio.references import MAX_PIXELS, opening, shown_name
 
 UNNAMED = "The file"

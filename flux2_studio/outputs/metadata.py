@@ -36,7 +36,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flux2_studio import __version__
 from flux2_studio.errors import RequestError
-from flux2_studio.outputs.record import Record
+from flux2_studio.record import Record
 from flux2_studio.request import MAX_COUNT, MAX_NAME, MAX_PROMPT, ImageFormat, Request
 
 SOFTWARE = f"AI generated; flux2-studio {__version__}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from flux2_studio.errors import StudioError
 from flux2_studio.jobs import JobQueue
@@ -25,6 +26,7 @@ from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, tabs
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
+from flux2_studio.ui.visitors import Visitors
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
@@ -187,6 +189,7 @@ def serve(
             pwa=False,
             quiet=True,
             prevent_thread_lock=True,
+            app_kwargs={"middleware": [Middleware(Visitors)]},
         )
     except OSError as error:
         where = f"Port {port}" if port else "Every port from 7860 on"

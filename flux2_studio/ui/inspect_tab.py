@@ -21,8 +21,8 @@ from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.inspect import Inspection, credential_rows, inspect, setting_rows
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.metadata import run_again
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.reference_panel import offer, offered_to, paths

@@ -36,6 +36,7 @@ from flux2_studio.models.shelf import Shelf
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.watermark import PUBLISHED
+from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.settings import Settings
@@ -318,7 +319,8 @@ def test_view_forgets_what_is_withheld(stage: tabs.Stage, view: handlers.RunView
 def test_view_of_a_run_that_fails_late_shows_what_was_saved(
     stage: tabs.Stage, view: handlers.RunView, picture: Path
 ) -> None:
-    view.update(Saved(index=0, image=picture, seed=3))
+    record = Record(request=Request(prompt="x"), label="x")
+    view.update(Saved(index=0, image=picture, seed=3, record=record))
     update = view.update(Failed(message="The disk is full."))
     assert update[stage.results] == [str(picture)] and "The disk is full." in update[stage.message]
 
