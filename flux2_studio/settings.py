@@ -167,6 +167,11 @@ class Settings:
         """The folder where users put LoRAs."""
         return self.loras_dir or self.home / "loras"
 
+    @property
+    def wildcards(self) -> Path:
+        """The folder of the lists that prompts may name."""
+        return self.home / "wildcards"
+
     def prepare_process(self) -> None:
         """Set what libraries read from the environment, where the user has not; call it before torch is imported.
 

@@ -26,6 +26,7 @@ LAYERS = [
     {"enrichment", "drawing"},
     {"studio", "encode_server"},
     {"jobs"},
+    {"explore"},
     {"ui"},
     {"terminal"},
     {"cli_models", "cli_inspect"},

@@ -18,11 +18,13 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from flux2_studio.errors import StudioError
+from flux2_studio.explore.running import Explorations
+from flux2_studio.explore.variants import Wildcards
 from flux2_studio.jobs import JobQueue
 from flux2_studio.models.shelf import Shelf
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, tabs
+from flux2_studio.ui import explore_tab, fields, handlers, inspect_tab, models_tab, tabs
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
@@ -99,6 +101,7 @@ def build(
                     forms = [
                         layout(chosen, default, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)
                     ]
+                    exploring = explore_tab.layout(forms)
                     inspection = inspect_tab.layout()
                     models = models_tab.layout(shelf, needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
@@ -113,6 +116,14 @@ def build(
             tabs=tabbed,
             forms=forms,
             stage=stage,
+        )
+        explore_tab.wire(
+            exploring,
+            studio,
+            Explorations(jobs, settings.home / "explorations", settings.outputs / "explore"),
+            Wildcards(settings.wildcards),
+            forms,
+            handlers.read_form,
         )
         models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
         inspect_tab.wire(
