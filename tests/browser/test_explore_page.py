@@ -106,7 +106,7 @@ def test_a_file_and_what_is_wrong_with_it(page: Page, tmp_path: Path) -> None:
     explore(page)
     expect_done(page, 2)
     expect(page.locator("#explore-problem")).to_be_hidden()
-    expect(page.locator("#explore-sheet small")).to_have_text(["a fox", "<b>an owl</b>"])
+    expect(page.locator("#explore-sheet thead th")).to_have_text(["a fox", "<b>an owl</b>"])
 
 
 def test_anothers_exploration_is_not_shown(open_page: Callable[[], Page], browser: Browser, app: App) -> None:
