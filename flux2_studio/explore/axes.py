@@ -17,7 +17,7 @@ LORA = "lora:"  # and its name: that LoRA's weight
 FIELDS: Mapping[str, tuple[str, str]] = {
     "seed": ("Seed", "1, 2, 3 or 1..8"),
     "prompt": ("Prompt", "A prompt a line; {a|b} and __lists__ count"),
-    "words": ("Words in the prompt", "Words of the prompt, then what takes their place: red, green, blue"),
+    "words": ("Prompt words", "Words of the prompt, then what takes their place: red, green, blue"),
     "negative_prompt": ("Negative prompt", "One a line"),
     "steps": ("Steps", "4, 8 or 10..50 by 10"),
     "guidance": ("Guidance", "1.5, 4 or 1..5 by 0.5"),
@@ -107,7 +107,7 @@ def _lines(text: str) -> list[str]:
 
 def _words(parts: Sequence[str]) -> list[Value]:
     if len(parts) < 2 or not parts[0]:
-        raise RequestError("Words in the prompt: write at least two, the first of which the prompt has.")
+        raise RequestError("Prompt words: write at least two, the first of which the prompt has.")
     first = parts[0]
 
     def swap(new: str) -> Callable[[Request], Request]:

@@ -58,7 +58,7 @@ def test_a_grid_with_labels_survives_a_reload(page: Page) -> None:
     write(page, "generate", "a red {fox|owl} on a white background")
     open_tab(page, "Explore")
     page.locator("#explore-kind").get_by_text("Grid", exact=True).click()
-    side(page, "columns", "Words in the prompt", "red, blue, green")
+    side(page, "columns", "Prompt words", "red, blue, green")
     explore(page)
     expect_done(page, 6)
     expect(page.locator("#explore-sheet thead th")).to_have_text(["red", "blue", "green"])
