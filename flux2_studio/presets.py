@@ -19,14 +19,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import PresetError, RequestError
-from flux2_studio.request import Request, round_side, size_for_aspect
+from flux2_studio.request import LoraChoice, Request, round_side, size_for_aspect
 
 FormName = Literal["generate", "edit", "multi"]  # for no reference, for one, for more
 SUBJECT = "{subject}"
@@ -105,7 +105,7 @@ class Preset:
         if not self.template or not self.takes_subject:
             return self.template or None
         # What a user typed may be a template itself, of a preset that they are about to save.
-        said = words.strip().rstrip(".") if SUBJECT not in words else ""
+        said = words.strip() if SUBJECT not in words else ""
         if not (said or self.subject):
             raise PresetError(
                 f"{self.name} needs a subject: write in the prompt what it should be about, and apply it again."
@@ -247,15 +247,17 @@ def _from_dict(read: Mapping[str, Any], examples: Path | None) -> Preset:
     return Preset(**given, picture=examples / picture if examples and picture else None)
 
 
-def applied(preset: Preset, words: str, checkpoint: Checkpoint) -> Applied:
-    """What `preset` sets where `checkpoint` draws (the one that it names, if it does), with `words` as the subject.
+def applied(preset: Preset, words: str, checkpoint: Checkpoint, given: Collection[str] = ()) -> Applied:
+    """What `preset` sets where `checkpoint` draws, with `words` as the subject, but for the fields that are `given`.
 
     What that checkpoint cannot do is left to it and told: fixed steps and guidance, a negative prompt. A size beyond
     it becomes its own, in the same shape. Raises `PresetError` where there is no subject.
     """
-    values = dict(preset.request)
-    if (prompt := preset.prompt(words)) is not None:
+    values = {name: value for name, value in preset.request.items() if name not in given}
+    if "prompt" in values and (prompt := preset.prompt(words)) is not None:
         values["prompt"] = prompt
+    if "loras" in values:
+        values["loras"] = [asdict(LoraChoice(**entry)) for entry in values["loras"]]
     notes = []
     if "width" in values:
         width, height = (round_side(values[side], side) for side in ("width", "height"))
@@ -281,7 +283,8 @@ def applied(preset: Preset, words: str, checkpoint: Checkpoint) -> Applied:
 
 def form_for(references: int) -> FormName:
     """The form that takes so many references."""
-    return get_args(FormName)[min(references, 2)]  # type: ignore[no-any-return]
+    form: FormName = get_args(FormName)[min(references, 2)]
+    return form
 
 
 def holding(
@@ -353,7 +356,7 @@ def _check_request(fields: Any) -> None:
         raise PresetError(f"The prompt is nothing but {SUBJECT}: write what stands around it.")
 
 
-def _no_unknown(read: Mapping[str, Any], known: Sequence[str] | set[str], what: str) -> None:
+def _no_unknown(read: Mapping[str, Any], known: Collection[str], what: str) -> None:
     if unknown := sorted(read.keys() - set(known)):
         raise PresetError(f"{what} has no field {_shown(unknown[0])!r}: leave it out.")
 

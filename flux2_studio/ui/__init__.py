@@ -20,9 +20,12 @@ from starlette.middleware import Middleware
 from flux2_studio.errors import StudioError
 from flux2_studio.jobs import JobQueue
 from flux2_studio.models.shelf import Shelf
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.own_presets import OwnPresets
+from flux2_studio.presets import Presets
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, tabs
+from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, own_preset_panel, preset_panel, tabs
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
@@ -114,6 +117,9 @@ def build(
             forms=forms,
             stage=stage,
         )
+        presets = preset_panel.Shelf(Presets.load(settings.presets), OwnPresets(Database(settings.database)))
+        preset_panel.wire_presets(studio, presets, forms)
+        own_preset_panel.wire_own_presets(studio, presets, forms)
         models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
         inspect_tab.wire(
             inspection,

@@ -39,7 +39,6 @@ REFERENCES: Mapping[str, tuple[str, ...]] = {
     "icon-change": ("penguin",),
     "icon-like": ("penguin", "icon-line"),
     "icon-onto": ("car", "rocket"),
-    "icon-beside": ("fox", "penguin"),
 }
 
 
