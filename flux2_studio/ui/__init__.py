@@ -25,7 +25,7 @@ from flux2_studio.outputs.own_presets import OwnPresets
 from flux2_studio.presets import Presets
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, own_preset_panel, preset_panel, tabs
+from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, own_preset_panel, preset_panel, preset_use, tabs
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
@@ -118,7 +118,7 @@ def build(
             stage=stage,
         )
         presets = preset_panel.Shelf(Presets.load(settings.presets), OwnPresets(Database(settings.database)))
-        preset_panel.wire_presets(studio, presets, forms)
+        preset_use.wire_presets(studio, presets, forms)
         own_preset_panel.wire_own_presets(studio, presets, forms)
         models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
         inspect_tab.wire(

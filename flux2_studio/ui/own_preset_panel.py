@@ -23,12 +23,12 @@ from flux2_studio.presets import HELD, FormName, Preset, holding, read_preset
 from flux2_studio.ui import show
 from flux2_studio.ui.lora_panel import choices
 from flux2_studio.ui.preset_panel import OWN, PARTS, PresetPanel, Shelf, card
+from flux2_studio.ui.tabs import Form
 from flux2_studio.ui.visitors import owner_of
 from flux2_studio.ui.wiring import Update, listen
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
-    from flux2_studio.ui.tabs import Form
 
 TABS: Mapping[FormName, str] = {"generate": "Generate", "edit": "Edit", "multi": "Multi-reference"}
 
