@@ -264,8 +264,8 @@ def applied(preset: Preset, words: str, checkpoint: Checkpoint, given: Collectio
         if width * height > checkpoint.max_pixels:
             fitting = size_for_aspect(width, height, checkpoint.default_pixels)
             notes.append(
-                f"{checkpoint.label} does not draw {width} x {height}: it is {fitting[0]} x {fitting[1]}, the same "
-                f"shape."
+                f"{checkpoint.label} does not draw {width} x {height}: the size is {fitting[0]} x {fitting[1]}, nearly "
+                f"the same shape."
             )
             width, height = fitting
         values |= {"width": width, "height": height}

@@ -38,8 +38,10 @@ class OwnPresets:
     `SaveError` where the database cannot be used.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, most_bytes: int = MAX_TOTAL) -> None:
+        """most_bytes: of all owners' presets together."""
         self._database = database
+        self._most_bytes = most_bytes
 
     def of(self, owner: str, form: str) -> dict[str, Preset]:
         """Those of `owner` for `form` by their ids, in the order of their names."""
@@ -64,7 +66,7 @@ class OwnPresets:
                     raise NameTaken(parse_preset(there["card"]).name)
                 connection.execute("UPDATE own_presets SET card = ? WHERE id = ?", (card, there["id"]))
                 return str(there["id"])
-            _check_room(connection, owner, len(card))
+            self._check_room(connection, owner, len(card))
             id = secrets.token_hex(8)
             connection.execute(
                 "INSERT INTO own_presets (id, owner, form, folded, card) VALUES (?, ?, ?, ?, ?)",
@@ -92,6 +94,14 @@ class OwnPresets:
             connection.execute("DELETE FROM own_presets WHERE id = ?", (id,))
         return preset
 
+    def _check_room(self, connection: sqlite3.Connection, owner: str, size: int) -> None:
+        (count,) = connection.execute("SELECT COUNT(*) FROM own_presets WHERE owner = ?", (owner,)).fetchone()
+        if count >= MAX_EACH:
+            raise PresetError(f"You have {count} presets, the most that are kept: delete one first.")
+        (total,) = connection.execute("SELECT TOTAL(LENGTH(card)) FROM own_presets").fetchone()
+        if total + size > self._most_bytes:
+            raise PresetError("This studio has no room for more presets: export yours as a file instead.")
+
     @contextmanager
     def _opened(self, owner: str) -> Iterator[sqlite3.Connection]:
         if not owner:
@@ -114,12 +124,3 @@ def _named(connection: sqlite3.Connection, owner: str, preset: Preset) -> sqlite
         (owner, preset.form, preset.name.casefold()),
     ).fetchone()
     return row
-
-
-def _check_room(connection: sqlite3.Connection, owner: str, size: int) -> None:
-    (count,) = connection.execute("SELECT COUNT(*) FROM own_presets WHERE owner = ?", (owner,)).fetchone()
-    if count >= MAX_EACH:
-        raise PresetError(f"You have {count} presets, the most that are kept: delete one first.")
-    (total,) = connection.execute("SELECT TOTAL(LENGTH(card)) FROM own_presets").fetchone()
-    if total + size > MAX_TOTAL:
-        raise PresetError("This studio has no room for more presets: export yours as a file instead.")

@@ -71,7 +71,8 @@ def layout() -> PresetPanel:
             apply = gr.Button("Apply", size="sm", min_width=80, interactive=False, elem_classes="preset-apply")
         card = gr.HTML(elem_classes="preset-card")
         said = gr.HTML(elem_classes=["note", "preset-said"])
-        undo = gr.Button("Undo", size="sm", visible=False, elem_classes="preset-undo")
+        with gr.Row(elem_classes="acts"):
+            undo = gr.Button("Undo", size="sm", visible=False, elem_classes="preset-undo")
         with gr.Accordion("Save and share presets", open=False, elem_classes="preset-own") as folded:
             name = gr.Textbox(label="Name", max_lines=1, max_length=60, elem_classes="preset-name")
             parts = gr.CheckboxGroup(
