@@ -154,7 +154,7 @@ def card(preset: Preset) -> str:
     if preset.template:
         before, placeholder, after = preset.template.partition(SUBJECT)
         subject = f"<mark>{escape(preset.subject or 'your words')}</mark>" if placeholder else ""
-        lines.append(f'<p class="template">{escape(before)}{subject}{escape(after)}</p>')
+        lines.append(f'<p class="template" tabindex="0">{escape(before)}{subject}{escape(after)}</p>')
     picture = ""
     if preset.picture is not None:
         data = base64.b64encode(preset.picture.read_bytes()).decode()

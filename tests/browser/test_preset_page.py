@@ -13,7 +13,17 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from flux2_studio.presets import read_preset
 from tests.browser.conftest import PATIENCE, App
 from tests.browser.test_page import EXAMPLES as PICTURES
-from tests.browser.test_page import expect_finished, open_tab, run, set_count, settings, upload, write
+from tests.browser.test_page import (
+    choose_checkpoint,
+    expect_finished,
+    open_tab,
+    run,
+    set_count,
+    set_number,
+    settings,
+    upload,
+    write,
+)
 
 
 @pytest.fixture
@@ -147,6 +157,35 @@ def test_ones_own_are_saved_renamed_handed_on_and_deleted(
     expect(options(again, "Icons ·").first).to_be_visible()
     expect(options(again, "Greens").filter(has_text="Greens")).to_have_count(0)
     expect(options(stranger, "Greens").filter(has_text="Greens")).to_have_count(1)
+
+
+def test_a_preset_brings_its_checkpoint_and_undo_takes_it_back(page: Page) -> None:
+    steps = page.locator("#generate .steps input[type=number]")
+    negative = page.locator("#generate .negative textarea")
+    checkpoint = page.locator("#checkpoint input")
+    choose_checkpoint(page, "Nano Base (a toy, on board)")
+    expect(steps).to_have_value("20")
+    set_number(steps, 7)
+    negative.fill("blur")
+    unfold(page)
+    save(page, "Slow", "a fox")
+    expect(part(page, "told")).to_contain_text("Saved as Slow.")
+    choose_checkpoint(page, "Nano (a toy, on board)")
+    expect(steps).to_have_value("4")
+    expect(negative).to_be_hidden()
+    write(page, "generate", "a lemon")
+    button(page, "apply").click()
+    expect(prompt(page)).to_have_value("a fox")
+    expect(checkpoint).to_have_value("Nano Base (a toy, on board)")
+    expect(steps).to_have_value("7")
+    expect(negative).to_have_value("blur")
+    page.wait_for_timeout(1500)  # what a change of the checkpoint does to other forms must not reach this one
+    expect(steps).to_have_value("7")
+    button(page, "undo").click()
+    expect(prompt(page)).to_have_value("a lemon")
+    expect(checkpoint).to_have_value("Nano (a toy, on board)")
+    expect(steps).to_have_value("4")
+    expect(negative).to_be_hidden()
 
 
 def test_a_file_that_is_no_preset_is_told(page: Page, tmp_path: Path) -> None:
