@@ -52,6 +52,7 @@ PreviewKind = Literal["tiny", "linear", "off"]
 Safety = Literal["auto", "on", "warn", "off"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+PRESETS = ASSETS.parent / "presets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Settings:
 
     home: Path
     assets: Path = ASSETS
+    presets: Path = PRESETS
     checkpoints: tuple[Checkpoint, ...] = CHECKPOINTS
     default_checkpoint: str = "nano"
     checkpoints_dir: Path | None = None  # whose files `models.own` adds to `checkpoints`

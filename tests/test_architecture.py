@@ -20,7 +20,7 @@ FOUNDATION = {"__init__", "errors", "events", "record", "request", "checkpoints"
 LAYERS = [
     {"engine"},
     {"answers"},
-    {"references", "pictures", "prompts", "chat_server"},
+    {"references", "pictures", "prompts", "chat_server", "presets"},
     {"models", "outputs", "safety", "upsample"},
     {"working"},
     {"enrichment", "drawing"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"explore"},
     {"ui"},
     {"terminal"},
-    {"cli_models", "cli_inspect"},
+    {"cli_models", "cli_inspect", "cli_presets"},
     {"cli"},
     {"__main__", "app"},
 ]
@@ -41,6 +41,8 @@ LIGHT = [
     "settings",
     "jobs",
     "references",
+    "presets",
+    "outputs.own_presets",
     "safety.guard",
     "upsample",
     "cli",

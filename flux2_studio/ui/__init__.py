@@ -22,9 +22,22 @@ from flux2_studio.explore.running import Explorations
 from flux2_studio.explore.variants import Wildcards
 from flux2_studio.jobs import JobQueue
 from flux2_studio.models.shelf import Shelf
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.own_presets import OwnPresets
+from flux2_studio.presets import Presets
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
-from flux2_studio.ui import explore_tab, fields, handlers, inspect_tab, models_tab, tabs
+from flux2_studio.ui import (
+    explore_tab,
+    fields,
+    handlers,
+    inspect_tab,
+    models_tab,
+    own_preset_panel,
+    preset_panel,
+    preset_use,
+    tabs,
+)
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
@@ -125,6 +138,9 @@ def build(
             forms,
             handlers.read_form,
         )
+        presets = preset_panel.Shelf(Presets.load(settings.presets), OwnPresets(Database(settings.database)))
+        preset_use.wire_presets(studio, presets, forms)
+        own_preset_panel.wire_own_presets(studio, presets, forms)
         models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
         inspect_tab.wire(
             inspection,

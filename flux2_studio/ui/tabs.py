@@ -14,8 +14,9 @@ import gradio as gr
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.prompts import Mode, instructions
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields
+from flux2_studio.ui import fields, preset_panel
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.preset_panel import PresetPanel
 from flux2_studio.upsample import REMOTE_MODELS
 
 UPSAMPLING = "Enrich the prompt"
@@ -37,6 +38,7 @@ class Form:
     roll: gr.Button
     aspect: gr.Radio
     size_note: gr.HTML
+    presets: PresetPanel
     fit: gr.HTML  # how the request will fit into memory
     laid_out_for: gr.Textbox  # hidden: the checkpoint whose ranges and defaults the fields show
     examples: gr.Dataset
@@ -133,12 +135,14 @@ class Stage:
 
 def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Generate", id="generate", elem_id="generate", elem_classes="sheet"):
+        presets = preset_panel.layout()
         return _form(
             "generate",
             chosen,
             checkpoint,
             examples,
             settings,
+            presets=presets,
             prompt=fields.prompt("Prompt", "What should the picture show?"),
             run="Generate",
         )
@@ -146,6 +150,7 @@ def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, se
 
 def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Edit", id="edit", elem_id="edit", elem_classes="sheet"):
+        presets = preset_panel.layout()
         references = fields.references("Picture to edit: drop, paste or choose one", columns=1)
         return _form(
             "edit",
@@ -153,6 +158,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settin
             checkpoint,
             examples,
             settings,
+            presets=presets,
             references=references,
             panel=_panel(),
             prompt=fields.prompt("Instruction", "What should change? Say also what must stay."),
@@ -162,6 +168,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settin
 
 def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Multi-reference", id="multi", elem_id="multi", elem_classes="sheet"):
+        presets = preset_panel.layout()
         references = fields.references(f"Up to {checkpoint.max_references} pictures: drop, paste or choose", columns=5)
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
@@ -186,6 +193,7 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
             checkpoint,
             examples,
             settings,
+            presets=presets,
             references=references,
             panel=_panel(tools),
             prompt=fields.prompt("Instruction", 'Call the pictures "image 1", "image 2" and so on.'),
@@ -209,6 +217,7 @@ def _form(
     examples: Examples,
     settings: Settings,
     *,
+    presets: PresetPanel,
     prompt: gr.Textbox,
     run: str,
     references: gr.Gallery | None = None,
@@ -253,6 +262,7 @@ def _form(
         roll=roll,
         aspect=aspect,
         size_note=size_note,
+        presets=presets,
         fit=fit,
         laid_out_for=gr.Textbox(checkpoint.name, visible=False),
         examples=samples,
