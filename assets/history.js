@@ -120,7 +120,7 @@
           make('p', {}, 'Make the first one on the Generate tab. Each stays with all its settings, to be found, '
             + 'reused and varied.')]));
     }
-    part('.filters').hidden = !all;
+    part('.filters').hidden = part('.bar').hidden = !all;
     const trash = part('.trash');
     trash.hidden = !trashed.length;
     trash.querySelector('span').textContent = trashed.length === 1
@@ -398,7 +398,7 @@
       if (!seen.at(-1).isIntersecting) return;
       if (first) load(); else refresh();
       first = false;
-    }).observe(part('.bar'));
+    }).observe(part('.history'));
   };
   const seen = () => root?.isConnected && root.offsetParent && document.visibilityState === 'visible';
   setInterval(() => { if (seen()) refresh(); }, POLL);

@@ -107,7 +107,7 @@ class Owned:
 
 def layout() -> HistoryTab:
     with gr.Tab("History", id="history", elem_id="history", elem_classes="sheet"):
-        gr.HTML(MARKUP, elem_id="history-root")
+        gr.HTML(MARKUP, elem_id="history-root", apply_default_css=False)
         buttons = {
             name: gr.Button(name, visible="hidden", elem_id=f"history-{name}")
             for name in ("edit", "multi", "reuse", "again", "vary")
