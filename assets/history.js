@@ -415,14 +415,14 @@
 
   window.studioHistory = {
     asked: '',
-    // Press the run button of a form that was just filled, as soon as it may be pressed and while its tab is shown.
+    // Press the run button of a form that was just filled, as soon as it may be pressed.
     run: (form) => {
       let visible = false;
       const attempt = () => {
         const button = document.querySelector(`#${form} .run`);
         const there = Boolean(button?.offsetParent);
-        if (there && !button.disabled) { button.click(); return; }
-        if (visible && !there) return;
+        if (button && !button.disabled) { button.click(); return; }
+        if (visible && !there) return;  // somebody waited for another run, and went elsewhere
         visible = there;
         setTimeout(attempt, 150);
       };

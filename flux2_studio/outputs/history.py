@@ -43,9 +43,12 @@ TABLES = (
     """CREATE TABLE IF NOT EXISTS history_pictures (
         id TEXT PRIMARY KEY, owner TEXT NOT NULL, job TEXT NOT NULL, path TEXT NOT NULL, created INTEGER NOT NULL,
         width INTEGER NOT NULL, height INTEGER NOT NULL, seed INTEGER NOT NULL, checkpoint TEXT NOT NULL,
-        label TEXT NOT NULL, prompt TEXT NOT NULL, folded TEXT NOT NULL, record TEXT NOT NULL, sha256 TEXT NOT NULL,
+        label TEXT NOT NULL, prompt TEXT NOT NULL, folded TEXT NOT NULL, sha256 TEXT NOT NULL,
         favourite INTEGER NOT NULL DEFAULT 0, deleted INTEGER)""",
-    "CREATE INDEX IF NOT EXISTS history_newest ON history_pictures (owner, created DESC, id DESC)",
+    # Apart, for a search goes through all the rows above.
+    "CREATE TABLE IF NOT EXISTS history_records (picture TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS history_newest ON history_pictures (owner, deleted, created DESC, id DESC)",
+    "CREATE INDEX IF NOT EXISTS history_checkpoints ON history_pictures (owner, deleted, checkpoint, label)",
     "CREATE INDEX IF NOT EXISTS history_by_hash ON history_pictures (owner, sha256)",
     "CREATE INDEX IF NOT EXISTS history_deleted ON history_pictures (deleted) WHERE deleted IS NOT NULL",
     """CREATE TABLE IF NOT EXISTS history_sources (
@@ -116,6 +119,19 @@ class Page:
     more: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """What the history shows when it is opened, or searched anew: the first page, how many pictures were found and how
+    many there are, the ids of those in the trash (last deleted first, as many as can be brought back at once), and the
+    (name, label) of every checkpoint that there are pictures of."""
+
+    page: Page
+    found: int
+    all: int
+    trashed: tuple[str, ...]
+    checkpoints: tuple[tuple[str, str], ...]
+
+
 def fold(text: str) -> str:
     """`text` as it is searched: the same for upper and lower case, and for the several spellings of one character."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -162,7 +178,7 @@ class History:
         with self._changing() as connection:
             connection.execute(
                 "INSERT INTO history_pictures (id, owner, job, path, created, width, height, seed, checkpoint, label, "
-                "prompt, folded, record, sha256) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "prompt, folded, sha256) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     id_,
                     owner,
@@ -176,10 +192,10 @@ class History:
                     record.label,
                     request.prompt,
                     fold(searched),
-                    json.dumps(as_dict(record)),
                     sha256,
                 ),
             )
+            connection.execute("INSERT INTO history_records VALUES (?, ?)", (id_, json.dumps(as_dict(record))))
             connection.executemany(
                 "INSERT INTO history_sources (picture, place, sha256) VALUES (?, ?, ?)",
                 [(id_, place, reference) for place, reference in enumerate(record.references)],
@@ -205,30 +221,42 @@ class History:
         entries = tuple(map(self._entry, rows[:limit]))
         return Page(entries=entries, more=entries[-1].cursor if len(rows) > limit else None)
 
-    def count(self, owner: str, search: Search | None = None) -> int:
-        """How many pictures `search` finds."""
+    def opening(self, owner: str, search: Search | None = None, limit: int = PAGE) -> Opening:
+        """What is shown first: all of it as it was at one moment."""
         where, values = _condition(owner, search or Search())
+        limit = max(1, min(MOST, limit))
         with self._reading() as connection:
-            return int(connection.execute(f"SELECT count(*) FROM history_pictures WHERE {where}", values).fetchone()[0])
-
-    def checkpoints(self, owner: str) -> list[tuple[str, str]]:
-        """The (name, label) of every checkpoint that `owner` has pictures of."""
-        with self._reading() as connection:
-            rows = connection.execute(
+            # One pass gives the page and the count.
+            found = connection.execute(
+                f"SELECT id FROM history_pictures WHERE {where} ORDER BY created DESC, id DESC", values
+            ).fetchall()
+            rows = _rows(connection, owner, [row["id"] for row in found[:limit]], SHORT)
+            (everything,) = connection.execute(
+                "SELECT count(*) FROM history_pictures WHERE owner = ? AND deleted IS NULL", (owner,)
+            ).fetchone()
+            trashed = connection.execute(
+                "SELECT id FROM history_pictures WHERE owner = ? AND deleted IS NOT NULL ORDER BY deleted DESC LIMIT ?",
+                (owner, MOST),
+            ).fetchall()
+            checkpoints = connection.execute(
                 "SELECT checkpoint, max(label) FROM history_pictures WHERE owner = ? AND deleted IS NULL "
                 "GROUP BY checkpoint ORDER BY max(label)",
                 (owner,),
-            )
-            return [(name, label) for name, label in rows]
+            ).fetchall()
+        entries = tuple(map(self._entry, rows))
+        return Opening(
+            page=Page(entries=entries, more=entries[-1].cursor if len(found) > limit else None),
+            found=len(found),
+            all=everything,
+            trashed=tuple(row["id"] for row in trashed),
+            checkpoints=tuple((name, label) for name, label in checkpoints),
+        )
 
-    def trashed(self, owner: str) -> list[str]:
-        """The ids of `owner`'s pictures in the trash, last deleted first, as many as can be brought back at once."""
+    def located(self, owner: str, id_: str) -> tuple[Entry, Path | None] | None:
+        """`owner`'s picture `id_` and its file, None where that is gone; None where there is no such picture."""
         with self._reading() as connection:
-            rows = connection.execute(
-                "SELECT id FROM history_pictures WHERE deleted IS NOT NULL AND owner = ? ORDER BY deleted DESC LIMIT ?",
-                (owner, MOST),
-            )
-            return [row["id"] for row in rows]
+            rows = _rows(connection, owner, [id_], SHORT)
+        return (self._entry(rows[0]), self._file(rows[0])) if rows else None
 
     def find(self, owner: str, ids: Iterable[str]) -> list[Entry]:
         """Those of `ids` that are `owner`'s pictures, in that order."""
@@ -238,9 +266,10 @@ class History:
     def details(self, owner: str, id_: str) -> Details | None:
         """All that is known of `owner`'s picture `id_`; None where there is none."""
         with self._reading() as connection:
-            rows = _rows(connection, owner, [id_], f"{SHORT}, record, sha256")
+            rows = _rows(connection, owner, [id_], f"{SHORT}, sha256")
             if not rows:
                 return None
+            (written,) = connection.execute("SELECT record FROM history_records WHERE picture = ?", (id_,)).fetchone()
             sources = [
                 Source(sha256=sha256, picture=self._by_hash(connection, owner, sha256))
                 for (sha256,) in connection.execute(
@@ -253,7 +282,7 @@ class History:
                 (owner, rows[0]["sha256"], MOST),
             ).fetchall()
         try:
-            record = from_json(rows[0]["record"])
+            record = from_json(written)
         except RequestError:  # written by a later version: the rest is shown all the same
             record = None
         return Details(
@@ -322,7 +351,10 @@ class History:
 
     def purge(self) -> int:
         """Really remove what was deleted more than a day ago. Returns how many pictures that were."""
-        return self._remove("deleted < ?", self._moment() - DAY * 10**6)
+        latest = self._moment() - DAY * 10**6
+        with self._reading() as connection:  # which waits for nobody: usually there is nothing to do
+            due = connection.execute("SELECT 1 FROM history_pictures WHERE deleted < ? LIMIT 1", (latest,)).fetchone()
+        return self._remove("deleted < ?", latest) if due else 0
 
     def _remove(self, where: str, value: str | int) -> int:
         with self._changing() as connection:
@@ -340,6 +372,7 @@ class History:
                         ) from error
             gone = [(row["id"],) for row in rows]
             connection.executemany("DELETE FROM history_sources WHERE picture = ?", gone)
+            connection.executemany("DELETE FROM history_records WHERE picture = ?", gone)
             connection.executemany("DELETE FROM history_pictures WHERE id = ?", gone)
         return len(rows)
 

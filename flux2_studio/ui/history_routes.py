@@ -25,7 +25,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from flux2_studio.errors import ReferenceImageError, RequestError, StudioError
-from flux2_studio.outputs.history import MOST, PAGE, Details, Entry, History, Search
+from flux2_studio.outputs.history import MOST, PAGE, Details, Entry, History, Page, Search
 from flux2_studio.outputs.inspect import setting_rows
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.thumbnails import Thumbnails, read_saved
@@ -79,19 +79,20 @@ class HistoryRoutes:
 
     def _page(self, owner: str, request: WebRequest, body: Any) -> Response:
         query = request.query_params
-        search = _search(query)
-        before = query.get("before")
-        answer: dict[str, Any] = {}
-        if before is None:  # the history is opened, or searched
-            self._history.purge()
-            answer = {
-                "count": self._history.count(owner, search),
-                "all": self._history.count(owner),
-                "trashed": self._history.trashed(owner),
-                "checkpoints": [{"name": name, "label": label} for name, label in self._history.checkpoints(owner)],
+        search, before, limit = _search(query), query.get("before"), _number(query, "limit") or PAGE
+        if before is not None:
+            return _json(_list(self._history.page(owner, search, before, limit)))
+        self._history.purge()
+        opening = self._history.opening(owner, search, limit)
+        return _json(
+            {
+                **_list(opening.page),
+                "count": opening.found,
+                "all": opening.all,
+                "trashed": opening.trashed,
+                "checkpoints": [{"name": name, "label": label} for name, label in opening.checkpoints],
             }
-        page = self._history.page(owner, search, before, _number(query, "limit") or PAGE)
-        return _json({**answer, "entries": [_entry(it) for it in page.entries], "more": page.more})
+        )
 
     def _details(self, owner: str, request: WebRequest, body: Any) -> Response:
         details = self._known(owner, request)
@@ -188,13 +189,13 @@ class HistoryRoutes:
 
     def _found(self, owner: str, request: WebRequest) -> tuple[Entry, Path]:
         """The picture and its file. Raises `_Refused` for one that is not `owner`'s, or whose file is gone."""
-        entries = self._history.find(owner, [request.path_params["id"]])
-        if not entries:
+        located = self._history.located(owner, request.path_params["id"])
+        if located is None:
             raise _Refused(404, UNKNOWN)
-        path = self._history.file(owner, entries[0].id)
+        entry, path = located
         if path is None:
             raise _Refused(410, GONE)
-        return entries[0], path
+        return entry, path
 
     def _kept_file(self, sha256: str) -> Path | None:
         return self._kept.find(sha256) if self._kept is not None else None
@@ -356,6 +357,10 @@ def _number(query: QueryParams, name: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,14}", value):
         raise _Refused(400, f"{name} must be a whole number.")
     return int(value)
+
+
+def _list(page: Page) -> dict[str, Any]:
+    return {"entries": [_entry(it) for it in page.entries], "more": page.more}
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

@@ -136,12 +136,12 @@ def wire(
 
     def file(id_: str, request: gr.Request) -> Path:
         try:
-            owner = owner_of(request)
-            if not history.find(owner, [str(id_)]):
-                raise gr.Error(UNKNOWN, print_exception=False)
-            path = history.file(owner, str(id_))
+            located = history.located(owner_of(request), str(id_))
         except StudioError as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
+        if located is None:
+            raise gr.Error(UNKNOWN, print_exception=False)
+        _, path = located
         if path is None:
             raise gr.Error(GONE, print_exception=False)
         return path

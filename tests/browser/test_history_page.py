@@ -170,8 +170,8 @@ def test_a_picture_is_varied(filled: Page, app: App) -> None:
     before = app.pictures()
     open_picture(page, "OWL")
     act(page, "vary")
-    expect(page.locator("#progress")).to_contain_text("1 picture in")
-    page.wait_for_function("document.querySelector('#settings td:last-child') !== null")
+    expect(page.locator("#settings")).not_to_contain_text(re.compile(r"Seed\s*12\b"))
+    expect_finished(page)
     open_tab(page, "History")
     expect(tiles(page)).to_have_count(3)
     assert len(app.pictures()) == len(before) + 1

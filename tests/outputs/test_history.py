@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux2_studio.checkpoints import CHECKPOINTS, NANO
+from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
 from flux2_studio.outputs.database import Database
@@ -97,7 +97,8 @@ def test_an_id_cannot_be_guessed_and_is_nobody_elses(studio: Studio) -> None:
     for other in (YOU, "", "browser:m", f"{ME} "):
         assert studio.found(owner=other) == []
         assert history.details(other, id_) is None and history.file(other, id_) is None
-        assert history.find(other, [id_]) == [] and history.checkpoints(other) == []
+        assert history.find(other, [id_]) == [] and history.located(other, id_) is None
+        assert (history.opening(other).all, history.opening(other).checkpoints) == (0, ())
         assert history.favourite(other, [id_], True) == 0
         assert history.delete(other, [id_]) == [] and history.restore(other, [id_]) == []
         assert history.empty_trash(other) == 0
@@ -142,8 +143,10 @@ def test_filters_narrow_down_and_are_counted(studio: Studio) -> None:
     assert studio.found("fox", favourites=True) == [first]
     created = history.find(ME, [second])[0].created
     assert studio.found(since=created) == [third, second] and studio.found(until=created) == [first]
-    assert history.count(ME) == 3 and history.count(ME, Search(words="owl")) == 1
-    assert history.checkpoints(ME) == [("nano", NANO.label), ("nano-base", studio.history.find(ME, [second])[0].label)]
+    opening = history.opening(ME, Search(words="owl"), limit=1)
+    assert (opening.found, opening.all, opening.page.more) == (1, 3, None)
+    assert [name for name, _ in opening.checkpoints] == ["nano", "nano-base"]
+    assert history.opening(ME, limit=2).page == history.page(ME, limit=2)
     assert history.favourite(ME, [first], False) == 1 and studio.found(favourites=True) == [third]
 
 
@@ -194,7 +197,7 @@ def test_undo_brings_a_picture_back_exactly(studio: Studio) -> None:
     data = path.read_bytes()
     assert history.delete(ME, [id_, id_, "nonsense"]) == [id_]
     assert studio.found() == [kept] and history.details(ME, id_) is None and history.file(ME, id_) is None
-    assert not path.exists() and studio.forgotten == [id_] and history.trashed(ME) == [id_]
+    assert not path.exists() and studio.forgotten == [id_] and history.opening(ME).trashed == (id_,)
     assert studio.opened().restore(ME, [id_]) == [id_]
     assert history.details(ME, id_) == before and path.read_bytes() == data
     assert history.restore(ME, [id_]) == []
@@ -207,7 +210,7 @@ def test_deleted_pictures_are_really_removed_after_a_day_or_when_the_trash_is_em
     history.delete(ME, ids[:2])
     history.delete(YOU, [theirs])
     assert history.empty_trash(ME) == 2 and history.restore(ME, ids) == []
-    assert history.trashed(YOU) == [theirs] and len(list((studio.home / "trash").iterdir())) == 1
+    assert history.opening(YOU).trashed == (theirs,) and len(list((studio.home / "trash").iterdir())) == 1
     assert history.purge() == 0
     history.delete(ME, ids[2:])
     studio.clock.seconds += DAY - 2
@@ -245,7 +248,7 @@ def test_a_lost_file_is_a_mark_and_no_error(studio: Studio) -> None:
 def test_a_record_of_a_later_version_is_shown_without(studio: Studio) -> None:
     id_ = studio.add()
     with sqlite3.connect(studio.home / "studio.sqlite3") as connection:
-        connection.execute('UPDATE history_pictures SET record = \'{"request": {}, "checkpoint": {}, "new": 1}\'')
+        connection.execute('UPDATE history_records SET record = \'{"request": {}, "checkpoint": {}, "new": 1}\'')
     connection.close()
     details = studio.history.details(ME, id_)
     assert details is not None and details.record is None and details.entry.prompt == "a fox"
