@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,13 @@ WORDS += ["glass", "copper", "forest", "river", "lantern", "狐狸", "лиса",
 
 
 def fill(history: History, outputs: Path, pictures: int) -> list[str]:
-    """As many pictures as asked, with prompts of 60 words each; their ids. The file is one and the same, linked."""
+    """As many pictures as asked, with prompts of 60 words each; their ids. The first file is a picture as it would be,
+    all others are one small one."""
     chance = random.Random(0)
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE // 8, SIDE // 8, 3), np.uint8)
     image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     outputs.mkdir(parents=True)
-    first: Path | None = None
+    small = outputs / "small.png"
     ids = []
     for number in range(pictures):
         checkpoint = KLEINS[number % len(KLEINS)]
@@ -56,13 +56,12 @@ def fill(history: History, outputs: Path, pictures: int) -> list[str]:
         request = Request(prompt=prompt, width=SIDE, height=SIDE, seed=number).resolve(checkpoint)
         record = Record(request=request, label=checkpoint.label, versions={"torch": "2"}, computed={"device": "cpu"})
         path = outputs / f"{number}.png"
-        if first is None:
-            first = path
+        if number == 0:
             path.write_bytes(encode(image, "png", record).data)
+            small.write_bytes(encode(image.resize((64, 64)), "png", record).data)
         else:
-            path.hardlink_to(first)
-        saved = Saved(index=0, image=path, seed=number, record=replace(record))
-        ids.append(history.add(f"browser:{TOKEN}", "job", saved))
+            path.hardlink_to(small)
+        ids.append(history.add(f"browser:{TOKEN}", "job", Saved(index=0, image=path, seed=number, record=record)))
     return ids
 
 
