@@ -11,6 +11,7 @@
   let more = null;  // the cursor of the next page
   let asking = 0;  // the number of the last question: an older one's answer is not shown
   let loading = false;
+  let changes = 0;  // made here: a list that was asked for before one of them is out of date
   let shown = null;  // the id of the picture that is open
   let deleted = [];  // what Undo would bring back
   let trashed = [];
@@ -173,9 +174,9 @@
   });
   // New pictures at the top, and what was changed or deleted elsewhere, without moving what one looks at.
   const refresh = told(async () => {
-    const mine = asking;
+    const [mine, before] = [asking, changes];
     const page = await ask(`page?${query()}`);
-    if (mine !== asking) return;
+    if (mine !== asking || before !== changes) return;
     const last = page.entries.at(-1);
     if (!last || !entries.length || !find(last.id)) {
       if (JSON.stringify(page.entries) !== JSON.stringify(entries.slice(0, page.entries.length))
@@ -192,9 +193,9 @@
     const grid = part('.grid');
     page.entries.forEach((entry, place) => {
       const old = tileOf(entry.id);
-      const before = find(entry.id);
+      const earlier = find(entry.id);
       if (!old) grid.insertBefore(tile(entry), grid.children[place] ?? null);
-      else if (before.missing !== entry.missing) old.replaceWith(tile(entry));
+      else if (earlier.missing !== entry.missing) old.replaceWith(tile(entry));
       else mark(old, entry);
     });
     entries = [...page.entries, ...entries.slice(reach + 1)];
@@ -270,12 +271,14 @@
 
   const favourite = told(async (id, on) => {
     await ask('favourite', {ids: [id], on});
+    changes += 1;
     const entry = find(id);
     if (entry) { entry.favourite = on; mark(tileOf(id), entry); }
     if (shown === id) hearted(on);
   });
   const remove = told(async (ids) => {
     const gone = (await ask('delete', {ids})).ids;
+    changes += 1;
     const open = part('.viewer').open;
     const place = entries.findIndex((entry) => entry.id === shown);
     for (const id of gone) { tileOf(id)?.remove(); picked.delete(id); }

@@ -346,35 +346,39 @@ class History:
         return [row["id"] for row in rows]
 
     def empty_trash(self, owner: str) -> int:
-        """Really remove what `owner` has deleted. Returns how many pictures that were."""
-        return self._remove("owner = ?", owner)
+        """Really remove what `owner` has deleted. Returns how many pictures that were. Raises `SaveError` where some
+        files cannot be removed, once all others are."""
+        removed, stuck = self._remove("owner = ?", owner)
+        if stuck:
+            raise SaveError(
+                f"{stuck} of the deleted pictures cannot be removed from {self._trash.name}: allow writing there, or "
+                f"remove them yourself."
+            )
+        return removed
 
     def purge(self) -> int:
-        """Really remove what was deleted more than a day ago. Returns how many pictures that were."""
+        """Really remove what was deleted more than a day ago. Returns how many pictures that were; a file that cannot
+        be removed is tried again the next time."""
         latest = self._moment() - DAY * 10**6
         with self._reading() as connection:  # which waits for nobody: usually there is nothing to do
             due = connection.execute("SELECT 1 FROM history_pictures WHERE deleted < ? LIMIT 1", (latest,)).fetchone()
-        return self._remove("deleted < ?", latest) if due else 0
+        return self._remove("deleted < ?", latest)[0] if due else 0
 
-    def _remove(self, where: str, value: str | int) -> int:
+    def _remove(self, where: str, value: str | int) -> tuple[int, int]:
+        """How many deleted pictures were removed, and how many could not be."""
         with self._changing() as connection:
             rows = connection.execute(
                 f"SELECT id, path FROM history_pictures WHERE deleted IS NOT NULL AND {where}", (value,)
             ).fetchall()
+            gone = []
             for row in rows:
-                for place in (self._trashed(row), self._outputs / row["path"]):
-                    try:
+                with suppress(OSError):
+                    for place in (self._trashed(row), self._outputs / row["path"]):
                         place.unlink(missing_ok=True)
-                    except OSError as error:
-                        raise SaveError(
-                            f"The deleted picture {place} cannot be removed ({error.strerror or error}): allow writing "
-                            f"there, or remove it yourself."
-                        ) from error
-            gone = [(row["id"],) for row in rows]
-            connection.executemany("DELETE FROM history_sources WHERE picture = ?", gone)
-            connection.executemany("DELETE FROM history_records WHERE picture = ?", gone)
-            connection.executemany("DELETE FROM history_pictures WHERE id = ?", gone)
-        return len(rows)
+                    gone.append((row["id"],))
+            for table, column in (("sources", "picture"), ("records", "picture"), ("pictures", "id")):
+                connection.executemany(f"DELETE FROM history_{table} WHERE {column} = ?", gone)
+        return len(gone), len(rows) - len(gone)
 
     def _move(self, here: Path, there: Path) -> None:
         """Move a file that may be gone; one on another drive stays. Raises `SaveError` where it cannot be moved."""

@@ -219,6 +219,20 @@ def test_deleted_pictures_are_really_removed_after_a_day_or_when_the_trash_is_em
     assert len(list(studio.home.rglob("*.png"))) == 1
 
 
+def test_a_file_that_cannot_be_removed_keeps_nothing_else(studio: Studio) -> None:
+    stuck, other = studio.add(seed=1), studio.add(seed=2)
+    studio.history.delete(ME, [stuck, other])
+    file = studio.home / "trash" / f"{stuck}.png"
+    file.unlink()
+    file.mkdir()  # what no unlinking removes
+    studio.clock.seconds += DAY
+    assert studio.history.purge() == 1 and studio.history.opening(ME).trashed == (stuck,)
+    with pytest.raises(SaveError, match="1 of the deleted pictures cannot be removed"):
+        studio.history.empty_trash(ME)
+    file.rmdir()
+    assert studio.history.empty_trash(ME) == 1
+
+
 def test_a_process_that_dies_between_row_and_file_loses_nothing(studio: Studio) -> None:
     id_ = studio.add()
     path = studio.history.file(ME, id_)
