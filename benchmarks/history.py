@@ -73,8 +73,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         thumbnails = Thumbnails(home / "thumbnails")
-        history = History(Database(home / "studio.sqlite3"), home / "outputs", home / "trash")
-        ids = fill(history, home / "outputs", options.pictures)
+        database = Database(home / "studio.sqlite3")
+        history = History(database, home / "outputs", home / "trash")
+        with database.reading():  # while somebody reads, not each picture has to reach the disk: it fills faster
+            ids = fill(history, home / "outputs", options.pictures)
         with gr.Blocks() as page:
             gr.HTML()
         routes = HistoryRoutes(history, thumbnails, None).routes()
