@@ -17,8 +17,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from flux2_studio.errors import StudioError, UpsampleError
-from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Status, Stopped, Writing
+from flux2_studio.errors import SaveError, StudioError, UpsampleError
+from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Saved, Status, Stopped, Writing
+from flux2_studio.outputs.history import History
 from flux2_studio.request import Request, changes
 from flux2_studio.upsample import ApiKey
 
@@ -140,10 +141,11 @@ class Preparation(Task):
 
 
 class JobQueue:
-    """Runs jobs one after another in a thread of its own."""
+    """Runs jobs one after another in a thread of its own. history: where their pictures are remembered, if anywhere."""
 
-    def __init__(self, studio: Runner) -> None:
+    def __init__(self, studio: Runner, history: History | None = None) -> None:
         self._studio = studio
+        self._history = history
         self._jobs: dict[str, Job] = {}
         self._running: Task | None = None
         self._waiting: list[Job] = []  # oldest first
@@ -291,6 +293,8 @@ class JobQueue:
     def _run(self, task: Task) -> None:
         try:
             for event in self._events(task):
+                if isinstance(event, Saved):  # before anybody is told: whoever looks then finds it
+                    self._remember(task, event)
                 task.add(event)
             if not task.finished:  # its followers would wait for ever
                 raise RuntimeError("the run ended without a final event")
@@ -300,6 +304,15 @@ class JobQueue:
             # A defect of ours: the log has it whole, the user reads what can be done.
             log.exception("run %s failed", task.id)
             task.add(Failed(message=DEFECT))
+
+    def _remember(self, task: Task, saved: Saved) -> None:
+        """Put the picture into the history. Where that fails, it is on disk all the same, and the run goes on."""
+        if self._history is None:
+            return
+        try:
+            self._history.add(task.owner, task.id, saved)
+        except SaveError as error:
+            task.add(Notice(text=f"The picture is saved as {saved.image.name}, but is not in History. {error}"))
 
     def _events(self, task: Task) -> Iterator[Event]:
         if isinstance(task, Enrichment):

@@ -145,6 +145,16 @@ class Settings:
         return self.home / "studio.sqlite3"
 
     @property
+    def trash(self) -> Path:
+        """The folder where deleted pictures wait for a day: beside `outputs`, so that moving one is a rename."""
+        return self.home / "trash"
+
+    @property
+    def thumbnails(self) -> Path:
+        """The folder of small copies for lists, which are made again where they are missing."""
+        return self.home / "thumbnails"
+
+    @property
     def references(self) -> Path:
         """The folder where references are kept, so that pictures made from them can be made again."""
         return self.home / "references"

@@ -195,6 +195,14 @@ def as_dict(record: Record) -> dict[str, Any]:
     }
 
 
+def from_json(text: str) -> Record:
+    """The record whose `as_dict` is written in `text`. Raises `RequestError` for anything else."""
+    try:
+        return _record(_parsed(text))
+    except _Wrong as wrong:
+        raise RequestError(_shown(str(wrong))) from wrong
+
+
 def run_again(record: Record) -> Request:
     """The request whose picture number `record.place` is this one, bit by bit, on the same kind of machine.
 

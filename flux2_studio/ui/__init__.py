@@ -23,7 +23,9 @@ from flux2_studio.explore.variants import Wildcards
 from flux2_studio.jobs import JobQueue
 from flux2_studio.models.shelf import Shelf
 from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.history import History
 from flux2_studio.outputs.own_presets import OwnPresets
+from flux2_studio.outputs.thumbnails import Thumbnails
 from flux2_studio.presets import Presets
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
@@ -31,6 +33,7 @@ from flux2_studio.ui import (
     explore_tab,
     fields,
     handlers,
+    history_tab,
     inspect_tab,
     models_tab,
     own_preset_panel,
@@ -39,6 +42,7 @@ from flux2_studio.ui import (
     tabs,
 )
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.history_routes import HistoryRoutes
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
 from flux2_studio.ui.visitors import Visitors
@@ -90,12 +94,18 @@ addEventListener('click', (event) => {
 
 
 def build(
-    studio: Studio, jobs: JobQueue, shelf: Shelf, needs: models_tab.Needs = lambda _: "", *, may_change: bool = True
+    studio: Studio,
+    jobs: JobQueue,
+    shelf: Shelf,
+    needs: models_tab.Needs = lambda _: "",
+    *,
+    may_change: bool = True,
+    history: History | None = None,
 ) -> gr.Blocks:
     """The page of `studio`, whose runs go through `jobs`; not launched yet.
 
     needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether checkpoints of `shelf`
-    can be downloaded and deleted there.
+    can be downloaded and deleted there. history: what its History tab shows; None for a page without one.
     """
     settings = studio.settings
     default = settings.checkpoint(None)
@@ -115,6 +125,7 @@ def build(
                         layout(chosen, default, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)
                     ]
                     exploring = explore_tab.layout(forms)
+                    remembered = history_tab.layout() if history is not None else None
                     inspection = inspect_tab.layout()
                     models = models_tab.layout(shelf, needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
@@ -152,6 +163,10 @@ def build(
             tabs=tabbed,
             references=studio.kept,
         )
+        if history is not None and remembered is not None:
+            history_tab.wire(
+                remembered, studio, history, forms=forms, chosen=chosen, tabs=tabbed, references=studio.kept
+            )
     return page
 
 
@@ -190,8 +205,10 @@ def serve(
         # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
         kept=None if exposed else KeptReferences(settings.references),
     )
-    jobs = JobQueue(studio)
-    page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests)
+    thumbnails = Thumbnails(settings.thumbnails)
+    history = History(Database(settings.database), settings.outputs, settings.trash, forget=thumbnails.forget)
+    jobs = JobQueue(studio, history)
+    page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests, history=history)
     if Path(get_upload_folder()) == settings.home / "uploads":
         forget_uploads(settings.home / "uploads")
     try:
@@ -200,8 +217,8 @@ def serve(
             server_port=port,
             share=share,
             theme=StudioTheme(),
-            css_paths=[settings.assets / "style.css"],
-            head=SCRIPT,
+            css_paths=[settings.assets / "style.css", settings.assets / "history.css"],
+            head=SCRIPT + history_tab.script(settings.assets),
             allowed_paths=[
                 str(settings.outputs),
                 str(settings.assets / "examples"),
@@ -216,7 +233,10 @@ def serve(
             pwa=False,
             quiet=True,
             prevent_thread_lock=True,
-            app_kwargs={"middleware": [Middleware(Visitors)]},
+            app_kwargs={
+                "middleware": [Middleware(Visitors)],
+                "routes": HistoryRoutes(history, thumbnails, studio.kept).routes(),
+            },
         )
     except OSError as error:
         where = f"Port {port}" if port else "Every port from 7860 on"

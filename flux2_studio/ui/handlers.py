@@ -51,6 +51,7 @@ from flux2_studio.ui.upsample_panel import (
     wire_upsampling,
     writing,
 )
+from flux2_studio.ui.visitors import owner_of
 from flux2_studio.ui.wiring import Update, follow, listen, stopper
 from flux2_studio.upsample import ApiKey
 
@@ -183,7 +184,7 @@ def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Seque
                 locked, laid_out_for, aspect = around
                 return read(locked, laid_out_for, aspect, values)
 
-            async for update in carried_out(form, ask, lambda: read_key(values), request.session_hash or ""):
+            async for update in carried_out(form, ask, lambda: read_key(values), owner_of(request)):
                 yield update
 
         async def plain(request: gr.Request, *around: Any, run: Any = run, **values: Any) -> AsyncIterator[Update]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gradio as gr
 
@@ -42,6 +42,12 @@ EMPTY = (
 # The report may be long, and the form that was filled lies above.
 GO_TO_FORM = "() => document.getElementById('tabs').scrollIntoView({behavior: 'smooth'})"
 FORMS = ("generate", "edit", "multi")  # for no reference, for one, for more
+
+
+class References(Protocol):
+    """Where the pictures are that others were made from."""
+
+    def find(self, sha256: str) -> Path | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +153,7 @@ def wire(
             raise gr.Error("There are no settings to restore: choose a picture that has some.", print_exception=False)
         if plan.request is None:  # something went since the picture was looked at
             raise gr.Error(plan.notes[0], print_exception=False)
-        return {tab.note: show.notes(plan.notes), **_filled(plan, forms, chosen, tabs)}
+        return {tab.note: show.notes(plan.notes), **filled(plan, forms, chosen, tabs)}
 
     said = [component for component in vars(tab).values() if component is not tab.picture]
     listen([tab.picture.upload, tab.picture.delete], look, tab.picture, [tab.picture, *said], concurrency_limit=2)
@@ -156,13 +162,13 @@ def wire(
     # A gallery with a selected picture takes no upload.
     listen(tab.picture.select, lambda: gr.Gallery(selected_index=None), None, tab.picture, queue=False)
     listen(tab.restore.click, None, js=GO_TO_FORM)
-    listen(tab.restore.click, restore, tab.seen, [tab.note, *_fillable(forms, chosen, tabs)])
+    listen(tab.restore.click, restore, tab.seen, [tab.note, *fillable(forms, chosen, tabs)])
 
 
 # --- restoring --------------------------------------------------------------------------------------------------
 
 
-def restoration(record: Record, studio: Studio, references: KeptReferences | None) -> Restoration:
+def restoration(record: Record, studio: Studio, references: References | None) -> Restoration:
     """What can be done here to make the picture of `record` again, bit by bit.
 
     `record` is what a file claims. references: see `wire`.
@@ -213,7 +219,7 @@ def _plan(seen: Inspection, studio: Studio, references: KeptReferences | None) -
     return restoration(record, studio, references) if record else None
 
 
-def _references(record: Record, store: KeptReferences | None) -> tuple[tuple[Path, ...], list[str]]:
+def _references(record: Record, store: References | None) -> tuple[tuple[Path, ...], list[str]]:
     if store is None:
         count = len(record.references)
         them = "1 reference" if count == 1 else f"{count} references"
@@ -275,7 +281,7 @@ def _about_machine(record: Record, studio: Studio, checkpoint: Checkpoint) -> li
     return [f"It was made with {', '.join(other)}: the picture may differ in tiny ways."]
 
 
-def _filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> Update:
+def filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> Update:
     """The page with `plan` in its form: every field of it, so that nothing of what stood there before is left."""
     request, checkpoint = plan.request, plan.checkpoint
     assert request is not None and checkpoint is not None and request.width and request.height
@@ -307,8 +313,8 @@ def _filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs:
     return update | offer(form, plan.references, checkpoint) if form.panel else update
 
 
-def _fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[Any]:
-    """The components that `_filled` may set."""
+def fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[Any]:
+    """The components that `filled` may set."""
     found: dict[Any, None] = dict.fromkeys([tabs, chosen])
     for form in forms:
         found |= dict.fromkeys(form.fields.values())

@@ -11,6 +11,7 @@ import gradio as gr
 
 from flux2_studio.events import FINAL, Event
 from flux2_studio.jobs import JobQueue, Task
+from flux2_studio.ui.visitors import owner_of
 
 POLL = 0.08  # seconds between two looks at a task
 Update = dict[Any, Any]  # components to what becomes of them
@@ -23,7 +24,7 @@ def stopper(jobs: JobQueue) -> Callable[[str, gr.Request], Any]:
     """A handler for a Stop button: it ends the job of that id, if it is the caller's, and says so on the button."""
 
     def stop(job: str, request: gr.Request) -> Any:
-        running = jobs.get(job, request.session_hash or "")
+        running = jobs.get(job, owner_of(request))
         if running is None:
             return gr.Button(visible=False)
         running.cancel()
