@@ -14,7 +14,7 @@ import io
 import secrets
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ BOARD = """<div class="mask">
 # belongs to, `sent` the value that it stands for.
 PAINTING = """
 const find = (selector) => element.querySelector(selector);
+const value = () => props.value ?? {};
 const canvas = find('canvas'), board = find('.board'), said = find('.said');
 const pen = canvas.getContext('2d', {willReadFrequently: true});
 const COLOUR = '#e0218a';
@@ -86,11 +87,11 @@ const send = () => {
     ink.fillRect(0, 0, mask.width, mask.height);
     sent = mask.toDataURL('image/png');
   }
-  props.value = sent;
+  props.value = {...value(), mask: sent};
   say(some ? 'Only what is coloured may change. Every other pixel stays as it is.' : '');
 };
 const say = (text) => {
-  const none = props.picture ? 'Paint what may change. Without a mask all of it may.' : 'Add a picture above first.';
+  const none = value().picture ? 'Paint what may change. Without a mask all of it may.' : 'Add a picture above first.';
   said.textContent = text || none;
 };
 const wipe = () => pen.clearRect(0, 0, canvas.width, canvas.height);
@@ -108,28 +109,28 @@ const put = (image) => {
   tint();
 };
 const follow = () => {
-  const width = props.width || 1, height = props.height || 1, other = props.subject !== seen;
-  if (!other && props.value === sent && canvas.width === width && canvas.height === height) return;
+  const width = value().width || 1, height = value().height || 1, other = value().subject !== seen;
+  if (!other && value().mask === sent && canvas.width === width && canvas.height === height) return;
   const before = !other && sent ? copy(width, height) : null;
   const had = sent !== '';
   canvas.width = width;
   canvas.height = height;
-  board.style.backgroundImage = props.picture ? `url("${props.picture}")` : 'none';
+  board.style.backgroundImage = value().picture ? `url("${value().picture}")` : 'none';
   board.style.aspectRatio = `${width} / ${height}`;
   board.style.setProperty('--across', width / height);
-  board.hidden = !props.picture;
-  seen = props.subject;
+  board.hidden = !value().picture;
+  seen = value().subject;
   sent = '';
   find('[data-side=width]').value = Math.round(width / 2);
   find('[data-side=height]').value = Math.round(height / 2);
   if (before) {
     pen.drawImage(before, 0, 0);
     send();
-  } else if (props.value) {
+  } else if (value().mask) {
     const image = new Image(), key = seen;
-    sent = props.value;
+    sent = value().mask;
     image.onload = () => { if (key === seen) put(image); };
-    image.src = props.value;
+    image.src = value().mask;
     say('Only what is coloured may change. Every other pixel stays as it is.');
   } else {
     say(had && other ? 'The picture is another one: its mask was cleared.' : '');
@@ -153,7 +154,7 @@ const stroke = (to) => {
   last = to;
 };
 canvas.addEventListener('pointerdown', (event) => {
-  if (!props.picture || event.button > 0) return;
+  if (!value().picture || event.button > 0) return;
   event.preventDefault();
   canvas.setPointerCapture(event.pointerId);
   last = at(event);
@@ -172,7 +173,7 @@ find('.paint').addEventListener('click', () => mode(false));
 find('.erase').addEventListener('click', () => mode(true));
 find('.clear').addEventListener('click', () => { wipe(); send(); });
 find('.invert').addEventListener('click', () => {
-  if (!props.picture) return;
+  if (!value().picture) return;
   pen.globalCompositeOperation = 'xor';
   pen.fillStyle = COLOUR;
   pen.fillRect(0, 0, canvas.width, canvas.height);
@@ -180,7 +181,7 @@ find('.invert').addEventListener('click', () => {
   send();
 });
 find('.add').addEventListener('click', () => {
-  if (!props.picture) return;
+  if (!value().picture) return;
   const number = (side) => Math.round(Number(find(`[data-side=${side}]`).value)) || 0;
   pen.fillStyle = COLOUR;
   pen.fillRect(number('left'), number('top'), number('width'), number('height'));
@@ -189,7 +190,7 @@ find('.add').addEventListener('click', () => {
 find('.load input').addEventListener('change', async (event) => {
   const [file] = event.target.files;
   event.target.value = '';
-  if (!file || !props.picture) return;
+  if (!file || !value().picture) return;
   let image;
   try {
     image = await createImageBitmap(file);
@@ -210,7 +211,7 @@ find('.load input').addEventListener('change', async (event) => {
   send();
 });
 follow();
-watch(['value', 'subject', 'width', 'height'], follow);
+watch('value', follow);
 """
 
 MARGINS = """<div class="outpaint">
@@ -232,16 +233,17 @@ const shape = find('select'), said = find('.said');
 let sent = '';
 const tell = () => {
   const grows = SIDES.some((side) => props.value?.[side]);
-  const {left = 0, top = 0, right = 0, bottom = 0} = props.value ?? {};
+  const {left = 0, top = 0, right = 0, bottom = 0, width = 0, height = 0} = props.value ?? {};
   said.textContent = grows
-    ? `The picture grows to ${props.width + left + right} x ${props.height + top + bottom} pixels; what it shows now `
+    ? `The picture grows to ${width + left + right} x ${height + top + bottom} pixels; what it shows now `
       + 'stays as it is.'
     : 'Outpaint: the picture grows, and only what is new is drawn.';
 };
 const send = () => {
   const value = Object.fromEntries(SIDES.map((side) => [side, Math.max(0, Math.round(Number(box(side).value)) || 0)]));
-  sent = JSON.stringify(value);
-  props.value = value;
+  const {width = 0, height = 0} = props.value ?? {};
+  props.value = {...value, width, height};
+  sent = JSON.stringify(props.value);
   tell();
   trigger('input');
 };
@@ -256,7 +258,7 @@ const show = () => {
 for (const side of SIDES) box(side).addEventListener('input', () => { shape.value = ''; send(); });
 shape.addEventListener('change', () => {
   const [across, down] = shape.value.split(':').map(Number);
-  const {width = 0, height = 0} = props;
+  const {width = 0, height = 0} = props.value ?? {};
   if (!down || !width) return;
   const wider = Math.max(0, Math.round(height * across / down) - width);
   const higher = wider ? 0 : Math.max(0, Math.round(width * down / across) - height);
@@ -267,7 +269,7 @@ shape.addEventListener('change', () => {
   send();
 });
 show();
-watch(['value', 'width', 'height'], show);
+watch('value', show);
 """
 
 
@@ -286,13 +288,12 @@ def layout() -> tuple[dict[str, Any], gr.Accordion]:
     shapes = "".join(f"<option>{shape}</option>" for shape in fields.ASPECTS)
     with gr.Accordion(TITLE, open=False, elem_classes=["edits", "extra"]) as folded:
         found = {
-            "mask": gr.HTML("", html_template=BOARD, js_on_load=PAINTING, elem_classes="mask-board", **_props(None)),
+            "mask": gr.HTML(_board(None), html_template=BOARD, js_on_load=PAINTING, elem_classes="mask-board"),
             "outpaint": gr.HTML(
-                dict.fromkeys(SIDES, 0),
+                _margins(None),
                 html_template=MARGINS.replace("${props_shapes}", shapes),
                 js_on_load=GROWING,
                 elem_classes="margins",
-                **_props(None),
             ),
             "match_colours": gr.Checkbox(
                 False,
@@ -324,7 +325,7 @@ def followed(form: Mapping[str, Any], subject: Subject | None) -> dict[Any, Any]
     that is another one by now, it is cleared."""
     if "mask" not in form:
         return {}
-    return {form["mask"]: gr.HTML(**_props(subject)), form["outpaint"]: gr.HTML(**_props(subject))}
+    return {form["mask"]: _board(subject), form["outpaint"]: _margins(subject)}
 
 
 def restored(
@@ -338,27 +339,32 @@ def restored(
         file = io.BytesIO()
         mask.save(file, "PNG")
         value = PNG + base64.b64encode(file.getvalue()).decode()
-    # Not the picture's own key: whatever was painted on it before goes.
-    props = {**_props(subject), "subject": secrets.token_hex(8)}
+    # Not by the picture's own name: whatever was painted on it before goes.
     return {
-        form["mask"]: gr.HTML(value, **props),
-        form["outpaint"]: gr.HTML(dict(vars(outpaint)), **props),
+        form["mask"]: _board(replace(subject, subject=secrets.token_hex(8)) if subject else None, value),
+        form["outpaint"]: _margins(subject, outpaint),
         form["match_colours"]: match,
     }
 
 
-def _props(subject: Subject | None) -> dict[str, Any]:
-    return dict(vars(subject)) if subject else {"picture": "", "width": 0, "height": 0, "subject": ""}
+def _board(subject: Subject | None, mask: str = "") -> dict[str, Any]:
+    return {"mask": mask, **(vars(subject) if subject else {})}
+
+
+def _margins(subject: Subject | None, outpaint: Outpaint | None = None) -> dict[str, int]:
+    size = {"width": subject.width, "height": subject.height} if subject else {}
+    return {**vars(outpaint or Outpaint()), **size}
 
 
 def read_mask(value: object) -> Path | None:
     """The file of a painted mask; None for none. Raises `RequestError` for what the page never sends."""
-    if value in (None, ""):
+    painted = value.get("mask", "") if isinstance(value, dict) else value
+    if painted in (None, ""):
         return None
-    if not isinstance(value, str) or not value.startswith(PNG) or len(value) > LONGEST:
+    if not isinstance(painted, str) or not painted.startswith(PNG) or len(painted) > LONGEST:
         raise RequestError("The mask did not arrive as it was painted: clear it and paint it again.")
     try:
-        data = base64.b64decode(value.removeprefix(PNG), validate=True)
+        data = base64.b64decode(painted.removeprefix(PNG), validate=True)
     except binascii.Error as error:
         raise RequestError("The mask did not arrive as it was painted: clear it and paint it again.") from error
     # Beside the pictures that the same browser sent, and forgotten with them.
@@ -380,6 +386,6 @@ def read_outpaint(value: object) -> Outpaint:
     """The margins as a request takes them. Raises `RequestError` for what the page never sends."""
     if value is None:
         return Outpaint()
-    if not isinstance(value, dict) or not value.keys() <= set(SIDES):
+    if not isinstance(value, dict):
         raise RequestError("Outpainting takes a number of pixels for each side: type them again.")
-    return Outpaint(**value)
+    return Outpaint(**{side: value.get(side, 0) for side in SIDES})
