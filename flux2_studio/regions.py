@@ -159,7 +159,7 @@ def feather(inside: Bools, width: int) -> NDArray[np.float32]:
         left = ~_spread(~left)
     around = depth
     for _ in range(2 * width):
-        around = _spread(around)
+        around = _spread(around) * inside  # within what hangs together
     reach = np.clip(around.astype(np.float32) / 2, 1, width)
     return np.minimum(depth / reach, 1).astype(np.float32)
 
