@@ -25,7 +25,7 @@ from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped, Upsampled, Writing
 from flux2_studio.models.own import with_own_files
-from flux2_studio.request import MAX_LORA_WEIGHT, Enricher, ImageFormat, LoraChoice, Request, Upsampling
+from flux2_studio.request import MAX_LORA_WEIGHT, Enricher, ImageFormat, LoraChoice, Outpaint, Request, Upsampling
 from flux2_studio.settings import DtypeName, Settings
 from flux2_studio.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line
 
@@ -87,6 +87,19 @@ def parser() -> Parser:
     )
     generate.add_argument(
         "--image", metavar="FILE", type=Path, action="append", default=[], help="a reference picture; repeatable"
+    )
+    generate.add_argument(
+        "--mask", metavar="FILE", type=Path, help="white where the first --image may change; the rest stays as it is"
+    )
+    generate.add_argument(
+        "--outpaint",
+        metavar="L,T,R,B",
+        type=margins,
+        default=Outpaint(),
+        help="pixels by which the first --image grows to the left, top, right and bottom",
+    )
+    generate.add_argument(
+        "--match-colours", action="store_true", help="give the result the colours of the first --image on the whole"
     )
     generate.add_argument("--width", metavar="W", type=int, help="pixels (default: as --image, or the model's)")
     generate.add_argument("--height", metavar="H", type=int, help="pixels")
@@ -202,6 +215,9 @@ def run_generate(options: argparse.Namespace) -> int:
     request = Request(
         **given,
         references=tuple(options.image),
+        mask=options.mask,
+        outpaint=options.outpaint,
+        match_colours=options.match_colours,
         seed=options.seed,
         upsampling=Upsampling(by=by, model=options.upsample_model),
         watermark=not options.no_watermark,
@@ -244,6 +260,19 @@ def lora_choice(text: str) -> LoraChoice:
     except RequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return choice
+
+
+def margins(text: str) -> Outpaint:
+    """`L,T,R,B`, in pixels."""
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+        return Outpaint(left=left, top=top, right=right, bottom=bottom)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no L,T,R,B: give four whole numbers of pixels, such as 0,0,256,0"
+        ) from error
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _is_number(text: str) -> bool:

@@ -21,6 +21,7 @@ LAYERS = [
     {"engine"},
     {"answers"},
     {"references", "pictures", "prompts", "chat_server", "presets"},
+    {"regions"},
     {"models", "outputs", "safety", "upsample"},
     {"working"},
     {"enrichment", "drawing"},

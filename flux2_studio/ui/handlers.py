@@ -33,9 +33,10 @@ from flux2_studio.events import (
 )
 from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, Upsampling, round_side
-from flux2_studio.ui import fields, show
+from flux2_studio.ui import compare, fields, show
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.lora_panel import choices, wire_loras
+from flux2_studio.ui.mask_panel import read_mask, read_outpaint
 from flux2_studio.ui.readiness import wire_outlook, wire_preparation
 from flux2_studio.ui.reference_panel import offer, offered_to, paths, wire_references
 from flux2_studio.ui.tabs import EMPTY, Form, Stage, UpsamplingPanel
@@ -122,6 +123,10 @@ def read_form(
         read["references"] = paths(read["references"])
         if not read["references"]:
             raise RequestError("Add a picture first: drop one above the instruction, or choose an example.")
+        read["mask"] = read_mask(read.get("mask"))
+        read["outpaint"] = read_outpaint(read.get("outpaint"))
+        if read["mask"] or read["outpaint"]:  # which leave the picture its scale
+            read["width"] = read["height"] = None
     return Request(**read)
 
 
@@ -216,7 +221,9 @@ def _runs(forms: Sequence[Form], *, can_start: bool) -> Update:
 
 def _staged(stage: Stage, form: Form) -> list[Any]:
     """The components that a run of `form` changes, but for the buttons that start one."""
-    return [*vars(stage).values(), form.fields["seed"], *shown(form.upsampling)]
+    comparison = stage.comparison
+    parts = [part for part in vars(stage).values() if part is not comparison]
+    return [*parts, *vars(comparison).values(), form.fields["seed"], *shown(form.upsampling)]
 
 
 class RunView:
@@ -249,6 +256,7 @@ class RunView:
             stage.notices: show.notices(self._notices),
             stage.actions: gr.Row(visible=False),
             stage.details: gr.Accordion(visible=False),
+            **compare.hidden(stage.comparison),
         }
 
     def update(self, event: Event) -> Update:
@@ -326,6 +334,7 @@ class RunView:
             stage.actions: gr.Row(visible=True),
             stage.download: _download(images, 0),
             stage.edit: gr.Button(_use_label(0, len(images))),
+            **compare.shown(stage.comparison, request, self._checkpoint, images[0]),
             stage.details: gr.Accordion(visible=True),
             stage.table: show.settings(request, seeds, self._checkpoint, self.upsampled) + show.provenance(provenance),
             stage.json: show.settings_json(request),
@@ -342,16 +351,23 @@ def _use_label(index: int, count: int) -> str:
 
 
 def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: Stage) -> None:
-    def pick(images: list[str], event: gr.SelectData) -> Sequence[Any]:
+    def pick(images: list[str], before: Image.Image | None, event: gr.SelectData) -> Sequence[Any]:
         index = int(event.index)
-        return index, _download(images, index), gr.Button(_use_label(index, len(images)))
+        other = compare.picked(before, images[index])
+        return index, _download(images, index), gr.Button(_use_label(index, len(images))), other
 
     def use(images: list[str], index: int, name: str) -> Update:
         picture = Path(images[index])
         return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
 
     listen(stage.stop.click, stopper(jobs), stage.job, stage.stop, queue=False)
-    listen(stage.gallery.select, pick, stage.results, [stage.picked, stage.download, stage.edit])
+    comparison = stage.comparison
+    listen(
+        stage.gallery.select,
+        pick,
+        [stage.results, comparison.before],
+        [stage.picked, stage.download, stage.edit, comparison.slider],
+    )
     listen(stage.edit.click, None, js=GO_TO_FORM)
     listen(stage.edit.click, use, [stage.results, stage.picked, chosen], [tabs, *offered_to(edit)])
 

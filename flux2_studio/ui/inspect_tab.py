@@ -23,9 +23,11 @@ from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.metadata import run_again
 from flux2_studio.outputs.watermark import Detection, Message
 from flux2_studio.record import Record
+from flux2_studio.regions import load_mask
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.ui import fields, show
-from flux2_studio.ui.reference_panel import offer, offered_to, paths
+from flux2_studio.ui.mask_panel import restored
+from flux2_studio.ui.reference_panel import examine, offer, offered_to, paths
 from flux2_studio.ui.tabs import Form
 from flux2_studio.ui.wiring import Update, listen
 
@@ -186,14 +188,17 @@ def restoration(record: Record, studio: Studio, references: References | None) -
             ),
         )
     # Only how many references there are, which the checkpoint may limit: their sizes are those of the settings.
+    assert record.request.width and record.request.height
+    before = record.request.outpaint.shrunk((record.request.width, record.request.height))
     placeholders = tuple(Path(sha256) for sha256 in record.references)
     try:
-        request = replace(run_again(record), references=placeholders).resolve(
-            checkpoint, [(64, 64)] * len(placeholders)
-        )
+        request = replace(run_again(record), references=placeholders).resolve(checkpoint, [before] * len(placeholders))
     except RequestError as error:
         return Restoration(form=form, notes=(f"These settings cannot be restored here: {error}",))
     found, missing = _references(record, references)
+    mask = references.find(record.mask) if references and record.mask else None
+    if record.mask and mask is None:
+        missing.append("Its mask is not kept here: paint or load it again.")
     loras, dropped = _loras(record, studio, checkpoint)
     together = (
         f"The picture was number {record.place + 1} of {record.together} drawn together. All of them are drawn again: "
@@ -201,7 +206,7 @@ def restoration(record: Record, studio: Studio, references: References | None) -
     )
     return Restoration(
         form=form,
-        request=replace(request, references=found, loras=loras),
+        request=replace(request, references=found, mask=mask, loras=loras),
         checkpoint=checkpoint,
         references=found,
         notes=(
@@ -287,14 +292,17 @@ def filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: 
     assert request is not None and checkpoint is not None and request.width and request.height
     form = next(form for form in forms if form.name == plan.form)
     put = form.fields
-    width, height = fields.sides((request.width, request.height))
+    size = request.width, request.height
+    # Only from its picture has an edit a size that is none of the engine's own.
+    as_reference = bool(plan.form != "generate" and (request.mask or request.outpaint or request.drawn_size != size))
+    width, height = fields.sides(None if as_reference else size)
     update: Update = {
         tabs: gr.Tabs(selected=form.name),
         chosen: checkpoint.name,
         form.laid_out_for: checkpoint.name,  # or the choice would overwrite what is put here
         put["prompt"]: request.prompt,
         put["negative_prompt"]: fields.negative_prompt(checkpoint, request.negative_prompt or ""),
-        form.aspect: fields.FREE,
+        form.aspect: fields.AS_REFERENCE if as_reference else fields.FREE,
         put["width"]: width,
         put["height"]: height,
         form.size_note: "",
@@ -310,7 +318,17 @@ def filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: 
         # a stranger's, and have them publish their prompts.
         **{put[name]: getattr(request, name) for name in ("format", "watermark")},
     }
-    return update | offer(form, plan.references, checkpoint) if form.panel else update
+    if form.panel is None:
+        return update
+    update |= offer(form, plan.references, checkpoint)
+    subject = examine(plan.references, checkpoint, checkpoint.max_references).first
+    mask = None
+    if request.mask and subject:
+        mask = load_mask(request.mask, (subject.width, subject.height)).change
+    update |= restored(form.fields, subject, mask, request.outpaint, match=request.match_colours)
+    if request.mask or request.outpaint or request.match_colours:
+        update[form.edits] = gr.Accordion(open=True)
+    return update
 
 
 def fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[Any]:
@@ -320,7 +338,7 @@ def fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[
         found |= dict.fromkeys(form.fields.values())
         found |= dict.fromkeys([form.laid_out_for, form.aspect, form.size_note, form.lock])
         found |= dict.fromkeys([form.loras.folded, form.upsampling.by])
-        found |= dict.fromkeys(offered_to(form) if form.panel else [])
+        found |= dict.fromkeys([*offered_to(form), form.edits] if form.panel else [])
     return list(found)
 
 

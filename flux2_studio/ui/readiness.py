@@ -15,6 +15,7 @@ from flux2_studio.references import fit_size, reference_size
 from flux2_studio.request import Request
 from flux2_studio.ui import show
 from flux2_studio.ui.lora_panel import choices
+from flux2_studio.ui.mask_panel import read_outpaint
 from flux2_studio.ui.reference_panel import paths
 from flux2_studio.ui.tabs import Form
 from flux2_studio.ui.wiring import follow, listen
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 DECISIVE = (
     "checkpoint",
     "references",
+    "outpaint",
     "width",
     "height",
     "count",
@@ -61,6 +63,7 @@ def outlook(
     guidance: float,
     references: Sequence[tuple[str, str | None]] | None = None,
     loras: Any = None,
+    outpaint: Any = None,
 ) -> str:
     """How a form's values will fit into memory, as HTML; "" for values that cannot be run, which the run will tell."""
     try:
@@ -68,12 +71,14 @@ def outlook(
         files = paths(references)
         cap = chosen.reference_cap(len(files))
         sizes = [fit_size(reference_size(file), cap) for file in files]
+        margins = read_outpaint(outpaint)
         asked = Request(
             prompt="any",
             checkpoint=checkpoint,
             references=files,
-            width=width,
-            height=height,
+            outpaint=margins,
+            width=None if margins else width,
+            height=None if margins else height,
             count=count,
             # A number that was laid out for the checkpoint before is not this one's.
             guidance=None if chosen.guidance_fixed else guidance,

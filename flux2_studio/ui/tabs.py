@@ -14,7 +14,7 @@ import gradio as gr
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.prompts import Mode, instructions
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, preset_panel
+from flux2_studio.ui import compare, fields, mask_panel, preset_panel
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.preset_panel import PresetPanel
 from flux2_studio.upsample import REMOTE_MODELS
@@ -47,6 +47,7 @@ class Form:
     identity: gr.HTML  # who signs, and what that proves
     run: gr.Button
     panel: ReferencePanel | None = None
+    edits: gr.Accordion | None = None  # mask and outpainting are folded into it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,7 @@ class Stage:
     actions: gr.Row
     download: gr.DownloadButton
     edit: gr.Button
+    comparison: compare.Comparison
     details: gr.Accordion
     table: gr.HTML
     json: gr.Code
@@ -225,6 +227,7 @@ def _form(
 ) -> Form:
     samples = fields.examples(examples.of(name, checkpoint))
     upsampling = _upsampling(settings, with_references=references is not None)
+    part, edits = mask_panel.layout() if references is not None else ({}, None)
     run_button = gr.Button(run, variant="primary", size="lg", elem_classes="run")
     fit = gr.HTML(elem_classes=["note", "fit"])
     aspect = fields.aspect(with_references=references is not None)
@@ -249,6 +252,7 @@ def _form(
             "negative_prompt": negative_prompt,
             "checkpoint": chosen,
             **({"references": references} if references else {}),
+            **part,
             "width": width,
             "height": height,
             "steps": steps,
@@ -271,6 +275,7 @@ def _form(
         identity=identity,
         run=run_button,
         panel=panel,
+        edits=edits,
     )
 
 
@@ -391,6 +396,7 @@ def stage() -> Stage:
     with gr.Row(visible=False, elem_id="actions") as actions:
         download = gr.DownloadButton("Download", elem_id="download", min_width=140)
         edit = gr.Button("Use in Edit", elem_id="use-in-edit", min_width=140)
+    comparison = compare.layout()
     with gr.Accordion("Settings used", visible=False, open=True, elem_id="details") as details:
         table = gr.HTML(elem_id="settings")
         json = gr.Code(language="json", label="As JSON", interactive=False, elem_id="json", lines=3, max_lines=12)
@@ -410,6 +416,7 @@ def stage() -> Stage:
         actions=actions,
         download=download,
         edit=edit,
+        comparison=comparison,
         details=details,
         table=table,
         json=json,

@@ -187,6 +187,7 @@ def test_the_lora_panel_says_where_to_put_files_and_which_are_none(settings: Set
 
 
 def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
+    editing = {"references", "mask", "outpaint", "match_colours"}
     known = {field.name for field in dataclass_fields(Request)}
     examples = Examples.load(settings.assets / "examples")
     with gr.Blocks():
@@ -194,7 +195,7 @@ def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
         forms = [layout(chosen, NANO, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)]
     for form in forms:
         assert set(form.fields) <= known
-        assert set(form.fields) == known - {"upsampling"} - ({"references"} if form.name == "generate" else set())
+        assert set(form.fields) == known - {"upsampling"} - (editing if form.name == "generate" else set())
         assert set(form.upsampling.inputs) == set(upsample_panel.INPUTS)
         assert all(isinstance(component, gr.components.Component) for component in form.fields.values())
 
@@ -439,7 +440,9 @@ def test_newest_is_the_last_that_can_be_used(picture: Path, tmp_path: Path) -> N
 def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.new("RGB", (512, 512)).save(large)
-    assert reference_panel.examine([large], NANO, 1).notes[0] == "As image 1: 128 x 128 pixels (1:1)."
+    assert reference_panel.examine([large], NANO, 1).notes[0] == (
+        "As image 1: 256 x 256 pixels (1:1). Image 1 is scaled from 512 x 512 to 256 x 256."
+    )
     assert reference_panel.examine([], NANO, 1) == reference_panel.Examined()
 
 
