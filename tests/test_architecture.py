@@ -25,6 +25,7 @@ LAYERS = [
     {"working"},
     {"enrichment", "drawing"},
     {"studio", "encode_server"},
+    {"line"},
     {"jobs"},
     {"ui"},
     {"terminal"},

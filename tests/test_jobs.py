@@ -25,7 +25,8 @@ from flux2_studio.events import (
     Upsampled,
     Writing,
 )
-from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, PASSED, Enrichment, Job, JobQueue, Task
+from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, Enrichment, Job, JobQueue, Task
+from flux2_studio.line import PASSED
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.upsample import ApiKey
 
