@@ -143,6 +143,11 @@ class Settings:
         return self.home / "studio.sqlite3"
 
     @property
+    def queue(self) -> Path:
+        """Where waiting runs keep their references."""
+        return self.home / "queue"
+
+    @property
     def references(self) -> Path:
         """The folder where references are kept, so that pictures made from them can be made again."""
         return self.home / "references"

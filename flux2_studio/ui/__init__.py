@@ -20,9 +20,11 @@ from starlette.middleware import Middleware
 from flux2_studio.errors import StudioError
 from flux2_studio.jobs import JobQueue
 from flux2_studio.models.shelf import Shelf
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.journal import Journal
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, tabs
+from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, queue_panel, tabs
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
@@ -102,17 +104,20 @@ def build(
                     inspection = inspect_tab.layout()
                     models = models_tab.layout(shelf, needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
-                stage = tabs.stage()
+                queue = queue_panel.layout()
+                stage = tabs.stage(queue)
         handlers.wire(
             studio,
             jobs,
             examples,
+            page=page,
             chosen=chosen,
             about=about,
             loading=loading,
             tabs=tabbed,
             forms=forms,
             stage=stage,
+            queue=queue,
         )
         models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
         inspect_tab.wire(
@@ -163,7 +168,7 @@ def serve(
         # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
         kept=None if exposed else KeptReferences(settings.references),
     )
-    jobs = JobQueue(studio)
+    jobs = JobQueue(studio, Journal(Database(settings.database), settings.queue))
     page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests)
     if Path(get_upload_folder()) == settings.home / "uploads":
         forget_uploads(settings.home / "uploads")
@@ -196,6 +201,7 @@ def serve(
         raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
     # As Ctrl+C: Gradio then deletes its files. Before anybody is told that the page is open, and may want to end it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    jobs.resume()  # only now: a studio that cannot be opened leaves all as it was
     try:
         sys.stdout.write(f"flux2-studio is open at {url}\n")
         sys.stdout.flush()

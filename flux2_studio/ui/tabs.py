@@ -354,7 +354,8 @@ def _marks() -> tuple[dict[str, Any], gr.HTML]:
     return found, identity
 
 
-def stage() -> Stage:
+def stage(queue: gr.HTML | None = None) -> Stage:
+    """queue: shown below the result, where there is one."""
     job, results, picked = gr.State(""), gr.State([]), gr.State(0)
     message = gr.HTML(elem_id="message")
     without = {
@@ -381,6 +382,8 @@ def stage() -> Stage:
     with gr.Row(visible=False, elem_id="actions") as actions:
         download = gr.DownloadButton("Download", elem_id="download", min_width=140)
         edit = gr.Button("Use in Edit", elem_id="use-in-edit", min_width=140)
+    if queue is not None:
+        queue.render()
     with gr.Accordion("Settings used", visible=False, open=True, elem_id="details") as details:
         table = gr.HTML(elem_id="settings")
         json = gr.Code(language="json", label="As JSON", interactive=False, elem_id="json", lines=3, max_lines=12)
