@@ -127,7 +127,7 @@ class Task:
 
 class Job(Task):
     """One submitted run, with its resolved request. key: its owner's, for the server that enriches prompts; forgotten
-    when the run has ended. told: hears of each event. passed, behind, needs, leaves: its place in the line."""
+    when the run has ended. told: hears of each event, before its followers do. passed, behind, needs, leaves: its place in the line."""
 
     def __init__(
         self,
@@ -154,11 +154,11 @@ class Job(Task):
         return self.request.checkpoint
 
     def add(self, event: Event) -> bool:
+        if not self.finished:
+            self._told(self, event)  # first: what its followers know must be written down
         added = super().add(event)
         if isinstance(event, FINAL):
             self.key = None
-        if added:
-            self._told(self, event)
         return added
 
 
