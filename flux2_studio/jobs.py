@@ -127,7 +127,8 @@ class Task:
 
 class Job(Task):
     """One submitted run, with its resolved request. key: its owner's, for the server that enriches prompts; forgotten
-    when the run has ended. told: hears of each event, before its followers do. passed, behind, needs, leaves: its place in the line."""
+    when the run has ended. told: hears of each event, before its followers do. passed, behind, needs, leaves: its place
+    in the line."""
 
     def __init__(
         self,
@@ -395,7 +396,10 @@ class JobQueue:
     def saw(self, id_: str) -> None:
         """The owner of the run `id_` was shown how it ended."""
         if self._journal is not None:
-            self._journal.saw(id_)
+            try:
+                self._journal.saw(id_)
+            except SaveError as error:  # so it will be shown once more, which does no harm
+                log.error("the end of run %s is not marked as shown: %s", id_, error)
 
     def close(self) -> None:
         """Cancel everything and end the worker."""

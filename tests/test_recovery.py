@@ -203,9 +203,9 @@ from flux2_studio.studio import Studio
 from tests.test_recovery import journal_of
 
 home, reference = map(Path, sys.argv[1:])
-jobs = JobQueue(Studio(Settings(home=home, device="cpu")), journal_of(home))
-job = jobs.submit(Request(prompt="a flat fox", seed=5, count=6), "me")
-jobs.submit(Request(prompt="make it blue", seed=50, references=(reference,)), "me")
+jobs = JobQueue(Studio(Settings(home=home, device="cpu", safety="off", preview="off")), journal_of(home))
+job = jobs.submit(Request(prompt="a flat fox", seed=5, count=6, sign=False, watermark=False), "me")
+jobs.submit(Request(prompt="make it blue", seed=50, references=(reference,), sign=False, watermark=False), "me")
 for _, event in job.events():
     if isinstance(event, Saved):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -229,7 +229,7 @@ def test_a_killed_studio_loses_no_picture_and_no_run(tmp_path: Path) -> None:
 
     from flux2_studio.studio import Studio
 
-    settings = Settings(home=home, device="cpu")
+    settings = Settings(home=home, device="cpu", safety="off", preview="off")
     jobs = JobQueue(Studio(settings), journal_of(home))
     try:
         jobs.resume()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import gradio as gr
 
+from flux2_studio.errors import StudioError
 from flux2_studio.events import FINAL, Event, Notice, Queued, Upsampled
 from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.outputs.journal import Entry
@@ -77,7 +78,10 @@ class Follower:
             async for update in self.follow(watch, request):
                 yield update
             return
-        entry = await asyncio.to_thread(self._jobs.unseen, owner)
+        try:
+            entry = await asyncio.to_thread(self._jobs.unseen, owner)
+        except StudioError as error:
+            raise gr.Error(str(error), print_exception=False) from error
         if entry is None:
             yield gr.skip()
             return

@@ -179,7 +179,10 @@ def wire(
         return known.get(name or "", name or "")
 
     async def look(tab: Watch, request: gr.Request) -> Any:
-        now = await asyncio.to_thread(rows, jobs, label_of, owner_of(request))
+        try:
+            now = await asyncio.to_thread(rows, jobs, label_of, owner_of(request))
+        except StudioError:  # the notebook cannot be read, which the next run tells: once, not at every look
+            return gr.skip()
         if now == tab.rows:
             return gr.skip()
         tab.rows = now
@@ -204,7 +207,7 @@ def wire(
                 for entry in await asyncio.to_thread(jobs.interrupted, owner):
                     await asyncio.to_thread(jobs.discard, entry.id, owner)
         except StudioError as error:
-            update = {stage.message: show.problem(str(error))}
+            return {stage.message: show.problem(str(error))}
         tab.rows = await asyncio.to_thread(rows, jobs, label_of, owner)
         return {panel: tab.rows, **update}
 
