@@ -43,6 +43,7 @@ class Watch:
 
     jobs: dict[str, str] = field(default_factory=dict)
     following: bool = False
+    ended: list[str] = field(default_factory=list)  # shown to the end, as far as is known here
     rows: Any = None  # what its queue panel shows
 
 
@@ -91,7 +92,14 @@ class Follower:
             yield await asyncio.to_thread(self._at_once, entry, (Notice(text=MEANWHILE), *events))
         else:
             yield gr.skip()  # its pictures are gone
-        await asyncio.to_thread(self._jobs.saw, entry.id)
+        watch.ended.append(entry.id)
+
+    def confirm(self, watch: Watch) -> None:
+        """The browser has had what was sent: only now is it no news any more. A tab that was closed in between sends no
+        such word, and its run is shown when the page is opened again."""
+        ended, watch.ended = watch.ended, []
+        for id_ in ended:
+            self._jobs.saw(id_)
 
     def _at_once(self, entry: Entry, events: Sequence[Event]) -> Update:
         form = self._forms[form_of(entry.request)]
@@ -145,7 +153,7 @@ class Follower:
             if update:  # Gradio takes none for a mistake
                 yield update
         watch.jobs.pop(job.id, None)
-        await asyncio.to_thread(self._jobs.saw, job.id)
+        watch.ended.append(job.id)
 
     def _next(self, watch: Watch, owner: str) -> Job | None:
         """What to show now: what has ended and was not shown yet, then in the order in which it is done."""

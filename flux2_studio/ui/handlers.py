@@ -195,13 +195,14 @@ def _wire_runs(
     follower = Follower(jobs, forms, stage, view_of, ended_with)
     watch = gr.State(Watch())
     followed = [*vars(stage).values(), *(part for form in forms for part in shown(form.upsampling))]
-    following: dict[str, Any] = {
-        "api_visibility": "private",
-        "show_progress": "hidden",
-        "concurrency_limit": None,
-        "trigger_mode": "multiple",
-    }
-    page.load(follower.attach, watch, followed, **following)  # once more when the connection was lost and is back
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
+
+    def followed_after(event: Any, follows: Any = follower.follow) -> None:
+        """Have the tab follow its runs after `event`, and say when it has had all of it."""
+        done = event(follows, watch, followed, concurrency_limit=None, **private)
+        done.then(follower.confirm, watch, None, queue=False, **private)
+
+    followed_after(page.load, follower.attach)  # once more when the connection was lost and is back
     for form in forms:
         around = [form.lock, form.laid_out_for, form.aspect]
 
@@ -223,16 +224,17 @@ def _wire_runs(
 
         for button, action in ((form.run, run), (getattr(stage, f"without_{form.name}"), plain)):
             listen(button.click, None, js=GO_TO_STAGE)
-            listen(
+            started_run = listen(
                 button.click,
                 action,
                 [watch, *around],
                 [*_staged(stage, form), *(other.run for other in forms)],
                 inputs_kwargs=form.fields | form.upsampling.inputs,
                 concurrency_limit=None,
-            ).then(follower.follow, watch, followed, **following)
+            )
+            followed_after(started_run.then)
         wire_upsampling(studio, jobs, chosen, form, read, around)
-    queue_panel.wire(studio, jobs, queue, follower, watch, stage, followed)
+    followed_after(queue_panel.wire(studio, jobs, queue, follower, watch, stage).then)
 
 
 def _without(stage: Stage, failed: Form | None) -> Update:

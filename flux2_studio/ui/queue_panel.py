@@ -170,9 +170,9 @@ def wire(
     follower: Follower,
     watch: gr.State,
     stage: Stage,
-    followed: list[Any],
-) -> None:
-    """Keep the panel up to date, and do what its buttons say. followed: the components that `follower` changes."""
+) -> Any:
+    """Keep the panel up to date, and do what its buttons say. Returns the event after which there may be a run to
+    follow."""
 
     def label_of(name: str | None) -> str:
         known = {checkpoint.name: checkpoint.label for checkpoint in studio.settings.checkpoints}
@@ -212,19 +212,11 @@ def wire(
         return {panel: tab.rows, **update}
 
     listen(gr.Timer(PAUSE).tick, look, watch, panel, queue=False)
-    listen(
+    return listen(
         panel.click,
         act,
         watch,
         [panel, *vars(stage).values()],
-        concurrency_limit=None,
-        trigger_mode="multiple",
-    ).then(
-        follower.follow,
-        watch,
-        followed,
-        api_visibility="private",
-        show_progress="hidden",
         concurrency_limit=None,
         trigger_mode="multiple",
     )
