@@ -155,6 +155,11 @@ class Settings:
         return self.home / "thumbnails"
 
     @property
+    def queue(self) -> Path:
+        """Where waiting runs keep their references."""
+        return self.home / "queue"
+
+    @property
     def references(self) -> Path:
         """The folder where references are kept, so that pictures made from them can be made again."""
         return self.home / "references"

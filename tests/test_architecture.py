@@ -26,6 +26,7 @@ LAYERS = [
     {"working"},
     {"enrichment", "drawing"},
     {"studio", "encode_server"},
+    {"line"},
     {"jobs"},
     {"explore"},
     {"ui"},

@@ -26,7 +26,8 @@ from flux2_studio.events import (
     Upsampled,
     Writing,
 )
-from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, PASSED, Enrichment, Job, JobQueue, Task
+from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, Enrichment, Job, JobQueue, Task
+from flux2_studio.line import PASSED
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import History
 from flux2_studio.record import Record

@@ -249,6 +249,7 @@ class Explorations:
                 case Result() | Stopped():
                     break
         exploration.job = None
+        self._jobs.saw(job.id)  # its sheet tells of it
         return None
 
     def _changed(self, exploration: Exploration) -> None:

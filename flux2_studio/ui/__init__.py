@@ -24,6 +24,7 @@ from flux2_studio.jobs import JobQueue
 from flux2_studio.models.shelf import Shelf
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import History
+from flux2_studio.outputs.journal import Journal
 from flux2_studio.outputs.own_presets import OwnPresets
 from flux2_studio.outputs.thumbnails import Thumbnails
 from flux2_studio.presets import Presets
@@ -39,6 +40,7 @@ from flux2_studio.ui import (
     own_preset_panel,
     preset_panel,
     preset_use,
+    queue_panel,
     tabs,
 )
 from flux2_studio.ui.examples import Examples
@@ -129,17 +131,20 @@ def build(
                     inspection = inspect_tab.layout()
                     models = models_tab.layout(shelf, needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
-                stage = tabs.stage()
+                queue = queue_panel.layout()
+                stage = tabs.stage(queue)
         handlers.wire(
             studio,
             jobs,
             examples,
+            page=page,
             chosen=chosen,
             about=about,
             loading=loading,
             tabs=tabbed,
             forms=forms,
             stage=stage,
+            queue=queue,
         )
         explore_tab.wire(
             exploring,
@@ -205,9 +210,10 @@ def serve(
         # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
         kept=None if exposed else KeptReferences(settings.references),
     )
+    database = Database(settings.database)
     thumbnails = Thumbnails(settings.thumbnails)
-    history = History(Database(settings.database), settings.outputs, settings.trash, forget=thumbnails.forget)
-    jobs = JobQueue(studio, history)
+    history = History(database, settings.outputs, settings.trash, forget=thumbnails.forget)
+    jobs = JobQueue(studio, Journal(database, settings.queue), history)
     page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests, history=history)
     if Path(get_upload_folder()) == settings.home / "uploads":
         forget_uploads(settings.home / "uploads")
@@ -243,6 +249,7 @@ def serve(
         raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
     # As Ctrl+C: Gradio then deletes its files. Before anybody is told that the page is open, and may want to end it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    jobs.resume()  # only now: a studio that cannot be opened leaves all as it was
     try:
         sys.stdout.write(f"flux2-studio is open at {url}\n")
         sys.stdout.flush()

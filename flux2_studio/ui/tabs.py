@@ -134,6 +134,12 @@ class Stage:
     table: gr.HTML
     json: gr.Code
 
+    @property
+    def parts(self) -> list[Any]:
+        """All components of it."""
+        own = [part for part in vars(self).values() if part is not self.comparison]
+        return [*own, *vars(self.comparison).values()]
+
 
 def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Generate", id="generate", elem_id="generate", elem_classes="sheet"):
@@ -369,7 +375,8 @@ def _marks() -> tuple[dict[str, Any], gr.HTML]:
     return found, identity
 
 
-def stage() -> Stage:
+def stage(queue: gr.HTML | None = None) -> Stage:
+    """queue: shown below the result, where there is one."""
     job, results, picked = gr.State(""), gr.State([]), gr.State(0)
     message = gr.HTML(elem_id="message")
     without = {
@@ -397,6 +404,8 @@ def stage() -> Stage:
         download = gr.DownloadButton("Download", elem_id="download", min_width=140)
         edit = gr.Button("Use in Edit", elem_id="use-in-edit", min_width=140)
     comparison = compare.layout()
+    if queue is not None:
+        queue.render()
     with gr.Accordion("Settings used", visible=False, open=True, elem_id="details") as details:
         table = gr.HTML(elem_id="settings")
         json = gr.Code(language="json", label="As JSON", interactive=False, elem_id="json", lines=3, max_lines=12)

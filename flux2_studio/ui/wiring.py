@@ -24,13 +24,18 @@ def stopper(jobs: JobQueue) -> Callable[[str, gr.Request], Any]:
     """A handler for a Stop button: it ends the job of that id, if it is the caller's, and says so on the button."""
 
     def stop(job: str, request: gr.Request) -> Any:
-        running = jobs.get(job, owner_of(request))
+        running = jobs.get(job, owner_of(request)) or jobs.get(job, tab_of(request))
         if running is None:
             return gr.Button(visible=False)
         running.cancel()
         return gr.Button("Stopping…", interactive=False)
 
     return stop
+
+
+def tab_of(request: gr.Request) -> str:
+    """Whose is what stays a tab's own. It is no `owner_of` anybody, whatever a browser sends as its session."""
+    return f"tab:{request.session_hash or ''}"
 
 
 async def follow(task: Task, pause: float = POLL) -> AsyncIterator[Event]:
