@@ -124,8 +124,6 @@ def read_form(
             raise RequestError("Add a picture first: drop one above the instruction, or choose an example.")
         read["mask"] = read_mask(read.get("mask"))
         read["outpaint"] = read_outpaint(read.get("outpaint"))
-        if read["mask"] or read["outpaint"]:  # which leave the picture its scale
-            read["width"] = read["height"] = None
     return Request(**read)
 
 
