@@ -245,7 +245,7 @@ class Request:
         if reference_sizes and (self.mask or self.outpaint):
             raise RequestError(
                 f"With a mask or outpainting the picture keeps its scale, which gives {default[0]} x {default[1]}, not "
-                f"{asked[0]} x {asked[1]}: leave width and height to the picture."
+                f"{asked[0]} x {asked[1]}: leave width and height to the picture, on the page by the shape As image 1."
             )
         return round_side(asked[0], "width"), round_side(asked[1], "height")
 

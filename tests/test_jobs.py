@@ -554,7 +554,7 @@ def test_a_picture_is_in_its_owners_history_before_anybody_is_told(tmp_path: Pat
     image.parent.mkdir()
     image.write_bytes(b"picture")
     history = History(Database(tmp_path / "db"), image.parent, tmp_path / "trash")
-    jobs = JobQueue(ScriptedStudio(fox=saves(image)), history)
+    jobs = JobQueue(ScriptedStudio(fox=saves(image)), history=history)
     try:
         job = jobs.submit(Request(prompt="fox", seed=7), "me")
         for _, event in job.events():
@@ -569,7 +569,7 @@ def test_a_picture_is_in_its_owners_history_before_anybody_is_told(tmp_path: Pat
 def test_a_history_that_cannot_be_written_is_told_and_stops_no_run(tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(b"picture")
-    jobs = JobQueue(ScriptedStudio(fox=saves(image)), History(Database(tmp_path), tmp_path, tmp_path / "trash"))
+    jobs = JobQueue(ScriptedStudio(fox=saves(image)), history=History(Database(tmp_path), tmp_path, tmp_path / "trash"))
     try:
         events = [event for _, event in jobs.submit(Request(prompt="fox"), "me").events()]
     finally:

@@ -157,8 +157,10 @@ class Journal:
 
     def add(self, id_: str, owner: str, request: Request, *, keyed: bool = False) -> Request:
         """Write down that `request` (resolved) waits as run `id_`; `keyed`: with a key of its owner's. Returns the
-        request with its references at a place where they stay until the run is over."""
-        kept = replace(request, references=self._keep(id_, request.references))
+        request with its references and its mask at a place where they stay until the run is over."""
+        files = self._keep(id_, [*request.references, *([request.mask] if request.mask else [])])
+        count = len(request.references)
+        kept = replace(request, references=files[:count], mask=files[count] if request.mask else None)
         with self._database.transaction() as connection:
             (last,) = connection.execute("SELECT coalesce(max(place), 0) FROM runs").fetchone()
             connection.execute(
@@ -321,11 +323,11 @@ class Journal:
             connection.executemany("DELETE FROM runs WHERE id = ?", [(row["id"],) for row in rows])
         self._release(id_)
 
-    def _keep(self, id_: str, references: Sequence[Path]) -> tuple[Path, ...]:
-        """Copies of `references`, under their own names, which their owner knows them by."""
+    def _keep(self, id_: str, files: Sequence[Path]) -> tuple[Path, ...]:
+        """Copies of `files`, under their own names, which their owner knows them by."""
         kept = []
         try:
-            for number, path in enumerate(references):
+            for number, path in enumerate(files):
                 folder = self._folder / id_ / str(number)
                 folder.mkdir(parents=True)
                 try:

@@ -60,9 +60,8 @@ def hidden(comparison: Comparison) -> dict[Any, Any]:
     return {comparison.folded: gr.Accordion(visible=False), comparison.before: None}
 
 
-def shown(comparison: Comparison, request: Request, checkpoint: Checkpoint, after: Path) -> dict[Any, Any]:
-    """The update for a run of `request` (resolved) whose first picture is `after`; hidden where it was no edit."""
-    before = original(request, checkpoint)
+def shown(comparison: Comparison, before: Image.Image | None, after: Path) -> dict[Any, Any]:
+    """The update for a run that made `after` from `before`; hidden where it was no edit."""
     if before is None:
         return hidden(comparison)
     return {

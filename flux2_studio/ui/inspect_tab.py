@@ -155,7 +155,10 @@ def wire(
             raise gr.Error("There are no settings to restore: choose a picture that has some.", print_exception=False)
         if plan.request is None:  # something went since the picture was looked at
             raise gr.Error(plan.notes[0], print_exception=False)
-        return {tab.note: show.notes(plan.notes), **filled(plan, forms, chosen, tabs)}
+        try:
+            return {tab.note: show.notes(plan.notes), **filled(plan, forms, chosen, tabs)}
+        except StudioError as error:  # what a file names as its mask need not be one
+            raise gr.Error(str(error), print_exception=False) from error
 
     said = [component for component in vars(tab).values() if component is not tab.picture]
     listen([tab.picture.upload, tab.picture.delete], look, tab.picture, [tab.picture, *said], concurrency_limit=2)

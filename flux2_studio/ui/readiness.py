@@ -71,14 +71,13 @@ def outlook(
         files = paths(references)
         cap = chosen.reference_cap(len(files))
         sizes = [fit_size(reference_size(file), cap) for file in files]
-        margins = read_outpaint(outpaint)
         asked = Request(
             prompt="any",
             checkpoint=checkpoint,
             references=files,
-            outpaint=margins,
-            width=None if margins else width,
-            height=None if margins else height,
+            outpaint=read_outpaint(outpaint),
+            width=width,
+            height=height,
             count=count,
             # A number that was laid out for the checkpoint before is not this one's.
             guidance=None if chosen.guidance_fixed else guidance,

@@ -19,9 +19,10 @@ from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.journal import CUT_SHORT, Journal
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, queue_panel, tabs, wiring
+from flux2_studio.ui import fields, queue_panel, tabs, wiring
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.following import MEANWHILE, Follower, Watch, form_of
+from flux2_studio.ui.run_view import RunView
 from flux2_studio.ui.visitors import COOKIE, owner_of
 from flux2_studio.ui.wiring import Update
 from tests.test_jobs import PATIENCE, Gate, ScriptedStudio, endless, four_steps, preview
@@ -65,8 +66,8 @@ def jobs(tmp_path: Path, journal: Journal) -> Iterator[JobQueue]:
 def follower(jobs: JobQueue, laid_out: tuple[list[tabs.Form], tabs.Stage]) -> Follower:
     forms, stage = laid_out
 
-    def view_of(request: Request, form: tabs.Form) -> handlers.RunView:
-        return handlers.RunView(stage, form.upsampling, NANO)
+    def view_of(request: Request, form: tabs.Form) -> RunView:
+        return RunView(stage, form.upsampling, NANO)
 
     return Follower(jobs, forms, stage, view_of, lambda view, form, request: {stage.stop: "over"})
 
