@@ -70,6 +70,7 @@ class ExploreTab:
 def layout(forms: Sequence[Form]) -> ExploreTab:
     names = {"generate": "Generate", "edit": "Edit", "multi": "Multi-reference"}
     with gr.Tab("Explore", id="explore", elem_id="explore", elem_classes="sheet"), gr.Row(elem_id="explore-desk"):
+        job = gr.State("")  # in here: Gradio counts what lies between two tabs as one
         with gr.Column(scale=4, min_width=300, elem_id="explore-form"):
             gr.HTML(ABOUT, elem_classes="note")
             source = gr.Radio([(names[it.name], it.name) for it in forms], value=forms[0].name, label="Settings of")
@@ -115,7 +116,7 @@ def layout(forms: Sequence[Form]) -> ExploreTab:
         problem=problem,
         progress=progress,
         sheet=sheet,
-        job=gr.State(""),
+        job=job,
     )
 
 

@@ -84,6 +84,7 @@ class Restoration:
 
 def layout() -> InspectTab:
     with gr.Tab("Inspect", id="inspect", elem_id="inspect", elem_classes="sheet"):
+        seen = gr.State(None)  # in here: Gradio counts what lies between two tabs as one
         picture = _picture()
         findings = gr.HTML(EMPTY, elem_id="inspect-findings")
         with gr.Column(elem_id="inspect-acts"):
@@ -112,7 +113,7 @@ def layout() -> InspectTab:
         folded=folded,
         json=as_json,
         credentials=credentials,
-        seen=gr.State(None),
+        seen=seen,
     )
 
 
