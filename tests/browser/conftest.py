@@ -22,7 +22,7 @@ from tests.tiny import Toys
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STARTED_IN = 120  # seconds; a busy machine may take long, a broken app ends at once
-PATIENCE = 40_000  # milliseconds that expect() waits: a slow machine that does other work takes its time
+PATIENCE = 180_000  # milliseconds that expect() waits: a slow machine that does other work takes its time
 
 expect.set_options(timeout=PATIENCE)
 
