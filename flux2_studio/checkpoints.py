@@ -206,7 +206,7 @@ NANO = Checkpoint(
     max_references=10,
     default_pixels=128 * 128,
     max_pixels=512 * 512,
-    reference_pixels=128 * 128,
+    reference_pixels=256 * 256,
     references_pixels=128 * 128,
     toy=True,
 )
@@ -231,7 +231,7 @@ NANO_BASE = Checkpoint(
     max_references=10,
     default_pixels=128 * 128,
     max_pixels=512 * 512,
-    reference_pixels=128 * 128,
+    reference_pixels=256 * 256,
     references_pixels=128 * 128,
     toy=True,
 )

@@ -20,12 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from flux2_studio import __version__, cli_inspect, cli_models
+from flux2_studio import __version__, cli_inspect, cli_models, cli_presets
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped, Upsampled, Writing
 from flux2_studio.models.own import with_own_files
-from flux2_studio.request import MAX_LORA_WEIGHT, Enricher, ImageFormat, LoraChoice, Request, Upsampling
+from flux2_studio.request import MAX_LORA_WEIGHT, Enricher, ImageFormat, LoraChoice, Outpaint, Request, Upsampling
 from flux2_studio.settings import DtypeName, Settings
 from flux2_studio.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line
 
@@ -78,9 +78,28 @@ def parser() -> Parser:
     )
     names = ", ".join(checkpoint.name for checkpoint in CHECKPOINTS)
     generate.add_argument("--model", metavar="NAME", help=f"one of: {names}")
-    generate.add_argument("--prompt", metavar="TEXT", required=True, help="what to draw, or what to change")
+    generate.add_argument("--prompt", metavar="TEXT", help="what to draw, or what to change")
+    generate.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="start from a preset, as `presets` calls it, or from a file of one; --prompt is then its subject, where "
+        "it takes one, and every other option counts more",
+    )
     generate.add_argument(
         "--image", metavar="FILE", type=Path, action="append", default=[], help="a reference picture; repeatable"
+    )
+    generate.add_argument(
+        "--mask", metavar="FILE", type=Path, help="white where the first --image may change; the rest stays as it is"
+    )
+    generate.add_argument(
+        "--outpaint",
+        metavar="L,T,R,B",
+        type=margins,
+        default=Outpaint(),
+        help="pixels by which the first --image grows to the left, top, right and bottom",
+    )
+    generate.add_argument(
+        "--match-colours", action="store_true", help="give the result the colours of the first --image on the whole"
     )
     generate.add_argument("--width", metavar="W", type=int, help="pixels (default: as --image, or the model's)")
     generate.add_argument("--height", metavar="H", type=int, help="pixels")
@@ -97,9 +116,7 @@ def parser() -> Parser:
         "(default 1); repeatable",
     )
     generate.add_argument("--seed", metavar="S", type=int, help="same seed, same picture (default: by chance)")
-    generate.add_argument(
-        "--count", metavar="N", type=int, default=1, help="pictures, of seeds S, S+1, ... (default 1)"
-    )
+    generate.add_argument("--count", metavar="N", type=int, help="pictures, of seeds S, S+1, ... (default 1)")
     generate.add_argument(
         "--upsample",
         choices=get_args(Enricher),
@@ -148,6 +165,7 @@ def parser() -> Parser:
 
     cli_models.add_to(commands)
     cli_inspect.add_to(commands)
+    cli_presets.add_to(commands)
     return top
 
 
@@ -177,20 +195,31 @@ def run_generate(options: argparse.Namespace) -> int:
     """`generate`: one run, its pictures copied to --out."""
     settings, _ = _settings(options)
     by = options.upsample or ("none" if options.image else settings.upsample)
+    asked = {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative,
+        "checkpoint": options.model,
+        "width": options.width,
+        "height": options.height,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "count": options.count,
+        "loras": tuple(options.lora) or None,
+        "format": format_of(options.out, options.format),
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    if options.preset is not None:
+        given = cli_presets.completed(given, options.preset, len(options.image), settings)
+    if "prompt" not in given:
+        raise RequestError("There is no prompt: say with --prompt what to draw, or start from a --preset that has one.")
     request = Request(
-        prompt=options.prompt,
-        negative_prompt=options.negative,
-        checkpoint=options.model,
+        **given,
         references=tuple(options.image),
-        width=options.width,
-        height=options.height,
-        steps=options.steps,
-        guidance=options.guidance,
+        mask=options.mask,
+        outpaint=options.outpaint,
+        match_colours=options.match_colours,
         seed=options.seed,
-        count=options.count,
-        loras=tuple(options.lora),
         upsampling=Upsampling(by=by, model=options.upsample_model),
-        format=format_of(options.out, options.format),
         watermark=not options.no_watermark,
         sign=not options.no_sign,
         metadata=not options.no_metadata,
@@ -231,6 +260,19 @@ def lora_choice(text: str) -> LoraChoice:
     except RequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return choice
+
+
+def margins(text: str) -> Outpaint:
+    """`L,T,R,B`, in pixels."""
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+        return Outpaint(left=left, top=top, right=right, bottom=bottom)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no L,T,R,B: give four whole numbers of pixels, such as 0,0,256,0"
+        ) from error
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _is_number(text: str) -> bool:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.engine.keeping import Keep
 from flux2_studio.engine.latents import noise
 from flux2_studio.engine.sampling import denoise
 from flux2_studio.errors import (
@@ -30,7 +32,9 @@ from flux2_studio.models.manager import Drawn, Session
 from flux2_studio.models.plan import Plan, Workload
 from flux2_studio.outputs.credentials import Source
 from flux2_studio.pictures import images_from_pixels
-from flux2_studio.request import Request
+from flux2_studio.references import padded
+from flux2_studio.regions import Region, composite, match_colours
+from flux2_studio.request import Request, drawn_size
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.questions import Ask, asking
 from flux2_studio.working import check, with_status
@@ -73,7 +77,8 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A reference as the engine takes it, what was done to get there, and its file, by hash and as an ingredient."""
+    """A reference scaled to the checkpoint's cap, what was done to get there, and its file, by hash and as an
+    ingredient."""
 
     image: Image.Image
     notes: tuple[str, ...]
@@ -94,12 +99,14 @@ class Conditions:
 class Run:
     """One run under way: its resolved request, and what goes along with it from stage to stage.
 
-    upsampled: how its prompt came about, where a language model wrote it.
+    upsampled: how its prompt came about, where a language model wrote it. region: what of the first reference may
+    change, where not all of it may.
     """
 
     request: Request
     upsampled: Upsampled | None
     references: Sequence[Reference]
+    region: Region | None
     session: Session
     guard: Guard
     cancelled: Callable[[], bool]
@@ -112,14 +119,17 @@ class Run:
 
 
 def workload_of(request: Request, references: Sequence[tuple[int, int]], checkpoint: Checkpoint) -> Workload:
-    """What a resolved request asks of the memory; references: the size of each in pixels, as it will be read."""
-    assert request.width and request.height
+    """What a resolved request asks of the memory; references: the size of each in pixels, scaled to its cap."""
+    width, height = request.drawn_size
+    read = [drawn_size(*size) for size in references]
+    if request.outpaint:  # the first stands on its canvas
+        read[:1] = [(width, height)]
     return Workload(
-        width=request.width,
-        height=request.height,
+        width=width,
+        height=height,
         count=request.count,
         guided=_is_guided(request, checkpoint),
-        references=tuple(references),
+        references=tuple(read),
     )
 
 
@@ -167,7 +177,7 @@ def encode(run: Run) -> Generator[Event, None, Conditions]:
     for number, reference in enumerate(run.references, start=1):
         yield Status(text=f"Reading image {number}" if len(run.references) > 1 else "Reading the image")
         yield from run.finished.fresh(reference.notes)
-        image = reference.image
+        image = padded(run.region.picture if run.region and number == 1 else reference.image)
         latents.append((yield from run.working(lambda progress: session.encode_reference(image, progress))))  # noqa: B023
     return Conditions(
         context=encoded.context[:1],
@@ -181,14 +191,17 @@ def denoise_batch(
 ) -> Generator[Event, None, Tensor]:
     """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]."""
     request, checkpoint = run.request, run.session.checkpoint
-    assert request.width and request.height and request.steps and request.guidance is not None
+    assert request.steps and request.guidance is not None
     check(run.cancelled)
     first = request.count - waiting
     yield Status(text="Drawing" if request.count == 1 else f"Drawing {_range(first, len(seeds), request.count)}")
+    keep = None
+    if run.region is not None:
+        keep = Keep(clean=conditions.references[0], change=torch.from_numpy(run.region.tokens))
     timer.start()
     for step in denoise(
         drawn.transformer,
-        noise(seeds, request.width, request.height, drawn.transformer.params.in_channels),
+        noise(seeds, *request.drawn_size, drawn.transformer.params.in_channels),
         conditions.context,
         steps=request.steps,
         guidance=request.guidance,
@@ -196,11 +209,13 @@ def denoise_batch(
         negative_context=conditions.negative_context,
         references=conditions.references,
         reference_cache=checkpoint.reference_cache,
+        keep=keep,
     ):
         images: list[Image.Image] = []
         if drawn.previewer is not None:
             for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
-                images += map(run.guard.preview, images_from_pixels(drawn.previewer(clean)))
+                shown = [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
+                images += map(run.guard.preview, shown)
         timer.stepped(len(seeds))
         yield Preview(
             step=step.index + 1,
@@ -212,6 +227,31 @@ def denoise_batch(
         )
         check(run.cancelled)
     return step.latents
+
+
+def visible(image: Image.Image, request: Request) -> Image.Image:
+    """What of a drawn picture, of any scale, is the picture that was asked for: without what it was padded by."""
+    assert request.width and request.height
+    across, down = request.drawn_size
+    if (across, down) == (request.width, request.height):
+        return image
+    width, height = round(image.width * request.width / across), round(image.height * request.height / down)
+    return image.crop((0, 0, max(1, width), max(1, height)))
+
+
+def settled(run: Run, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """A picture as drawn, with everything kept that must be, and what the user should know of that."""
+    region = run.region
+    notes: tuple[str, ...] = ()
+    if run.request.match_colours:
+        like, change = (region.picture, region.change) if region else (run.references[0].image, None)
+        matched = match_colours(image, like, change)
+        if matched is None:
+            notes = (
+                "The colours were not matched: the mask leaves too little outside to match them with. Make it smaller.",
+            )
+        image = matched or image
+    return (composite(image, region) if region else image), notes
 
 
 class Timer:

@@ -3,6 +3,7 @@
     StudioError
     ├── RequestError                the request cannot be carried out as it was made
     │   ├── ReferenceImageError     a reference picture cannot be used
+    │   ├── PresetError             a preset cannot be read, kept or applied
     │   └── SafetyError             the safety check does not let a prompt, a reference or a finished picture through
     ├── WeightsError                a checkpoint's file is missing, damaged, or another model's
     │   └── DownloadError           the hub did not give a file
@@ -28,6 +29,10 @@ class RequestError(StudioError):
 
 class ReferenceImageError(RequestError):
     """A reference picture cannot be used."""
+
+
+class PresetError(RequestError):
+    """A preset cannot be read, kept or applied."""
 
 
 class SafetyError(RequestError):

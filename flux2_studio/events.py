@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux2_studio.record import Record
 from flux2_studio.request import Request
 
 if TYPE_CHECKING:
@@ -81,11 +82,12 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """Picture `index` (0-based) of the run is finished: `image` is its file, drawn with `seed`."""
+    """Picture `index` (0-based) of the run is finished: `image` is its file, drawn with `seed`, as `record` says."""
 
     index: int
     image: Path
     seed: int
+    record: Record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
 """Runs belong to the server, not to the browser tab: a job goes on when nobody looks, and anyone may come back to it.
 
 `submit` checks the request at once, so a mistake is told to the one who made it; a worker thread per device runs
-the jobs. It takes the oldest first, but prefers the checkpoint that is loaded, as long as nobody is passed over more
-than a few times: users of two checkpoints do not have them swapped after every picture. A checkpoint that somebody has
-merely chosen is loaded when nothing else is to be done.
+the jobs, in the order of `line.py`. A checkpoint that somebody has merely chosen is loaded when nothing else is to be
+done. With a journal, runs belong to no process either: what a killed studio left is taken up by the next one.
 
 A follower reads `job.events(since)`; it may be slower than the run, so of previews and the like only the newest is
 kept. Cancelling takes effect between two denoising steps.
@@ -14,18 +13,23 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from flux2_studio.errors import StudioError, UpsampleError
-from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Status, Stopped, Writing
+from flux2_studio import line
+from flux2_studio.errors import SaveError, StudioError, UpsampleError
+from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Saved, Status, Stopped, Writing
+from flux2_studio.outputs.history import History
+from flux2_studio.outputs.journal import Entry, Journal
 from flux2_studio.request import Request, changes
 from flux2_studio.upsample import ApiKey
 
 log = logging.getLogger(__name__)
 
 PASSING = (Queued, Status, Writing, Preview)  # what a later event of the same kind makes worthless
-PASSED = 3  # runs of the loaded checkpoint that may go before an older one of another
+OWN_WAITING = 20  # runs of one owner that may wait
+ALL_WAITING = 100  # and of all
 ENRICHMENTS = 8  # prompts that are enriched or wait for it, at most; each that another machine enriches is a thread
 KEPT = 200  # finished jobs that can still be asked for
 DEFECT = (
@@ -51,8 +55,8 @@ class Runner(Protocol):
 class Task:
     """Something that the worker does, and the events it has had so far. Safe to use from any thread."""
 
-    def __init__(self, owner: str) -> None:
-        self.id = uuid.uuid4().hex
+    def __init__(self, owner: str, id_: str | None = None) -> None:
+        self.id = id_ or uuid.uuid4().hex
         self.owner = owner
         self._changed = threading.Condition()
         self._events: list[tuple[int, Event]] = []  # (number, event), numbers rising, old previews dropped
@@ -60,17 +64,24 @@ class Task:
         self._started = False
         self._cancelled = False
 
-    def add(self, event: Event) -> None:
-        """Append an event and wake the followers; nothing after the last one. Of passing events the newest is kept."""
+    def add(self, event: Event) -> bool:
+        """Append an event and wake the followers; nothing, and False, after the last one. Of passing events the newest
+        is kept."""
         with self._changed:
             if self.finished:  # whatever comes late (a place in the queue, say) would reopen it
-                return
+                return False
             passing = PASSING if isinstance(event, FINAL) else type(event)
             if isinstance(event, PASSING + FINAL):
                 self._events = [(n, e) for n, e in self._events if not isinstance(e, passing)]
             self._events.append((self._next, event))
             self._next += 1
             self._changed.notify_all()
+            return True
+
+    def newest(self) -> Event | None:
+        """The last event so far."""
+        with self._changed:
+            return self._events[-1][1] if self._events else None
 
     def events(self, since: int = 0, *, timeout: float | None = None) -> Iterator[tuple[int, Event]]:
         """The events numbered `since` and later as (number, event), waiting for more until the run has ended.
@@ -102,6 +113,10 @@ class Task:
             return self._started
 
     @property
+    def started(self) -> bool:
+        return self._started
+
+    @property
     def cancelled(self) -> bool:
         return self._cancelled
 
@@ -113,22 +128,49 @@ class Task:
 
 class Job(Task):
     """One submitted run, with its resolved request. key: its owner's, for the server that enriches prompts; forgotten
-    when the run has ended."""
+    when the run has ended. told: hears of each event, before its followers do. passed, behind, needs, leaves: its place
+    in the line."""
 
-    def __init__(self, request: Request, owner: str, key: ApiKey | None = None) -> None:
-        super().__init__(owner)
+    def __init__(
+        self,
+        request: Request,
+        owner: str,
+        key: ApiKey | None = None,
+        *,
+        id_: str | None = None,
+        told: Callable[[Job, Event], None] = lambda job, event: None,
+    ) -> None:
+        super().__init__(owner, id_)
         self.request = request
         self.key = key
-        self.passed = 0  # how many younger runs were taken before it
+        self.passed = 0
+        self.behind: set[Any] = set()
+        self._told = told
 
-    def add(self, event: Event) -> None:
-        super().add(event)
+    @property
+    def needs(self) -> str | None:
+        return self.request.checkpoint
+
+    @property
+    def leaves(self) -> str | None:
+        return self.request.checkpoint
+
+    def add(self, event: Event) -> bool:
+        if not self.finished:
+            self._told(self, event)  # first: what its followers know must be written down
+        added = super().add(event)
         if isinstance(event, FINAL):
             self.key = None
+        return added
 
 
 class Enrichment(Job):
     """Having a prompt enriched, and nothing drawn."""
+
+    @property
+    def leaves(self) -> str | None:
+        """None: a language model that writes may have taken the place of whatever was loaded."""
+        return None
 
 
 class Preparation(Task):
@@ -139,11 +181,25 @@ class Preparation(Task):
         self.checkpoint = checkpoint
 
 
-class JobQueue:
-    """Runs jobs one after another in a thread of its own."""
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a job stands that is not done: `ahead` runs go before it, `others` of them not its owner's."""
 
-    def __init__(self, studio: Runner) -> None:
+    job: Job
+    ahead: int
+    others: int
+
+
+class JobQueue:
+    """Runs jobs one after another in a thread of its own.
+
+    journal: where they are written down; history: where their pictures are remembered. None: nowhere.
+    """
+
+    def __init__(self, studio: Runner, journal: Journal | None = None, history: History | None = None) -> None:
         self._studio = studio
+        self._journal = journal
+        self._history = history
         self._jobs: dict[str, Job] = {}
         self._running: Task | None = None
         self._waiting: list[Job] = []  # oldest first
@@ -151,21 +207,73 @@ class JobQueue:
         self._loaded: str | None = None  # the checkpoint that ran, or was loaded, last
         self._closed = False
         self._changed = threading.Condition()
+        self._renewing = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="flux2-worker", daemon=True)
         self._worker.start()
 
-    def submit(self, request: Request, owner: str = "", key: ApiKey | None = None) -> Job:
-        """Check and resolve `request`, and queue it. Raises `StudioError` at once for what cannot be done."""
+    def resume(self) -> None:
+        """Queue again, in their order, the runs that waited when a studio of the same journal ended."""
+        if self._journal is None:
+            return
+        for entry in self._journal.adopt():
+            self._queue(Job(entry.request, entry.owner, id_=entry.id, told=self._note))
+
+    def submit(self, request: Request, owner: str = "", key: ApiKey | None = None, *, tab: str | None = None) -> Job:
+        """Check and resolve `request`, and queue it. Raises `StudioError` at once for what cannot be done.
+
+        tab: who has prompts enriched in the place where this run shows what it has enriched; by default its owner.
+        """
+        self._check_room(owner)
         resolved = self._studio.resolve(request, key)
-        job = Job(resolved, owner, key)
+        job = Job(resolved, owner, key, told=self._note)
         if resolved.upsampling.by != "none":  # it shows what it writes in the same place
             with self._changed:
-                for other in self._enrichments(owner):
+                for other in self._enrichments(owner if tab is None else tab):
                     other.cancel()
         for text in changes(request, resolved):
             job.add(Notice(text=text))
-        self._queue(job)
+        if self._journal is None:
+            self._queue(job, self._check_room)
+            return job
+        keyed = key is not None and resolved.upsampling.by == "openrouter"
+        job.request = self._journal.add(job.id, owner, resolved, keyed=keyed)
+        try:
+            self._queue(job, self._check_room)
+        except StudioError:  # it has filled up meanwhile
+            self._journal.discard(job.id)
+            raise
         return job
+
+    def _check_room(self, owner: str) -> None:
+        """Raises `StudioError` where `owner` has enough waiting, or all have."""
+        with self._changed:
+            waiting = [job for job in self._waiting if not job.finished and not isinstance(job, Enrichment)]
+        if sum(job.owner == owner for job in waiting) >= OWN_WAITING:
+            raise StudioError(
+                f"{OWN_WAITING} runs of yours are waiting, and more cannot: take one off the queue, or try again when "
+                f"one is done."
+            )
+        if len(waiting) >= ALL_WAITING:
+            raise StudioError(
+                f"{ALL_WAITING} runs of all who use this studio are waiting, and more cannot: try again in a few "
+                f"minutes."
+            )
+
+    def _note(self, job: Job, event: Event) -> None:
+        """Have the journal write down what `event` says of `job`."""
+        if self._journal is None or isinstance(job, Enrichment):
+            return
+        if self._closed and isinstance(event, Stopped):
+            return  # nobody wanted it to: whoever opens the studio next goes on with it
+        try:
+            self._journal.note(job.id, event)
+        except SaveError as error:
+            self._warn(job, error)
+
+    def _warn(self, job: Job, error: SaveError) -> None:
+        """The run goes on, for its pictures have files of their own; but a new start may not know of them."""
+        log.error("run %s is not written down: %s", job.id, error)
+        job.add(Notice(text=f"Should the studio end, it will not know how far this run was. {error}"))
 
     def enrich(self, request: Request, owner: str = "", key: ApiKey | None = None) -> Enrichment:
         """Have the prompt of `request` enriched, in place of any other that `owner` has waiting for that. What another
@@ -189,8 +297,10 @@ class JobQueue:
         found = [job for job in self._jobs.values() if isinstance(job, Enrichment) and not job.finished]
         return [job for job in found if owner in (None, job.owner)]
 
-    def _queue(self, job: Job) -> None:
+    def _queue(self, job: Job, check: Callable[[str], None] = lambda owner: None) -> None:
+        """Let `job` wait, if `check` of its owner raises nothing then."""
         with self._changed:
+            check(job.owner)
             self._admit(job)
             self._waiting.append(job)
             if isinstance(self._running, Preparation) and self._running.checkpoint != job.request.checkpoint:
@@ -233,6 +343,69 @@ class JobQueue:
             job = self._jobs.get(id_)
         return job if job is not None and job.owner == owner else None
 
+    # --- an owner's runs ----------------------------------------------------------------------------------------
+
+    def standing(self, owner: str) -> tuple[Standing, ...]:
+        """The runs of `owner` that are not done, in the order in which they are taken, the one under way first."""
+        with self._changed:
+            running = [self._running] if isinstance(self._running, Job) else []
+            left = [job for job in self._waiting if not job.finished]
+            ahead = [*running, *line.order(left, self._loaded)]
+        found, others = [], 0
+        for place, job in enumerate(ahead):
+            if job.owner != owner:
+                others += 1
+            elif not isinstance(job, Enrichment) and not job.finished:
+                found.append(Standing(job=job, ahead=place, others=others))
+        return tuple(found)
+
+    def move(self, id_: str, owner: str, *, later: bool) -> None:
+        """Have the waiting run `id_` of `owner` change places with their one before it or, `later`, after it."""
+        with self._changed:
+            waiting = [job for job in self._waiting if not job.finished]
+            job = next((job for job in waiting if job.id == id_ and job.owner == owner), None)
+            if job is None or not line.move(waiting, job, self._loaded, later=later):
+                return
+            self._waiting = waiting
+            self._tell_places()
+            self._changed.notify_all()
+            arranged = [job.id for job in waiting if not isinstance(job, Enrichment)]
+        if self._journal is not None:
+            self._journal.arrange(arranged)
+
+    def interrupted(self, owner: str) -> tuple[Entry, ...]:
+        """The runs of `owner` that an earlier studio left undone."""
+        return () if self._journal is None else self._journal.interrupted(owner)
+
+    def renew(self, id_: str, owner: str) -> Job:
+        """Queue what is left to do of the interrupted run `id_` of `owner`. Raises `StudioError`."""
+        with self._renewing:
+            entry = None if self._journal is None else self._journal.entry(id_, owner)
+            if self._journal is None or entry is None or entry.state != "interrupted":
+                raise StudioError("This run is not there any more: load the page again to see what is.")
+            job = self.submit(entry.rest(), owner)
+            self._journal.discard(id_)
+        return job
+
+    def discard(self, id_: str, owner: str) -> None:
+        """Forget the interrupted run `id_` of `owner`."""
+        with self._renewing:
+            entry = None if self._journal is None else self._journal.entry(id_, owner)
+            if self._journal is not None and entry is not None and entry.state == "interrupted":
+                self._journal.discard(id_)
+
+    def unseen(self, owner: str) -> Entry | None:
+        """The run of `owner` that ended last, if its end has not been shown."""
+        return None if self._journal is None else self._journal.unseen(owner)
+
+    def saw(self, id_: str) -> None:
+        """The owner of the run `id_` was shown how it ended."""
+        if self._journal is not None:
+            try:
+                self._journal.saw(id_)
+            except SaveError as error:  # so it will be shown once more, which does no harm
+                log.error("the end of run %s is not marked as shown: %s", id_, error)
+
     def close(self) -> None:
         """Cancel everything and end the worker."""
         with self._changed:
@@ -242,20 +415,16 @@ class JobQueue:
                     task.cancel()
             self._changed.notify_all()
         self._worker.join()
+        if self._journal is not None:
+            self._journal.close()
 
     def _tell_places(self) -> None:
         """Tell every waiting run how many go before it, in the order in which they will be taken."""
         ahead = int(isinstance(self._running, Job))
         left = [job for job in self._waiting if not job.finished]
-        passed = {job: job.passed for job in left}
-        loaded = self._loaded
-        while left:
-            job = _pick(left, loaded, passed)
-            left.remove(job)
-            loaded = None if isinstance(job, Enrichment) else job.request.checkpoint
-            if ahead:
-                job.add(Queued(ahead=ahead))
-            ahead += 1
+        for place, job in enumerate(line.order(left, self._loaded), start=ahead):
+            if place:
+                job.add(Queued(ahead=place))
 
     def _take(self) -> Task | None:
         """What to do next, waiting for it; None once the queue is closed."""
@@ -263,14 +432,8 @@ class JobQueue:
             while True:
                 self._waiting = [job for job in self._waiting if not job.finished]
                 if self._waiting:
-                    passed = {job: job.passed for job in self._waiting}
-                    job = _pick(self._waiting, self._loaded, passed)
-                    for other, times in passed.items():
-                        other.passed = times
-                    self._waiting.remove(job)
-                    self._running = job
-                    # A language model that writes may have taken the place of whatever was loaded.
-                    self._loaded = None if isinstance(job, Enrichment) else job.request.checkpoint
+                    job = line.take(self._waiting, self._loaded)
+                    self._running, self._loaded = job, job.leaves
                     self._tell_places()
                     return job
                 if self._closed:
@@ -289,8 +452,12 @@ class JobQueue:
                 self._tell_places()
 
     def _run(self, task: Task) -> None:
+        if isinstance(task, Job):
+            self._begin(task)
         try:
             for event in self._events(task):
+                if isinstance(event, Saved):  # before anybody is told: whoever looks then finds it
+                    self._remember(task, event)
                 task.add(event)
             if not task.finished:  # its followers would wait for ever
                 raise RuntimeError("the run ended without a final event")
@@ -301,6 +468,22 @@ class JobQueue:
             log.exception("run %s failed", task.id)
             task.add(Failed(message=DEFECT))
 
+    def _remember(self, task: Task, saved: Saved) -> None:
+        """Put the picture into the history. Where that fails, it is on disk all the same, and the run goes on."""
+        if self._history is None:
+            return
+        try:
+            self._history.add(task.owner, task.id, saved)
+        except SaveError as error:
+            task.add(Notice(text=f"The picture is saved as {saved.image.name}, but is not in History. {error}"))
+
+    def _begin(self, job: Job) -> None:
+        if self._journal is not None and not isinstance(job, Enrichment):
+            try:
+                self._journal.start(job.id)
+            except SaveError as error:
+                self._warn(job, error)
+
     def _events(self, task: Task) -> Iterator[Event]:
         if isinstance(task, Enrichment):
             yield from self._studio.enrich(task.request, lambda: task.cancelled, task.key)
@@ -310,13 +493,3 @@ class JobQueue:
             yield from self._studio.prepare(task.checkpoint, lambda: task.cancelled)
             with self._changed:
                 self._loaded = task.checkpoint
-
-
-def _pick(waiting: Sequence[Job], loaded: str | None, passed: dict[Job, int]) -> Job:
-    """The one of `waiting`, oldest first, to run now; counts in `passed` which older ones it goes before."""
-    chosen = waiting[0]
-    if passed[chosen] < PASSED:
-        chosen = next((job for job in waiting if job.request.checkpoint == loaded), chosen)
-    for older in waiting[: waiting.index(chosen)]:
-        passed[older] += 1
-    return chosen

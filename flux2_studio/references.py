@@ -1,4 +1,4 @@
-"""Reference pictures: from any file a user may offer to the RGB picture that the engine sees. Pillow only, no torch.
+"""Reference pictures: from any file a user may offer to the RGB picture that the engine sees. No torch.
 
 A file is untrusted. Its size in bytes, its format and its size in pixels are checked before anything is decoded, and
 whatever goes wrong in a decoder becomes a `ReferenceImageError` that names the file by its name, never by its path.
@@ -21,10 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.request import MIN_SIDE, MULTIPLE
+from flux2_studio.request import MIN_SIDE, drawn_size
 
 MAX_BYTES = 200 * 10**6
 MAX_PIXELS = 89 * 10**6  # just under the size from which Pillow itself warns of a decompression bomb
@@ -45,8 +46,9 @@ class Loaded:
     sha256: str  # of the file's bytes, which names the reference in a saved picture's metadata
 
 
-def load_reference(path: Path) -> Loaded:
-    """Read the picture at `path`. Raises `ReferenceImageError` for anything that cannot serve as a reference."""
+def load_reference(path: Path, background: str = "white") -> Loaded:
+    """Read the picture at `path`, what is transparent on `background`. Raises `ReferenceImageError` for anything that
+    cannot serve as a reference."""
     name = shown_name(path)
     data = _read(path, name)
     notes: list[str] = []
@@ -56,7 +58,7 @@ def load_reference(path: Path) -> Loaded:
             notes.append(f"{name} holds several pictures or frames: the first one is used.")
         file.load()
         _check_size(file.size, name)  # a decoder may find another size than the header told
-        image = _flatten(_to_srgb(_to_8_bit(_upright(file, name, notes)), name, notes))
+        image = _flatten(_to_srgb(_to_8_bit(_upright(file, name, notes)), name, notes), background)
     image.info.clear()  # an orientation or a colour profile left here would no longer be true
     return Loaded(image=image, notes=tuple(notes), data=data, sha256=hashlib.sha256(data).hexdigest())
 
@@ -71,38 +73,47 @@ def reference_size(path: Path) -> tuple[int, int]:
         return file.size
 
 
-def fit_size(size: tuple[int, int], cap_pixels: int) -> tuple[int, int]:
-    """The (width, height) that `fit` makes of a picture of `size`: multiples of 16, at least 64 each."""
-    width, height = _capped(size, cap_pixels)
-    return width // MULTIPLE * MULTIPLE, height // MULTIPLE * MULTIPLE
-
-
 def fit(image: Image.Image, cap_pixels: int) -> Image.Image:
-    """`image` as the engine takes it: scaled down to an area of at most `cap_pixels`, then its centre cut out.
+    """`image` scaled down to an area of at most `cap_pixels`, to the sides that `fit_size` gives; else as it is.
 
-    Exactly what Black Forest Labs' code and diffusers do (LANCZOS, sides cut to whole pixels, a centred crop to
-    multiples of 16), so a reference is encoded to the same latent. One case they refuse or leave undefined: where
-    the cap would bring the short side under 64 pixels, that side becomes 64 and the area exceeds the cap (by
-    8:1 at most 512 x 64).
+    Exactly as Black Forest Labs' code and diffusers scale (LANCZOS, sides cut to whole pixels). What they do next, cut
+    the centre out to multiples of 16, would move an edit by up to 7 pixels against its reference: see `padded`.
     """
-    capped = _capped(image.size, cap_pixels)
-    width, height = fit_size(image.size, cap_pixels)
-    if capped != image.size:
-        image = image.resize(capped, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    size = fit_size(image.size, cap_pixels)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def padded(image: Image.Image) -> Image.Image:
+    """`image` (RGB) as the engine takes it: its last column and row repeated up to multiples of 16.
+
+    Nothing moves, and what is drawn beyond the picture is cut off again. At multiples of 16 nothing happens, and the
+    reference is encoded to the same latent as by the official code.
+    """
+    return extended(image, 0, 0, *drawn_size(*image.size))
+
+
+def extended(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
+    """`image` (RGB) at (left, top) of a picture of width x height pixels, its edge pixels repeated outwards."""
+    if (left, top, width, height) == (0, 0, *image.size):
+        return image
+    right, bottom = width - left - image.width, height - top - image.height
+    pixels = np.pad(np.asarray(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    return Image.fromarray(pixels)
 
 
 def fit_note(number: int, before: tuple[int, int], after: tuple[int, int]) -> str | None:
     """What `fit` did to reference `number` (1-based, as the prompt calls it), in a sentence; None if nothing."""
     if before == after:
         return None
-    cropped = before[0] - after[0] < MULTIPLE and before[1] - after[1] < MULTIPLE
-    verb = "cropped" if cropped else "scaled"
-    return f"Image {number} was {verb} from {before[0]} x {before[1]} to {after[0]} x {after[1]}."
+    return f"Image {number} was scaled from {before[0]} x {before[1]} to {after[0]} x {after[1]}."
 
 
-def _capped(size: tuple[int, int], cap_pixels: int) -> tuple[int, int]:
+def fit_size(size: tuple[int, int], cap_pixels: int) -> tuple[int, int]:
+    """The (width, height) to which `fit` scales a picture of `size`: at least 64 each.
+
+    One case that the official code refuses or leaves undefined: where the cap would bring the short side under 64
+    pixels, that side becomes 64 and the area exceeds the cap (by 8:1 at most 512 x 64).
+    """
     width, height = size
     if min(size) < MIN_SIDE:
         raise ReferenceImageError(_too_small("The picture", size))
@@ -251,10 +262,10 @@ def _to_srgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
     return converted
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """`image` as RGB, what is transparent on white."""
+def _flatten(image: Image.Image, background: str) -> Image.Image:
+    """`image` as RGB, what is transparent on `background`."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     above = image.convert("RGBA")
-    white = Image.new("RGBA", above.size, "white")
-    return Image.alpha_composite(white, above).convert("RGB")
+    below = Image.new("RGBA", above.size, background)
+    return Image.alpha_composite(below, above).convert("RGB")

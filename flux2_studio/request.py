@@ -20,6 +20,7 @@ MAX_SEED = 2**32 - 1
 MAX_PROMPT = 20_000  # characters; far beyond what any text encoder reads
 MAX_LORAS = 16
 MAX_LORA_WEIGHT = 4.0  # either way; beyond it no LoRA leaves more than noise
+MAX_MARGIN = 8192  # pixels that outpainting adds to one side; what a checkpoint can draw is less
 MAX_NAME = 250  # characters of the name of a LoRA or of a language model
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -90,19 +91,56 @@ class Upsampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outpaint:
+    """How many pixels a picture grows by on each side. Raises `RequestError` for what is no such number."""
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+    def __post_init__(self) -> None:
+        for side, pixels in vars(self).items():
+            whole = isinstance(pixels, int) and not isinstance(pixels, bool)
+            if not (whole and 0 <= pixels <= MAX_MARGIN):
+                raise RequestError(
+                    f"To outpaint, give the pixels on the {side} as a whole number from 0 to {MAX_MARGIN}, not "
+                    f"{str(pixels)[:50]!r}."
+                )
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+    def grown(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) of a picture of `size` once it has grown."""
+        return size[0] + self.left + self.right, size[1] + self.top + self.bottom
+
+    def shrunk(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size that has grown to `size`; not above 0 where there is none."""
+        return size[0] - self.left - self.right, size[1] - self.top - self.bottom
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One run: `count` pictures of `prompt`, each from `references` (none: from nothing, one: an edit, more: combined).
 
     None means that the checkpoint, the first reference or chance decides; `resolve` returns a request with no None
-    left. Picture i is drawn with seed + i. The pictures are saved as `format`, with an invisible watermark
-    (`watermark`), with the settings that made them (`metadata`) and signed (`sign`), the prompt in the signed
+    left, but for `mask`. Picture i is drawn with seed + i. The pictures are saved as `format`, with an invisible
+    watermark (`watermark`), with the settings that made them (`metadata`) and signed (`sign`), the prompt in the signed
     credentials only where `sign_prompt`. Raises `RequestError` for what no checkpoint could do.
+
+    mask: a picture that is white where the first reference may change; all else of it stays, pixel by pixel. outpaint:
+    the first reference grows, and only what is new, beside what the mask allows, is drawn. match_colours: the result
+    gets the colour statistics of the first reference.
     """
 
     prompt: str
     negative_prompt: str | None = None
     checkpoint: str | None = None
     references: tuple[Path, ...] = ()
+    mask: Path | None = None
+    outpaint: Outpaint = Outpaint()
+    match_colours: bool = False
     width: int | None = None
     height: int | None = None
     steps: int | None = None
@@ -140,7 +178,9 @@ class Request:
             raise RequestError(f"Choose a seed between 0 and {last_seed}, not {self.seed}.")
         if self.format not in get_args(ImageFormat):
             raise RequestError(f"Save as one of {', '.join(get_args(ImageFormat))}, not {str(self.format)[:50]!r}.")
-        for name in ("watermark", "metadata", "sign", "sign_prompt"):
+        if not isinstance(self.mask, Path | None) or not isinstance(self.outpaint, Outpaint):
+            raise RequestError("The mask must be a picture's file, and outpaint a number of pixels for each side.")
+        for name in ("match_colours", "watermark", "metadata", "sign", "sign_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, not {str(getattr(self, name))[:50]!r}.")
         if len(self.loras) > MAX_LORAS:
@@ -153,19 +193,23 @@ class Request:
     def resolve(self, checkpoint: Checkpoint, reference_sizes: Sequence[tuple[int, int]] = ()) -> Request:
         """This request with every None decided; resolving a resolved request changes nothing.
 
-        reference_sizes: (width, height) in pixels of each reference as the engine will see it (capped and cropped).
-        Width and height are rounded to the nearest multiple of 16. Raises `RequestError` for what `checkpoint`
-        cannot do; a value that distillation fixed is refused, never quietly replaced.
+        reference_sizes: (width, height) in pixels of each reference once it is scaled to the checkpoint's cap. Without
+        a width and a height the picture gets the size of the first, to the pixel, grown by `outpaint`; so does one that
+        asks for just that size. Any other is rounded to the nearest multiple of 16. Raises `RequestError` for what
+        `checkpoint` cannot do; a value that distillation fixed is refused, never quietly replaced.
         """
+        if not self.references and (self.mask or self.outpaint or self.match_colours):
+            raise RequestError(
+                "A mask, outpainting and matched colours need a picture to edit: add one, or do without them."
+            )
         if len(self.references) > checkpoint.max_references:
             raise RequestError(
                 f"{checkpoint.label} takes at most {checkpoint.max_references} references, not "
                 f"{len(self.references)}: remove some."
             )
-        default = reference_sizes[0] if reference_sizes else size_for_aspect(1, 1, checkpoint.default_pixels)
-        width = round_side(default[0] if self.width is None else self.width, "width")
-        height = round_side(default[1] if self.height is None else self.height, "height")
-        if width * height > checkpoint.max_pixels:
+        width, height = self._size(checkpoint, reference_sizes)
+        across, down = drawn_size(width, height)
+        if across * down > checkpoint.max_pixels:
             raise RequestError(
                 f"{width} x {height} is too large for {checkpoint.label}: it goes up to "
                 f"{checkpoint.max_pixels / 1e6:.1f} megapixels (for example "
@@ -190,6 +234,27 @@ class Request:
             seed=secrets.randbelow(MAX_SEED - MAX_COUNT) if self.seed is None else self.seed,
         )
 
+    def _size(self, checkpoint: Checkpoint, reference_sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        if not reference_sizes:
+            default = size_for_aspect(1, 1, checkpoint.default_pixels)
+        else:
+            default = self.outpaint.grown(reference_sizes[0])
+        asked = default[0] if self.width is None else self.width, default[1] if self.height is None else self.height
+        if reference_sizes and asked == default:
+            return asked
+        if reference_sizes and (self.mask or self.outpaint):
+            raise RequestError(
+                f"With a mask or outpainting the picture keeps its scale, which gives {default[0]} x {default[1]}, not "
+                f"{asked[0]} x {asked[1]}: leave width and height to the picture, on the page by the shape As image 1."
+            )
+        return round_side(asked[0], "width"), round_side(asked[1], "height")
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """The (width, height) that the engine draws, of which the picture is the upper left; needs a resolved one."""
+        assert self.width and self.height, "resolve the request first"
+        return drawn_size(self.width, self.height)
+
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seed of each picture; needs a resolved request."""
@@ -197,8 +262,10 @@ class Request:
         return tuple(self.seed + i for i in range(self.count))
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them; references become strings."""
+        """The fields as JSON knows them; paths become strings."""
         fields = dict(vars(self))
+        fields["mask"] = str(self.mask) if self.mask else None
+        fields["outpaint"] = asdict(self.outpaint)
         fields["references"] = [str(path) for path in self.references]
         fields["loras"] = [asdict(choice) for choice in self.loras]
         fields["upsampling"] = asdict(self.upsampling)
@@ -213,13 +280,16 @@ class Request:
             raise RequestError(f"A request has no field {min(map(str, unknown))[:MAX_NAME]!r}: leave it out.")
         try:
             read["references"] = tuple(Path(path) for path in read.get("references", ()))
+            read["mask"] = Path(read["mask"]) if read.get("mask") else None
+            read["outpaint"] = Outpaint(**read.get("outpaint", {}))
             read["loras"] = tuple(LoraChoice(**entry) for entry in read.get("loras", ()))
             read["upsampling"] = Upsampling(**read.get("upsampling", {}))
             return cls(**read)
         except (TypeError, AttributeError) as error:
             raise RequestError(
-                "That is no request: it needs a prompt, a list of file names as references, a list of "
-                '{"name": ..., "weight": ...} as LoRAs, and {"by": ...} as upsampling.'
+                "That is no request: it needs a prompt, a list of file names as references, a file name as mask, "
+                '{"left": ..., ...} as outpaint, a list of {"name": ..., "weight": ...} as LoRAs, and {"by": ...} as '
+                "upsampling."
             ) from error
 
 
@@ -228,6 +298,11 @@ def round_side(pixels: int, name: str) -> int:
     if pixels < MIN_SIDE:
         raise RequestError(f"The {name} must be at least {MIN_SIDE} pixels, not {pixels}.")
     return max(MIN_SIDE, (pixels + MULTIPLE // 2) // MULTIPLE * MULTIPLE)
+
+
+def drawn_size(width: int, height: int) -> tuple[int, int]:
+    """The sides as the next multiples of 16: what the engine takes and draws for a picture of that size."""
+    return -(-width // MULTIPLE) * MULTIPLE, -(-height // MULTIPLE) * MULTIPLE
 
 
 def size_for_aspect(across: float, down: float, pixels: int) -> tuple[int, int]:

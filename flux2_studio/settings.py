@@ -52,6 +52,7 @@ PreviewKind = Literal["tiny", "linear", "off"]
 Safety = Literal["auto", "on", "warn", "off"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+PRESETS = ASSETS.parent / "presets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Settings:
 
     home: Path
     assets: Path = ASSETS
+    presets: Path = PRESETS
     checkpoints: tuple[Checkpoint, ...] = CHECKPOINTS
     default_checkpoint: str = "nano"
     checkpoints_dir: Path | None = None  # whose files `models.own` adds to `checkpoints`
@@ -138,6 +140,26 @@ class Settings:
         return self.home / "outputs"
 
     @property
+    def database(self) -> Path:
+        """The file in which jobs and history are kept."""
+        return self.home / "studio.sqlite3"
+
+    @property
+    def trash(self) -> Path:
+        """The folder where deleted pictures wait for a day: beside `outputs`, so that moving one is a rename."""
+        return self.home / "trash"
+
+    @property
+    def thumbnails(self) -> Path:
+        """The folder of small copies for lists, which are made again where they are missing."""
+        return self.home / "thumbnails"
+
+    @property
+    def queue(self) -> Path:
+        """Where waiting runs keep their references."""
+        return self.home / "queue"
+
+    @property
     def references(self) -> Path:
         """The folder where references are kept, so that pictures made from them can be made again."""
         return self.home / "references"
@@ -161,6 +183,11 @@ class Settings:
     def loras(self) -> Path:
         """The folder where users put LoRAs."""
         return self.loras_dir or self.home / "loras"
+
+    @property
+    def wildcards(self) -> Path:
+        """The folder of the lists that prompts may name."""
+        return self.home / "wildcards"
 
     def prepare_process(self) -> None:
         """Set what libraries read from the environment, where the user has not; call it before torch is imported.

@@ -28,7 +28,9 @@ from flux2_studio.drawing import (
     asking_of,
     denoise_batch,
     encode,
+    settled,
     strips,
+    visible,
     workload_of,
 )
 from flux2_studio.enrichment import TRY, check_choice, enrich
@@ -61,11 +63,12 @@ from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.finish import Finisher
 from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.save import Library
 from flux2_studio.outputs.watermark import PUBLISHED, Message
 from flux2_studio.pictures import images_from_pixels
+from flux2_studio.record import Record
 from flux2_studio.references import fit, fit_note, load_reference
+from flux2_studio.regions import Region, load_mask, region_of
 from flux2_studio.request import Request, Upsampling, changes
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import decide
@@ -126,12 +129,17 @@ class Studio:
         what cannot be done, `UpsampleError` where nobody could enrich the prompt."""
         checkpoint = self._checked(request)
         check_choice(request.upsampling, checkpoint, self.settings, key)
-        return request.resolve(checkpoint, [reference.image.size for reference, _ in self._references(request)])
+        sizes: list[tuple[int, int]] = []
+        for reference, _ in self._references(request):
+            if request.mask and not sizes:
+                load_mask(request.mask, reference.image.size)
+            sizes.append(reference.image.size)
+        return request.resolve(checkpoint, sizes)
 
     def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> str:
         """How `request` will fit into memory, in words; "" where its checkpoint is not on disk. Reads headers only.
 
-        references: the size of each in pixels, as it will be read. Raises `StudioError` where it will not fit.
+        references: the size of each in pixels, scaled to its cap. Raises `StudioError` where it will not fit.
         """
         checkpoint = self.settings.checkpoint(request.checkpoint)
         if not self.on_disk(checkpoint):
@@ -202,7 +210,7 @@ class Studio:
         Upsampled and Ready, or Stopped once `cancelled`. key: see `generate`. Raises `StudioError`."""
         try:
             self.guard.ready()
-            resolved, references = yield from self._examined(request, cancelled, Finished(), with_files=False)
+            resolved, references, _ = yield from self._examined(request, cancelled, Finished(), with_files=False)
             done = yield from enrich(
                 resolved, [it.image for it in references], self.settings, self._models, key, cancelled
             )
@@ -257,7 +265,7 @@ class Studio:
         # Whatever can fail at the end is tried before hours of work.
         self._library.check()
         self.guard.ready()
-        request, references = yield from self._examined(asked, cancelled, finished, with_files=True)
+        request, references, region = yield from self._examined(asked, cancelled, finished, with_files=True)
         self._finisher.check(request)
         upsampled: Upsampled | None = None
         if request.upsampling.by != "none":
@@ -285,6 +293,7 @@ class Studio:
                 request=request,
                 upsampled=upsampled,
                 references=references,
+                region=region,
                 session=session,
                 guard=self.guard,
                 cancelled=cancelled,
@@ -316,9 +325,9 @@ class Studio:
 
     def _examined(
         self, asked: Request, cancelled: Callable[[], bool], finished: Finished, *, with_files: bool
-    ) -> Generator[Event, None, tuple[Request, list[Reference]]]:
-        """The resolved request and its references, all of it checked. with_files: whether pictures will be made of the
-        references, which are then kept, and named in the pictures' credentials."""
+    ) -> Generator[Event, None, tuple[Request, list[Reference], Region | None]]:
+        """The resolved request, its references and what of the first may change, all of it checked. with_files: whether
+        pictures will be made of the references, which are then kept, and named in the pictures' credentials."""
         checkpoint = self._checked(asked)
         yield from finished.fresh(self.guard.prompt(asked.prompt))
         references = []
@@ -333,8 +342,11 @@ class Studio:
                 reference = replace(reference, source=source)
             references.append(reference)
         request = asked.resolve(checkpoint, [reference.image.size for reference in references])
+        region = region_of(request, references[0].image) if references else None
+        if with_files and asked.metadata and self.kept is not None and region and region.mask:
+            self.kept.keep(region.mask.data)
         yield from finished.fresh(changes(asked, request))
-        return request, references
+        return request, references, region
 
     def _checked(self, request: Request) -> Checkpoint:
         """The checkpoint of `request`. Whatever is wrong with the numbers is said before pictures are opened."""
@@ -344,8 +356,8 @@ class Studio:
         return checkpoint
 
     def _references(self, request: Request) -> Iterator[tuple[Reference, bytes]]:
-        """Each reference as it is read, and its file; one at a time, for a photograph takes hundreds of megabytes until
-        it is fitted. Raises `ReferenceImageError`."""
+        """Each reference, scaled to its cap, and its file; one at a time, for a photograph takes hundreds of megabytes
+        until it is fitted. Raises `ReferenceImageError`."""
         cap = self.settings.checkpoint(request.checkpoint).reference_cap(len(request.references))
         for number, path in enumerate(request.references, start=1):
             with self._reading:  # those of one run after the other's, too: runs are submitted from many threads
@@ -387,7 +399,8 @@ class Studio:
         assert request.seed is not None
         try:
             ask, told = asking_of(run)
-            told += self.guard.output(picture, ask)
+            picture, kept = settled(run, picture)
+            told += (*kept, *self.guard.output(picture, ask))
         except SafetyError as error:
             finished.drawn += 1
             finished.withheld = error
@@ -395,24 +408,26 @@ class Studio:
             if run.request.count > 1:  # of a single one the run's end tells
                 yield Notice(text=f"{error} (Seed {request.seed}.)")
             return
+        change = run.region.change if run.region else None
         sources = [reference.source for reference in run.references if reference.source is not None]
         try:
-            file = self._finisher.finish(picture, record, sources)
+            file = self._finisher.finish(picture, record, sources, change)
         except CredentialsError as error:  # it was there before the work, and so is the picture now
             unsigned = replace(record, request=replace(request, sign=False))
-            file = self._finisher.finish(picture, unsigned)
+            file = self._finisher.finish(picture, unsigned, change=change)
             told = (*told, f"The picture is not signed. {error}")
         path = self._library.save(file.data, request)
         finished.keep(path, request.seed, [*told, *file.notes], file.provenance)
-        yield Saved(index=index, image=path, seed=request.seed)
+        yield Saved(index=index, image=path, seed=request.seed, record=file.record)
 
     def _record(self, run: Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
         upsampled = run.upsampled
         return Record(
-            request=replace(run.request, seed=seed, count=1, references=()),
+            request=replace(run.request, seed=seed, count=1, references=(), mask=None),
             label=run.session.checkpoint.label,
             checkpoint=fingerprint,
             references=tuple(reference.sha256 for reference in run.references),
+            mask=run.region.mask.sha256 if run.region and run.region.mask else "",
             loras=tuple(lora.sha256 for lora in drawn.applied),
             original_prompt=upsampled.original if upsampled else None,
             upsampled_by=upsampled.by if upsampled else None,
@@ -445,7 +460,7 @@ class Studio:
             pictures = []
             for latent in latents.split(1):
                 pixels = yield from run.working(lambda progress: run.session.decode(latent, progress))  # noqa: B023
-                pictures += images_from_pixels(pixels)
+                pictures += [visible(image, run.request) for image in images_from_pixels(pixels)]
             return pictures
         except (RuntimeError, MemoryError) as error:
             if len(seeds) == 1 or not is_out_of_memory(error):

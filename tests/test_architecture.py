@@ -15,20 +15,23 @@ PACKAGE = "flux2_studio"
 SOURCES = [ROOT / "app.py", *sorted((ROOT / PACKAGE).rglob("*.py"))]
 
 # Anyone may import these; they import only each other, and the plain sizes in engine/params.
-FOUNDATION = {"__init__", "errors", "events", "request", "checkpoints", "settings"}
+FOUNDATION = {"__init__", "errors", "events", "record", "request", "checkpoints", "settings"}
 # Everything else, from the bottom up: a module imports only what stands before it, or its own package.
 LAYERS = [
     {"engine"},
     {"answers"},
-    {"references", "pictures", "prompts", "chat_server"},
+    {"references", "pictures", "prompts", "chat_server", "presets"},
+    {"regions"},
     {"models", "outputs", "safety", "upsample"},
     {"working"},
     {"enrichment", "drawing"},
     {"studio", "encode_server"},
+    {"line"},
     {"jobs"},
+    {"explore"},
     {"ui"},
     {"terminal"},
-    {"cli_models", "cli_inspect"},
+    {"cli_models", "cli_inspect", "cli_presets"},
     {"cli"},
     {"__main__", "app"},
 ]
@@ -40,6 +43,8 @@ LIGHT = [
     "settings",
     "jobs",
     "references",
+    "presets",
+    "outputs.own_presets",
     "safety.guard",
     "upsample",
     "cli",

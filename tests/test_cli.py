@@ -21,7 +21,7 @@ from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Notice, Preview, Result, Status, Stopped
 from flux2_studio.outputs import metadata
-from flux2_studio.outputs.record import Record
+from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request
 from tests.fake_openai import FakeOpenAI, says
 from tests.loras import write_lora

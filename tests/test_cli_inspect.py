@@ -15,8 +15,8 @@ from flux2_studio import cli_inspect
 from flux2_studio.outputs import watermark
 from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.metadata import encode
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import PUBLISHED, Message
+from flux2_studio.record import Record
 from flux2_studio.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,12 +20,17 @@ from flux2_studio.events import (
     Queued,
     Ready,
     Result,
+    Saved,
     Status,
     Stopped,
     Upsampled,
     Writing,
 )
-from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, PASSED, Enrichment, Job, JobQueue, Task
+from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, Enrichment, Job, JobQueue, Task
+from flux2_studio.line import PASSED
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.history import History
+from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.upsample import ApiKey
 
@@ -530,3 +535,45 @@ def test_enrichments_end_with_the_studio(start: Start) -> None:
     assert isinstance(follow(job)[-1], Stopped)
     with pytest.raises(StudioError, match="shutting down"):
         jobs.enrich(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))
+
+
+# --- history ----------------------------------------------------------------------------------------------------
+
+
+def saves(image: Path) -> Script:
+    def script(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        assert request.seed is not None
+        yield Saved(index=0, image=image, seed=request.seed, record=Record(request=request, label="Nano"))
+        yield result(request)
+
+    return script
+
+
+def test_a_picture_is_in_its_owners_history_before_anybody_is_told(tmp_path: Path) -> None:
+    image = tmp_path / "outputs" / "a.png"
+    image.parent.mkdir()
+    image.write_bytes(b"picture")
+    history = History(Database(tmp_path / "db"), image.parent, tmp_path / "trash")
+    jobs = JobQueue(ScriptedStudio(fox=saves(image)), history=history)
+    try:
+        job = jobs.submit(Request(prompt="fox", seed=7), "me")
+        for _, event in job.events():
+            if isinstance(event, Saved):
+                (entry,) = history.page("me").entries
+                assert (entry.prompt, entry.seed, history.file("me", entry.id)) == ("fox", 7, image)
+        assert len(history.page("me").entries) == 1 and history.page("you").entries == ()
+    finally:
+        jobs.close()
+
+
+def test_a_history_that_cannot_be_written_is_told_and_stops_no_run(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes(b"picture")
+    jobs = JobQueue(ScriptedStudio(fox=saves(image)), history=History(Database(tmp_path), tmp_path, tmp_path / "trash"))
+    try:
+        events = [event for _, event in jobs.submit(Request(prompt="fox"), "me").events()]
+    finally:
+        jobs.close()
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith("The picture is saved as a.png, but is not in History.")
+    assert isinstance(events[-1], Result)

@@ -18,6 +18,7 @@ from flux2_studio.request import (
     MAX_PROMPT,
     MAX_SEED,
     LoraChoice,
+    Outpaint,
     Request,
     Upsampling,
     changes,
@@ -57,7 +58,7 @@ def test_what_no_checkpoint_could_do(fields: dict[str, Any], says: str) -> None:
 def test_resolving_leaves_no_none_and_is_idempotent() -> None:
     for checkpoint in CHECKPOINTS:
         resolved = Request(prompt="a fox").resolve(checkpoint)
-        assert None not in vars(resolved).values()
+        assert [name for name, value in vars(resolved).items() if value is None] == ["mask"]
         assert resolved.checkpoint == checkpoint.name
         assert (resolved.steps, resolved.guidance) == (checkpoint.steps, checkpoint.guidance)
         assert resolved.resolve(checkpoint) == resolved
@@ -76,6 +77,45 @@ def test_size_defaults_to_the_first_reference() -> None:
     assert (resolved.width, resolved.height) == (640, 480)
     wide = replace(request, width=800).resolve(DISTILLED, [(640, 480), (1024, 1024)])
     assert (wide.width, wide.height) == (800, 480)
+
+
+@pytest.mark.parametrize("size", [(157, 211), (64, 65), (1023, 640)])
+def test_an_edit_has_its_references_size_to_the_pixel(size: tuple[int, int]) -> None:
+    request = Request(prompt="a fox", references=(Path("a.png"),))
+    resolved = request.resolve(DISTILLED, [size])
+    assert (resolved.width, resolved.height) == size
+    assert resolved.resolve(DISTILLED, [size]) == resolved and changes(request, resolved) == ()
+    across, down = resolved.drawn_size
+    assert across % 16 == down % 16 == 0 and 0 <= across - size[0] < 16 and 0 <= down - size[1] < 16
+    other = replace(resolved, width=size[0] + 1).resolve(DISTILLED, [size])
+    assert (other.width, other.height) == (round_side(size[0] + 1, "width"), round_side(size[1], "height"))
+
+
+def test_outpainting_adds_to_the_reference() -> None:
+    margins = Outpaint(left=10, right=21, bottom=3)
+    request = Request(prompt="a fox", references=(Path("a.png"),), outpaint=margins)
+    resolved = request.resolve(DISTILLED, [(157, 211)])
+    assert (resolved.width, resolved.height) == (188, 214) == margins.grown((157, 211))
+    assert margins.shrunk((188, 214)) == (157, 211)
+    assert resolved.resolve(DISTILLED, [(157, 211)]) == resolved
+    assert Request.from_dict(json.loads(json.dumps(resolved.as_dict()))) == resolved
+    assert not Outpaint() and margins
+    with pytest.raises(RequestError, match="keeps its scale, which gives 188 x 214, not 188 x 300"):
+        replace(request, height=300).resolve(DISTILLED, [(157, 211)])
+    with pytest.raises(RequestError, match="too large"):
+        replace(request, outpaint=Outpaint(left=8192)).resolve(DISTILLED, [(1024, 1024)])
+
+
+@pytest.mark.parametrize("pixels", [-1, 9000, 1.5, True, "7", None])
+def test_margins_are_whole_numbers(pixels: Any) -> None:
+    with pytest.raises(RequestError, match="pixels on the top as a whole number"):
+        Outpaint(top=pixels)
+
+
+@pytest.mark.parametrize("fields", [{"mask": Path("m.png")}, {"outpaint": Outpaint(left=8)}, {"match_colours": True}])
+def test_what_edits_needs_something_to_edit(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="need a picture to edit"):
+        Request(prompt="a fox", **fields).resolve(DISTILLED)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(64, 64), (65, 64), (71, 64), (72, 80), (1000, 1008), (1024, 1024)])

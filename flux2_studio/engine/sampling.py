@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flux2_studio.engine.keeping import Keep, hold
 from flux2_studio.engine.latents import from_tokens, sequence_ids, to_tokens
 from flux2_studio.engine.transformer import ReferenceCache, Transformer
 
@@ -62,13 +63,14 @@ def denoise(
     negative_context: Tensor | None = None,
     references: Sequence[Tensor] = (),
     reference_cache: bool = False,
+    keep: Keep | None = None,
 ) -> Iterator[Step]:
     """Yield a `Step` after each of `steps` Euler steps.
 
     noise: [B, 128, h, w]. context, negative_context: [1 or B, L, C]; the latter is what "cfg" steers away from, in one
     batch with the former: v = v_negative + guidance * (v - v_negative). "embedded" feeds `guidance` to the model.
     references: latents [1, 128, rh, rw], in the order in which the prompt counts them. reference_cache: compute their
-    keys and values once, at the first step (for checkpoints trained that way).
+    keys and values once, at the first step (for checkpoints trained that way). keep: what must stay of a picture.
     """
     batch, _, h, w = noise.shape
     device, dtype = model.device, model.dtype
@@ -91,7 +93,9 @@ def denoise(
     cache = ReferenceCache(tokens=sum(ref.shape[1] for ref in refs)) if reference_cache and refs else None
     embedded = torch.full((rows,), guidance, device=device) if guiding == "embedded" else None
 
-    x = to_tokens(noise).to(device, torch.float32)
+    x = start = to_tokens(noise).to(device, torch.float32)
+    change = keep.change.flatten().to(device) if keep else None
+    kept = to_tokens(keep.clean).to(device, torch.float32) if keep else None
     tokens = x.shape[1]
     times = schedule(tokens, steps)
     for index, (t, t_next) in enumerate(pairwise(times)):
@@ -108,4 +112,6 @@ def denoise(
             v = negative + guidance * (v - negative)
         clean = x - t * v
         x = x + (t_next - t) * v
+        if change is not None and kept is not None:
+            x, clean = hold(x, change, kept, start, t_next), hold(clean, change, kept, start, 0.0)
         yield Step(index=index, steps=steps, latents=from_tokens(x, h, w), clean=from_tokens(clean, h, w))

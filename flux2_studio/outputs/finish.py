@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from flux2_studio.outputs import metadata, watermark
 from flux2_studio.outputs.credentials import Signer, Source
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.record import Record
 from flux2_studio.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A picture's finished file. notes: what the user should know; provenance: what it carries now, a sentence each."""
+    """A picture's finished file, and its record, which tells where the watermark lies. notes: what the user should
+    know; provenance: what it carries now, a sentence each."""
 
     data: bytes
+    record: Record
     notes: tuple[str, ...]
     provenance: tuple[str, ...]
 
@@ -43,28 +45,47 @@ class Finisher:
         if request.sign:
             _ = self.signer.identity
 
-    def finish(self, image: Image.Image, record: Record, sources: Sequence[Source] = ()) -> Finished:
+    def finish(
+        self,
+        image: Image.Image,
+        record: Record,
+        sources: Sequence[Source] = (),
+        change: Image.Image | None = None,
+    ) -> Finished:
         """The file of `image` (RGB), as the record's request wants it.
 
-        sources: `Signer.source` of each reference. Raises `CredentialsError`.
+        sources: `Signer.source` of each reference. change: L, 0 where no pixel may be touched; None for nowhere. Raises
+        `CredentialsError`.
         """
         request = record.request
         notes: list[str] = []
         provenance: list[str] = []
         mark: Detection | None = None
         if request.watermark:
-            marked = watermark.embed(image, self.message)
+            if change is None:
+                marked = watermark.embed(image, self.message)
+            else:
+                marked = watermark.embed_within(image, change, self.message)
+            record = replace(record, marked=marked.box)
             image, mark = marked.image, marked.detection
             notes += [marked.reason] if marked.reason else []
         encoded = metadata.encode(image, request.format, record if request.metadata else None)
         data = encoded.data
         notes += encoded.notes
         if mark is not None and request.format != "png":
-            mark = self._survived(data, notes)
+            mark = self._survived(data, record.marked, notes)
         if mark is not None:
+            where = ""
+            if record.marked is not None:
+                found = "Inspect finds it by the file's settings" if request.metadata else "nothing in the file says so"
+                left, top, right, bottom = record.marked
+                where = (
+                    f" It lies in what was edited alone, {right - left} x {bottom - top} pixels from ({left}, {top}) "
+                    f"on, where a reader has to look: {found}."
+                )
             provenance.append(
                 f"Invisible watermark: {mark.right} of the {len(mark.message.bits)} bits of {mark.message.label} were "
-                f"read back."
+                f"read back.{where}"
             )
         if request.metadata and not encoded.notes:
             provenance.append("Its settings are in the file, and that a model made it.")
@@ -77,12 +98,13 @@ class Finisher:
             identity = self.signer.identity
             by = "this installation's own identity" if identity.local else f"the certificate of {identity.name}"
             provenance.append(f"Content credentials (C2PA), signed with {by}: later changes show.")
-        return Finished(data=data, notes=tuple(notes), provenance=tuple(provenance))
+        return Finished(data=data, record=record, notes=tuple(notes), provenance=tuple(provenance))
 
-    def _survived(self, data: bytes, notes: list[str]) -> Detection | None:
-        """The watermark in a file whose format changes pixels; None, and a note, where that destroyed it."""
+    def _survived(self, data: bytes, box: tuple[int, int, int, int] | None, notes: list[str]) -> Detection | None:
+        """The watermark in `box`, or the whole, of a file whose format changes pixels; None, and a note, where that
+        destroyed it."""
         with Image.open(io.BytesIO(data)) as file:
-            found = watermark.detect(file.convert("RGB"), self.message)
+            found = watermark.detect(file.convert("RGB").crop(box), self.message)
         if found is not None and found.match >= watermark.ENOUGH:
             return found
         bits = len(self.message.bits)

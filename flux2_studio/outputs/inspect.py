@@ -23,9 +23,12 @@ from flux2_studio.outputs import metadata, watermark
 from flux2_studio.outputs.credentials import MAX_BYTES, Signer
 from flux2_studio.outputs.credentials_report import Credentials, unreadable
 from flux2_studio.outputs.metadata import Found
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.record import Record
 from flux2_studio.references import MAX_PIXELS, opening, shown_name
+from flux2_studio.request import Request
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 UNNAMED = "The file"
 MADE_OF = {"MPO": "JPEG", "WEBP": "WebP"}  # formats by Pillow's names, where people have another one
@@ -38,7 +41,8 @@ class Inspection:
     format: PNG, JPEG, ...; "" for a file that is no picture, or none that can be opened, and then `problem` says why.
     width, height: pixels, as they are stored; 0 where they are not known. bytes: the file's size. sha256: of the whole
     file, "" for one that is too large to be read. watermark: what comes closest to one of the messages; None where it
-    could not be looked for, and then `watermark_problem` says why.
+    could not be looked for, and then `watermark_problem` says why. marked: where in the picture it was found, if not in
+    the whole.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Inspection:
     problem: str | None = None
     watermark: Detection | None = None
     watermark_problem: str | None = None
+    marked: Box | None = None
 
     @property
     def is_picture(self) -> bool:
@@ -88,6 +93,7 @@ class Inspection:
                 "right": mark.right,
                 "match": mark.match,
                 "chance": mark.chance,
+                "box": list(self.marked) if self.marked else None,
             }
             if mark
             else None,
@@ -115,12 +121,14 @@ def inspect(picture: Path | bytes, signer: Signer, messages: Sequence[Message]) 
             credentials=unreadable(too_large),
             problem=f"It cannot be looked at: {too_large}.",
         )
-    seen = _look(data, name, messages)
+    settings = metadata.read(data)
+    box = settings.record.marked if settings.record else None
+    seen = _look(data, name, messages, box)
     return Inspection(
         name=name,
         bytes=size,
         sha256=hashlib.sha256(data).hexdigest(),
-        settings=metadata.read(data) if seen.format else Found(),
+        settings=settings if seen.format else Found(),
         credentials=signer.read(data),
         **vars(seen),
     )
@@ -141,6 +149,9 @@ def setting_rows(record: Record) -> list[tuple[str, str]]:
         ("Checkpoint", f"{record.label} ({request.checkpoint})"),
         ("Checkpoint's file", record.checkpoint),
         ("References", ", ".join(f"image {number}: {sha}" for number, sha in enumerate(record.references, 1))),
+        ("Mask", record.mask),
+        ("Outpainted by", outpainted(request)),
+        ("Colours", "matched to image 1" if request.match_colours else ""),
         ("LoRAs", ", ".join(f"{lora.name} ({lora.weight:g})" for lora in request.loras)),
         ("Size", size),
         ("Seed", f"{request.seed}{together}"),
@@ -152,6 +163,11 @@ def setting_rows(record: Record) -> list[tuple[str, str]]:
         ("Computed with", ", ".join(f"{name} {value}" for name, value in record.computed.items())),
     ]
     return [(name, text) for name, text in table if text]
+
+
+def outpainted(request: Request) -> str:
+    """By how much the picture grew, in words; "" where it did not."""
+    return ", ".join(f"{pixels} on the {side}" for side, pixels in vars(request.outpaint).items() if pixels)
 
 
 def credential_rows(credentials: Credentials) -> list[tuple[str, str]]:
@@ -185,6 +201,7 @@ class _Seen:
     problem: str | None = None
     watermark: Detection | None = None
     watermark_problem: str | None = None
+    marked: Box | None = None
 
 
 def _read(picture: Path | bytes, name: str) -> tuple[bytes, int]:
@@ -201,7 +218,8 @@ def _read(picture: Path | bytes, name: str) -> tuple[bytes, int]:
         raise RequestError(f"{name} cannot be opened: check that you may read it.") from error
 
 
-def _look(data: bytes, name: str, messages: Sequence[Message]) -> _Seen:
+def _look(data: bytes, name: str, messages: Sequence[Message], box: Box | None) -> _Seen:
+    """box: where the settings say that the watermark lies."""
     if not data:
         return _Seen(problem="The file is empty.")
     format, width, height = "", 0, 0
@@ -219,6 +237,9 @@ def _look(data: bytes, name: str, messages: Sequence[Message]) -> _Seen:
             width, height = file.size
             # No more than a watermark is looked for in: a copy of the whole in RGB may take gigabytes.
             pixels = file.crop((0, 0, width, max(1, min(height, watermark.READ // width)))).convert("RGB")
+            part = None
+            if box is not None and box[2] <= width and box[3] <= height:
+                part = file.crop((*box[:3], min(box[3], box[1] + watermark.READ // (box[2] - box[0])))).convert("RGB")
     except StudioError as error:
         if not format:
             return _Seen(problem=f"{error}")
@@ -230,7 +251,11 @@ def _look(data: bytes, name: str, messages: Sequence[Message]) -> _Seen:
             watermark_problem="The pixels cannot be read.",
         )
     mark, why = _mark(pixels, (width, height), messages)
-    return _Seen(format=format, width=width, height=height, watermark=mark, watermark_problem=why)
+    within = _mark(part, part.size, messages)[0] if part is not None else None
+    marked = box if within is not None and (mark is None or within.chance < mark.chance) else None
+    if marked is not None:
+        mark, why = within, None
+    return _Seen(format=format, width=width, height=height, watermark=mark, watermark_problem=why, marked=marked)
 
 
 def _mark(
@@ -296,4 +321,5 @@ def _on_watermark(seen: Inspection) -> str:
         return f"Whether there is a watermark cannot be told. {seen.watermark_problem or ''}".strip()
     if not seen.watermark.found:
         return str(seen.watermark)
-    return f"{seen.watermark} It tells what kind of program made the picture, not who used it."
+    where = " It lies in the part that was edited, as the settings say." if seen.marked else ""
+    return f"{seen.watermark}{where} It tells what kind of program made the picture, not who used it."

@@ -5,8 +5,9 @@ and archives tell generated pictures, and the system that was used (IPTC Photo M
 object, in a PNG the text entry `parameters`, in JPEG and WebP EXIF's UserComment:
 
     {"request": {"prompt": ..., "seed": ..., ...}, "checkpoint": {"name", "label", "sha256"},
-     "references": [sha256, ...], "loras": [{"name", "weight", "sha256"}, ...], "original_prompt", "upsampled_by",
-     "place", "together", "versions": {...}, "computed": {...}}
+     "references": [sha256, ...], "mask": sha256, "outpaint": {"left", "top", "right", "bottom"},
+     "loras": [{"name", "weight", "sha256"}, ...], "original_prompt",
+     "upsampled_by", "place", "together", "marked": [left, top, right, bottom], "versions": {...}, "computed": {...}}
 
 References are given as the SHA-256 of the file's bytes: a path would mean nothing on another machine and may tell more
 about its owner than intended. LoRAs have theirs beside name and weight, because a name may stand for another file
@@ -36,7 +37,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flux2_studio import __version__
 from flux2_studio.errors import RequestError
-from flux2_studio.outputs.record import Record
+from flux2_studio.record import Record
 from flux2_studio.request import MAX_COUNT, MAX_NAME, MAX_PROMPT, ImageFormat, Request
 
 SOFTWARE = f"AI generated; flux2-studio {__version__}"
@@ -69,16 +70,19 @@ MODEL, SOFTWARE_TAG, EXIF_IFD, USER_COMMENT = 0x0110, 0x0131, 0x8769, 0x9286
 ASCII = b"ASCII\0\0\0"  # how a UserComment says that it is plain text
 
 # Fields of a request that stand elsewhere in the JSON, or that are no setting of one picture.
-ELSEWHERE = {"checkpoint", "references", "loras", "upsampling", "count"}
+ELSEWHERE = {"checkpoint", "references", "mask", "outpaint", "loras", "upsampling", "count"}
 PARTS = {
     "request",
     "checkpoint",
     "references",
+    "mask",
+    "outpaint",
     "loras",
     "original_prompt",
     "upsampled_by",
     "place",
     "together",
+    "marked",
     "versions",
     "computed",
 }
@@ -185,14 +189,25 @@ def as_dict(record: Record) -> dict[str, Any]:
         "request": {key: value for key, value in request.as_dict().items() if key not in ELSEWHERE},
         "checkpoint": {"name": request.checkpoint, "label": record.label, "sha256": record.checkpoint},
         "references": list(record.references),
+        "mask": record.mask or None,
+        "outpaint": asdict(request.outpaint),
         "loras": [asdict(lora) | {"sha256": sha256} for lora, sha256 in zip(request.loras, record.loras, strict=True)],
         "original_prompt": record.original_prompt,
         "upsampled_by": record.upsampled_by,
         "place": record.place,
         "together": record.together,
+        "marked": list(record.marked) if record.marked else None,
         "versions": dict(record.versions),
         "computed": dict(record.computed),
     }
+
+
+def from_json(text: str) -> Record:
+    """The record whose `as_dict` is written in `text`. Raises `RequestError` for anything else."""
+    try:
+        return _record(_parsed(text))
+    except _Wrong as wrong:
+        raise RequestError(_shown(str(wrong))) from wrong
 
 
 def run_again(record: Record) -> Request:
@@ -286,15 +301,24 @@ def _record(parsed: Mapping[str, Any]) -> Record:
     loras = [_table(entry, "loras") for entry in _list(parsed, "loras")]
     hashes = tuple(_hash(entry.pop("sha256", None)) for entry in loras)
     record = Record(
-        request=Request.from_dict(request | {"checkpoint": _name(checkpoint.get("name"), "name"), "loras": loras}),
+        request=Request.from_dict(
+            request
+            | {
+                "checkpoint": _name(checkpoint.get("name"), "name"),
+                "loras": loras,
+                "outpaint": _table(parsed.get("outpaint", {}), "outpaint"),
+            }
+        ),
         label=_name(checkpoint.get("label"), "label"),
         checkpoint=_hash(checkpoint["sha256"]) if checkpoint.get("sha256") else "",
         references=tuple(_hash(entry) for entry in _list(parsed, "references")),
+        mask=_hash(parsed["mask"]) if parsed.get("mask") else "",
         loras=hashes,
         original_prompt=_prompt(parsed.get("original_prompt")),
         upsampled_by=None if parsed.get("upsampled_by") is None else _name(parsed["upsampled_by"], "upsampled_by"),
         place=_whole(parsed.get("place", 0), "place", MAX_COUNT),
         together=_whole(parsed.get("together", 1), "together", MAX_COUNT),
+        marked=_box(parsed.get("marked")),
         versions=_texts(parsed, "versions"),
         computed=_texts(parsed, "computed"),
     )
@@ -351,6 +375,17 @@ def _whole(value: object, name: str, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise _Wrong(f"What the settings in the file have as {name} is no whole number from 0 to {most:,}.")
     return value
+
+
+def _box(value: object) -> tuple[int, int, int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 4:
+        raise _Wrong("What the settings in the file have as marked is no rectangle.")
+    left, top, right, bottom = (_whole(it, "marked", MAX_NUMBER) for it in value)
+    if left >= right or top >= bottom:
+        raise _Wrong("What the settings in the file have as marked is no rectangle.")
+    return left, top, right, bottom
 
 
 def _texts(parsed: Mapping[str, Any], name: str) -> dict[str, str]:

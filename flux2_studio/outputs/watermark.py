@@ -142,9 +142,13 @@ class Detection:
 
 @dataclass(frozen=True, kw_only=True)
 class Marked:
-    """A marked picture and what was read back; or the picture as it was, and `reason`, for the user to read."""
+    """A marked picture and what was read back; or the picture as it was, and `reason`, for the user to read.
+
+    box: where in the picture the mark stands, as if that were a picture of its own; None for the whole.
+    """
 
     image: Image.Image
+    box: tuple[int, int, int, int] | None = None
     detection: Detection | None = None
     reason: str | None = None
 
@@ -176,6 +180,37 @@ def embed(image: Image.Image, message: Message) -> Marked:
             f"Another seed, or a background less garish, will hold one.",
         )
     return Marked(image=marked, detection=detection)
+
+
+def embed_within(image: Image.Image, change: Image.Image, message: Message) -> Marked:
+    """As `embed`, but only where `change` (L, of the size of `image`) is not 0: every other pixel stays as it is.
+
+    The mark stands in the smallest rectangle around that, which needs 256 pixels a side, and is read back there.
+    """
+    box = change.getbbox()
+    assert box is not None, "something may change"
+    part = image.crop(box)
+    if min(part.size) < SMALLEST:
+        return Marked(
+            image=image,
+            reason=f"No watermark: what was edited ({part.width} x {part.height}) is too small to hold one that can be "
+            f"relied on, and the rest stays as it was. {SMALLEST} pixels or more a side can hold one.",
+        )
+    marked = embed(part, message)
+    if marked.detection is None:
+        return Marked(image=image, reason=marked.reason)
+    part.paste(marked.image, mask=change.crop(box))
+    detection = detect(part, message)
+    if detection is None or detection.match < ENOUGH:
+        right = detection.right if detection else 0
+        return Marked(
+            image=image,
+            reason=f"No watermark: what was edited is too scattered to hold one; only {right} of {len(message.bits)} "
+            f"bits could be read back, and the rest of the picture stays as it was.",
+        )
+    whole = image.copy()
+    whole.paste(part, box)
+    return Marked(image=whole, box=None if part.size == image.size else box, detection=detection)
 
 
 def detect(image: Image.Image, message: Message) -> Detection | None:

@@ -15,16 +15,39 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from flux2_studio.errors import StudioError
+from flux2_studio.explore.running import Explorations
+from flux2_studio.explore.variants import Wildcards
 from flux2_studio.jobs import JobQueue
 from flux2_studio.models.shelf import Shelf
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.history import History
+from flux2_studio.outputs.journal import Journal
+from flux2_studio.outputs.own_presets import OwnPresets
+from flux2_studio.outputs.thumbnails import Thumbnails
+from flux2_studio.presets import Presets
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, inspect_tab, models_tab, tabs
+from flux2_studio.ui import (
+    explore_tab,
+    fields,
+    handlers,
+    history_tab,
+    inspect_tab,
+    models_tab,
+    own_preset_panel,
+    preset_panel,
+    preset_use,
+    queue_panel,
+    tabs,
+)
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.history_routes import HistoryRoutes
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
+from flux2_studio.ui.visitors import Visitors
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
@@ -73,12 +96,18 @@ addEventListener('click', (event) => {
 
 
 def build(
-    studio: Studio, jobs: JobQueue, shelf: Shelf, needs: models_tab.Needs = lambda _: "", *, may_change: bool = True
+    studio: Studio,
+    jobs: JobQueue,
+    shelf: Shelf,
+    needs: models_tab.Needs = lambda _: "",
+    *,
+    may_change: bool = True,
+    history: History | None = None,
 ) -> gr.Blocks:
     """The page of `studio`, whose runs go through `jobs`; not launched yet.
 
     needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether checkpoints of `shelf`
-    can be downloaded and deleted there.
+    can be downloaded and deleted there. history: what its History tab shows; None for a page without one.
     """
     settings = studio.settings
     default = settings.checkpoint(None)
@@ -97,21 +126,37 @@ def build(
                     forms = [
                         layout(chosen, default, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)
                     ]
+                    exploring = explore_tab.layout(forms)
+                    remembered = history_tab.layout() if history is not None else None
                     inspection = inspect_tab.layout()
                     models = models_tab.layout(shelf, needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
-                stage = tabs.stage()
+                queue = queue_panel.layout()
+                stage = tabs.stage(queue)
         handlers.wire(
             studio,
             jobs,
             examples,
+            page=page,
             chosen=chosen,
             about=about,
             loading=loading,
             tabs=tabbed,
             forms=forms,
             stage=stage,
+            queue=queue,
         )
+        explore_tab.wire(
+            exploring,
+            studio,
+            Explorations(jobs, settings.home / "explorations", settings.outputs / "explore"),
+            Wildcards(settings.wildcards),
+            forms,
+            handlers.read_form,
+        )
+        presets = preset_panel.Shelf(Presets.load(settings.presets), OwnPresets(Database(settings.database)))
+        preset_use.wire_presets(studio, presets, forms)
+        own_preset_panel.wire_own_presets(studio, presets, forms)
         models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
         inspect_tab.wire(
             inspection,
@@ -123,6 +168,10 @@ def build(
             tabs=tabbed,
             references=studio.kept,
         )
+        if history is not None and remembered is not None:
+            history_tab.wire(
+                remembered, studio, history, forms=forms, chosen=chosen, tabs=tabbed, references=studio.kept
+            )
     return page
 
 
@@ -161,8 +210,11 @@ def serve(
         # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
         kept=None if exposed else KeptReferences(settings.references),
     )
-    jobs = JobQueue(studio)
-    page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests)
+    database = Database(settings.database)
+    thumbnails = Thumbnails(settings.thumbnails)
+    history = History(database, settings.outputs, settings.trash, forget=thumbnails.forget)
+    jobs = JobQueue(studio, Journal(database, settings.queue), history)
+    page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests, history=history)
     if Path(get_upload_folder()) == settings.home / "uploads":
         forget_uploads(settings.home / "uploads")
     try:
@@ -171,8 +223,8 @@ def serve(
             server_port=port,
             share=share,
             theme=StudioTheme(),
-            css_paths=[settings.assets / "style.css"],
-            head=SCRIPT,
+            css_paths=[settings.assets / "style.css", settings.assets / "history.css"],
+            head=SCRIPT + history_tab.script(settings.assets),
             allowed_paths=[
                 str(settings.outputs),
                 str(settings.assets / "examples"),
@@ -187,12 +239,17 @@ def serve(
             pwa=False,
             quiet=True,
             prevent_thread_lock=True,
+            app_kwargs={
+                "middleware": [Middleware(Visitors)],
+                "routes": HistoryRoutes(history, thumbnails, studio.kept).routes(),
+            },
         )
     except OSError as error:
         where = f"Port {port}" if port else "Every port from 7860 on"
         raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
     # As Ctrl+C: Gradio then deletes its files. Before anybody is told that the page is open, and may want to end it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    jobs.resume()  # only now: a studio that cannot be opened leaves all as it was
     try:
         sys.stdout.write(f"flux2-studio is open at {url}\n")
         sys.stdout.flush()

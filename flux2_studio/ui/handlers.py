@@ -1,14 +1,13 @@
 """What happens on the page: events to `Request`s, a run's events to components.
 
-One `run` serves every form. It builds the request, follows the job and maps what the job says; the work is done by
-the job queue, so a closed tab ends only the following.
+One `run` serves every form. It builds the request and queues it; `RunView` maps what the job says to components. The
+work is done by the job queue, so a closed tab ends only the following.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,40 +17,31 @@ from PIL import Image
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError, UpsampleError
 from flux2_studio.events import (
-    Event,
-    Failed,
-    Notice,
-    Preview,
-    Queued,
-    Result,
-    Saved,
     Status,
-    Stopped,
-    Upsampled,
-    Withheld,
-    Writing,
 )
-from flux2_studio.jobs import Job, JobQueue
-from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, Upsampling, round_side
-from flux2_studio.ui import fields, show
+from flux2_studio.jobs import JobQueue
+from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
+from flux2_studio.ui import compare, fields, queue_panel, show
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.following import Follower, View, Watch
 from flux2_studio.ui.lora_panel import choices, wire_loras
+from flux2_studio.ui.mask_panel import read_mask, read_outpaint
 from flux2_studio.ui.readiness import wire_outlook, wire_preparation
 from flux2_studio.ui.reference_panel import offer, offered_to, paths, wire_references
-from flux2_studio.ui.tabs import EMPTY, Form, Stage, UpsamplingPanel
+from flux2_studio.ui.run_view import RunView, download, use_label
+from flux2_studio.ui.tabs import Form, Stage
 from flux2_studio.ui.upsample_panel import (
     DRAWN,
     INPUTS,
     begun,
     ended,
-    enriched,
     read_choice,
     read_key,
     shown,
     wire_upsampling,
-    writing,
 )
-from flux2_studio.ui.wiring import Update, follow, listen, stopper
+from flux2_studio.ui.visitors import owner_of
+from flux2_studio.ui.wiring import Update, listen, stopper, tab_of
 from flux2_studio.upsample import ApiKey
 
 if TYPE_CHECKING:
@@ -74,12 +64,14 @@ def wire(
     jobs: JobQueue,
     examples: Examples,
     *,
+    page: gr.Blocks,
     chosen: gr.Dropdown,
     about: gr.HTML,
     loading: gr.HTML,
     tabs: gr.Tabs,
     forms: Sequence[Form],
     stage: Stage,
+    queue: gr.HTML,
 ) -> None:
     """Connect the laid-out components. `chosen` is the checkpoint choice that the forms share."""
     _wire_checkpoint(studio, examples, chosen, about, forms)
@@ -92,7 +84,7 @@ def wire(
         wire_outlook(studio, form)
         if form.panel is not None:
             wire_references(studio, chosen, form, form.panel)
-    _wire_runs(studio, jobs, chosen, forms, stage)
+    _wire_runs(studio, jobs, page, chosen, forms, stage, queue)
     _wire_identity(studio, forms)
     _wire_stage(studio, jobs, chosen, tabs, next(form for form in forms if form.name == "edit"), stage)
 
@@ -121,6 +113,8 @@ def read_form(
         read["references"] = paths(read["references"])
         if not read["references"]:
             raise RequestError("Add a picture first: drop one above the instruction, or choose an example.")
+        read["mask"] = read_mask(read.get("mask"))
+        read["outpaint"] = read_outpaint(read.get("outpaint"))
     return Request(**read)
 
 
@@ -133,74 +127,103 @@ def _check_typed(width: int | None, height: int | None) -> None:
 # --- a run ------------------------------------------------------------------------------------------------------
 
 
-def _wire_runs(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, forms: Sequence[Form], stage: Stage) -> None:
+def _wire_runs(
+    studio: Studio,
+    jobs: JobQueue,
+    page: gr.Blocks,
+    chosen: gr.Dropdown,
+    forms: Sequence[Form],
+    stage: Stage,
+    queue: gr.HTML,
+) -> None:
     def read(locked: bool, laid_out_for: str, aspect: str, values: Mapping[str, Any]) -> Request:
         checkpoint = studio.settings.checkpoint(values["checkpoint"])
         return read_form(values, locked=locked, checkpoint=checkpoint, laid_out_for=laid_out_for, aspect=aspect)
 
-    async def carried_out(
-        form: Form, ask: Callable[[], Request], key_of: Callable[[], ApiKey | None], owner: str
+    def ended_with(view: View, form: Form, request: Request) -> Update:
+        enriching = request.upsampling.by != "none"
+        return {
+            **(ended(form.upsampling, view.upsampled, DRAWN) if enriching else {}),
+            stage.stop: gr.Button(visible=False),
+            **_without(stage, form if view.upsampling_failed else None),
+        }
+
+    def view_of(request: Request, form: Form) -> RunView:
+        return RunView(stage, form.upsampling, studio.settings.checkpoint(request.checkpoint))
+
+    async def started(
+        form: Form, watch: Watch, request: gr.Request, ask: Callable[[], Request], key_of: Callable[[], ApiKey | None]
     ) -> AsyncIterator[Update]:
-        """A run of `form`, from the request that `ask` gives to its end. Raises `gr.Error` where it failed."""
+        """Queue a run of `form`, from the request that `ask` gives. Raises `gr.Error` where it cannot be done."""
         # Large references take their time before the job is there to tell of it.
-        checking = {stage.progress: show.status(Status(text="Checking the pictures"))} if form.panel else {}
-        yield {**_runs(forms, can_start=False), **checking, **_without(stage, None)}
+        checking = form.panel and not watch.following
+        told = {stage.progress: show.status(Status(text="Checking the pictures"))} if checking else {}
+        yield {**_runs(forms, can_start=False), **told, **_without(stage, None)}
         asked: Request | None = None
-        failure: str | None = None
-        without = False  # whether it would go on without enriching the prompt
-        done: Upsampled | None = None
         try:
             asked = ask()
             if asked.upsampling.by != "none":
                 yield begun(form.upsampling)
-            job = await asyncio.to_thread(jobs.submit, asked, owner, key_of())
+            job = await asyncio.to_thread(jobs.submit, asked, owner_of(request), key_of(), tab=tab_of(request))
         except StudioError as error:
-            failure, without = str(error), isinstance(error, UpsampleError) and asked is not None
-            yield {stage.message: show.problem(str(error)), stage.progress: ""}
-        else:
-            view = RunView(stage, form.upsampling, studio.settings.checkpoint(job.request.checkpoint))
-            yield {**view.begin(job), form.fields["seed"]: job.request.seed}
-            async for event in follow(job):
-                if update := await asyncio.to_thread(view.update, event):  # Gradio takes none for a mistake
-                    yield update
-            failure, without = view.failure, view.upsampling_failed
-            done = view.upsampled
+            enriching = asked is not None and asked.upsampling.by != "none"
+            yield {
+                **_runs(forms, can_start=True),
+                **(ended(form.upsampling, None, DRAWN) if enriching else {}),
+                **({} if watch.following else {stage.progress: ""}),
+                stage.message: show.problem(str(error)),
+                **_without(stage, form if isinstance(error, UpsampleError) and asked is not None else None),
+            }
+            raise gr.Error(str(error), print_exception=False) from error
         yield {
             **_runs(forms, can_start=True),
-            **(ended(form.upsampling, done, DRAWN) if asked and asked.upsampling.by != "none" else {}),
-            # Once more: where a run ends as soon as it begins, the browser may mix up the two updates.
-            stage.stop: gr.Button(visible=False),
-            **_without(stage, form if without else None),
+            **follower.begin(watch, job, form.name),
+            form.fields["seed"]: job.request.seed,
         }
-        if failure is not None:
-            raise gr.Error(failure, print_exception=False)
 
+    follower = Follower(jobs, forms, stage, view_of, ended_with)
+    watch = gr.State(Watch())
+    followed = [*stage.parts, *(part for form in forms for part in shown(form.upsampling))]
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
+
+    def followed_after(event: Any, follows: Any = follower.follow) -> None:
+        """Have the tab follow its runs after `event`, and say when it has had all of it."""
+        done = event(follows, watch, followed, concurrency_limit=None, **private)
+        done.then(follower.confirm, watch, None, queue=False, **private)
+
+    followed_after(page.load, follower.attach)  # once more when the connection was lost and is back
     for form in forms:
         around = [form.lock, form.laid_out_for, form.aspect]
 
-        async def run(request: gr.Request, *around: Any, form: Form = form, **values: Any) -> AsyncIterator[Update]:
+        async def run(
+            request: gr.Request, watch: Watch, *around: Any, form: Form = form, **values: Any
+        ) -> AsyncIterator[Update]:
             def ask() -> Request:
                 locked, laid_out_for, aspect = around
                 return read(locked, laid_out_for, aspect, values)
 
-            async for update in carried_out(form, ask, lambda: read_key(values), request.session_hash or ""):
+            async for update in started(form, watch, request, ask, lambda: read_key(values)):
                 yield update
 
-        async def plain(request: gr.Request, *around: Any, run: Any = run, **values: Any) -> AsyncIterator[Update]:
-            async for update in run(request, *around, **values | {"upsample_by": "none"}):
+        async def plain(
+            request: gr.Request, watch: Watch, *around: Any, run: Any = run, **values: Any
+        ) -> AsyncIterator[Update]:
+            async for update in run(request, watch, *around, **values | {"upsample_by": "none"}):
                 yield update
 
         for button, action in ((form.run, run), (getattr(stage, f"without_{form.name}"), plain)):
             listen(button.click, None, js=GO_TO_STAGE)
-            listen(
+            started_run = listen(
                 button.click,
                 action,
-                around,
+                [watch, *around],
                 [*_staged(stage, form), *(other.run for other in forms)],
                 inputs_kwargs=form.fields | form.upsampling.inputs,
                 concurrency_limit=None,
             )
+            followed_after(started_run.then)
         wire_upsampling(studio, jobs, chosen, form, read, around)
+    followed_after(queue_panel.wire(studio, jobs, queue, follower, watch, stage).then)
 
 
 def _without(stage: Stage, failed: Form | None) -> Update:
@@ -215,142 +238,27 @@ def _runs(forms: Sequence[Form], *, can_start: bool) -> Update:
 
 def _staged(stage: Stage, form: Form) -> list[Any]:
     """The components that a run of `form` changes, but for the buttons that start one."""
-    return [*vars(stage).values(), form.fields["seed"], *shown(form.upsampling)]
-
-
-class RunView:
-    """What the page shows of one run, event by event: on the stage, and in its form's panel what a language model
-    writes."""
-
-    def __init__(self, stage: Stage, panel: UpsamplingPanel, checkpoint: Checkpoint) -> None:
-        self.failure: str | None = None
-        self.upsampling_failed = False
-        self._stage = stage
-        self._panel = panel
-        self.upsampled: Upsampled | None = None
-        self._saved: dict[Path, int] = {}  # with the seed of each
-        self._count = 1
-        self._checkpoint = checkpoint
-        self._notices: list[str] = []
-        self._images: dict[int, Image.Image] = {}
-        self._request: Request | None = None
-
-    def begin(self, job: Job) -> Update:
-        stage = self._stage
-        self._request = job.request
-        return {
-            stage.job: job.id,
-            stage.message: "",
-            stage.preview: gr.HTML(EMPTY, visible=True),
-            stage.gallery: gr.Gallery(visible=False),
-            stage.progress: show.status(Status(text="Starting")),
-            stage.stop: gr.Button("Stop", visible=True, interactive=True),
-            stage.notices: show.notices(self._notices),
-            stage.actions: gr.Row(visible=False),
-            stage.details: gr.Accordion(visible=False),
-        }
-
-    def update(self, event: Event) -> Update:
-        """The components that `event` changes. Draws previews, so not for the event loop."""
-        stage = self._stage
-        match event:
-            case Queued():
-                return {stage.progress: show.queued(event)}
-            case Status():
-                return {stage.progress: show.status(event)}
-            case Notice():
-                self._notices.append(event.text)
-                return {stage.notices: show.notices(self._notices)}
-            case Writing():
-                return writing(event, self._panel)
-            case Upsampled():
-                self.upsampled = event
-                assert self._request is not None, "begin first"
-                self._request = replace(self._request, prompt=event.prompt, upsampling=Upsampling())
-                return enriched(event, self._panel, DRAWN)
-            case Preview():
-                shown: Update = {stage.progress: show.step(event)}
-                self._count = event.count
-                if event.images:
-                    self._images.update(enumerate(event.images, event.first))
-                    shown[stage.preview] = self._previews()
-                return shown
-            case Saved():
-                self._saved[event.image] = event.seed
-                return {}
-            case Withheld():
-                self._images.pop(event.index, None)
-                return {stage.preview: self._previews()}
-            case Result():
-                return {
-                    stage.progress: show.done(event),
-                    **self._pictures(event.images, event.seeds, event.provenance),
-                }
-            case Stopped():
-                update: Update = {stage.progress: show.stopped(len(event.images)), **self._end()}
-                return {**update, **self._pictures(event.images, event.seeds)} if event.images else update
-            case Failed():
-                self.failure, self.upsampling_failed = event.message, event.upsampling
-                failed: Update = {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
-                if not self._saved:
-                    return failed
-                return {**failed, **self._pictures(list(self._saved), list(self._saved.values()))}
-            case _:
-                raise AssertionError(f"{event} is no run's")
-
-    def _previews(self) -> str:
-        return show.picture(self._images, self._count) if self._images else EMPTY
-
-    def _end(self) -> Update:
-        return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}
-
-    def _pictures(
-        self, images: Sequence[Path], seeds: Sequence[int], provenance: Sequence[str] | None = None
-    ) -> Update:
-        stage, request = self._stage, self._request
-        assert request is not None, "begin first"
-        one = len(images) == 1
-        captions = [f"seed {seed}" for seed in seeds]
-        return {
-            **self._end(),
-            stage.results: [str(path) for path in images],
-            stage.picked: 0,
-            stage.preview: gr.HTML(visible=False),
-            stage.gallery: gr.Gallery(
-                [(str(path), caption) for path, caption in zip(images, captions, strict=True)],
-                visible=True,
-                columns=show.columns(len(images)),
-                selected_index=0 if one else None,
-            ),
-            stage.actions: gr.Row(visible=True),
-            stage.download: _download(images, 0),
-            stage.edit: gr.Button(_use_label(0, len(images))),
-            stage.details: gr.Accordion(visible=True),
-            stage.table: show.settings(request, seeds, self._checkpoint, self.upsampled) + show.provenance(provenance),
-            stage.json: show.settings_json(request),
-        }
-
-
-def _download(images: Sequence[Path | str], index: int) -> gr.DownloadButton:
-    label = "Download" if len(images) == 1 else f"Download picture {index + 1} of {len(images)}"
-    return gr.DownloadButton(label, value=str(images[index]))
-
-
-def _use_label(index: int, count: int) -> str:
-    return "Use in Edit" if count == 1 else f"Use picture {index + 1} in Edit"
+    return [*stage.parts, form.fields["seed"], *shown(form.upsampling)]
 
 
 def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: Stage) -> None:
-    def pick(images: list[str], event: gr.SelectData) -> Sequence[Any]:
+    def pick(images: list[str], before: Image.Image | None, event: gr.SelectData) -> Sequence[Any]:
         index = int(event.index)
-        return index, _download(images, index), gr.Button(_use_label(index, len(images)))
+        other = compare.picked(before, images[index])
+        return index, download(images, index), gr.Button(use_label(index, len(images))), other
 
     def use(images: list[str], index: int, name: str) -> Update:
         picture = Path(images[index])
         return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
 
     listen(stage.stop.click, stopper(jobs), stage.job, stage.stop, queue=False)
-    listen(stage.gallery.select, pick, stage.results, [stage.picked, stage.download, stage.edit])
+    comparison = stage.comparison
+    listen(
+        stage.gallery.select,
+        pick,
+        [stage.results, comparison.before],
+        [stage.picked, stage.download, stage.edit, comparison.slider],
+    )
     listen(stage.edit.click, None, js=GO_TO_FORM)
     listen(stage.edit.click, use, [stage.results, stage.picked, chosen], [tabs, *offered_to(edit)])
 

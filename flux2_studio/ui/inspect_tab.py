@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gradio as gr
 
@@ -21,11 +21,13 @@ from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.inspect import Inspection, credential_rows, inspect, setting_rows
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.metadata import run_again
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.record import Record
+from flux2_studio.regions import load_mask
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.ui import fields, show
-from flux2_studio.ui.reference_panel import offer, offered_to, paths
+from flux2_studio.ui.mask_panel import restored
+from flux2_studio.ui.reference_panel import examine, offer, offered_to, paths
 from flux2_studio.ui.tabs import Form
 from flux2_studio.ui.wiring import Update, listen
 
@@ -42,6 +44,12 @@ EMPTY = (
 # The report may be long, and the form that was filled lies above.
 GO_TO_FORM = "() => document.getElementById('tabs').scrollIntoView({behavior: 'smooth'})"
 FORMS = ("generate", "edit", "multi")  # for no reference, for one, for more
+
+
+class References(Protocol):
+    """Where the pictures are that others were made from."""
+
+    def find(self, sha256: str) -> Path | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +84,7 @@ class Restoration:
 
 def layout() -> InspectTab:
     with gr.Tab("Inspect", id="inspect", elem_id="inspect", elem_classes="sheet"):
+        seen = gr.State(None)  # in here: Gradio counts what lies between two tabs as one
         picture = _picture()
         findings = gr.HTML(EMPTY, elem_id="inspect-findings")
         with gr.Column(elem_id="inspect-acts"):
@@ -104,7 +113,7 @@ def layout() -> InspectTab:
         folded=folded,
         json=as_json,
         credentials=credentials,
-        seen=gr.State(None),
+        seen=seen,
     )
 
 
@@ -147,7 +156,10 @@ def wire(
             raise gr.Error("There are no settings to restore: choose a picture that has some.", print_exception=False)
         if plan.request is None:  # something went since the picture was looked at
             raise gr.Error(plan.notes[0], print_exception=False)
-        return {tab.note: show.notes(plan.notes), **_filled(plan, forms, chosen, tabs)}
+        try:
+            return {tab.note: show.notes(plan.notes), **filled(plan, forms, chosen, tabs)}
+        except StudioError as error:  # what a file names as its mask need not be one
+            raise gr.Error(str(error), print_exception=False) from error
 
     said = [component for component in vars(tab).values() if component is not tab.picture]
     listen([tab.picture.upload, tab.picture.delete], look, tab.picture, [tab.picture, *said], concurrency_limit=2)
@@ -156,13 +168,13 @@ def wire(
     # A gallery with a selected picture takes no upload.
     listen(tab.picture.select, lambda: gr.Gallery(selected_index=None), None, tab.picture, queue=False)
     listen(tab.restore.click, None, js=GO_TO_FORM)
-    listen(tab.restore.click, restore, tab.seen, [tab.note, *_fillable(forms, chosen, tabs)])
+    listen(tab.restore.click, restore, tab.seen, [tab.note, *fillable(forms, chosen, tabs)])
 
 
 # --- restoring --------------------------------------------------------------------------------------------------
 
 
-def restoration(record: Record, studio: Studio, references: KeptReferences | None) -> Restoration:
+def restoration(record: Record, studio: Studio, references: References | None) -> Restoration:
     """What can be done here to make the picture of `record` again, bit by bit.
 
     `record` is what a file claims. references: see `wire`.
@@ -180,14 +192,17 @@ def restoration(record: Record, studio: Studio, references: KeptReferences | Non
             ),
         )
     # Only how many references there are, which the checkpoint may limit: their sizes are those of the settings.
+    assert record.request.width and record.request.height
+    before = record.request.outpaint.shrunk((record.request.width, record.request.height))
     placeholders = tuple(Path(sha256) for sha256 in record.references)
     try:
-        request = replace(run_again(record), references=placeholders).resolve(
-            checkpoint, [(64, 64)] * len(placeholders)
-        )
+        request = replace(run_again(record), references=placeholders).resolve(checkpoint, [before] * len(placeholders))
     except RequestError as error:
         return Restoration(form=form, notes=(f"These settings cannot be restored here: {error}",))
     found, missing = _references(record, references)
+    mask = references.find(record.mask) if references and record.mask else None
+    if record.mask and mask is None:
+        missing.append("Its mask is not kept here: paint or load it again.")
     loras, dropped = _loras(record, studio, checkpoint)
     together = (
         f"The picture was number {record.place + 1} of {record.together} drawn together. All of them are drawn again: "
@@ -195,7 +210,7 @@ def restoration(record: Record, studio: Studio, references: KeptReferences | Non
     )
     return Restoration(
         form=form,
-        request=replace(request, references=found, loras=loras),
+        request=replace(request, references=found, mask=mask, loras=loras),
         checkpoint=checkpoint,
         references=found,
         notes=(
@@ -213,7 +228,7 @@ def _plan(seen: Inspection, studio: Studio, references: KeptReferences | None) -
     return restoration(record, studio, references) if record else None
 
 
-def _references(record: Record, store: KeptReferences | None) -> tuple[tuple[Path, ...], list[str]]:
+def _references(record: Record, store: References | None) -> tuple[tuple[Path, ...], list[str]]:
     if store is None:
         count = len(record.references)
         them = "1 reference" if count == 1 else f"{count} references"
@@ -275,20 +290,23 @@ def _about_machine(record: Record, studio: Studio, checkpoint: Checkpoint) -> li
     return [f"It was made with {', '.join(other)}: the picture may differ in tiny ways."]
 
 
-def _filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> Update:
+def filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> Update:
     """The page with `plan` in its form: every field of it, so that nothing of what stood there before is left."""
     request, checkpoint = plan.request, plan.checkpoint
     assert request is not None and checkpoint is not None and request.width and request.height
     form = next(form for form in forms if form.name == plan.form)
     put = form.fields
-    width, height = fields.sides((request.width, request.height))
+    size = request.width, request.height
+    # Only from its picture has an edit a size that is none of the engine's own.
+    as_reference = bool(plan.form != "generate" and (request.mask or request.outpaint or request.drawn_size != size))
+    width, height = fields.sides(None if as_reference else size)
     update: Update = {
         tabs: gr.Tabs(selected=form.name),
         chosen: checkpoint.name,
         form.laid_out_for: checkpoint.name,  # or the choice would overwrite what is put here
         put["prompt"]: request.prompt,
         put["negative_prompt"]: fields.negative_prompt(checkpoint, request.negative_prompt or ""),
-        form.aspect: fields.FREE,
+        form.aspect: fields.AS_REFERENCE if as_reference else fields.FREE,
         put["width"]: width,
         put["height"]: height,
         form.size_note: "",
@@ -304,17 +322,27 @@ def _filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs:
         # a stranger's, and have them publish their prompts.
         **{put[name]: getattr(request, name) for name in ("format", "watermark")},
     }
-    return update | offer(form, plan.references, checkpoint) if form.panel else update
+    if form.panel is None:
+        return update
+    update |= offer(form, plan.references, checkpoint)
+    subject = examine(plan.references, checkpoint, checkpoint.max_references).first
+    mask = None
+    if request.mask and subject:
+        mask = load_mask(request.mask, (subject.width, subject.height)).change
+    update |= restored(form.fields, subject, mask, request.outpaint, match=request.match_colours)
+    if request.mask or request.outpaint or request.match_colours:
+        update[form.edits] = gr.Accordion(open=True)
+    return update
 
 
-def _fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[Any]:
-    """The components that `_filled` may set."""
+def fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[Any]:
+    """The components that `filled` may set."""
     found: dict[Any, None] = dict.fromkeys([tabs, chosen])
     for form in forms:
         found |= dict.fromkeys(form.fields.values())
         found |= dict.fromkeys([form.laid_out_for, form.aspect, form.size_note, form.lock])
         found |= dict.fromkeys([form.loras.folded, form.upsampling.by])
-        found |= dict.fromkeys(offered_to(form) if form.panel else [])
+        found |= dict.fromkeys([*offered_to(form), form.edits] if form.panel else [])
     return list(found)
 
 

@@ -15,6 +15,7 @@ from flux2_studio.references import fit_size, reference_size
 from flux2_studio.request import Request
 from flux2_studio.ui import show
 from flux2_studio.ui.lora_panel import choices
+from flux2_studio.ui.mask_panel import read_outpaint
 from flux2_studio.ui.reference_panel import paths
 from flux2_studio.ui.tabs import Form
 from flux2_studio.ui.wiring import follow, listen
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 DECISIVE = (
     "checkpoint",
     "references",
+    "outpaint",
     "width",
     "height",
     "count",
@@ -61,6 +63,7 @@ def outlook(
     guidance: float,
     references: Sequence[tuple[str, str | None]] | None = None,
     loras: Any = None,
+    outpaint: Any = None,
 ) -> str:
     """How a form's values will fit into memory, as HTML; "" for values that cannot be run, which the run will tell."""
     try:
@@ -72,6 +75,7 @@ def outlook(
             prompt="any",
             checkpoint=checkpoint,
             references=files,
+            outpaint=read_outpaint(outpaint),
             width=width,
             height=height,
             count=count,

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
-from flux2_studio.references import fit_size, load_reference
-from flux2_studio.ui import fields, show
+from flux2_studio.references import fit_note, fit_size, load_reference
+from flux2_studio.ui import fields, mask_panel, show
 from flux2_studio.ui.tabs import Form, ReferencePanel
 from flux2_studio.ui.wiring import Update, listen
 
@@ -27,11 +28,13 @@ def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """Offered files, sorted: `kept` can be used, `notes` tell what becomes of them, `refused` why others were not."""
+    """Offered files, sorted: `kept` can be used, `notes` tell what becomes of them, `refused` why others were not.
+    `first` is the first of the kept ones, as it is painted on."""
 
     kept: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    first: mask_panel.Subject | None = None
 
 
 def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Examined:
@@ -40,7 +43,7 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Exami
     notes: list[str] = []
     refused: list[str] = []
     left_out: list[str] = []
-    first = (0, 0)
+    first: Image.Image | None = None
     for path in offered:
         if len(kept) == most:
             left_out.append(path.name)
@@ -50,16 +53,20 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Exami
         except StudioError as error:
             refused.append(str(error))
             continue
-        first = first if kept else loaded.image.size
+        first = first or loaded.image
         kept.append(path)
         notes += loaded.notes
     if left_out:
         were = f"{_listed(left_out)} {'was' if len(left_out) == 1 else 'were'} left out"
         refused.append(f"{checkpoint.label} takes at most {most} pictures: {were}.")
-    if kept:
-        width, height = fit_size(first, checkpoint.reference_cap(len(kept)))
-        notes.insert(0, f"{fields.AS_REFERENCE}: {width} x {height} pixels ({fields.ratio(width, height)}).")
-    return Examined(kept=tuple(kept), notes=tuple(notes), refused=tuple(refused))
+    subject = None
+    if first is not None:
+        width, height = fit_size(first.size, checkpoint.reference_cap(len(kept)))
+        scaled = fit_note(1, first.size, (width, height))
+        told = f"{fields.AS_REFERENCE}: {width} x {height} pixels ({fields.ratio(width, height)})."
+        notes.insert(0, f"{told} {scaled.replace(' was ', ' is ')}" if scaled else told)
+        subject = mask_panel.subject_of(first, (width, height))
+    return Examined(kept=tuple(kept), notes=tuple(notes), refused=tuple(refused), first=subject)
 
 
 def newest(offered: Sequence[Path], checkpoint: Checkpoint) -> Examined:
@@ -102,6 +109,7 @@ def offer(form: Form, offered: Sequence[Path], checkpoint: Checkpoint, chosen: i
         form.panel.refused: "".join(map(show.problem, examined.refused)),
         form.panel.note: show.notes(examined.notes),
         form.panel.filled: bool(examined.kept),
+        **mask_panel.followed(form.fields, examined.first),
     }
     if tools is not None:
         update |= {tools.chosen: chosen, tools.row: gr.Row(visible=bool(examined.kept))}
@@ -117,6 +125,8 @@ def offered_to(form: Form) -> list[Any]:
         form.panel.refused,
         form.panel.note,
         form.panel.filled,
+        form.fields["mask"],
+        form.fields["outpaint"],
         *([tools.chosen, tools.row] if tools else []),
     ]
 
@@ -131,14 +141,16 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         # A gallery that we emptied ourselves keeps what was said about it.
         return check(items, name) if filled and not items else gr.skip()
 
-    def describe(items: Any, name: str) -> str:
+    def describe(items: Any, name: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
-        return show.notes(examine(paths(items), checkpoint, checkpoint.max_references).notes)
+        examined = examine(paths(items), checkpoint, checkpoint.max_references)
+        return {panel.note: show.notes(examined.notes), **mask_panel.followed(form.fields, examined.first)}
 
     listen([references.upload, references.delete], check, [references, chosen], offered_to(form))
     # The gallery's own button to clear it is heard as a change only.
     listen(references.change, emptied, [references, panel.filled, chosen], offered_to(form))
-    listen(chosen.change, describe, [references, chosen], panel.note)  # it may have another cap
+    described = [panel.note, form.fields["mask"], form.fields["outpaint"]]
+    listen(chosen.change, describe, [references, chosen], described)  # it may have another cap
     if tools is None:
         # A gallery with a selected picture takes no upload.
         listen(references.select, lambda: gr.Gallery(selected_index=None), None, references, queue=False)

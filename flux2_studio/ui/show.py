@@ -131,6 +131,9 @@ def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint, ups
         ("Negative prompt", request.negative_prompt or ""),
         ("Checkpoint", checkpoint.label),
         ("References", ", ".join(path.name for path in request.references)),
+        ("Mask", request.mask.name if request.mask else ""),
+        ("Outpainted by", ", ".join(f"{by} on the {side}" for side, by in vars(request.outpaint).items() if by)),
+        ("Colours", "matched to image 1" if request.match_colours else ""),
         ("LoRAs", ", ".join(f"{lora.name} ({lora.weight:g})" for lora in request.loras)),
         ("Size", f"{request.width} x {request.height}"),
         ("Seed" if len(seeds) == 1 else "Seeds", ", ".join(map(str, seeds))),
@@ -154,4 +157,5 @@ def settings_json(request: Request) -> str:
     """The same as JSON, with references by name: where the server keeps them is nobody's business."""
     fields = request.as_dict()
     fields["references"] = [path.name for path in request.references]
+    fields["mask"] = request.mask.name if request.mask else None
     return json.dumps(fields, indent=2, ensure_ascii=False)

@@ -14,8 +14,9 @@ import gradio as gr
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.prompts import Mode, instructions
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields
+from flux2_studio.ui import compare, fields, mask_panel, preset_panel
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.preset_panel import PresetPanel
 from flux2_studio.upsample import REMOTE_MODELS
 
 UPSAMPLING = "Enrich the prompt"
@@ -37,6 +38,7 @@ class Form:
     roll: gr.Button
     aspect: gr.Radio
     size_note: gr.HTML
+    presets: PresetPanel
     fit: gr.HTML  # how the request will fit into memory
     laid_out_for: gr.Textbox  # hidden: the checkpoint whose ranges and defaults the fields show
     examples: gr.Dataset
@@ -45,6 +47,7 @@ class Form:
     identity: gr.HTML  # who signs, and what that proves
     run: gr.Button
     panel: ReferencePanel | None = None
+    edits: gr.Accordion | None = None  # mask and outpainting are folded into it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,19 +129,28 @@ class Stage:
     actions: gr.Row
     download: gr.DownloadButton
     edit: gr.Button
+    comparison: compare.Comparison
     details: gr.Accordion
     table: gr.HTML
     json: gr.Code
 
+    @property
+    def parts(self) -> list[Any]:
+        """All components of it."""
+        own = [part for part in vars(self).values() if part is not self.comparison]
+        return [*own, *vars(self.comparison).values()]
+
 
 def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Generate", id="generate", elem_id="generate", elem_classes="sheet"):
+        presets = preset_panel.layout()
         return _form(
             "generate",
             chosen,
             checkpoint,
             examples,
             settings,
+            presets=presets,
             prompt=fields.prompt("Prompt", "What should the picture show?"),
             run="Generate",
         )
@@ -146,6 +158,7 @@ def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, se
 
 def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Edit", id="edit", elem_id="edit", elem_classes="sheet"):
+        presets = preset_panel.layout()
         references = fields.references("Picture to edit: drop, paste or choose one", columns=1)
         return _form(
             "edit",
@@ -153,6 +166,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settin
             checkpoint,
             examples,
             settings,
+            presets=presets,
             references=references,
             panel=_panel(),
             prompt=fields.prompt("Instruction", "What should change? Say also what must stay."),
@@ -162,6 +176,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settin
 
 def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
     with gr.Tab("Multi-reference", id="multi", elem_id="multi", elem_classes="sheet"):
+        presets = preset_panel.layout()
         references = fields.references(f"Up to {checkpoint.max_references} pictures: drop, paste or choose", columns=5)
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
@@ -186,6 +201,7 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
             checkpoint,
             examples,
             settings,
+            presets=presets,
             references=references,
             panel=_panel(tools),
             prompt=fields.prompt("Instruction", 'Call the pictures "image 1", "image 2" and so on.'),
@@ -209,6 +225,7 @@ def _form(
     examples: Examples,
     settings: Settings,
     *,
+    presets: PresetPanel,
     prompt: gr.Textbox,
     run: str,
     references: gr.Gallery | None = None,
@@ -216,6 +233,7 @@ def _form(
 ) -> Form:
     samples = fields.examples(examples.of(name, checkpoint))
     upsampling = _upsampling(settings, with_references=references is not None)
+    part, edits = mask_panel.layout() if references is not None else ({}, None)
     run_button = gr.Button(run, variant="primary", size="lg", elem_classes="run")
     fit = gr.HTML(elem_classes=["note", "fit"])
     aspect = fields.aspect(with_references=references is not None)
@@ -240,6 +258,7 @@ def _form(
             "negative_prompt": negative_prompt,
             "checkpoint": chosen,
             **({"references": references} if references else {}),
+            **part,
             "width": width,
             "height": height,
             "steps": steps,
@@ -253,6 +272,7 @@ def _form(
         roll=roll,
         aspect=aspect,
         size_note=size_note,
+        presets=presets,
         fit=fit,
         laid_out_for=gr.Textbox(checkpoint.name, visible=False),
         examples=samples,
@@ -261,6 +281,7 @@ def _form(
         identity=identity,
         run=run_button,
         panel=panel,
+        edits=edits,
     )
 
 
@@ -354,7 +375,8 @@ def _marks() -> tuple[dict[str, Any], gr.HTML]:
     return found, identity
 
 
-def stage() -> Stage:
+def stage(queue: gr.HTML | None = None) -> Stage:
+    """queue: shown below the result, where there is one."""
     job, results, picked = gr.State(""), gr.State([]), gr.State(0)
     message = gr.HTML(elem_id="message")
     without = {
@@ -381,6 +403,9 @@ def stage() -> Stage:
     with gr.Row(visible=False, elem_id="actions") as actions:
         download = gr.DownloadButton("Download", elem_id="download", min_width=140)
         edit = gr.Button("Use in Edit", elem_id="use-in-edit", min_width=140)
+    comparison = compare.layout()
+    if queue is not None:
+        queue.render()
     with gr.Accordion("Settings used", visible=False, open=True, elem_id="details") as details:
         table = gr.HTML(elem_id="settings")
         json = gr.Code(language="json", label="As JSON", interactive=False, elem_id="json", lines=3, max_lines=12)
@@ -400,6 +425,7 @@ def stage() -> Stage:
         actions=actions,
         download=download,
         edit=edit,
+        comparison=comparison,
         details=details,
         table=table,
         json=json,

@@ -18,7 +18,7 @@ from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
 from flux2_studio.ui import show
 from flux2_studio.ui.tabs import UPSAMPLING, Form, UpsamplingPanel
-from flux2_studio.ui.wiring import Update, follow, listen, stopper
+from flux2_studio.ui.wiring import Update, follow, listen, stopper, tab_of
 from flux2_studio.upsample import ApiKey, no_writers
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def wire_upsampling(
         done: Upsampled | None = None
         try:
             asked_for, key = await asyncio.to_thread(_asked, read, around, values)
-            job = await asyncio.to_thread(jobs.enrich, asked_for, request.session_hash or "", key)
+            job = await asyncio.to_thread(jobs.enrich, asked_for, tab_of(request), key)
         except StudioError as error:
             problem = show.problem(str(error))
         else:

@@ -11,6 +11,7 @@ import gradio as gr
 
 from flux2_studio.events import FINAL, Event
 from flux2_studio.jobs import JobQueue, Task
+from flux2_studio.ui.visitors import owner_of
 
 POLL = 0.08  # seconds between two looks at a task
 Update = dict[Any, Any]  # components to what becomes of them
@@ -23,13 +24,18 @@ def stopper(jobs: JobQueue) -> Callable[[str, gr.Request], Any]:
     """A handler for a Stop button: it ends the job of that id, if it is the caller's, and says so on the button."""
 
     def stop(job: str, request: gr.Request) -> Any:
-        running = jobs.get(job, request.session_hash or "")
+        running = jobs.get(job, owner_of(request)) or jobs.get(job, tab_of(request))
         if running is None:
             return gr.Button(visible=False)
         running.cancel()
         return gr.Button("Stopping…", interactive=False)
 
     return stop
+
+
+def tab_of(request: gr.Request) -> str:
+    """Whose is what stays a tab's own. It is no `owner_of` anybody, whatever a browser sends as its session."""
+    return f"tab:{request.session_hash or ''}"
 
 
 async def follow(task: Task, pause: float = POLL) -> AsyncIterator[Event]:

@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.outputs import metadata
-from flux2_studio.outputs.record import Record
+from flux2_studio.record import Record
 from flux2_studio.request import Request
 from tests.browser.conftest import App
 from tests.browser.test_page import EXAMPLES, expect_finished, open_tab, run, set_count, set_size, upload, write

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from tests.browser.test_page import (
     problem,
     run,
     set_number,
+    told_json,
     write,
 )
 from tests.loras import write_lora
@@ -116,8 +116,8 @@ def test_two_with_their_weights_are_in_the_file(folder: Path, page: Page, app: A
     assert written is not None
     assert [(lora.name, lora.weight) for lora in written.request.loras] == [("ink", 1), ("styles/grain", 0.5)]
     assert all(len(sha256) == 64 for sha256 in written.loras)
-    expect(page.locator("#json")).to_contain_text("styles/grain")
-    told = json.loads("".join(page.locator("#json .cm-line").all_inner_texts()))
+    expect(page.locator("#json")).to_contain_text("prompt")
+    told = told_json(page)
     assert told["loras"][1] == {"name": "styles/grain", "weight": 0.5}
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -103,6 +104,14 @@ def problem(page: Page) -> Locator:
     return page.locator("#message .problem")
 
 
+def told_json(page: Page) -> Any:
+    """The settings as the page has them as JSON; on the screen are only those lines that there is room for."""
+    text = page.locator("#json .cm-content").evaluate(
+        "(it) => (it.cmTile ?? it.cmView).view.state.doc.toString()",
+    )
+    return json.loads(text)
+
+
 def expect_finished(page: Page, pictures: int = 1) -> None:
     word = "1 picture in" if pictures == 1 else f"{pictures} pictures in"
     expect(page.locator("#progress")).to_contain_text(word)
@@ -163,7 +172,7 @@ def test_download_is_the_saved_file(page: Page, app: App, tmp_path: Path) -> Non
     assert file.read_bytes() == saved.read_bytes()
     assert download.value.suggested_filename == saved.name
     # The table, the JSON and the file tell of the same run.
-    told = json.loads("".join(page.locator("#json .cm-line").all_inner_texts()))
+    told = told_json(page)
     assert str(told["seed"]) == settings(page)["Seed"] == page.locator("#generate .seed input").input_value()
     assert str(told["seed"]) in saved.name
 

@@ -46,7 +46,14 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 ONE = (picture(80, 64, seed=1),)
 TWO = (picture(80, 64, seed=1), picture(64, 112, seed=2))
-UNEVEN = (picture(91, 77, seed=3),)  # not multiples of 16: cropped by either side
+UNEVEN = (picture(91, 77, seed=3),)  # not multiples of 16: the oracle crops it
+
+
+def cropped(image: Image.Image) -> Image.Image:
+    """`image` as the oracle crops it, in the middle to multiples of 16. The studio pads it instead."""
+    width, height = image.width // 16 * 16, image.height // 16 * 16
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 @dataclass
@@ -83,7 +90,7 @@ class Parts:
     ) -> Outcome:
         checkpoint = self.checkpoint
         cap = checkpoint.reference_cap(len(references))
-        latents = [self.autoencoder.encode(pixels_from_image(fit(image, cap))) for image in references]
+        latents = [self.autoencoder.encode(pixels_from_image(cropped(fit(image, cap)))) for image in references]
         guided = checkpoint.guiding == "cfg"
         *_, last = denoise(
             self.transformer,

@@ -15,8 +15,8 @@ from flux2_studio.errors import CredentialsError, RequestError
 from flux2_studio.outputs import metadata, watermark
 from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.finish import Finished, Finisher
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import PUBLISHED, Message
+from flux2_studio.record import Record
 from flux2_studio.request import ImageFormat, Request
 from tests import certificates
 

@@ -21,7 +21,7 @@ import flux2_studio
 from flux2_studio.errors import RequestError
 from flux2_studio.outputs import metadata
 from flux2_studio.outputs.metadata import Found, encode, read
-from flux2_studio.outputs.record import Record
+from flux2_studio.record import Record
 from flux2_studio.request import ImageFormat, LoraChoice, Request
 
 EVERY: tuple[ImageFormat, ...] = get_args(ImageFormat)

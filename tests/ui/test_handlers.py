@@ -36,11 +36,13 @@ from flux2_studio.models.shelf import Shelf
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.watermark import PUBLISHED
+from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.settings import Settings
 from flux2_studio.ui import build, fields, handlers, lora_panel, reference_panel, tabs, upsample_panel, wiring
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.run_view import RunView
 
 
 class Scripted:
@@ -186,6 +188,7 @@ def test_the_lora_panel_says_where_to_put_files_and_which_are_none(settings: Set
 
 
 def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
+    editing = {"references", "mask", "outpaint", "match_colours"}
     known = {field.name for field in dataclass_fields(Request)}
     examples = Examples.load(settings.assets / "examples")
     with gr.Blocks():
@@ -193,7 +196,7 @@ def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
         forms = [layout(chosen, NANO, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)]
     for form in forms:
         assert set(form.fields) <= known
-        assert set(form.fields) == known - {"upsampling"} - ({"references"} if form.name == "generate" else set())
+        assert set(form.fields) == known - {"upsampling"} - (editing if form.name == "generate" else set())
         assert set(form.upsampling.inputs) == set(upsample_panel.INPUTS)
         assert all(isinstance(component, gr.components.Component) for component in form.fields.values())
 
@@ -243,8 +246,8 @@ def panel() -> tabs.UpsamplingPanel:
 
 
 @pytest.fixture
-def view(stage: tabs.Stage, panel: tabs.UpsamplingPanel) -> handlers.RunView:
-    begun = handlers.RunView(stage, panel, NANO)
+def view(stage: tabs.Stage, panel: tabs.UpsamplingPanel) -> RunView:
+    begun = RunView(stage, panel, NANO)
     begun.begin(Job(Request(prompt="a fox", seed=3).resolve(NANO), "me"))
     return begun
 
@@ -254,14 +257,14 @@ def preview(step: int, *, first: int = 0, count: int = 1, images: int = 1, left:
     return Preview(step=step, steps=4, images=drawn, first=first, count=count, seconds_left=left)
 
 
-def test_view_keeps_every_notice(stage: tabs.Stage, view: handlers.RunView) -> None:
+def test_view_keeps_every_notice(stage: tabs.Stage, view: RunView) -> None:
     view.update(Notice(text="The width was rounded."))
     html = view.update(Notice(text="A <long> prompt."))[stage.notices]
     assert "The width was rounded." in html
     assert "A &lt;long&gt; prompt." in html
 
 
-def test_view_shows_steps_and_previews(stage: tabs.Stage, view: handlers.RunView) -> None:
+def test_view_shows_steps_and_previews(stage: tabs.Stage, view: RunView) -> None:
     assert "2 runs before yours" in view.update(Queued(ahead=2))[stage.progress]
     first = view.update(preview(1, left=None))
     second = view.update(preview(2, left=12.4))
@@ -270,13 +273,13 @@ def test_view_shows_steps_and_previews(stage: tabs.Stage, view: handlers.RunView
     assert first[stage.preview] != second[stage.preview]
 
 
-def test_view_without_preview_pictures_shows_the_step(stage: tabs.Stage, view: handlers.RunView) -> None:
+def test_view_without_preview_pictures_shows_the_step(stage: tabs.Stage, view: RunView) -> None:
     update = view.update(preview(3, images=0))
     assert "Step 3 of 4" in update[stage.progress]
     assert stage.preview not in update
 
 
-def test_view_offers_the_saved_files(stage: tabs.Stage, view: handlers.RunView, picture: Path) -> None:
+def test_view_offers_the_saved_files(stage: tabs.Stage, view: RunView, picture: Path) -> None:
     resolved = Request(prompt="a fox", seed=3).resolve(NANO)
     update = view.update(Result(request=resolved, images=(picture,), seeds=(3,), seconds=1.5))
     assert "1 picture in 1.5 s" in update[stage.progress]
@@ -285,29 +288,27 @@ def test_view_offers_the_saved_files(stage: tabs.Stage, view: handlers.RunView, 
     assert view.failure is None
 
 
-def test_view_of_a_stopped_run_keeps_the_preview(stage: tabs.Stage, view: handlers.RunView) -> None:
+def test_view_of_a_stopped_run_keeps_the_preview(stage: tabs.Stage, view: RunView) -> None:
     update = view.update(Stopped())
     assert "Stopped" in update[stage.progress]
     assert stage.preview not in update
     assert stage.gallery not in update
 
 
-def test_view_of_a_stopped_run_shows_what_was_finished(
-    stage: tabs.Stage, view: handlers.RunView, picture: Path
-) -> None:
+def test_view_of_a_stopped_run_shows_what_was_finished(stage: tabs.Stage, view: RunView, picture: Path) -> None:
     update = view.update(Stopped(images=(picture,), seeds=(3,)))
     assert "1 finished picture was kept" in update[stage.progress]
     assert update[stage.results] == [str(picture)]
 
 
-def test_view_of_a_failed_run_says_why(stage: tabs.Stage, view: handlers.RunView) -> None:
+def test_view_of_a_failed_run_says_why(stage: tabs.Stage, view: RunView) -> None:
     update = view.update(Failed(message="The file <x> is damaged."))
     assert "The file &lt;x&gt; is damaged." in update[stage.message]
     assert stage.preview not in update
     assert view.failure == "The file <x> is damaged."
 
 
-def test_view_forgets_what_is_withheld(stage: tabs.Stage, view: handlers.RunView) -> None:
+def test_view_forgets_what_is_withheld(stage: tabs.Stage, view: RunView) -> None:
     view.update(preview(4, count=2, images=2))
     one = view.update(Withheld(index=1))[stage.preview]
     assert one.startswith("<img") and one != view.update(preview(4, count=2, images=2))[stage.preview]
@@ -315,16 +316,15 @@ def test_view_forgets_what_is_withheld(stage: tabs.Stage, view: handlers.RunView
     assert view.update(Withheld(index=1))[stage.preview] == tabs.EMPTY
 
 
-def test_view_of_a_run_that_fails_late_shows_what_was_saved(
-    stage: tabs.Stage, view: handlers.RunView, picture: Path
-) -> None:
-    view.update(Saved(index=0, image=picture, seed=3))
+def test_view_of_a_run_that_fails_late_shows_what_was_saved(stage: tabs.Stage, view: RunView, picture: Path) -> None:
+    record = Record(request=Request(prompt="x"), label="x")
+    view.update(Saved(index=0, image=picture, seed=3, record=record))
     update = view.update(Failed(message="The disk is full."))
     assert update[stage.results] == [str(picture)] and "The disk is full." in update[stage.message]
 
 
 def test_view_shows_what_a_model_writes_and_what_is_drawn_then(
-    stage: tabs.Stage, panel: tabs.UpsamplingPanel, view: handlers.RunView, picture: Path
+    stage: tabs.Stage, panel: tabs.UpsamplingPanel, view: RunView, picture: Path
 ) -> None:
     assert view.update(Writing(text="A red"))[panel.written]._constructor_args[0]["value"] == "A red"
     update = view.update(Upsampled(original="a fox", prompt="A red <fox>.", by="some/model"))
@@ -337,7 +337,7 @@ def test_view_shows_what_a_model_writes_and_what_is_drawn_then(
     assert '"prompt": "A red <fox>."' in view.update(result)[stage.json]
 
 
-def test_view_of_a_prompt_that_was_not_enriched_says_that_it_goes_without(view: handlers.RunView) -> None:
+def test_view_of_a_prompt_that_was_not_enriched_says_that_it_goes_without(view: RunView) -> None:
     view.update(Failed(message="No credit.", upsampling=True))
     assert view.upsampling_failed and view.failure == "No credit."
 
@@ -437,7 +437,9 @@ def test_newest_is_the_last_that_can_be_used(picture: Path, tmp_path: Path) -> N
 def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.new("RGB", (512, 512)).save(large)
-    assert reference_panel.examine([large], NANO, 1).notes[0] == "As image 1: 128 x 128 pixels (1:1)."
+    assert reference_panel.examine([large], NANO, 1).notes[0] == (
+        "As image 1: 256 x 256 pixels (1:1). Image 1 is scaled from 512 x 512 to 256 x 256."
+    )
     assert reference_panel.examine([], NANO, 1) == reference_panel.Examined()
 
 

@@ -21,8 +21,8 @@ from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.inspect import Inspection, inspect
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.metadata import encode, run_again
-from flux2_studio.outputs.record import Record
 from flux2_studio.outputs.watermark import PUBLISHED
+from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.settings import Settings
 from flux2_studio.ui import fields, handlers, inspect_tab, tabs

@@ -48,14 +48,14 @@ def test_everything_that_takes_memory_is_asked_about(settings: Settings, tmp_pat
 
     asked: list[tuple[Request, Sequence[tuple[int, int]]]] = []
     file = tmp_path / "picture.png"
-    Image.new("RGB", (300, 150), "teal").save(file)
+    Image.new("RGB", (600, 300), "teal").save(file)
     values = {**FORM, "checkpoint": "nano-base", "guidance": 3.0, "count": 2, "width": None, "height": None}
     told = outlook(Listening(settings), **values, references=[(str(file), None)], loras=[{"name": "ink", "weight": 1}])
     ((request, references),) = asked
     assert told == "<p>told</p>"
     assert (request.checkpoint, request.guidance, request.count) == ("nano-base", 3.0, 2)
     assert [choice.name for choice in request.loras] == ["ink"]
-    assert references == [fit_size((300, 150), 128 * 128)], "as large as the run will read it"
+    assert references == [fit_size((600, 300), 256 * 256)], "as large as the run will read it"
     outlook(Listening(settings), **{**FORM, "guidance": 3.0})
     assert asked[-1][0].guidance is None, "what the checkpoint fixes was laid out for another one"
 

@@ -1,0 +1,165 @@
+"""What varies along one side of a grid: a field of `Request`, and its values as somebody types them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from flux2_studio.checkpoints import Checkpoint
+from flux2_studio.errors import RequestError
+from flux2_studio.explore.variants import MAX_CELLS, Wildcards, expand
+from flux2_studio.request import MAX_SEED, LoraChoice, Request
+
+LORA = "lora:"  # and its name: that LoRA's weight
+# Field -> how it is called, and how its values are written.
+FIELDS: Mapping[str, tuple[str, str]] = {
+    "seed": ("Seed", "1, 2, 3 or 1..8"),
+    "prompt": ("Prompt", "A prompt a line; {a|b} and __lists__ count"),
+    "words": ("Prompt words", "Words of the prompt, then what takes their place: red, green, blue"),
+    "negative_prompt": ("Negative prompt", "One a line"),
+    "steps": ("Steps", "4, 8 or 10..50 by 10"),
+    "guidance": ("Guidance", "1.5, 4 or 1..5 by 0.5"),
+    "size": ("Size", "1024x1024, 1360x768"),
+    "checkpoint": ("Checkpoint", "Their names, as klein-4b, dev"),
+}
+_RANGE = re.compile(r"(-?[\d.]+)\s*\.\.\s*(-?[\d.]+?)(?:\s*(?:by|step)\s*([\d.]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """One value: how it is called on the sheet, and what it makes of a request."""
+
+    label: str
+    apply: Callable[[Request], Request]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One side of a grid; `title` is the field's name for users."""
+
+    title: str
+    values: tuple[Value, ...]
+
+
+SINGLE = Axis(title="", values=(Value(label="", apply=lambda request: request),))  # a side along which nothing varies
+
+
+def read_axis(field: str, text: str, checkpoints: Sequence[Checkpoint], wildcards: Wildcards) -> Axis:
+    """The axis over `field` (of `FIELDS`, or "lora:NAME") with the values in `text`. Raises `RequestError`."""
+    title = FIELDS[field][0] if field in FIELDS else field.removeprefix(LORA)
+    if not text.strip():
+        raise RequestError(f"{title}: write its values, or choose Nothing.")
+    values = tuple(_values(field, text, checkpoints, wildcards))
+    labels = [value.label for value in values]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise RequestError(f"{title}: {twice!r} is there twice; leave one of them.")
+    if len(values) > MAX_CELLS:
+        raise RequestError(f"{title}: {len(values)} values are too many; {MAX_CELLS} pictures at most are made.")
+    return Axis(title=title, values=values)
+
+
+def prompts(texts: Sequence[str]) -> Axis:
+    """An axis of whole prompts."""
+    return Axis(title="Prompt", values=tuple(Value(label=text, apply=_setting(prompt=text)) for text in texts))
+
+
+def _values(field: str, text: str, checkpoints: Sequence[Checkpoint], wildcards: Wildcards) -> list[Value]:
+    if field == "prompt":
+        lines = [found for line in _lines(text) for found in expand(line, wildcards)]
+        return list(prompts(lines).values)
+    if field == "negative_prompt":
+        return [Value(label=line, apply=_setting(negative_prompt=line)) for line in _lines(text)]
+    if field == "words":
+        return _words([part.strip() for part in text.split(",")])
+    if field == "checkpoint":
+        known = {it.name: it for it in checkpoints} | {it.label: it for it in checkpoints}
+        found = []
+        for name in (part.strip() for part in re.split(r"[,\n]", text) if part.strip()):
+            if name not in known:
+                raise RequestError(f"There is no checkpoint called {name[:100]!r}. Choose of: {', '.join(known)}.")
+            # What the one before was set to is left to this one.
+            apply = _setting(checkpoint=known[name].name, steps=None, guidance=None)
+            found.append(Value(label=known[name].label, apply=apply))
+        return found
+    if field == "size":
+        return [_size(part) for part in re.split(r"[,\n;]", text) if part.strip()]
+    if field.startswith(LORA):
+        return [_weight(field.removeprefix(LORA), number) for number in _numbers(field, text)]
+    if field == "guidance":
+        return [Value(label=f"{number:g}", apply=_setting(guidance=number)) for number in _numbers(field, text)]
+    if field in ("seed", "steps"):
+        numbers = _numbers(field, text)
+        if any(number != int(number) or not 0 <= number <= MAX_SEED for number in numbers):
+            raise RequestError(f"{FIELDS[field][0]}: write whole numbers from 0 on.")
+        return [Value(label=f"{int(number)}", apply=_setting(**{field: int(number)})) for number in numbers]
+    raise RequestError(f"{field[:100]!r} cannot vary: choose one of the list.")
+
+
+def _setting(**changes: object) -> Callable[[Request], Request]:
+    return lambda request: replace(request, **changes)  # type: ignore[arg-type]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _words(parts: Sequence[str]) -> list[Value]:
+    if len(parts) < 2 or not parts[0]:
+        raise RequestError("Prompt words: write at least two, the first of which the prompt has.")
+    first = parts[0]
+
+    def swap(new: str) -> Callable[[Request], Request]:
+        def apply(request: Request) -> Request:
+            if first not in request.prompt:
+                raise RequestError(f"The prompt has no {first!r} that could be replaced: write it there first.")
+            return replace(request, prompt=request.prompt.replace(first, new))
+
+        return apply
+
+    return [Value(label=new or "(nothing)", apply=swap(new)) for new in parts]
+
+
+def _size(text: str) -> Value:
+    found = re.fullmatch(r"\s*(\d{2,5})\s*[x\u00d7*]\s*(\d{2,5})\s*", text)
+    if found is None:
+        raise RequestError(f"Size: {text.strip()[:50]!r} is none; write it as 1024x768.")
+    width, height = map(int, found.groups())
+    return Value(label=f"{width} x {height}", apply=_setting(width=width, height=height))
+
+
+def _weight(name: str, weight: float) -> Value:
+    def apply(request: Request) -> Request:
+        others = tuple(choice for choice in request.loras if choice.name != name)
+        # In its place, for the order of LoRAs may count.
+        place = next((i for i, choice in enumerate(request.loras) if choice.name == name), len(others))
+        chosen = LoraChoice(name=name, weight=weight)
+        return replace(request, loras=(*others[:place], chosen, *others[place:]))
+
+    return Value(label=f"{weight:g}", apply=apply)
+
+
+def _numbers(field: str, text: str) -> list[float]:
+    """`1, 2, 5` and `1..9 by 2`, in any mixture."""
+    title = FIELDS[field][0] if field in FIELDS else field.removeprefix(LORA)
+    numbers: list[float] = []
+    for part in (part.strip() for part in re.split(r"[,\n;]", text) if part.strip()):
+        try:
+            if found := _RANGE.fullmatch(part):
+                first, last, by = float(found[1]), float(found[2]), float(found[3] or 1)
+                if by <= 0 or not math.isfinite((last - first) / by):
+                    raise ValueError
+                count = int(abs(last - first) / by + 1e-9) + 1
+                if count > MAX_CELLS:
+                    raise RequestError(f"{title}: {part!r} are {count} values, and {MAX_CELLS} is the most.")
+                sign = 1 if last >= first else -1
+                numbers += [round(first + sign * by * i, 6) for i in range(count)]
+            else:
+                number = float(part)
+                if not math.isfinite(number):
+                    raise ValueError
+                numbers.append(number)
+        except ValueError as error:
+            raise RequestError(f"{title}: {part[:50]!r} is no number; write it as 1, 2, 5 or 1..9 by 2.") from error
+    return numbers

@@ -1,0 +1,121 @@
+"""Many runs from a file: a prompt a line, or a table (CSV, JSONL) whose columns are fields of `Request`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flux2_studio.errors import RequestError
+from flux2_studio.explore.variants import MAX_CELLS
+from flux2_studio.request import Request
+
+MAX_BYTES = 2_000_000
+# What a row may set: nothing that names a file of this machine, and one picture a row.
+TEXTS = ("prompt", "negative_prompt", "checkpoint", "format")
+WHOLE = ("width", "height", "steps", "seed")
+COLUMNS = (*TEXTS, *WHOLE, "guidance")
+
+
+def read_batch(file: Path, base: Request) -> tuple[Request, ...]:
+    """A request for each row of `file` (.txt, .csv, .tsv, .jsonl): `base`, with what the row says instead.
+
+    Raises `RequestError`, with the number of the row that is wrong.
+    """
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise RequestError("The file is larger than 2 MB: split it.")
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError("The file cannot be read as UTF-8 text: save it so, and choose it again.") from error
+    readers = {".txt": _lines, ".csv": _table, ".tsv": _table, ".jsonl": _objects, ".ndjson": _objects}
+    reader = readers.get(file.suffix.lower())
+    if reader is None:
+        raise RequestError("Choose a file that ends in .txt (a prompt a line), .csv, .tsv or .jsonl.")
+    rows = reader(text)
+    if not rows:
+        raise RequestError("There is nothing in the file: write a prompt a line, or a table with a column `prompt`.")
+    if len(rows) > MAX_CELLS:
+        raise RequestError(f"The file has {len(rows)} rows; {MAX_CELLS} at most are made at once: split it.")
+    return tuple(_request(base, row, number) for number, row in rows)
+
+
+def _request(base: Request, row: Mapping[str, Any], number: int) -> Request:
+    unknown = [name for name in row if name not in COLUMNS]
+    if unknown:
+        raise RequestError(
+            f"Row {number}: there is no field {str(unknown[0])[:100]!r} that a row can set. Those are: "
+            f"{', '.join(COLUMNS)}."
+        )
+    # A row that changes the checkpoint leaves it what was chosen for another one.
+    other = row.get("checkpoint") not in (None, base.checkpoint)
+    changes: dict[str, Any] = {"steps": None, "guidance": None} if other else {}
+    changes |= row
+    try:
+        return Request.from_dict({**base.as_dict(), **changes, "count": 1})
+    except RequestError as error:
+        raise RequestError(f"Row {number}: {error}") from error
+
+
+def _lines(text: str) -> list[tuple[int, dict[str, Any]]]:
+    return [(number, {"prompt": line.strip()}) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _table(text: str) -> list[tuple[int, dict[str, Any]]]:
+    head = text.partition("\n")[0]
+    separator = max("\t;,", key=head.count)
+    rows: list[tuple[int, dict[str, Any]]] = []
+    reader = csv.reader(io.StringIO(text), delimiter=separator)
+    names: Sequence[str] | None = None
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if names is None:
+                names = [cell.strip() for cell in cells]
+                if "prompt" not in names:
+                    raise RequestError("The first row must name the columns, and one of them must be `prompt`.")
+                if len(set(names)) < len(names):
+                    raise RequestError("Two columns of the table have the same name: rename one.")
+                continue
+            if len(cells) > len(names):
+                raise RequestError(
+                    f"Row {reader.line_num}: it has more cells than there are columns; quote its commas."
+                )
+            row = {name: cell.strip() for name, cell in zip(names, cells, strict=False) if cell.strip()}
+            rows.append((reader.line_num, _typed(row, reader.line_num)))
+    except csv.Error as error:
+        raise RequestError(f"Row {reader.line_num}: it is no row of a table ({error}).") from error
+    return rows
+
+
+def _typed(row: Mapping[str, str], number: int) -> dict[str, Any]:
+    """The cells of a table as what they stand for."""
+    typed: dict[str, Any] = dict(row)
+    for name, text in row.items():
+        try:
+            if name in WHOLE:
+                typed[name] = int(text)
+            elif name == "guidance":
+                typed[name] = float(text)
+        except ValueError as error:
+            raise RequestError(f"Row {number}: {name} is {text[:50]!r}, which is no number.") from error
+    return typed
+
+
+def _objects(text: str) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"Row {number}: it is no JSON.") from error
+        if not isinstance(row, dict):
+            raise RequestError(f'Row {number}: write an object, as {{"prompt": "a fox", "seed": 1}}.')
+        rows.append((number, row))
+    return rows

@@ -1,0 +1,136 @@
+"""What an exploration makes: its cells in the order in which they are drawn, and where each stands."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from flux2_studio.errors import RequestError
+from flux2_studio.explore.axes import SINGLE, Axis, prompts
+from flux2_studio.explore.variants import MAX_CELLS, Wildcards, expand
+from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, Upsampling
+
+MAX_LABEL = 200  # characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One picture: its request, with a seed, and its place: column, row, table (0-based)."""
+
+    request: Request
+    column: int
+    row: int
+    table: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`cells` in the order in which they are drawn. The labels of the columns, rows and tables; () where nothing varies
+    along that side. `titles` say what does."""
+
+    cells: tuple[Cell, ...]
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    tables: tuple[str, ...]
+    titles: tuple[str, str, str]
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts have to be read."""
+        return len({(cell.request.checkpoint, cell.request.prompt) for cell in self.cells})
+
+
+def grid(
+    base: Request,
+    axes: Sequence[Axis | None],
+    wildcards: Wildcards,
+    check: Callable[[Request], object],
+) -> Plan:
+    """The cells of `base` over up to three axes: columns, rows, tables; None for a side along which nothing varies.
+
+    A prompt that stands for several varies along the first side that is free. All cells share one seed, unless seeds
+    vary. check: raises `RequestError` for a request that cannot be carried out.
+    """
+    sides = [*axes, None, None, None][:3]
+    texts = expand(base.prompt, wildcards)
+    if len(texts) > 1 or texts[0] != base.prompt:
+        if len(texts) > 1:
+            if None not in sides:
+                raise RequestError("The prompt stands for several, and all three sides vary already: free one.")
+            sides[sides.index(None)] = prompts(texts)
+        else:
+            base = replace(base, prompt=texts[0])
+    columns, rows, tables = (side or SINGLE for side in sides)
+    count = len(columns.values) * len(rows.values) * len(tables.values)
+    if count > MAX_CELLS:
+        raise RequestError(f"That makes {count} pictures; {MAX_CELLS} is the most: leave some values out.")
+    base = fixed(base)
+    cells = []
+    for table, third in enumerate(tables.values):
+        for row, second in enumerate(rows.values):
+            for column, first in enumerate(columns.values):
+                request = first.apply(second.apply(third.apply(base)))
+                check(request)
+                cells.append(Cell(request=request, column=column, row=row, table=table))
+    return Plan(
+        cells=_ordered(cells),
+        columns=_labels(columns),
+        rows=_labels(rows),
+        tables=_labels(tables),
+        titles=(columns.title, rows.title, tables.title),
+    )
+
+
+def seeds(base: Request, count: int, across: int, check: Callable[[Request], object]) -> Plan:
+    """`count` pictures of `base` that differ by their seeds, `across` of them side by side. check: see `grid`."""
+    if not 1 <= count <= MAX_CELLS:
+        raise RequestError(f"Choose between 1 and {MAX_CELLS} seeds, not {count}.")
+    base = fixed(base)
+    first = base.seed
+    assert first is not None
+    if first + count - 1 > MAX_SEED:
+        raise RequestError(f"Choose a first seed of {MAX_SEED - count + 1} at most.")
+    requests = [replace(base, seed=first + i) for i in range(count)]
+    check(requests[0])
+    return listing(requests, across, [f"{request.seed}" for request in requests], "Seed")
+
+
+def listing(requests: Sequence[Request], across: int, labels: Sequence[str], title: str) -> Plan:
+    """`requests` one after another, `across` of them side by side, a label each."""
+    cells = [Cell(request=fixed(it), column=i % across, row=i // across) for i, it in enumerate(requests)]
+    return Plan(
+        cells=_ordered(cells),
+        columns=tuple(label[:MAX_LABEL] for label in labels),
+        rows=(),
+        tables=(),
+        titles=(title, "", ""),
+    )
+
+
+def fixed(base: Request) -> Request:
+    """`base` for one cell: a single picture, with a seed, of the prompt as it is written. Nothing but what varies is to
+    make two cells differ."""
+    seed = secrets.randbelow(MAX_SEED - MAX_COUNT) if base.seed is None else base.seed
+    return replace(base, seed=seed, count=1, upsampling=Upsampling())
+
+
+def _labels(axis: Axis) -> tuple[str, ...]:
+    return () if axis is SINGLE else tuple(value.label[:MAX_LABEL] for value in axis.values)
+
+
+def _ordered(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """By checkpoint, LoRAs and prompt, each as it first comes: none of them is loaded or read twice."""
+    checkpoints: dict[object, int] = {}
+    loras: dict[object, int] = {}
+    texts: dict[object, int] = {}
+
+    def key(cell: Cell) -> tuple[int, int, int]:
+        request = cell.request
+        return (
+            checkpoints.setdefault(request.checkpoint, len(checkpoints)),
+            texts.setdefault((request.prompt, request.negative_prompt), len(texts)),
+            loras.setdefault(request.loras, len(loras)),
+        )
+
+    return tuple(sorted(cells, key=key))

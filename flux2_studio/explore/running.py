@@ -1,0 +1,344 @@
+"""Explorations under way: a cell after another through the job queue, so that others' runs come in between.
+
+What is done is written down after every cell: an exploration that was stopped, or whose studio was, goes on where it
+left off.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from flux2_studio.errors import RequestError, SaveError, StudioError
+from flux2_studio.events import Failed, Result, Saved, Stopped
+from flux2_studio.explore.plan import Cell, Plan
+from flux2_studio.jobs import Job, JobQueue
+from flux2_studio.outputs.sheet import Layout, draw
+from flux2_studio.request import Request
+
+State = Literal["running", "stopped", "done"]
+THUMBNAIL = 320  # pixels along the longer side
+KEPT = 20  # explorations of one owner that can be looked at again
+FAILURES = 3  # cells that fail one after another before the rest is not tried
+VERSION = 1
+
+
+@dataclass
+class Progress:
+    """How far an exploration is. `done` and `failed` are by the cell's number in `plan.cells`: the picture's file, and
+    why there is none. `version` rises with every change."""
+
+    state: State = "running"
+    done: dict[int, Path] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    version: int = 0
+
+
+class Exploration:
+    """One exploration of `owner`. Safe to read from any thread."""
+
+    def __init__(
+        self,
+        id_: str,
+        owner: str,
+        plan: Plan,
+        folder: Path,
+        progress: Progress | None = None,
+        began: float | None = None,
+    ) -> None:
+        self.id = id_
+        self.began = time.time() if began is None else began
+        self.owner = owner
+        self.plan = plan
+        self.folder = folder  # of its small pictures and sheets
+        self.progress = progress or Progress()
+        self.stopping = threading.Event()
+        self.job: Job | None = None  # that of the cell under way
+
+    def thumbnail(self, number: int) -> Path:
+        """The file of cell `number`'s small picture, once that is done."""
+        return self.folder / f"{number}.webp"
+
+    @property
+    def left(self) -> list[int]:
+        """The cells that are still to be made, in order."""
+        return [number for number in range(len(self.plan.cells)) if number not in self.progress.done]
+
+    def sheet(self, table: int) -> Image.Image:
+        """The contact sheet of one table, with what is done so far. A file that is gone leaves its place blank."""
+        pictures = {}
+        for number, path in list(self.progress.done.items()):
+            cell = self.plan.cells[number]
+            if cell.table == table:
+                try:
+                    with Image.open(path) as file:
+                        file.draft("RGB", (512, 512))
+                        pictures[cell.column, cell.row] = file.convert("RGB")
+                except OSError:
+                    continue
+        return draw(self.layout(table), pictures)
+
+    def layout(self, table: int) -> Layout:
+        plan = self.plan
+        columns = 1 + max(cell.column for cell in plan.cells)
+        rows = 1 + max(cell.row for cell in plan.cells)
+        listed = not plan.rows and rows > 1  # a label for each picture, not for each column
+        title = f"{plan.titles[2]}: {plan.tables[table]}" if plan.tables else ""
+        return Layout(
+            columns=columns,
+            rows=rows,
+            title=title,
+            above=() if listed else plan.columns,
+            beside=plan.rows,
+            under=plan.columns if listed else (),
+        )
+
+
+class Explorations:
+    """All explorations of this studio.
+
+    notebooks: the folder of what is written down, which is nobody's business. pictures: that of small pictures and
+    sheets, which the page shows to whoever knows their names.
+    """
+
+    def __init__(self, jobs: JobQueue, notebooks: Path, pictures: Path) -> None:
+        self._jobs = jobs
+        self._notebooks = notebooks
+        self._pictures = pictures
+        self._known: dict[str, Exploration] = {}
+        self._lock = threading.Lock()
+
+    def start(self, plan: Plan, owner: str) -> Exploration:
+        """Begin `plan`. Raises `RequestError` while another one of `owner` is under way, `SaveError` where nothing can
+        be written."""
+        with self._lock:
+            self._only_one(owner)
+            id_ = secrets.token_hex(16)
+            exploration = Exploration(id_, owner, plan, self._pictures / id_)
+            try:
+                exploration.folder.mkdir(parents=True)
+                self._notebooks.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SaveError(
+                    f"{error.filename} cannot be made ({error.strerror}): allow writing there, or set FLUX2_HOME to a "
+                    f"folder of your own."
+                ) from error
+            self._write(exploration)
+            self._forget_old(owner)
+            self._begin(exploration)
+        return exploration
+
+    def resume(self, id_: str, owner: str) -> Exploration:
+        """Make the cells that are still missing of the one that was stopped. Raises `RequestError`."""
+        with self._lock:
+            found = self._found(id_, owner)
+            if found is None:
+                raise RequestError("That exploration is gone: start it again.")
+            if found.progress.state == "running":
+                return found
+            self._only_one(owner)
+            found.progress.failed.clear()
+            found.stopping.clear()
+            self._begin(found)
+        return found
+
+    def get(self, id_: str, owner: str) -> Exploration | None:
+        """The exploration of that id, if it is `owner`'s."""
+        with self._lock:
+            return self._found(id_, owner)
+
+    def newest(self, owner: str) -> Exploration | None:
+        """The one of `owner` that was begun last."""
+        with self._lock:
+            mine = self._of(owner)
+            return self._found(mine[-1].stem, owner) if mine else None
+
+    def stop(self, exploration: Exploration) -> None:
+        """End it after the step under way. What is done is kept."""
+        exploration.stopping.set()
+        if (job := exploration.job) is not None:
+            job.cancel()
+
+    # --- under the lock ------------------------------------------------------------------------------------------
+
+    def _only_one(self, owner: str) -> None:
+        if any(it.owner == owner and it.progress.state == "running" for it in self._known.values()):
+            raise RequestError("An exploration of yours is under way: stop it first, or wait for its end.")
+
+    def _begin(self, exploration: Exploration) -> None:
+        exploration.progress.state = "running"
+        exploration.progress.version += 1
+        self._known[exploration.id] = exploration
+        threading.Thread(target=self._run, args=(exploration,), name="flux2-exploring", daemon=True).start()
+
+    def _found(self, id_: str, owner: str) -> Exploration | None:
+        if not re.fullmatch("[0-9a-f]{32}", id_):
+            return None
+        if id_ not in self._known:
+            read = self._read(id_)
+            if read is None:
+                return None
+            self._known[id_] = read
+        found = self._known[id_]
+        return found if found.owner == owner else None
+
+    def _of(self, owner: str) -> list[Path]:
+        """The notebooks of `owner`, oldest first."""
+        found = []
+        for path in self._notebooks.glob("*.json"):
+            read = self._known.get(path.stem) or self._read(path.stem)
+            if read is not None and read.owner == owner:
+                found.append((read.began, path))
+        return [path for _, path in sorted(found)]
+
+    def _forget_old(self, owner: str) -> None:
+        """Only what was made of the pictures; they themselves stay."""
+        for path in self._of(owner)[:-KEPT]:
+            self._known.pop(path.stem, None)
+            path.unlink(missing_ok=True)
+            shutil.rmtree(self._pictures / path.stem, ignore_errors=True)
+
+    # --- in the exploration's thread -----------------------------------------------------------------------------
+
+    def _run(self, exploration: Exploration) -> None:
+        try:
+            self._cells(exploration)
+        finally:  # whatever happens, nobody waits for it for ever
+            exploration.progress.state = "stopped" if exploration.left else "done"
+            self._changed(exploration)
+
+    def _cells(self, exploration: Exploration) -> None:
+        in_a_row = 0
+        for number in exploration.left:
+            if exploration.stopping.is_set() or in_a_row == FAILURES:
+                break
+            problem = self._cell(exploration, number)
+            in_a_row = in_a_row + 1 if problem else 0
+            if problem is not None:
+                exploration.progress.failed[number] = problem
+            self._changed(exploration)
+
+    def _cell(self, exploration: Exploration, number: int) -> str | None:
+        """Make cell `number`; why there is no picture, or None. A cancelled cell is neither made nor failed."""
+        try:
+            job = self._jobs.submit(exploration.plan.cells[number].request, exploration.owner)
+        except StudioError as error:
+            return str(error)
+        exploration.job = job
+        if exploration.stopping.is_set():  # since the loop looked
+            job.cancel()
+        for _, event in job.events():
+            match event:
+                case Saved():
+                    problem = _shrink(event.image, exploration.thumbnail(number))
+                    if problem:
+                        return problem
+                    exploration.progress.done[number] = event.image
+                case Failed():
+                    return event.message
+                case Result() | Stopped():
+                    break
+        exploration.job = None
+        self._jobs.saw(job.id)  # its sheet tells of it
+        return None
+
+    def _changed(self, exploration: Exploration) -> None:
+        exploration.progress.version += 1
+        try:
+            self._write(exploration)
+        except SaveError as error:
+            exploration.stopping.set()
+            exploration.progress.failed[exploration.left[0] if exploration.left else 0] = str(error)
+
+    def _write(self, exploration: Exploration) -> None:
+        plan, progress = exploration.plan, exploration.progress
+        told = {
+            "version": VERSION,
+            "owner": exploration.owner,
+            "began": exploration.began,
+            "plan": {
+                "cells": [{**asdict(cell), "request": cell.request.as_dict()} for cell in plan.cells],
+                "columns": plan.columns,
+                "rows": plan.rows,
+                "tables": plan.tables,
+                "titles": plan.titles,
+            },
+            "done": {str(number): str(path) for number, path in progress.done.items()},
+            "failed": {str(number): why for number, why in progress.failed.items()},
+        }
+        target = self._notebooks / f"{exploration.id}.json"
+        part = target.with_suffix(".part")
+        try:
+            part.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+            part.replace(target)
+        except OSError as error:
+            raise SaveError(
+                f"How far the exploration is could not be written to {target} ({error.strerror}): free some space."
+            ) from error
+
+    def _read(self, id_: str) -> Exploration | None:
+        return _read(self._notebooks / f"{id_}.json", self._pictures / id_)
+
+
+def _read(notebook: Path, folder: Path) -> Exploration | None:
+    """What an earlier studio wrote; None where there is nothing that can be read."""
+    try:
+        told: Mapping[str, Any] = json.loads(notebook.read_text(encoding="utf-8"))
+        if told["version"] != VERSION:
+            return None
+        plan = told["plan"]
+        cells = tuple(
+            Cell(
+                request=Request.from_dict(cell["request"]),
+                column=int(cell["column"]),
+                row=int(cell["row"]),
+                table=int(cell["table"]),
+            )
+            for cell in plan["cells"]
+        )
+        titles = plan["titles"]
+        progress = Progress(
+            state="stopped",
+            done={int(number): Path(path) for number, path in told["done"].items() if Path(path).is_file()},
+            failed={int(number): str(why) for number, why in told["failed"].items()},
+        )
+        if len(progress.done) == len(cells):
+            progress.state = "done"
+        return Exploration(
+            notebook.stem,
+            str(told["owner"]),
+            Plan(
+                cells=cells,
+                columns=tuple(plan["columns"]),
+                rows=tuple(plan["rows"]),
+                tables=tuple(plan["tables"]),
+                titles=(titles[0], titles[1], titles[2]),
+            ),
+            folder,
+            progress,
+            began=float(told["began"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StudioError):
+        return None
+
+
+def _shrink(picture: Path, target: Path) -> str | None:
+    """Write the small picture; why it could not be, or None."""
+    try:
+        with Image.open(picture) as file:
+            small = file.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.save(target, "WEBP", quality=85)
+    except OSError as error:
+        return f"A small picture for the sheet could not be written ({error}): free some space and go on."
+    return None

@@ -1,0 +1,129 @@
+"""Prompts that stand for many: `a {red|green} fox in __place__`.
+
+`{a|b}` is each of its parts, which may be empty and hold more of the same; braces without `|` mean nothing, so prompts
+in JSON stay what they are. `__name__` is each line of the file `name.txt` in the wildcards' folder, where there is one
+of that name. A backslash takes `{`, `|`, `}` and `_` their meaning.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from flux2_studio.errors import RequestError
+
+MAX_CELLS = 400  # pictures of one exploration, and prompts of one text
+MAX_BYTES = 1_000_000  # of a wildcards file
+MAX_DEPTH = 20  # braces in braces
+
+_TOKEN = re.compile(r"\\[{}|_\\]|[{}|]|__[\w-]+(?:/[\w-]+)*__|[^\\{}|_]+|.", re.DOTALL)
+Choices = list[tuple[str, ...]]  # the parts of a text in order, each with what it may be
+
+
+class Wildcards:
+    """The lists in `folder`: `animal.txt`, or `animals/cat.txt` for `__animals/cat__`, an entry a line.
+
+    Blank lines and what follows a `#` at a line's start are left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def names(self) -> list[str]:
+        """Those that there are, sorted."""
+        found = (path for path in self.folder.rglob("*.txt") if path.is_file())
+        return sorted(path.relative_to(self.folder).with_suffix("").as_posix() for path in found)
+
+    def entries(self, name: str) -> tuple[str, ...] | None:
+        """The entries of list `name`; None where there is none. Raises `RequestError` for a file that is no list."""
+        if not re.fullmatch(r"[\w-]+(/[\w-]+)*", name):
+            return None
+        path = self.folder / f"{name}.txt"
+        try:
+            if not path.is_file():
+                return None
+            if path.stat().st_size > MAX_BYTES:
+                raise RequestError(f"The wildcards file {name}.txt is larger than 1 MB: shorten it.")
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"The wildcards file {name}.txt cannot be read as UTF-8 text: save it so.") from error
+        entries = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        if not entries:
+            raise RequestError(f"The wildcards file {name}.txt is empty: write an entry a line.")
+        return entries
+
+
+def expand(text: str, wildcards: Wildcards, most: int = MAX_CELLS) -> tuple[str, ...]:
+    """All prompts that `text` stands for, the last part varying fastest; `text` alone where it stands for itself.
+
+    Entries of wildcards are taken as they are. Raises `RequestError` where there are more than `most`.
+    """
+    tokens = _TOKEN.findall(text)
+    options, position = _alternatives(tokens, 0, wildcards, most, depth=0)
+    while position < len(tokens):  # a } that closes nothing
+        rest, position = _alternatives(tokens, position + 1, wildcards, most, depth=0)
+        options = _joined([options, ("}",), rest], most)
+    return tuple(dict.fromkeys(options))
+
+
+def _alternatives(
+    tokens: Sequence[str], position: int, wildcards: Wildcards, most: int, depth: int
+) -> tuple[tuple[str, ...], int]:
+    """What the tokens from `position` to the `}` of this depth, or to the end, may be; and where that is."""
+    if depth > MAX_DEPTH:
+        raise RequestError(f"The prompt has more than {MAX_DEPTH} braces inside each other: take some out.")
+    branches: list[Choices] = [[]]
+    while position < len(tokens) and tokens[position] != "}":
+        token = tokens[position]
+        position += 1
+        if token == "|":
+            if depth:
+                branches.append([])
+            else:
+                branches[-1].append(("|",))
+        elif token == "{":
+            inner, end = _alternatives(tokens, position, wildcards, most, depth + 1)
+            if end < len(tokens):
+                branches[-1].append(inner)
+                position = end + 1
+            elif _chooses(tokens[position:]):
+                raise RequestError("The prompt opens a { that it does not close: close it, or write \\{ for a brace.")
+            else:
+                branches[-1].append(("{",))
+        elif len(token) == 2 and token[0] == "\\":
+            branches[-1].append((token[1],))
+        elif token.startswith("__") and len(token) > 4 and (entries := wildcards.entries(token[2:-2])):
+            branches[-1].append(entries)
+        else:
+            branches[-1].append((token,))
+    found = tuple(text for branch in branches for text in _joined(branch, most))
+    if depth and len(branches) == 1:  # braces without |
+        found = tuple(f"{{{text}}}" for text in found)
+    if len(found) > most:
+        raise _too_many(most)
+    return found, position
+
+
+def _chooses(tokens: Sequence[str]) -> bool:
+    """Whether the text behind an unclosed { has a | that belongs to it."""
+    depth = 0
+    for token in tokens:
+        depth += {"{": 1, "}": -1}.get(token, 0)
+        if token == "|" and depth == 0:
+            return True
+    return False
+
+
+def _joined(parts: Choices, most: int) -> tuple[str, ...]:
+    count = 1
+    for part in parts:
+        count *= len(part)
+        if count > most:
+            raise _too_many(most)
+    return tuple("".join(chosen) for chosen in itertools.product(*parts))
+
+
+def _too_many(most: int) -> RequestError:
+    return RequestError(f"The prompt stands for more than {most} prompts: take some choices out of it.")

@@ -1,0 +1,386 @@
+"""Which runs were asked for, and what became of them: written down as it happens, so that a killed studio loses none.
+
+A run's references are kept beside it until it is over, for the uploads that they come from are deleted sooner. An API
+key is never written: a run that waits with one cannot go on in another process, and is told so.
+
+Several studios may share one notebook. Each holds a lock for as long as it lives, and a new one takes over only what
+belongs to none that does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from flux2_studio.errors import RequestError, SaveError
+from flux2_studio.events import Event, Failed, Result, Saved, Stopped, Upsampled, Withheld
+from flux2_studio.outputs.database import Database
+from flux2_studio.request import Request, Upsampling
+
+log = logging.getLogger(__name__)
+
+State = Literal["queued", "running", "done", "stopped", "failed", "interrupted"]
+KEPT = 1000  # runs that are over and can still be looked up
+HOUR = 3600.0  # seconds
+FORGOTTEN = 30 * 24 * HOUR  # until an interrupted run that nobody runs again is given up, with its references
+
+KEY_LOST = (
+    "The studio ended before it was done, and the key that was typed for it is kept nowhere: run it without enriching, "
+    "or start it anew from its form, with the key."
+)
+CUT_SHORT = "The studio ended before it was done: run it again."
+UNFINISHED = "('queued', 'running', 'interrupted')"  # what still needs its references
+
+TABLE = """
+CREATE TABLE IF NOT EXISTS runs (
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    studio TEXT NOT NULL,      -- whose queue it is in
+    state TEXT NOT NULL,
+    place INTEGER NOT NULL,    -- its turn among those that wait
+    request TEXT NOT NULL,     -- JSON, resolved
+    keyed INTEGER NOT NULL,    -- whether it needs a key that is not written here
+    submitted REAL NOT NULL,   -- this and the next two: seconds since 1970
+    started REAL,
+    ended REAL,
+    seconds REAL,              -- that a finished run took
+    message TEXT NOT NULL DEFAULT '',
+    drawn INTEGER NOT NULL DEFAULT 0,           -- pictures, those that were withheld included
+    pictures TEXT NOT NULL DEFAULT '[]',        -- JSON: [path, seed] of each saved one
+    upsampled TEXT,                             -- JSON, as the event has it
+    provenance TEXT NOT NULL DEFAULT '[]',      -- JSON, as a Result has it
+    seen INTEGER NOT NULL DEFAULT 0             -- whether its end was shown to its owner
+)
+"""
+INDEX = "CREATE INDEX IF NOT EXISTS runs_of_owner ON runs (owner, state)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One run as it stands in the journal. `pictures` were saved with `seeds`, and `drawn` counts withheld ones too."""
+
+    id: str
+    owner: str
+    state: State
+    request: Request
+    keyed: bool
+    seconds: float
+    message: str
+    drawn: int
+    pictures: tuple[Path, ...]
+    seeds: tuple[int, ...]
+    upsampled: Upsampled | None
+    provenance: tuple[str, ...]
+    seen: bool
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether its prompt is yet to be enriched, with a key that only its owner has."""
+        return self.keyed and self.upsampled is None
+
+    @property
+    def drawn_as(self) -> Request:
+        """The request as it is drawn: its prompt enriched where that is done, and never once more."""
+        if self.upsampled is not None:
+            return replace(self.request, prompt=self.upsampled.prompt, upsampling=Upsampling())
+        return self.request
+
+    def rest(self) -> Request:
+        """What is left to do of it: the pictures that are not drawn yet, of the prompt that the others have; without
+        enriching where the key for that is gone."""
+        request = replace(self.request, upsampling=Upsampling()) if self.needs_key else self.drawn_as
+        if self.drawn < request.count:
+            assert request.seed is not None, "a run is resolved before it is written down"
+            request = replace(request, seed=request.seed + self.drawn, count=request.count - self.drawn)
+        return request
+
+    def events(self) -> tuple[Event, ...]:
+        """How it ended, as whoever followed it was told. Of its pictures those that are still there."""
+        there = [(path, seed) for path, seed in zip(self.pictures, self.seeds, strict=True) if path.is_file()]
+        images, seeds = tuple(path for path, _ in there), tuple(seed for _, seed in there)
+        told: list[Event] = [] if self.upsampled is None else [self.upsampled]
+        match self.state:
+            case "done" if images:
+                end = Result(
+                    request=self.drawn_as, images=images, seeds=seeds, seconds=self.seconds, provenance=self.provenance
+                )
+                return (*told, end)
+            case "failed":
+                kept = [Stopped(images=images, seeds=seeds)] if images else []
+                return (*told, *kept, Failed(message=self.message))
+            case "stopped":
+                return (*told, Stopped(images=images, seeds=seeds))
+            case _:
+                return ()
+
+
+class Journal:
+    """The runs of all studios that share `database`; `folder` is for their references and for the studios' locks.
+
+    now: seconds since 1970. Safe to use from any thread. Every method raises `SaveError` where the notebook or the
+    folder cannot be used. `close` it, or end the process, to leave what it holds to the next one.
+    """
+
+    def __init__(self, database: Database, folder: Path, now: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._folder = folder
+        self._now = now
+        self._id = uuid.uuid4().hex
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = _lock(self._lock_of(self._id))
+        except (OSError, sqlite3.Error) as error:
+            raise self._trouble(error) from error
+        assert held is not None, "a new name is nobody else's"
+        self._held = held
+        with database.transaction() as connection:
+            connection.execute(TABLE)
+            connection.execute(INDEX)
+
+    def close(self) -> None:
+        self._held.close()
+        with suppress(OSError):
+            self._lock_of(self._id).unlink()
+
+    # --- what happens to a run ----------------------------------------------------------------------------------
+
+    def add(self, id_: str, owner: str, request: Request, *, keyed: bool = False) -> Request:
+        """Write down that `request` (resolved) waits as run `id_`; `keyed`: with a key of its owner's. Returns the
+        request with its references and its mask at a place where they stay until the run is over."""
+        files = self._keep(id_, [*request.references, *([request.mask] if request.mask else [])])
+        count = len(request.references)
+        kept = replace(request, references=files[:count], mask=files[count] if request.mask else None)
+        with self._database.transaction() as connection:
+            (last,) = connection.execute("SELECT coalesce(max(place), 0) FROM runs").fetchone()
+            connection.execute(
+                "INSERT INTO runs (id, owner, studio, state, place, request, keyed, submitted) "
+                "VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
+                (id_, owner, self._id, last + 1, json.dumps(kept.as_dict()), keyed, self._now()),
+            )
+        return kept
+
+    def start(self, id_: str) -> None:
+        """Run `id_` is being done."""
+        self._set(id_, state="running", started=self._now())
+
+    def note(self, id_: str, event: Event) -> None:
+        """Write down what `event` says of run `id_` that is worth keeping."""
+        match event:
+            case Saved(image=image, seed=seed):
+                with self._database.transaction() as connection:
+                    connection.execute(
+                        "UPDATE runs SET drawn = drawn + 1, ended = ?, "
+                        "pictures = json_insert(pictures, '$[#]', json(?)) WHERE id = ?",
+                        (self._now(), json.dumps([str(image), seed]), id_),
+                    )
+            case Withheld():
+                with self._database.transaction() as connection:
+                    connection.execute("UPDATE runs SET drawn = drawn + 1 WHERE id = ?", (id_,))
+            case Upsampled():
+                self._set(id_, upsampled=json.dumps(asdict(event)))
+            case Result(seconds=seconds, provenance=provenance):
+                self._end(id_, "done", seconds=seconds, provenance=json.dumps(provenance))
+            case Stopped():
+                self._end(id_, "stopped")
+            case Failed(message=message):
+                self._end(id_, "failed", message=message)
+            case _:
+                pass
+
+    def arrange(self, ids: Sequence[str]) -> None:
+        """Runs `ids`, which wait, are to be taken in this order by a later studio."""
+        with self._database.transaction() as connection:
+            marks = ", ".join("?" * len(ids))
+            rows = connection.execute(f"SELECT place FROM runs WHERE id IN ({marks}) ORDER BY place", ids).fetchall()
+            places = [row["place"] for row in rows]
+            connection.executemany("UPDATE runs SET place = ? WHERE id = ?", list(zip(places, ids, strict=True)))
+
+    def saw(self, id_: str) -> None:
+        """The owner of run `id_` was shown how it ended."""
+        self._set(id_, seen=1)
+
+    def discard(self, id_: str) -> None:
+        """Forget run `id_`. The pictures that it saved stay."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM runs WHERE id = ?", (id_,))
+        self._release(id_)
+
+    def clear(self, owner: str) -> None:
+        """Forget the interrupted runs of `owner`. The pictures that they saved stay."""
+        for entry in self.interrupted(owner):
+            self.discard(entry.id)
+
+    # --- looking it up ------------------------------------------------------------------------------------------
+
+    def entry(self, id_: str, owner: str) -> Entry | None:
+        """Run `id_`, if it is `owner`'s and still known."""
+        found = self._select("WHERE id = ? AND owner = ?", id_, owner)
+        return found[0] if found else None
+
+    def interrupted(self, owner: str) -> tuple[Entry, ...]:
+        """The runs of `owner` that an earlier studio left undone, oldest first."""
+        return self._select("WHERE owner = ? AND state = 'interrupted' ORDER BY place", owner)
+
+    def unseen(self, owner: str) -> Entry | None:
+        """The run of `owner` that ended last, well or not, unless its end was shown already."""
+        found = self._select("WHERE owner = ? AND state IN ('done', 'failed') ORDER BY ended DESC LIMIT 1", owner)
+        return found[0] if found and not found[0].seen else None
+
+    def _select(self, where: str, *values: str) -> tuple[Entry, ...]:
+        with self._database.reading() as connection:
+            rows = connection.execute(f"SELECT * FROM runs {where}", values).fetchall()
+        entries = []
+        for row in rows:
+            try:
+                entries.append(_entry(row))
+            except RequestError:  # of another version of the studio
+                log.warning("run %s in %s cannot be read, and is left out", row["id"], self._database.path)
+        return tuple(entries)
+
+    # --- after a studio has ended -------------------------------------------------------------------------------
+
+    def adopt(self) -> tuple[Entry, ...]:
+        """Take over what studios that are no more have left: the runs that waited, in their order.
+
+        Whatever ran is interrupted from now on, and so is what waited with a key.
+        """
+        with self._database.transaction() as connection:
+            studios = [
+                row["studio"]
+                for row in connection.execute(
+                    "SELECT DISTINCT studio FROM runs WHERE state IN ('queued', 'running') AND studio != ?", (self._id,)
+                )
+            ]
+            now = self._now()
+            for studio in filter(self._is_gone, studios):
+                # All that it was to draw is saved: only its end was not told any more.
+                connection.execute(
+                    "UPDATE runs SET state = 'done', seconds = ended - started WHERE studio = ? AND "
+                    "state = 'running' AND pictures != '[]' AND drawn >= json_extract(request, '$.count')",
+                    (studio,),
+                )
+                connection.execute(
+                    "UPDATE runs SET state = 'interrupted', ended = ?, message = ? WHERE studio = ? AND "
+                    "state IN ('queued', 'running') AND keyed AND upsampled IS NULL",
+                    (now, KEY_LOST, studio),
+                )
+                connection.execute(
+                    "UPDATE runs SET state = 'interrupted', ended = ?, message = ? WHERE studio = ? AND "
+                    "state = 'running'",
+                    (now, CUT_SHORT, studio),
+                )
+                connection.execute(
+                    "UPDATE runs SET studio = ? WHERE studio = ? AND state = 'queued'", (self._id, studio)
+                )
+            connection.execute("DELETE FROM runs WHERE state = 'interrupted' AND ended < ?", (now - FORGOTTEN,))
+            known = {row["id"] for row in connection.execute("SELECT id FROM runs WHERE state IN " + UNFINISHED)}
+        self._sweep(known)
+        return self._select("WHERE studio = ? AND state = 'queued' ORDER BY place", self._id)
+
+    def _is_gone(self, studio: str) -> bool:
+        try:
+            if (lock := _lock(self._lock_of(studio))) is not None:
+                lock.close()
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
+        return lock is not None
+
+    def _sweep(self, known: AbstractSet[str]) -> None:
+        """Delete locks that nobody holds any more, and references of runs that are not `known`."""
+        for path in self._folder.iterdir():
+            with suppress(OSError):
+                if self._now() - path.stat().st_mtime < HOUR:  # made by another studio that is only just beginning
+                    continue
+                if path.suffix == ".lock" and self._is_gone(path.stem):
+                    path.unlink()
+                elif path.is_dir() and path.name not in known:
+                    shutil.rmtree(path)
+
+    # --- rows and files -----------------------------------------------------------------------------------------
+
+    def _set(self, id_: str, **values: str | float) -> None:
+        columns = ", ".join(f"{name} = ?" for name in values)
+        with self._database.transaction() as connection:
+            connection.execute(f"UPDATE runs SET {columns} WHERE id = ?", (*values.values(), id_))
+
+    def _end(self, id_: str, state: State, **values: str | float) -> None:
+        self._set(id_, state=state, ended=self._now(), **values)
+        with self._database.transaction() as connection:
+            rows = connection.execute(
+                f"SELECT id FROM runs WHERE state NOT IN {UNFINISHED} ORDER BY ended DESC LIMIT -1 OFFSET ?", (KEPT,)
+            ).fetchall()
+            connection.executemany("DELETE FROM runs WHERE id = ?", [(row["id"],) for row in rows])
+        self._release(id_)
+
+    def _keep(self, id_: str, files: Sequence[Path]) -> tuple[Path, ...]:
+        """Copies of `files`, under their own names, which their owner knows them by."""
+        kept = []
+        try:
+            for number, path in enumerate(files):
+                folder = self._folder / id_ / str(number)
+                folder.mkdir(parents=True)
+                try:
+                    os.link(path, folder / path.name)  # takes no time and no room, where both are on one drive
+                except OSError:
+                    shutil.copyfile(path, folder / path.name)
+                kept.append(folder / path.name)
+        except OSError as error:
+            self._release(id_)
+            raise self._trouble(error) from error
+        return tuple(kept)
+
+    def _release(self, id_: str) -> None:
+        shutil.rmtree(self._folder / id_, ignore_errors=True)  # the next studio sweeps up what is in use
+
+    def _lock_of(self, studio: str) -> Path:
+        return self._folder / f"{studio}.lock"
+
+    def _trouble(self, error: Exception) -> SaveError:
+        return SaveError(
+            f"The folder {self._folder}, where runs wait, cannot be used ({error}): allow writing there and free some "
+            f"space, or set FLUX2_HOME to a folder of your own."
+        )
+
+
+def _lock(path: Path) -> sqlite3.Connection | None:
+    """A hold on the file at `path` that ends with this process, however it ends; None while somebody else has it."""
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        connection.close()
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            return None
+        raise
+    return connection
+
+
+def _entry(row: sqlite3.Row) -> Entry:
+    """Raises `RequestError` for a run that this version cannot read."""
+    pictures = json.loads(row["pictures"])
+    return Entry(
+        id=row["id"],
+        owner=row["owner"],
+        state=row["state"],
+        request=Request.from_dict(json.loads(row["request"])),
+        keyed=bool(row["keyed"]),
+        seconds=row["seconds"] or 0.0,
+        message=row["message"],
+        drawn=row["drawn"],
+        pictures=tuple(Path(path) for path, _ in pictures),
+        seeds=tuple(seed for _, seed in pictures),
+        upsampled=Upsampled(**json.loads(row["upsampled"])) if row["upsampled"] else None,
+        provenance=tuple(json.loads(row["provenance"])),
+        seen=bool(row["seen"]),
+    )

@@ -1,0 +1,126 @@
+"""Presets that users save for themselves: in the studio's database, each seen by its owner alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flux2_studio.errors import PresetError
+from flux2_studio.outputs.database import Database
+from flux2_studio.presets import Preset, parse_preset
+
+MAX_EACH = 100  # presets of one owner
+MAX_TOTAL = 200_000_000  # bytes of all owners' together: browsers without end may come by a shared studio
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS own_presets (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, form TEXT NOT NULL, folded TEXT NOT NULL, card BLOB NOT NULL,
+    UNIQUE (owner, form, folded)
+)
+"""
+
+
+class NameTaken(PresetError):
+    """The owner has another preset of that name in the same form; `name` is how it is written there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"You have a preset called {name} already: replace it, or choose another name.")
+        self.name = name
+
+
+class OwnPresets:
+    """Presets by owner (as `ui.visitors.owner_of` tells) and id. Safe to use from any thread and several processes.
+
+    Every method raises `PresetError` for an owner who is not known, and for an id that is not one of theirs;
+    `SaveError` where the database cannot be used.
+    """
+
+    def __init__(self, database: Database, *, most_bytes: int = MAX_TOTAL) -> None:
+        """most_bytes: of all owners' presets together."""
+        self._database = database
+        self._most_bytes = most_bytes
+
+    def of(self, owner: str, form: str) -> dict[str, Preset]:
+        """Those of `owner` for `form` by their ids, in the order of their names."""
+        with self._opened(owner) as connection:
+            rows = connection.execute(
+                "SELECT id, card FROM own_presets WHERE owner = ? AND form = ? ORDER BY folded", (owner, form)
+            ).fetchall()
+        return {row["id"]: parse_preset(row["card"]) for row in rows}
+
+    def find(self, owner: str, id: str) -> Preset:
+        with self._opened(owner) as connection:
+            return _find(connection, owner, id)
+
+    def save(self, owner: str, preset: Preset, *, replace: bool = False) -> str:
+        """Keep `preset` and return its id. Raises `NameTaken` where the name is and `replace` is not said."""
+        card = preset.as_json().encode()
+        folded = preset.name.casefold()
+        with self._opened(owner) as connection:
+            there = _named(connection, owner, preset)
+            if there is not None:
+                if not replace:
+                    raise NameTaken(parse_preset(there["card"]).name)
+                connection.execute("UPDATE own_presets SET card = ? WHERE id = ?", (card, there["id"]))
+                return str(there["id"])
+            self._check_room(connection, owner, len(card))
+            id = secrets.token_hex(8)
+            connection.execute(
+                "INSERT INTO own_presets (id, owner, form, folded, card) VALUES (?, ?, ?, ?, ?)",
+                (id, owner, preset.form, folded, card),
+            )
+        return id
+
+    def rename(self, owner: str, id: str, name: str) -> Preset:
+        """The preset `id` as it is called now. Raises `NameTaken` where another one is called so."""
+        with self._opened(owner) as connection:
+            preset = dataclasses.replace(_find(connection, owner, id), name=name.strip())
+            there = _named(connection, owner, preset)
+            if there is not None and there["id"] != id:
+                raise NameTaken(parse_preset(there["card"]).name)
+            connection.execute(
+                "UPDATE own_presets SET folded = ?, card = ? WHERE id = ?",
+                (preset.name.casefold(), preset.as_json().encode(), id),
+            )
+        return preset
+
+    def delete(self, owner: str, id: str) -> Preset:
+        """Forget the preset `id`, and return it, for whoever thinks better of it."""
+        with self._opened(owner) as connection:
+            preset = _find(connection, owner, id)
+            connection.execute("DELETE FROM own_presets WHERE id = ?", (id,))
+        return preset
+
+    def _check_room(self, connection: sqlite3.Connection, owner: str, size: int) -> None:
+        (count,) = connection.execute("SELECT COUNT(*) FROM own_presets WHERE owner = ?", (owner,)).fetchone()
+        if count >= MAX_EACH:
+            raise PresetError(f"You have {count} presets, the most that are kept: delete one first.")
+        (total,) = connection.execute("SELECT TOTAL(LENGTH(card)) FROM own_presets").fetchone()
+        if total + size > self._most_bytes:
+            raise PresetError("This studio has no room for more presets: export yours as a file instead.")
+
+    @contextmanager
+    def _opened(self, owner: str) -> Iterator[sqlite3.Connection]:
+        if not owner:
+            raise PresetError("Presets of your own need a cookie: allow it for this page, and load the page again.")
+        with self._database.transaction() as connection:
+            connection.execute(_TABLE)
+            yield connection
+
+
+def _find(connection: sqlite3.Connection, owner: str, id: str) -> Preset:
+    row = connection.execute("SELECT card FROM own_presets WHERE owner = ? AND id = ?", (owner, id)).fetchone()
+    if row is None:
+        raise PresetError("That preset is not there any more: choose another one.")
+    return parse_preset(row["card"])
+
+
+def _named(connection: sqlite3.Connection, owner: str, preset: Preset) -> sqlite3.Row | None:
+    row: sqlite3.Row | None = connection.execute(
+        "SELECT id, card FROM own_presets WHERE owner = ? AND form = ? AND folded = ?",
+        (owner, preset.form, preset.name.casefold()),
+    ).fetchone()
+    return row

@@ -1,0 +1,200 @@
+"""The History tab: everything that somebody has made, and the way back from a picture to a form.
+
+What one sees is drawn by assets/history.js from what `history_routes.py` serves. Where Python has to fill a form, the
+script clicks one of the hidden buttons laid out here, which send the picture's id along; an id is never trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from flux2_studio.errors import StudioError
+from flux2_studio.outputs.history import History
+from flux2_studio.outputs.kept import KeptReferences
+from flux2_studio.ui.inspect_tab import GO_TO_FORM, fillable, filled, restoration
+from flux2_studio.ui.reference_panel import offer, offered_to, paths
+from flux2_studio.ui.tabs import Form
+from flux2_studio.ui.visitors import owner_of
+from flux2_studio.ui.wiring import Update, listen
+
+if TYPE_CHECKING:
+    from flux2_studio.studio import Studio
+
+UNKNOWN = "This picture is not in your history any more: open History again."
+GONE = "The file of this picture is missing: choose another one, or make it again with Run again."
+READ_FOR = 12  # seconds that a note stays
+ASKED = "(_, ...others) => [window.studioHistory.asked, ...others]"
+RUN = "(form) => { if (form) window.studioHistory.run(form); }"
+
+MARKUP = """<div class="history">
+<form class="filters" role="search" aria-label="Find pictures">
+<input type="search" name="words" placeholder="Words of the prompt" aria-label="Words of the prompt" autocomplete="off">
+<select name="checkpoint" aria-label="Checkpoint"><option value="">Every checkpoint</option></select>
+<label class="date"><span>From</span><input type="date" name="since"></label>
+<label class="date"><span>to</span><input type="date" name="until"></label>
+<label class="only"><input type="checkbox" name="favourites"><span>Favourites only</span></label>
+<button type="reset">Clear</button>
+</form>
+<div class="bar">
+<p class="count" role="status"></p>
+<div class="picked" hidden><button type="button" data-do="all">Select all shown</button>
+<button type="button" data-do="none">Select none</button>
+<button type="button" data-do="zip">Download as zip</button>
+<button type="button" data-do="delete">Delete</button></div>
+</div>
+<div class="grid" role="list" aria-label="Your pictures"></div>
+<div class="nothing" hidden></div>
+<div class="more" aria-hidden="true"></div>
+<p class="trash" hidden><span></span><button type="button" data-do="back">Bring back</button>
+<button type="button" data-do="empty">Remove for good</button></p>
+<div class="told" hidden><span role="status"></span><button type="button" data-do="undo">Undo</button></div>
+<dialog class="viewer" aria-labelledby="history-prompt">
+<button type="button" class="close" data-do="close" aria-label="Close (Escape)" autofocus>✕</button>
+<figure><button type="button" class="step" data-do="newer" aria-label="Next newer picture (left arrow)">←</button>
+<img alt=""><p class="lost" hidden></p>
+<button type="button" class="step" data-do="older" aria-label="Next older picture (right arrow)">→</button></figure>
+<div class="side">
+<p id="history-prompt" class="prompt-text"></p>
+<div class="acts main">
+<button type="button" data-do="vary" title="The same settings with a new seed">Vary</button>
+<button type="button" data-do="again" title="The same settings and seed">Run again</button>
+<button type="button" data-do="reuse" title="Put the settings into the form">Reuse settings</button>
+<button type="button" data-do="edit">Send to Edit</button>
+<button type="button" data-do="multi">Add to Multi-reference</button></div>
+<div class="acts"><button type="button" data-do="favourite" aria-pressed="false" title="f">♡ Favourite</button>
+<a data-do="download" download>Download</a>
+<button type="button" data-do="remove" title="Delete">Delete</button></div>
+<table><tbody></tbody></table>
+<section class="from" hidden><h3>Made from</h3><div class="row"></div></section>
+<section class="into" hidden><h3>Made from it</h3><div class="row"></div></section>
+</div>
+</dialog>
+</div>"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryTab:
+    """asked: in whose place the script sends the picture's id. target: the form that is to run once it is filled."""
+
+    asked: gr.Textbox
+    target: gr.Textbox
+    edit: gr.Button
+    multi: gr.Button
+    reuse: gr.Button
+    again: gr.Button
+    vary: gr.Button
+
+
+class Owned:
+    """The pictures that `owner` may use as references: their own, and those kept from runs."""
+
+    def __init__(self, history: History, kept: KeptReferences | None, owner: str) -> None:
+        self._history = history
+        self._kept = kept
+        self._owner = owner
+
+    def find(self, sha256: str) -> Path | None:
+        """The file with this hash; None where there is none."""
+        own = self._history.file_by_hash(self._owner, sha256)
+        return own if own is not None or self._kept is None else self._kept.find(sha256)
+
+
+def layout() -> HistoryTab:
+    with gr.Tab("History", id="history", elem_id="history", elem_classes="sheet"):
+        gr.HTML(MARKUP, elem_id="history-root", apply_default_css=False)
+        buttons = {
+            name: gr.Button(name, visible="hidden", elem_id=f"history-{name}")
+            for name in ("edit", "multi", "reuse", "again", "vary")
+        }
+        asked, target = gr.Textbox(visible=False), gr.Textbox(visible=False)
+    return HistoryTab(asked=asked, target=target, **buttons)
+
+
+def script(assets: Path) -> str:
+    """What the page's head needs for this tab."""
+    return f"<script>\n{(assets / 'history.js').read_text(encoding='utf-8')}</script>"
+
+
+def wire(
+    tab: HistoryTab,
+    studio: Studio,
+    history: History,
+    *,
+    forms: Sequence[Form],
+    chosen: gr.Dropdown,
+    tabs: gr.Tabs,
+    references: KeptReferences | None,
+) -> None:
+    """Connect the tab. chosen, tabs, forms: of the page. references: where those of runs are kept, if they are."""
+    edit, multi = (next(form for form in forms if form.name == name) for name in ("edit", "multi"))
+
+    def file(id_: str, request: gr.Request) -> Path:
+        try:
+            located = history.located(owner_of(request), str(id_))
+        except StudioError as error:
+            raise gr.Error(escape(str(error)), print_exception=False) from error
+        if located is None:
+            raise gr.Error(UNKNOWN, print_exception=False)
+        _, path = located
+        if path is None:
+            raise gr.Error(GONE, print_exception=False)
+        return path
+
+    def to_edit(id_: str, name: str, request: gr.Request) -> Update:
+        picture = file(id_, request)
+        return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
+
+    def to_multi(id_: str, name: str, items: Any, request: gr.Request) -> Update:
+        pictures = [*paths(items), file(id_, request)]
+        return {tabs: gr.Tabs(selected=multi.name), **offer(multi, pictures, studio.settings.checkpoint(name))}
+
+    def restored(id_: str, request: gr.Request, *, run: bool, vary: bool) -> Update:
+        owner = owner_of(request)
+        try:
+            details = history.details(owner, str(id_))
+        except StudioError as error:
+            raise gr.Error(escape(str(error)), print_exception=False) from error
+        if details is None:
+            raise gr.Error(UNKNOWN, print_exception=False)
+        record = details.record
+        if record is None:
+            raise gr.Error(
+                "The settings of this picture were written by another version of the studio: use that one.",
+                print_exception=False,
+            )
+        if vary:  # another picture is wanted: nothing need be the same bit by bit
+            record = replace(record, place=0, together=1, checkpoint="", versions={}, computed={})
+        plan = restoration(record, studio, Owned(history, references, owner))
+        if plan.request is None:
+            raise gr.Error(escape(plan.notes[0]), print_exception=False)
+        if plan.notes:
+            gr.Info("<br>".join(map(escape, plan.notes)), duration=READ_FOR, title="Settings from History")
+        update = filled(plan, forms, chosen, tabs)
+        form = next(form for form in forms if form.name == plan.form)
+        if vary:
+            update |= {form.fields["seed"]: None, form.lock: False}
+        complete = len(plan.references) == len(record.references)  # without one of them it would be another run
+        return {**update, tab.target: form.name if run and complete else ""}
+
+    def reuse(id_: str, _: str, request: gr.Request) -> Update:
+        return restored(id_, request, run=False, vary=False)
+
+    def again(id_: str, _: str, request: gr.Request) -> Update:
+        return restored(id_, request, run=True, vary=False)
+
+    def vary(id_: str, _: str, request: gr.Request) -> Update:
+        return restored(id_, request, run=True, vary=True)
+
+    given = [tab.asked, chosen]
+    listen(tab.edit.click, to_edit, given, [tabs, *offered_to(edit)], js=ASKED).success(None, js=GO_TO_FORM)
+    inputs = [*given, multi.fields["references"]]
+    listen(tab.multi.click, to_multi, inputs, [tabs, *offered_to(multi)], js=ASKED).success(None, js=GO_TO_FORM)
+    for button, action in ((tab.reuse, reuse), (tab.again, again), (tab.vary, vary)):
+        done = listen(button.click, action, given, [*fillable(forms, chosen, tabs), tab.target], js=ASKED)
+        done.success(None, js=GO_TO_FORM).success(None, tab.target, None, js=RUN)

@@ -1,0 +1,391 @@
+"""What of a picture may change, on the page: a mask painted, loaded or given as a rectangle; outpainting; colours.
+
+Mask and margins are components of their own that live in the browser: what is seen there travels with the form, so a
+run that is started at once has it. What comes back may be anything: it is checked here, and a mask is then a file like
+any other that a user offers.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import secrets
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from flux2_studio.errors import RequestError
+from flux2_studio.request import Outpaint
+from flux2_studio.ui import fields
+
+TITLE = "Mask and outpainting"
+SHOWN = 1024  # pixels along a side of the picture to paint on
+PNG = "data:image/png;base64,"
+LONGEST = 16 * 10**6  # characters of a mask; one of 4 megapixels in black and white takes a hundredth
+SIDES = ("left", "top", "right", "bottom")
+
+BOARD = """<div class="mask">
+  <p class="said" role="status"></p>
+  <div class="board"><canvas aria-label="Paint on the picture what may change"></canvas></div>
+  <div class="acts">
+    <button type="button" class="paint" aria-pressed="true">Paint</button>
+    <button type="button" class="erase" aria-pressed="false">Erase</button>
+    <label class="brush">Brush <input type="range" min="1" max="50" value="12" aria-label="Size of the brush"></label>
+    <button type="button" class="invert">Invert</button>
+    <button type="button" class="clear">Clear</button>
+    <label class="load">Load a mask<input type="file" accept="image/*" aria-label="Load a mask from a file"></label>
+  </div>
+  <div class="numbers rectangle">
+    <label>Left<input type="number" min="0" value="0" data-side="left"></label>
+    <label>Top<input type="number" min="0" value="0" data-side="top"></label>
+    <label>Width<input type="number" min="1" data-side="width"></label>
+    <label>Height<input type="number" min="1" data-side="height"></label>
+    <button type="button" class="add">Add rectangle</button>
+  </div>
+</div>"""
+
+# The canvas holds the mask alone, in one colour on nothing; the picture lies behind it. `seen` is the picture that it
+# belongs to, `sent` the value that it stands for.
+PAINTING = """
+const find = (selector) => element.querySelector(selector);
+const value = () => props.value ?? {};
+const canvas = find('canvas'), board = find('.board'), said = find('.said');
+const pen = canvas.getContext('2d', {willReadFrequently: true});
+const COLOUR = '#e0218a';
+let seen = null, sent = '', erasing = false, last = null;
+const copy = (width, height) => {
+  const made = Object.assign(document.createElement('canvas'), {width, height});
+  made.getContext('2d').drawImage(canvas, 0, 0, width, height);
+  return made;
+};
+const tint = () => {
+  pen.globalCompositeOperation = 'source-in';
+  pen.fillStyle = COLOUR;
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.globalCompositeOperation = 'source-over';
+};
+const send = () => {
+  const alpha = pen.getImageData(0, 0, canvas.width, canvas.height).data;
+  let some = false;
+  for (let at = 3; at < alpha.length && !some; at += 4) some = alpha[at] > 127;
+  sent = '';
+  if (some) {
+    const mask = copy(canvas.width, canvas.height), ink = mask.getContext('2d');
+    ink.globalCompositeOperation = 'source-in';
+    ink.fillStyle = '#fff';
+    ink.fillRect(0, 0, mask.width, mask.height);
+    ink.globalCompositeOperation = 'destination-over';
+    ink.fillStyle = '#000';
+    ink.fillRect(0, 0, mask.width, mask.height);
+    sent = mask.toDataURL('image/png');
+  }
+  props.value = {...value(), mask: sent};
+  say(some ? 'Only what is coloured may change. Every other pixel stays as it is.' : '');
+};
+const say = (text) => {
+  const none = value().picture ? 'Paint what may change. Without a mask all of it may.' : 'Add a picture above first.';
+  said.textContent = text || none;
+};
+const wipe = () => pen.clearRect(0, 0, canvas.width, canvas.height);
+// White is what may change; dark or transparent is what stays.
+const put = (image) => {
+  const {width, height} = canvas;
+  const read = Object.assign(document.createElement('canvas'), {width, height}).getContext('2d');
+  read.drawImage(image, 0, 0, width, height);
+  const pixels = read.getImageData(0, 0, width, height), data = pixels.data;
+  for (let at = 0; at < data.length; at += 4) {
+    const grey = (0.299 * data[at] + 0.587 * data[at + 1] + 0.114 * data[at + 2]) * data[at + 3] / 255;
+    data[at + 3] = grey >= 127.5 ? 255 : 0;
+  }
+  pen.putImageData(pixels, 0, 0);
+  tint();
+};
+const follow = () => {
+  const width = value().width || 1, height = value().height || 1, other = value().subject !== seen;
+  if (!other && value().mask === sent && canvas.width === width && canvas.height === height) return;
+  const before = !other && sent ? copy(width, height) : null;
+  const had = sent !== '';
+  canvas.width = width;
+  canvas.height = height;
+  board.style.backgroundImage = value().picture ? `url("${value().picture}")` : 'none';
+  board.style.aspectRatio = `${width} / ${height}`;
+  board.style.setProperty('--across', width / height);
+  board.hidden = !value().picture;
+  seen = value().subject;
+  sent = '';
+  find('[data-side=width]').value = Math.round(width / 2);
+  find('[data-side=height]').value = Math.round(height / 2);
+  if (before) {
+    pen.drawImage(before, 0, 0);
+    send();
+  } else if (value().mask) {
+    const image = new Image(), key = seen;
+    sent = value().mask;
+    image.onload = () => { if (key === seen) put(image); };
+    image.src = value().mask;
+    say('Only what is coloured may change. Every other pixel stays as it is.');
+  } else {
+    say(had && other ? 'The picture is another one: its mask was cleared.' : '');
+  }
+};
+const at = (event) => {
+  const box = canvas.getBoundingClientRect();
+  const scale = canvas.width / box.width;
+  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+};
+const stroke = (to) => {
+  pen.globalCompositeOperation = erasing ? 'destination-out' : 'source-over';
+  pen.strokeStyle = COLOUR;
+  pen.lineCap = pen.lineJoin = 'round';
+  pen.lineWidth = Math.max(1, find('.brush input').value / 100 * Math.min(canvas.width, canvas.height));
+  pen.beginPath();
+  pen.moveTo(...last);
+  pen.lineTo(to[0] + 0.01, to[1]);
+  pen.stroke();
+  pen.globalCompositeOperation = 'source-over';
+  last = to;
+};
+canvas.addEventListener('pointerdown', (event) => {
+  if (!value().picture || event.button > 0) return;
+  event.preventDefault();
+  canvas.setPointerCapture(event.pointerId);
+  last = at(event);
+  stroke(last);
+});
+canvas.addEventListener('pointermove', (event) => { if (last) stroke(at(event)); });
+for (const end of ['pointerup', 'pointercancel']) {
+  canvas.addEventListener(end, () => { if (last) { last = null; send(); } });
+}
+const mode = (erases) => {
+  erasing = erases;
+  find('.paint').setAttribute('aria-pressed', !erases);
+  find('.erase').setAttribute('aria-pressed', erases);
+};
+find('.paint').addEventListener('click', () => mode(false));
+find('.erase').addEventListener('click', () => mode(true));
+find('.clear').addEventListener('click', () => { wipe(); send(); });
+find('.invert').addEventListener('click', () => {
+  if (!value().picture) return;
+  pen.globalCompositeOperation = 'xor';
+  pen.fillStyle = COLOUR;
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.globalCompositeOperation = 'source-over';
+  send();
+});
+find('.add').addEventListener('click', () => {
+  if (!value().picture) return;
+  const number = (side) => Math.round(Number(find(`[data-side=${side}]`).value)) || 0;
+  pen.fillStyle = COLOUR;
+  pen.fillRect(number('left'), number('top'), number('width'), number('height'));
+  send();
+});
+find('.load input').addEventListener('change', async (event) => {
+  const [file] = event.target.files;
+  event.target.value = '';
+  if (!file || !value().picture) return;
+  let image;
+  try {
+    image = await createImageBitmap(file);
+  } catch {
+    said.textContent = `${file.name} cannot be read as a mask: save it as PNG, or choose another.`;
+    return;
+  }
+  const {width, height} = canvas;
+  const off = Math.min(Math.abs(image.height * width / image.width - height) / Math.max(1, width / image.width),
+    Math.abs(image.width * height / image.height - width) / Math.max(1, height / image.height));
+  if (off > 1) {
+    said.textContent = `${file.name} has another shape (${image.width} x ${image.height}) than the picture `
+      + `(${width} x ${height}): make it as large as the picture, or of the same aspect ratio.`;
+    return;
+  }
+  wipe();
+  put(image);
+  send();
+});
+follow();
+watch('value', follow);
+"""
+
+MARGINS = """<div class="outpaint">
+  <p class="said">Outpaint: the picture grows, and only what is new is drawn.</p>
+  <div class="numbers">
+    <label>Left<input type="number" min="0" step="8" value="0" data-side="left"></label>
+    <label>Top<input type="number" min="0" step="8" value="0" data-side="top"></label>
+    <label>Right<input type="number" min="0" step="8" value="0" data-side="right"></label>
+    <label>Bottom<input type="number" min="0" step="8" value="0" data-side="bottom"></label>
+    <label>To the shape<select><option value="">Free</option>${props_shapes}</select></label>
+  </div>
+</div>"""
+
+GROWING = """
+const find = (selector) => element.querySelector(selector);
+const SIDES = ['left', 'top', 'right', 'bottom'];
+const box = (side) => find(`[data-side=${side}]`);
+const shape = find('select'), said = find('.said');
+let sent = '';
+const tell = () => {
+  const grows = SIDES.some((side) => props.value?.[side]);
+  const {left = 0, top = 0, right = 0, bottom = 0, width = 0, height = 0} = props.value ?? {};
+  said.textContent = grows
+    ? `The picture grows to ${width + left + right} x ${height + top + bottom} pixels; what it shows now `
+      + 'stays as it is.'
+    : 'Outpaint: the picture grows, and only what is new is drawn.';
+};
+const send = () => {
+  const value = Object.fromEntries(SIDES.map((side) => [side, Math.max(0, Math.round(Number(box(side).value)) || 0)]));
+  const {width = 0, height = 0} = props.value ?? {};
+  props.value = {...value, width, height};
+  sent = JSON.stringify(props.value);
+  tell();
+  trigger('input');
+};
+const show = () => {
+  if (JSON.stringify(props.value) !== sent) {
+    for (const side of SIDES) box(side).value = props.value?.[side] ?? 0;
+    shape.value = '';
+    sent = JSON.stringify(props.value);
+  }
+  tell();
+};
+for (const side of SIDES) box(side).addEventListener('input', () => { shape.value = ''; send(); });
+shape.addEventListener('change', () => {
+  const [across, down] = shape.value.split(':').map(Number);
+  const {width = 0, height = 0} = props.value ?? {};
+  if (!down || !width) return;
+  const wider = Math.max(0, Math.round(height * across / down) - width);
+  const higher = wider ? 0 : Math.max(0, Math.round(width * down / across) - height);
+  box('left').value = Math.floor(wider / 2);
+  box('right').value = Math.ceil(wider / 2);
+  box('top').value = Math.floor(higher / 2);
+  box('bottom').value = Math.ceil(higher / 2);
+  send();
+});
+show();
+watch('value', show);
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The picture that a form edits: as it is shown, its size as the result has it, and a name that no other has."""
+
+    picture: str  # a data: address
+    width: int
+    height: int
+    subject: str
+
+
+def layout() -> tuple[dict[str, Any], gr.Accordion]:
+    """The fields of a request that say what of a picture may change, and what they are folded into."""
+    shapes = "".join(f"<option>{shape}</option>" for shape in fields.ASPECTS)
+    with gr.Accordion(TITLE, open=False, elem_classes=["edits", "extra"]) as folded:
+        found = {
+            "mask": gr.HTML(_board(None), html_template=BOARD, js_on_load=PAINTING, elem_classes="mask-board"),
+            "outpaint": gr.HTML(
+                _margins(None),
+                html_template=MARGINS.replace("${props_shapes}", shapes),
+                js_on_load=GROWING,
+                elem_classes="margins",
+            ),
+            "match_colours": gr.Checkbox(
+                False,
+                label="Match colours",
+                info="The result gets the colours of image 1 on the whole; with a mask, by what lies outside.",
+                elem_classes=["mark", "match-colours"],
+            ),
+        }
+    return found, folded
+
+
+def subject_of(image: Image.Image, size: tuple[int, int]) -> Subject:
+    """`image` (RGB), which a result has in `size`."""
+    small = image.copy()
+    small.thumbnail((SHOWN, SHOWN))
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=85, method=0)
+    data = file.getvalue()
+    return Subject(
+        picture=f"data:image/webp;base64,{base64.b64encode(data).decode()}",
+        width=size[0],
+        height=size[1],
+        subject=hashlib.sha256(image.tobytes()).hexdigest(),
+    )
+
+
+def followed(form: Mapping[str, Any], subject: Subject | None) -> dict[Any, Any]:
+    """The fields of `form`, where it has such, for the picture that it edits now. A mask stays with its picture: where
+    that is another one by now, it is cleared."""
+    if "mask" not in form:
+        return {}
+    return {form["mask"]: _board(subject), form["outpaint"]: _margins(subject)}
+
+
+def restored(
+    form: Mapping[str, Any], subject: Subject | None, mask: Image.Image | None, outpaint: Outpaint, *, match: bool
+) -> dict[Any, Any]:
+    """The same with what a picture was made with. mask: L, of the subject's size."""
+    if "mask" not in form:
+        return {}
+    value = ""
+    if mask is not None:
+        file = io.BytesIO()
+        mask.save(file, "PNG")
+        value = PNG + base64.b64encode(file.getvalue()).decode()
+    # Not by the picture's own name: whatever was painted on it before goes.
+    return {
+        form["mask"]: _board(replace(subject, subject=secrets.token_hex(8)) if subject else None, value),
+        form["outpaint"]: _margins(subject, outpaint),
+        form["match_colours"]: match,
+    }
+
+
+def _board(subject: Subject | None, mask: str = "") -> dict[str, Any]:
+    return {"mask": mask, **(vars(subject) if subject else {})}
+
+
+def _margins(subject: Subject | None, outpaint: Outpaint | None = None) -> dict[str, int]:
+    size = {"width": subject.width, "height": subject.height} if subject else {}
+    return {**vars(outpaint or Outpaint()), **size}
+
+
+def read_mask(value: object) -> Path | None:
+    """The file of a painted mask; None for none. Raises `RequestError` for what the page never sends."""
+    painted = value.get("mask", "") if isinstance(value, dict) else value
+    if painted in (None, ""):
+        return None
+    if not isinstance(painted, str) or not painted.startswith(PNG) or len(painted) > LONGEST:
+        raise RequestError("The mask did not arrive as it was painted: clear it and paint it again.")
+    try:
+        data = base64.b64decode(painted.removeprefix(PNG), validate=True)
+    except binascii.Error as error:
+        raise RequestError("The mask did not arrive as it was painted: clear it and paint it again.") from error
+    # Beside the pictures that the same browser sent, and forgotten with them.
+    folder = Path(get_upload_folder()) / "masks"
+    target = folder / f"{hashlib.sha256(data).hexdigest()}.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(data)
+        Path(file.name).replace(target)
+    except OSError as error:
+        raise RequestError(
+            f"The mask cannot be kept on this machine ({error.strerror or error}): free some space there and try again."
+        ) from error
+    return target
+
+
+def read_outpaint(value: object) -> Outpaint:
+    """The margins as a request takes them. Raises `RequestError` for what the page never sends."""
+    if value is None:
+        return Outpaint()
+    if not isinstance(value, dict):
+        raise RequestError("Outpainting takes a number of pixels for each side: type them again.")
+    return Outpaint(**{side: value.get(side, 0) for side in SIDES})

@@ -1,0 +1,222 @@
+"""The queue below the stage: an owner's runs that go on, that wait, and that an earlier studio left undone.
+
+It is drawn in the browser from plain values, so that a button keeps its focus while the time beside it changes; texts
+are set as text there, never as HTML. Whatever a click sends is a name and a wish, and the job queue knows whose run it
+is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from flux2_studio.errors import StudioError
+from flux2_studio.events import Preview, Status
+from flux2_studio.jobs import Job, JobQueue, Standing
+from flux2_studio.outputs.journal import Entry
+from flux2_studio.ui import show
+from flux2_studio.ui.following import Follower, Watch, form_of
+from flux2_studio.ui.tabs import Stage
+from flux2_studio.ui.visitors import owner_of
+from flux2_studio.ui.wiring import Update, listen
+
+if TYPE_CHECKING:
+    from flux2_studio.studio import Studio
+
+PAUSE = 1.5  # seconds between two looks at the queue
+SHOWN = 90  # characters of a prompt
+
+# Rows are kept while they stay, by their id, and only what changed in them is written.
+DRAW = """
+const list = element.querySelector('ol'), foot = element.querySelector('.foot');
+const make = (tag, className) => Object.assign(document.createElement(tag), {className});
+const set = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const button = (act, id, label, title) => {
+  const made = make('button', `queue-${act}`);
+  Object.assign(made, {type: 'button', textContent: label, title, ariaLabel: title});
+  made.addEventListener('click', () => trigger('click', {act, id}));
+  return made;
+};
+const fill = (row, told) => {
+  set(row.querySelector('.prompt-text'), told.prompt);
+  row.querySelector('.prompt-text').title = told.prompt;
+  set(row.querySelector('.detail'), told.detail);
+  row.className = told.state;
+  const acts = JSON.stringify(told.acts);
+  if (row.dataset.acts === acts) return;
+  const held = row.contains(document.activeElement) ? document.activeElement.className : null;
+  row.dataset.acts = acts;
+  const buttons = told.acts.map(([act, label, title]) => button(act, told.id, label, title));
+  row.querySelector('.queue-acts').replaceChildren(...buttons);
+  buttons.find((one) => one.className === held)?.focus();
+};
+const fresh = (id) => {
+  const row = make('li', '');
+  row.dataset.id = id;
+  const words = make('div', 'words');
+  words.append(make('span', 'prompt-text'), make('span', 'detail'));
+  row.append(words, make('span', 'queue-acts'));
+  return row;
+};
+const draw = () => {
+  const {rows, clear} = props.value ?? {rows: [], clear: false};
+  const there = new Map([...list.children].map((row) => [row.dataset.id, row]));
+  const wanted = rows.map((told) => {
+    const row = there.get(told.id) ?? fresh(told.id);
+    fill(row, told);
+    return row;
+  });
+  if (wanted.length !== list.children.length || wanted.some((row, place) => row !== list.children[place])) {
+    const held = document.activeElement;
+    list.replaceChildren(...wanted);
+    if (element.contains(held)) held.focus();
+  }
+  if (clear !== Boolean(foot.firstChild)) {
+    foot.replaceChildren(...(clear ? [button('clear', '', 'Discard what was cut short', 'Discard them all')] : []));
+  }
+};
+draw();
+watch('value', draw);
+"""
+
+Rows = dict[str, Any]
+
+
+def layout() -> gr.HTML:
+    """The panel, to be rendered where it belongs; it is hidden while it is empty."""
+    return gr.HTML(
+        {"rows": [], "clear": False},
+        html_template="<ol aria-label='Your runs'></ol><div class='foot'></div>",
+        js_on_load=DRAW,
+        elem_id="queue",
+        render=False,
+    )
+
+
+def rows(jobs: JobQueue, label_of: Callable[[str | None], str], owner: str) -> Rows:
+    """What the panel shows to `owner`. label_of: what users call a checkpoint."""
+    standing = jobs.standing(owner)
+    waiting = [one for one in standing if one.ahead or not one.job.started]
+    entries = jobs.interrupted(owner)
+    told = [_standing(one, waiting, label_of(one.job.request.checkpoint)) for one in standing]
+    told += [_interrupted(entry, label_of(entry.request.checkpoint)) for entry in entries]
+    return {"rows": told, "clear": len(entries) > 1}
+
+
+def _standing(standing: Standing, waiting: list[Standing], label: str) -> Rows:
+    job = standing.job
+    acts = []
+    if standing in waiting:
+        place = waiting.index(standing)
+        if place > 0:
+            acts.append(("earlier", "▲", "Earlier"))
+        if place < len(waiting) - 1:
+            acts.append(("later", "▼", "Later"))
+    acts.append(("cancel", "Stop" if standing not in waiting else "Cancel", "Take this run off the queue"))
+    return {
+        "id": job.id,
+        "state": "waiting" if standing in waiting else "running",
+        "prompt": shortened(job.request.prompt),
+        "detail": f"{_where(standing, job)} · {label}",
+        "acts": acts,
+    }
+
+
+def _where(standing: Standing, job: Job) -> str:
+    if standing.ahead:
+        runs = "1 run before it" if standing.ahead == 1 else f"{standing.ahead} runs before it"
+        if not standing.others:
+            return runs
+        whose = "somebody else's" if standing.others == 1 else "other people's"
+        return f"{runs}, {standing.others} of them {whose}" if standing.ahead > 1 else f"{runs}, {whose}"
+    match job.newest():
+        case Preview(step=step, steps=steps, seconds_left=left):
+            rest = "" if left is None or left < 0.5 else f", {show.duration(left)} left"
+            return f"Step {step} of {steps}{rest}"
+        case Status(text=text):
+            return text
+        case _:
+            return "Under way" if job.started else "Next"
+
+
+def _interrupted(entry: Entry, label: str) -> Rows:
+    again = "Run without enriching" if entry.needs_key else "Run again"
+    saved = len(entry.pictures)
+    if saved:
+        again = "Run the rest"
+    kept = f" {saved} of {entry.request.count} pictures are saved." if saved else ""
+    return {
+        "id": entry.id,
+        "state": "interrupted",
+        "prompt": shortened(entry.request.prompt),
+        "detail": f"{entry.message}{kept} · {label}",
+        "acts": [("again", again, again), ("discard", "Discard", "Take this run off the queue")],
+    }
+
+
+def shortened(prompt: str) -> str:
+    """`prompt` on one line, its end left out where it is long."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 1].rstrip()}…"
+
+
+def wire(
+    studio: Studio,
+    jobs: JobQueue,
+    panel: gr.HTML,
+    follower: Follower,
+    watch: gr.State,
+    stage: Stage,
+) -> Any:
+    """Keep the panel up to date, and do what its buttons say. Returns the event after which there may be a run to
+    follow."""
+
+    def label_of(name: str | None) -> str:
+        known = {checkpoint.name: checkpoint.label for checkpoint in studio.settings.checkpoints}
+        return known.get(name or "", name or "")
+
+    async def look(tab: Watch, request: gr.Request) -> Any:
+        try:
+            now = await asyncio.to_thread(rows, jobs, label_of, owner_of(request))
+        except StudioError:  # the notebook cannot be read, which the next run tells: once, not at every look
+            return gr.skip()
+        if now == tab.rows:
+            return gr.skip()
+        tab.rows = now
+        return now
+
+    async def act(tab: Watch, request: gr.Request, event: gr.EventData) -> Update:
+        sent = event._data if isinstance(event._data, dict) else {}
+        id_, wish = str(sent.get("id", "")), sent.get("act")
+        owner = owner_of(request)
+        update: Update = {}
+        try:
+            if wish == "cancel" and (job := jobs.get(id_, owner)) is not None:
+                job.cancel()
+            elif wish in ("earlier", "later"):
+                await asyncio.to_thread(jobs.move, id_, owner, later=wish == "later")
+            elif wish == "again":
+                job = await asyncio.to_thread(jobs.renew, id_, owner)
+                update = follower.begin(tab, job, form_of(job.request))
+            elif wish == "discard":
+                await asyncio.to_thread(jobs.discard, id_, owner)
+            elif wish == "clear":
+                for entry in await asyncio.to_thread(jobs.interrupted, owner):
+                    await asyncio.to_thread(jobs.discard, entry.id, owner)
+        except StudioError as error:
+            return {stage.message: show.problem(str(error))}
+        tab.rows = await asyncio.to_thread(rows, jobs, label_of, owner)
+        return {panel: tab.rows, **update}
+
+    listen(gr.Timer(PAUSE).tick, look, watch, panel, queue=False)
+    return listen(
+        panel.click,
+        act,
+        watch,
+        [panel, *stage.parts],
+        concurrency_limit=None,
+        trigger_mode="multiple",
+    )

@@ -1,0 +1,125 @@
+"""Many pictures of one idea, made and looked at in a real browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from tests.browser.conftest import App
+from tests.browser.test_page import choose_checkpoint, open_tab, set_number, write
+
+
+def explore(page: Page) -> None:
+    page.locator("#explore-start").click()
+
+
+def pictures(page: Page) -> Locator:
+    return page.locator("#explore-sheet td img")
+
+
+def side(page: Page, name: str, field: str, values: str) -> None:
+    page.locator(f"#explore-{name} input").click()
+    page.get_by_role("option", name=field, exact=True).click()
+    page.locator(f"#explore-{name}-values textarea").fill(values)
+
+
+def expect_done(page: Page, count: int) -> None:
+    expect(page.locator("#explore-progress")).to_contain_text(f"{count} of {count} pictures")
+    expect(pictures(page)).to_have_count(count)
+    expect(page.locator("#explore-stop")).to_be_hidden()
+
+
+def test_seeds_side_by_side(page: Page, app: App, tmp_path: Path) -> None:
+    write(page, "generate", "a red apple")
+    open_tab(page, "Explore")
+    expect(page.locator("#explore-sheet")).to_contain_text("side by side")
+    set_number(page.locator("#explore-seeds input[type=number]"), 4)
+    explore(page)
+    expect_done(page, 4)
+    for picture in pictures(page).all():
+        picture.scroll_into_view_if_needed()
+        expect(picture).to_have_js_property("complete", True)
+        assert picture.evaluate("image => image.naturalWidth") == 128
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Contact sheet").click()
+    download.value.save_as(tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width > 2 * 128
+    # Each is a picture like any other, with its own settings.
+    with page.context.expect_page() as opened:
+        pictures(page).first.click()
+    assert re.search(r"\.png$", opened.value.url)
+
+
+def test_a_grid_with_labels_survives_a_reload(page: Page) -> None:
+    write(page, "generate", "a red {fox|owl} on a white background")
+    open_tab(page, "Explore")
+    page.locator("#explore-kind").get_by_text("Grid", exact=True).click()
+    side(page, "columns", "Prompt words", "red, blue, green")
+    explore(page)
+    expect_done(page, 6)
+    expect(page.locator("#explore-sheet thead th")).to_have_text(["red", "blue", "green"])
+    expect(page.locator("#explore-sheet tbody th")).to_have_text(
+        ["a red fox on a white background", "a red owl on a white background"]
+    )
+    page.reload()
+    open_tab(page, "Explore")
+    expect_done(page, 6)
+
+
+def test_stopped_and_gone_on_with(page: Page) -> None:
+    choose_checkpoint(page, "Nano Base (a toy, on board)")
+    steps = page.locator("#generate .steps input[type=number]")
+    expect(steps).to_have_value("20")
+    write(page, "generate", "a lemon")
+    open_tab(page, "Explore")
+    set_number(page.locator("#explore-seeds input[type=number]"), 6)
+    explore(page)
+    expect(pictures(page)).not_to_have_count(0)
+    page.locator("#explore-stop").click()
+    expect(page.locator("#explore-progress")).to_contain_text("Stopped")
+    assert pictures(page).count() < 6
+    page.locator("#explore-more").click()
+    expect_done(page, 6)
+    expect(page.locator("#explore-more")).to_be_hidden()
+
+
+def test_a_file_and_what_is_wrong_with_it(page: Page, tmp_path: Path) -> None:
+    wrong, right = tmp_path / "wrong.csv", tmp_path / "right.csv"
+    wrong.write_text("prompt,seed\na fox,one\n")
+    right.write_text("prompt,seed\na fox,1\n<b>an owl</b>,2\n")
+    write(page, "generate", "anything")
+    open_tab(page, "Explore")
+    page.locator("#explore-kind").get_by_text("From a file", exact=True).click()
+    page.locator("#explore-file input[type=file]").set_input_files(wrong)
+    expect(page.locator("#explore-file")).to_contain_text("wrong")
+    explore(page)
+    expect(page.locator("#explore-problem")).to_contain_text("Row 2: seed is 'one'")
+    page.locator("#explore-file").get_by_label("Remove").or_(
+        page.locator("#explore-file [aria-label='Clear']")
+    ).first.click()
+    page.locator("#explore-file input[type=file]").set_input_files(right)
+    expect(page.locator("#explore-file")).to_contain_text("right")
+    explore(page)
+    expect_done(page, 2)
+    expect(page.locator("#explore-problem")).to_be_hidden()
+    expect(page.locator("#explore-sheet thead th")).to_have_text(["a fox", "<b>an owl</b>"])
+
+
+def test_anothers_exploration_is_not_shown(open_page: Callable[[], Page], browser: Browser, app: App) -> None:
+    mine = open_page()
+    write(mine, "generate", "a frog")
+    open_tab(mine, "Explore")
+    set_number(mine.locator("#explore-seeds input[type=number]"), 2)
+    explore(mine)
+    expect_done(mine, 2)
+    with browser.new_context() as other:
+        page = other.new_page()
+        page.goto(app.url)
+        open_tab(page, "Explore")
+        expect(page.locator("#explore-sheet")).to_contain_text("side by side")
+        page.wait_for_timeout(1500)
+        expect(pictures(page)).to_have_count(0)

@@ -1,0 +1,194 @@
+"""Runs outlive the tab, the page and the studio itself: seen from a real browser."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+
+from tests.browser.conftest import ROOT, STARTED_IN, App, answers, environment, free_port
+from tests.browser.test_page import (
+    WATCH,
+    choose_checkpoint,
+    expect_finished,
+    open_tab,
+    result,
+    run,
+    set_count,
+    set_number,
+    settings,
+    upload,
+    write,
+)
+from tests.tiny import Toys
+
+EXAMPLES = ROOT / "assets" / "examples"
+
+
+def run_on(page: Page, count: int = 2) -> None:
+    """Start a run of so many small steps that it goes on until it is stopped."""
+    choose_checkpoint(page, "Nano Base (a toy, on board)")
+    steps = page.locator("#generate .steps input[type=number]")
+    expect(steps).to_have_value("20")  # the form is laid out for it
+    set_number(steps, 100)
+    write(page, "generate", "a 3D owl")
+    set_count(page, "generate", count)
+    run(page, "generate")
+    expect(page.locator("#preview img")).to_be_visible()
+
+
+def queue_one(page: Page, prompt: str) -> None:
+    rows = page.locator("#queue li")
+    before = rows.count()
+    write(page, "generate", prompt)
+    run(page, "generate")
+    expect(rows).to_have_count(before + 1)
+
+
+def row(page: Page, prompt: str) -> Locator:
+    return page.locator("#queue li", has_text=prompt)
+
+
+def press(page: Page, prompt: str, name: str) -> None:
+    row(page, prompt).get_by_role("button", name=name).click()
+
+
+def stop(page: Page) -> None:
+    page.locator("#stop").click()
+    expect(page.locator("#stop")).to_be_hidden()
+
+
+def test_a_reload_finds_the_run_again(page: Page) -> None:
+    run_on(page)
+    page.reload()
+    page.evaluate(WATCH)
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#progress")).to_contain_text("Step")
+    page.wait_for_function("window.previews.size >= 2")  # and they go on
+    stop(page)
+    expect(page.locator("#progress")).to_contain_text("Stopped")
+    expect(page.locator("#queue")).to_be_hidden()
+
+
+def test_a_run_that_ended_meanwhile_is_shown(open_page: Callable[[], Page], context: BrowserContext, app: App) -> None:
+    before = len(app.pictures())
+    first = open_page()
+    write(first, "generate", "a sunflower")
+    set_count(first, "generate", 3)
+    run(first, "generate")
+    expect(first.locator("#stop")).to_be_visible()
+    first.close()
+    deadline = time.monotonic() + 180
+    while len(app.pictures()) < before + 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)  # the end comes after the last picture
+    second = open_page()
+    expect_finished(second, 3)
+    expect(second.locator("#notices")).to_contain_text("This run ended while the page was closed.")
+    assert settings(second)["Prompt"] == "a sunflower"
+    second.reload()
+    expect(second.locator("#generate .run")).to_be_enabled()
+    expect(second.locator("#preview")).to_contain_text("Your picture will appear here")  # that was news once
+
+
+def test_the_queue_is_put_in_order(page: Page, app: App) -> None:
+    run_on(page)
+    choose_checkpoint(page, "Nano (a toy, on board)")
+    set_count(page, "generate", 1)
+    for prompt in ("a lemon", "a <b>frog</b>", "a rocket"):
+        queue_one(page, prompt)
+    rows = page.locator("#queue li .prompt-text")
+    expect(rows).to_have_text(["a 3D owl", "a lemon", "a <b>frog</b>", "a rocket"])
+    press(page, "frog", "Earlier")
+    expect(rows).to_have_text(["a 3D owl", "a <b>frog</b>", "a lemon", "a rocket"])
+    expect(row(page, "frog")).to_contain_text("1 run before it")
+    press(page, "lemon", "Take this run off the queue")
+    expect(rows).to_have_text(["a 3D owl", "a <b>frog</b>", "a rocket"])
+    place = page.locator("#queue").bounding_box()
+    shown = page.locator("#preview img").get_attribute("src")
+    expect(page.locator("#preview img")).not_to_have_attribute("src", str(shown))
+    assert page.locator("#queue").bounding_box() == place  # nothing jumps while previews arrive
+    press(page, "a 3D owl", "Take this run off the queue")
+    expect(page.locator("#settings")).to_contain_text("a rocket")
+    expect_finished(page)
+    expect(page.locator("#queue")).to_be_hidden()
+
+
+def test_nobody_sees_the_queue_of_another_browser(page: Page, browser: Browser, app: App) -> None:
+    run_on(page)
+    queue_one(page, "a secret lemon")
+    stranger = browser.new_context()
+    other = stranger.new_page()
+    other.goto(app.url)
+    write(other, "generate", "a frog")
+    run(other, "generate")
+    expect(row(other, "a frog")).to_contain_text("2 runs before it, 2 of them other people's")
+    assert "lemon" not in other.content() and other.locator("#queue li").count() == 1
+    press(page, "a secret lemon", "Take this run off the queue")
+    stop(page)
+    expect_finished(other)
+    stranger.close()
+
+
+@pytest.fixture
+def restartable(tmp_path: Path, toys: Toys) -> Iterator[tuple[str, Callable[[], None], Callable[[], None], Path]]:
+    """A studio's address, what starts it, what kills it without a warning, and its home."""
+    port, home = free_port(), tmp_path / "home"
+    running: list[subprocess.Popen[bytes]] = []
+    url = f"http://127.0.0.1:{port}/"
+
+    def start() -> None:
+        with (tmp_path / "app.log").open("ab") as log:
+            command = [sys.executable, "app.py", "--port", str(port)]
+            running.append(subprocess.Popen(command, cwd=ROOT, env=environment(home, toys), stdout=log, stderr=log))
+        deadline = time.monotonic() + STARTED_IN
+        while not answers(url):
+            assert running[-1].poll() is None and time.monotonic() < deadline, (tmp_path / "app.log").read_text()
+            time.sleep(0.2)
+
+    def kill() -> None:
+        running[-1].send_signal(signal.SIGKILL)
+        running[-1].wait(30)
+
+    start()
+    yield url, start, kill, home
+    kill()
+
+
+def test_a_killed_studio_goes_on_where_it_was(
+    context: BrowserContext, restartable: tuple[str, Callable[[], None], Callable[[], None], Path], tmp_path: Path
+) -> None:
+    url, start, kill, home = restartable
+    page = context.new_page()
+    page.goto(url)
+    expect(page.locator("#generate .run")).to_be_enabled()
+    run_on(page)
+    choose_checkpoint(page, "Nano (a toy, on board)")
+    open_tab(page, "Edit")
+    upload(page, "edit", EXAMPLES / "fox.png")
+    expect(page.locator("#edit")).to_contain_text("As image 1: 128 x 128 pixels")
+    write(page, "edit", "make the background yellow")
+    run(page, "edit")
+    expect(page.locator("#queue li")).to_have_count(2)
+    kill()
+    shutil.rmtree(home / "uploads")  # as it may be, a day later
+    start()
+    # The page comes back by itself, and the run that waited is done.
+    expect(row(page, "a 3D owl")).to_contain_text("The studio ended before it was done: run it again.")
+    expect(page.locator("#settings")).to_contain_text("make the background yellow")
+    expect(result(page)).to_be_visible()
+    assert settings(page)["References"] == "fox.png"
+    press(page, "a 3D owl", "Run again")
+    expect(page.locator("#progress")).to_contain_text("Step")
+    expect(page.locator("#queue li.running")).to_contain_text("a 3D owl")
+    expect(page.locator("#queue li")).to_have_count(1)
+    stop(page)
+    expect(page.locator("#queue")).to_be_hidden()
+    assert "Traceback" not in (tmp_path / "app.log").read_text()

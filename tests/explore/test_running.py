@@ -1,0 +1,169 @@
+"""Explorations through a real queue, with a studio that draws at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux2_studio.checkpoints import NANO
+from flux2_studio.errors import OutOfMemory, RequestError
+from flux2_studio.events import Event, Preview, Ready, Result, Saved, Stopped
+from flux2_studio.explore.plan import Plan, listing
+from flux2_studio.explore.running import FAILURES, Exploration, Explorations
+from flux2_studio.jobs import JobQueue
+from flux2_studio.record import Record
+from flux2_studio.request import Request
+from flux2_studio.upsample import ApiKey
+
+PATIENCE = 20.0
+
+
+class Painter:
+    """Draws a picture in one colour; "slow" waits until it is let go, "broken" fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.drawn: list[str] = []
+        self.let_go = threading.Event()
+        self.busy = threading.Event()
+
+    def resolve(self, request: Request, key: ApiKey | None = None) -> Request:
+        return request.resolve(NANO)
+
+    def generate(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
+        if request.prompt == "broken":
+            raise OutOfMemory("It does not fit: choose a smaller size.")
+        yield Preview(step=1, steps=4, images=(), first=0, count=1, seconds_left=None)
+        while request.prompt == "slow" and not self.let_go.wait(0.01):
+            self.busy.set()
+            if cancelled():
+                yield Stopped()
+                return
+        assert request.seed is not None
+        path = self.folder / f"{len(self.drawn)}.png"
+        Image.new("RGB", (64, 48), "#20a080").save(path)
+        self.drawn.append(request.prompt)
+        yield Saved(index=0, image=path, seed=request.seed, record=Record(request=request, label=NANO.label))
+        yield Result(request=request, images=(path,), seeds=(request.seed,), seconds=0.1)
+
+    def enrich(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
+        raise AssertionError("prompts are drawn as they are written")
+
+    def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        yield Ready(checkpoint=name)
+
+
+@pytest.fixture
+def painter(tmp_path: Path) -> Painter:
+    return Painter(tmp_path)
+
+
+@pytest.fixture
+def jobs(painter: Painter) -> Iterator[JobQueue]:
+    queue = JobQueue(painter)
+    yield queue
+    queue.close()
+
+
+@pytest.fixture
+def explorations(jobs: JobQueue, tmp_path: Path) -> Explorations:
+    return Explorations(jobs, tmp_path / "notebooks", tmp_path / "small")
+
+
+def plan(*prompts: str) -> Plan:
+    return listing([Request(prompt=it, checkpoint="nano", seed=1) for it in prompts], 2, list(prompts), "Prompt")
+
+
+def ended(exploration: Exploration) -> Exploration:
+    waited = threading.Event()
+    for _ in range(int(PATIENCE / 0.01)):
+        if exploration.progress.state != "running":
+            return exploration
+        waited.wait(0.01)
+    raise AssertionError("it does not end")
+
+
+def test_every_cell_is_made_and_has_its_own_file(explorations: Explorations) -> None:
+    done = ended(explorations.start(plan("a", "b", "c"), "me"))
+    assert done.progress.state == "done" and done.left == []
+    assert len(set(done.progress.done.values())) == 3
+    assert all(done.thumbnail(number).is_file() for number in range(3))
+    sheet = done.sheet(0)
+    assert (0x20, 0xA0, 0x80) in [colour for _, colour in sheet.getcolors(1 << 20) or []]
+
+
+def test_stopped_and_gone_on_with(explorations: Explorations, painter: Painter) -> None:
+    exploration = explorations.start(plan("a", "slow", "b"), "me")
+    assert painter.busy.wait(PATIENCE)
+    explorations.stop(exploration)
+    ended(exploration)
+    assert exploration.progress.state == "stopped" and exploration.left == [1, 2]
+    painter.let_go.set()
+    again = explorations.resume(exploration.id, "me")
+    assert ended(again).progress.state == "done"
+    assert painter.drawn == ["a", "slow", "b"], "what was done is not made again"
+
+
+def test_another_studio_goes_on(jobs: JobQueue, explorations: Explorations, painter: Painter, tmp_path: Path) -> None:
+    """As after a kill: only what was written down is left."""
+    exploration = explorations.start(plan("a", "slow", "b"), "me")
+    assert painter.busy.wait(PATIENCE)
+    later = Explorations(jobs, tmp_path / "notebooks", tmp_path / "small")
+    found = later.newest("me")
+    assert found is not None and found.id == exploration.id
+    assert found.progress.state == "stopped" and found.left == [1, 2] and found.plan == exploration.plan
+    explorations.stop(exploration)
+    ended(exploration)
+    painter.let_go.set()
+    assert ended(later.resume(found.id, "me")).progress.state == "done"
+    assert painter.drawn == ["a", "slow", "b"]
+
+
+def test_a_failure_is_told_and_the_rest_is_made(explorations: Explorations) -> None:
+    done = ended(explorations.start(plan("a", "broken", "b"), "me"))
+    assert done.progress.state == "stopped" and done.progress.failed == {1: "It does not fit: choose a smaller size."}
+    assert set(done.progress.done) == {0, 2}
+
+
+def test_when_nothing_works_the_rest_is_not_tried(explorations: Explorations) -> None:
+    prompts = [f"broken{' ' * i}" for i in range(3)]  # each its own prompt, so in order
+    done = ended(explorations.start(plan(*["broken"] * FAILURES, *prompts, "a"), "me"))
+    assert len(done.progress.failed) == FAILURES and done.progress.done == {}
+
+
+def test_others_see_nothing_of_it(explorations: Explorations) -> None:
+    mine = ended(explorations.start(plan("a"), "me"))
+    assert explorations.get(mine.id, "you") is None and explorations.newest("you") is None
+    with pytest.raises(RequestError, match="is gone"):
+        explorations.resume(mine.id, "you")
+    for id_ in (f"../notebooks/{mine.id}", "", "x" * 32):
+        assert explorations.get(id_, "me") is None
+
+
+def test_one_at_a_time(explorations: Explorations, painter: Painter) -> None:
+    first = explorations.start(plan("slow"), "me")
+    with pytest.raises(RequestError, match="under way"):
+        explorations.start(plan("a"), "me")
+    painter.let_go.set()
+    ended(explorations.start(plan("a"), "you"))
+    ended(first)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 1, "plan": [], "done": {}}', "\x00"])
+def test_a_damaged_notebook_is_passed_over(explorations: Explorations, tmp_path: Path, text: str) -> None:
+    good = ended(explorations.start(plan("a"), "me"))
+    (tmp_path / "notebooks" / f"{'0' * 32}.json").write_text(text)
+    assert explorations.get("0" * 32, "me") is None
+    assert explorations.newest("me") is good
+
+
+def test_a_picture_that_was_deleted_is_made_again(jobs: JobQueue, explorations: Explorations, tmp_path: Path) -> None:
+    first = ended(explorations.start(plan("a", "b"), "me"))
+    first.progress.done[0].unlink()
+    assert first.sheet(0).size, "a blank in its place"
+    later = Explorations(jobs, tmp_path / "notebooks", tmp_path / "small").newest("me")
+    assert later is not None and later.left == [0]

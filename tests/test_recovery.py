@@ -1,0 +1,251 @@
+"""What a queue with a journal makes of an end that nobody announced, and what an owner may do with their own runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux2_studio.checkpoints import NANO
+from flux2_studio.errors import StudioError
+from flux2_studio.events import Event, Queued, Result, Saved, Status, Stopped
+from flux2_studio.jobs import ALL_WAITING, OWN_WAITING, Job, JobQueue
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.journal import Journal
+from flux2_studio.record import Record
+from flux2_studio.request import Request, Upsampling
+from flux2_studio.settings import Settings
+from flux2_studio.upsample import ApiKey
+from tests.test_jobs import PATIENCE, Gate, ScriptedStudio, endless, follow, four_steps
+
+Open = Callable[..., tuple[JobQueue, ScriptedStudio]]
+
+
+def journal_of(home: Path) -> Journal:
+    return Journal(Database(home / "studio.sqlite3"), home / "queue")
+
+
+@pytest.fixture
+def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
+    """Starts a queue over scripts, with the one journal of the test."""
+
+    def opened(**scripts: object) -> tuple[JobQueue, ScriptedStudio]:
+        studio = ScriptedStudio(**{"fox": four_steps, "owl": four_steps, "cat": four_steps, **scripts})  # type: ignore[arg-type]
+        jobs = JobQueue(studio, journal_of(tmp_path))
+        request.addfinalizer(jobs.close)
+        return jobs, studio
+
+    return opened
+
+
+def test_followers_hear_of_nothing_that_is_not_written_down(tmp_path: Path) -> None:
+    heard: list[tuple[Event, Event | None]] = []
+    job = Job(Request(prompt="fox").resolve(NANO), "me", told=lambda job, event: heard.append((event, job.newest())))
+    for event in (Status(text="one"), Stopped(), Status(text="too late")):
+        job.add(event)
+    assert heard == [(Status(text="one"), None), (Stopped(), Status(text="one"))]
+
+
+def busy(opened: Open, **scripts: object) -> tuple[JobQueue, ScriptedStudio, Gate]:
+    """A queue whose worker is held up by somebody else's run."""
+    gate = Gate()
+    jobs, studio = opened(gate=gate, **scripts)
+    jobs.submit(Request(prompt="gate"), "somebody")
+    assert gate.begun.wait(PATIENCE)
+    return jobs, studio, gate
+
+
+def test_what_waited_goes_on_in_the_next_studio_and_what_ran_on_one_click(opened: Open) -> None:
+    jobs, _ = opened(endless=endless)
+    running = jobs.submit(Request(prompt="endless", seed=5), "me")
+    next(running.events(timeout=PATIENCE))
+    waiting = [jobs.submit(Request(prompt=prompt), "me") for prompt in ("fox", "owl", "cat")]
+    jobs.move(waiting[2].id, "me", later=False)
+    jobs.close()
+    again, studio = opened(endless=four_steps)
+    again.resume()
+    resumed = [again.get(job.id, "me") for job in waiting]
+    for job in resumed:
+        assert job is not None
+        assert isinstance(follow(job)[-1], Result)
+    assert studio.ran == ["fox", "cat", "owl"]
+    (cut,) = again.interrupted("me")
+    with pytest.raises(StudioError, match="not there any more"):
+        again.renew(cut.id, "somebody else")
+    renewed = again.renew(cut.id, "me")
+    assert isinstance(follow(renewed)[-1], Result) and renewed.request.seed == 5
+    assert again.interrupted("me") == ()
+    with pytest.raises(StudioError, match="not there any more"):
+        again.renew(cut.id, "me")
+
+
+def test_a_run_that_cannot_be_renewed_stays(opened: Open) -> None:
+    jobs, _ = opened(endless=endless)
+    next(jobs.submit(Request(prompt="endless"), "me").events(timeout=PATIENCE))
+    jobs.close()
+    again, _ = opened()  # which has no such script
+    again.resume()
+    (cut,) = again.interrupted("me")
+    with pytest.raises(StudioError, match="no such script"):
+        again.renew(cut.id, "me")
+    again.discard(cut.id, "somebody else")
+    assert again.interrupted("me") == (cut,)
+    again.discard(cut.id, "me")
+    assert again.interrupted("me") == ()
+
+
+def test_no_key_is_written_anywhere(opened: Open, tmp_path: Path) -> None:
+    jobs, _, gate = busy(opened)
+    jobs.submit(Request(prompt="fox", upsampling=Upsampling(by="openrouter")), "me", ApiKey("sk-or-very-secret"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if b"very-secret" in path.read_bytes()]
+    gate.go.set()
+
+
+def test_what_is_cancelled_does_not_come_back(opened: Open) -> None:
+    jobs, _, gate = busy(opened)
+    job = jobs.submit(Request(prompt="fox"), "me")
+    job.cancel()
+    gate.go.set()
+    jobs.close()
+    again, _ = opened()
+    again.resume()
+    assert again.get(job.id, "me") is None and again.interrupted("me") == () and again.unseen("me") is None
+
+
+def test_the_end_is_news_until_it_was_shown(opened: Open) -> None:
+    jobs, _ = opened()
+    job = jobs.submit(Request(prompt="fox"), "me")
+    follow(job)
+    entry = jobs.unseen("me")
+    assert entry is not None and entry.id == job.id
+    assert jobs.unseen("somebody") is None
+    jobs.saw(job.id)
+    assert jobs.unseen("me") is None
+
+
+def test_an_owner_sees_and_moves_only_their_own(opened: Open) -> None:
+    jobs, studio, gate = busy(opened)
+    order = (("fox", "me"), ("owl", "you"), ("cat", "me"))
+    fox, owl, cat = (jobs.submit(Request(prompt=prompt), owner) for prompt, owner in order)
+    assert [(it.job, it.ahead, it.others) for it in jobs.standing("me")] == [(fox, 1, 1), (cat, 3, 2)]
+    assert [(it.job, it.ahead, it.others) for it in jobs.standing("you")] == [(owl, 2, 2)]
+    jobs.move(owl.id, "me", later=False)
+    jobs.move(cat.id, "you", later=False)
+    jobs.move("nothing", "me", later=True)
+    assert [it.job for it in jobs.standing("me")] == [fox, cat]
+    jobs.move(cat.id, "me", later=False)
+    assert [(it.job, it.ahead) for it in jobs.standing("me")] == [(cat, 1), (fox, 3)]
+    assert [(it.job, it.ahead) for it in jobs.standing("you")] == [(owl, 2)]
+    assert [job.newest() for job in (cat, owl, fox)] == [Queued(ahead=ahead) for ahead in (1, 2, 3)]
+    gate.go.set()
+    for job in (fox, owl, cat):
+        follow(job)
+    assert studio.ran == ["gate", "cat", "owl", "fox"]
+    assert jobs.standing("me") == ()
+
+
+def test_there_is_an_end_to_what_may_wait(opened: Open, tmp_path: Path) -> None:
+    gate = Gate()
+    jobs = JobQueue(ScriptedStudio(gate=gate, fox=four_steps))
+    try:
+        jobs.submit(Request(prompt="gate"), "me")
+        assert gate.begun.wait(PATIENCE)
+        mine = [jobs.submit(Request(prompt="fox"), "me") for _ in range(OWN_WAITING)]
+        with pytest.raises(StudioError, match="take one off the queue"):
+            jobs.submit(Request(prompt="fox"), "me")
+        mine[0].cancel()
+        jobs.submit(Request(prompt="fox"), "me")
+        for number in range(ALL_WAITING - OWN_WAITING):
+            jobs.submit(Request(prompt="fox"), f"somebody {number}")
+        with pytest.raises(StudioError, match="of all who use this studio"):
+            jobs.submit(Request(prompt="fox"), "one more")
+    finally:
+        gate.go.set()
+        jobs.close()
+
+
+def test_a_run_shows_what_it_enriches_where_the_tab_did(opened: Open) -> None:
+    jobs, _ = opened(endless=endless)
+    remote = Upsampling(by="openrouter")
+    here, there = (jobs.enrich(Request(prompt="endless", upsampling=remote), tab) for tab in ("tab:1", "tab:2"))
+    jobs.submit(Request(prompt="fox", upsampling=remote), "me", tab="tab:1")
+    assert isinstance(follow(here)[-1], Stopped) and not there.finished
+
+
+def test_a_notebook_that_fails_is_told_and_the_picture_is_made_all_the_same(opened: Open, tmp_path: Path) -> None:
+    def saves(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        (tmp_path / "studio.sqlite3").write_bytes(b"no database" * 1000)
+        record = Record(request=request, label="Nano")
+        yield Saved(index=0, image=tmp_path / "a.png", seed=1, record=record)
+        yield from four_steps(request, cancelled)
+
+    jobs, _ = opened(saves=saves)
+    events = follow(jobs.submit(Request(prompt="saves"), "me"))
+    assert isinstance(events[-1], Result)
+    assert any("it will not know how far this run was" in getattr(event, "text", "") for event in events)
+
+
+DRAWS = """
+import os, signal, sys
+from pathlib import Path
+from flux2_studio.events import Saved
+from flux2_studio.jobs import JobQueue
+from flux2_studio.request import Request
+from flux2_studio.settings import Settings
+from flux2_studio.studio import Studio
+from tests.test_recovery import journal_of
+
+home, reference = map(Path, sys.argv[1:])
+jobs = JobQueue(Studio(Settings(home=home, device="cpu", safety="off", preview="off")), journal_of(home))
+job = jobs.submit(Request(prompt="a flat fox", seed=5, count=6, sign=False, watermark=False), "me")
+jobs.submit(Request(prompt="make it blue", seed=50, references=(reference,), sign=False, watermark=False), "me")
+for _, event in job.events():
+    if isinstance(event, Saved):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_studio_loses_no_picture_and_no_run(tmp_path: Path) -> None:
+    reference = tmp_path / "upload.png"
+    Image.new("RGB", (128, 128), "teal").save(reference)
+    home = tmp_path / "home"
+    done = subprocess.run(
+        [sys.executable, "-c", DRAWS, str(home), str(reference)],
+        cwd=Path(__file__).resolve().parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    reference.unlink()  # as uploads are, in time
+
+    from flux2_studio.studio import Studio
+
+    settings = Settings(home=home, device="cpu", safety="off", preview="off")
+    jobs = JobQueue(Studio(settings), journal_of(home))
+    try:
+        jobs.resume()
+        (waited,) = (standing.job for standing in jobs.standing("me"))
+        assert isinstance(ended(waited), Result)
+        (cut,) = jobs.interrupted("me")
+        assert 1 <= len(cut.pictures) < 6 and all(path.is_file() for path in cut.pictures)
+        rest = ended(jobs.renew(cut.id, "me"))
+        assert isinstance(rest, Result)
+        assert (*cut.seeds, *rest.seeds) == (5, 6, 7, 8, 9, 10)
+        assert len(list(settings.outputs.rglob("*.png"))) >= 7
+        assert not [path for path in (home / "queue").iterdir() if path.is_dir()], "no reference is left behind"
+    finally:
+        jobs.close()
+
+
+def ended(job: Job) -> Event:
+    *_, (_, last) = job.events(timeout=120)
+    return last
