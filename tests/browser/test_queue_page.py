@@ -32,7 +32,7 @@ from tests.tiny import Toys
 EXAMPLES = ROOT / "assets" / "examples"
 
 
-def run_on(page: Page, count: int = 2) -> None:
+def run_on(page: Page, count: int = 16) -> None:
     """Start a run of so many small steps that it goes on until it is stopped."""
     choose_checkpoint(page, "Nano Base (a toy, on board)")
     steps = page.locator("#generate .steps input[type=number]")
