@@ -20,7 +20,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from flux2_studio.errors import RequestError, SaveError, StudioError
-from flux2_studio.events import Failed, Result, Saved, Stopped
+from flux2_studio.events import Failed, Saved
 from flux2_studio.explore.plan import Cell, Plan
 from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.outputs.sheet import Layout, draw
@@ -237,20 +237,18 @@ class Explorations:
         exploration.job = job
         if exploration.stopping.is_set():  # since the loop looked
             job.cancel()
+        problem = None
         for _, event in job.events():
             match event:
                 case Saved():
                     problem = _shrink(event.image, exploration.thumbnail(number))
-                    if problem:
-                        return problem
-                    exploration.progress.done[number] = event.image
+                    if problem is None:
+                        exploration.progress.done[number] = event.image
                 case Failed():
-                    return event.message
-                case Result() | Stopped():
-                    break
+                    problem = event.message
         exploration.job = None
-        self._jobs.saw(job.id)  # its sheet tells of it
-        return None
+        self._jobs.saw(job.id)  # its sheet tells of it, of a failure too
+        return problem
 
     def _changed(self, exploration: Exploration) -> None:
         exploration.progress.version += 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from flux2_studio.errors import SaveError
@@ -31,12 +31,7 @@ class Database:
         Rows can be read by column name. Raises `SaveError` where the file cannot be used.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One each: opening takes a tenth of a millisecond, and no thread waits for another's.
-            connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
-            try:
-                connection.row_factory = sqlite3.Row
-                connection.execute("PRAGMA journal_mode = WAL")
+            with self._opened() as connection:
                 connection.execute("PRAGMA synchronous = NORMAL")
                 connection.execute("BEGIN IMMEDIATE")
                 try:
@@ -45,9 +40,7 @@ class Database:
                     connection.execute("ROLLBACK")
                     raise
                 connection.execute("COMMIT")
-            finally:
-                connection.close()
-        except (sqlite3.OperationalError, sqlite3.DatabaseError, OSError) as error:
+        except (sqlite3.DatabaseError, OSError) as error:
             raise SaveError(
                 f"The studio's notebook {self.path} cannot be used ({error}): allow writing there and free some space, "
                 f"or move the file away to begin a new one."
@@ -57,18 +50,21 @@ class Database:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection that only reads, one state of everything, and waits for no writer. Raises as `transaction`."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
-            try:
-                connection.row_factory = sqlite3.Row
-                connection.execute("PRAGMA journal_mode = WAL")
+            with self._opened() as connection:
                 connection.execute("PRAGMA query_only = ON")
                 connection.execute("BEGIN")
                 yield connection
-            finally:
-                connection.close()
         except (sqlite3.DatabaseError, OSError) as error:
             raise SaveError(
                 f"The studio's notebook {self.path} cannot be read ({error}): check the file, or move it away to begin "
                 f"a new one."
             ) from error
+
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # One each: opening takes a tenth of a millisecond, and no thread waits for another's.
+        with closing(sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)) as connection:
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA journal_mode = WAL")
+            yield connection
