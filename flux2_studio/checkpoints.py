@@ -87,6 +87,11 @@ class Checkpoint:
         return any(part.gated for part in self.parts)
 
     @property
+    def quick(self) -> bool:
+        """Whether a picture can follow the typing: distilled to so few steps that nobody waits for them."""
+        return self.steps_fixed and self.steps <= 4
+
+    @property
     def takes_negative_prompt(self) -> bool:
         return self.guiding == "cfg"
 

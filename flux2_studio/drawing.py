@@ -18,6 +18,7 @@ from flux2_studio.engine.latents import noise
 from flux2_studio.engine.sampling import denoise
 from flux2_studio.errors import (
     ClassifierError,
+    DeviceError,
     SafetyError,
 )
 from flux2_studio.events import (
@@ -29,6 +30,7 @@ from flux2_studio.events import (
 )
 from flux2_studio.models.hub import Progress
 from flux2_studio.models.manager import Drawn, Session
+from flux2_studio.models.memory import is_out_of_memory
 from flux2_studio.models.plan import Plan, Workload
 from flux2_studio.outputs.credentials import Source
 from flux2_studio.pictures import images_from_pixels
@@ -100,7 +102,7 @@ class Run:
     """One run under way: its resolved request, and what goes along with it from stage to stage.
 
     upsampled: how its prompt came about, where a language model wrote it. region: what of the first reference may
-    change, where not all of it may.
+    change, where not all of it may. pause: seconds that lie between two previews, at least.
     """
 
     request: Request
@@ -111,6 +113,7 @@ class Run:
     guard: Guard
     cancelled: Callable[[], bool]
     finished: Finished
+    pause: float = 0.0
 
     def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
         """Do `work` while telling what it says; it is not begun when the run is cancelled."""
@@ -199,6 +202,7 @@ def denoise_batch(
     if run.region is not None:
         keep = Keep(clean=conditions.references[0], change=torch.from_numpy(run.region.tokens))
     timer.start()
+    shown = time.monotonic() if run.pause else 0.0
     for step in denoise(
         drawn.transformer,
         noise(seeds, *request.drawn_size, drawn.transformer.params.in_channels),
@@ -212,10 +216,11 @@ def denoise_batch(
         keep=keep,
     ):
         images: list[Image.Image] = []
-        if drawn.previewer is not None:
+        if drawn.previewer is not None and time.monotonic() >= shown + run.pause:
             for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
-                shown = [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
-                images += map(run.guard.preview, shown)
+                seen = [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
+                images += map(run.guard.preview, seen)
+            shown = time.monotonic()
         timer.stepped(len(seeds))
         yield Preview(
             step=step.index + 1,
@@ -227,6 +232,36 @@ def denoise_batch(
         )
         check(run.cancelled)
     return step.latents
+
+
+def draw(
+    run: Run,
+    drawn: Drawn,
+    seeds: Sequence[int],
+    waiting: int,
+    conditions: Conditions,
+    timer: Timer,
+) -> Generator[Event, None, list[Image.Image] | None]:
+    """The pictures of `seeds`, drawn as one batch with a Preview per step; None if they do not fit into memory.
+
+    waiting: how many pictures of the request are not done yet, these included.
+    """
+    try:
+        latents = yield from denoise_batch(run, drawn, seeds, waiting, conditions, timer)
+        if not bool(torch.isfinite(latents).all()):
+            raise DeviceError(
+                f"{run.session.checkpoint.label} ran out of the range of {drawn.transformer.dtype}, so there is no "
+                f"picture. Set the precision to bfloat16 or float32 (FLUX2_DTYPE, or --dtype)."
+            )
+        pictures = []
+        for latent in latents.split(1):
+            pixels = yield from run.working(lambda progress: run.session.decode(latent, progress))  # noqa: B023
+            pictures += [visible(image, run.request) for image in images_from_pixels(pixels)]
+        return pictures
+    except (RuntimeError, MemoryError) as error:
+        if len(seeds) == 1 or not is_out_of_memory(error):
+            raise
+        return None
 
 
 def visible(image: Image.Image, request: Request) -> Image.Image:

@@ -5,7 +5,7 @@ then exactly one of  Result | Stopped | Failed
 
 Enriching a prompt without drawing tells  (Queued | Status | Notice | Writing | Upsampled)*  and then
 Ready | Stopped | Failed. Loading a checkpoint ahead of a run tells  (Queued | Status)*  and then
-Ready | Stopped | Failed.
+Ready | Stopped | Failed. A draft tells  (Queued | Status | Notice | Preview)*  and then  Drafted | Stopped | Failed.
 """
 
 from __future__ import annotations
@@ -112,6 +112,15 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drafted:
+    """The draft is done: `image` is what `request` (resolved) gives. It is neither saved nor marked."""
+
+    request: Request
+    image: Image
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ready:
     """The checkpoint called `checkpoint` is loaded as far as the memory allows, or its prompt enriched."""
 
@@ -137,5 +146,19 @@ class Failed:
     upsampling: bool = False
 
 
-Event = Queued | Status | Notice | Writing | Upsampled | Preview | Saved | Withheld | Result | Ready | Stopped | Failed
-FINAL = (Result, Ready, Stopped, Failed)
+Event = (
+    Queued
+    | Status
+    | Notice
+    | Writing
+    | Upsampled
+    | Preview
+    | Saved
+    | Withheld
+    | Result
+    | Drafted
+    | Ready
+    | Stopped
+    | Failed
+)
+FINAL = (Result, Drafted, Ready, Stopped, Failed)

@@ -4,30 +4,28 @@
 the jobs, in the order of `line.py`. A checkpoint that somebody has merely chosen is loaded when nothing else is to be
 done. With a journal, runs belong to no process either: what a killed studio left is taken up by the next one.
 
-A follower reads `job.events(since)`; it may be slower than the run, so of previews and the like only the newest is
-kept. Cancelling takes effect between two denoising steps.
+Cancelling takes effect between two denoising steps. Of an owner's drafts only the newest goes on.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from flux2_studio import line
 from flux2_studio.errors import SaveError, StudioError, UpsampleError
-from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Saved, Status, Stopped, Writing
+from flux2_studio.events import Event, Failed, Notice, Queued, Ready, Saved, Stopped
 from flux2_studio.outputs.history import History
 from flux2_studio.outputs.journal import Entry, Journal
 from flux2_studio.request import Request, changes
+from flux2_studio.tasks import Draft, Enrichment, Job, Preparation, Task
 from flux2_studio.upsample import ApiKey
 
 log = logging.getLogger(__name__)
 
-PASSING = (Queued, Status, Writing, Preview)  # what a later event of the same kind makes worthless
 OWN_WAITING = 20  # runs of one owner that may wait
 ALL_WAITING = 100  # and of all
 ENRICHMENTS = 8  # prompts that are enriched or wait for it, at most; each that another machine enriches is a thread
@@ -49,136 +47,9 @@ class Runner(Protocol):
 
     def enrich(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]: ...
 
+    def draft(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
+
     def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
-
-
-class Task:
-    """Something that the worker does, and the events it has had so far. Safe to use from any thread."""
-
-    def __init__(self, owner: str, id_: str | None = None) -> None:
-        self.id = id_ or uuid.uuid4().hex
-        self.owner = owner
-        self._changed = threading.Condition()
-        self._events: list[tuple[int, Event]] = []  # (number, event), numbers rising, old previews dropped
-        self._next = 0
-        self._started = False
-        self._cancelled = False
-
-    def add(self, event: Event) -> bool:
-        """Append an event and wake the followers; nothing, and False, after the last one. Of passing events the newest
-        is kept."""
-        with self._changed:
-            if self.finished:  # whatever comes late (a place in the queue, say) would reopen it
-                return False
-            passing = PASSING if isinstance(event, FINAL) else type(event)
-            if isinstance(event, PASSING + FINAL):
-                self._events = [(n, e) for n, e in self._events if not isinstance(e, passing)]
-            self._events.append((self._next, event))
-            self._next += 1
-            self._changed.notify_all()
-            return True
-
-    def newest(self) -> Event | None:
-        """The last event so far."""
-        with self._changed:
-            return self._events[-1][1] if self._events else None
-
-    def events(self, since: int = 0, *, timeout: float | None = None) -> Iterator[tuple[int, Event]]:
-        """The events numbered `since` and later as (number, event), waiting for more until the run has ended.
-
-        timeout: give up silently after so many seconds without an event (None: wait for ever).
-        """
-        while True:
-            with self._changed:
-                while self._next <= since and not self.finished:
-                    if not self._changed.wait(timeout):
-                        return
-                fresh = [(n, event) for n, event in self._events if n >= since]
-                since, ended = self._next, self.finished
-            yield from fresh
-            if ended:
-                return
-
-    def cancel(self) -> None:
-        """Ask the run to stop between two steps; a run that still waits ends at once."""
-        with self._changed:
-            self._cancelled = True
-            if not self._started and not self.finished:
-                self.add(Stopped())
-
-    def start(self) -> bool:
-        """Mark the run as begun; False if it was cancelled before."""
-        with self._changed:
-            self._started = not self._cancelled
-            return self._started
-
-    @property
-    def started(self) -> bool:
-        return self._started
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
-
-    @property
-    def finished(self) -> bool:
-        with self._changed:
-            return bool(self._events) and isinstance(self._events[-1][1], FINAL)
-
-
-class Job(Task):
-    """One submitted run, with its resolved request. key: its owner's, for the server that enriches prompts; forgotten
-    when the run has ended. told: hears of each event, before its followers do. passed, behind, needs, leaves: its place
-    in the line."""
-
-    def __init__(
-        self,
-        request: Request,
-        owner: str,
-        key: ApiKey | None = None,
-        *,
-        id_: str | None = None,
-        told: Callable[[Job, Event], None] = lambda job, event: None,
-    ) -> None:
-        super().__init__(owner, id_)
-        self.request = request
-        self.key = key
-        self.passed = 0
-        self.behind: set[Any] = set()
-        self._told = told
-
-    @property
-    def needs(self) -> str | None:
-        return self.request.checkpoint
-
-    @property
-    def leaves(self) -> str | None:
-        return self.request.checkpoint
-
-    def add(self, event: Event) -> bool:
-        if not self.finished:
-            self._told(self, event)  # first: what its followers know must be written down
-        added = super().add(event)
-        if isinstance(event, FINAL):
-            self.key = None
-        return added
-
-
-class Enrichment(Job):
-    """Having a prompt enriched, and nothing drawn."""
-
-    @property
-    def leaves(self) -> str | None:
-        """None: a language model that writes may have taken the place of whatever was loaded."""
-        return None
-
-
-class Preparation(Task):
-    """Loading a checkpoint before it is needed."""
-
-    def __init__(self, checkpoint: str, owner: str) -> None:
-        super().__init__(owner)
-        self.checkpoint = checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +97,7 @@ class JobQueue:
         self._check_room(owner)
         resolved = self._studio.resolve(request, key)
         job = Job(resolved, owner, key, told=self._note)
+        self._end_drafts(owner)  # what is wanted goes before what was only tried
         if resolved.upsampling.by != "none":  # it shows what it writes in the same place
             with self._changed:
                 for other in self._enrichments(owner if tab is None else tab):
@@ -248,7 +120,7 @@ class JobQueue:
         """Raises `StudioError` where `owner` has enough waiting, or all have."""
         with self._changed:
             waiting = [job for job in self._waiting if not job.finished and not isinstance(job, Enrichment)]
-        if sum(job.owner == owner for job in waiting) >= OWN_WAITING:
+        if sum(job.owner == owner and job.lasting for job in waiting) >= OWN_WAITING:
             raise StudioError(
                 f"{OWN_WAITING} runs of yours are waiting, and more cannot: take one off the queue, or try again when "
                 f"one is done."
@@ -261,7 +133,7 @@ class JobQueue:
 
     def _note(self, job: Job, event: Event) -> None:
         """Have the journal write down what `event` says of `job`."""
-        if self._journal is None or isinstance(job, Enrichment):
+        if self._journal is None or not job.lasting:
             return
         if self._closed and isinstance(event, Stopped):
             return  # nobody wanted it to: whoever opens the studio next goes on with it
@@ -292,6 +164,21 @@ class JobQueue:
             threading.Thread(target=self._run, args=(job,), name="flux2-enriching", daemon=True).start()
         return job
 
+    def draft(self, request: Request, owner: str = "") -> Draft:
+        """Have `request` drawn once for a look, in place of any other draft of `owner`. What is wrong with it the draft
+        tells: nobody should wait here until its references are read. Raises `StudioError` where there is no room."""
+        draft = Draft(request, owner)
+        with self._changed:
+            self._end_drafts(owner)
+            self._queue(draft, self._check_room)
+        return draft
+
+    def _end_drafts(self, owner: str) -> None:
+        with self._changed:
+            for job in (*self._waiting, self._running):
+                if isinstance(job, Draft) and job.owner == owner:
+                    job.cancel()
+
     def _enrichments(self, owner: str | None = None) -> list[Job]:
         """Those of `owner`, or all, that are not done."""
         found = [job for job in self._jobs.values() if isinstance(job, Enrichment) and not job.finished]
@@ -312,6 +199,8 @@ class JobQueue:
         """Let `job` be asked for by its name. Raises `StudioError` once the queue is closed."""
         if self._closed:
             raise StudioError("The studio is shutting down: start it again for further runs.")
+        if isinstance(job, Draft):
+            return  # whoever had it made holds it
         self._jobs[job.id] = job
         finished = [id_ for id_, other in self._jobs.items() if other.finished]
         for id_ in finished[: max(0, len(finished) - KEPT)]:
@@ -355,7 +244,7 @@ class JobQueue:
         for place, job in enumerate(ahead):
             if job.owner != owner:
                 others += 1
-            elif not isinstance(job, Enrichment) and not job.finished:
+            elif job.lasting and not job.finished:
                 found.append(Standing(job=job, ahead=place, others=others))
         return tuple(found)
 
@@ -369,7 +258,7 @@ class JobQueue:
             self._waiting = waiting
             self._tell_places()
             self._changed.notify_all()
-            arranged = [job.id for job in waiting if not isinstance(job, Enrichment)]
+            arranged = [job.id for job in waiting if job.lasting]
         if self._journal is not None:
             self._journal.arrange(arranged)
 
@@ -410,7 +299,7 @@ class JobQueue:
         """Cancel everything and end the worker."""
         with self._changed:
             self._closed = True
-            for task in (*self._jobs.values(), self._wanted, self._running):
+            for task in (*self._jobs.values(), *self._waiting, self._wanted, self._running):
                 if task is not None:
                     task.cancel()
             self._changed.notify_all()
@@ -478,7 +367,7 @@ class JobQueue:
             task.add(Notice(text=f"The picture is saved as {saved.image.name}, but is not in History. {error}"))
 
     def _begin(self, job: Job) -> None:
-        if self._journal is not None and not isinstance(job, Enrichment):
+        if self._journal is not None and job.lasting:
             try:
                 self._journal.start(job.id)
             except SaveError as error:
@@ -487,6 +376,8 @@ class JobQueue:
     def _events(self, task: Task) -> Iterator[Event]:
         if isinstance(task, Enrichment):
             yield from self._studio.enrich(task.request, lambda: task.cancelled, task.key)
+        elif isinstance(task, Draft):
+            yield from self._studio.draft(task.request, lambda: task.cancelled)
         elif isinstance(task, Job):
             yield from self._studio.generate(task.request, lambda: task.cancelled, task.key)
         elif isinstance(task, Preparation):

@@ -20,28 +20,26 @@ from flux2_studio.answers import OR_WITHOUT
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.drawing import (
     WHOLE,
-    Conditions,
     Finished,
     Reference,
     Run,
     Timer,
     asking_of,
-    denoise_batch,
+    draw,
     encode,
     settled,
     strips,
-    visible,
     workload_of,
 )
 from flux2_studio.enrichment import TRY, check_choice, enrich
 from flux2_studio.errors import (
     CredentialsError,
-    DeviceError,
     OutOfMemory,
     SafetyError,
     UpsampleError,
 )
 from flux2_studio.events import (
+    Drafted,
     Event,
     Notice,
     Ready,
@@ -65,7 +63,6 @@ from flux2_studio.outputs.finish import Finisher
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.save import Library
 from flux2_studio.outputs.watermark import PUBLISHED, Message
-from flux2_studio.pictures import images_from_pixels
 from flux2_studio.record import Record
 from flux2_studio.references import fit, fit_note, load_reference
 from flux2_studio.regions import Region, load_mask, region_of
@@ -75,6 +72,8 @@ from flux2_studio.safety.policy import decide
 from flux2_studio.settings import Settings
 from flux2_studio.upsample import ApiKey
 from flux2_studio.working import Cancelled, check, with_status
+
+DRAFTED = 0.3  # seconds between two previews of a draft: drawing those of a quick one would take as long as its steps
 
 
 def guard_of(settings: Settings, *, shared: bool) -> Guard:
@@ -247,6 +246,48 @@ class Studio:
         except (RuntimeError, MemoryError) as error:
             raise self._exhausted(request.checkpoint, error) from error
 
+    def draft(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Draw the first picture of `request` for a look, with its prompt as it is, and keep nothing of it: whoever
+        asks wants the next one in a moment. The last event is Drafted or, once `cancelled`, Stopped. Raises
+        `StudioError`."""
+        began = time.monotonic()
+        finished = Finished()
+        once = replace(request, count=1, upsampling=Upsampling())
+        try:
+            self.guard.ready()
+            resolved, references, region = yield from self._examined(once, cancelled, finished, with_files=False)
+            checkpoint = self.settings.checkpoint(resolved.checkpoint)
+            workload = workload_of(resolved, [reference.image.size for reference in references], checkpoint)
+            session = yield from with_status(
+                lambda progress: self._models.open(
+                    checkpoint, workload, progress, loras=resolved.loras, whole=self._asks
+                ),
+                cancelled,
+            )
+            run = Run(
+                request=resolved,
+                upsampled=None,
+                references=references,
+                region=region,
+                session=session,
+                guard=self.guard,
+                cancelled=cancelled,
+                finished=finished,
+                pause=DRAFTED,
+            )
+            conditions = yield from encode(run)
+            drawn = yield from run.working(session.draw)
+            pictures = yield from draw(run, drawn, resolved.seeds, 1, conditions, Timer())
+            assert pictures is not None, "one picture is not made in parts"
+            ask, told = asking_of(run)
+            picture, kept = settled(run, pictures[0])
+            yield from finished.fresh([*told, *kept, *self.guard.output(picture, ask)])
+            yield Drafted(request=resolved, image=picture, seconds=time.monotonic() - began)
+        except Cancelled:
+            yield Stopped()
+        except (RuntimeError, MemoryError) as error:
+            raise self._exhausted(request.checkpoint, error) from error
+
     def _exhausted(self, name: str | None, error: RuntimeError | MemoryError) -> OutOfMemory:
         """What the user is told of `error`, once all weights have left the memory. Raises `error` if it is another."""
         if not is_out_of_memory(error):
@@ -382,7 +423,7 @@ class Studio:
             seeds = waiting[:most]
             drawn = yield from run.working(run.session.draw)
             yield from finished.fresh([lora.report.text for lora in drawn.applied])
-            pictures = yield from self._draw(run, drawn, seeds, len(waiting), conditions, timer)
+            pictures = yield from draw(run, drawn, seeds, len(waiting), conditions, timer)
             if pictures is None:
                 most = len(seeds) // 2
                 self._models.release_scratch()
@@ -436,33 +477,3 @@ class Studio:
             versions=self.versions,
             computed={**self.computed(run.session.checkpoint), "autoencoder": strips(run.session.plan)},
         )
-
-    def _draw(
-        self,
-        run: Run,
-        drawn: Drawn,
-        seeds: Sequence[int],
-        waiting: int,
-        conditions: Conditions,
-        timer: Timer,
-    ) -> Generator[Event, None, list[Image.Image] | None]:
-        """The pictures of `seeds`, drawn as one batch with a Preview per step; None if they do not fit into memory.
-
-        waiting: how many pictures of the request are not done yet, these included.
-        """
-        try:
-            latents = yield from denoise_batch(run, drawn, seeds, waiting, conditions, timer)
-            if not bool(torch.isfinite(latents).all()):
-                raise DeviceError(
-                    f"{run.session.checkpoint.label} ran out of the range of {drawn.transformer.dtype}, so there is no "
-                    f"picture. Set the precision to bfloat16 or float32 (FLUX2_DTYPE, or --dtype)."
-                )
-            pictures = []
-            for latent in latents.split(1):
-                pixels = yield from run.working(lambda progress: run.session.decode(latent, progress))  # noqa: B023
-                pictures += [visible(image, run.request) for image in images_from_pixels(pixels)]
-            return pictures
-        except (RuntimeError, MemoryError) as error:
-            if len(seeds) == 1 or not is_out_of_memory(error):
-                raise
-            return None

@@ -26,12 +26,13 @@ from flux2_studio.events import (
     Upsampled,
     Writing,
 )
-from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, Enrichment, Job, JobQueue, Task
+from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, JobQueue
 from flux2_studio.line import PASSED
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import History
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
+from flux2_studio.tasks import Enrichment, Job, Task
 from flux2_studio.upsample import ApiKey
 
 PATIENCE = 10.0  # seconds until a test that hangs is called a failure
@@ -59,6 +60,10 @@ class ScriptedStudio:
     def enrich(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
         self.ran.append(f"enrich {request.prompt}")
         self.keys.append(key)
+        return self.scripts[request.prompt](request, cancelled)
+
+    def draft(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        self.ran.append(f"draft {request.prompt}")
         return self.scripts[request.prompt](request, cancelled)
 
     def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:

@@ -15,12 +15,13 @@ from PIL import Image
 from flux2_studio.checkpoints import NANO
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Event, Queued, Result, Saved, Status, Stopped
-from flux2_studio.jobs import ALL_WAITING, OWN_WAITING, Job, JobQueue
+from flux2_studio.jobs import ALL_WAITING, OWN_WAITING, JobQueue
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.journal import Journal
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
+from flux2_studio.tasks import Job
 from flux2_studio.upsample import ApiKey
 from tests.test_jobs import PATIENCE, Gate, ScriptedStudio, endless, follow, four_steps
 

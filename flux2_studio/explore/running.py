@@ -22,9 +22,10 @@ from PIL import Image
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Failed, Saved
 from flux2_studio.explore.plan import Cell, Plan
-from flux2_studio.jobs import Job, JobQueue
+from flux2_studio.jobs import JobQueue
 from flux2_studio.outputs.sheet import Layout, draw
 from flux2_studio.request import Request
+from flux2_studio.tasks import Job
 
 State = Literal["running", "stopped", "done"]
 THUMBNAIL = 320  # pixels along the longer side

@@ -232,6 +232,23 @@ def ratio(width: int, height: int) -> str:
     return f"{width / height:.2f}:1" if width > height else f"1:{height / width:.2f}"
 
 
+def live(checkpoint: Checkpoint, *, on: bool | None = None) -> gr.Checkbox:
+    """on: None leaves it as it is; a checkpoint that takes many steps has none of it."""
+    given: dict[str, Any] = {} if on is None and checkpoint.quick else {"value": bool(on) and checkpoint.quick}
+    return gr.Checkbox(
+        label="Live",
+        info="The picture follows as you type and is not saved. Press the button to keep it.",
+        visible=checkpoint.quick,
+        elem_classes="live",
+        **given,
+    )
+
+
+def pulse() -> gr.Number:
+    """What the page counts up to have the server look: in its tree, for what is not there tells of no change."""
+    return gr.Number(0, precision=0, visible="hidden", elem_classes="pulse")
+
+
 def count() -> gr.Slider:
     return gr.Slider(1, MAX_COUNT, value=1, step=1, precision=0, label="Pictures", buttons=[], elem_classes="count")
 

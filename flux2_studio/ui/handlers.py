@@ -24,6 +24,7 @@ from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
 from flux2_studio.ui import compare, fields, queue_panel, show
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.following import Follower, View, Watch
+from flux2_studio.ui.live import wire_live
 from flux2_studio.ui.lora_panel import choices, wire_loras
 from flux2_studio.ui.mask_panel import read_mask, read_outpaint
 from flux2_studio.ui.readiness import wire_outlook, wire_preparation
@@ -223,6 +224,7 @@ def _wire_runs(
             )
             followed_after(started_run.then)
         wire_upsampling(studio, jobs, chosen, form, read, around)
+    wire_live(studio, jobs, chosen, forms, stage, watch, read)
     followed_after(queue_panel.wire(studio, jobs, queue, follower, watch, stage).then)
 
 

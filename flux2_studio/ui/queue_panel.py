@@ -15,8 +15,9 @@ import gradio as gr
 
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Preview, Status
-from flux2_studio.jobs import Job, JobQueue, Standing
+from flux2_studio.jobs import JobQueue, Standing
 from flux2_studio.outputs.journal import Entry
+from flux2_studio.tasks import Job
 from flux2_studio.ui import show
 from flux2_studio.ui.following import Follower, Watch, form_of
 from flux2_studio.ui.tabs import Stage

@@ -24,9 +24,9 @@ from flux2_studio.events import (
     Withheld,
     Writing,
 )
-from flux2_studio.jobs import Job
 from flux2_studio.outputs.journal import Entry
 from flux2_studio.request import Request, Upsampling
+from flux2_studio.tasks import Job
 from flux2_studio.ui import compare, show
 from flux2_studio.ui.tabs import EMPTY, Stage, UpsamplingPanel
 from flux2_studio.ui.upsample_panel import DRAWN, enriched, writing

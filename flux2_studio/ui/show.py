@@ -16,7 +16,7 @@ from html import escape
 from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.events import Preview, Queued, Result, Status, Upsampled
+from flux2_studio.events import Drafted, Preview, Queued, Result, Status, Upsampled
 from flux2_studio.request import Request
 
 ADDRESS = re.compile(r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])")  # a comma or full stop behind it is the sentence's
@@ -70,6 +70,15 @@ def done(event: Result) -> str:
     return _bar(f"{pictures} in {duration(event.seconds)}", 1.0)
 
 
+def drafted(event: Drafted) -> str:
+    return _bar(f"Live: {duration(event.seconds)} · not saved", 1.0)
+
+
+def hint(text: str) -> str:
+    """What is to be done before there is something to show."""
+    return _bar(text, 0.0)
+
+
 def stopped(finished: int) -> str:
     if not finished:
         return _bar("Stopped before a picture was finished.", 0.0)
@@ -92,12 +101,20 @@ def _bar(text: str, fraction: float | None) -> str:
 
 
 def picture(images: Mapping[int, Image.Image], count: int) -> str:
-    """One <img> of all pictures of the run so far, by their index; carried in the page, so nothing is stored."""
-    sheet = contact_sheet(images, count)
+    """One <img> of all pictures of the run so far, by their index."""
+    return _img(contact_sheet(images, count), "Preview of the picture as it forms")
+
+
+def draft(image: Image.Image, prompt: str) -> str:
+    return _img(contact_sheet({0: image}, 1), f"Live picture: {prompt}")
+
+
+def _img(image: Image.Image, alt: str) -> str:
+    """`image`, carried in the page, so nothing is stored."""
     file = io.BytesIO()
-    sheet.save(file, "WEBP", quality=82, method=0)
+    image.save(file, "WEBP", quality=82, method=0)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="Preview of the picture as it forms" src="data:image/webp;base64,{data}">'
+    return f'<img alt="{escape(alt)}" src="data:image/webp;base64,{data}">'
 
 
 def columns(count: int) -> int:

@@ -48,6 +48,15 @@ class Form:
     run: gr.Button
     panel: ReferencePanel | None = None
     edits: gr.Accordion | None = None  # mask and outpainting are folded into it
+    live: LivePanel | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LivePanel:
+    """Whether the picture follows what is typed: `pulse` counts the changes to follow, in the browser."""
+
+    on: gr.Checkbox
+    pulse: gr.Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +162,7 @@ def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, se
             presets=presets,
             prompt=fields.prompt("Prompt", "What should the picture show?"),
             run="Generate",
+            live=True,
         )
 
 
@@ -171,6 +181,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settin
             panel=_panel(),
             prompt=fields.prompt("Instruction", "What should change? Say also what must stay."),
             run="Edit",
+            live=True,
         )
 
 
@@ -230,11 +241,13 @@ def _form(
     run: str,
     references: gr.Gallery | None = None,
     panel: ReferencePanel | None = None,
+    live: bool = False,
 ) -> Form:
     samples = fields.examples(examples.of(name, checkpoint))
     upsampling = _upsampling(settings, with_references=references is not None)
     part, edits = mask_panel.layout() if references is not None else ({}, None)
     run_button = gr.Button(run, variant="primary", size="lg", elem_classes="run")
+    following = LivePanel(on=fields.live(checkpoint, on=False), pulse=fields.pulse()) if live else None
     fit = gr.HTML(elem_classes=["note", "fit"])
     aspect = fields.aspect(with_references=references is not None)
     with gr.Row(elem_classes="pair"):
@@ -282,6 +295,7 @@ def _form(
         run=run_button,
         panel=panel,
         edits=edits,
+        live=following,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 
 from flux2_studio.events import FINAL, Event
-from flux2_studio.jobs import JobQueue, Task
+from flux2_studio.jobs import JobQueue
+from flux2_studio.tasks import Task
 from flux2_studio.ui.visitors import owner_of
 
 POLL = 0.08  # seconds between two looks at a task

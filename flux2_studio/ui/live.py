@@ -1,0 +1,177 @@
+"""Live: the picture follows what is typed, for checkpoints of so few steps that nobody waits for them.
+
+The browser counts the changes and tells the newest count only, once the one before was taken; the server draws the form
+as it is by then, in place of what it drew for the tab before. So nothing queues up on either side, and what is shown
+last belongs to what was typed last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from flux2_studio.errors import StudioError
+from flux2_studio.events import FINAL, Drafted, Event, Failed, Notice, Preview, Queued, Status
+from flux2_studio.jobs import JobQueue
+from flux2_studio.request import MAX_COUNT, MAX_SEED, Request
+from flux2_studio.tasks import Draft
+from flux2_studio.ui import compare, fields, show
+from flux2_studio.ui.following import Watch
+from flux2_studio.ui.tabs import Form, Stage
+from flux2_studio.ui.visitors import owner_of
+from flux2_studio.ui.wiring import Update, listen
+
+if TYPE_CHECKING:
+    from flux2_studio.studio import Studio
+
+LOOK = 0.03  # seconds between two looks at a draft: it is done in a few of them
+SAYS_NOTHING = ("count", "format", "watermark", "metadata", "sign", "sign_prompt")  # of how the picture looks
+EMPTY = "Live: write a prompt, and its picture appears here."
+
+# Another seed would be another picture after every letter: one is taken, and kept.
+KEEP_SEED = f"""(on, seed, locked) => on
+  ? [seed ?? Math.floor(Math.random() * {MAX_SEED - MAX_COUNT}), true]
+  : [seed, locked]"""
+COUNT = "(on, pulse) => on ? pulse + 1 : pulse"
+
+Read = Callable[[bool, str, str, Mapping[str, Any]], Request]
+
+
+@dataclass
+class Latest:
+    """What one tab last wanted to see. following: whether a handler is showing it."""
+
+    draft: Draft | None = None
+    following: bool = False
+
+
+def wire_live(
+    studio: Studio,
+    jobs: JobQueue,
+    chosen: gr.Dropdown,
+    forms: Sequence[Form],
+    stage: Stage,
+    watch: gr.State,
+    read: Read,
+) -> None:
+    """Let each of `forms` that can be live be so. watch: what the tab follows; a run goes before every draft."""
+    latest = gr.State(Latest())
+    quiet: dict[str, Any] = {"queue": False, "trigger_mode": "always_last"}
+
+    async def follow(latest: Latest, watch: Watch) -> AsyncIterator[Update]:
+        if latest.following or latest.draft is None:
+            yield gr.skip()  # who follows already comes to it
+            return
+        latest.following = True
+        try:
+            while (draft := latest.draft) is not None:
+                async for update in shown(latest, watch, draft, stage):
+                    yield update
+                if latest.draft is draft:
+                    latest.draft = None
+        finally:
+            latest.following = False
+
+    for form in forms:
+        if (panel := form.live) is None:
+            continue
+
+        async def draw(
+            request: gr.Request,
+            on: bool,
+            latest: Latest,
+            watch: Watch,
+            locked: bool,
+            laid_out_for: str,
+            aspect: str,
+            **values: Any,
+        ) -> Any:
+            if not on or watch.following or not studio.settings.checkpoint(values["checkpoint"]).quick:
+                return gr.skip()
+            if not str(values["prompt"]).strip():
+                return {stage.progress: show.hint(EMPTY)}
+            try:
+                asked = read(locked, laid_out_for, aspect, values)
+                latest.draft = jobs.draft(asked, owner_of(request))
+            except StudioError as error:
+                return {stage.progress: show.hint(f"Live: {error}")}
+            return gr.skip()
+
+        seed = form.fields["seed"]
+        listen(panel.on.input, None, [panel.on, seed, form.lock], [seed, form.lock], js=KEEP_SEED)
+        looks = [field for name, field in form.fields.items() if name not in SAYS_NOTHING]
+        changes = [panel.on.input, form.lock.input, *(field.change for field in looks)]
+        listen(changes, None, [panel.on, panel.pulse], panel.pulse, js=COUNT)
+        drawn = listen(
+            panel.pulse.change,
+            draw,
+            [panel.on, latest, watch, form.lock, form.laid_out_for, form.aspect],
+            [stage.progress],
+            inputs_kwargs=form.fields | form.upsampling.inputs,
+            **quiet,
+        )
+        drawn.then(
+            follow,
+            [latest, watch],
+            [stage.progress, stage.message, stage.notices, *_mat(stage, "")],
+            concurrency_limit=None,
+            api_visibility="private",
+            show_progress="hidden",
+            trigger_mode="multiple",
+        )
+        listen(chosen.change, lambda name: fields.live(studio.settings.checkpoint(name)), chosen, panel.on, queue=False)
+
+
+async def shown(latest: Latest, watch: Watch, draft: Draft, stage: Stage) -> AsyncIterator[Update]:
+    """What `draft` changes on the stage, until it is done, or not wanted any more."""
+    notices: list[str] = []
+    async for event in _events(latest, watch, draft):
+        match event:
+            case Queued():
+                yield {stage.progress: show.queued(event)}
+            case Status(fraction=fraction) if fraction is not None:  # a load or a download; the rest is over too soon
+                yield {stage.progress: show.status(event)}
+            case Notice():
+                notices.append(event.text)
+            case Preview(images=images) if images:
+                picture = await asyncio.to_thread(show.draft, images[0], draft.request.prompt)
+                yield {**_mat(stage, picture), stage.progress: show.step(event)}
+            case Drafted():
+                picture = await asyncio.to_thread(show.draft, event.image, event.request.prompt)
+                yield {
+                    **_mat(stage, picture),
+                    stage.progress: show.drafted(event),
+                    stage.notices: show.notices(notices),
+                    stage.message: "",
+                }
+            case Failed(message=message):
+                yield {stage.progress: "", stage.message: show.problem(message)}
+            case _:  # Stopped, which only what comes in its place does; and words that nobody could read
+                pass
+
+
+async def _events(latest: Latest, watch: Watch, draft: Draft) -> AsyncIterator[Event]:
+    """The events of `draft` to its end, as long as it is the latest and the tab shows no run."""
+    since = 0
+    while latest.draft is draft and not watch.following:
+        for number, event in draft.events(since, timeout=0):
+            since = number + 1
+            yield event
+            if isinstance(event, FINAL):
+                return
+        await asyncio.sleep(LOOK)
+
+
+def _mat(stage: Stage, picture: str) -> Update:
+    """`picture` in place of whatever lay there."""
+    return {
+        stage.preview: gr.HTML(picture, visible=True),
+        stage.gallery: gr.Gallery(visible=False),
+        stage.actions: gr.Row(visible=False),
+        stage.details: gr.Accordion(visible=False),
+        **compare.hidden(stage.comparison),
+    }
