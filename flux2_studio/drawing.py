@@ -100,7 +100,7 @@ class Run:
     """One run under way: its resolved request, and what goes along with it from stage to stage.
 
     upsampled: how its prompt came about, where a language model wrote it. region: what of the first reference may
-    change, where not all of it may.
+    change, where not all of it may. looking: seconds that it took to open and check the references.
     """
 
     request: Request
@@ -111,6 +111,7 @@ class Run:
     guard: Guard
     cancelled: Callable[[], bool]
     finished: Finished
+    looking: float = 0.0
 
     def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
         """Do `work` while telling what it says; it is not begun when the run is cancelled."""
@@ -216,6 +217,8 @@ def denoise_batch(
             for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
                 shown = [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
                 images += map(run.guard.preview, shown)
+        else:
+            step.latents[0, 0, 0, 0].item()  # waits for the device, as a preview would: else no step had its own time
         timer.stepped(len(seeds))
         yield Preview(
             step=step.index + 1,
@@ -255,19 +258,23 @@ def settled(run: Run, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]
 
 
 class Timer:
-    """Estimates the time left from the steps so far, counting a step once per picture."""
+    """Estimates the time left from the steps so far, counting a step once per picture. batch: the seconds of each step
+    since it was started."""
 
     def __init__(self) -> None:
+        self.batch: list[float] = []
         self._done = 0
         self._spent = 0.0
         self._since = 0.0
 
     def start(self) -> None:
+        self.batch = []
         self._since = time.monotonic()
 
     def stepped(self, pictures: int) -> None:
         now = time.monotonic()
-        self._spent += now - self._since
+        self.batch.append(now - self._since)
+        self._spent += self.batch[-1]
         self._since = now
         self._done += pictures
 

@@ -57,12 +57,13 @@ from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Loras
 from flux2_studio.models.manager import Drawn, ModelManager
 from flux2_studio.models.memory import is_out_of_memory
-from flux2_studio.models.plan import Plan
+from flux2_studio.models.plan import Plan, Workload
 from flux2_studio.models.refusals import amount
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.finish import Finisher
 from flux2_studio.outputs.kept import KeptReferences
+from flux2_studio.outputs.pace import Pace, Way
 from flux2_studio.outputs.save import Library
 from flux2_studio.outputs.watermark import PUBLISHED, Message
 from flux2_studio.pictures import images_from_pixels
@@ -73,6 +74,7 @@ from flux2_studio.request import Request, Upsampling, changes
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import decide
 from flux2_studio.settings import Settings
+from flux2_studio.timing import Outlook, Stopwatch, foresee, learn, way_of
 from flux2_studio.upsample import ApiKey
 from flux2_studio.working import Cancelled, check, with_status
 
@@ -87,7 +89,8 @@ class Studio:
     """Turns requests into pictures, one at a time. `jobs.JobQueue` puts many callers in line.
 
     guard: the safety check, by default that of a studio for its owner alone. kept: where references are kept, so that
-    their pictures can be made again; None keeps none. Raises `StudioError` for a watermark that cannot be laid.
+    their pictures can be made again; None keeps none. pace: learns how long runs take; None for nobody. Raises
+    `StudioError` for a watermark that cannot be laid.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Studio:
         *,
         guard: Guard | None = None,
         kept: KeptReferences | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.settings = settings
         self.guard = guard or guard_of(settings, shared=False)
@@ -105,6 +109,7 @@ class Studio:
         own = settings.watermark_message
         self.message = Message.parse(own) if own else PUBLISHED
         self.kept = kept
+        self._pace = pace
         self._models = models or ModelManager(settings, Hub(settings))
         self._library = library or Library(settings.outputs)
         self._finisher = Finisher(self.message, self.signer)
@@ -136,17 +141,34 @@ class Studio:
             sizes.append(reference.image.size)
         return request.resolve(checkpoint, sizes)
 
-    def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> str:
-        """How `request` will fit into memory, in words; "" where its checkpoint is not on disk. Reads headers only.
+    def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> Outlook:
+        """What `request` will take: memory, where its checkpoint is on disk, and time, where that was learnt. Reads
+        headers only.
 
         references: the size of each in pixels, scaled to its cap. Raises `StudioError` where it will not fit.
         """
         checkpoint = self.settings.checkpoint(request.checkpoint)
+        resolved = request.resolve(checkpoint, references)
+        workload = workload_of(resolved, references, checkpoint)
         if not self.on_disk(checkpoint):
-            return ""
-        workload = workload_of(request.resolve(checkpoint, references), references, checkpoint)
+            return foresee(resolved, checkpoint, workload, there=False, loaded=False)
         plan = self._models.outlook(checkpoint, workload, request.loras, whole=self._asks)
-        return plan.text(self._models.place)
+        return foresee(
+            resolved,
+            checkpoint,
+            workload,
+            fit=plan.text(self._models.place),
+            way=self._way(resolved, checkpoint, plan),
+            batch=plan.batch,
+            pace=self._pace,
+            there=True,
+            loaded=self._models.loaded(checkpoint),
+        )
+
+    def _way(self, request: Request, checkpoint: Checkpoint, plan: Plan) -> Way:
+        computed = self.computed(checkpoint)
+        precision = f"{computed['precision']}, weights {computed['weights']}"
+        return way_of(self._models.device_name, precision, checkpoint, plan, self.settings.preview, request)
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -266,6 +288,7 @@ class Studio:
         self._library.check()
         self.guard.ready()
         request, references, region = yield from self._examined(asked, cancelled, finished, with_files=True)
+        looking = time.monotonic() - began
         self._finisher.check(request)
         upsampled: Upsampled | None = None
         if request.upsampling.by != "none":
@@ -298,12 +321,13 @@ class Studio:
                 guard=self.guard,
                 cancelled=cancelled,
                 finished=finished,
+                looking=looking,
             )
             yield from finished.fresh(session.notes)
             if not session.plan.resident:
                 yield Notice(text=session.plan.text(self._models.place))
             try:
-                yield from self._make(run)
+                yield from self._make(run, workload)
             except (RuntimeError, MemoryError) as error:
                 if before or not is_out_of_memory(error):
                     raise
@@ -367,9 +391,11 @@ class Studio:
             notes = (*whole.notes, *([note] if note else []))
             yield Reference(image=image, notes=notes, sha256=whole.sha256), whole.data
 
-    def _make(self, run: Run) -> Iterator[Event]:
+    def _make(self, run: Run, workload: Workload) -> Iterator[Event]:
         """Draw and save the pictures of `run` that are not finished yet."""
+        watch = Stopwatch(run.session, run.looking)
         conditions = yield from encode(run)
+        once: float | None = watch.lap()
         finished = run.finished
         fingerprint = ""  # read before the drawing: it may take a minute, be given up, or fail
         if run.request.metadata:
@@ -382,6 +408,7 @@ class Studio:
             seeds = waiting[:most]
             drawn = yield from run.working(run.session.draw)
             yield from finished.fresh([lora.report.text for lora in drawn.applied])
+            watch.lap()
             pictures = yield from self._draw(run, drawn, seeds, len(waiting), conditions, timer)
             if pictures is None:
                 most = len(seeds) // 2
@@ -391,6 +418,11 @@ class Studio:
             for place, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
                 record = self._record(run, drawn, fingerprint, seed, place, len(seeds))
                 yield from self._finish(run, picture, record)
+            if self._pace is not None:
+                way = self._way(run.request, run.session.checkpoint, run.session.plan)
+                finishing = max(0.0, watch.lap() - sum(timer.batch))
+                learn(self._pace, way, run, workload, timer, pictures=len(seeds), finishing=finishing, once=once)
+                once = None  # of the pictures that follow it is no part
             del waiting[: len(seeds)]
 
     def _finish(self, run: Run, picture: Image.Image, record: Record) -> Generator[Event, None, None]:

@@ -25,6 +25,7 @@ LAYERS = [
     {"models", "outputs", "safety", "upsample"},
     {"working"},
     {"enrichment", "drawing"},
+    {"timing"},
     {"studio", "encode_server"},
     {"line"},
     {"jobs"},

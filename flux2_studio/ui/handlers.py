@@ -75,13 +75,13 @@ def wire(
 ) -> None:
     """Connect the laid-out components. `chosen` is the checkpoint choice that the forms share."""
     _wire_checkpoint(studio, examples, chosen, about, forms)
-    wire_preparation(studio, jobs, chosen, loading)
+    loaded = wire_preparation(studio, jobs, chosen, loading)
     wire_loras(studio, chosen, forms)
     for form in forms:
         _wire_seed(form)
         _wire_size(studio, chosen, form)
         _wire_examples(studio, examples, chosen, form)
-        wire_outlook(studio, form)
+        wire_outlook(studio, form, [loaded, stage.job.change])  # the latter when a run begins and when it ends
         if form.panel is not None:
             wire_references(studio, chosen, form, form.panel)
     _wire_runs(studio, jobs, page, chosen, forms, stage, queue)
