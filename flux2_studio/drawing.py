@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ from flux2_studio.models.manager import Drawn, Session
 from flux2_studio.models.plan import Plan, Workload
 from flux2_studio.outputs.credentials import Source
 from flux2_studio.pictures import images_from_pixels
+from flux2_studio.record import Record
 from flux2_studio.references import padded
 from flux2_studio.regions import Region, composite, match_colours
 from flux2_studio.request import Request, drawn_size
@@ -87,6 +88,15 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A picture as it is after some of its steps, and all that it takes to make a file of it."""
+
+    image: Image.Image
+    record: Record
+    sources: Sequence[Source]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conditions:
     """What every picture of a run is drawn from: contexts [1, L, C] and reference latents [1, 128, h, w]."""
 
@@ -112,6 +122,11 @@ class Run:
     cancelled: Callable[[], bool]
     finished: Finished
     looking: float = 0.0
+
+    @property
+    def sources(self) -> list[Source]:
+        """What goes into the credentials of its pictures."""
+        return [reference.source for reference in self.references if reference.source is not None]
 
     def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
         """Do `work` while telling what it says; it is not begun when the run is cancelled."""
@@ -188,11 +203,12 @@ def encode(run: Run) -> Generator[Event, None, Conditions]:
 
 
 def denoise_batch(
-    run: Run, drawn: Drawn, seeds: Sequence[int], waiting: int, conditions: Conditions, timer: Timer
+    run: Run, drawn: Drawn, records: Sequence[Record], waiting: int, conditions: Conditions, timer: Timer
 ) -> Generator[Event, None, Tensor]:
-    """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]."""
+    """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]. records: of its pictures."""
     request, checkpoint = run.request, run.session.checkpoint
     assert request.steps and request.guidance is not None
+    seeds = [record.request.seed for record in records if record.request.seed is not None]
     check(run.cancelled)
     first = request.count - waiting
     yield Status(text="Drawing" if request.count == 1 else f"Drawing {_range(first, len(seeds), request.count)}")
@@ -213,20 +229,25 @@ def denoise_batch(
         keep=keep,
     ):
         images: list[Image.Image] = []
+        shown: list[Image.Image] = []
         if drawn.previewer is not None:
             for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
-                shown = [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
-                images += map(run.guard.preview, shown)
+                images += [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
+            shown = [run.guard.preview(image) for image in images]
         else:
             step.latents[0, 0, 0, 0].item()  # waits for the device, as a preview would: else no step had its own time
         timer.stepped(len(seeds))
         yield Preview(
             step=step.index + 1,
             steps=step.steps,
-            images=tuple(images),
+            images=tuple(shown),
             first=first,
             count=request.count,
             seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
+            drafts=tuple(
+                Draft(image=image, record=replace(record, unfinished=(step.index + 1, step.steps)), sources=run.sources)
+                for image, record in zip(images, records, strict=False)  # there are none without a preview
+            ),
         )
         check(run.cancelled)
     return step.latents

@@ -15,9 +15,11 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from flux2_studio import line
+from flux2_studio.drafts import GONE, Drafts, Kept
 from flux2_studio.errors import SaveError, StudioError, UpsampleError
 from flux2_studio.events import FINAL, Event, Failed, Notice, Preview, Queued, Ready, Saved, Status, Stopped, Writing
 from flux2_studio.outputs.history import History
@@ -31,6 +33,7 @@ PASSING = (Queued, Status, Writing, Preview)  # what a later event of the same k
 OWN_WAITING = 20  # runs of one owner that may wait
 ALL_WAITING = 100  # and of all
 ENRICHMENTS = 8  # prompts that are enriched or wait for it, at most; each that another machine enriches is a thread
+UNFINISHED = 8  # runs that ended early and whose last previews can still be kept: they take memory
 KEPT = 200  # finished jobs that can still be asked for
 DEFECT = (
     "Something went wrong inside the studio; its log has the details. Try again, and restart the studio if it "
@@ -50,6 +53,8 @@ class Runner(Protocol):
     def enrich(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]: ...
 
     def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
+
+    def keep(self, draft: Any) -> tuple[Saved, tuple[str, ...]]: ...
 
 
 class Task:
@@ -145,6 +150,7 @@ class Job(Task):
         self.key = key
         self.passed = 0
         self.behind: set[Any] = set()
+        self.drafts = Drafts()
         self._told = told
 
     @property
@@ -159,6 +165,8 @@ class Job(Task):
         if not self.finished:
             self._told(self, event)  # first: what its followers know must be written down
         added = super().add(event)
+        if added:
+            self.drafts.hear(event)
         if isinstance(event, FINAL):
             self.key = None
         return added
@@ -343,6 +351,13 @@ class JobQueue:
             job = self._jobs.get(id_)
         return job if job is not None and job.owner == owner else None
 
+    def keep(self, id_: str, owner: str) -> Kept:
+        """Save the previews with which `owner`'s run `id_` ended before it was done. Raises `StudioError`."""
+        job = self.get(id_, owner)
+        if job is None or not job.finished:
+            raise StudioError(GONE)
+        return job.drafts.keep(self._studio, partial(self._not_remembered, job))
+
     # --- an owner's runs ----------------------------------------------------------------------------------------
 
     def standing(self, owner: str) -> tuple[Standing, ...]:
@@ -450,6 +465,9 @@ class JobQueue:
             with self._changed:
                 self._running = None
                 self._tell_places()
+                unfinished = [job for job in self._jobs.values() if job.finished and job.drafts]
+            for job in unfinished[: max(0, len(unfinished) - UNFINISHED)]:
+                job.drafts.take()
 
     def _run(self, task: Task) -> None:
         if isinstance(task, Job):
@@ -470,12 +488,17 @@ class JobQueue:
 
     def _remember(self, task: Task, saved: Saved) -> None:
         """Put the picture into the history. Where that fails, it is on disk all the same, and the run goes on."""
-        if self._history is None:
-            return
+        if (trouble := self._not_remembered(task, saved)) is not None:
+            task.add(Notice(text=trouble))
+
+    def _not_remembered(self, task: Task, saved: Saved) -> str | None:
+        """Put the picture into the history; why it is not there, if it is not."""
         try:
-            self._history.add(task.owner, task.id, saved)
+            if self._history is not None:
+                self._history.add(task.owner, task.id, saved)
         except SaveError as error:
-            task.add(Notice(text=f"The picture is saved as {saved.image.name}, but is not in History. {error}"))
+            return f"The picture is saved as {saved.image.name}, but is not in History. {error}"
+        return None
 
     def _begin(self, job: Job) -> None:
         if self._journal is not None and not isinstance(job, Enrichment):

@@ -21,6 +21,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.drawing import (
     WHOLE,
     Conditions,
+    Draft,
     Finished,
     Reference,
     Run,
@@ -60,7 +61,8 @@ from flux2_studio.models.memory import is_out_of_memory
 from flux2_studio.models.plan import Plan, Workload
 from flux2_studio.models.refusals import amount
 from flux2_studio.models.writers import WriterOffer
-from flux2_studio.outputs.credentials import Signer
+from flux2_studio.outputs.credentials import Signer, Source
+from flux2_studio.outputs.finish import Finished as File
 from flux2_studio.outputs.finish import Finisher
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.pace import Pace, Way
@@ -409,14 +411,15 @@ class Studio:
             drawn = yield from run.working(run.session.draw)
             yield from finished.fresh([lora.report.text for lora in drawn.applied])
             watch.lap()
-            pictures = yield from self._draw(run, drawn, seeds, len(waiting), conditions, timer)
+            together = len(seeds)
+            records = [self._record(run, drawn, fingerprint, seed, i, together) for i, seed in enumerate(seeds)]
+            pictures = yield from self._draw(run, drawn, records, len(waiting), conditions, timer)
             if pictures is None:
                 most = len(seeds) // 2
                 self._models.release_scratch()
                 yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
                 continue
-            for place, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
-                record = self._record(run, drawn, fingerprint, seed, place, len(seeds))
+            for picture, record in zip(pictures, records, strict=True):
                 yield from self._finish(run, picture, record)
             if self._pace is not None:
                 way = self._way(run.request, run.session.checkpoint, run.session.plan)
@@ -441,16 +444,33 @@ class Studio:
                 yield Notice(text=f"{error} (Seed {request.seed}.)")
             return
         change = run.region.change if run.region else None
-        sources = [reference.source for reference in run.references if reference.source is not None]
-        try:
-            file = self._finisher.finish(picture, record, sources, change)
-        except CredentialsError as error:  # it was there before the work, and so is the picture now
-            unsigned = replace(record, request=replace(request, sign=False))
-            file = self._finisher.finish(picture, unsigned, change=change)
-            told = (*told, f"The picture is not signed. {error}")
+        file, unsigned = self._marked(picture, record, run.sources, change)
         path = self._library.save(file.data, request)
-        finished.keep(path, request.seed, [*told, *file.notes], file.provenance)
+        finished.keep(path, request.seed, [*told, *unsigned, *file.notes], file.provenance)
         yield Saved(index=index, image=path, seed=request.seed, record=file.record)
+
+    def _marked(
+        self, picture: Image.Image, record: Record, sources: Sequence[Source], change: Image.Image | None
+    ) -> tuple[File, tuple[str, ...]]:
+        """The finished file of `picture`, and why it is not signed where it was to be."""
+        try:
+            return self._finisher.finish(picture, record, sources, change), ()
+        except CredentialsError as error:  # it was there before the work, and so is the picture now
+            unsigned = replace(record, request=replace(record.request, sign=False))
+            file = self._finisher.finish(picture, unsigned, change=change)
+            return file, (f"The picture is not signed. {error}",)
+
+    def keep(self, draft: Draft) -> tuple[Saved, tuple[str, ...]]:
+        """Check, mark and save the preview of a run that was not finished, as large as the picture would have been,
+        and what the user should know of it. Raises `StudioError`."""
+        request = draft.record.request
+        assert request.seed is not None and request.width and request.height
+        size = request.width, request.height
+        picture = draft.image if draft.image.size == size else draft.image.resize(size, Image.Resampling.LANCZOS)
+        told = self.guard.output(picture)
+        file, unsigned = self._marked(picture, draft.record, draft.sources, None)
+        path = self._library.save(file.data, request)
+        return Saved(index=0, image=path, seed=request.seed, record=file.record), (*told, *unsigned, *file.notes)
 
     def _record(self, run: Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
         upsampled = run.upsampled
@@ -473,17 +493,17 @@ class Studio:
         self,
         run: Run,
         drawn: Drawn,
-        seeds: Sequence[int],
+        records: Sequence[Record],
         waiting: int,
         conditions: Conditions,
         timer: Timer,
     ) -> Generator[Event, None, list[Image.Image] | None]:
-        """The pictures of `seeds`, drawn as one batch with a Preview per step; None if they do not fit into memory.
+        """The pictures of `records`, drawn as one batch with a Preview per step; None if they do not fit into memory.
 
         waiting: how many pictures of the request are not done yet, these included.
         """
         try:
-            latents = yield from denoise_batch(run, drawn, seeds, waiting, conditions, timer)
+            latents = yield from denoise_batch(run, drawn, records, waiting, conditions, timer)
             if not bool(torch.isfinite(latents).all()):
                 raise DeviceError(
                     f"{run.session.checkpoint.label} ran out of the range of {drawn.transformer.dtype}, so there is no "
@@ -495,6 +515,6 @@ class Studio:
                 pictures += [visible(image, run.request) for image in images_from_pixels(pixels)]
             return pictures
         except (RuntimeError, MemoryError) as error:
-            if len(seeds) == 1 or not is_out_of_memory(error):
+            if len(records) == 1 or not is_out_of_memory(error):
                 raise
             return None

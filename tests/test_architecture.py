@@ -27,7 +27,7 @@ LAYERS = [
     {"enrichment", "drawing"},
     {"timing"},
     {"studio", "encode_server"},
-    {"line"},
+    {"line", "drafts"},
     {"jobs"},
     {"explore"},
     {"ui"},

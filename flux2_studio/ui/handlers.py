@@ -19,11 +19,11 @@ from flux2_studio.errors import RequestError, StudioError, UpsampleError
 from flux2_studio.events import (
     Status,
 )
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs import Job, JobQueue
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
-from flux2_studio.ui import compare, fields, queue_panel, show
+from flux2_studio.ui import compare, fields, keep_preview, queue_panel, show
 from flux2_studio.ui.examples import Examples
-from flux2_studio.ui.following import Follower, View, Watch
+from flux2_studio.ui.following import Follower, View, Watch, form_of
 from flux2_studio.ui.lora_panel import choices, wire_loras
 from flux2_studio.ui.mask_panel import read_mask, read_outpaint
 from flux2_studio.ui.readiness import wire_outlook, wire_preparation
@@ -151,6 +151,11 @@ def _wire_runs(
     def view_of(request: Request, form: Form) -> RunView:
         return RunView(stage, form.upsampling, studio.settings.checkpoint(request.checkpoint))
 
+    def begun_view(job: Job) -> RunView:
+        view = view_of(job.request, next(form for form in forms if form.name == form_of(job.request)))
+        view.begin(job)
+        return view
+
     async def started(
         form: Form, watch: Watch, request: gr.Request, ask: Callable[[], Request], key_of: Callable[[], ApiKey | None]
     ) -> AsyncIterator[Update]:
@@ -223,6 +228,7 @@ def _wire_runs(
             )
             followed_after(started_run.then)
         wire_upsampling(studio, jobs, chosen, form, read, around)
+    keep_preview.wire(jobs, stage, begun_view)
     followed_after(queue_panel.wire(studio, jobs, queue, follower, watch, stage).then)
 
 

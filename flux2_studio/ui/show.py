@@ -103,6 +103,11 @@ def stopped(finished: int) -> str:
     return _bar(f"Stopped. {pictures} kept.", 0.0)
 
 
+def kept(count: int, step: int, steps: int) -> str:
+    what = "Kept an unfinished preview" if count == 1 else f"Kept {count} unfinished previews"
+    return _bar(f"{what}, after step {step} of {steps}.", step / steps if steps else 0.0)
+
+
 def duration(seconds: float) -> str:
     if seconds < 10:
         return f"{max(0.1, seconds):.1f} s"
