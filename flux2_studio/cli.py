@@ -232,10 +232,12 @@ def run_generate(options: argparse.Namespace) -> int:
     request = replace(request, seed=resolved.seed)  # chosen here, to know which picture is which
     assert request.seed is not None
     settings.prepare_process()
+    from flux2_studio.outputs.database import Database
     from flux2_studio.outputs.kept import KeptReferences
+    from flux2_studio.outputs.pace import Pace
     from flux2_studio.studio import Studio
 
-    studio = Studio(settings, kept=KeptReferences(settings.references))
+    studio = Studio(settings, kept=KeptReferences(settings.references), pace=Pace(Database(settings.database)))
     with stop_on_interrupt() as cancelled, Progress(sys.stderr) as progress:
         end = follow(studio.generate(request, cancelled), progress)
     # A stopped run has fewer, and one of which the safety check withheld some has gaps.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ from flux2_studio.models.memory import is_out_of_memory
 from flux2_studio.models.plan import Plan, Workload
 from flux2_studio.outputs.credentials import Source
 from flux2_studio.pictures import images_from_pixels
+from flux2_studio.record import Record
 from flux2_studio.references import padded
 from flux2_studio.regions import Region, composite, match_colours
 from flux2_studio.request import Request, drawn_size
@@ -89,6 +90,15 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """A picture as it is after some of its steps, and all that it takes to make a file of it."""
+
+    image: Image.Image
+    record: Record
+    sources: Sequence[Source]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conditions:
     """What every picture of a run is drawn from: contexts [1, L, C] and reference latents [1, 128, h, w]."""
 
@@ -102,7 +112,8 @@ class Run:
     """One run under way: its resolved request, and what goes along with it from stage to stage.
 
     upsampled: how its prompt came about, where a language model wrote it. region: what of the first reference may
-    change, where not all of it may. pause: seconds that lie between two previews, at least.
+    change, where not all of it may. pause: seconds that lie between two previews, at least. looking: seconds that it
+    took to open and check the references.
     """
 
     request: Request
@@ -114,6 +125,12 @@ class Run:
     cancelled: Callable[[], bool]
     finished: Finished
     pause: float = 0.0
+    looking: float = 0.0
+
+    @property
+    def sources(self) -> list[Source]:
+        """What goes into the credentials of its pictures."""
+        return [reference.source for reference in self.references if reference.source is not None]
 
     def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
         """Do `work` while telling what it says; it is not begun when the run is cancelled."""
@@ -190,11 +207,12 @@ def encode(run: Run) -> Generator[Event, None, Conditions]:
 
 
 def denoise_batch(
-    run: Run, drawn: Drawn, seeds: Sequence[int], waiting: int, conditions: Conditions, timer: Timer
+    run: Run, drawn: Drawn, records: Sequence[Record], waiting: int, conditions: Conditions, timer: Timer
 ) -> Generator[Event, None, Tensor]:
-    """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]."""
+    """Denoise one batch, yielding a Preview per step; the final latents [B, 128, h, w]. records: of its pictures."""
     request, checkpoint = run.request, run.session.checkpoint
     assert request.steps and request.guidance is not None
+    seeds = [record.request.seed for record in records if record.request.seed is not None]
     check(run.cancelled)
     first = request.count - waiting
     yield Status(text="Drawing" if request.count == 1 else f"Drawing {_range(first, len(seeds), request.count)}")
@@ -216,19 +234,29 @@ def denoise_batch(
         keep=keep,
     ):
         images: list[Image.Image] = []
+        seen: list[Image.Image] = []
         if drawn.previewer is not None and time.monotonic() >= shown + run.pause:
             for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
-                seen = [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
-                images += map(run.guard.preview, seen)
+                images += [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
+            seen = [run.guard.preview(image) for image in images]
             shown = time.monotonic()
+        else:
+            step.latents[0, 0, 0, 0].item()  # waits for the device, as a preview would: else no step had its own time
         timer.stepped(len(seeds))
+        done = step.index + 1, step.steps
         yield Preview(
             step=step.index + 1,
             steps=step.steps,
-            images=tuple(images),
+            images=tuple(seen),
             first=first,
             count=request.count,
             seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
+            sketches=tuple(
+                Sketch(
+                    image=image, record=replace(record, unfinished=(step.index + 1, step.steps)), sources=run.sources
+                )
+                for image, record in zip(images, records, strict=False)  # there are none without a preview
+            ),
         )
         check(run.cancelled)
     return step.latents
@@ -237,17 +265,17 @@ def denoise_batch(
 def draw(
     run: Run,
     drawn: Drawn,
-    seeds: Sequence[int],
+    records: Sequence[Record],
     waiting: int,
     conditions: Conditions,
     timer: Timer,
 ) -> Generator[Event, None, list[Image.Image] | None]:
-    """The pictures of `seeds`, drawn as one batch with a Preview per step; None if they do not fit into memory.
+    """The pictures of `records`, drawn as one batch with a Preview per step; None if they do not fit into memory.
 
     waiting: how many pictures of the request are not done yet, these included.
     """
     try:
-        latents = yield from denoise_batch(run, drawn, seeds, waiting, conditions, timer)
+        latents = yield from denoise_batch(run, drawn, records, waiting, conditions, timer)
         if not bool(torch.isfinite(latents).all()):
             raise DeviceError(
                 f"{run.session.checkpoint.label} ran out of the range of {drawn.transformer.dtype}, so there is no "
@@ -259,7 +287,7 @@ def draw(
             pictures += [visible(image, run.request) for image in images_from_pixels(pixels)]
         return pictures
     except (RuntimeError, MemoryError) as error:
-        if len(seeds) == 1 or not is_out_of_memory(error):
+        if len(records) == 1 or not is_out_of_memory(error):
             raise
         return None
 
@@ -290,19 +318,23 @@ def settled(run: Run, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]
 
 
 class Timer:
-    """Estimates the time left from the steps so far, counting a step once per picture."""
+    """Estimates the time left from the steps so far, counting a step once per picture. batch: the seconds of each step
+    since it was started."""
 
     def __init__(self) -> None:
+        self.batch: list[float] = []
         self._done = 0
         self._spent = 0.0
         self._since = 0.0
 
     def start(self) -> None:
+        self.batch = []
         self._since = time.monotonic()
 
     def stepped(self, pictures: int) -> None:
         now = time.monotonic()
-        self._spent += now - self._since
+        self.batch.append(now - self._since)
+        self._spent += self.batch[-1]
         self._since = now
         self._done += pictures
 

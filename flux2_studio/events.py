@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flux2_studio.record import Record
 from flux2_studio.request import Request
@@ -69,7 +69,8 @@ class Preview:
 
     A run of many pictures may be made in several batches: `images` are pictures `first`, `first + 1`, ... (0-based)
     of `count`, and `step` and `steps` count within this batch. `images` is empty where previews are switched off.
-    `seconds_left` is the estimate for the rest of the run, None before the first step was timed.
+    `seconds_left` is the estimate for the rest of the run, None before the first step was timed. `sketches` is what the
+    studio needs to make a file of each picture as it is by now, should the run end here.
     """
 
     step: int
@@ -78,6 +79,7 @@ class Preview:
     first: int
     count: int
     seconds_left: float | None
+    sketches: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

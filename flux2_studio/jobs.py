@@ -13,7 +13,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from flux2_studio import line
 from flux2_studio.errors import SaveError, StudioError, UpsampleError
@@ -21,6 +22,7 @@ from flux2_studio.events import Event, Failed, Notice, Queued, Ready, Saved, Sto
 from flux2_studio.outputs.history import History
 from flux2_studio.outputs.journal import Entry, Journal
 from flux2_studio.request import Request, changes
+from flux2_studio.sketches import GONE, Kept
 from flux2_studio.tasks import Draft, Enrichment, Job, Preparation, Task
 from flux2_studio.upsample import ApiKey
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 OWN_WAITING = 20  # runs of one owner that may wait
 ALL_WAITING = 100  # and of all
 ENRICHMENTS = 8  # prompts that are enriched or wait for it, at most; each that another machine enriches is a thread
+UNFINISHED = 8  # runs that ended early and whose last previews can still be kept: they take memory
 KEPT = 200  # finished jobs that can still be asked for
 DEFECT = (
     "Something went wrong inside the studio; its log has the details. Try again, and restart the studio if it "
@@ -50,6 +53,8 @@ class Runner(Protocol):
     def draft(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
 
     def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]: ...
+
+    def keep(self, sketch: Any) -> tuple[Saved, tuple[str, ...]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +237,13 @@ class JobQueue:
             job = self._jobs.get(id_)
         return job if job is not None and job.owner == owner else None
 
+    def keep(self, id_: str, owner: str) -> Kept:
+        """Save the previews with which `owner`'s run `id_` ended before it was done. Raises `StudioError`."""
+        job = self.get(id_, owner)
+        if job is None or not job.finished:
+            raise StudioError(GONE)
+        return job.sketches.keep(self._studio, partial(self._not_remembered, job))
+
     # --- an owner's runs ----------------------------------------------------------------------------------------
 
     def standing(self, owner: str) -> tuple[Standing, ...]:
@@ -339,6 +351,9 @@ class JobQueue:
             with self._changed:
                 self._running = None
                 self._tell_places()
+                unfinished = [job for job in self._jobs.values() if job.finished and job.sketches]
+            for job in unfinished[: max(0, len(unfinished) - UNFINISHED)]:
+                job.sketches.take()
 
     def _run(self, task: Task) -> None:
         if isinstance(task, Job):
@@ -359,12 +374,17 @@ class JobQueue:
 
     def _remember(self, task: Task, saved: Saved) -> None:
         """Put the picture into the history. Where that fails, it is on disk all the same, and the run goes on."""
-        if self._history is None:
-            return
+        if (trouble := self._not_remembered(task, saved)) is not None:
+            task.add(Notice(text=trouble))
+
+    def _not_remembered(self, task: Task, saved: Saved) -> str | None:
+        """Put the picture into the history; why it is not there, if it is not."""
         try:
-            self._history.add(task.owner, task.id, saved)
+            if self._history is not None:
+                self._history.add(task.owner, task.id, saved)
         except SaveError as error:
-            task.add(Notice(text=f"The picture is saved as {saved.image.name}, but is not in History. {error}"))
+            return f"The picture is saved as {saved.image.name}, but is not in History. {error}"
+        return None
 
     def _begin(self, job: Job) -> None:
         if self._journal is not None and job.lasting:

@@ -19,6 +19,8 @@ class Record:
     Pictures that are drawn together differ in a shade here and there from the same pictures drawn alone: matrices of
     another shape are multiplied in another order. So this was number `place` (0-based) of `together`, and the same bits
     come out where the request's seed is less by `place` and its count is `together`.
+
+    `unfinished` is (n, m) for the preview of a run that ended after step n of m: no request gives that picture.
     """
 
     request: Request
@@ -35,4 +37,5 @@ class Record:
     marked: tuple[int, int, int, int] | None = (
         None  # left, top, right, bottom in pixels; None for the whole, or nowhere
     )
+    unfinished: tuple[int, int] | None = None
     computed: Mapping[str, str] = field(default_factory=dict)  # device, precision, ...: what else the pixels depend on

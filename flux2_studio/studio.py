@@ -23,6 +23,7 @@ from flux2_studio.drawing import (
     Finished,
     Reference,
     Run,
+    Sketch,
     Timer,
     asking_of,
     draw,
@@ -55,12 +56,14 @@ from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Loras
 from flux2_studio.models.manager import Drawn, ModelManager
 from flux2_studio.models.memory import is_out_of_memory
-from flux2_studio.models.plan import Plan
+from flux2_studio.models.plan import Plan, Workload
 from flux2_studio.models.refusals import amount
 from flux2_studio.models.writers import WriterOffer
-from flux2_studio.outputs.credentials import Signer
+from flux2_studio.outputs.credentials import Signer, Source
+from flux2_studio.outputs.finish import Finished as File
 from flux2_studio.outputs.finish import Finisher
 from flux2_studio.outputs.kept import KeptReferences
+from flux2_studio.outputs.pace import Pace, Way
 from flux2_studio.outputs.save import Library
 from flux2_studio.outputs.watermark import PUBLISHED, Message
 from flux2_studio.record import Record
@@ -70,6 +73,7 @@ from flux2_studio.request import Request, Upsampling, changes
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import decide
 from flux2_studio.settings import Settings
+from flux2_studio.timing import Outlook, Stopwatch, foresee, learn, way_of
 from flux2_studio.upsample import ApiKey
 from flux2_studio.working import Cancelled, check, with_status
 
@@ -86,7 +90,8 @@ class Studio:
     """Turns requests into pictures, one at a time. `jobs.JobQueue` puts many callers in line.
 
     guard: the safety check, by default that of a studio for its owner alone. kept: where references are kept, so that
-    their pictures can be made again; None keeps none. Raises `StudioError` for a watermark that cannot be laid.
+    their pictures can be made again; None keeps none. pace: learns how long runs take; None for nobody. Raises
+    `StudioError` for a watermark that cannot be laid.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Studio:
         *,
         guard: Guard | None = None,
         kept: KeptReferences | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.settings = settings
         self.guard = guard or guard_of(settings, shared=False)
@@ -104,6 +110,7 @@ class Studio:
         own = settings.watermark_message
         self.message = Message.parse(own) if own else PUBLISHED
         self.kept = kept
+        self._pace = pace
         self._models = models or ModelManager(settings, Hub(settings))
         self._library = library or Library(settings.outputs)
         self._finisher = Finisher(self.message, self.signer)
@@ -135,17 +142,34 @@ class Studio:
             sizes.append(reference.image.size)
         return request.resolve(checkpoint, sizes)
 
-    def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> str:
-        """How `request` will fit into memory, in words; "" where its checkpoint is not on disk. Reads headers only.
+    def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> Outlook:
+        """What `request` will take: memory, where its checkpoint is on disk, and time, where that was learnt. Reads
+        headers only.
 
         references: the size of each in pixels, scaled to its cap. Raises `StudioError` where it will not fit.
         """
         checkpoint = self.settings.checkpoint(request.checkpoint)
+        resolved = request.resolve(checkpoint, references)
+        workload = workload_of(resolved, references, checkpoint)
         if not self.on_disk(checkpoint):
-            return ""
-        workload = workload_of(request.resolve(checkpoint, references), references, checkpoint)
+            return foresee(resolved, checkpoint, workload, there=False, loaded=False)
         plan = self._models.outlook(checkpoint, workload, request.loras, whole=self._asks)
-        return plan.text(self._models.place)
+        return foresee(
+            resolved,
+            checkpoint,
+            workload,
+            fit=plan.text(self._models.place),
+            way=self._way(resolved, checkpoint, plan),
+            batch=plan.batch,
+            pace=self._pace,
+            there=True,
+            loaded=self._models.loaded(checkpoint),
+        )
+
+    def _way(self, request: Request, checkpoint: Checkpoint, plan: Plan) -> Way:
+        computed = self.computed(checkpoint)
+        precision = f"{computed['precision']}, weights {computed['weights']}"
+        return way_of(self._models.device_name, precision, checkpoint, plan, self.settings.preview, request)
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -277,7 +301,8 @@ class Studio:
             )
             conditions = yield from encode(run)
             drawn = yield from run.working(session.draw)
-            pictures = yield from draw(run, drawn, resolved.seeds, 1, conditions, Timer())
+            record = self._record(run, drawn, "", resolved.seeds[0], 0, 1)
+            pictures = yield from draw(run, drawn, [record], 1, conditions, Timer())
             assert pictures is not None, "one picture is not made in parts"
             ask, told = asking_of(run)
             picture, kept = settled(run, pictures[0])
@@ -307,6 +332,7 @@ class Studio:
         self._library.check()
         self.guard.ready()
         request, references, region = yield from self._examined(asked, cancelled, finished, with_files=True)
+        looking = time.monotonic() - began
         self._finisher.check(request)
         upsampled: Upsampled | None = None
         if request.upsampling.by != "none":
@@ -339,12 +365,13 @@ class Studio:
                 guard=self.guard,
                 cancelled=cancelled,
                 finished=finished,
+                looking=looking,
             )
             yield from finished.fresh(session.notes)
             if not session.plan.resident:
                 yield Notice(text=session.plan.text(self._models.place))
             try:
-                yield from self._make(run)
+                yield from self._make(run, workload)
             except (RuntimeError, MemoryError) as error:
                 if before or not is_out_of_memory(error):
                     raise
@@ -408,9 +435,11 @@ class Studio:
             notes = (*whole.notes, *([note] if note else []))
             yield Reference(image=image, notes=notes, sha256=whole.sha256), whole.data
 
-    def _make(self, run: Run) -> Iterator[Event]:
+    def _make(self, run: Run, workload: Workload) -> Iterator[Event]:
         """Draw and save the pictures of `run` that are not finished yet."""
+        watch = Stopwatch(run.session, run.looking)
         conditions = yield from encode(run)
+        once: float | None = watch.lap()
         finished = run.finished
         fingerprint = ""  # read before the drawing: it may take a minute, be given up, or fail
         if run.request.metadata:
@@ -423,15 +452,22 @@ class Studio:
             seeds = waiting[:most]
             drawn = yield from run.working(run.session.draw)
             yield from finished.fresh([lora.report.text for lora in drawn.applied])
-            pictures = yield from draw(run, drawn, seeds, len(waiting), conditions, timer)
+            watch.lap()
+            together = len(seeds)
+            records = [self._record(run, drawn, fingerprint, seed, i, together) for i, seed in enumerate(seeds)]
+            pictures = yield from draw(run, drawn, records, len(waiting), conditions, timer)
             if pictures is None:
                 most = len(seeds) // 2
                 self._models.release_scratch()
                 yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
                 continue
-            for place, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
-                record = self._record(run, drawn, fingerprint, seed, place, len(seeds))
+            for picture, record in zip(pictures, records, strict=True):
                 yield from self._finish(run, picture, record)
+            if self._pace is not None:
+                way = self._way(run.request, run.session.checkpoint, run.session.plan)
+                finishing = max(0.0, watch.lap() - sum(timer.batch))
+                learn(self._pace, way, run, workload, timer, pictures=len(seeds), finishing=finishing, once=once)
+                once = None  # of the pictures that follow it is no part
             del waiting[: len(seeds)]
 
     def _finish(self, run: Run, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
@@ -450,16 +486,33 @@ class Studio:
                 yield Notice(text=f"{error} (Seed {request.seed}.)")
             return
         change = run.region.change if run.region else None
-        sources = [reference.source for reference in run.references if reference.source is not None]
-        try:
-            file = self._finisher.finish(picture, record, sources, change)
-        except CredentialsError as error:  # it was there before the work, and so is the picture now
-            unsigned = replace(record, request=replace(request, sign=False))
-            file = self._finisher.finish(picture, unsigned, change=change)
-            told = (*told, f"The picture is not signed. {error}")
+        file, unsigned = self._marked(picture, record, run.sources, change)
         path = self._library.save(file.data, request)
-        finished.keep(path, request.seed, [*told, *file.notes], file.provenance)
+        finished.keep(path, request.seed, [*told, *unsigned, *file.notes], file.provenance)
         yield Saved(index=index, image=path, seed=request.seed, record=file.record)
+
+    def _marked(
+        self, picture: Image.Image, record: Record, sources: Sequence[Source], change: Image.Image | None
+    ) -> tuple[File, tuple[str, ...]]:
+        """The finished file of `picture`, and why it is not signed where it was to be."""
+        try:
+            return self._finisher.finish(picture, record, sources, change), ()
+        except CredentialsError as error:  # it was there before the work, and so is the picture now
+            unsigned = replace(record, request=replace(record.request, sign=False))
+            file = self._finisher.finish(picture, unsigned, change=change)
+            return file, (f"The picture is not signed. {error}",)
+
+    def keep(self, sketch: Sketch) -> tuple[Saved, tuple[str, ...]]:
+        """Check, mark and save the preview of a run that was not finished, as large as the picture would have been,
+        and what the user should know of it. Raises `StudioError`."""
+        request = sketch.record.request
+        assert request.seed is not None and request.width and request.height
+        size = request.width, request.height
+        picture = sketch.image if sketch.image.size == size else sketch.image.resize(size, Image.Resampling.LANCZOS)
+        told = self.guard.output(picture)
+        file, unsigned = self._marked(picture, sketch.record, sketch.sources, None)
+        path = self._library.save(file.data, request)
+        return Saved(index=0, image=path, seed=request.seed, record=file.record), (*told, *unsigned, *file.notes)
 
     def _record(self, run: Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
         upsampled = run.upsampled

@@ -12,6 +12,7 @@ from typing import Any
 
 from flux2_studio.events import FINAL, Event, Preview, Queued, Status, Stopped, Writing
 from flux2_studio.request import Request
+from flux2_studio.sketches import Sketches
 from flux2_studio.upsample import ApiKey
 
 PASSING = (Queued, Status, Writing, Preview)  # what a later event of the same kind makes worthless
@@ -112,6 +113,7 @@ class Job(Task):
         self.key = key
         self.passed = 0
         self.behind: set[Any] = set()
+        self.sketches = Sketches()
         self._told = told
 
     @property
@@ -126,6 +128,8 @@ class Job(Task):
         if not self.finished:
             self._told(self, event)  # first: what its followers know must be written down
         added = super().add(event)
+        if added:
+            self.sketches.hear(event)
         if isinstance(event, FINAL):
             self.key = None
         return added

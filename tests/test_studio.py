@@ -297,14 +297,12 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(nano: Studio) -> N
 
 
 def test_how_a_request_will_fit_can_be_asked_before(nano: Studio) -> None:
-    assert nano.outlook(Request(prompt="a cat")).startswith("Fits: ")
-    assert nano.outlook(Request(prompt="a cat"), [(512, 512)] * 2) != nano.outlook(Request(prompt="a cat"))
-    assert (
-        Studio(replace(nano.settings, overrides={"KLEIN_4B_MODEL_PATH": Path("nowhere")})).outlook(
-            Request(prompt="a cat", checkpoint="klein-4b")
-        )
-        == ""
-    )
+    plain = nano.outlook(Request(prompt="a cat"))
+    assert plain.fit.startswith("Fits: ")
+    assert nano.outlook(Request(prompt="a cat"), [(512, 512)] * 2).fit != plain.fit
+    elsewhere = Studio(replace(nano.settings, overrides={"KLEIN_4B_MODEL_PATH": Path("nowhere")}))
+    missing = elsewhere.outlook(Request(prompt="a cat", checkpoint="klein-4b"))
+    assert (missing.fit, missing.seconds, missing.there) == ("", None, False)
 
 
 def test_a_failed_load_keeps_nothing_alive(nano: Studio) -> None:

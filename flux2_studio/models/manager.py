@@ -8,6 +8,8 @@ differs, and as much of both stays in memory as fits.
 from __future__ import annotations
 
 import contextlib
+import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -168,6 +170,17 @@ class ModelManager:
         files = self._hub.locate(checkpoint.flow, progress)
         return self._fingerprints.read(files.weights, progress, SUBFOLDERS["flow"])
 
+    def loaded(self, checkpoint: Checkpoint) -> bool:
+        """Whether the transformer of `checkpoint`, which is on disk, is in memory. Raises `WeightsError`."""
+        return self._residency.holds(self._opener.open(checkpoint, _silent, fetch=False).keys["flow"])
+
+    @property
+    def device_name(self) -> str:
+        """The device as one tells it from others: how long something takes depends on it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} of {platform.machine()} with {torch.get_num_threads()} threads"
+
     @property
     def place(self) -> str:
         """What the memory belongs to, in words."""
@@ -284,7 +297,11 @@ class Drawn:
 
 class Session:
     """A checkpoint under a plan. Each method brings what it needs to the device, telling `progress`, which may raise
-    to give up. Build it with `ModelManager.open`."""
+    to give up. Build it with `ModelManager.open`.
+
+    loading: seconds that went into reading weights from their files so far. remembered: whether a prompt or a reference
+    needed no reading, for it was known.
+    """
 
     def __init__(
         self,
@@ -302,6 +319,8 @@ class Session:
         self.checkpoint = opened.checkpoint
         self.plan = plan
         self.notes = opened.notes
+        self.loading = 0.0
+        self.remembered = False
         self._opened = opened
         self._preview = preview
         self._loras = loras
@@ -313,8 +332,11 @@ class Session:
 
     def encode(self, prompts: Sequence[str], progress: Progress) -> Encoded:
         """The contexts of `prompts`; only those that are not remembered are read."""
+        known = True
 
         def read(missing: Sequence[str]) -> Encoded:
+            nonlocal known
+            known = False
             if self._remote is not None:
                 progress("Sending the prompt to the text encoder", None)
                 return self._remote.encode(missing, progress)
@@ -323,7 +345,9 @@ class Session:
             return (text.encoder if isinstance(text, Writer) else text).encode(missing)
 
         key = self._opened.keys.get("text")
-        return self._contexts.encode(key.reading if key else self._remote, prompts, read)
+        encoded = self._contexts.encode(key.reading if key else self._remote, prompts, read)
+        self.remembered |= known
+        return encoded
 
     def asking(self, progress: Progress | None = None) -> Writer | None:
         """The language model that the prompts are read with, to be asked about what it sees, with room for that; None
@@ -346,13 +370,18 @@ class Session:
 
     def encode_reference(self, image: Image.Image, progress: Progress) -> Tensor:
         """The latent [1, 128, h, w] of `image`, whose sides are multiples of 16, unless it is remembered."""
+        known = True
 
         def read(picture: Image.Image) -> Tensor:
+            nonlocal known
+            known = False
             autoencoder: Autoencoder = self._bring(REFERENCES, progress)["autoencoder"]
             stage = self.plan.stage(REFERENCES)
             return autoencoder.encode(pixels_from_image(picture), stage.rows, HOST if stage.store else None)
 
-        return self._latents.encode(self._opened.keys["autoencoder"], image, read)
+        latent = self._latents.encode(self._opened.keys["autoencoder"], image, read)
+        self.remembered |= known
+        return latent
 
     def draw(self, progress: Progress) -> Drawn:
         """Transformer and previews' decoder, and the LoRAs that the request chose on the former."""
@@ -396,11 +425,18 @@ class Session:
                 progress(words, None)
             found[kind] = self._residency.bring(
                 key,
-                partial(self._opened.load, kind, told=partial(progress, words)),
+                partial(self._load, kind, told=partial(progress, words)),
                 _module_of,
                 blocks=_blocks(stage.streamed) if kind == stage.parts[0] else None,
             )
         return found
+
+    def _load(self, kind: str, device: torch.device, told: Callable[[float], None]) -> Any:
+        began = time.monotonic()
+        try:
+            return self._opened.load(kind, device, told)
+        finally:
+            self.loading += time.monotonic() - began
 
 
 def _part_from_twin(residency: Residency[Key], key: Key) -> None:

@@ -76,6 +76,10 @@ class Residency(Generic[KeyT]):
         """Bytes that the part under `key` takes on the device at the moment."""
         return self._entries[key].device_bytes if key in self._entries else 0
 
+    def holds(self, key: KeyT) -> bool:
+        """Whether the part under `key` is in memory, the device's or main memory."""
+        return key in self._entries
+
     def held(self, key: KeyT) -> Any | None:
         """The part under `key` if it is on the device."""
         entry = self._entries.get(key)

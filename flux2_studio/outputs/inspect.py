@@ -66,6 +66,11 @@ class Inspection:
     def findings(self) -> tuple[str, ...]:
         """What all of that amounts to, in sentences for the user, the most important first."""
         found = [self.problem] if self.problem else []
+        if self.is_picture and self.settings.record and (unfinished := self.settings.record.unfinished):
+            found.append(
+                f"This is an unfinished preview, as it was after step {unfinished[0]} of {unfinished[1]}: its settings "
+                f"do not make this picture again, but the finished one."
+            )
         if self.is_picture:
             found += [_on_settings(self), *_contradictions(self), _on_watermark(self)]
         said = self.credentials.summary
@@ -141,7 +146,11 @@ def setting_rows(record: Record) -> list[tuple[str, str]]:
     size = f"{request.width} x {request.height}"
     together = f" (picture {record.place + 1} of {record.together} drawn together)" if record.together > 1 else ""
     marks = {"watermark": "watermark", "metadata": "settings", "sign": "content credentials"}
+    stopped = (
+        f"a preview, kept after step {record.unfinished[0]} of {record.unfinished[1]}" if record.unfinished else ""
+    )
     table = [
+        ("Unfinished", stopped),
         ("Prompt", request.prompt),
         ("Enriched", enriched),
         ("Original prompt", record.original_prompt or ""),

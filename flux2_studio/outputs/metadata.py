@@ -7,7 +7,8 @@ object, in a PNG the text entry `parameters`, in JPEG and WebP EXIF's UserCommen
     {"request": {"prompt": ..., "seed": ..., ...}, "checkpoint": {"name", "label", "sha256"},
      "references": [sha256, ...], "mask": sha256, "outpaint": {"left", "top", "right", "bottom"},
      "loras": [{"name", "weight", "sha256"}, ...], "original_prompt",
-     "upsampled_by", "place", "together", "marked": [left, top, right, bottom], "versions": {...}, "computed": {...}}
+     "upsampled_by", "place", "together", "marked": [left, top, right, bottom], "versions": {...}, "computed": {...},
+     "unfinished": [step, steps], only in a preview that was kept}
 
 References are given as the SHA-256 of the file's bytes: a path would mean nothing on another machine and may tell more
 about its owner than intended. LoRAs have theirs beside name and weight, because a name may stand for another file
@@ -85,6 +86,7 @@ PARTS = {
     "marked",
     "versions",
     "computed",
+    "unfinished",
 }
 OTHER_PROGRAM = "The file holds settings of another program, which are not read here."
 DAMAGED = "What the file says of itself is damaged, or made to be: it cannot be read."
@@ -199,6 +201,7 @@ def as_dict(record: Record) -> dict[str, Any]:
         "marked": list(record.marked) if record.marked else None,
         "versions": dict(record.versions),
         "computed": dict(record.computed),
+        **({"unfinished": list(record.unfinished)} if record.unfinished else {}),
     }
 
 
@@ -319,6 +322,7 @@ def _record(parsed: Mapping[str, Any]) -> Record:
         place=_whole(parsed.get("place", 0), "place", MAX_COUNT),
         together=_whole(parsed.get("together", 1), "together", MAX_COUNT),
         marked=_box(parsed.get("marked")),
+        unfinished=_step(parsed.get("unfinished")),
         versions=_texts(parsed, "versions"),
         computed=_texts(parsed, "computed"),
     )
@@ -386,6 +390,17 @@ def _box(value: object) -> tuple[int, int, int, int] | None:
     if left >= right or top >= bottom:
         raise _Wrong("What the settings in the file have as marked is no rectangle.")
     return left, top, right, bottom
+
+
+def _step(value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise _Wrong("What the settings in the file have as unfinished is no step of so many.")
+    step, steps = (_whole(it, "unfinished", MAX_NUMBER) for it in value)
+    if not 0 < step <= steps:
+        raise _Wrong("What the settings in the file have as unfinished is no step of so many.")
+    return step, steps
 
 
 def _texts(parsed: Mapping[str, Any], name: str) -> dict[str, str]:

@@ -192,6 +192,7 @@ def serve(
     from flux2_studio.models.hub import Hub
     from flux2_studio.models.manager import ModelManager
     from flux2_studio.outputs.kept import KeptReferences
+    from flux2_studio.outputs.pace import Pace
     from flux2_studio.studio import Studio, guard_of
 
     if settings.on_space:
@@ -203,14 +204,15 @@ def serve(
     hub = Hub(settings)  # one for runs and for the Models tab, so that they share downloads
     guests = for_guests(settings, share)
     exposed = guests or not _is_loopback(host)
+    database = Database(settings.database)
     studio = Studio(
         settings,
         ModelManager(settings, hub),
         guard=guard_of(settings, shared=exposed),
         # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
         kept=None if exposed else KeptReferences(settings.references),
+        pace=Pace(database),
     )
-    database = Database(settings.database)
     thumbnails = Thumbnails(settings.thumbnails)
     history = History(database, settings.outputs, settings.trash, forget=thumbnails.forget)
     jobs = JobQueue(studio, Journal(database, settings.queue), history)

@@ -21,9 +21,10 @@ from flux2_studio.events import (
 )
 from flux2_studio.jobs import JobQueue
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
-from flux2_studio.ui import compare, fields, queue_panel, show
+from flux2_studio.tasks import Job
+from flux2_studio.ui import compare, fields, keep_preview, queue_panel, show
 from flux2_studio.ui.examples import Examples
-from flux2_studio.ui.following import Follower, View, Watch
+from flux2_studio.ui.following import Follower, View, Watch, form_of
 from flux2_studio.ui.live import wire_live
 from flux2_studio.ui.lora_panel import choices, wire_loras
 from flux2_studio.ui.mask_panel import read_mask, read_outpaint
@@ -76,13 +77,13 @@ def wire(
 ) -> None:
     """Connect the laid-out components. `chosen` is the checkpoint choice that the forms share."""
     _wire_checkpoint(studio, examples, chosen, about, forms)
-    wire_preparation(studio, jobs, chosen, loading)
+    loaded = wire_preparation(studio, jobs, chosen, loading)
     wire_loras(studio, chosen, forms)
     for form in forms:
         _wire_seed(form)
         _wire_size(studio, chosen, form)
         _wire_examples(studio, examples, chosen, form)
-        wire_outlook(studio, form)
+        wire_outlook(studio, form, [loaded, stage.job.change])  # the latter when a run begins and when it ends
         if form.panel is not None:
             wire_references(studio, chosen, form, form.panel)
     _wire_runs(studio, jobs, page, chosen, forms, stage, queue)
@@ -151,6 +152,11 @@ def _wire_runs(
 
     def view_of(request: Request, form: Form) -> RunView:
         return RunView(stage, form.upsampling, studio.settings.checkpoint(request.checkpoint))
+
+    def begun_view(job: Job) -> RunView:
+        view = view_of(job.request, next(form for form in forms if form.name == form_of(job.request)))
+        view.begin(job)
+        return view
 
     async def started(
         form: Form, watch: Watch, request: gr.Request, ask: Callable[[], Request], key_of: Callable[[], ApiKey | None]
@@ -225,6 +231,7 @@ def _wire_runs(
             followed_after(started_run.then)
         wire_upsampling(studio, jobs, chosen, form, read, around)
     wire_live(studio, jobs, chosen, forms, stage, watch, read)
+    keep_preview.wire(jobs, stage, begun_view)
     followed_after(queue_panel.wire(studio, jobs, queue, follower, watch, stage).then)
 
 

@@ -214,6 +214,7 @@ def restoration(record: Record, studio: Studio, references: References | None) -
         checkpoint=checkpoint,
         references=found,
         notes=(
+            *(["It is an unfinished preview: these settings make the finished picture."] if record.unfinished else []),
             *missing,
             *dropped,
             *_about_checkpoint(record, studio, checkpoint),

@@ -172,6 +172,7 @@ def _mat(stage: Stage, picture: str) -> Update:
         stage.preview: gr.HTML(picture, visible=True),
         stage.gallery: gr.Gallery(visible=False),
         stage.actions: gr.Row(visible=False),
+        stage.keep: gr.Button(visible=False),
         stage.details: gr.Accordion(visible=False),
         **compare.hidden(stage.comparison),
     }

@@ -1,9 +1,11 @@
-"""Before a run: whether the request fits into memory, shown under its form, and the chosen checkpoint loaded ahead."""
+"""Before a run: whether the request fits into memory and how long it will take, shown under its form, and the chosen
+checkpoint loaded ahead."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -30,27 +32,34 @@ DECISIVE = (
     "width",
     "height",
     "count",
+    "steps",
     "guidance",
     "loras",
-)  # what a request's memory depends on
+)  # what a request's memory and time depend on
 
 
-def wire_outlook(studio: Studio, form: Form) -> None:
-    """Tell under `form` how what it asks for will fit into memory, whenever that changes."""
+def wire_outlook(studio: Studio, form: Form, news: Sequence[Callable[..., Any]]) -> None:
+    """Tell under `form` what it asks for will take, whenever that changes: with its fields, and after `news`, events
+    of what else it depends on."""
     components = {name: form.fields[name] for name in DECISIVE if name in form.fields}
+    components["upsample_by"] = form.upsampling.inputs["upsample_by"]
 
     async def tell(**values: Any) -> str:
         return await asyncio.to_thread(outlook, studio, **values)
 
-    listen(
-        None,  # at every change, and when the page is opened
-        tell,
-        None,
-        form.fit,
-        inputs_kwargs=components,
-        concurrency_limit=None,
-        trigger_mode="always_last",
-    )
+    # With no trigger named: at every change, and when the page is opened.
+    events: list[Callable[..., Any]] = [partial(listen, None), *news]
+    for event in events:
+        event(
+            tell,
+            None,
+            form.fit,
+            inputs_kwargs=components,
+            concurrency_limit=None,
+            trigger_mode="always_last",
+            api_visibility="private",
+            show_progress="hidden",
+        )
 
 
 def outlook(
@@ -61,11 +70,13 @@ def outlook(
     height: int | None,
     count: int,
     guidance: float,
+    steps: int | None = None,
     references: Sequence[tuple[str, str | None]] | None = None,
     loras: Any = None,
     outpaint: Any = None,
+    upsample_by: str = "none",
 ) -> str:
-    """How a form's values will fit into memory, as HTML; "" for values that cannot be run, which the run will tell."""
+    """What a form's values will take, as HTML; "" for values that cannot be run, which the run will tell."""
     try:
         chosen = studio.settings.checkpoint(checkpoint)
         files = paths(references)
@@ -79,20 +90,21 @@ def outlook(
             width=width,
             height=height,
             count=count,
-            # A number that was laid out for the checkpoint before is not this one's.
+            # Numbers that were laid out for the checkpoint before are not this one's.
             guidance=None if chosen.guidance_fixed else guidance,
+            steps=None if chosen.steps_fixed else steps,
             loras=choices(loras),
         )
-        told = studio.outlook(asked, sizes)
-        return show.notes([told]) if told else ""
+        return show.outlook(studio.outlook(asked, sizes), enriched=upsample_by != "none")
     except OutOfMemory as error:
         return show.problem(str(error))
     except StudioError:
         return ""
 
 
-def wire_preparation(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, loading: gr.HTML) -> None:
-    """Load a checkpoint that is on disk as soon as it is chosen, after the run under way, and show how far that is."""
+def wire_preparation(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, loading: gr.HTML) -> Callable[..., Any]:
+    """Load a checkpoint that is on disk as soon as it is chosen, after the run under way, and show how far that is.
+    Returns the event of its end."""
 
     async def prepare(name: str, request: gr.Request) -> AsyncIterator[str]:
         checkpoint = studio.settings.checkpoint(name)
@@ -111,4 +123,6 @@ def wire_preparation(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, loadin
                     yield ""
 
     # By hand only: opening the page is no wish, and a new choice takes the place of the one before.
-    listen(chosen.input, prepare, chosen, loading, concurrency_limit=None, trigger_mode="multiple")
+    prepared = listen(chosen.input, prepare, chosen, loading, concurrency_limit=None, trigger_mode="multiple")
+    ended: Callable[..., Any] = prepared.then
+    return ended

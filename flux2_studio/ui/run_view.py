@@ -26,6 +26,7 @@ from flux2_studio.events import (
 )
 from flux2_studio.outputs.journal import Entry
 from flux2_studio.request import Request, Upsampling
+from flux2_studio.sketches import Kept
 from flux2_studio.tasks import Job
 from flux2_studio.ui import compare, show
 from flux2_studio.ui.tabs import EMPTY, Stage, UpsamplingPanel
@@ -51,10 +52,11 @@ class RunView:
         self._request: Request | None = None
         self._looked = False
         self._before: Image.Image | None = None  # what an edit is made of
+        self._job: Job | Entry | None = None
 
     def begin(self, job: Job | Entry) -> Update:
         stage = self._stage
-        self._request = job.request
+        self._request, self._job = job.request, job
         return {
             stage.job: job.id,
             stage.message: "",
@@ -62,6 +64,7 @@ class RunView:
             stage.gallery: gr.Gallery(visible=False),
             stage.progress: show.status(Status(text="Starting")),
             stage.stop: gr.Button("Stop", visible=True, interactive=True),
+            stage.keep: gr.Button(visible=False),
             stage.notices: show.notices(self._notices),
             stage.actions: gr.Row(visible=False),
             stage.details: gr.Accordion(visible=False),
@@ -109,12 +112,14 @@ class RunView:
                 }
             case Stopped():
                 update: Update = {stage.progress: show.stopped(len(event.images)), **self._end()}
-                return {**update, **self._pictures(event.images, event.seeds)} if event.images else update
+                if not event.images:
+                    return {**update, **self._offer()}
+                return {**update, **self._pictures(event.images, event.seeds)}
             case Failed():
                 self.failure, self.upsampling_failed = event.message, event.upsampling
                 failed: Update = {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
                 if not self._saved:
-                    return failed
+                    return {**failed, **self._offer()}
                 return {**failed, **self._pictures(list(self._saved), list(self._saved.values()))}
             case _:
                 raise AssertionError(f"{event} is no run's")
@@ -124,6 +129,29 @@ class RunView:
 
     def _end(self) -> Update:
         return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}
+
+    def _offer(self) -> Update:
+        """Keeping what is on the mat, where the studio still has it."""
+        count = len(self._job.sketches) if isinstance(self._job, Job) else 0
+        label = "Keep this preview" if count == 1 else f"Keep these {count} previews"
+        assert self._job is not None, "begin first"
+        return {self._stage.keep: gr.Button(label, visible=bool(count)), self._stage.unfinished: self._job.id}
+
+    def kept(self, kept: Kept) -> Update:
+        """The previews of a run that ended early, which are pictures now. Begin first."""
+        record = kept.pictures[0].record
+        assert record.unfinished and self._request is not None, "begin first"
+        step, steps = record.unfinished
+        self._request = replace(self._request, prompt=record.request.prompt, upsampling=Upsampling())
+        images, seeds = zip(*((saved.image, saved.seed) for saved in kept.pictures), strict=True)
+        stage = self._stage
+        return {
+            stage.progress: show.kept(len(images), step, steps),
+            stage.message: "",
+            stage.notices: show.notices(kept.notes),
+            stage.keep: gr.Button(visible=False),
+            **self._pictures(images, seeds),
+        }
 
     def _pictures(
         self, images: Sequence[Path], seeds: Sequence[int], provenance: Sequence[str] | None = None

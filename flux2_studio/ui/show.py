@@ -12,12 +12,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.events import Drafted, Preview, Queued, Result, Status, Upsampled
 from flux2_studio.request import Request
+
+if TYPE_CHECKING:
+    from flux2_studio.timing import Outlook
 
 ADDRESS = re.compile(r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])")  # a comma or full stop behind it is the sentence's
 SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be larger than the screen shows it
@@ -65,6 +69,28 @@ def step(event: Preview) -> str:
     return _bar(text, (event.first + drawn * event.step / event.steps) / event.count)
 
 
+def outlook(told: Outlook, *, enriched: bool) -> str:
+    """What a run will take, before it is begun. enriched: its prompt is, first, which takes as long as it takes."""
+    size = f"{told.tokens:,} image tokens"
+    if read := sum(told.reference_tokens):
+        several = len(told.reference_tokens) > 1
+        size += f" + {read:,} of {f'{len(told.reference_tokens)} references' if several else 'the reference'}"
+    steps = f"{told.steps} steps" if told.steps > 1 else "1 step"
+    steps += ", each computed for two prompts" if told.guided else ""
+    pictures = f"{told.pictures} pictures" if told.pictures > 1 else "1 picture"
+    if told.seconds is None:
+        long = "The first run will tell how long it takes."
+    else:
+        long = f"About {duration(told.seconds)}, as runs on this machine go."
+    first = [] if told.there else ["downloading"]
+    first += [] if told.loaded else ["loading the checkpoint"]
+    first += ["enriching the prompt"] if enriched else []
+    if first:
+        long += f" {' and '.join(first).capitalize()} {'come' if len(first) > 1 else 'comes'} first."
+    facts = f'<p class="pace">{size} · {steps} · {pictures}<br>{escape(long)}</p>'
+    return notes([told.fit] if told.fit else []) + facts
+
+
 def done(event: Result) -> str:
     pictures = "1 picture" if len(event.images) == 1 else f"{len(event.images)} pictures"
     return _bar(f"{pictures} in {duration(event.seconds)}", 1.0)
@@ -84,6 +110,11 @@ def stopped(finished: int) -> str:
         return _bar("Stopped before a picture was finished.", 0.0)
     pictures = "1 finished picture was" if finished == 1 else f"{finished} finished pictures were"
     return _bar(f"Stopped. {pictures} kept.", 0.0)
+
+
+def kept(count: int, step: int, steps: int) -> str:
+    what = "Kept an unfinished preview" if count == 1 else f"Kept {count} unfinished previews"
+    return _bar(f"{what}, after step {step} of {steps}.", step / steps if steps else 0.0)
 
 
 def duration(seconds: float) -> str:

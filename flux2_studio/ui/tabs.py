@@ -121,9 +121,11 @@ class ReferenceTools:
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """Where a run is followed. `job` is its id, `results` the saved paths, `picked` the index of the shown one. One
-    `without_` each form runs it without enriching its prompt, where that failed."""
+    `without_` each form runs it without enriching its prompt, where that failed. `keep` saves the preview of the run
+    `unfinished`, which ended with that."""
 
     job: gr.State
+    unfinished: gr.State
     results: gr.State
     picked: gr.State
     message: gr.HTML
@@ -134,6 +136,7 @@ class Stage:
     gallery: gr.Gallery
     progress: gr.HTML
     stop: gr.Button
+    keep: gr.Button
     notices: gr.HTML
     actions: gr.Row
     download: gr.DownloadButton
@@ -413,6 +416,7 @@ def stage(queue: gr.HTML | None = None) -> Stage:
     with gr.Row(elem_id="running"):
         progress = gr.HTML(elem_id="progress")
         stop = gr.Button("Stop", variant="stop", visible=False, min_width=96, scale=0, elem_id="stop")
+        keep = gr.Button("Keep this preview", visible=False, min_width=220, scale=0, elem_id="keep-preview")
     notices = gr.HTML(elem_id="notices")
     with gr.Row(visible=False, elem_id="actions") as actions:
         download = gr.DownloadButton("Download", elem_id="download", min_width=140)
@@ -425,6 +429,7 @@ def stage(queue: gr.HTML | None = None) -> Stage:
         json = gr.Code(language="json", label="As JSON", interactive=False, elem_id="json", lines=3, max_lines=12)
     return Stage(
         job=job,
+        unfinished=gr.State(""),
         results=results,
         picked=picked,
         message=message,
@@ -435,6 +440,7 @@ def stage(queue: gr.HTML | None = None) -> Stage:
         gallery=gallery,
         progress=progress,
         stop=stop,
+        keep=keep,
         notices=notices,
         actions=actions,
         download=download,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.browser.conftest import environment, started
+from tests.browser.conftest import ROOT, environment, started
 from tests.browser.test_page import choose_checkpoint, expect_finished, run, set_size, write
 from tests.tiny import Toys
 
@@ -41,3 +41,28 @@ def test_a_chosen_checkpoint_is_loaded_at_once(context: BrowserContext, toys: To
         write(page, "generate", "a fox")
         run(page, "generate")
         expect_finished(page)
+
+
+def test_how_long_a_run_takes_is_told_once_one_is_done(context: BrowserContext, toys: Toys, tmp_path: Path) -> None:
+    page = context.new_page()
+    with started(["app.py", "--port"], environment(tmp_path, toys), tmp_path / "app.log") as url:  # nothing learnt yet
+        page.goto(url)
+        expect(page.locator("#generate .run")).to_be_enabled()
+        line = page.locator("#generate .pace")
+        expect(line).to_contain_text("64 image tokens · 4 steps · 1 picture")
+        expect(line).to_contain_text("The first run will tell how long it takes. Loading the checkpoint comes first.")
+        write(page, "generate", "a fox")
+        run(page, "generate")
+        expect_finished(page)
+        about = re.compile(r"1 pictureAbout [\d.]+ s, as runs on this machine go\.$")
+        expect(line).to_have_text(about)  # by itself, and it is loaded now
+        before = line.inner_text().partition("About")[2]
+        set_size(page, "generate", 512, 512)
+        expect(line).to_have_text(about)
+        expect(line).to_contain_text("1,024 image tokens")
+        assert line.inner_text().partition("About")[2] != before
+        page.locator("#generate .count input[type=number]").fill("2")
+        expect(line).to_contain_text("2 pictures")
+        page.get_by_role("tab", name="Edit").click()
+        page.locator("#edit .references input[type=file]").set_input_files(ROOT / "assets" / "examples" / "fox.png")
+        expect(page.locator("#edit .pace")).to_contain_text("64 image tokens + 64 of the reference · 4 steps")

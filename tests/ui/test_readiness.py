@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from flux2_studio.events import Result
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.pace import Pace
 from flux2_studio.references import fit_size
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
+from flux2_studio.timing import Outlook
 from flux2_studio.ui.readiness import outlook
 
 FORM: dict[str, Any] = {"checkpoint": "nano", "width": 128, "height": 128, "count": 1, "guidance": 1.0}
@@ -42,22 +47,24 @@ def test_one_that_does_not_names_the_nearest_that_would(settings: Settings) -> N
 
 def test_everything_that_takes_memory_is_asked_about(settings: Settings, tmp_path: Path) -> None:
     class Listening(Studio):
-        def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> str:
+        def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> Outlook:
             asked.append((request, references))
-            return "told"
+            return super().outlook(replace(request, loras=()), references)
 
     asked: list[tuple[Request, Sequence[tuple[int, int]]]] = []
     file = tmp_path / "picture.png"
     Image.new("RGB", (600, 300), "teal").save(file)
     values = {**FORM, "checkpoint": "nano-base", "guidance": 3.0, "count": 2, "width": None, "height": None}
+    values["steps"] = 30
     told = outlook(Listening(settings), **values, references=[(str(file), None)], loras=[{"name": "ink", "weight": 1}])
     ((request, references),) = asked
-    assert told == "<p>told</p>"
+    assert "276 image tokens + 276 of the reference · 30 steps, each computed for two prompts · 2 pictures" in told
     assert (request.checkpoint, request.guidance, request.count) == ("nano-base", 3.0, 2)
     assert [choice.name for choice in request.loras] == ["ink"]
     assert references == [fit_size((600, 300), 256 * 256)], "as large as the run will read it"
-    outlook(Listening(settings), **{**FORM, "guidance": 3.0})
-    assert asked[-1][0].guidance is None, "what the checkpoint fixes was laid out for another one"
+    outlook(Listening(settings), **{**FORM, "guidance": 3.0, "steps": 30})
+    last = asked[-1][0]
+    assert last.guidance is None and last.steps is None, "what the checkpoint fixes was laid out for another one"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +83,20 @@ def test_what_cannot_be_run_is_left_to_the_run_to_tell(settings: Settings, chang
     assert outlook(Studio(settings), **{**FORM, **changes}) == ""
 
 
-def test_a_checkpoint_that_is_not_here_has_no_outlook(settings: Settings, tmp_path: Path) -> None:
+def test_of_a_checkpoint_that_is_not_here_only_the_size_is_told(settings: Settings, tmp_path: Path) -> None:
     models = ModelManager(settings, Hub(settings, cache=tmp_path / "empty"))
-    assert outlook(Studio(settings, models), **{**FORM, "checkpoint": "klein-4b"}) == ""
+    told = outlook(Studio(settings, models), **{**FORM, "checkpoint": "klein-4b"})
+    assert "Fits" not in told and "64 image tokens · 4 steps · 1 picture" in told
+    assert "The first run will tell how long it takes. Downloading and loading the checkpoint come first." in told
+
+
+def test_how_long_it_takes_is_learnt_from_a_run(settings: Settings) -> None:
+    studio = Studio(settings, pace=Pace(Database(settings.database)))
+    before = outlook(studio, **FORM)
+    assert "The first run will tell how long it takes. Loading the checkpoint comes first." in before
+    assert isinstance(list(studio.generate(Request(prompt="a fox", seed=1)))[-1], Result)
+    after = outlook(studio, **FORM)
+    assert re.search(r"<br>About [\d.]+ s, as runs on this machine go\.</p>", after)
+    assert outlook(studio, **{**FORM, "width": 512, "height": 512}) != after
+    assert "Enriching the prompt comes first." in outlook(studio, **FORM, upsample_by="local")
+    assert "The first run will tell" in outlook(studio, **{**FORM, "checkpoint": "nano-base"}), "it never ran"

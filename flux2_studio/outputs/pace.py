@@ -1,0 +1,244 @@
+"""How long runs take on this machine, learnt from the runs that it has done, and what that says of the next one.
+
+A run of B batches takes
+
+    once + sum over its batches of (steps * step(batch) + pictures * each)
+
+once: reading prompt and references. step: one denoising step of a batch. each: decoding, checking, marking and saving
+one picture. What is loaded or downloaded meanwhile is no part of any of them.
+
+With N tokens in the sequence (prompt, picture and references) and R rows (pictures, twice as many where every step is
+computed for two prompts),
+
+    step = a + b * R * N + c * R * N^2        what is done for every token, and attention
+    each = a + b * (the picture's tokens)
+    once = a + b * (the references' tokens)
+
+with a, b, c >= 0 by least squares of the relative error over the sizes that are known. A size that was timed itself is
+not fitted: it takes what it took, the newest time counting half, the one before a quarter, and so on. Where a single
+size is known, step and each grow with the tokens, and once stays. Where none is, nothing is said.
+
+The first drawing of a process, and any for which something was loaded, is slower than those after it: such a time
+counts only as long as there is no other of its size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from sqlite3 import Row
+
+import numpy as np
+
+from flux2_studio.outputs.database import Database
+
+EACH_WAY = 60  # times that are kept of one way to draw
+IN_ALL = 3000  # and of all
+FADING = 0.5  # what a time counts less than the next newer one of its size
+AGEING = 0.8  # and a size than the one that was drawn after it
+
+Features = tuple[float, ...]
+
+TABLE = """
+CREATE TABLE IF NOT EXISTS paces (
+    id INTEGER PRIMARY KEY,
+    device TEXT NOT NULL,
+    checkpoint TEXT NOT NULL,
+    how TEXT NOT NULL,
+    text INTEGER NOT NULL,         -- this and the next two: tokens
+    image INTEGER NOT NULL,
+    refs INTEGER NOT NULL,
+    pictures INTEGER NOT NULL,
+    guided INTEGER NOT NULL,
+    step REAL NOT NULL,            -- this and the next two: seconds
+    each REAL NOT NULL,
+    once REAL,
+    cold INTEGER NOT NULL
+)
+"""
+INDEX = "CREATE INDEX IF NOT EXISTS paces_of_way ON paces (device, checkpoint, how)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What a time is good for: the device, the checkpoint, and how that is computed (precision, placement, ...)."""
+
+    device: str
+    checkpoint: str
+    how: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Pictures that are drawn together. text, image, references: tokens of each. guided: every step for two prompts."""
+
+    text: int
+    image: int
+    references: int = 0
+    pictures: int = 1
+    guided: bool = False
+
+    @property
+    def features(self) -> Features:
+        rows = self.pictures * (2 if self.guided else 1)
+        tokens = self.text + self.image + self.references
+        return 1.0, float(rows * tokens), float(rows * tokens * tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What one batch took, in seconds: a `step`, `each` picture after the last one, and `once` before the first; None
+    where that was remembered. cold: it may have been slower than the next will be."""
+
+    batch: Batch
+    step: float
+    each: float
+    once: float | None = None
+    cold: bool = False
+
+
+class Pace:
+    """Times in the studio's notebook. Safe to use from any thread; raises `SaveError` where that cannot be used."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._drawn: set[Way] = set()  # in this process
+        self._made = threading.Event()
+
+    def learn(self, way: Way, timed: Timed) -> None:
+        """Remember what a batch took, and forget what is too old to matter."""
+        batch, cold = timed.batch, timed.cold or way not in self._drawn
+        self._drawn.add(way)
+        mine = way.device, way.checkpoint, way.how
+        with self._database.transaction() as connection:
+            connection.execute(TABLE)
+            connection.execute(INDEX)
+            connection.execute(
+                "INSERT INTO paces (device, checkpoint, how, text, image, refs, pictures, guided, step, each, once, "
+                "cold) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *mine,
+                    batch.text,
+                    batch.image,
+                    batch.references,
+                    batch.pictures,
+                    batch.guided,
+                    timed.step,
+                    timed.each,
+                    timed.once,
+                    cold,
+                ),
+            )
+            connection.execute(
+                "DELETE FROM paces WHERE device = ? AND checkpoint = ? AND how = ? AND id NOT IN "
+                "(SELECT id FROM paces WHERE device = ? AND checkpoint = ? AND how = ? ORDER BY id DESC LIMIT ?)",
+                (*mine, *mine, EACH_WAY),
+            )
+            connection.execute("DELETE FROM paces WHERE id <= (SELECT max(id) FROM paces) - ?", (IN_ALL,))
+        self._made.set()
+
+    def seconds(self, way: Way, batches: Sequence[Batch], steps: int) -> float | None:
+        """How long a run of `batches` will take, each in so many steps; None where nothing like it was ever timed."""
+        known = self._known(way)
+        if not known:
+            return None
+        step = [(it.batch.features, it.step, it.cold) for it in known]
+        each = [(_of_picture(it.batch), it.each, it.cold) for it in known]
+        once = [(_of_references(it.batch), it.once, it.cold) for it in known if it.once is not None]
+        total = estimate(once, _of_references(batches[0]), growing=False) if once else 0.0
+        for batch in batches:
+            total += steps * estimate(step, batch.features)
+            total += batch.pictures * estimate(each, _of_picture(batch))
+        return total
+
+    def _known(self, way: Way) -> list[Timed]:
+        """What was timed of `way`, newest first."""
+        if not self._made.is_set():
+            with self._database.transaction() as connection:
+                connection.execute(TABLE)
+            self._made.set()
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                "SELECT * FROM paces WHERE device = ? AND checkpoint = ? AND how = ? ORDER BY id DESC",
+                (way.device, way.checkpoint, way.how),
+            ).fetchall()
+        return [_timed(row) for row in rows]
+
+
+def estimate(known: Sequence[tuple[Features, float, bool]], asked: Features, *, growing: bool = True) -> float:
+    """Seconds that `asked` will take, by what is `known`, newest first: features, seconds, and whether that was cold.
+
+    The features are 1, a number that time is proportional to where a single size is known and it is `growing`, and any
+    more. See the head of this file for the formula.
+    """
+    sizes = _by_size(known)
+    if asked in sizes:
+        return sizes[asked]
+    if len(sizes) == 1:
+        ((features, seconds),) = sizes.items()
+        return seconds * asked[1] / features[1] if growing else seconds
+    return float(np.dot(_fit(list(sizes), list(sizes.values())), asked))
+
+
+def _by_size(known: Iterable[tuple[Features, float, bool]]) -> dict[Features, float]:
+    """The seconds of each size, the sizes newest first."""
+    times: dict[Features, list[tuple[float, bool]]] = {}
+    for features, seconds, cold in known:
+        times.setdefault(features, []).append((seconds, cold))
+    found = {}
+    for features, all_of_it in times.items():
+        warm = [seconds for seconds, cold in all_of_it if not cold] or [seconds for seconds, _ in all_of_it]
+        weights = [FADING**age for age in range(len(warm))]
+        found[features] = sum(weight * it for weight, it in zip(weights, warm, strict=True)) / sum(weights)
+    return found
+
+
+def _fit(sizes: Sequence[Features], seconds: Sequence[float]) -> np.ndarray:
+    """The coefficients, none below 0, whose sums of features come closest to `seconds`, relatively; newest first.
+
+    Least squares without negative coefficients is ordinary least squares over the right choice of features: there are
+    few enough to try each. Of choices that are as good, which two sizes alone allow, the one with the higher powers is
+    taken, for it says the more of a larger picture.
+    """
+    rows, times = np.array(sizes), np.maximum(np.array(seconds), 1e-9)
+    weights = np.sqrt(AGEING ** np.arange(len(sizes)))
+    scale = rows.max(0)
+    scale[scale == 0] = 1.0
+    target, matrix = weights, rows / scale / times[:, None] * weights[:, None]
+    features = rows.shape[1]
+    choices = [
+        list(chosen)
+        for size in range(1, min(features, len(sizes)) + 1)
+        for chosen in itertools.combinations(range(features), size)
+    ]
+    best, least = np.zeros(features), np.inf
+    for chosen in choices:
+        found = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
+        if (found < 0).any():
+            continue
+        error = float(((matrix[:, chosen] @ found - target) ** 2).sum())
+        if error <= least + 1e-12:
+            best, least = np.zeros(features), min(error, least)
+            best[chosen] = found / scale[chosen]
+    return best
+
+
+def _of_picture(batch: Batch) -> Features:
+    return 1.0, float(batch.image)
+
+
+def _of_references(batch: Batch) -> Features:
+    return 1.0, float(batch.references)
+
+
+def _timed(row: Row) -> Timed:
+    batch = Batch(
+        text=row["text"],
+        image=row["image"],
+        references=row["refs"],
+        pictures=row["pictures"],
+        guided=bool(row["guided"]),
+    )
+    return Timed(batch=batch, step=row["step"], each=row["each"], once=row["once"], cold=bool(row["cold"]))

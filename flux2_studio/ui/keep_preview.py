@@ -1,0 +1,33 @@
+"""After Stop, or a failure: the preview that is still on the mat, kept as a picture like any other, and marked as what
+it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import gradio as gr
+
+from flux2_studio.errors import StudioError
+from flux2_studio.jobs import JobQueue
+from flux2_studio.tasks import Job
+from flux2_studio.ui.run_view import RunView
+from flux2_studio.ui.tabs import Stage
+from flux2_studio.ui.visitors import owner_of
+from flux2_studio.ui.wiring import Update, listen
+
+
+def wire(jobs: JobQueue, stage: Stage, view_of: Callable[[Job], RunView]) -> None:
+    """Connect the button. view_of: how a run is shown."""
+
+    async def keep(id_: str, request: gr.Request) -> Update:
+        owner = owner_of(request)
+        try:
+            kept = await asyncio.to_thread(jobs.keep, id_, owner)
+        except StudioError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        job = jobs.get(id_, owner)
+        assert job is not None, "it was there a moment ago"
+        return view_of(job).kept(kept)
+
+    listen(stage.keep.click, keep, stage.unfinished, stage.parts)
