@@ -28,6 +28,7 @@ from flux2_studio.jobs import Job
 from flux2_studio.outputs.journal import Entry
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.ui import compare, show
+from flux2_studio.ui.language import say, t
 from flux2_studio.ui.tabs import EMPTY, Stage, UpsamplingPanel
 from flux2_studio.ui.upsample_panel import DRAWN, enriched, writing
 from flux2_studio.ui.wiring import Update
@@ -61,7 +62,7 @@ class RunView:
             stage.preview: gr.HTML(EMPTY, visible=True),
             stage.gallery: gr.Gallery(visible=False),
             stage.progress: show.status(Status(text="Starting")),
-            stage.stop: gr.Button("Stop", visible=True, interactive=True),
+            stage.stop: gr.Button(t("Stop"), visible=True, interactive=True),
             stage.notices: show.notices(self._notices),
             stage.actions: gr.Row(visible=False),
             stage.details: gr.Accordion(visible=False),
@@ -131,7 +132,7 @@ class RunView:
         stage, request = self._stage, self._request
         assert request is not None, "begin first"
         one = len(images) == 1
-        captions = [f"seed {seed}" for seed in seeds]
+        captions = [say("seed {seed}", seed=seed) for seed in seeds]
         return {
             **self._end(),
             stage.results: [str(path) for path in images],
@@ -154,9 +155,12 @@ class RunView:
 
 
 def download(images: Sequence[Path | str], index: int) -> gr.DownloadButton:
-    label = "Download" if len(images) == 1 else f"Download picture {index + 1} of {len(images)}"
+    count = len(images)
+    label = (
+        say("Download") if count == 1 else say("Download picture {number} of {count}", number=index + 1, count=count)
+    )
     return gr.DownloadButton(label, value=str(images[index]))
 
 
 def use_label(index: int, count: int) -> str:
-    return "Use in Edit" if count == 1 else f"Use picture {index + 1} in Edit"
+    return say("Use in Edit") if count == 1 else say("Use picture {number} in Edit", number=index + 1)

@@ -18,6 +18,7 @@ from PIL import Image
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.events import Preview, Queued, Result, Status, Upsampled
 from flux2_studio.request import Request
+from flux2_studio.ui.language import say, told
 
 ADDRESS = re.compile(r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])")  # a comma or full stop behind it is the sentence's
 SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be larger than the screen shows it
@@ -25,7 +26,7 @@ SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be 
 
 def problem(text: str) -> str:
     """A sentence that says what is wrong; the pages that it names can be opened."""
-    pieces = ADDRESS.split(text)
+    pieces = ADDRESS.split(told(text))
     linked = [
         f'<a href="{escape(piece)}" target="_blank" rel="noopener">{escape(piece)}</a>' if number % 2 else escape(piece)
         for number, piece in enumerate(pieces)
@@ -34,56 +35,69 @@ def problem(text: str) -> str:
 
 
 def notes(texts: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+    return "".join(f"<p>{escape(told(text))}</p>" for text in texts)
 
 
 def notices(texts: Sequence[str]) -> str:
     if not texts:
         return ""
-    return f'<ul role="status">{"".join(f"<li>{escape(text)}</li>" for text in texts)}</ul>'
+    return f'<ul role="status">{"".join(f"<li>{escape(told(text))}</li>" for text in texts)}</ul>'
 
 
 def queued(event: Queued) -> str:
-    runs = "1 run" if event.ahead == 1 else f"{event.ahead} runs"
-    return _bar(f"Waiting: {runs} before yours", None)
+    if event.ahead == 1:
+        return _bar(say("Waiting: 1 run before yours"), None)
+    return _bar(say("Waiting: {ahead} runs before yours", ahead=event.ahead), None)
 
 
 def status(event: Status) -> str:
-    return _bar(event.text, event.fraction)
+    return _bar(told(event.text), event.fraction)
 
 
 def step(event: Preview) -> str:
     """ "Step 2 of 4", with the pictures it belongs to where a run goes in batches, and the time left."""
-    text = f"Step {event.step} of {event.steps}"
+    text = say("Step {step} of {steps}", step=event.step, steps=event.steps)
     drawn = max(1, len(event.images))
     if event.count > drawn:
         last = event.first + drawn
-        which = f"Picture {last}" if drawn == 1 else f"Pictures {event.first + 1}-{last}"
-        text = f"{which} of {event.count} · {text}"
+        if drawn == 1:
+            which = say("Picture {number} of {count}", number=last, count=event.count)
+        else:
+            which = say("Pictures {first}-{last} of {count}", first=event.first + 1, last=last, count=event.count)
+        text = f"{which} · {text}"
     if event.seconds_left is not None and event.seconds_left >= 0.5:
-        text += f" · {duration(event.seconds_left)} left"
+        text += f" · {left(event.seconds_left)}"
     return _bar(text, (event.first + drawn * event.step / event.steps) / event.count)
 
 
 def done(event: Result) -> str:
-    pictures = "1 picture" if len(event.images) == 1 else f"{len(event.images)} pictures"
-    return _bar(f"{pictures} in {duration(event.seconds)}", 1.0)
+    took = duration(event.seconds)
+    if len(event.images) == 1:
+        return _bar(say("1 picture in {duration}", duration=took), 1.0)
+    return _bar(say("{count} pictures in {duration}", count=len(event.images), duration=took), 1.0)
 
 
 def stopped(finished: int) -> str:
     if not finished:
-        return _bar("Stopped before a picture was finished.", 0.0)
-    pictures = "1 finished picture was" if finished == 1 else f"{finished} finished pictures were"
-    return _bar(f"Stopped. {pictures} kept.", 0.0)
+        return _bar(say("Stopped before a picture was finished."), 0.0)
+    if finished == 1:
+        return _bar(say("Stopped. 1 finished picture was kept."), 0.0)
+    return _bar(say("Stopped. {count} finished pictures were kept.", count=finished), 0.0)
+
+
+def left(seconds: float) -> str:
+    return say("{duration} left", duration=duration(seconds))
 
 
 def duration(seconds: float) -> str:
     if seconds < 10:
-        return f"{max(0.1, seconds):.1f} s"
+        return say("{seconds} s", seconds=f"{max(0.1, seconds):.1f}")
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return say("{seconds} s", seconds=f"{seconds:.0f}")
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return say("{minutes} min {seconds} s", minutes=minutes, seconds=rest)
+    return say("{hours} h {minutes} min", hours=minutes // 60, minutes=minutes % 60)
 
 
 def _bar(text: str, fraction: float | None) -> str:
@@ -97,7 +111,7 @@ def picture(images: Mapping[int, Image.Image], count: int) -> str:
     file = io.BytesIO()
     sheet.save(file, "WEBP", quality=82, method=0)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="Preview of the picture as it forms" src="data:image/webp;base64,{data}">'
+    return f'<img alt="{escape(say("Preview of the picture as it forms"))}" src="data:image/webp;base64,{data}">'
 
 
 def columns(count: int) -> int:
@@ -132,15 +146,24 @@ def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint, ups
         ("Checkpoint", checkpoint.label),
         ("References", ", ".join(path.name for path in request.references)),
         ("Mask", request.mask.name if request.mask else ""),
-        ("Outpainted by", ", ".join(f"{by} on the {side}" for side, by in vars(request.outpaint).items() if by)),
-        ("Colours", "matched to image 1" if request.match_colours else ""),
+        (
+            "Outpainted by",
+            ", ".join(
+                say("{pixels} on the {side}", pixels=by, side=say(side))
+                for side, by in vars(request.outpaint).items()
+                if by
+            ),
+        ),
+        ("Colours", say("matched to image 1") if request.match_colours else ""),
         ("LoRAs", ", ".join(f"{lora.name} ({lora.weight:g})" for lora in request.loras)),
         ("Size", f"{request.width} x {request.height}"),
         ("Seed" if len(seeds) == 1 else "Seeds", ", ".join(map(str, seeds))),
         ("Steps", f"{request.steps}"),
         ("Guidance", f"{request.guidance:g}"),
     ]
-    body = "".join(f"<tr><th scope='row'>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows if value)
+    body = "".join(
+        f"<tr><th scope='row'>{escape(told(name))}</th><td>{escape(value)}</td></tr>" for name, value in rows if value
+    )
     return f"<table>{body}</table>"
 
 
@@ -149,8 +172,8 @@ def provenance(sentences: Sequence[str] | None) -> str:
     if sentences is None:
         return ""
     if not sentences:
-        return '<p class="carries">The files say nothing of how they were made.</p>'
-    return f'<ul class="carries">{"".join(f"<li>{escape(text)}</li>" for text in sentences)}</ul>'
+        return '<p class="carries" data-i18n>The files say nothing of how they were made.</p>'
+    return f'<ul class="carries">{"".join(f"<li>{escape(told(text))}</li>" for text in sentences)}</ul>'
 
 
 def settings_json(request: Request) -> str:

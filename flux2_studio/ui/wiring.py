@@ -11,6 +11,7 @@ import gradio as gr
 
 from flux2_studio.events import FINAL, Event
 from flux2_studio.jobs import JobQueue, Task
+from flux2_studio.ui.language import t
 from flux2_studio.ui.visitors import owner_of
 
 POLL = 0.08  # seconds between two looks at a task
@@ -28,7 +29,7 @@ def stopper(jobs: JobQueue) -> Callable[[str, gr.Request], Any]:
         if running is None:
             return gr.Button(visible=False)
         running.cancel()
-        return gr.Button("Stopping…", interactive=False)
+        return gr.Button(t("Stopping…"), interactive=False)
 
     return stop
 
