@@ -44,7 +44,7 @@
     try {
       answer = await fetch(base() + path, sent);
     } catch {
-      throw new Error('The studio does not answer: see whether it still runs.');
+      throw new Error(studioSay('The studio does not answer: see whether it still runs.'));
     }
     if (!answer.ok) throw new Error((await answer.text()).slice(0, 300));
     return answer.json();
@@ -74,22 +74,22 @@
     ]) if (value) asked.set(name, value);
     return asked;
   };
-  const describe = (entry) => `${entry.prompt || 'Picture'} (${new Date(entry.created).toLocaleString()})`;
+  const describe = (entry) => `${entry.prompt || studioSay('Picture')} (${new Date(entry.created).toLocaleString()})`;
   const small = (path, alt) => {
     const image = make('img', {src: base() + path, alt, loading: 'lazy', decoding: 'async', draggable: 'false'});
     image.addEventListener('error', () => {
-      image.replaceWith(make('span', {class: 'lost'}, 'This file is missing or damaged'));
+      image.replaceWith(make('span', {class: 'lost'}, studioSay('This file is missing or damaged')));
     });
     return image;
   };
   const tile = (entry) => {
     const inside = entry.missing
-      ? make('span', {class: 'lost'}, 'The file is missing')
+      ? make('span', {class: 'lost'}, studioSay('The file is missing'))
       : small(`thumbnail/${entry.id}`, '');
-    const open = make('button', {type: 'button', class: 'open', 'aria-label': `Open: ${describe(entry)}`}, inside);
-    const pick = make('input', {type: 'checkbox', class: 'pick', 'aria-label': `Select: ${describe(entry)}`});
+    const open = make('button', {type: 'button', class: 'open', 'aria-label': studioSay('Open: {picture}', {picture: describe(entry)})}, inside);
+    const pick = make('input', {type: 'checkbox', class: 'pick', 'aria-label': studioSay('Select: {picture}', {picture: describe(entry)})});
     pick.checked = picked.has(entry.id);
-    const heart = make('button', {type: 'button', class: 'heart', 'aria-label': `Favourite: ${describe(entry)}`});
+    const heart = make('button', {type: 'button', class: 'heart', 'aria-label': studioSay('Favourite: {picture}', {picture: describe(entry)})});
     const made = make('div', {class: 'tile', role: 'listitem', 'data-id': entry.id}, open, pick, heart);
     mark(made, entry);
     return made;
@@ -109,30 +109,32 @@
     part('.history').classList.toggle('picking', picked.size > 0);
     part('.count').dataset.count = count;
     part('.count').textContent = picked.size
-      ? `${picked.size} selected`
-      : count === all ? `${count} ${count === 1 ? 'picture' : 'pictures'}` : `${count} of ${all} pictures`;
+      ? studioSay('{count} selected', {count: picked.size})
+      : count !== all ? studioSay('{done} of {count} pictures', {done: count, count: all})
+        : count === 1 ? studioSay('1 picture') : studioSay('{count} pictures', {count});
     const nothing = part('.nothing');
     nothing.hidden = entries.length > 0;
     if (!entries.length) {
       nothing.replaceChildren(...(all
-        ? [make('p', {class: 'lead'}, 'Nothing matches.'),
-          make('p', {}, 'Use fewer words, or press Clear to see all pictures.')]
-        : [make('p', {class: 'lead'}, 'Your pictures will gather here.'),
-          make('p', {}, 'Make the first one on the Generate tab. Each stays with all its settings, to be found, '
-            + 'reused and varied.')]));
+        ? [make('p', {class: 'lead'}, studioSay('Nothing matches.')),
+          make('p', {}, studioSay('Use fewer words, or press Clear to see all pictures.'))]
+        : [make('p', {class: 'lead'}, studioSay('Your pictures will gather here.')),
+          make('p', {}, studioSay('Make the first one on the Generate tab. Each stays with all its settings, '
+            + 'to be found, reused and varied.'))]));
     }
     part('.filters').hidden = part('.bar').hidden = !all;
     const trash = part('.trash');
     trash.hidden = !trashed.length;
     trash.querySelector('span').textContent = trashed.length === 1
-      ? '1 deleted picture is kept for a day.' : `${trashed.length} deleted pictures are kept for a day.`;
-    trash.querySelector('[data-do="empty"]').textContent = 'Remove for good';
+      ? studioSay('1 deleted picture is kept for a day.')
+      : studioSay('{count} deleted pictures are kept for a day.', {count: trashed.length});
+    trash.querySelector('[data-do="empty"]').textContent = studioSay('Remove for good');
   };
   let counts = null;
   const choices = (checkpoints) => {
     const select = part('.filters').elements.checkpoint;
     const now = select.value;
-    select.replaceChildren(make('option', {value: ''}, 'Every checkpoint'),
+    select.replaceChildren(make('option', {value: ''}, studioSay('Every checkpoint')),
       ...checkpoints.map(({name, label}) => make('option', {value: name}, label)));
     select.value = checkpoints.some(({name}) => name === now) ? now : '';
   };
@@ -209,11 +211,11 @@
     section.hidden = !items.length;
     target.replaceChildren(...items.map((item) => {
       if (item.id) {
-        const inside = item.missing ? make('span', {class: 'lost'}, 'missing') : small(`thumbnail/${item.id}`, '');
-        return make('button', {type: 'button', 'data-open': item.id, 'aria-label': `Open: ${describe(item)}`}, inside);
+        const inside = item.missing ? make('span', {class: 'lost'}, studioSay('missing')) : small(`thumbnail/${item.id}`, '');
+        return make('button', {type: 'button', 'data-open': item.id, 'aria-label': studioSay('Open: {picture}', {picture: describe(item)})}, inside);
       }
-      return make('span', {class: 'outside', title: 'Not in History'},
-        item.kept ? small(`source/${item.source}`, 'A reference from outside History') : 'not kept here');
+      return make('span', {class: 'outside', title: studioSay('Not in History')},
+        item.kept ? small(`source/${item.source}`, studioSay('A reference from outside History')) : studioSay('not kept here'));
     }));
   };
   const show = told(async (id) => {
@@ -227,7 +229,7 @@
       image.hidden = gone;
       lost.hidden = !gone;
       lost.textContent = gone
-        ? 'The file of this picture is missing or damaged. Run again makes it once more.' : '';
+        ? studioSay('The file of this picture is missing or damaged. Run again makes it once more.') : '';
     };
     missing(entry.missing);
     image.onerror = () => missing(true);
@@ -235,8 +237,8 @@
     image.alt = entry.prompt;
     part('.viewer .prompt-text').textContent = entry.prompt;
     part('.viewer tbody').replaceChildren(
-      make('tr', {}, make('th', {scope: 'row'}, 'Made'), make('td', {}, new Date(entry.created).toLocaleString())),
-      ...entry.rows.map(([name, text]) => make('tr', {}, make('th', {scope: 'row'}, name), make('td', {}, text))));
+      make('tr', {}, make('th', {scope: 'row'}, studioSay('Made')), make('td', {}, new Date(entry.created).toLocaleString())),
+      ...entry.rows.map(([name, text]) => make('tr', {}, make('th', {scope: 'row'}, studioSay(name)), make('td', {}, text))));
     row(part('.viewer .from .row'), part('.viewer .from'), entry.madeFrom);
     row(part('.viewer .into .row'), part('.viewer .into'), entry.madeInto);
     const link = part('.viewer a[data-do="download"]');
@@ -255,7 +257,7 @@
   });
   const hearted = (on) => {
     const button = part('.viewer [data-do="favourite"]');
-    button.textContent = on ? '♥ Favourite' : '♡ Favourite';
+    button.textContent = on ? studioSay('♥ Favourite') : studioSay('♡ Favourite');
     button.setAttribute('aria-pressed', String(on));
   };
   const step = async (by) => {
@@ -291,14 +293,16 @@
       const next = entries[Math.min(Math.max(place, 0), entries.length - 1)];
       if (next) await show(next.id); else close();
     }
-    say(gone.length === 1 ? 'The picture was deleted.' : `${gone.length} pictures were deleted.`, true);
+    say(gone.length === 1 ? studioSay('The picture was deleted.')
+      : studioSay('{count} pictures were deleted.', {count: gone.length}), true);
     if (!open) part('.told button').focus();  // where the focus was is gone
   });
   const restore = told(async (ids) => {
     const back = (await ask('restore', {ids})).ids;
     deleted = [];
     await load();
-    say(back.length === 1 ? 'The picture is back.' : `${back.length} pictures are back.`);
+    say(back.length === 1 ? studioSay('The picture is back.')
+      : studioSay('{count} pictures are back.', {count: back.length}));
     if (part('.viewer').open && back.length === 1) await show(back[0]);
   });
   const send = (name) => {
@@ -315,14 +319,14 @@
     undo: () => { if (deleted.length) restore(deleted); },
     back: () => restore(trashed),
     empty: told(async (button) => {
-      if (button.textContent === 'Remove for good') {
-        button.textContent = 'Really remove?';
+      if (button.textContent === studioSay('Remove for good')) {
+        button.textContent = studioSay('Really remove?');
         return;
       }
       await ask('empty', {});
       trashed = deleted = [];
       tidy(counts);
-      say('The deleted pictures are gone for good.');
+      say(studioSay('The deleted pictures are gone for good.'));
     }),
     all: () => {
       entries.slice(0, 200).forEach((entry) => picked.add(entry.id));
@@ -336,7 +340,7 @@
     },
     delete: () => remove([...picked].slice(0, 200)),
     zip: () => {
-      if (picked.size > 200) { say('Choose at most 200 pictures to download at once.'); return; }
+      if (picked.size > 200) { say(studioSay('Choose at most 200 pictures to download at once.')); return; }
       const link = make('a', {href: `${base()}zip?ids=${[...picked].join(',')}`, download: true, hidden: true});
       root.append(link);
       link.click();

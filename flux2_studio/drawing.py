@@ -252,9 +252,7 @@ def denoise_batch(
             count=request.count,
             seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
             sketches=tuple(
-                Sketch(
-                    image=image, record=replace(record, unfinished=(step.index + 1, step.steps)), sources=run.sources
-                )
+                Sketch(image=image, record=replace(record, unfinished=done), sources=run.sources)
                 for image, record in zip(images, records, strict=False)  # there are none without a preview
             ),
         )

@@ -36,6 +36,7 @@ from flux2_studio.ui import (
     handlers,
     history_tab,
     inspect_tab,
+    language,
     models_tab,
     own_preset_panel,
     preset_panel,
@@ -57,8 +58,8 @@ HOUR = 3600  # seconds
 UPLOADS_KEPT = 24 * HOUR
 
 TITLE = """<h1><span class="mark" aria-hidden="true"></span>flux2-studio</h1>
-<p>Pictures with the FLUX.2 open models, made on this machine.</p>
-<button id="look" type="button" aria-label="Switch between light and dark">◐</button>"""
+<p data-i18n>Pictures with the FLUX.2 open models, made on this machine.</p>
+<button id="look" type="button" data-i18n aria-label="Switch between light and dark">◐</button>"""
 
 # Ctrl+Enter runs the visible form, a pasted or dropped picture goes to its references, ◐ switches the look.
 SCRIPT = """<script>
@@ -115,7 +116,7 @@ def build(
     with Page(
         title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, UPLOADS_KEPT), fill_width=True
     ) as page:
-        gr.HTML(f'{TITLE}<p id="policy">{escape(studio.guard.meaning)}</p>', elem_id="title")
+        gr.HTML(f'{TITLE}<p id="policy" data-i18n>{escape(studio.guard.meaning)}</p>', elem_id="title")
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=5, min_width=320, elem_id="forms"):
                 with gr.Column(elem_id="choice"):
@@ -216,6 +217,7 @@ def serve(
     thumbnails = Thumbnails(settings.thumbnails)
     history = History(database, settings.outputs, settings.trash, forget=thumbnails.forget)
     jobs = JobQueue(studio, Journal(database, settings.queue), history)
+    words = language.Words.load(settings.assets / "languages")
     page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests, history=history)
     if Path(get_upload_folder()) == settings.home / "uploads":
         forget_uploads(settings.home / "uploads")
@@ -226,13 +228,14 @@ def serve(
             share=share,
             theme=StudioTheme(),
             css_paths=[settings.assets / "style.css", settings.assets / "history.css"],
-            head=SCRIPT + history_tab.script(settings.assets),
+            head=language.script(settings.assets) + SCRIPT + history_tab.script(settings.assets),
             allowed_paths=[
                 str(settings.outputs),
                 str(settings.assets / "examples"),
                 *([] if exposed else [str(settings.references)]),
             ],
             max_file_size=MAX_BYTES,
+            i18n=words,
             footer_links=[],
             run_history=False,
             enable_monitoring=False,

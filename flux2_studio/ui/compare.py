@@ -14,10 +14,11 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.references import fit, load_reference
 from flux2_studio.request import Request
+from flux2_studio.ui.language import t
 
 GREY = (128, 128, 128)  # where the original had nothing
 
-HOLD = '<button type="button" class="hold">Hold to see the original</button>'
+HOLD = '<button type="button" class="hold" data-i18n>Hold to see the original</button>'
 # By touch, mouse, or space and Enter: the slider shows the original alone as long as it is held.
 HOLDING = """
 const button = element.querySelector('.hold');
@@ -41,9 +42,9 @@ class Comparison:
 
 
 def layout() -> Comparison:
-    with gr.Accordion("Before and after", open=True, visible=False, elem_id="comparison") as folded:
+    with gr.Accordion(t("Before and after"), open=True, visible=False, elem_id="comparison") as folded:
         slider = gr.ImageSlider(
-            label="Before and after",
+            label=t("Before and after"),
             show_label=False,
             interactive=False,
             format="png",  # what stays the same must look the same

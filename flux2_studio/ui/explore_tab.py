@@ -22,6 +22,7 @@ from flux2_studio.explore.variants import Wildcards
 from flux2_studio.outputs.sheet import Layout
 from flux2_studio.request import Request
 from flux2_studio.ui import show
+from flux2_studio.ui.language import say, t, told
 from flux2_studio.ui.tabs import Form
 from flux2_studio.ui.upsample_panel import INPUTS
 from flux2_studio.ui.visitors import owner_of
@@ -35,11 +36,12 @@ SIDES = ("Columns", "Rows", "Tables")
 NOTHING = "Nothing"
 SEEDS, GRID, FILE = "Seeds", "Grid", "From a file"
 EMPTY = (
-    '<div class="empty"><p class="lead">Your pictures will appear here, side by side.</p>'
-    "<p>Write a prompt in Generate, choose here what is to change from picture to picture, and press Explore.</p></div>"
+    '<div class="empty"><p class="lead" data-i18n>Your pictures will appear here, side by side.</p>'
+    "<p data-i18n>Write a prompt in Generate, choose here what is to change from picture to picture, and press "
+    "Explore.</p></div>"
 )
 ABOUT = (
-    "<p>Draws the settings of a form many times, with something changed each time. Prompts may hold choices, "
+    "<p data-i18n>Draws the settings of a form many times, with something changed each time. Prompts may hold choices, "
     "<code>a {red|green} fox</code>, and lists, <code>__animal__</code> for each line of the file "
     "<code>animal.txt</code> in the studio's folder <code>wildcards</code>.</p>"
 )
@@ -69,34 +71,37 @@ class ExploreTab:
 
 def layout(forms: Sequence[Form]) -> ExploreTab:
     names = {"generate": "Generate", "edit": "Edit", "multi": "Multi-reference"}
-    with gr.Tab("Explore", id="explore", elem_id="explore", elem_classes="sheet"), gr.Row(elem_id="explore-desk"):
+    with gr.Tab(t("Explore"), id="explore", elem_id="explore", elem_classes="sheet"), gr.Row(elem_id="explore-desk"):
         job = gr.State("")  # in here: Gradio counts what lies between two tabs as one
         with gr.Column(scale=4, min_width=300, elem_id="explore-form"):
             gr.HTML(ABOUT, elem_classes="note")
-            source = gr.Radio([(names[it.name], it.name) for it in forms], value=forms[0].name, label="Settings of")
-            kind = gr.Radio([SEEDS, GRID, FILE], value=SEEDS, label="What changes", elem_id="explore-kind")
+            source = gr.Radio(
+                [(t(names[it.name]), it.name) for it in forms], value=forms[0].name, label=t("Settings of")
+            )
+            kinds = [(t(kind), kind) for kind in (SEEDS, GRID, FILE)]
+            kind = gr.Radio(kinds, value=SEEDS, label=t("What changes"), elem_id="explore-kind")
             with gr.Column(elem_id="explore-seeds") as by_seeds:
-                count = gr.Slider(2, 64, value=9, step=1, precision=0, label="Pictures", buttons=[])
+                count = gr.Slider(2, 64, value=9, step=1, precision=0, label=t("Pictures"), buttons=[])
             with gr.Column(visible=False, elem_id="explore-grid") as by_grid:
                 sides = [_side(name, number) for number, name in enumerate(SIDES)]
             with gr.Column(visible=False, elem_id="explore-file") as by_file:
                 gr.HTML(
-                    "<p>A prompt a line (.txt), or a table (.csv, .tsv, .jsonl) whose columns are prompt, "
+                    "<p data-i18n>A prompt a line (.txt), or a table (.csv, .tsv, .jsonl) whose columns are prompt, "
                     "negative_prompt, checkpoint, width, height, steps, guidance, seed or format. What a row "
                     "leaves out is taken from the form.</p>",
                     elem_classes="note",
                 )
                 file = gr.File(
-                    label="File",
+                    label=t("File"),
                     file_types=[".txt", ".csv", ".tsv", ".jsonl", ".ndjson"],
                     type="filepath",
                     height=120,
                 )
             problem = gr.HTML(elem_id="explore-problem", elem_classes="refused")
-            start = gr.Button("Explore", variant="primary", size="lg", elem_classes="run", elem_id="explore-start")
+            start = gr.Button(t("Explore"), variant="primary", size="lg", elem_classes="run", elem_id="explore-start")
             with gr.Row(elem_classes="acts"):
-                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="explore-stop")
-                more = gr.Button("Go on", visible=False, elem_id="explore-more")
+                stop = gr.Button(t("Stop"), variant="stop", visible=False, elem_id="explore-stop")
+                more = gr.Button(t("Go on"), visible=False, elem_id="explore-more")
         with gr.Column(scale=8, min_width=300, elem_id="explore-stage"):
             progress = gr.HTML(elem_id="explore-progress")
             sheet = gr.HTML(EMPTY, elem_id="explore-sheet")
@@ -124,24 +129,24 @@ def _side(name: str, number: int) -> tuple[gr.Dropdown, gr.Textbox]:
     first = ("seed", "1..4") if number == 0 else ("", "")
     with gr.Row(elem_classes="pair"):
         field = gr.Dropdown(
-            _choices(()), value=first[0], label=name, min_width=130, scale=2, elem_id=f"explore-{name.lower()}"
+            _choices(()), value=first[0], label=t(name), min_width=130, scale=2, elem_id=f"explore-{name.lower()}"
         )
         values = gr.Textbox(
             first[1],
-            label="Values",
+            label=t("Values"),
             lines=1,
             max_lines=8,
             min_width=130,
             scale=3,
-            placeholder=FIELDS[first[0]][1] if first[0] else "",
+            placeholder=t(FIELDS[first[0]][1]) if first[0] else "",
             elem_id=f"explore-{name.lower()}-values",
         )
     return field, values
 
 
 def _choices(loras: Sequence[str]) -> list[tuple[str, str]]:
-    known = [(title, field) for field, (title, _) in FIELDS.items()]
-    return [(NOTHING, ""), *known, *((f"Weight of {name}", LORA + name) for name in loras)]
+    known = [(t(title), field) for field, (title, _) in FIELDS.items()]
+    return [(t(NOTHING), ""), *known, *((say("Weight of {name}", name=name), LORA + name) for name in loras)]
 
 
 def wire(
@@ -246,7 +251,7 @@ def wire(
         if exploration is None:
             return gr.Button(visible=False)
         explorations.stop(exploration)
-        return gr.Button("Stopping\u2026", interactive=False)
+        return gr.Button(t("Stopping…"), interactive=False)
 
     shown = [tab.problem, tab.progress, tab.sheet, tab.stop, tab.more, tab.start, tab.job]
     listen(tab.start.click, start, inputs, shown, concurrency_limit=None)
@@ -263,7 +268,9 @@ def wire(
     for field, values in zip(tab.fields, tab.values, strict=True):
         listen(
             field.input,
-            lambda name: gr.Textbox(placeholder=FIELDS[name][1] if name in FIELDS else "0..1 by 0.25" if name else ""),
+            lambda name: gr.Textbox(
+                placeholder=t(FIELDS[name][1]) if name in FIELDS else t("0..1 by 0.25") if name else ""
+            ),
             field,
             values,
             queue=False,
@@ -292,8 +299,10 @@ def _shown(tab: ExploreTab, exploration: Exploration, sheets: Sequence[Path]) ->
         tab.sheet: "".join(
             _table(exploration, table) for table in range(1 + max(it.table for it in exploration.plan.cells))
         ),
-        tab.stop: gr.Button("Stop", visible=running, interactive=True),
-        tab.more: gr.Button(f"Go on with the {count - done} that are missing", visible=not running and done < count),
+        tab.stop: gr.Button(t("Stop"), visible=running, interactive=True),
+        tab.more: gr.Button(
+            say("Go on with the {missing} that are missing", missing=count - done), visible=not running and done < count
+        ),
         tab.start: gr.Button(interactive=not running),
     }
 
@@ -301,13 +310,16 @@ def _shown(tab: ExploreTab, exploration: Exploration, sheets: Sequence[Path]) ->
 def _told(exploration: Exploration, done: int, count: int, sheets: Sequence[Path]) -> str:
     progress = exploration.progress
     prompts = exploration.plan.prompts
-    text = f"{done} of {count} pictures" + (f", {prompts} prompts" if prompts > 1 else "")
+    text = say("{done} of {count} pictures", done=done, count=count)
+    if prompts > 1:
+        text += ", " + say("{count} prompts", count=prompts)
     if progress.state == "stopped":
-        text = f"Stopped: {text}"
+        text = say("Stopped: {text}", text=text)
     told = [f'<p role="status">{escape(text)}</p><progress max="1" value="{done / count:.3f}"></progress>']
     told += [show.problem(why) for why in dict.fromkeys(progress.failed.values())]
     links = [
-        f'<a class="chip" href="{address(path)}" download>Contact sheet{f" {number}" if len(sheets) > 1 else ""}</a>'
+        f'<a class="chip" href="{address(path)}" download>{say("Contact sheet")}'
+        f"{f' {number}' if len(sheets) > 1 else ''}</a>"
         for number, path in enumerate(sheets, 1)
     ]
     return "".join(told) + (f'<p class="facts">{"".join(links)}</p>' if links else "")
@@ -351,7 +363,7 @@ def _cell(exploration: Exploration, number: int | None, layout: Layout) -> str:
             f'<img src="{small}" alt="{label}" loading="lazy"></a>'
         )
     elif number in progress.failed:
-        inner = f'<span class="tile failed" title="{escape(progress.failed[number])}">failed</span>'
+        inner = f'<span class="tile failed" title="{escape(told(progress.failed[number]))}">{say("failed")}</span>'
     else:
         inner = '<span class="tile"></span>'
     caption = f"<small>{label}</small>" if layout.under else ""

@@ -18,6 +18,7 @@ from flux2_studio.checkpoints import GB, MB, Checkpoint, Part
 from flux2_studio.models.loras import LoraEntry
 from flux2_studio.request import MAX_COUNT, SAMPLING, size_for_aspect
 from flux2_studio.ui.examples import Example
+from flux2_studio.ui.language import say, t, told
 
 ASPECTS: dict[str, tuple[int, int]] = {
     "1:1": (1, 1),
@@ -44,10 +45,12 @@ const row = (lora, index) => {
     props.value = value().map((other, place) => (place === index ? {...other, weight} : other));
   };
   const side = {min: -2, max: 2, step: 0.05, value: lora.weight};
-  const name = make('span', {className: 'name', textContent: lora.name, title: lora.name});
-  const range = make('input', {type: 'range', ...side, ariaLabel: `Weight of ${lora.name}`});
-  const number = make('input', {type: 'number', ...side, ariaLabel: `Weight of ${lora.name} as a number`});
-  const remove = make('button', {type: 'button', textContent: '\\u00d7', ariaLabel: `Take ${lora.name} off`});
+  const {name} = lora;
+  const title = make('span', {className: 'name', textContent: name, title: name});
+  const range = make('input', {type: 'range', ...side, ariaLabel: studioSay('Weight of {name}', {name})});
+  const number = make('input', {type: 'number', ...side, ariaLabel: studioSay('Weight of {name} as a number', {name})});
+  const remove = make('button', {type: 'button', textContent: '\\u00d7'});
+  remove.ariaLabel = studioSay('Take {name} off', {name});
   range.addEventListener('input', () => set(Number(range.value)));
   number.addEventListener('change', () => set(Math.min(2, Math.max(-2, Number(number.value) || 0))));
   remove.addEventListener('click', () => {
@@ -56,7 +59,7 @@ const row = (lora, index) => {
     trigger('input');
   });
   const drawn = make('div', {className: 'lora'});
-  drawn.append(name, remove, range, number);
+  drawn.append(title, remove, range, number);
   return drawn;
 };
 const draw = () => rows.replaceChildren(...value().map(row));
@@ -74,7 +77,7 @@ def checkpoint(choices: Sequence[Checkpoint], chosen: str) -> gr.Dropdown:
     return gr.Dropdown(
         choices=[(choice.label, choice.name) for choice in choices],
         value=chosen,
-        label="Checkpoint",
+        label=t("Checkpoint"),
         filterable=False,
         elem_id="checkpoint",
     )
@@ -84,22 +87,30 @@ def about(checkpoint: Checkpoint, on_disk: bool) -> str:
     """What `checkpoint` is good for, its licence, and what choosing it will cost, as HTML."""
     licence = link(checkpoint.licence_url, checkpoint.licence)
     if on_disk:
-        here = '<span class="chip here">on disk</span>'
+        here = f'<span class="chip here">{say("on disk")}</span>'
     else:
         size = sum(part.size for part in {*checkpoint.parts, checkpoint.tiny_autoencoder} if part.repo)
-        here = f'<span class="chip">first run downloads up to {_bytes(size)}</span>'
-    lines = [f"<p>{escape(checkpoint.good_for)}</p>", f'<p class="facts"><span class="chip">{licence}</span>{here}</p>']
+        here = f'<span class="chip">{say("first run downloads up to {size}", size=_bytes(size))}</span>'
+    lines = [
+        f"<p>{escape(told(checkpoint.good_for))}</p>",
+        f'<p class="facts"><span class="chip">{licence}</span>{here}</p>',
+    ]
     if checkpoint.gated and not on_disk:
-        pages = " and ".join(_hub_page(part) for part in checkpoint.parts if part.gated)
-        lines.append(
-            f'<p class="gate">Gated: accept the licence on {pages}, then start the studio with your access token '
-            "in HF_TOKEN.</p>"
-        )
+        lines.append(gate([_hub_page(part) for part in checkpoint.parts if part.gated]))
     return "".join(lines)
 
 
 def _hub_page(part: Part) -> str:
     return link(f"https://huggingface.co/{part.repo}", str(part.repo))
+
+
+def gate(pages: Sequence[str]) -> str:
+    """What to do for a gated checkpoint, as HTML; pages: links to where its licence is accepted."""
+    listed = say(" and ").join(pages)
+    do = say(
+        "Gated: accept the licence on {pages}, then start the studio with your access token in HF_TOKEN.", pages=listed
+    )
+    return f'<p class="gate">{do}</p>'
 
 
 def link(url: str, text: str) -> str:
@@ -120,8 +131,8 @@ def negative_prompt(checkpoint: Checkpoint, value: str | None = None) -> gr.Text
     shown = value if checkpoint.takes_negative_prompt else ""
     given: dict[str, Any] = {} if shown is None else {"value": shown}
     return gr.Textbox(
-        label="Negative prompt",
-        placeholder="What the picture should not show",
+        label=t("Negative prompt"),
+        placeholder=t("What the picture should not show"),
         lines=2,
         max_lines=6,
         visible=checkpoint.takes_negative_prompt,
@@ -148,6 +159,11 @@ def references(label: str, columns: int, value: Sequence[Path] = ()) -> gr.Galle
     )
 
 
+def up_to(most: int) -> str:
+    """What a gallery for `most` references is called."""
+    return say("Up to {most} pictures: drop, paste or choose", most=most)
+
+
 def numbered(paths: Sequence[Path]) -> list[tuple[str, str]]:
     """Gallery items captioned as a prompt may call them."""
     return [(str(path), f"image {number}") for number, path in enumerate(paths, 1)]
@@ -158,7 +174,7 @@ def examples(entries: Sequence[Example]) -> gr.Dataset:
         components=["textbox"],
         samples=_samples(entries),
         type="index",
-        label="Try",
+        label=t("Try"),
         visible=bool(entries),
         elem_classes="examples",
     )
@@ -177,14 +193,14 @@ def lora_offer(entries: Sequence[LoraEntry], checkpoint: Checkpoint) -> gr.Dropd
     """What can be added to `loras`: those made for `checkpoint` first, the others with whom they are for."""
     fitting = [(entry.name, entry.name) for entry in entries if entry.width == checkpoint.hidden_width]
     others = [
-        (f"{entry.name} (for {entry.family})", entry.name)
+        (say("{name} (for {family})", name=entry.name, family=entry.family), entry.name)
         for entry in entries
         if entry.width != checkpoint.hidden_width
     ]
     return gr.Dropdown(
         choices=[*fitting, *others],
         value=None,
-        label="Add a LoRA",
+        label=t("Add a LoRA"),
         visible=bool(entries),
         min_width=140,
         elem_classes="lora-offer",
@@ -202,20 +218,21 @@ def loras() -> gr.HTML:
 
 def lora_title(chosen: int) -> str:
     """How the folded panel is called: nobody should forget the LoRAs in it."""
-    return f"LoRAs ({chosen})" if chosen else "LoRAs"
+    return say("LoRAs ({chosen})", chosen=chosen) if chosen else t("LoRAs")
 
 
 def aspect(*, with_references: bool) -> gr.Radio:
-    choices = [*([AS_REFERENCE] if with_references else []), *ASPECTS, FREE]
-    return gr.Radio(choices=choices, value=choices[0], label="Shape", elem_classes="aspect")
+    values = [*([AS_REFERENCE] if with_references else []), *ASPECTS, FREE]
+    choices = [(value if value in ASPECTS else t(value), value) for value in values]
+    return gr.Radio(choices=choices, value=values[0], label=t("Shape"), elem_classes="aspect")
 
 
 def sides(size: tuple[int, int] | None) -> tuple[gr.Number, gr.Number]:
     """Width and height; None leaves both to the first reference and hides them."""
     width, height = size or (None, None)
     return (
-        gr.Number(width, label="Width", precision=0, step=16, visible=size is not None, min_width=90),
-        gr.Number(height, label="Height", precision=0, step=16, visible=size is not None, min_width=90),
+        gr.Number(width, label=t("Width"), precision=0, step=16, visible=size is not None, min_width=90),
+        gr.Number(height, label=t("Height"), precision=0, step=16, visible=size is not None, min_width=90),
     )
 
 
@@ -236,8 +253,8 @@ def live(checkpoint: Checkpoint, *, on: bool | None = None) -> gr.Checkbox:
     """on: None leaves it as it is; a checkpoint that takes many steps has none of it."""
     given: dict[str, Any] = {} if on is None and checkpoint.quick else {"value": bool(on) and checkpoint.quick}
     return gr.Checkbox(
-        label="Live",
-        info="The picture follows as you type and is not saved. Press the button to keep it.",
+        label=t("Live"),
+        info=t("The picture follows as you type and is not saved. Press the button to keep it."),
         visible=checkpoint.quick,
         elem_classes="live",
         **given,
@@ -250,15 +267,15 @@ def pulse() -> gr.Number:
 
 
 def count() -> gr.Slider:
-    return gr.Slider(1, MAX_COUNT, value=1, step=1, precision=0, label="Pictures", buttons=[], elem_classes="count")
+    return gr.Slider(1, MAX_COUNT, value=1, step=1, precision=0, label=t("Pictures"), buttons=[], elem_classes="count")
 
 
 def seed() -> gr.Number:
-    return gr.Number(None, label="Seed", precision=0, placeholder="random", min_width=120, elem_classes="seed")
+    return gr.Number(None, label=t("Seed"), precision=0, placeholder=t("random"), min_width=120, elem_classes="seed")
 
 
 def lock() -> gr.Checkbox:
-    return gr.Checkbox(False, label="Lock", info="keep this seed", min_width=90, elem_classes="lock")
+    return gr.Checkbox(False, label=t("Lock"), info=t("keep this seed"), min_width=90, elem_classes="lock")
 
 
 def steps(checkpoint: Checkpoint, value: int | None = None) -> gr.Slider:
@@ -269,8 +286,8 @@ def steps(checkpoint: Checkpoint, value: int | None = None) -> gr.Slider:
         value=checkpoint.steps if value is None else value,
         step=1,
         precision=0,
-        label="Steps",
-        info=FIXED if checkpoint.steps_fixed else "More is finer and slower.",
+        label=t("Steps"),
+        info=t(FIXED) if checkpoint.steps_fixed else t("More is finer and slower."),
         interactive=not checkpoint.steps_fixed,
         buttons=[],
         elem_classes="steps",
@@ -284,8 +301,8 @@ def guidance(checkpoint: Checkpoint, value: float | None = None) -> gr.Slider:
         checkpoint.max_guidance,
         value=checkpoint.guidance if value is None else value,
         step=0.1,
-        label="Guidance",
-        info=FIXED if checkpoint.guidance_fixed else "How closely the prompt is followed.",
+        label=t("Guidance"),
+        info=t(FIXED) if checkpoint.guidance_fixed else t("How closely the prompt is followed."),
         interactive=not checkpoint.guidance_fixed,
         buttons=[],
         elem_classes="guidance",
@@ -294,10 +311,10 @@ def guidance(checkpoint: Checkpoint, value: float | None = None) -> gr.Slider:
 
 def upsample_by(chosen: str) -> gr.Radio:
     return gr.Radio(
-        [("Off", "none"), ("On this machine", "local"), ("OpenRouter or your server", "openrouter")],
+        [(t("Off"), "none"), (t("On this machine"), "local"), (t("OpenRouter or your server"), "openrouter")],
         value=chosen,
-        label="By a language model",
-        info="It turns a rough idea into a full prompt, in the same run or with Enrich now.",
+        label=t("By a language model"),
+        info=t("It turns a rough idea into a full prompt, in the same run or with Enrich now."),
         elem_classes="upsample-by",
     )
 
@@ -307,7 +324,7 @@ def local_model(offers: Sequence[tuple[str, str]], *, visible: bool) -> gr.Dropd
     return gr.Dropdown(
         choices=list(offers),
         value=offers[0][1] if offers else None,
-        label="Language model",
+        label=t("Language model"),
         filterable=False,
         visible=visible and bool(offers),
         elem_classes="local-model",
@@ -320,8 +337,8 @@ def remote_model(models: Sequence[tuple[str, str]], chosen: str, *, visible: boo
     return gr.Dropdown(
         choices=[*models, *([] if chosen in known else [(chosen, chosen)])],
         value=chosen,
-        label="Language model",
-        info="Choose one, or type the name that the server knows it by.",
+        label=t("Language model"),
+        info=t("Choose one, or type the name that the server knows it by."),
         allow_custom_value=True,
         visible=visible,
         elem_classes="remote-model",
@@ -331,9 +348,9 @@ def remote_model(models: Sequence[tuple[str, str]], chosen: str, *, visible: boo
 def api_key(*, visible: bool) -> gr.Textbox:
     """Not a Request's field: it travels beside it, and is kept nowhere."""
     return gr.Textbox(
-        label="API key",
+        label=t("API key"),
         type="password",
-        placeholder="for this session only",
+        placeholder=t("for this session only"),
         visible=visible,
         max_lines=1,
         html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
@@ -352,7 +369,7 @@ def sampling(name: str, label: str) -> gr.Number:
         maximum=high,
         step=1 if whole else 0.05,
         precision=0 if whole else None,
-        placeholder="advised",
+        placeholder=t("advised"),
         min_width=90,
         elem_classes="sampling",
     )
@@ -360,7 +377,7 @@ def sampling(name: str, label: str) -> gr.Number:
 
 def image_format() -> gr.Radio:
     return gr.Radio(
-        [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")], value="png", label="Save as", elem_classes="format"
+        [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")], value="png", label=t("Save as"), elem_classes="format"
     )
 
 

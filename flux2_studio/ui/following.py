@@ -19,6 +19,7 @@ from flux2_studio.jobs import JobQueue
 from flux2_studio.outputs.journal import Entry
 from flux2_studio.request import Request
 from flux2_studio.tasks import Job
+from flux2_studio.ui.language import told
 from flux2_studio.ui.tabs import Form, Stage
 from flux2_studio.ui.visitors import owner_of
 from flux2_studio.ui.wiring import Update, follow
@@ -83,7 +84,7 @@ class Follower:
         try:
             entry = await asyncio.to_thread(self._jobs.unseen, owner)
         except StudioError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(told(str(error)), print_exception=False) from error
         if entry is None:
             yield gr.skip()
             return
@@ -121,7 +122,7 @@ class Follower:
         try:
             while (job := self._next(watch, owner_of(request))) is not None:
                 if failure is not None:
-                    gr.Warning(failure)
+                    gr.Warning(told(failure))
                 view = self._view_of(job.request, self._forms[watch.jobs[job.id]])
                 async for update in self._shown(watch, job, view, keep=not first):
                     yield update
@@ -129,7 +130,7 @@ class Follower:
         finally:
             watch.following = False
         if failure is not None:
-            raise gr.Error(failure, print_exception=False)
+            raise gr.Error(told(failure), print_exception=False)
 
     async def _shown(self, watch: Watch, job: Job, view: View, *, keep: bool) -> AsyncIterator[Update]:
         """`job` from its beginning to its end, or until another one of the tab's is begun before it. keep: leave what

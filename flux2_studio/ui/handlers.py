@@ -25,6 +25,7 @@ from flux2_studio.tasks import Job
 from flux2_studio.ui import compare, fields, keep_preview, queue_panel, show
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.following import Follower, View, Watch, form_of
+from flux2_studio.ui.language import told
 from flux2_studio.ui.live import wire_live
 from flux2_studio.ui.lora_panel import choices, wire_loras
 from flux2_studio.ui.mask_panel import read_mask, read_outpaint
@@ -164,8 +165,8 @@ def _wire_runs(
         """Queue a run of `form`, from the request that `ask` gives. Raises `gr.Error` where it cannot be done."""
         # Large references take their time before the job is there to tell of it.
         checking = form.panel and not watch.following
-        told = {stage.progress: show.status(Status(text="Checking the pictures"))} if checking else {}
-        yield {**_runs(forms, can_start=False), **told, **_without(stage, None)}
+        first = {stage.progress: show.status(Status(text="Checking the pictures"))} if checking else {}
+        yield {**_runs(forms, can_start=False), **first, **_without(stage, None)}
         asked: Request | None = None
         try:
             asked = ask()
@@ -181,7 +182,7 @@ def _wire_runs(
                 stage.message: show.problem(str(error)),
                 **_without(stage, form if isinstance(error, UpsampleError) and asked is not None else None),
             }
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(told(str(error)), print_exception=False) from error
         yield {
             **_runs(forms, can_start=True),
             **follower.begin(watch, job, form.name),

@@ -18,6 +18,7 @@ from flux2_studio.errors import StudioError
 from flux2_studio.outputs.history import History
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.ui.inspect_tab import GO_TO_FORM, fillable, filled, restoration
+from flux2_studio.ui.language import say, t, told
 from flux2_studio.ui.reference_panel import offer, offered_to, paths
 from flux2_studio.ui.tabs import Form
 from flux2_studio.ui.visitors import owner_of
@@ -33,46 +34,51 @@ ASKED = "(_, ...others) => [window.studioHistory.asked, ...others]"
 RUN = "(form) => { if (form) window.studioHistory.run(form); }"
 
 MARKUP = """<div class="history">
-<form class="filters" role="search" aria-label="Find pictures">
-<input type="search" name="words" placeholder="Words of the prompt" aria-label="Words of the prompt" autocomplete="off">
-<select name="checkpoint" aria-label="Checkpoint"><option value="">Every checkpoint</option></select>
-<label class="date"><span>From</span><input type="date" name="since"></label>
-<label class="date"><span>to</span><input type="date" name="until"></label>
-<label class="only"><input type="checkbox" name="favourites"><span>Favourites only</span></label>
-<button type="reset">Clear</button>
+<form class="filters" data-i18n role="search" aria-label="Find pictures">
+<input type="search" data-i18n name="words" placeholder="Words of the prompt" aria-label="Words of the prompt"
+autocomplete="off">
+<select name="checkpoint" data-i18n aria-label="Checkpoint">
+<option value="" data-i18n>Every checkpoint</option></select>
+<label class="date"><span data-i18n>From</span><input type="date" name="since"></label>
+<label class="date"><span data-i18n>to</span><input type="date" name="until"></label>
+<label class="only"><input type="checkbox" name="favourites"><span data-i18n>Favourites only</span></label>
+<button type="reset" data-i18n>Clear</button>
 </form>
 <div class="bar">
 <p class="count" role="status"></p>
-<div class="picked" hidden><button type="button" data-do="all">Select all shown</button>
-<button type="button" data-do="none">Select none</button>
-<button type="button" data-do="zip">Download as zip</button>
-<button type="button" data-do="delete">Delete</button></div>
+<div class="picked" hidden><button type="button" data-do="all" data-i18n>Select all shown</button>
+<button type="button" data-do="none" data-i18n>Select none</button>
+<button type="button" data-do="zip" data-i18n>Download as zip</button>
+<button type="button" data-do="delete" data-i18n>Delete</button></div>
 </div>
-<div class="grid" role="list" aria-label="Your pictures"></div>
+<div class="grid" data-i18n role="list" aria-label="Your pictures"></div>
 <div class="nothing" hidden></div>
 <div class="more" aria-hidden="true"></div>
-<p class="trash" hidden><span></span><button type="button" data-do="back">Bring back</button>
-<button type="button" data-do="empty">Remove for good</button></p>
-<div class="told" hidden><span role="status"></span><button type="button" data-do="undo">Undo</button></div>
+<p class="trash" hidden><span></span><button type="button" data-do="back" data-i18n>Bring back</button>
+<button type="button" data-do="empty" data-i18n>Remove for good</button></p>
+<div class="told" hidden><span role="status"></span><button type="button" data-do="undo" data-i18n>Undo</button></div>
 <dialog class="viewer" aria-labelledby="history-prompt">
-<button type="button" class="close" data-do="close" aria-label="Close (Escape)" autofocus>✕</button>
-<figure><button type="button" class="step" data-do="newer" aria-label="Next newer picture (left arrow)">←</button>
+<button type="button" class="close" data-do="close" data-i18n aria-label="Close (Escape)" autofocus>✕</button>
+<figure><button type="button" class="step" data-do="newer" data-i18n
+aria-label="Next newer picture (left arrow)">←</button>
 <img alt=""><p class="lost" hidden></p>
-<button type="button" class="step" data-do="older" aria-label="Next older picture (right arrow)">→</button></figure>
+<button type="button" class="step" data-do="older" data-i18n
+aria-label="Next older picture (right arrow)">→</button></figure>
 <div class="side">
 <p id="history-prompt" class="prompt-text"></p>
 <div class="acts main">
-<button type="button" data-do="vary" title="The same settings with a new seed">Vary</button>
-<button type="button" data-do="again" title="The same settings and seed">Run again</button>
-<button type="button" data-do="reuse" title="Put the settings into the form">Reuse settings</button>
-<button type="button" data-do="edit">Send to Edit</button>
-<button type="button" data-do="multi">Add to Multi-reference</button></div>
-<div class="acts"><button type="button" data-do="favourite" aria-pressed="false" title="f">♡ Favourite</button>
-<a data-do="download" download>Download</a>
-<button type="button" data-do="remove" title="Delete">Delete</button></div>
+<button type="button" data-do="vary" data-i18n title="The same settings with a new seed">Vary</button>
+<button type="button" data-do="again" data-i18n title="The same settings and seed">Run again</button>
+<button type="button" data-do="reuse" data-i18n title="Put the settings into the form">Reuse settings</button>
+<button type="button" data-do="edit" data-i18n>Send to Edit</button>
+<button type="button" data-do="multi" data-i18n>Add to Multi-reference</button></div>
+<div class="acts">
+<button type="button" data-do="favourite" data-i18n aria-pressed="false" title="f">♡ Favourite</button>
+<a data-do="download" data-i18n download>Download</a>
+<button type="button" data-do="remove" data-i18n title="Delete">Delete</button></div>
 <table><tbody></tbody></table>
-<section class="from" hidden><h3>Made from</h3><div class="row"></div></section>
-<section class="into" hidden><h3>Made from it</h3><div class="row"></div></section>
+<section class="from" hidden><h3 data-i18n>Made from</h3><div class="row"></div></section>
+<section class="into" hidden><h3 data-i18n>Made from it</h3><div class="row"></div></section>
 </div>
 </dialog>
 </div>"""
@@ -106,7 +112,7 @@ class Owned:
 
 
 def layout() -> HistoryTab:
-    with gr.Tab("History", id="history", elem_id="history", elem_classes="sheet"):
+    with gr.Tab(t("History"), id="history", elem_id="history", elem_classes="sheet"):
         gr.HTML(MARKUP, elem_id="history-root", apply_default_css=False)
         buttons = {
             name: gr.Button(name, visible="hidden", elem_id=f"history-{name}")
@@ -138,12 +144,12 @@ def wire(
         try:
             located = history.located(owner_of(request), str(id_))
         except StudioError as error:
-            raise gr.Error(escape(str(error)), print_exception=False) from error
+            raise gr.Error(escape(told(str(error))), print_exception=False) from error
         if located is None:
-            raise gr.Error(UNKNOWN, print_exception=False)
+            raise gr.Error(say(UNKNOWN), print_exception=False)
         _, path = located
         if path is None:
-            raise gr.Error(GONE, print_exception=False)
+            raise gr.Error(say(GONE), print_exception=False)
         return path
 
     def to_edit(id_: str, name: str, request: gr.Request) -> Update:
@@ -159,22 +165,26 @@ def wire(
         try:
             details = history.details(owner, str(id_))
         except StudioError as error:
-            raise gr.Error(escape(str(error)), print_exception=False) from error
+            raise gr.Error(escape(told(str(error))), print_exception=False) from error
         if details is None:
-            raise gr.Error(UNKNOWN, print_exception=False)
+            raise gr.Error(say(UNKNOWN), print_exception=False)
         record = details.record
         if record is None:
             raise gr.Error(
-                "The settings of this picture were written by another version of the studio: use that one.",
+                say("The settings of this picture were written by another version of the studio: use that one."),
                 print_exception=False,
             )
         if vary:  # another picture is wanted: nothing need be the same bit by bit
             record = replace(record, place=0, together=1, checkpoint="", versions={}, computed={})
         plan = restoration(record, studio, Owned(history, references, owner))
         if plan.request is None:
-            raise gr.Error(escape(plan.notes[0]), print_exception=False)
+            raise gr.Error(escape(told(plan.notes[0])), print_exception=False)
         if plan.notes:
-            gr.Info("<br>".join(map(escape, plan.notes)), duration=READ_FOR, title="Settings from History")
+            gr.Info(
+                "<br>".join(escape(told(note)) for note in plan.notes),
+                duration=READ_FOR,
+                title=say("Settings from History"),
+            )
         update = filled(plan, forms, chosen, tabs)
         form = next(form for form in forms if form.name == plan.form)
         if vary:

@@ -26,6 +26,7 @@ from flux2_studio.record import Record
 from flux2_studio.regions import load_mask
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.ui import fields, show
+from flux2_studio.ui.language import say, t, told
 from flux2_studio.ui.mask_panel import restored
 from flux2_studio.ui.reference_panel import examine, offer, offered_to, paths
 from flux2_studio.ui.tabs import Form
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
 LONGEST = 200_000  # characters of a raw report; what a browser shows without taking ages
-LOOKING = '<p class="looking" role="status">Looking at the picture…</p>'
+LOOKING = '<p class="looking" role="status" data-i18n>Looking at the picture…</p>'
 EMPTY = (
-    '<p class="lead">Any picture, by whatever program.</p><p>You see the settings that made it, whether it carries an '
-    "invisible watermark, and who signed it; and you can make it again. It is looked at on the machine where this "
-    "studio runs, and sent nowhere else.</p>"
+    '<p class="lead" data-i18n>Any picture, by whatever program.</p>'
+    "<p data-i18n>You see the settings that made it, whether it carries an invisible watermark, and who signed it; and "
+    "you can make it again. It is looked at on the machine where this studio runs, and sent nowhere else.</p>"
 )
 # The report may be long, and the form that was filled lies above.
 GO_TO_FORM = "() => document.getElementById('tabs').scrollIntoView({behavior: 'smooth'})"
@@ -83,23 +84,23 @@ class Restoration:
 
 
 def layout() -> InspectTab:
-    with gr.Tab("Inspect", id="inspect", elem_id="inspect", elem_classes="sheet"):
+    with gr.Tab(t("Inspect"), id="inspect", elem_id="inspect", elem_classes="sheet"):
         seen = gr.State(None)  # in here: Gradio counts what lies between two tabs as one
         picture = _picture()
         findings = gr.HTML(EMPTY, elem_id="inspect-findings")
         with gr.Column(elem_id="inspect-acts"):
             restore = gr.Button(
-                "Restore these settings", variant="primary", size="lg", visible=False, elem_id="inspect-restore"
+                t("Restore these settings"), variant="primary", size="lg", visible=False, elem_id="inspect-restore"
             )
             note = gr.HTML(elem_id="inspect-note", elem_classes="note")
         report = gr.HTML(elem_id="inspect-report")
-        with gr.Accordion("All of it, for programs", open=False, visible=False, elem_id="inspect-raw") as folded:
+        with gr.Accordion(t("All of it, for programs"), open=False, visible=False, elem_id="inspect-raw") as folded:
             as_json = gr.Code(
-                language="json", label="Inspection", interactive=False, max_lines=24, elem_id="inspect-json"
+                language="json", label=t("Inspection"), interactive=False, max_lines=24, elem_id="inspect-json"
             )
             credentials = gr.Code(
                 language="json",
-                label="Content credentials, as the C2PA library reports them",
+                label=t("Content credentials, as the C2PA library reports them"),
                 interactive=False,
                 max_lines=24,
                 elem_id="inspect-credentials",
@@ -153,13 +154,15 @@ def wire(
 
     def restore(seen: Inspection | None) -> Update:
         if seen is None or (plan := _plan(seen, studio, references)) is None:
-            raise gr.Error("There are no settings to restore: choose a picture that has some.", print_exception=False)
+            raise gr.Error(
+                say("There are no settings to restore: choose a picture that has some."), print_exception=False
+            )
         if plan.request is None:  # something went since the picture was looked at
-            raise gr.Error(plan.notes[0], print_exception=False)
+            raise gr.Error(told(plan.notes[0]), print_exception=False)
         try:
             return {tab.note: show.notes(plan.notes), **filled(plan, forms, chosen, tabs)}
         except StudioError as error:  # what a file names as its mask need not be one
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(told(str(error)), print_exception=False) from error
 
     said = [component for component in vars(tab).values() if component is not tab.picture]
     listen([tab.picture.upload, tab.picture.delete], look, tab.picture, [tab.picture, *said], concurrency_limit=2)
@@ -353,7 +356,7 @@ def fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[
 def _picture() -> gr.Gallery:
     """A gallery even for one: it hands over the uploaded file itself, unopened."""
     return gr.Gallery(
-        label="Picture to inspect: drop, paste or choose one",
+        label=t("Picture to inspect: drop, paste or choose one"),
         type="filepath",
         file_types=["image"],
         interactive=True,
@@ -385,7 +388,7 @@ def _shown(tab: InspectTab, seen: Inspection, plan: Restoration | None) -> Updat
     raw = seen.as_dict()
     report = raw["credentials"].pop("report")
     return {
-        tab.findings: f"<ul>{''.join(f'<li>{escape(finding)}</li>' for finding in seen.findings)}</ul>",
+        tab.findings: f"<ul>{''.join(f'<li>{escape(told(finding))}</li>' for finding in seen.findings)}</ul>",
         tab.restore: gr.Button(visible=plan is not None and plan.request is not None),
         tab.note: show.notes(plan.notes) if plan else "",
         tab.report: describe(seen),
@@ -409,29 +412,41 @@ def describe(seen: Inspection) -> str:
 
 
 def _file(seen: Inspection) -> Mapping[str, str]:
-    picture = {"Picture": f"{seen.format}, {seen.width} x {seen.height} pixels"} if seen.is_picture else {}
+    picture = (
+        {
+            "Picture": say(
+                "{format}, {width} x {height} pixels", format=seen.format, width=seen.width, height=seen.height
+            )
+        }
+        if seen.is_picture
+        else {}
+    )
     sha256 = {"SHA-256": seen.sha256} if seen.sha256 else {}
-    return {"Name": seen.name, **picture, "Size": f"{seen.bytes:,} bytes", **sha256}
+    return {"Name": seen.name, **picture, "Size": say("{count} bytes", count=f"{seen.bytes:,}"), **sha256}
 
 
 def _watermark(mark: Detection | None) -> str:
     if mark is None:
         return ""
-    state = "found" if mark.found else "not found"
+    state = say("found") if mark.found else say("not found")
     rows = {
         "Result": state,
         "Message": mark.message.label,
-        "Bits that agree": f"{mark.right} of {len(mark.message.bits)} ({mark.match:.0%})",
-        "By chance": f"one picture in {mark.odds}",
+        "Bits that agree": say(
+            "{right} of {all} ({share})", right=mark.right, all=len(mark.message.bits), share=f"{mark.match:.0%}"
+        ),
+        "By chance": say("one picture in {odds}", odds=mark.odds),
     }
     return _section("Invisible watermark", rows.items())
 
 
 def _section(title: str, rows: Iterable[tuple[str, str]]) -> str:
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows if text
+        f'<tr><th scope="row">{escape(told(name))}</th><td>{escape(told(text))}</td></tr>'
+        for name, text in rows
+        if text
     )
-    return f"<h3>{title}</h3><table>{body}</table>" if body else ""
+    return f"<h3>{say(title)}</h3><table>{body}</table>" if body else ""
 
 
 def _cut(text: str) -> str:

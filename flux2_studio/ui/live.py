@@ -21,6 +21,7 @@ from flux2_studio.request import MAX_COUNT, MAX_SEED, Request
 from flux2_studio.tasks import Draft
 from flux2_studio.ui import compare, fields, show
 from flux2_studio.ui.following import Watch
+from flux2_studio.ui.language import say, told
 from flux2_studio.ui.tabs import Form, Stage
 from flux2_studio.ui.visitors import owner_of
 from flux2_studio.ui.wiring import Update, listen
@@ -93,12 +94,12 @@ def wire_live(
             if not on or watch.following or not studio.settings.checkpoint(values["checkpoint"]).quick:
                 return gr.skip()
             if not str(values["prompt"]).strip():
-                return {stage.progress: show.hint(EMPTY)}
+                return {stage.progress: show.hint(say(EMPTY))}
             try:
                 asked = read(locked, laid_out_for, aspect, values)
                 latest.draft = jobs.draft(asked, owner_of(request))
             except StudioError as error:
-                return {stage.progress: show.hint(f"Live: {error}")}
+                return {stage.progress: show.hint(say("Live: {problem}", problem=told(str(error))))}
             return gr.skip()
 
         seed = form.fields["seed"]
@@ -149,7 +150,7 @@ async def shown(latest: Latest, watch: Watch, draft: Draft, stage: Stage) -> Asy
                     stage.message: "",
                 }
             case Failed(message=message):
-                yield {stage.progress: "", stage.message: show.problem(message)}
+                yield {stage.progress: "", stage.message: show.problem(told(message))}
             case _:  # Stopped, which only what comes in its place does; and words that nobody could read
                 pass
 

@@ -25,6 +25,7 @@ from PIL import Image
 from flux2_studio.errors import RequestError
 from flux2_studio.request import Outpaint
 from flux2_studio.ui import fields
+from flux2_studio.ui.language import t
 
 TITLE = "Mask and outpainting"
 SHOWN = 1024  # pixels along a side of the picture to paint on
@@ -34,21 +35,23 @@ SIDES = ("left", "top", "right", "bottom")
 
 BOARD = """<div class="mask">
   <p class="said" role="status"></p>
-  <div class="board"><canvas aria-label="Paint on the picture what may change"></canvas></div>
+  <div class="board"><canvas data-i18n aria-label="Paint on the picture what may change"></canvas></div>
   <div class="acts">
-    <button type="button" class="paint" aria-pressed="true">Paint</button>
-    <button type="button" class="erase" aria-pressed="false">Erase</button>
-    <label class="brush">Brush <input type="range" min="1" max="50" value="12" aria-label="Size of the brush"></label>
-    <button type="button" class="invert">Invert</button>
-    <button type="button" class="clear">Clear</button>
-    <label class="load">Load a mask<input type="file" accept="image/*" aria-label="Load a mask from a file"></label>
+    <button type="button" class="paint" aria-pressed="true" data-i18n>Paint</button>
+    <button type="button" class="erase" aria-pressed="false" data-i18n>Erase</button>
+    <label class="brush" data-i18n>Brush <input type="range" min="1" max="50" value="12" data-i18n
+      aria-label="Size of the brush"></label>
+    <button type="button" class="invert" data-i18n>Invert</button>
+    <button type="button" class="clear" data-i18n>Clear</button>
+    <label class="load" data-i18n>Load a mask<input type="file" accept="image/*" data-i18n
+      aria-label="Load a mask from a file"></label>
   </div>
   <div class="numbers rectangle">
-    <label>Left<input type="number" min="0" value="0" data-side="left"></label>
-    <label>Top<input type="number" min="0" value="0" data-side="top"></label>
-    <label>Width<input type="number" min="1" data-side="width"></label>
-    <label>Height<input type="number" min="1" data-side="height"></label>
-    <button type="button" class="add">Add rectangle</button>
+    <label data-i18n>Left<input type="number" min="0" value="0" data-side="left"></label>
+    <label data-i18n>Top<input type="number" min="0" value="0" data-side="top"></label>
+    <label data-i18n>Width<input type="number" min="1" data-side="width"></label>
+    <label data-i18n>Height<input type="number" min="1" data-side="height"></label>
+    <button type="button" class="add" data-i18n>Add rectangle</button>
   </div>
 </div>"""
 
@@ -88,10 +91,11 @@ const send = () => {
     sent = mask.toDataURL('image/png');
   }
   props.value = {...value(), mask: sent};
-  say(some ? 'Only what is coloured may change. Every other pixel stays as it is.' : '');
+  say(some ? studioSay('Only what is coloured may change. Every other pixel stays as it is.') : '');
 };
 const say = (text) => {
-  const none = value().picture ? 'Paint what may change. Without a mask all of it may.' : 'Add a picture above first.';
+  const none = value().picture
+    ? studioSay('Paint what may change. Without a mask all of it may.') : studioSay('Add a picture above first.');
   said.textContent = text || none;
 };
 const wipe = () => pen.clearRect(0, 0, canvas.width, canvas.height);
@@ -131,9 +135,9 @@ const follow = () => {
     sent = value().mask;
     image.onload = () => { if (key === seen) put(image); };
     image.src = value().mask;
-    say('Only what is coloured may change. Every other pixel stays as it is.');
+    say(studioSay('Only what is coloured may change. Every other pixel stays as it is.'));
   } else {
-    say(had && other ? 'The picture is another one: its mask was cleared.' : '');
+    say(had && other ? studioSay('The picture is another one: its mask was cleared.') : '');
   }
 };
 const at = (event) => {
@@ -195,15 +199,17 @@ find('.load input').addEventListener('change', async (event) => {
   try {
     image = await createImageBitmap(file);
   } catch {
-    said.textContent = `${file.name} cannot be read as a mask: save it as PNG, or choose another.`;
+    said.textContent = studioSay('{name} cannot be read as a mask: save it as PNG, or choose another.',
+      {name: file.name});
     return;
   }
   const {width, height} = canvas;
   const off = Math.min(Math.abs(image.height * width / image.width - height) / Math.max(1, width / image.width),
     Math.abs(image.width * height / image.height - width) / Math.max(1, height / image.height));
   if (off > 1) {
-    said.textContent = `${file.name} has another shape (${image.width} x ${image.height}) than the picture `
-      + `(${width} x ${height}): make it as large as the picture, or of the same aspect ratio.`;
+    const [theirs, ours] = [`${image.width} x ${image.height}`, `${width} x ${height}`];
+    said.textContent = studioSay('{name} has another shape ({theirs}) than the picture ({ours}): make it as large as '
+      + 'the picture, or of the same aspect ratio.', {name: file.name, theirs, ours});
     return;
   }
   wipe();
@@ -215,13 +221,13 @@ watch('value', follow);
 """
 
 MARGINS = """<div class="outpaint">
-  <p class="said">Outpaint: the picture grows, and only what is new is drawn.</p>
+  <p class="said" data-i18n>Outpaint: the picture grows, and only what is new is drawn.</p>
   <div class="numbers">
-    <label>Left<input type="number" min="0" step="8" value="0" data-side="left"></label>
-    <label>Top<input type="number" min="0" step="8" value="0" data-side="top"></label>
-    <label>Right<input type="number" min="0" step="8" value="0" data-side="right"></label>
-    <label>Bottom<input type="number" min="0" step="8" value="0" data-side="bottom"></label>
-    <label>To the shape<select><option value="">Free</option>${props_shapes}</select></label>
+    <label data-i18n>Left<input type="number" min="0" step="8" value="0" data-side="left"></label>
+    <label data-i18n>Top<input type="number" min="0" step="8" value="0" data-side="top"></label>
+    <label data-i18n>Right<input type="number" min="0" step="8" value="0" data-side="right"></label>
+    <label data-i18n>Bottom<input type="number" min="0" step="8" value="0" data-side="bottom"></label>
+    <label data-i18n>To the shape<select><option value="" data-i18n>Free</option>${props_shapes}</select></label>
   </div>
 </div>"""
 
@@ -235,9 +241,9 @@ const tell = () => {
   const grows = SIDES.some((side) => props.value?.[side]);
   const {left = 0, top = 0, right = 0, bottom = 0, width = 0, height = 0} = props.value ?? {};
   said.textContent = grows
-    ? `The picture grows to ${width + left + right} x ${height + top + bottom} pixels; what it shows now `
-      + 'stays as it is.'
-    : 'Outpaint: the picture grows, and only what is new is drawn.';
+    ? studioSay('The picture grows to {width} x {height} pixels; what it shows now stays as it is.',
+      {width: width + left + right, height: height + top + bottom})
+    : studioSay('Outpaint: the picture grows, and only what is new is drawn.');
 };
 const send = () => {
   const value = Object.fromEntries(SIDES.map((side) => [side, Math.max(0, Math.round(Number(box(side).value)) || 0)]));
@@ -286,7 +292,7 @@ class Subject:
 def layout() -> tuple[dict[str, Any], gr.Accordion]:
     """The fields of a request that say what of a picture may change, and what they are folded into."""
     shapes = "".join(f"<option>{shape}</option>" for shape in fields.ASPECTS)
-    with gr.Accordion(TITLE, open=False, elem_classes=["edits", "extra"]) as folded:
+    with gr.Accordion(t(TITLE), open=False, elem_classes=["edits", "extra"]) as folded:
         found = {
             "mask": gr.HTML(_board(None), html_template=BOARD, js_on_load=PAINTING, elem_classes="mask-board"),
             "outpaint": gr.HTML(
@@ -297,8 +303,8 @@ def layout() -> tuple[dict[str, Any], gr.Accordion]:
             ),
             "match_colours": gr.Checkbox(
                 False,
-                label="Match colours",
-                info="The result gets the colours of image 1 on the whole; with a mask, by what lies outside.",
+                label=t("Match colours"),
+                info=t("The result gets the colours of image 1 on the whole; with a mask, by what lies outside."),
                 elem_classes=["mark", "match-colours"],
             ),
         }

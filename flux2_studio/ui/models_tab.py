@@ -17,6 +17,7 @@ from flux2_studio.errors import StudioError
 from flux2_studio.models.refusals import amount
 from flux2_studio.models.shelf import Entry, Shelf
 from flux2_studio.ui import fields, show
+from flux2_studio.ui.language import say, t, told
 from flux2_studio.ui.wiring import Update, listen
 
 Needs = Callable[[Checkpoint], str]  # what a checkpoint asks of this machine's memory, as a sentence
@@ -25,8 +26,8 @@ TICK = 1.0  # seconds between two looks at what moves
 MANY = 3  # from here on, how many others share a part says more than their names
 CHIPS = {"downloading": "downloading", "paused": "paused", "failed": "not downloaded"}
 NOT_HERE = (
-    "Downloads and deletions are for whoever runs this studio: on its machine, <code>flux2-studio models download "
-    "NAME</code> fetches a checkpoint, and <code>flux2-studio models remove NAME</code> deletes it."
+    "Downloads and deletions are for whoever runs this studio: on its machine, {download} fetches a checkpoint, and "
+    "{remove} deletes it."
 )
 
 
@@ -55,7 +56,7 @@ class ModelsTab:
 
 def layout(shelf: Shelf, needs: Needs, *, may_change: bool) -> ModelsTab:
     """The tab and its cards. Where `may_change` is false nothing can be downloaded or deleted here."""
-    with gr.Tab("Models", id="models", elem_id="models") as tab:
+    with gr.Tab(t("Models"), id="models", elem_id="models") as tab:
         room = gr.HTML(_room(shelf, may_change), elem_id="room")
         with gr.Column(elem_id="shelf"):
             cards = tuple(_card(entry, shelf, needs, may_change) for entry in shelf.entries())
@@ -101,7 +102,7 @@ def _wire_card(
 ) -> None:
     def act(label: str, name: str) -> Update:
         # What the button said is what is done, whatever has become of the checkpoint meanwhile.
-        if label.startswith("Pause"):
+        if label == say("Pause"):
             shelf.pause(card.name)
         else:
             shelf.download(card.name)
@@ -136,8 +137,8 @@ def _card(entry: Entry, shelf: Shelf, needs: Needs, may_change: bool) -> Card:
         with gr.Column(visible=False, elem_classes="confirm") as confirm:
             question = gr.HTML()
             with gr.Row(elem_classes="acts"):
-                really = gr.Button("Delete", variant="stop", size="sm", min_width=100)
-                keep = gr.Button("Keep", size="sm", min_width=100)
+                really = gr.Button(t("Delete"), variant="stop", size="sm", min_width=100)
+                keep = gr.Button(t("Keep"), size="sm", min_width=100)
     return Card(
         name=entry.checkpoint.name,
         about=about,
@@ -153,8 +154,9 @@ def _card(entry: Entry, shelf: Shelf, needs: Needs, may_change: bool) -> Card:
 
 def _act(entry: Entry, may_change: bool) -> gr.Button:
     """Download, Pause or Resume: gone where there is nothing to fetch."""
-    label = {"downloading": "Pause", "paused": f"Resume, {amount(entry.to_come)} left"}.get(
-        entry.state, f"Download {amount(entry.to_come)}"
+    to_come = amount(entry.to_come)
+    label = {"downloading": say("Pause"), "paused": say("Resume, {amount} left", amount=to_come)}.get(
+        entry.state, say("Download {amount}", amount=to_come)
     )
     visible = may_change and (entry.to_come > 0 or entry.state == "downloading")
     return gr.Button(
@@ -169,7 +171,7 @@ def _act(entry: Entry, may_change: bool) -> gr.Button:
 
 def _delete(entry: Entry, may_change: bool) -> gr.Button:
     visible = may_change and entry.state != "downloading" and (entry.removable > 0 or entry.state == "paused")
-    return gr.Button("Delete…", size="sm", visible=visible, min_width=100, elem_classes="delete")
+    return gr.Button(t("Delete…"), size="sm", visible=visible, min_width=100, elem_classes="delete")
 
 
 def describe(entry: Entry, needs: str) -> str:
@@ -178,18 +180,14 @@ def describe(entry: Entry, needs: str) -> str:
     lines = [
         f"<h3>{escape(checkpoint.label)}</h3>",
         f'<p class="facts">{"".join(_chips(entry))}</p>',
-        f"<p>{escape(checkpoint.good_for)}</p>",
+        f"<p>{escape(told(checkpoint.good_for))}</p>",
     ]
     if needs:
-        lines.append(f'<p class="needs">{escape(needs)}</p>')
+        lines.append(f'<p class="needs">{escape(told(needs))}</p>')
     if entry.shared and not entry.on_board:
         lines.append(f'<p class="shares">{escape(_shares(entry))}</p>')
     if entry.pages and entry.to_come and not entry.failure:
-        pages = " and ".join(fields.link(page, page.split("/", 3)[-1]) for page in entry.pages)
-        lines.append(
-            f'<p class="gate">Gated: accept the licence on {pages}, then start the studio with your access token in '
-            "HF_TOKEN.</p>"
-        )
+        lines.append(fields.gate([fields.link(page, page.split("/", 3)[-1]) for page in entry.pages]))
     if entry.state in ("downloading", "paused") or (entry.state == "failed" and entry.here):
         lines.append(_progress(entry))
     if entry.failure and entry.state != "downloading":
@@ -199,29 +197,31 @@ def describe(entry: Entry, needs: str) -> str:
 
 def _chips(entry: Entry) -> list[str]:
     if entry.state == "complete":
-        first = (
-            '<span class="chip here">on board</span>' if entry.on_board else '<span class="chip here">on disk</span>'
-        )
+        first = f'<span class="chip here">{say("on board") if entry.on_board else say("on disk")}</span>'
     else:
-        first = f'<span class="chip {entry.state}">{CHIPS.get(entry.state, "not on disk")}</span>'
-    chips = [first, *(f'<span class="chip">{kind} on its way</span>' for kind in entry.on_its_way)]
+        first = f'<span class="chip {entry.state}">{say(CHIPS.get(entry.state, "not on disk"))}</span>'
+    coming = [say("{part} on its way", part=told(kind)) for kind in entry.on_its_way]
+    chips = [first, *(f'<span class="chip">{text}</span>' for text in coming)]
     if entry.own:
-        chips.append('<span class="chip">your own file</span>')
+        chips.append(f'<span class="chip">{say("your own file")}</span>')
     chips.append(f'<span class="chip">{amount(entry.size)}</span>')
     licence = entry.checkpoint.licence
     # That of a user's own file is not the one of the checkpoint that it resembles.
-    linked = f"licence: {escape(licence)}" if entry.own else fields.link(entry.checkpoint.licence_url, licence)
+    linked = fields.link(entry.checkpoint.licence_url, licence)
+    if entry.own:
+        linked = say("licence: {name}", name=escape(licence))
     chips.append(f'<span class="chip">{linked}</span>')
-    return chips + (['<span class="chip">gated</span>'] if entry.pages else [])
+    return chips + ([f'<span class="chip">{say("gated")}</span>'] if entry.pages else [])
 
 
 def _shares(entry: Entry) -> str:
     shared = []
     for part in entry.shared:
         few = len(part.others) < MANY
-        names = " and ".join(other.label for other in part.others) if few else f"{len(part.others)} others"
-        shared.append(f"the {part.kind} with {names}")
-    return f"Shares {', and '.join(shared)}."
+        labels = say(" and ").join(other.label for other in part.others)
+        names = labels if few else say("{count} others", count=len(part.others))
+        shared.append(say("the {part} with {names}", part=told(part.kind), names=names))
+    return say("Shares {parts}.", parts=say(", and ").join(shared))
 
 
 def _progress(entry: Entry) -> str:
@@ -229,9 +229,9 @@ def _progress(entry: Entry) -> str:
     if entry.per_second:
         text += f" · {entry.per_second / MB:.1f} MB/s"
     if entry.seconds_left is not None:
-        text += f" · {show.duration(entry.seconds_left)} left"
-    doing = f'<p class="doing">{escape(entry.doing)}</p>' if entry.doing else ""
-    label = f"Downloaded of {entry.checkpoint.label}"
+        text += f" · {show.left(entry.seconds_left)}"
+    doing = f'<p class="doing">{escape(told(entry.doing))}</p>' if entry.doing else ""
+    label = say("Downloaded of {label}", label=entry.checkpoint.label)
     return (
         f'<div class="progress"><progress max="1" value="{entry.fraction:.4f}" aria-label="{escape(label)}"></progress>'
         f'<p class="bytes">{text}</p>{doing}</div>'
@@ -239,19 +239,20 @@ def _progress(entry: Entry) -> str:
 
 
 def _question(entry: Entry) -> str:
-    stays = " Your own file stays." if entry.own else ""
-    return show.notes(
-        [f"Delete what was downloaded of {entry.checkpoint.label}? {amount(entry.removable)} become free.{stays}"]
-    )
+    label, room = entry.checkpoint.label, amount(entry.removable)
+    text = say("Delete what was downloaded of {label}? {amount} become free.", label=label, amount=room)
+    return show.notes([f"{text} {say('Your own file stays.')}" if entry.own else text])
 
 
 def _room(shelf: Shelf, may_change: bool) -> str:
     if not may_change:  # nor is it a visitor's business where this machine keeps its files
-        return f"<p>{NOT_HERE}</p>"
+        download, remove = (f"<code>flux2-studio models {act} NAME</code>" for act in ("download", "remove"))
+        return f"<p>{say(NOT_HERE, download=download, remove=remove)}</p>"
     folder, free = shelf.room()
-    return f"<p>Downloads go to <code>{escape(folder)}</code>, where {amount(free)} are free.</p>"
+    where = f"<code>{escape(folder)}</code>"
+    return f"<p>{say('Downloads go to {folder}, where {amount} are free.', folder=where, amount=amount(free))}</p>"
 
 
 def _others(sentences: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f"<h3>Other files in your folder</h3><ul>{items}</ul>"
+    items = "".join(f"<li>{escape(told(sentence))}</li>" for sentence in sentences)
+    return f"<h3 data-i18n>Other files in your folder</h3><ul>{items}</ul>"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from flux2_studio.errors import PresetError, StudioError
 from flux2_studio.outputs.own_presets import NameTaken
 from flux2_studio.presets import HELD, FormName, Preset, holding, read_preset
 from flux2_studio.ui import show
+from flux2_studio.ui.language import say, t
 from flux2_studio.ui.lora_panel import choices
 from flux2_studio.ui.preset_panel import OWN, PARTS, PresetPanel, Shelf, card
 from flux2_studio.ui.tabs import Form
@@ -63,7 +64,7 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
             update[panel.choice] = gr.Dropdown(choices=shelf.choices(preset.form, owner), value=f"{OWN}{id}")
             update |= _chosen(panel, preset, own=True)
         else:
-            said += f" It is in the tab {TABS[preset.form]}."
+            said += " " + say("It is in the tab {tab}.", tab=say(TABS[preset.form]))
         return {
             **update,
             **_answered(panel),
@@ -72,16 +73,18 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
             panel.deleted: None,
         }
 
-    def add(owner: str, make: Any, said: str) -> Update:
-        """Keep the preset that `make` gives, or ask, where the name is taken."""
+    def add(owner: str, make: Any, said: Callable[[str], str]) -> Update:
+        """Keep the preset that `make` gives, or ask, where the name is taken. said: what is said of it, by its name."""
         preset: Preset | None = None
         try:
             preset = make()
             assert preset is not None
-            return changed(owner, preset, shelf.own.save(owner, preset), said.format(preset.name))
+            return changed(owner, preset, shelf.own.save(owner, preset), said(preset.name))
         except NameTaken as error:
             return {
-                panel.question: show.notes([f"You have a preset called {error.name} already. Replace it?"]),
+                panel.question: show.notes(
+                    [say("You have a preset called {name} already. Replace it?", name=error.name)]
+                ),
                 panel.replace: gr.Button(visible=True),
                 panel.keep: gr.Button(visible=True),
                 panel.pending: preset,
@@ -95,7 +98,7 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
         return add(
             owner_of(request),
             lambda: holding(name or "", form.name, saved(values, parts, checkpoint)),  # type: ignore[arg-type]
-            "Saved as {}. Only you see it.",
+            lambda name: say("Saved as {name}. Only you see it.", name=name),
         )
 
     def take(file: str | None, request: gr.Request) -> Update:
@@ -107,7 +110,7 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
             except PresetError as error:
                 raise PresetError(f"{Path(file).name}: {error}") from error
 
-        return add(owner_of(request), read, "Imported {}. Only you see it.")
+        return add(owner_of(request), read, lambda name: say("Imported {name}. Only you see it.", name=name))
 
     def replace(pending: Preset | None, request: gr.Request) -> Update:
         if pending is None:
@@ -115,7 +118,7 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
         owner = owner_of(request)
         try:
             id = shelf.own.save(owner, pending, replace=True)
-            return changed(owner, pending, id, f"{pending.name} is replaced.")
+            return changed(owner, pending, id, say("{name} is replaced.", name=pending.name))
         except StudioError as error:
             return {**_answered(panel), panel.told: show.problem(str(error))}
 
@@ -123,7 +126,7 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
         owner, id = owner_of(request), (choice or "").removeprefix(OWN)
         try:
             preset = shelf.own.rename(owner, id, name or "")
-            return changed(owner, preset, id, f"It is called {preset.name} now.")
+            return changed(owner, preset, id, say("It is called {name} now.", name=preset.name))
         except StudioError as error:
             return {panel.told: show.problem(str(error))}
 
@@ -138,7 +141,7 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
             **_nothing(panel),
             **_answered(panel),
             panel.choice: gr.Dropdown(choices=left, value=None),
-            panel.told: show.notes([f"{gone.name} is deleted."]),
+            panel.told: show.notes([say("{name} is deleted.", name=gone.name)]),
             panel.restore: gr.Button(visible=True),
             panel.deleted: gone,
         }
@@ -146,7 +149,7 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
     def restore(gone: Preset | None, request: gr.Request) -> Update:
         if gone is None:
             return {panel.restore: gr.Button(visible=False)}
-        return add(owner_of(request), lambda: gone, "{} is back.")
+        return add(owner_of(request), lambda: gone, lambda name: say("{name} is back.", name=name))
 
     listen(panel.choice.input, chosen, panel.choice, [*shown, panel.told])
     values = {name: form.fields[name] for name in HELD}
@@ -185,7 +188,7 @@ def _chosen(panel: PresetPanel, preset: Preset, *, own: bool) -> Update:
         panel.name: gr.Textbox(preset.name) if own else gr.Textbox(),
         panel.rename: gr.Button(visible=own),
         panel.delete: gr.Button(visible=own),
-        panel.export: gr.DownloadButton("Export", value=file, visible=True),
+        panel.export: gr.DownloadButton(t("Export"), value=file, visible=True),
     }
 
 

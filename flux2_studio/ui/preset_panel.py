@@ -15,6 +15,7 @@ import gradio as gr
 from flux2_studio.errors import PresetError
 from flux2_studio.outputs.own_presets import OwnPresets
 from flux2_studio.presets import SUBJECT, Preset, Presets
+from flux2_studio.ui.language import say, t
 
 SHIPPED, OWN = "shipped:", "own:"  # what a choice begins with; then the file's name, or the id
 PARTS: Mapping[str, tuple[str, ...]] = {  # of a form, as they are offered to be saved
@@ -63,38 +64,40 @@ def layout() -> PresetPanel:
             choice = gr.Dropdown(
                 choices=[],  # when the page is opened, for some are of whoever opens it
                 value=None,
-                label="Start from a preset",
-                info="Type to search. What you write in the prompt becomes its subject.",
+                label=t("Start from a preset"),
+                info=t("Type to search. What you write in the prompt becomes its subject."),
                 min_width=180,
                 elem_classes="preset",
             )
-            apply = gr.Button("Apply", size="sm", min_width=80, interactive=False, elem_classes="preset-apply")
+            apply = gr.Button(t("Apply"), size="sm", min_width=80, interactive=False, elem_classes="preset-apply")
         card = gr.HTML(elem_classes="preset-card")
         said = gr.HTML(elem_classes=["note", "preset-said"])
         with gr.Row(elem_classes="acts"):
-            undo = gr.Button("Undo", size="sm", visible=False, elem_classes="preset-undo")
-        with gr.Accordion("Save and share presets", open=False, elem_classes="preset-own") as folded:
-            name = gr.Textbox(label="Name", max_lines=1, max_length=60, elem_classes="preset-name")
+            undo = gr.Button(t("Undo"), size="sm", visible=False, elem_classes="preset-undo")
+        with gr.Accordion(t("Save and share presets"), open=False, elem_classes="preset-own") as folded:
+            name = gr.Textbox(label=t("Name"), max_lines=1, max_length=60, elem_classes="preset-name")
             parts = gr.CheckboxGroup(
-                list(PARTS),
+                [(t(part), part) for part in PARTS],
                 value=list(PARTS),
-                label="What to save of this form",
-                info="Write {subject} in the prompt where other words are to go in.",
+                label=t("What to save of this form"),
+                info=t("Write {subject} in the prompt where other words are to go in."),
                 elem_classes="preset-parts",
             )
             with gr.Row(elem_classes="acts"):
-                save = gr.Button("Save this form", size="sm", elem_classes="preset-save")
-                rename = gr.Button("Rename", size="sm", visible=False, elem_classes="preset-rename")
-                delete = gr.Button("Delete", size="sm", visible=False, elem_classes="preset-delete")
-                export = gr.DownloadButton("Export", size="sm", visible=False, elem_classes="preset-export")
-                take = gr.UploadButton("Import a file", size="sm", file_types=[".json"], elem_classes="preset-import")
+                save = gr.Button(t("Save this form"), size="sm", elem_classes="preset-save")
+                rename = gr.Button(t("Rename"), size="sm", visible=False, elem_classes="preset-rename")
+                delete = gr.Button(t("Delete"), size="sm", visible=False, elem_classes="preset-delete")
+                export = gr.DownloadButton(t("Export"), size="sm", visible=False, elem_classes="preset-export")
+                take = gr.UploadButton(
+                    t("Import a file"), size="sm", file_types=[".json"], elem_classes="preset-import"
+                )
             question = gr.HTML(elem_classes=["note", "preset-question"])
             with gr.Row(elem_classes="acts"):
-                replace = gr.Button("Replace it", size="sm", visible=False, elem_classes="preset-replace")
-                keep = gr.Button("Keep it", size="sm", visible=False, elem_classes="preset-keep")
+                replace = gr.Button(t("Replace it"), size="sm", visible=False, elem_classes="preset-replace")
+                keep = gr.Button(t("Keep it"), size="sm", visible=False, elem_classes="preset-keep")
             told = gr.HTML(elem_classes=["note", "preset-told"])
             with gr.Row(elem_classes="acts"):
-                restore = gr.Button("Undo the deletion", size="sm", visible=False, elem_classes="preset-restore")
+                restore = gr.Button(t("Undo the deletion"), size="sm", visible=False, elem_classes="preset-restore")
     return PresetPanel(
         choice=choice,
         apply=apply,
@@ -130,7 +133,7 @@ class Shelf:
 
     def choices(self, form: str, owner: str) -> list[tuple[str, str]]:
         """(label, choice) of each, one's own first. Raises `StudioError`."""
-        mine = [(f"Yours · {it.name}", f"{OWN}{id}") for id, it in self.own.of(owner, form).items()]
+        mine = [(f"{say('Yours')} · {it.name}", f"{OWN}{id}") for id, it in self.own.of(owner, form).items()]
         return [*mine, *self.shipped(form)]
 
     def shipped(self, form: str) -> list[tuple[str, str]]:
@@ -153,11 +156,11 @@ def card(preset: Preset) -> str:
         lines.append(f'<p class="shows">{escape(preset.shows)}</p>')
     if preset.template:
         before, placeholder, after = preset.template.partition(SUBJECT)
-        subject = f"<mark>{escape(preset.subject or 'your words')}</mark>" if placeholder else ""
+        subject = f"<mark>{escape(preset.subject or say('your words'))}</mark>" if placeholder else ""
         lines.append(f'<p class="template" tabindex="0">{escape(before)}{subject}{escape(after)}</p>')
     picture = ""
     if preset.picture is not None:
         data = base64.b64encode(preset.picture.read_bytes()).decode()
-        drawn = f"Example of {preset.name}, drawn by the toy on board"
+        drawn = say("Example of {name}, drawn by the toy on board", name=preset.name)
         picture = f'<img alt="{escape(drawn)}" src="data:image/webp;base64,{data}">'
     return f'<div class="card">{picture}{"".join(lines)}</div>'

@@ -16,6 +16,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
 from flux2_studio.presets import HELD, Preset, applied, listed
 from flux2_studio.ui import fields, show
+from flux2_studio.ui.language import say, told
 from flux2_studio.ui.lora_panel import kept
 from flux2_studio.ui.preset_panel import Shelf
 from flux2_studio.ui.tabs import Form
@@ -51,7 +52,7 @@ def wire_presets(studio: Studio, shelf: Shelf, forms: Sequence[Form]) -> None:
                 choices, problem = shelf.choices(form.name, owner_of(request)), ""
             except StudioError as error:  # the studio's own presets need no database
                 choices, problem = shelf.shipped(form.name), show.problem(str(error))
-            broken = [f"A preset could not be read. {text}" for text in shelf.presets.problems]
+            broken = [f"{say('A preset could not be read.')} {text}" for text in shelf.presets.problems]
             update |= {
                 form.presets.choice: gr.Dropdown(choices=choices, value=None),
                 form.presets.told: problem + show.notes(broken),
@@ -94,9 +95,10 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form) -> None:
             checkpoint=now["checkpoint"],
             applied=last,
         )
-        sentence = f"{preset.name} set: {listed(values)}."
+        held = ", ".join(map(told, listed(values).split(", ")))
+        sentence = say("{name} set: {fields}.", name=preset.name, fields=held)
         if preset.takes_subject and not words:
-            sentence += f' Its subject is an example, "{preset.subject}": write your own there.'
+            sentence += " " + say('Its subject is an example, "{words}": write your own there.', words=preset.subject)
         return {
             **put(form, values, checkpoint, aspect, switched=switched),
             panel.said: show.notes([sentence, *notes]),
@@ -111,10 +113,13 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form) -> None:
         *left, then = before
         switched = "checkpoint" in then.values and then.checkpoint != name
         checkpoint = studio.settings.checkpoint(then.checkpoint if switched else name)
-        values, said = dict(then.values), "As it was before the preset."
+        values, said = dict(then.values), say("As it was before the preset.")
         if checkpoint.name != then.checkpoint:  # meanwhile another one was chosen: its numbers stay
             values = {field: value for field, value in values.items() if field not in BY_CHECKPOINT}
-            said = f"As it was before the preset, but for the size and the numbers, which are {checkpoint.label}'s."
+            said = say(
+                "As it was before the preset, but for the size and the numbers, which are {label}'s.",
+                label=checkpoint.label,
+            )
         return {
             **put(form, values, checkpoint, then.aspect, switched=switched, back=True),
             panel.said: show.notes([said]),

@@ -20,6 +20,7 @@ from flux2_studio.outputs.journal import Entry
 from flux2_studio.tasks import Job
 from flux2_studio.ui import show
 from flux2_studio.ui.following import Follower, Watch, form_of
+from flux2_studio.ui.language import say, told
 from flux2_studio.ui.tabs import Stage
 from flux2_studio.ui.visitors import owner_of
 from flux2_studio.ui.wiring import Update, listen
@@ -76,7 +77,8 @@ const draw = () => {
     if (element.contains(held)) held.focus();
   }
   if (clear !== Boolean(foot.firstChild)) {
-    foot.replaceChildren(...(clear ? [button('clear', '', 'Discard what was cut short', 'Discard them all')] : []));
+    const [label, title] = [studioSay('Discard what was cut short'), studioSay('Discard them all')];
+    foot.replaceChildren(...(clear ? [button('clear', '', label, title)] : []));
   }
 };
 draw();
@@ -90,7 +92,7 @@ def layout() -> gr.HTML:
     """The panel, to be rendered where it belongs; it is hidden while it is empty."""
     return gr.HTML(
         {"rows": [], "clear": False},
-        html_template="<ol aria-label='Your runs'></ol><div class='foot'></div>",
+        html_template="<ol data-i18n aria-label='Your runs'></ol><div class='foot'></div>",
         js_on_load=DRAW,
         elem_id="queue",
         render=False,
@@ -113,10 +115,10 @@ def _standing(standing: Standing, waiting: list[Standing], label: str) -> Rows:
     if standing in waiting:
         place = waiting.index(standing)
         if place > 0:
-            acts.append(("earlier", "▲", "Earlier"))
+            acts.append(("earlier", "▲", say("Earlier")))
         if place < len(waiting) - 1:
-            acts.append(("later", "▼", "Later"))
-    acts.append(("cancel", "Stop" if standing not in waiting else "Cancel", "Take this run off the queue"))
+            acts.append(("later", "▼", say("Later")))
+    acts.append(("cancel", say("Cancel") if standing in waiting else say("Stop"), say("Take this run off the queue")))
     return {
         "id": job.id,
         "state": "waiting" if standing in waiting else "running",
@@ -128,33 +130,37 @@ def _standing(standing: Standing, waiting: list[Standing], label: str) -> Rows:
 
 def _where(standing: Standing, job: Job) -> str:
     if standing.ahead:
-        runs = "1 run before it" if standing.ahead == 1 else f"{standing.ahead} runs before it"
-        if not standing.others:
-            return runs
-        whose = "somebody else's" if standing.others == 1 else "other people's"
-        return f"{runs}, {standing.others} of them {whose}" if standing.ahead > 1 else f"{runs}, {whose}"
+        ahead, others = standing.ahead, standing.others
+        if ahead == 1:
+            return say("1 run before it, somebody else's") if others else say("1 run before it")
+        if others == 1:
+            return say("{ahead} runs before it, 1 of them somebody else's", ahead=ahead)
+        if others:
+            return say("{ahead} runs before it, {others} of them other people's", ahead=ahead, others=others)
+        return say("{ahead} runs before it", ahead=ahead)
     match job.newest():
         case Preview(step=step, steps=steps, seconds_left=left):
-            rest = "" if left is None or left < 0.5 else f", {show.duration(left)} left"
-            return f"Step {step} of {steps}{rest}"
+            rest = "" if left is None or left < 0.5 else f", {show.left(left)}"
+            return say("Step {step} of {steps}", step=step, steps=steps) + rest
         case Status(text=text):
-            return text
+            return told(text)
         case _:
-            return "Under way" if job.started else "Next"
+            return say("Under way") if job.started else say("Next")
 
 
 def _interrupted(entry: Entry, label: str) -> Rows:
-    again = "Run without enriching" if entry.needs_key else "Run again"
+    again = say("Run without enriching") if entry.needs_key else say("Run again")
     saved = len(entry.pictures)
     if saved:
-        again = "Run the rest"
-    kept = f" {saved} of {entry.request.count} pictures are saved." if saved else ""
+        again = say("Run the rest")
+    count = entry.request.count
+    kept = " " + say("{saved} of {count} pictures are saved.", saved=saved, count=count) if saved else ""
     return {
         "id": entry.id,
         "state": "interrupted",
         "prompt": shortened(entry.request.prompt),
-        "detail": f"{entry.message}{kept} · {label}",
-        "acts": [("again", again, again), ("discard", "Discard", "Take this run off the queue")],
+        "detail": f"{told(entry.message)}{kept} · {label}",
+        "acts": [("again", again, again), ("discard", say("Discard"), say("Take this run off the queue"))],
     }
 
 

@@ -14,6 +14,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
 from flux2_studio.references import fit_note, fit_size, load_reference
 from flux2_studio.ui import fields, mask_panel, show
+from flux2_studio.ui.language import say, told
 from flux2_studio.ui.tabs import Form, ReferencePanel
 from flux2_studio.ui.wiring import Update, listen
 
@@ -63,8 +64,9 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Exami
     if first is not None:
         width, height = fit_size(first.size, checkpoint.reference_cap(len(kept)))
         scaled = fit_note(1, first.size, (width, height))
-        told = f"{fields.AS_REFERENCE}: {width} x {height} pixels ({fields.ratio(width, height)})."
-        notes.insert(0, f"{told} {scaled.replace(' was ', ' is ')}" if scaled else told)
+        shape = fields.ratio(width, height)
+        size = say("As image 1: {width} x {height} pixels ({shape}).", width=width, height=height, shape=shape)
+        notes.insert(0, f"{size} {told(scaled.replace(' was ', ' is '))}" if scaled else size)
         subject = mask_panel.subject_of(first, (width, height))
     return Examined(kept=tuple(kept), notes=tuple(notes), refused=tuple(refused), first=subject)
 
@@ -151,6 +153,10 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
     listen(references.change, emptied, [references, panel.filled, chosen], offered_to(form))
     described = [panel.note, form.fields["mask"], form.fields["outpaint"]]
     listen(chosen.change, describe, [references, chosen], described)  # it may have another cap
+    # When the page is opened, for a label with a number in it is not known before whose language it is to be in.
+    most = studio.settings.checkpoint(None).max_references
+    if tools is not None:
+        listen(None, lambda: gr.Gallery(label=fields.up_to(most)), None, references, queue=False)
     if tools is None:
         # A gallery with a selected picture takes no upload.
         listen(references.select, lambda: gr.Gallery(selected_index=None), None, references, queue=False)

@@ -29,6 +29,7 @@ from flux2_studio.request import Request, Upsampling
 from flux2_studio.sketches import Kept
 from flux2_studio.tasks import Job
 from flux2_studio.ui import compare, show
+from flux2_studio.ui.language import say, t
 from flux2_studio.ui.tabs import EMPTY, Stage, UpsamplingPanel
 from flux2_studio.ui.upsample_panel import DRAWN, enriched, writing
 from flux2_studio.ui.wiring import Update
@@ -63,7 +64,7 @@ class RunView:
             stage.preview: gr.HTML(EMPTY, visible=True),
             stage.gallery: gr.Gallery(visible=False),
             stage.progress: show.status(Status(text="Starting")),
-            stage.stop: gr.Button("Stop", visible=True, interactive=True),
+            stage.stop: gr.Button(t("Stop"), visible=True, interactive=True),
             stage.keep: gr.Button(visible=False),
             stage.notices: show.notices(self._notices),
             stage.actions: gr.Row(visible=False),
@@ -133,7 +134,7 @@ class RunView:
     def _offer(self) -> Update:
         """Keeping what is on the mat, where the studio still has it."""
         count = len(self._job.sketches) if isinstance(self._job, Job) else 0
-        label = "Keep this preview" if count == 1 else f"Keep these {count} previews"
+        label = t("Keep this preview") if count == 1 else say("Keep these {count} previews", count=count)
         assert self._job is not None, "begin first"
         return {self._stage.keep: gr.Button(label, visible=bool(count)), self._stage.unfinished: self._job.id}
 
@@ -159,7 +160,7 @@ class RunView:
         stage, request = self._stage, self._request
         assert request is not None, "begin first"
         one = len(images) == 1
-        captions = [f"seed {seed}" for seed in seeds]
+        captions = [say("seed {seed}", seed=seed) for seed in seeds]
         return {
             **self._end(),
             stage.results: [str(path) for path in images],
@@ -182,9 +183,12 @@ class RunView:
 
 
 def download(images: Sequence[Path | str], index: int) -> gr.DownloadButton:
-    label = "Download" if len(images) == 1 else f"Download picture {index + 1} of {len(images)}"
+    count = len(images)
+    label = (
+        say("Download") if count == 1 else say("Download picture {number} of {count}", number=index + 1, count=count)
+    )
     return gr.DownloadButton(label, value=str(images[index]))
 
 
 def use_label(index: int, count: int) -> str:
-    return "Use in Edit" if count == 1 else f"Use picture {index + 1} in Edit"
+    return say("Use in Edit") if count == 1 else say("Use picture {number} in Edit", number=index + 1)

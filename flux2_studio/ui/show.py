@@ -19,6 +19,7 @@ from PIL import Image
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.events import Drafted, Preview, Queued, Result, Status, Upsampled
 from flux2_studio.request import Request
+from flux2_studio.ui.language import say, told
 
 if TYPE_CHECKING:
     from flux2_studio.timing import Outlook
@@ -29,7 +30,7 @@ SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be 
 
 def problem(text: str) -> str:
     """A sentence that says what is wrong; the pages that it names can be opened."""
-    pieces = ADDRESS.split(text)
+    pieces = ADDRESS.split(told(text))
     linked = [
         f'<a href="{escape(piece)}" target="_blank" rel="noopener">{escape(piece)}</a>' if number % 2 else escape(piece)
         for number, piece in enumerate(pieces)
@@ -38,66 +39,73 @@ def problem(text: str) -> str:
 
 
 def notes(texts: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+    return "".join(f"<p>{escape(told(text))}</p>" for text in texts)
 
 
 def notices(texts: Sequence[str]) -> str:
     if not texts:
         return ""
-    return f'<ul role="status">{"".join(f"<li>{escape(text)}</li>" for text in texts)}</ul>'
+    return f'<ul role="status">{"".join(f"<li>{escape(told(text))}</li>" for text in texts)}</ul>'
 
 
 def queued(event: Queued) -> str:
-    runs = "1 run" if event.ahead == 1 else f"{event.ahead} runs"
-    return _bar(f"Waiting: {runs} before yours", None)
+    if event.ahead == 1:
+        return _bar(say("Waiting: 1 run before yours"), None)
+    return _bar(say("Waiting: {ahead} runs before yours", ahead=event.ahead), None)
 
 
 def status(event: Status) -> str:
-    return _bar(event.text, event.fraction)
+    return _bar(told(event.text), event.fraction)
 
 
 def step(event: Preview) -> str:
     """ "Step 2 of 4", with the pictures it belongs to where a run goes in batches, and the time left."""
-    text = f"Step {event.step} of {event.steps}"
+    text = say("Step {step} of {steps}", step=event.step, steps=event.steps)
     drawn = max(1, len(event.images))
     if event.count > drawn:
         last = event.first + drawn
-        which = f"Picture {last}" if drawn == 1 else f"Pictures {event.first + 1}-{last}"
-        text = f"{which} of {event.count} · {text}"
+        if drawn == 1:
+            which = say("Picture {number} of {count}", number=last, count=event.count)
+        else:
+            which = say("Pictures {first}-{last} of {count}", first=event.first + 1, last=last, count=event.count)
+        text = f"{which} · {text}"
     if event.seconds_left is not None and event.seconds_left >= 0.5:
-        text += f" · {duration(event.seconds_left)} left"
+        text += f" · {left(event.seconds_left)}"
     return _bar(text, (event.first + drawn * event.step / event.steps) / event.count)
 
 
-def outlook(told: Outlook, *, enriched: bool) -> str:
+def outlook(look: Outlook, *, enriched: bool) -> str:
     """What a run will take, before it is begun. enriched: its prompt is, first, which takes as long as it takes."""
-    size = f"{told.tokens:,} image tokens"
-    if read := sum(told.reference_tokens):
-        several = len(told.reference_tokens) > 1
-        size += f" + {read:,} of {f'{len(told.reference_tokens)} references' if several else 'the reference'}"
-    steps = f"{told.steps} steps" if told.steps > 1 else "1 step"
-    steps += ", each computed for two prompts" if told.guided else ""
-    pictures = f"{told.pictures} pictures" if told.pictures > 1 else "1 picture"
-    if told.seconds is None:
-        long = "The first run will tell how long it takes."
+    size = say("{tokens} image tokens", tokens=f"{look.tokens:,}")
+    if read := sum(look.reference_tokens):
+        count, tokens = len(look.reference_tokens), f"{read:,}"
+        of = say("{tokens} of the reference", tokens=tokens)
+        size += f" + {of if count == 1 else say('{tokens} of {count} references', tokens=tokens, count=count)}"
+    steps = say("1 step") if look.steps == 1 else say("{count} steps", count=look.steps)
+    steps += say(", each computed for two prompts") if look.guided else ""
+    pictures = say("1 picture") if look.pictures == 1 else say("{count} pictures", count=look.pictures)
+    if look.seconds is None:
+        long = say("The first run will tell how long it takes.")
     else:
-        long = f"About {duration(told.seconds)}, as runs on this machine go."
-    first = [] if told.there else ["downloading"]
-    first += [] if told.loaded else ["loading the checkpoint"]
-    first += ["enriching the prompt"] if enriched else []
+        long = say("About {duration}, as runs on this machine go.", duration=duration(look.seconds))
+    first = [] if look.there else [say("downloading")]
+    first += [] if look.loaded else [say("loading the checkpoint")]
+    first += [say("enriching the prompt")] if enriched else []
     if first:
-        long += f" {' and '.join(first).capitalize()} {'come' if len(first) > 1 else 'comes'} first."
-    facts = f'<p class="pace">{size} · {steps} · {pictures}<br>{escape(long)}</p>'
-    return notes([told.fit] if told.fit else []) + facts
+        long += " " + say("Before that: {what}.", what=", ".join(first))
+    facts = f'<p class="pace">{escape(f"{size} · {steps} · {pictures}")}<br>{escape(long)}</p>'
+    return notes([told(look.fit)] if look.fit else []) + facts
 
 
 def done(event: Result) -> str:
-    pictures = "1 picture" if len(event.images) == 1 else f"{len(event.images)} pictures"
-    return _bar(f"{pictures} in {duration(event.seconds)}", 1.0)
+    took = duration(event.seconds)
+    if len(event.images) == 1:
+        return _bar(say("1 picture in {duration}", duration=took), 1.0)
+    return _bar(say("{count} pictures in {duration}", count=len(event.images), duration=took), 1.0)
 
 
 def drafted(event: Drafted) -> str:
-    return _bar(f"Live: {duration(event.seconds)} · not saved", 1.0)
+    return _bar(say("Live: {duration} · not saved", duration=duration(event.seconds)), 1.0)
 
 
 def hint(text: str) -> str:
@@ -107,23 +115,34 @@ def hint(text: str) -> str:
 
 def stopped(finished: int) -> str:
     if not finished:
-        return _bar("Stopped before a picture was finished.", 0.0)
-    pictures = "1 finished picture was" if finished == 1 else f"{finished} finished pictures were"
-    return _bar(f"Stopped. {pictures} kept.", 0.0)
+        return _bar(say("Stopped before a picture was finished."), 0.0)
+    if finished == 1:
+        return _bar(say("Stopped. 1 finished picture was kept."), 0.0)
+    return _bar(say("Stopped. {count} finished pictures were kept.", count=finished), 0.0)
+
+
+def left(seconds: float) -> str:
+    return say("{duration} left", duration=duration(seconds))
 
 
 def kept(count: int, step: int, steps: int) -> str:
-    what = "Kept an unfinished preview" if count == 1 else f"Kept {count} unfinished previews"
-    return _bar(f"{what}, after step {step} of {steps}.", step / steps if steps else 0.0)
+    after = {"step": step, "steps": steps}
+    if count == 1:
+        text = say("Kept an unfinished preview, after step {step} of {steps}.", **after)
+    else:
+        text = say("Kept {count} unfinished previews, after step {step} of {steps}.", count=count, **after)
+    return _bar(text, step / steps if steps else 0.0)
 
 
 def duration(seconds: float) -> str:
     if seconds < 10:
-        return f"{max(0.1, seconds):.1f} s"
+        return say("{seconds} s", seconds=f"{max(0.1, seconds):.1f}")
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return say("{seconds} s", seconds=f"{seconds:.0f}")
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return say("{minutes} min {seconds} s", minutes=minutes, seconds=rest)
+    return say("{hours} h {minutes} min", hours=minutes // 60, minutes=minutes % 60)
 
 
 def _bar(text: str, fraction: float | None) -> str:
@@ -133,11 +152,11 @@ def _bar(text: str, fraction: float | None) -> str:
 
 def picture(images: Mapping[int, Image.Image], count: int) -> str:
     """One <img> of all pictures of the run so far, by their index."""
-    return _img(contact_sheet(images, count), "Preview of the picture as it forms")
+    return _img(contact_sheet(images, count), say("Preview of the picture as it forms"))
 
 
 def draft(image: Image.Image, prompt: str) -> str:
-    return _img(contact_sheet({0: image}, 1), f"Live picture: {prompt}")
+    return _img(contact_sheet({0: image}, 1), say("Live picture: {prompt}", prompt=prompt))
 
 
 def _img(image: Image.Image, alt: str) -> str:
@@ -180,15 +199,24 @@ def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint, ups
         ("Checkpoint", checkpoint.label),
         ("References", ", ".join(path.name for path in request.references)),
         ("Mask", request.mask.name if request.mask else ""),
-        ("Outpainted by", ", ".join(f"{by} on the {side}" for side, by in vars(request.outpaint).items() if by)),
-        ("Colours", "matched to image 1" if request.match_colours else ""),
+        (
+            "Outpainted by",
+            ", ".join(
+                say("{pixels} on the {side}", pixels=by, side=say(side))
+                for side, by in vars(request.outpaint).items()
+                if by
+            ),
+        ),
+        ("Colours", say("matched to image 1") if request.match_colours else ""),
         ("LoRAs", ", ".join(f"{lora.name} ({lora.weight:g})" for lora in request.loras)),
         ("Size", f"{request.width} x {request.height}"),
         ("Seed" if len(seeds) == 1 else "Seeds", ", ".join(map(str, seeds))),
         ("Steps", f"{request.steps}"),
         ("Guidance", f"{request.guidance:g}"),
     ]
-    body = "".join(f"<tr><th scope='row'>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows if value)
+    body = "".join(
+        f"<tr><th scope='row'>{escape(told(name))}</th><td>{escape(value)}</td></tr>" for name, value in rows if value
+    )
     return f"<table>{body}</table>"
 
 
@@ -197,8 +225,8 @@ def provenance(sentences: Sequence[str] | None) -> str:
     if sentences is None:
         return ""
     if not sentences:
-        return '<p class="carries">The files say nothing of how they were made.</p>'
-    return f'<ul class="carries">{"".join(f"<li>{escape(text)}</li>" for text in sentences)}</ul>'
+        return '<p class="carries" data-i18n>The files say nothing of how they were made.</p>'
+    return f'<ul class="carries">{"".join(f"<li>{escape(told(text))}</li>" for text in sentences)}</ul>'
 
 
 def settings_json(request: Request) -> str:

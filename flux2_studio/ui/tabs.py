@@ -16,14 +16,15 @@ from flux2_studio.prompts import Mode, instructions
 from flux2_studio.settings import Settings
 from flux2_studio.ui import compare, fields, mask_panel, preset_panel
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.language import t
 from flux2_studio.ui.preset_panel import PresetPanel
 from flux2_studio.upsample import REMOTE_MODELS
 
 UPSAMPLING = "Enrich the prompt"
 
 EMPTY = (
-    '<div class="empty"><p class="lead">Your picture will appear here.</p>'
-    "<p>Write a prompt and press the button under it, or take one of the examples. "
+    '<div class="empty"><p class="lead" data-i18n>Your picture will appear here.</p>'
+    "<p data-i18n>Write a prompt and press the button under it, or take one of the examples. "
     "You see the picture form step by step.</p></div>"
 )
 
@@ -154,7 +155,7 @@ class Stage:
 
 
 def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
-    with gr.Tab("Generate", id="generate", elem_id="generate", elem_classes="sheet"):
+    with gr.Tab(t("Generate"), id="generate", elem_id="generate", elem_classes="sheet"):
         presets = preset_panel.layout()
         return _form(
             "generate",
@@ -163,16 +164,16 @@ def generate(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, se
             examples,
             settings,
             presets=presets,
-            prompt=fields.prompt("Prompt", "What should the picture show?"),
-            run="Generate",
+            prompt=fields.prompt(t("Prompt"), t("What should the picture show?")),
+            run=t("Generate"),
             live=True,
         )
 
 
 def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
-    with gr.Tab("Edit", id="edit", elem_id="edit", elem_classes="sheet"):
+    with gr.Tab(t("Edit"), id="edit", elem_id="edit", elem_classes="sheet"):
         presets = preset_panel.layout()
-        references = fields.references("Picture to edit: drop, paste or choose one", columns=1)
+        references = fields.references(t("Picture to edit: drop, paste or choose one"), columns=1)
         return _form(
             "edit",
             chosen,
@@ -182,33 +183,33 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settin
             presets=presets,
             references=references,
             panel=_panel(),
-            prompt=fields.prompt("Instruction", "What should change? Say also what must stay."),
-            run="Edit",
+            prompt=fields.prompt(t("Instruction"), t("What should change? Say also what must stay.")),
+            run=t("Edit"),
             live=True,
         )
 
 
 def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settings: Settings) -> Form:
-    with gr.Tab("Multi-reference", id="multi", elem_id="multi", elem_classes="sheet"):
+    with gr.Tab(t("Multi-reference"), id="multi", elem_id="multi", elem_classes="sheet"):
         presets = preset_panel.layout()
-        references = fields.references(f"Up to {checkpoint.max_references} pictures: drop, paste or choose", columns=5)
+        references = fields.references(fields.up_to(checkpoint.max_references), columns=5)
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
                 chosen=gr.State(None),
                 row=row,
                 add=gr.UploadButton(
-                    "Add pictures",
+                    t("Add pictures"),
                     size="sm",
                     min_width=110,
                     file_count="multiple",
                     file_types=["image"],
                     elem_classes="add",
                 ),
-                earlier=gr.Button("◀ Earlier", size="sm", min_width=80),
-                later=gr.Button("Later ▶", size="sm", min_width=80),
-                remove=gr.Button("Remove", size="sm", min_width=80),
+                earlier=gr.Button(t("◀ Earlier"), size="sm", min_width=80),
+                later=gr.Button(t("Later ▶"), size="sm", min_width=80),
+                remove=gr.Button(t("Remove"), size="sm", min_width=80),
             )
-            gr.HTML("<p>Select a picture to move or remove it.</p>", elem_classes="note")
+            gr.HTML("<p data-i18n>Select a picture to move or remove it.</p>", elem_classes="note")
         return _form(
             "multi",
             chosen,
@@ -218,8 +219,8 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
             presets=presets,
             references=references,
             panel=_panel(tools),
-            prompt=fields.prompt("Instruction", 'Call the pictures "image 1", "image 2" and so on.'),
-            run="Combine",
+            prompt=fields.prompt(t("Instruction"), t('Call the pictures "image 1", "image 2" and so on.')),
+            run=t("Combine"),
         )
 
 
@@ -258,7 +259,7 @@ def _form(
     size_note = gr.HTML(elem_classes="note")
     with gr.Row(elem_classes="seeds"):
         seed = fields.seed()
-        roll = gr.Button("New seed", min_width=90, elem_classes="roll")
+        roll = gr.Button(t("New seed"), min_width=90, elem_classes="roll")
         lock = fields.lock()
     count = fields.count()
     with gr.Row(elem_classes="pair"):
@@ -308,14 +309,14 @@ def _loras(checkpoint: Checkpoint) -> tuple[gr.HTML, LoraPanel]:
         dropped = gr.HTML(elem_classes="note")
         with gr.Row(elem_classes="lora-add"):
             offer = fields.lora_offer((), checkpoint)  # filled when the page is opened: a large folder takes its time
-            refresh = gr.Button("Refresh", size="sm", min_width=80, elem_classes="refresh")
+            refresh = gr.Button(t("Refresh"), size="sm", min_width=80, elem_classes="refresh")
         note = gr.HTML(elem_classes="note")
     return chosen, LoraPanel(folded=folded, offer=offer, dropped=dropped, note=note, refresh=refresh)
 
 
 def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel:
     by = "none" if with_references else settings.upsample
-    with gr.Accordion(UPSAMPLING, open=by != "none", elem_classes=["upsampling", "extra"]) as folded:
+    with gr.Accordion(t(UPSAMPLING), open=by != "none", elem_classes=["upsampling", "extra"]) as folded:
         choice = fields.upsample_by(by)
         local = fields.local_model((), visible=False)  # filled once the checkpoint is known
         models = [(model.label, model.name) for model in REMOTE_MODELS]
@@ -326,27 +327,27 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
         about = gr.HTML(elem_classes="note")
         with gr.Row(visible=by != "none", elem_classes="pair") as row:
             sampling = {
-                "temperature": fields.sampling("temperature", "Temperature"),
-                "top_p": fields.sampling("top_p", "Top p"),
-                "max_tokens": fields.sampling("max_tokens", "Tokens"),
+                "temperature": fields.sampling("temperature", t("Temperature")),
+                "top_p": fields.sampling("top_p", t("Top p")),
+                "max_tokens": fields.sampling("max_tokens", t("Tokens")),
             }
         with gr.Row(elem_classes="acts"):
-            enrich = gr.Button("Enrich now", size="sm", visible=by != "none", elem_classes="enrich")
-            stop = gr.Button("Stop", size="sm", variant="stop", visible=False, elem_classes="enrich-stop")
+            enrich = gr.Button(t("Enrich now"), size="sm", visible=by != "none", elem_classes="enrich")
+            stop = gr.Button(t("Stop"), size="sm", variant="stop", visible=False, elem_classes="enrich-stop")
         status = gr.HTML(elem_classes="enrich-status")
         written = gr.Textbox(
-            label="Enriched prompt",
-            info="As it is written.",
+            label=t("Enriched prompt"),
+            info=t("As it is written."),
             lines=4,
             max_lines=16,
             visible=False,
             elem_classes="written",
         )
         with gr.Row(elem_classes="acts"):
-            use = gr.Button("Use as prompt", size="sm", visible=False, elem_classes="use")
-            undo = gr.Button("Undo", size="sm", visible=False, elem_classes="undo")
+            use = gr.Button(t("Use as prompt"), size="sm", visible=False, elem_classes="use")
+            undo = gr.Button(t("Undo"), size="sm", visible=False, elem_classes="undo")
         mode: Mode = "edit" if with_references else "generate"
-        with gr.Accordion("What the language model is told", open=False, elem_classes="told"):
+        with gr.Accordion(t("What the language model is told"), open=False, elem_classes="told"):
             gr.HTML(f"<pre>{escape(instructions(mode, 0, seen=True))}</pre>")
     inputs = {"upsample_by": choice, "upsample_local": local, "upsample_remote": remote, "api_key": key, **sampling}
     return UpsamplingPanel(
@@ -371,21 +372,23 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
 
 def _marks() -> tuple[dict[str, Any], gr.HTML]:
     """The fields of a request that say how its pictures are saved, and what they say of themselves."""
-    with gr.Accordion("Saving and provenance", open=False, elem_classes=["marks", "extra"]):
+    with gr.Accordion(t("Saving and provenance"), open=False, elem_classes=["marks", "extra"]):
         image_format = fields.image_format()
         found = {
             "format": image_format,
             "watermark": fields.mark(
-                "Invisible watermark", "Says in the colours themselves that a model made the picture.", "watermark"
+                t("Invisible watermark"),
+                t("Says in the colours themselves that a model made the picture."),
+                "watermark",
             ),
             "metadata": fields.mark(
-                "Settings in the file",
-                "Prompt, seed and so on, from which Inspect makes the picture again; and that it is AI-made.",
+                t("Settings in the file"),
+                t("Prompt, seed and so on, from which Inspect makes the picture again; and that it is AI-made."),
                 "metadata",
             ),
-            "sign": fields.mark("Content credentials", "Signed (C2PA): later changes show.", "sign"),
+            "sign": fields.mark(t("Content credentials"), t("Signed (C2PA): later changes show."), "sign"),
             "sign_prompt": fields.mark(
-                "Prompt in the credentials", "Publishes the prompt, signed.", "sign-prompt", on=False
+                t("Prompt in the credentials"), t("Publishes the prompt, signed."), "sign-prompt", on=False
             ),
         }
         identity = gr.HTML(elem_classes=["note", "identity"])
@@ -397,13 +400,17 @@ def stage(queue: gr.HTML | None = None) -> Stage:
     job, results, picked = gr.State(""), gr.State([]), gr.State(0)
     message = gr.HTML(elem_id="message")
     without = {
-        form: gr.Button(f"{verb} without enriching", visible=False, elem_classes="without")
-        for form, verb in (("generate", "Generate"), ("edit", "Edit"), ("multi", "Combine"))
+        form: gr.Button(t(label), visible=False, elem_classes="without")
+        for form, label in (
+            ("generate", "Generate without enriching"),
+            ("edit", "Edit without enriching"),
+            ("multi", "Combine without enriching"),
+        )
     }
     with gr.Column(elem_id="mat"):
         preview = gr.HTML(EMPTY, elem_id="preview")
         gallery = gr.Gallery(
-            label="Result",
+            label=t("Result"),
             show_label=False,
             visible=False,
             interactive=False,
@@ -415,18 +422,18 @@ def stage(queue: gr.HTML | None = None) -> Stage:
         )
     with gr.Row(elem_id="running"):
         progress = gr.HTML(elem_id="progress")
-        stop = gr.Button("Stop", variant="stop", visible=False, min_width=96, scale=0, elem_id="stop")
-        keep = gr.Button("Keep this preview", visible=False, min_width=220, scale=0, elem_id="keep-preview")
+        stop = gr.Button(t("Stop"), variant="stop", visible=False, min_width=96, scale=0, elem_id="stop")
+        keep = gr.Button(t("Keep this preview"), visible=False, min_width=220, scale=0, elem_id="keep-preview")
     notices = gr.HTML(elem_id="notices")
     with gr.Row(visible=False, elem_id="actions") as actions:
-        download = gr.DownloadButton("Download", elem_id="download", min_width=140)
-        edit = gr.Button("Use in Edit", elem_id="use-in-edit", min_width=140)
+        download = gr.DownloadButton(t("Download"), elem_id="download", min_width=140)
+        edit = gr.Button(t("Use in Edit"), elem_id="use-in-edit", min_width=140)
     comparison = compare.layout()
     if queue is not None:
         queue.render()
-    with gr.Accordion("Settings used", visible=False, open=True, elem_id="details") as details:
+    with gr.Accordion(t("Settings used"), visible=False, open=True, elem_id="details") as details:
         table = gr.HTML(elem_id="settings")
-        json = gr.Code(language="json", label="As JSON", interactive=False, elem_id="json", lines=3, max_lines=12)
+        json = gr.Code(language="json", label=t("As JSON"), interactive=False, elem_id="json", lines=3, max_lines=12)
     return Stage(
         job=job,
         unfinished=gr.State(""),

@@ -17,6 +17,7 @@ from flux2_studio.jobs import JobQueue
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
 from flux2_studio.ui import show
+from flux2_studio.ui.language import say, t, told
 from flux2_studio.ui.tabs import UPSAMPLING, Form, UpsamplingPanel
 from flux2_studio.ui.wiring import Update, follow, listen, stopper, tab_of
 from flux2_studio.upsample import ApiKey, no_writers
@@ -55,22 +56,25 @@ def read_key(values: Mapping[str, Any]) -> ApiKey | None:
     return ApiKey(typed) if typed and values["upsample_by"] == "openrouter" else None
 
 
-def told(by: str, offers: Sequence[WriterOffer], checkpoint: Checkpoint, chosen: str | None, settings: Settings) -> str:
+def told_of(
+    by: str, offers: Sequence[WriterOffer], checkpoint: Checkpoint, chosen: str | None, settings: Settings
+) -> str:
     """What to know of the choice, as HTML."""
     if by == "local":
         if not offers:
             return show.notes([no_writers(checkpoint)])
         offer = next((offer for offer in offers if offer.name == chosen), offers[0])
-        sees = "" if offer.sees else " It reads text only: references it does not see."
-        return show.notes([f"{offer.text}{sees}"])
+        sees = "" if offer.sees else f" {say('It reads text only: references it does not see.')}"
+        return show.notes([f"{told(offer.text)}{sees}"])
     if by == "openrouter":
-        host = urlsplit(settings.openrouter_url).hostname or "the server"
+        host = urlsplit(settings.openrouter_url).hostname or say("the server")
         key = (
-            "This studio has a key for it; one that you type goes before."
+            say("This studio has a key for it; one that you type goes before.")
             if settings.openrouter_key
-            else "The key is sent with your runs, and kept nowhere."
+            else say("The key is sent with your runs, and kept nowhere.")
         )
-        return show.notes([f"Your prompt, and your references scaled down, go to {host}. {key}"])
+        goes = say("Your prompt, and your references scaled down, go to {host}.", host=host)
+        return show.notes([f"{goes} {key}"])
     return ""
 
 
@@ -85,7 +89,9 @@ def begun(panel: UpsamplingPanel) -> Update:
 
 def writing(event: Writing, panel: UpsamplingPanel) -> Update:
     return {
-        panel.written: gr.Textbox(event.text, visible=True, interactive=False, label="Enriched prompt", info=GROWING),
+        panel.written: gr.Textbox(
+            event.text, visible=True, interactive=False, label=t("Enriched prompt"), info=t(GROWING)
+        ),
         panel.folded: gr.Accordion(open=True),
     }
 
@@ -94,7 +100,11 @@ def enriched(event: Upsampled, panel: UpsamplingPanel, info: str) -> Update:
     """info: what becomes of it."""
     return {
         panel.written: gr.Textbox(
-            event.prompt, visible=True, interactive=True, label=f"Enriched prompt, by {event.by}", info=info
+            event.prompt,
+            visible=True,
+            interactive=True,
+            label=say("Enriched prompt, by {name}", name=event.by),
+            info=t(info),
         ),
         panel.use: gr.Button(visible=True),
         panel.folded: gr.Accordion(open=True),
@@ -133,8 +143,8 @@ def wire_upsampling(
             panel.key: gr.Textbox(visible=by == "openrouter"),
             panel.row: gr.Row(visible=possible),
             panel.enrich: gr.Button(visible=possible),
-            panel.about: told(by, offers, checkpoint, model, studio.settings),
-            panel.folded: gr.Accordion(label=f"{UPSAMPLING} (on)" if possible else UPSAMPLING),
+            panel.about: told_of(by, offers, checkpoint, model, studio.settings),
+            panel.folded: gr.Accordion(label=t("Enrich the prompt (on)") if possible else t(UPSAMPLING)),
         }
 
     changed = [panel.local, panel.remote, panel.key, panel.row, panel.enrich, panel.about, panel.folded]
@@ -149,7 +159,7 @@ def wire_upsampling(
         yield {
             **begun(panel),
             panel.status: show.status(StatusEvent(text="Starting")),
-            panel.stop: gr.Button("Stop", visible=True, interactive=True),
+            panel.stop: gr.Button(t("Stop"), visible=True, interactive=True),
         }
         problem = ""
         done: Upsampled | None = None

@@ -12,6 +12,7 @@ import gradio as gr
 from flux2_studio.events import FINAL, Event
 from flux2_studio.jobs import JobQueue
 from flux2_studio.tasks import Task
+from flux2_studio.ui.language import t
 from flux2_studio.ui.visitors import owner_of
 
 POLL = 0.08  # seconds between two looks at a task
@@ -29,7 +30,7 @@ def stopper(jobs: JobQueue) -> Callable[[str, gr.Request], Any]:
         if running is None:
             return gr.Button(visible=False)
         running.cancel()
-        return gr.Button("Stopping…", interactive=False)
+        return gr.Button(t("Stopping…"), interactive=False)
 
     return stop
 
