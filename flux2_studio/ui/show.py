@@ -88,7 +88,7 @@ def outlook(look: Outlook, *, enriched: bool) -> str:
         long = say("The first run will tell how long it takes.")
     else:
         long = say("About {duration}, as runs on this machine go.", duration=duration(look.seconds))
-    first = [] if look.there else [say("downloading")]
+    first = [] if look.there else [say("the download")]
     first += [] if look.loaded else [say("loading the checkpoint")]
     first += [say("enriching the prompt")] if enriched else []
     if first:

@@ -50,7 +50,7 @@ def test_how_long_a_run_takes_is_told_once_one_is_done(context: BrowserContext, 
         expect(page.locator("#generate .run")).to_be_enabled()
         line = page.locator("#generate .pace")
         expect(line).to_contain_text("64 image tokens · 4 steps · 1 picture")
-        expect(line).to_contain_text("The first run will tell how long it takes. Loading the checkpoint comes first.")
+        expect(line).to_contain_text("The first run will tell how long it takes. Before that: loading the checkpoint.")
         write(page, "generate", "a fox")
         run(page, "generate")
         expect_finished(page)

@@ -87,16 +87,16 @@ def test_of_a_checkpoint_that_is_not_here_only_the_size_is_told(settings: Settin
     models = ModelManager(settings, Hub(settings, cache=tmp_path / "empty"))
     told = outlook(Studio(settings, models), **{**FORM, "checkpoint": "klein-4b"})
     assert "Fits" not in told and "64 image tokens · 4 steps · 1 picture" in told
-    assert "The first run will tell how long it takes. Downloading and loading the checkpoint come first." in told
+    assert "The first run will tell how long it takes. Before that: the download, loading the checkpoint." in told
 
 
 def test_how_long_it_takes_is_learnt_from_a_run(settings: Settings) -> None:
     studio = Studio(settings, pace=Pace(Database(settings.database)))
     before = outlook(studio, **FORM)
-    assert "The first run will tell how long it takes. Loading the checkpoint comes first." in before
+    assert "The first run will tell how long it takes. Before that: loading the checkpoint." in before
     assert isinstance(list(studio.generate(Request(prompt="a fox", seed=1)))[-1], Result)
     after = outlook(studio, **FORM)
     assert re.search(r"<br>About [\d.]+ s, as runs on this machine go\.</p>", after)
     assert outlook(studio, **{**FORM, "width": 512, "height": 512}) != after
-    assert "Enriching the prompt comes first." in outlook(studio, **FORM, upsample_by="local")
+    assert "Before that: enriching the prompt." in outlook(studio, **FORM, upsample_by="local")
     assert "The first run will tell" in outlook(studio, **{**FORM, "checkpoint": "nano-base"}), "it never ran"
