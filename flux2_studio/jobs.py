@@ -307,6 +307,11 @@ class JobQueue:
             except SaveError as error:  # so it will be shown once more, which does no harm
                 log.error("the end of run %s is not marked as shown: %s", id_, error)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more runs, for the studio ends."""
+        return self._closed
+
     def close(self) -> None:
         """Cancel everything and end the worker."""
         with self._changed:

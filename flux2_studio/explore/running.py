@@ -1,18 +1,23 @@
 """Explorations under way: a cell after another through the job queue, so that others' runs come in between.
 
-What is done is written down after every cell: an exploration that was stopped, or whose studio was, goes on where it
-left off.
+What is done is written down after every cell: an exploration that was stopped goes on where it left off once its owner
+wants it to, and one whose studio ended by itself, in the next studio. Several may share a folder: whoever is at an
+exploration holds its lock.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import secrets
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +28,17 @@ from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Failed, Saved
 from flux2_studio.explore.plan import Cell, Plan
 from flux2_studio.jobs import JobQueue
+from flux2_studio.outputs.database import hold
 from flux2_studio.outputs.sheet import Layout, draw
 from flux2_studio.request import Request
 from flux2_studio.tasks import Job
 
+log = logging.getLogger(__name__)
+
 State = Literal["running", "stopped", "done"]
 THUMBNAIL = 320  # pixels along the longer side
 KEPT = 20  # explorations of one owner that can be looked at again
+FORGOTTEN = 30 * 24 * 3600  # seconds until one is, whose owner did not come by; its pictures stay
 FAILURES = 3  # cells that fail one after another before the rest is not tried
 VERSION = 1
 
@@ -64,7 +73,10 @@ class Exploration:
         self.folder = folder  # of its small pictures and sheets
         self.progress = progress or Progress()
         self.stopping = threading.Event()
-        self.job: Job | None = None  # that of the cell under way
+        self.at = 0  # the cell under way
+        self.job: Job | None = None  # and its job
+        self.going = False  # when it was read: whether the studio ended before it did
+        self.begun: tuple[int, str] | None = None  # and the cell that was under way then, and its job's id
 
     def thumbnail(self, number: int) -> Path:
         """The file of cell `number`'s small picture, once that is done."""
@@ -117,6 +129,8 @@ class Explorations:
         self._notebooks = notebooks
         self._pictures = pictures
         self._known: dict[str, Exploration] = {}
+        self._owners: dict[str, tuple[str, float]] = {}  # of each notebook that was read, and when it was begun
+        self._held: dict[str, sqlite3.Connection] = {}
         self._lock = threading.Lock()
 
     def start(self, plan: Plan, owner: str) -> Exploration:
@@ -136,8 +150,28 @@ class Explorations:
                 ) from error
             self._write(exploration)
             self._forget_old(owner)
+            self._hold(exploration)
             self._begin(exploration)
         return exploration
+
+    def go_on(self) -> None:
+        """Go on with those that were under way when their studio ended, and forget those of owners who stay away.
+
+        Once, when the studio opens, and after the queue has taken up its runs again.
+        """
+        with self._lock:
+            self._forget_vanished()
+            for path in sorted(self._notebooks.glob("*.json")):
+                if path.stem in self._known or (read := self._read(path.stem)) is None or not read.going:
+                    continue
+                try:
+                    ours = self._hold(read)
+                except SaveError as error:
+                    log.error("the exploration %s cannot go on by itself: %s", path.stem, error)
+                    continue
+                if ours:
+                    read.progress.failed.clear()
+                    self._begin(read)
 
     def resume(self, id_: str, owner: str) -> Exploration:
         """Make the cells that are still missing of the one that was stopped. Raises `RequestError`."""
@@ -148,6 +182,8 @@ class Explorations:
             if found.progress.state == "running":
                 return found
             self._only_one(owner)
+            if not self._hold(found):
+                raise RequestError("Another studio on this machine is at this exploration: look for it there.")
             found.progress.failed.clear()
             found.stopping.clear()
             self._begin(found)
@@ -162,6 +198,9 @@ class Explorations:
         """The one of `owner` that was begun last."""
         with self._lock:
             mine = self._of(owner)
+            for path in mine:
+                with suppress(OSError):
+                    os.utime(path)  # its owner is still there
             return self._found(mine[-1].stem, owner) if mine else None
 
     def stop(self, exploration: Exploration) -> None:
@@ -197,17 +236,50 @@ class Explorations:
         """The notebooks of `owner`, oldest first."""
         found = []
         for path in self._notebooks.glob("*.json"):
-            read = self._known.get(path.stem) or self._read(path.stem)
-            if read is not None and read.owner == owner:
-                found.append((read.began, path))
+            if path.stem not in self._owners and (read := self._read(path.stem)) is not None:
+                self._owners[path.stem] = read.owner, read.began
+            whose, began = self._owners.get(path.stem, ("", 0.0))
+            if path.stem in self._owners and whose == owner:
+                found.append((began, path))
         return [path for _, path in sorted(found)]
 
     def _forget_old(self, owner: str) -> None:
-        """Only what was made of the pictures; they themselves stay."""
         for path in self._of(owner)[:-KEPT]:
-            self._known.pop(path.stem, None)
-            path.unlink(missing_ok=True)
-            shutil.rmtree(self._pictures / path.stem, ignore_errors=True)
+            self._forget(path)
+
+    def _forget_vanished(self) -> None:
+        """Forget those that nobody looked at, or went on with, for a month."""
+        for path in self._notebooks.glob("*.json"):
+            with suppress(OSError, sqlite3.Error):  # tried again when the studio is opened the next time
+                if time.time() - path.stat().st_mtime < FORGOTTEN:
+                    continue
+                lock = hold(self._lock_of(path.stem))
+                if lock is not None:
+                    lock.close()
+                    self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        """Only what was made of the pictures; they themselves stay."""
+        self._known.pop(path.stem, None)
+        self._owners.pop(path.stem, None)
+        path.unlink(missing_ok=True)
+        self._lock_of(path.stem).unlink(missing_ok=True)
+        shutil.rmtree(self._pictures / path.stem, ignore_errors=True)
+
+    def _hold(self, exploration: Exploration) -> bool:
+        """Whether this studio may go on with it, which none other may then. Raises `SaveError`."""
+        try:
+            lock = hold(self._lock_of(exploration.id))
+        except sqlite3.Error as error:
+            raise SaveError(
+                f"The folder {self._notebooks} cannot be used ({error}): allow writing there and free some space."
+            ) from error
+        if lock is not None:
+            self._held[exploration.id] = lock
+        return lock is not None
+
+    def _lock_of(self, id_: str) -> Path:
+        return self._notebooks / f"{id_}.lock"
 
     # --- in the exploration's thread -----------------------------------------------------------------------------
 
@@ -215,8 +287,11 @@ class Explorations:
         try:
             self._cells(exploration)
         finally:  # whatever happens, nobody waits for it for ever
+            with self._lock:
+                self._held.pop(exploration.id).close()
             exploration.progress.state = "stopped" if exploration.left else "done"
-            self._changed(exploration)
+            if not self._jobs.closed:  # else it is under way still, and the next studio goes on with it
+                self._changed(exploration)
 
     def _cells(self, exploration: Exploration) -> None:
         in_a_row = 0
@@ -224,6 +299,8 @@ class Explorations:
             if exploration.stopping.is_set() or in_a_row == FAILURES:
                 break
             problem = self._cell(exploration, number)
+            if self._jobs.closed and number not in exploration.progress.done:
+                break  # the studio ends; the next one finds written down that this cell was under way
             in_a_row = in_a_row + 1 if problem else 0
             if problem is not None:
                 exploration.progress.failed[number] = problem
@@ -232,10 +309,11 @@ class Explorations:
     def _cell(self, exploration: Exploration, number: int) -> str | None:
         """Make cell `number`; why there is no picture, or None. A cancelled cell is neither made nor failed."""
         try:
-            job = self._jobs.submit(exploration.plan.cells[number].request, exploration.owner)
+            job = self._job_of(exploration, number)
         except StudioError as error:
             return str(error)
-        exploration.job = job
+        exploration.at, exploration.job = number, job
+        self._note(exploration)
         if exploration.stopping.is_set():  # since the loop looked
             job.cancel()
         problem = None
@@ -251,8 +329,22 @@ class Explorations:
         self._jobs.saw(job.id)  # its sheet tells of it, of a failure too
         return problem
 
+    def _job_of(self, exploration: Exploration, number: int) -> Job:
+        """The run of cell `number`: one that the studio before had begun, or a new one. Raises `StudioError`."""
+        if exploration.begun is not None and exploration.begun[0] == number:
+            (_, id_), exploration.begun = exploration.begun, None
+            job = self._jobs.get(id_, exploration.owner)  # it waited, and is in the queue again
+            if job is not None and (not job.finished or any(isinstance(it, Saved) for _, it in job.events())):
+                return job
+            self._jobs.discard(id_, exploration.owner)  # it was cut short, and is done again here
+        return self._jobs.submit(exploration.plan.cells[number].request, exploration.owner)
+
     def _changed(self, exploration: Exploration) -> None:
         exploration.progress.version += 1
+        self._note(exploration)
+
+    def _note(self, exploration: Exploration) -> None:
+        """Write down how far it is. Where that fails, it ends."""
         try:
             self._write(exploration)
         except SaveError as error:
@@ -274,6 +366,8 @@ class Explorations:
             },
             "done": {str(number): str(path) for number, path in progress.done.items()},
             "failed": {str(number): why for number, why in progress.failed.items()},
+            "going": progress.state == "running",
+            "job": [exploration.at, exploration.job.id] if exploration.job is not None else None,
         }
         target = self._notebooks / f"{exploration.id}.json"
         part = target.with_suffix(".part")
@@ -313,7 +407,7 @@ def _read(notebook: Path, folder: Path) -> Exploration | None:
         )
         if len(progress.done) == len(cells):
             progress.state = "done"
-        return Exploration(
+        read = Exploration(
             notebook.stem,
             str(told["owner"]),
             Plan(
@@ -327,6 +421,9 @@ def _read(notebook: Path, folder: Path) -> Exploration | None:
             progress,
             began=float(told["began"]),
         )
+        read.going = told.get("going") is True and progress.state != "done"
+        read.begun = (int(told["job"][0]), str(told["job"][1])) if told.get("job") else None
+        return read
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StudioError):
         return None
 

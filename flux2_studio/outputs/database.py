@@ -68,3 +68,19 @@ class Database:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")
             yield connection
+
+
+def hold(path: Path) -> sqlite3.Connection | None:
+    """A hold on the file at `path` that ends with this process, however it ends; None while somebody else has it.
+
+    Close it to let go. Raises `sqlite3.Error` where there can be no such file.
+    """
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        connection.close()
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            return None
+        raise
+    return connection

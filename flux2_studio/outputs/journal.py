@@ -25,7 +25,7 @@ from typing import Literal
 
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Event, Failed, Result, Saved, Stopped, Upsampled, Withheld
-from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.database import Database, hold
 from flux2_studio.request import Request, Upsampling
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Journal:
         self._id = uuid.uuid4().hex
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held = _lock(self._lock_of(self._id))
+            held = hold(self._lock_of(self._id))
         except (OSError, sqlite3.Error) as error:
             raise self._trouble(error) from error
         assert held is not None, "a new name is nobody else's"
@@ -290,7 +290,7 @@ class Journal:
 
     def _is_gone(self, studio: str) -> bool:
         try:
-            if (lock := _lock(self._lock_of(studio))) is not None:
+            if (lock := hold(self._lock_of(studio))) is not None:
                 lock.close()
         except sqlite3.Error as error:
             raise self._trouble(error) from error
@@ -351,19 +351,6 @@ class Journal:
             f"The folder {self._folder}, where runs wait, cannot be used ({error}): allow writing there and free some "
             f"space, or set FLUX2_HOME to a folder of your own."
         )
-
-
-def _lock(path: Path) -> sqlite3.Connection | None:
-    """A hold on the file at `path` that ends with this process, however it ends; None while somebody else has it."""
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        connection.close()
-        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-            return None
-        raise
-    return connection
 
 
 def _entry(row: sqlite3.Row) -> Entry:

@@ -104,11 +104,13 @@ def build(
     *,
     may_change: bool = True,
     history: History | None = None,
+    explorations: Explorations | None = None,
 ) -> gr.Blocks:
     """The page of `studio`, whose runs go through `jobs`; not launched yet.
 
     needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether checkpoints of `shelf`
-    can be downloaded and deleted there. history: what its History tab shows; None for a page without one.
+    can be downloaded and deleted there. history: what its History tab shows; None for a page without one. explorations:
+    those of its Explore tab; None for new ones.
     """
     settings = studio.settings
     default = settings.checkpoint(None)
@@ -150,7 +152,7 @@ def build(
         explore_tab.wire(
             exploring,
             studio,
-            Explorations(jobs, settings.home / "explorations", settings.outputs / "explore"),
+            explorations or explorations_of(settings, jobs),
             Wildcards(settings.wildcards),
             forms,
             handlers.read_form,
@@ -217,8 +219,17 @@ def serve(
     thumbnails = Thumbnails(settings.thumbnails)
     history = History(database, settings.outputs, settings.trash, forget=thumbnails.forget)
     jobs = JobQueue(studio, Journal(database, settings.queue), history)
+    explorations = explorations_of(settings, jobs)
     words = language.Words.load(settings.assets / "languages")
-    page = build(studio, jobs, Shelf(settings, hub, notes), studio.needs, may_change=not guests, history=history)
+    page = build(
+        studio,
+        jobs,
+        Shelf(settings, hub, notes),
+        studio.needs,
+        may_change=not guests,
+        history=history,
+        explorations=explorations,
+    )
     if Path(get_upload_folder()) == settings.home / "uploads":
         forget_uploads(settings.home / "uploads")
     try:
@@ -255,12 +266,17 @@ def serve(
     # As Ctrl+C: Gradio then deletes its files. Before anybody is told that the page is open, and may want to end it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs.resume()  # only now: a studio that cannot be opened leaves all as it was
+    explorations.go_on()
     try:
         sys.stdout.write(f"flux2-studio is open at {url}\n")
         sys.stdout.flush()
         page.block_thread()
     except KeyboardInterrupt:  # before block_thread, which has an ear of its own for it
         page.close()
+
+
+def explorations_of(settings: Settings, jobs: JobQueue) -> Explorations:
+    return Explorations(jobs, settings.home / "explorations", settings.outputs / "explore")
 
 
 def for_guests(settings: Settings, share: bool) -> bool:

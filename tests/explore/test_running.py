@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from flux2_studio.checkpoints import NANO
 from flux2_studio.errors import OutOfMemory, RequestError
 from flux2_studio.events import Event, Preview, Ready, Result, Saved, Stopped
 from flux2_studio.explore.plan import Plan, listing
-from flux2_studio.explore.running import FAILURES, Exploration, Explorations
+from flux2_studio.explore.running import FAILURES, FORGOTTEN, Exploration, Explorations
 from flux2_studio.jobs import JobQueue
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.journal import Journal
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.upsample import ApiKey
@@ -121,6 +125,112 @@ def test_another_studio_goes_on(jobs: JobQueue, explorations: Explorations, pain
     painter.let_go.set()
     assert ended(later.resume(found.id, "me")).progress.state == "done"
     assert painter.drawn == ["a", "slow", "b"]
+
+
+@pytest.fixture
+def killed(painter: Painter, tmp_path: Path) -> Iterator[tuple[JobQueue, Exploration]]:
+    """A queue of a studio that was killed, as far as others can see, and what it was exploring."""
+    queue = JobQueue(painter)
+    notebooks = tmp_path / "notebooks"
+    exploration = Explorations(queue, notebooks, tmp_path / "small").start(plan("a", "slow", "b"), "me")
+    assert painter.busy.wait(PATIENCE)
+    written = (notebooks / f"{exploration.id}.json").read_text()
+    queue.close()
+    ended(exploration)
+    assert (notebooks / f"{exploration.id}.json").read_text() == written, "nobody stopped it"
+    yield queue, exploration
+
+
+def test_what_was_under_way_goes_on_by_itself(
+    killed: tuple[JobQueue, Exploration], jobs: JobQueue, painter: Painter, tmp_path: Path
+) -> None:
+    later = Explorations(jobs, tmp_path / "notebooks", tmp_path / "small")
+    painter.let_go.set()
+    later.go_on()
+    found = later.newest("me")
+    assert found is not None and found.id == killed[1].id
+    assert ended(found).progress.state == "done" and painter.drawn == ["a", "slow", "b"]
+    third = Explorations(jobs, tmp_path / "notebooks", tmp_path / "small")
+    third.go_on()
+    again = third.newest("me")
+    assert again is not None and again.progress.state == "done" and painter.drawn == ["a", "slow", "b"]
+
+
+def test_what_was_stopped_waits_for_a_click(
+    explorations: Explorations, jobs: JobQueue, painter: Painter, tmp_path: Path
+) -> None:
+    exploration = explorations.start(plan("a", "slow", "b"), "me")
+    assert painter.busy.wait(PATIENCE)
+    explorations.stop(exploration)
+    ended(exploration)
+    later = Explorations(jobs, tmp_path / "notebooks", tmp_path / "small")
+    later.go_on()
+    found = later.newest("me")
+    assert found is not None and found.progress.state == "stopped" and found.left == [1, 2]
+
+
+def test_nobody_takes_what_another_studio_is_at(
+    explorations: Explorations, jobs: JobQueue, painter: Painter, tmp_path: Path
+) -> None:
+    exploration = explorations.start(plan("a", "slow"), "me")
+    assert painter.busy.wait(PATIENCE)
+    other = Explorations(jobs, tmp_path / "notebooks", tmp_path / "small")
+    other.go_on()
+    seen = other.newest("me")
+    assert seen is not None and seen.progress.state == "stopped", "as far as it knows"
+    with pytest.raises(RequestError, match="Another studio"):
+        other.resume(exploration.id, "me")
+    painter.let_go.set()
+    ended(exploration)
+    assert painter.drawn == ["a", "slow"]
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_the_picture_under_way_is_made_once(painter: Painter, tmp_path: Path, waited: bool) -> None:
+    """Its run stands in the journal, too: it is in the queue again, or was cut short there."""
+    database, queue = Database(tmp_path / "studio.sqlite3"), tmp_path / "queue"
+
+    def studio() -> tuple[JobQueue, Journal, Explorations]:
+        journal = Journal(database, queue)
+        jobs = JobQueue(painter, journal)
+        return jobs, journal, Explorations(jobs, tmp_path / "notebooks", tmp_path / "small")
+
+    jobs, _, explorations = studio()
+    if waited:  # behind somebody else's run
+        jobs.submit(Request(prompt="slow", checkpoint="nano", seed=1), "another")
+        assert painter.busy.wait(PATIENCE)
+    exploration = explorations.start(plan("b" if waited else "slow"), "me")
+    for _ in range(int(PATIENCE / 0.01)):
+        if exploration.job is not None and (waited or exploration.job.started):
+            break
+        threading.Event().wait(0.01)
+    jobs.close()
+    ended(exploration)
+    painter.let_go.set()
+    jobs, journal, later = studio()
+    jobs.resume()
+    later.go_on()
+    found = later.get(exploration.id, "me")
+    assert found is not None and ended(found).progress.state == "done"
+    jobs.close()
+    assert painter.drawn.count("b" if waited else "slow") == 1
+    assert not journal.interrupted("me")
+
+
+def test_one_that_nobody_came_back_to_is_forgotten(explorations: Explorations, jobs: JobQueue, tmp_path: Path) -> None:
+    kept, gone = ended(explorations.start(plan("a"), "me")), ended(explorations.start(plan("b"), "you"))
+    notebooks = tmp_path / "notebooks"
+    long_ago = time.time() - FORGOTTEN - 60
+    for exploration in (kept, gone):
+        os.utime(notebooks / f"{exploration.id}.json", (long_ago, long_ago))
+    explorations.newest("me")  # who opened the page
+    picture = gone.progress.done[0]
+    later = Explorations(jobs, notebooks, tmp_path / "small")
+    later.go_on()
+    assert later.newest("you") is None and not gone.folder.exists() and picture.is_file()
+    mine = later.newest("me")
+    assert mine is not None and mine.id == kept.id
+    assert {path.stem for path in notebooks.iterdir()} == {kept.id}
 
 
 def test_a_failure_is_told_and_the_rest_is_made(explorations: Explorations) -> None:
