@@ -135,7 +135,7 @@
     const select = part('.filters').elements.checkpoint;
     const now = select.value;
     select.replaceChildren(make('option', {value: ''}, studioSay('Every checkpoint')),
-      ...checkpoints.map(({name, label}) => make('option', {value: name}, label)));
+      ...checkpoints.map(({name, label}) => make('option', {value: name}, studioSay(label))));
     select.value = checkpoints.some(({name}) => name === now) ? now : '';
   };
   const opened = (page) => {

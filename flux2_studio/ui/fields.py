@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from flux2_studio.checkpoints import GB, MB, Checkpoint, Part
+from flux2_studio.checkpoints import CHECKPOINTS, GB, MB, Checkpoint, Part
 from flux2_studio.models.loras import LoraEntry
 from flux2_studio.request import MAX_COUNT, SAMPLING, size_for_aspect
 from flux2_studio.ui.examples import Example
@@ -74,8 +74,9 @@ ADD_LORA = """(name, loras) => {
 
 
 def checkpoint(choices: Sequence[Checkpoint], chosen: str) -> gr.Dropdown:
+    toys = {shipped.label for shipped in CHECKPOINTS if shipped.toy}  # the only names that have words in them
     return gr.Dropdown(
-        choices=[(choice.label, choice.name) for choice in choices],
+        choices=[(t(choice.label) if choice.label in toys else choice.label, choice.name) for choice in choices],
         value=chosen,
         label=t("Checkpoint"),
         filterable=False,

@@ -147,4 +147,4 @@ def _check(language: str, read: Any, english: Mapping[str, Table]) -> None:
 def _pattern(key: str) -> re.Pattern[str]:
     """Any sentence that `key` with its placeholders filled can be."""
     literals = [re.escape(part) for part in _PLACEHOLDER.split(key)[::2]]
-    return re.compile("(.+?)".join(literals), re.DOTALL)
+    return re.compile("(.*?)".join(literals), re.DOTALL)

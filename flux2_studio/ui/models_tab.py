@@ -178,7 +178,7 @@ def describe(entry: Entry, needs: str) -> str:
     """All that a card says, as HTML."""
     checkpoint = entry.checkpoint
     lines = [
-        f"<h3>{escape(checkpoint.label)}</h3>",
+        f"<h3>{escape(told(checkpoint.label))}</h3>",
         f'<p class="facts">{"".join(_chips(entry))}</p>',
         f"<p>{escape(told(checkpoint.good_for))}</p>",
     ]

@@ -183,7 +183,7 @@ def wire(
 
     def label_of(name: str | None) -> str:
         known = {checkpoint.name: checkpoint.label for checkpoint in studio.settings.checkpoints}
-        return known.get(name or "", name or "")
+        return told(known.get(name or "", name or ""))
 
     async def look(tab: Watch, request: gr.Request) -> Any:
         try:

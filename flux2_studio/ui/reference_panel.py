@@ -12,9 +12,9 @@ from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
-from flux2_studio.references import fit_note, fit_size, load_reference
+from flux2_studio.references import fit_size, load_reference
 from flux2_studio.ui import fields, mask_panel, show
-from flux2_studio.ui.language import say, told
+from flux2_studio.ui.language import say
 from flux2_studio.ui.tabs import Form, ReferencePanel
 from flux2_studio.ui.wiring import Update, listen
 
@@ -63,10 +63,17 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Exami
     subject = None
     if first is not None:
         width, height = fit_size(first.size, checkpoint.reference_cap(len(kept)))
-        scaled = fit_note(1, first.size, (width, height))
         shape = fields.ratio(width, height)
         size = say("As image 1: {width} x {height} pixels ({shape}).", width=width, height=height, shape=shape)
-        notes.insert(0, f"{size} {told(scaled.replace(' was ', ' is '))}" if scaled else size)
+        if first.size != (width, height):
+            size += " " + say(
+                "Image 1 is scaled from {width} x {height} to {across} x {down}.",
+                width=first.width,
+                height=first.height,
+                across=width,
+                down=height,
+            )
+        notes.insert(0, size)
         subject = mask_panel.subject_of(first, (width, height))
     return Examined(kept=tuple(kept), notes=tuple(notes), refused=tuple(refused), first=subject)
 

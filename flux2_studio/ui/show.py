@@ -196,7 +196,7 @@ def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint, ups
         ("Original prompt", upsampled.original if upsampled else ""),
         ("Enriched by", upsampled.by if upsampled else ""),
         ("Negative prompt", request.negative_prompt or ""),
-        ("Checkpoint", checkpoint.label),
+        ("Checkpoint", told(checkpoint.label)),
         ("References", ", ".join(path.name for path in request.references)),
         ("Mask", request.mask.name if request.mask else ""),
         (

@@ -390,11 +390,11 @@ def test_the_panel_says_what_each_choice_costs(settings: Settings) -> None:
     offer = WriterOffer(
         name="qwen3-4b", label="Qwen3 4B", sees=False, own=True, on_disk=True, download=0, memory=1, text="Loads more."
     )
-    told = upsample_panel.told("local", [offer], DEV, "qwen3-4b", settings)
+    told = upsample_panel.told_of("local", [offer], DEV, "qwen3-4b", settings)
     assert "Loads more." in told and "references it does not see" in told
-    assert "choose OpenRouter" in upsample_panel.told("local", [], NANO, None, settings)
-    assert "go to openrouter.ai" in upsample_panel.told("openrouter", [], NANO, None, settings)
-    assert upsample_panel.told("none", [offer], DEV, None, settings) == ""
+    assert "choose OpenRouter" in upsample_panel.told_of("local", [], NANO, None, settings)
+    assert "go to openrouter.ai" in upsample_panel.told_of("openrouter", [], NANO, None, settings)
+    assert upsample_panel.told_of("none", [offer], DEV, None, settings) == ""
 
 
 def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:
