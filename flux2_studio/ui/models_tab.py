@@ -176,7 +176,7 @@ def describe(entry: Entry, needs: str) -> str:
     """All that a card says, as HTML."""
     checkpoint = entry.checkpoint
     lines = [
-        f"<h3>{escape(checkpoint.label)}</h3>",
+        f"<h2>{escape(checkpoint.label)}</h2>",
         f'<p class="facts">{"".join(_chips(entry))}</p>',
         f"<p>{escape(checkpoint.good_for)}</p>",
     ]
@@ -254,4 +254,4 @@ def _room(shelf: Shelf, may_change: bool) -> str:
 
 def _others(sentences: Sequence[str]) -> str:
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f"<h3>Other files in your folder</h3><ul>{items}</ul>"
+    return f"<h2>Other files in your folder</h2><ul>{items}</ul>"
