@@ -36,6 +36,7 @@ from flux2_studio.ui import (
     handlers,
     history_tab,
     inspect_tab,
+    keys,
     language,
     models_tab,
     own_preset_panel,
@@ -59,41 +60,8 @@ UPLOADS_KEPT = 24 * HOUR
 
 TITLE = """<h1><span class="mark" aria-hidden="true"></span>flux2-studio</h1>
 <p data-i18n>Pictures with the FLUX.2 open models, made on this machine.</p>
-<button id="look" type="button" data-i18n aria-label="Switch between light and dark">◐</button>"""
-
-# Ctrl+Enter runs the visible form, a pasted or dropped picture goes to its references, ◐ switches the look.
-SCRIPT = """<script>
-addEventListener('keydown', (event) => {
-  if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
-  const form = event.target.closest('.sheet');
-  const run = form && form.querySelector('button.run');
-  if (run && !run.disabled) { event.preventDefault(); event.target.blur(); run.click(); }
-});
-const offer = (event, files) => {
-  // While a picture in it is selected the gallery has no input, and the button beside it takes its place.
-  const inputs = [...document.querySelectorAll('.sheet :is(.references, .tools) input[type=file]')];
-  const input = inputs.find((one) => one.closest('.sheet').offsetParent);
-  const pictures = [...(files ?? [])].filter((file) => file.type.startsWith('image/'));
-  if (!pictures.length || !input) return;
-  event.preventDefault();
-  const carrier = new DataTransfer();
-  pictures.forEach((file) => carrier.items.add(file));
-  input.files = carrier.files;
-  input.dispatchEvent(new Event('change', {bubbles: true}));
-};
-addEventListener('paste', (event) => offer(event, event.clipboardData?.files));
-addEventListener('dragover', (event) => {
-  if (event.dataTransfer?.types.includes('Files')) event.preventDefault();
-});
-addEventListener('drop', (event) => {
-  if (event.defaultPrevented || !event.dataTransfer?.files.length) return;
-  event.preventDefault();  // or the browser would leave the page to show the file
-  offer(event, event.dataTransfer.files);
-});
-addEventListener('click', (event) => {
-  if (event.target.closest('#look')) document.body.classList.toggle('dark');
-});
-</script>"""
+<div class="switches"><button id="keys" type="button" data-i18n aria-label="Keys" title="Keys (?)">?</button>
+<button id="look" type="button" data-i18n aria-label="Switch between light and dark">◐</button></div>"""
 
 
 def build(
@@ -119,6 +87,7 @@ def build(
         title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, UPLOADS_KEPT), fill_width=True
     ) as page:
         gr.HTML(f'{TITLE}<p id="policy" data-i18n>{escape(studio.guard.meaning)}</p>', elem_id="title")
+        keys.layout()
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=5, min_width=320, elem_id="forms"):
                 with gr.Column(elem_id="choice"):
@@ -239,7 +208,7 @@ def serve(
             share=share,
             theme=StudioTheme(),
             css_paths=[settings.assets / "style.css", settings.assets / "history.css"],
-            head=language.script(settings.assets) + SCRIPT + history_tab.script(settings.assets),
+            head=language.script(settings.assets) + keys.scripts(settings.assets) + history_tab.script(settings.assets),
             allowed_paths=[
                 str(settings.outputs),
                 str(settings.assets / "examples"),

@@ -178,7 +178,7 @@ def describe(entry: Entry, needs: str) -> str:
     """All that a card says, as HTML."""
     checkpoint = entry.checkpoint
     lines = [
-        f"<h3>{escape(told(checkpoint.label))}</h3>",
+        f"<h2>{escape(told(checkpoint.label))}</h2>",
         f'<p class="facts">{"".join(_chips(entry))}</p>',
         f"<p>{escape(told(checkpoint.good_for))}</p>",
     ]
@@ -255,4 +255,4 @@ def _room(shelf: Shelf, may_change: bool) -> str:
 
 def _others(sentences: Sequence[str]) -> str:
     items = "".join(f"<li>{escape(told(sentence))}</li>" for sentence in sentences)
-    return f"<h3 data-i18n>Other files in your folder</h3><ul>{items}</ul>"
+    return f"<h2 data-i18n>Other files in your folder</h2><ul>{items}</ul>"

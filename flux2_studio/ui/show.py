@@ -45,7 +45,7 @@ def notes(texts: Sequence[str]) -> str:
 def notices(texts: Sequence[str]) -> str:
     if not texts:
         return ""
-    return f'<ul role="status">{"".join(f"<li>{escape(told(text))}</li>" for text in texts)}</ul>'
+    return f'<div role="status"><ul>{"".join(f"<li>{escape(told(text))}</li>" for text in texts)}</ul></div>'
 
 
 def queued(event: Queued) -> str:

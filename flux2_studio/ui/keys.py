@@ -1,0 +1,68 @@
+"""The list of keys that `?` opens, and the scripts that hear them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+
+SCRIPTS = ("page.js",)
+
+KEYS: tuple[tuple[str, tuple[tuple[tuple[str, ...], str], ...]], ...] = (
+    (
+        "Everywhere",
+        (
+            (("Ctrl", "Enter"), "Run the form that you are in"),
+            (("Esc",), "Stop the run that you see"),
+            (("Ctrl", "V"), "Edit a picture from the clipboard; or add it to the references, or inspect it"),
+            (("?",), "Show this list"),
+        ),
+    ),
+    (
+        "In a prompt",
+        (
+            (("Ctrl", "↑"), "An older prompt that you ran in this form (on a Mac: Option + ↑)"),
+            (("Ctrl", "↓"), "A newer one, and back to what you were writing"),
+        ),
+    ),
+    (
+        "In History, with a picture open",
+        (
+            (("←",), "The next newer picture"),
+            (("→",), "The next older picture"),
+            (("F",), "Favourite, or not any more"),
+            (("Delete",), "Delete it; this can be undone"),
+            (("Esc",), "Close it"),
+        ),
+    ),
+)
+
+
+def layout() -> gr.HTML:
+    """The dialog; assets/page.js opens it."""
+    tables = "".join(_table(title, rows) for title, rows in KEYS)
+    return gr.HTML(
+        '<dialog id="keys-help" aria-labelledby="keys-title">'
+        '<button type="button" class="close" aria-label="Close (Escape)">✕</button>'
+        f'<h2 id="keys-title">Keys</h2>{tables}'
+        "<p>The prompts that you ran are kept in this browser alone, the last 50 of each form. "
+        '<button type="button" class="forget">Forget these prompts</button></p></dialog>',
+        elem_id="keys-root",
+        apply_default_css=False,
+    )
+
+
+def _table(title: str, rows: Sequence[tuple[Sequence[str], str]]) -> str:
+    body = "".join(
+        f"<tr><th scope='row'>{' + '.join(f'<kbd>{escape(key)}</kbd>' for key in keys)}</th>"
+        f"<td>{escape(text)}</td></tr>"
+        for keys, text in rows
+    )
+    return f"<table><caption>{escape(title)}</caption><tbody>{body}</tbody></table>"
+
+
+def scripts(assets: Path) -> str:
+    """What the page's head needs for all of it."""
+    return "".join(f"<script>\n{(assets / name).read_text(encoding='utf-8')}</script>" for name in SCRIPTS)
