@@ -99,7 +99,8 @@ class LoraPanel:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTools:
-    """What puts several references in order. `chosen` is the index of the selected one, None for none."""
+    """What puts several references in order. `chosen` is the index of the selected one, None for none. Where one was
+    dragged, the page's script presses `drop` and sends from which index to which in the place of `dragged`."""
 
     chosen: gr.State
     row: gr.Row
@@ -107,6 +108,8 @@ class ReferenceTools:
     earlier: gr.Button
     later: gr.Button
     remove: gr.Button
+    dragged: gr.Textbox
+    drop: gr.Button
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +181,8 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
     with gr.Tab("Multi-reference", id="multi", elem_id="multi", elem_classes="sheet"):
         presets = preset_panel.layout()
         references = fields.references(f"Up to {checkpoint.max_references} pictures: drop, paste or choose", columns=5)
+        dragged = gr.Textbox(visible=False)
+        drop = gr.Button("Move", visible="hidden", elem_id="multi-move")
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
                 chosen=gr.State(None),
@@ -193,8 +198,10 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
                 earlier=gr.Button("◀ Earlier", size="sm", min_width=80),
                 later=gr.Button("Later ▶", size="sm", min_width=80),
                 remove=gr.Button("Remove", size="sm", min_width=80),
+                dragged=dragged,
+                drop=drop,
             )
-            gr.HTML("<p>Select a picture to move or remove it.</p>", elem_classes="note")
+            gr.HTML("<p>Drag a picture to another place; or select it to move or remove it.</p>", elem_classes="note")
         return _form(
             "multi",
             chosen,
