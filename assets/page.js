@@ -27,12 +27,12 @@
     draft: 'This is what you were writing.',
     prompt: (place, all) => `Prompt ${place} of ${all}, newest first.`,
     forgotten: 'The prompts were forgotten.',
-    code: 'Settings as JSON',
+    code: 'Code; the arrow keys scroll it',
   };
 
   // --- telling
 
-  const READ_FOR = 6000;  // milliseconds that a sentence stays
+  const READ_FOR = 12000;  // milliseconds that a sentence stays
   const bar = Object.assign(document.createElement('div'), {id: 'told', hidden: true});
   bar.setAttribute('role', 'status');
   let hide = 0;
@@ -106,6 +106,10 @@
   // --- keys
 
   const help = () => document.getElementById('keys-help');
+  const beside = (dialog, {clientX, clientY}) => {
+    const {left, right, top, bottom} = dialog.getBoundingClientRect();
+    return clientX < left || clientX > right || clientY < top || clientY > bottom;
+  };
   // What Escape closes by itself, or does already.
   const closes = (target) => document.fullscreenElement
     || document.querySelector('dialog[open], [role="listbox"]')
@@ -133,7 +137,7 @@
     const {target} = event;
     if (target.closest('#look')) document.body.classList.toggle('dark');
     if (target.closest('#keys')) help()?.showModal();
-    if (target === help() || target.closest('#keys-help .close')) help().close();
+    if ((target === help() && beside(help(), event)) || target.closest('#keys-help .close')) help().close();
     if (target.closest('#keys-help .forget')) { help().close(); forget(); }
     const sheet = target.closest('button.run')?.closest('.sheet');
     const prompt = sheet?.querySelector('.prompt textarea');
@@ -150,7 +154,8 @@
     inspect: '#inspect .references input[type=file]',
   };
   const goal = () => (tab() in INPUTS ? tab() : 'edit');
-  const isPicture = (file) => file.type.startsWith('image/') || /\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic)$/i.test(file.name);
+  const NAMED = /\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic)$/i;
+  const isPicture = (file) => file.type.startsWith('image/') || NAMED.test(file.name);
   const names = (files) => files.map((file) => file.name).join(', ');
   const input = async (where) => {
     if (tab() !== where) document.getElementById(`${where}-button`)?.click();
@@ -192,14 +197,19 @@
     const zone = target instanceof Element ? target.closest('.upload-container') : null;
     return document.querySelector('dialog[open]') || (zone && !zone.closest('.references'));
   };
+  // A picture of this page that is dragged is meant only where it is put onto references: others slip easily.
+  let own = false;
+  addEventListener('dragstart', () => { own = true; }, true);
+  addEventListener('dragend', () => { own = false; }, true);
+  const slipped = (target) => own && !(target instanceof Element && target.closest('.references'));
   addEventListener('dragover', (event) => {
-    if (!event.dataTransfer?.types.includes('Files') || foreign(event.target)) return;
+    if (!event.dataTransfer?.types.includes('Files') || foreign(event.target) || slipped(event.target)) return;
     event.preventDefault();
     say(WORDS.over[goal()]);
   });
   addEventListener('drop', (event) => {
     const files = [...(event.dataTransfer?.files ?? [])];
-    if (!files.length || foreign(event.target)) return;
+    if (!files.length || foreign(event.target) || slipped(event.target)) return;
     event.preventDefault();  // or the browser would leave the page to show the file
     event.stopPropagation();
     if (event.target instanceof Element) event.target.dispatchEvent(new DragEvent('dragleave', {bubbles: true}));

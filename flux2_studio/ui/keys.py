@@ -8,7 +8,7 @@ from pathlib import Path
 
 import gradio as gr
 
-SCRIPTS = ("page.js",)
+SCRIPTS = ("page.js", "references.js")
 
 KEYS: tuple[tuple[str, tuple[tuple[tuple[str, ...], str], ...]], ...] = (
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from flux2_studio.ui.wiring import Update, listen
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
+
+DRAGGED = "(items, _, name) => [items, window.studioReferences.moved, name]"
 
 
 def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
@@ -105,6 +108,18 @@ def reordered(order: Sequence[Path], index: int | None, by: int) -> tuple[list[P
     return moved, place
 
 
+def dragged(order: Sequence[Path], sent: str) -> list[Path] | None:
+    """`order` with one item moved as the page `sent` it: "2,0" brings the third to the front. None for what asks for no
+    move that can be made."""
+    asked = re.fullmatch(r"([0-9]{1,3}),([0-9]{1,3})", sent)
+    if asked is None:
+        return None
+    start, end = map(int, asked.groups())
+    if max(start, end) >= len(order):
+        return None
+    return reordered(order, start, end - start)[0]
+
+
 def offer(form: Form, offered: Sequence[Path], checkpoint: Checkpoint, chosen: int | None = None) -> Update:
     """Put the usable ones of `offered` into the form's references, and say what is to be said of all of them.
 
@@ -183,10 +198,15 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         left = [path for number, path in enumerate(paths(items)) if number != index]
         return offer(form, left, studio.settings.checkpoint(name))
 
+    def drop(items: Any, sent: str, name: str) -> Any:
+        order = dragged(paths(items), str(sent))
+        return gr.skip() if order is None else offer(form, order, studio.settings.checkpoint(name))
+
     def choose(event: gr.SelectData) -> int:
         return int(event.index)
 
     listen(references.select, choose, None, tools.chosen, queue=False)
+    listen(tools.drop.click, drop, [references, tools.dragged, chosen], offered_to(form), js=DRAGGED)
     listen(tools.add.upload, add, [references, tools.add, chosen], offered_to(form))
     for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
         listen(button.click, action, [references, tools.chosen, chosen], offered_to(form))

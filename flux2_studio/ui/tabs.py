@@ -109,7 +109,8 @@ class LoraPanel:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTools:
-    """What puts several references in order. `chosen` is the index of the selected one, None for none."""
+    """What puts several references in order. `chosen` is the index of the selected one, None for none. Where one was
+    dragged, the page's script presses `drop` and sends from which index to which in the place of `dragged`."""
 
     chosen: gr.State
     row: gr.Row
@@ -117,6 +118,8 @@ class ReferenceTools:
     earlier: gr.Button
     later: gr.Button
     remove: gr.Button
+    dragged: gr.Textbox
+    drop: gr.Button
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +196,8 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
     with gr.Tab(t("Multi-reference"), id="multi", elem_id="multi", elem_classes="sheet"):
         presets = preset_panel.layout()
         references = fields.references(fields.up_to(checkpoint.max_references), columns=5)
+        dragged = gr.Textbox(visible=False)
+        drop = gr.Button("Move", visible="hidden", elem_id="multi-move")
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
                 chosen=gr.State(None),
@@ -208,8 +213,13 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
                 earlier=gr.Button(t("◀ Earlier"), size="sm", min_width=80),
                 later=gr.Button(t("Later ▶"), size="sm", min_width=80),
                 remove=gr.Button(t("Remove"), size="sm", min_width=80),
+                dragged=dragged,
+                drop=drop,
             )
-            gr.HTML("<p data-i18n>Select a picture to move or remove it.</p>", elem_classes="note")
+            gr.HTML(
+                "<p data-i18n>Drag a picture to another place; or select it to move or remove it.</p>",
+                elem_classes="note",
+            )
         return _form(
             "multi",
             chosen,

@@ -174,3 +174,51 @@ def test_the_keyboard_opens_the_file_chooser_of_a_filled_gallery(page: Page, app
     expect(page.locator("#edit .references img")).to_have_attribute("src", re.compile("car.png$"))
     run(page, "edit")
     expect(page.locator("#message .problem")).to_contain_text("Write a prompt first")
+
+
+def pictures(page: Page) -> list[str]:
+    """The file names of the references, in their order."""
+    addresses: list[str] = page.locator("#multi .references img").evaluate_all("(all) => all.map((it) => it.src)")
+    return [address.rpartition("/")[2] for address in addresses]
+
+
+def middle(item: Locator) -> tuple[float, float]:
+    box = item.bounding_box()
+    assert box is not None
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def test_references_are_dragged_into_another_order(page: Page) -> None:
+    open_tab(page, "Multi-reference")
+    upload(page, "multi", EXAMPLES / "rocket.png", EXAMPLES / "car.png", EXAMPLES / "fox.png")
+    captions = page.locator("#multi .references .caption-label")
+    expect(captions).to_have_text(["image 1", "image 2", "image 3"])
+    items = page.locator("#multi .references .gallery-item")
+    first = page.locator("#multi .references img").first
+    page.mouse.move(*middle(items.nth(2)))
+    page.mouse.down()
+    page.mouse.move(*middle(items.nth(0)), steps=5)
+    page.mouse.up()
+    expect(first).to_have_attribute("src", re.compile("fox.png$"))
+    expect(captions).to_have_text(["image 1", "image 2", "image 3"])
+    assert pictures(page) == ["fox.png", "rocket.png", "car.png"]
+    expect(page.locator("#multi .references .selected")).to_have_count(0)  # it was no click
+    # A finger scrolls, unless it rests first.
+    page.set_viewport_size({"width": 390, "height": 844})
+    items.first.scroll_into_view_if_needed()
+    fingers = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *points: tuple[float, float]) -> None:
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in points]})
+
+    start, end = middle(items.nth(0)), middle(items.nth(2))
+    touch("touchStart", start)
+    expect(page.locator("#multi .gallery-item.dragged")).to_have_count(1)
+    touch("touchMove", (start[0] + 20, start[1]))
+    touch("touchMove", end)
+    touch("touchEnd")
+    expect(first).to_have_attribute("src", re.compile("rocket.png$"))
+    assert pictures(page) == ["rocket.png", "car.png", "fox.png"]
+    write(page, "multi", "the object of image 1 on the background of image 3")
+    run(page, "multi")
+    expect(page.locator("#settings tr", has_text="References")).to_contain_text("rocket.png, car.png, fox.png")

@@ -460,6 +460,16 @@ def test_reordered(index: int | None, by: int, expected: str, place: int | None)
 
 
 @pytest.mark.parametrize(
+    "sent, expected",
+    [("0,2", "bca"), ("2,0", "cab"), ("1,1", "abc"), ("0,3", None), ("-1,0", None), ("", None), ("0,1;", None)],
+)
+def test_dragged(sent: str, expected: str | None) -> None:
+    assert reference_panel.dragged([Path(c) for c in "abc"], sent) == (
+        None if expected is None else [Path(c) for c in expected]
+    )
+
+
+@pytest.mark.parametrize(
     "label, width, height, side, note, shape",
     [
         ("width", 130, 128, 128, "The width was rounded from 130 to 128", "1:1"),

@@ -1,0 +1,79 @@
+// Multi-reference: pictures are dragged into another order, with the mouse, or with a finger that rests on one first.
+// Python moves them: the script presses a hidden button, which sends where from and where to.
+(() => {
+  'use strict';
+  const FAR = 6;  // pixels that a mouse moves before it drags, and a resting finger may move
+  const REST = 350;  // milliseconds that a finger rests before it drags: until then it scrolls
+  const GRID = '#multi .references';
+  let held = null;  // what is pressed: item, index, x, y, and whether it is dragged yet
+  let wait = 0;
+  let dropped = 0;  // when the last one was: the click that follows selects nothing
+
+  const items = () => [...document.querySelectorAll(`${GRID} .gallery-item`)];
+  const mark = (index) => items().forEach((item, place) => {
+    item.classList.toggle('goes-before', held !== null && place === index && index < held.index);
+    item.classList.toggle('goes-behind', held !== null && place === index && index > held.index);
+  });
+  // The item below a point, or the nearest in its row.
+  const below = (x, y) => {
+    let [best, least] = [-1, Infinity];
+    items().forEach((item, place) => {
+      const box = item.getBoundingClientRect();
+      const off = Math.hypot(Math.max(box.left - x, 0, x - box.right), Math.max(box.top - y, 0, y - box.bottom));
+      if (off < least) [best, least] = [place, off];
+    });
+    return least < 60 ? best : -1;
+  };
+  const lift = () => {
+    held.dragged = true;
+    held.item.classList.add('dragged');
+  };
+  const end = () => {
+    clearTimeout(wait);
+    if (!held) return;
+    held.item.classList.remove('dragged');
+    held.item.style.removeProperty('translate');
+    const {dragged} = held;
+    held = null;
+    mark(-1);
+    if (dragged) dropped = performance.now();
+  };
+
+  addEventListener('pointerdown', (event) => {
+    const item = event.target.closest?.(`${GRID} .gallery-item`);
+    if (!item || event.button > 0 || !event.isPrimary || event.target.closest('.delete-button')) return;
+    held = {item, index: items().indexOf(item), x: event.clientX, y: event.clientY, dragged: false};
+    if (event.pointerType !== 'mouse') wait = setTimeout(() => { if (held) lift(); }, REST);
+  });
+  addEventListener('pointermove', (event) => {
+    if (!held || !event.isPrimary) return;
+    if (!event.buttons) { end(); return; }  // let go of outside the window
+    const [across, down] = [event.clientX - held.x, event.clientY - held.y];
+    if (!held.dragged) {
+      if (Math.hypot(across, down) < FAR) return;
+      if (event.pointerType !== 'mouse') { end(); return; }  // it scrolls
+      lift();
+    }
+    held.item.style.translate = `${across}px ${down}px`;
+    mark(below(event.clientX, event.clientY));
+  });
+  addEventListener('pointerup', (event) => {
+    const from = held?.index;
+    const to = held?.dragged ? below(event.clientX, event.clientY) : -1;
+    end();
+    if (to < 0 || to === from) return;
+    window.studioReferences.moved = `${from},${to}`;
+    document.getElementById('multi-move')?.click();
+  });
+  addEventListener('pointercancel', end);
+  addEventListener('touchmove', (event) => { if (held?.dragged) event.preventDefault(); }, {passive: false});
+  addEventListener('contextmenu', (event) => { if (held?.dragged) event.preventDefault(); });
+  addEventListener('dragstart', (event) => { if (event.target.closest?.(GRID)) event.preventDefault(); });
+  addEventListener('click', (event) => {
+    if (performance.now() - dropped > 300 || !event.target.closest?.(GRID)) return;
+    event.preventDefault();
+    event.stopPropagation();
+  }, true);
+
+  window.studioReferences = {moved: ''};
+})();
