@@ -4,30 +4,30 @@
   'use strict';
   const WORDS = {
     sent: {
-      edit: 'Sent to Edit, as the picture to edit.',
-      multi: 'Sent to Multi-reference, after the others.',
-      inspect: 'Sent to Inspect.',
+      edit: () => studioSay('Sent to Edit, as the picture to edit.'),
+      multi: () => studioSay('Sent to Multi-reference, after the others.'),
+      inspect: () => studioSay('Sent to Inspect.'),
     },
     over: {
-      edit: 'Drop it anywhere: it becomes the picture to edit.',
-      multi: 'Drop it anywhere: it joins the references.',
-      inspect: 'Drop it anywhere: it is inspected.',
+      edit: () => studioSay('Drop it anywhere: it becomes the picture to edit.'),
+      multi: () => studioSay('Drop it anywhere: it joins the references.'),
+      inspect: () => studioSay('Drop it anywhere: it is inspected.'),
     },
     one: {
-      edit: (name) => `Edit takes one picture: ${name}. Multi-reference combines several.`,
-      inspect: (name) => `Inspect looks at one picture at a time: ${name}.`,
+      edit: (name) => studioSay('Edit takes one picture: {name}. Multi-reference combines several.', {name}),
+      inspect: (name) => studioSay('Inspect looks at one picture at a time: {name}.', {name}),
     },
-    noPicture: (names) => `${names} is no picture: paste or drop a PNG, JPEG or WebP file.`,
-    leftOut: (names) => `${names} was left out: it is no picture.`,
-    nothing: 'There is no picture in the clipboard: copy a picture, or the file of one, and paste again.',
-    busy: 'The last picture is still on its way: paste or drop this one again in a moment.',
-    stopping: 'Stopping the run. What is finished is kept.',
-    none: 'No prompt was run here yet. Those that you run are found again with Ctrl + Up.',
-    oldest: 'This is the oldest prompt.',
-    draft: 'This is what you were writing.',
-    prompt: (place, all) => `Prompt ${place} of ${all}, newest first.`,
-    forgotten: 'The prompts were forgotten.',
-    code: 'Code; the arrow keys scroll it',
+    noPicture: (names) => studioSay('{names} is no picture: paste or drop a PNG, JPEG or WebP file.', {names}),
+    leftOut: (names) => studioSay('{names} was left out: it is no picture.', {names}),
+    nothing: () => studioSay('There is no picture in the clipboard: copy a picture, or the file of one, and paste again.'),
+    busy: () => studioSay('The last picture is still on its way: paste or drop this one again in a moment.'),
+    stopping: () => studioSay('Stopping the run. What is finished is kept.'),
+    none: () => studioSay('No prompt was run here yet. Those that you run are found again with Ctrl + Up.'),
+    oldest: () => studioSay('This is the oldest prompt.'),
+    draft: () => studioSay('This is what you were writing.'),
+    prompt: (place, all) => studioSay('Prompt {place} of {all}, newest first.', {place, all}),
+    forgotten: () => studioSay('The prompts were forgotten.'),
+    code: () => studioSay('Code; the arrow keys scroll it'),
   };
 
   // --- telling
@@ -88,19 +88,19 @@
       walk.texts.splice(walk.at, 0, field.value);  // one that was changed on the way is a draft of its own
     }
     const next = walk.at + by;
-    if (walk.texts.length === 1) { say(WORDS.none); return; }
-    if (next < 0) { say(WORDS.draft); return; }
-    if (next >= walk.texts.length) { say(WORDS.oldest); return; }
+    if (walk.texts.length === 1) { say(WORDS.none()); return; }
+    if (next < 0) { say(WORDS.draft()); return; }
+    if (next >= walk.texts.length) { say(WORDS.oldest()); return; }
     walk.at = next;
     field.value = walk.texts[next];
     field.dispatchEvent(new Event('input', {bubbles: true}));
     field.setSelectionRange(field.value.length, field.value.length);
-    say(next ? WORDS.prompt(next, walk.texts.length - 1) : WORDS.draft);
+    say(next ? WORDS.prompt(next, walk.texts.length - 1) : WORDS.draft());
   };
   const forget = () => {
     for (const form of ['generate', 'edit', 'multi']) keep(form, []);
     walks.clear();
-    say(WORDS.forgotten);
+    say(WORDS.forgotten());
   };
 
   // --- keys
@@ -123,7 +123,7 @@
       if (run && !run.disabled) { event.preventDefault(); target.blur(); run.click(); }
     } else if (key === 'Escape' && !event.repeat && !closes(target)) {
       const stop = [...document.querySelectorAll('#stop, #explore-stop, .enrich-stop')].find(seen);
-      if (stop && !stop.disabled) { event.preventDefault(); stop.click(); say(WORDS.stopping); }
+      if (stop && !stop.disabled) { event.preventDefault(); stop.click(); say(WORDS.stopping()); }
     } else if ((key === 'ArrowUp' || key === 'ArrowDown') && (event.ctrlKey || event.altKey)) {
       const form = target.closest?.('.prompt textarea') && target.closest('.sheet')?.id;
       if (form) { event.preventDefault(); step(form, target, key === 'ArrowUp' ? 1 : -1); }
@@ -173,14 +173,14 @@
     const where = goal(), went = tab() !== where;
     const taken = WORDS.one[where] ? pictures.slice(0, 1) : pictures;
     const field = await input(where);
-    if (!field) { say(WORDS.busy); return; }
+    if (!field) { say(WORDS.busy()); return; }
     const carrier = new DataTransfer();
     taken.forEach((file) => carrier.items.add(file));
     field.files = carrier.files;
     field.dispatchEvent(new Event('change', {bubbles: true}));
     if (went) document.getElementById('tabs').scrollIntoView({block: 'nearest'});
     say([
-      taken.length < pictures.length ? WORDS.one[where](taken[0].name) : WORDS.sent[where],
+      taken.length < pictures.length ? WORDS.one[where](taken[0].name) : WORDS.sent[where](),
       others.length ? WORDS.leftOut(names(others)) : '',
     ].join(' '));
   };
@@ -190,7 +190,7 @@
     if (document.querySelector('dialog[open]') || (typing(event.target) && (text || !files.length))) return;
     event.preventDefault();
     if (files.length) take(files);
-    else say(WORDS.nothing);
+    else say(WORDS.nothing());
   });
   // What has a use of its own for files: those that Explore and presets read.
   const foreign = (target) => {
@@ -205,7 +205,7 @@
   addEventListener('dragover', (event) => {
     if (!event.dataTransfer?.types.includes('Files') || foreign(event.target) || slipped(event.target)) return;
     event.preventDefault();
-    say(WORDS.over[goal()]);
+    say(WORDS.over[goal()]());
   });
   addEventListener('drop', (event) => {
     const files = [...(event.dataTransfer?.files ?? [])];
@@ -232,7 +232,7 @@
     '.cm-scroller:not([tabindex="0"])': (box) => {
       box.tabIndex = 0;
       box.setAttribute('role', 'group');
-      box.setAttribute('aria-label', WORDS.code);
+      box.setAttribute('aria-label', WORDS.code());
     },
   };
   let waiting = false;

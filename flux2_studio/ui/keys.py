@@ -45,10 +45,10 @@ def layout() -> gr.HTML:
     tables = "".join(_table(title, rows) for title, rows in KEYS)
     return gr.HTML(
         '<dialog id="keys-help" aria-labelledby="keys-title">'
-        '<button type="button" class="close" aria-label="Close (Escape)">✕</button>'
-        f'<h2 id="keys-title">Keys</h2>{tables}'
-        "<p>The prompts that you ran are kept in this browser alone, the last 50 of each form. "
-        '<button type="button" class="forget">Forget these prompts</button></p></dialog>',
+        '<button type="button" class="close" data-i18n aria-label="Close (Escape)">✕</button>'
+        f'<h2 id="keys-title" data-i18n>Keys</h2>{tables}'
+        "<p><span data-i18n>The prompts that you ran are kept in this browser alone, the last 50 of each form.</span> "
+        '<button type="button" class="forget" data-i18n>Forget these prompts</button></p></dialog>',
         elem_id="keys-root",
         apply_default_css=False,
     )
@@ -57,10 +57,10 @@ def layout() -> gr.HTML:
 def _table(title: str, rows: Sequence[tuple[Sequence[str], str]]) -> str:
     body = "".join(
         f"<tr><th scope='row'>{' + '.join(f'<kbd>{escape(key)}</kbd>' for key in keys)}</th>"
-        f"<td>{escape(text)}</td></tr>"
+        f"<td data-i18n>{escape(text)}</td></tr>"
         for keys, text in rows
     )
-    return f"<table><caption>{escape(title)}</caption><tbody>{body}</tbody></table>"
+    return f"<table><caption data-i18n>{escape(title)}</caption><tbody>{body}</tbody></table>"
 
 
 def scripts(assets: Path) -> str:

@@ -16,7 +16,7 @@ from gradio.context import LocalContext
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Preview, Queued, Result, Status
 from flux2_studio.request import Request
-from flux2_studio.ui import language, show
+from flux2_studio.ui import keys, language, show
 from flux2_studio.ui.language import LANGUAGES, PREFIX, Words, language_of, say, t, told
 from tests.ui.wording import called, constants, in_html, in_scripts
 
@@ -200,3 +200,8 @@ def test_gradio_has_a_table_for_each_language(words: Words) -> None:
     assert set(words.translations) == set(LANGUAGES)
     assert words.translations["de"][PREFIX + "Generate"] == "Erzeugen"
     assert "<script>" in language.script(FOLDER.parent)
+
+
+def test_the_list_of_keys_is_in_the_catalogue(words: Words) -> None:
+    listed = {title for title, _ in keys.KEYS} | {text for _, rows in keys.KEYS for _, text in rows}
+    assert not listed - words.tables["en"].keys()
