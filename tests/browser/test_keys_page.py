@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser.conftest import App
+from tests.browser.conftest import PATIENCE, App
 from tests.browser.test_page import EXAMPLES, expect_finished, hand_over, open_tab, run, run_for_long, upload, write
 
 
@@ -209,6 +209,7 @@ def test_references_are_dragged_into_another_order(page: Page) -> None:
 
 def test_a_finger_that_rests_first_drags_and_one_that_does_not_scrolls(browser: Browser, app: App) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     page.goto(app.url)
     expect(page.locator("#generate .run")).to_be_enabled()
