@@ -226,6 +226,8 @@
         if (!inner.contains(event.target)) inner.click();
       });
     },
+    // A message whose head is a button, with the button in it that closes it. It keeps the focus, and still unfolds.
+    '.toast-header[role="button"]': (head) => head.setAttribute('role', 'group'),
     // One picture is offered where one is taken.
     '.references.one input[type="file"][multiple]': (field) => field.removeAttribute('multiple'),
     // Code that is longer than its box is scrolled with the keyboard, too.

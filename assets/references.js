@@ -5,9 +5,9 @@
   const FAR = 6;  // pixels that a mouse moves before it drags, and a resting finger may move
   const REST = 350;  // milliseconds that a finger rests before it drags: until then it scrolls
   const GRID = '#multi .references';
-  let held = null;  // what is pressed: item, index, x, y, and whether it is dragged yet
+  let held = null;  // what is pressed: item, index, box, x, y, and whether it is dragged yet
   let wait = 0;
-  let dropped = 0;  // when the last one was: the click that follows selects nothing
+  let dropped = false;  // the click that follows selects nothing
 
   const items = () => [...document.querySelectorAll(`${GRID} .gallery-item`)];
   const mark = (index) => items().forEach((item, place) => {
@@ -18,7 +18,7 @@
   const below = (x, y) => {
     let [best, least] = [-1, Infinity];
     items().forEach((item, place) => {
-      const box = item.getBoundingClientRect();
+      const box = item === held.item ? held.box : item.getBoundingClientRect();  // where it came from
       const off = Math.hypot(Math.max(box.left - x, 0, x - box.right), Math.max(box.top - y, 0, y - box.bottom));
       if (off < least) [best, least] = [place, off];
     });
@@ -36,13 +36,17 @@
     const {dragged} = held;
     held = null;
     mark(-1);
-    if (dragged) dropped = performance.now();
+    dropped = dragged;
   };
 
   addEventListener('pointerdown', (event) => {
     const item = event.target.closest?.(`${GRID} .gallery-item`);
     if (!item || event.button > 0 || !event.isPrimary || event.target.closest('.delete-button')) return;
-    held = {item, index: items().indexOf(item), x: event.clientX, y: event.clientY, dragged: false};
+    dropped = false;
+    held = {
+      item, index: items().indexOf(item), box: item.getBoundingClientRect(), x: event.clientX, y: event.clientY,
+      dragged: false,
+    };
     if (event.pointerType !== 'mouse') wait = setTimeout(() => { if (held) lift(); }, REST);
   });
   addEventListener('pointermove', (event) => {
@@ -70,7 +74,8 @@
   addEventListener('contextmenu', (event) => { if (held?.dragged) event.preventDefault(); });
   addEventListener('dragstart', (event) => { if (event.target.closest?.(GRID)) event.preventDefault(); });
   addEventListener('click', (event) => {
-    if (performance.now() - dropped > 300 || !event.target.closest?.(GRID)) return;
+    if (!dropped || !event.target.closest?.(GRID)) return;
+    dropped = false;
     event.preventDefault();
     event.stopPropagation();
   }, true);

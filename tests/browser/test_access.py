@@ -29,6 +29,7 @@ def violations(page: Page, where: str) -> list[str]:
     screen only what depends on the colours is measured, for nothing else can have changed."""
     if not page.evaluate("Boolean(window.axe)"):
         page.evaluate(AXE)
+    page.emulate_media(reduced_motion="reduce")  # no colour fades into another while it is measured
     told = []
     for screen, dark, rules in (
         (PHONE, True, None),
@@ -38,7 +39,7 @@ def violations(page: Page, where: str) -> list[str]:
     ):
         page.set_viewport_size(screen)  # type: ignore[arg-type]
         page.evaluate(DARK, dark)
-        page.wait_for_timeout(300)  # some colours fade in
+        page.wait_for_timeout(100)
         found: list[dict[str, Any]] = page.evaluate(ASK, rules)
         told += [
             f"{where}, {screen['width']} pixels, {'dark' if dark else 'light'}: {rule['id']} at {node['target']}: "

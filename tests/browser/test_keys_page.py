@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser.conftest import App
+from tests.browser.conftest import PATIENCE, App
 from tests.browser.test_page import EXAMPLES, expect_finished, hand_over, open_tab, run, run_for_long, upload, write
 
 
@@ -194,31 +194,51 @@ def test_references_are_dragged_into_another_order(page: Page) -> None:
     captions = page.locator("#multi .references .caption-label")
     expect(captions).to_have_text(["image 1", "image 2", "image 3"])
     items = page.locator("#multi .references .gallery-item")
-    first = page.locator("#multi .references img").first
     page.mouse.move(*middle(items.nth(2)))
     page.mouse.down()
     page.mouse.move(*middle(items.nth(0)), steps=5)
     page.mouse.up()
-    expect(first).to_have_attribute("src", re.compile("fox.png$"))
+    expect(items.first.locator("img")).to_have_attribute("src", re.compile("fox.png$"))
     expect(captions).to_have_text(["image 1", "image 2", "image 3"])
     assert pictures(page) == ["fox.png", "rocket.png", "car.png"]
     expect(page.locator("#multi .references .selected")).to_have_count(0)  # it was no click
-    # A finger scrolls, unless it rests first.
-    page.set_viewport_size({"width": 390, "height": 844})
+    write(page, "multi", "the object of image 1 on the background of image 3")
+    run(page, "multi")
+    expect(page.locator("#settings tr", has_text="References")).to_contain_text("fox.png, rocket.png, car.png")
+
+
+def test_a_finger_that_rests_first_drags_and_one_that_does_not_scrolls(browser: Browser, app: App) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    page.goto(app.url)
+    expect(page.locator("#generate .run")).to_be_enabled()
+    open_tab(page, "Multi-reference")
+    upload(page, "multi", EXAMPLES / "rocket.png", EXAMPLES / "car.png", EXAMPLES / "fox.png")
+    captions = page.locator("#multi .references .caption-label")
+    expect(captions).to_have_text(["image 1", "image 2", "image 3"])
+    items = page.locator("#multi .references .gallery-item")
     items.first.scroll_into_view_if_needed()
-    fingers = page.context.new_cdp_session(page)
+    fingers = context.new_cdp_session(page)
 
     def touch(kind: str, *points: tuple[float, float]) -> None:
         fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in points]})
 
     start, end = middle(items.nth(0)), middle(items.nth(2))
     touch("touchStart", start)
+    touch("touchMove", (start[0], start[1] - 40))
+    touch("touchMove", (start[0], start[1] - 80))
+    touch("touchEnd")
+    page.wait_for_timeout(500)  # as long as it would have had to rest
+    expect(page.locator("#multi .gallery-item.dragged")).to_have_count(0)
+    assert pictures(page) == ["rocket.png", "car.png", "fox.png"]
+    items.first.scroll_into_view_if_needed()
+    start, end = middle(items.nth(0)), middle(items.nth(2))
+    touch("touchStart", start)
     expect(page.locator("#multi .gallery-item.dragged")).to_have_count(1)
     touch("touchMove", (start[0] + 20, start[1]))
     touch("touchMove", end)
     touch("touchEnd")
-    expect(first).to_have_attribute("src", re.compile("rocket.png$"))
-    assert pictures(page) == ["rocket.png", "car.png", "fox.png"]
-    write(page, "multi", "the object of image 1 on the background of image 3")
-    run(page, "multi")
-    expect(page.locator("#settings tr", has_text="References")).to_contain_text("rocket.png, car.png, fox.png")
+    expect(items.nth(2).locator("img")).to_have_attribute("src", re.compile("rocket.png$"))
+    assert pictures(page) == ["car.png", "fox.png", "rocket.png"]
+    context.close()
