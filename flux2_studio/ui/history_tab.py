@@ -57,7 +57,13 @@ MARKUP = """<div class="history">
 <dialog class="viewer" aria-labelledby="history-prompt">
 <button type="button" class="close" data-do="close" aria-label="Close (Escape)" autofocus>✕</button>
 <figure><button type="button" class="step" data-do="newer" aria-label="Next newer picture (left arrow)">←</button>
-<img alt=""><p class="lost" hidden></p>
+<img alt=""><img class="before" alt="What it was made from"><p class="lost" hidden></p>
+<div class="comparison" role="group" aria-label="Before and after" hidden>
+<input type="range" min="0" max="100" value="50" aria-label="How much of the original is shown, in percent" hidden>
+<button type="button" class="slide" aria-pressed="false">Slider</button>
+<button type="button" class="hold">Hold: original</button>
+<button type="button" class="flicker" aria-pressed="false" title="Shows the original and the result in turns; where \
+less motion is asked for, one of them at each press">Flicker</button></div>
 <button type="button" class="step" data-do="older" aria-label="Next older picture (right arrow)">→</button></figure>
 <div class="side">
 <p id="history-prompt" class="prompt-text"></p>
