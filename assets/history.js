@@ -17,6 +17,7 @@
   let trashed = [];
   let hide = 0;
   const picked = new Set();
+  let anchor = null;  // the id that was picked last, from which Shift picks a range
 
   const part = (selector) => root.querySelector(selector);
   const make = (tag, attributes = {}, ...inside) => {
@@ -235,6 +236,7 @@
     image.onerror = () => missing(true);
     if (entry.missing) image.removeAttribute('src'); else image.src = `${base()}picture/${id}`;
     image.alt = entry.prompt;
+    window.studioCompare.viewer(viewer, entry.before && !entry.missing ? `${base()}before/${id}` : null);
     part('.viewer .prompt-text').textContent = entry.prompt;
     part('.viewer tbody').replaceChildren(
       make('tr', {}, make('th', {scope: 'row'}, studioSay('Made')), make('td', {}, new Date(entry.created).toLocaleString())),
@@ -305,6 +307,17 @@
       : studioSay('{count} pictures are back.', {count: back.length}));
     if (part('.viewer').open && back.length === 1) await show(back[0]);
   });
+  // With Shift, all from the one that was picked last to this one.
+  const pick = (id, on, range) => {
+    const [from, to] = [anchor, id].map((one) => entries.findIndex((entry) => entry.id === one));
+    const all = range && from >= 0 ? entries.slice(Math.min(from, to), Math.max(from, to) + 1) : [find(id)];
+    for (const entry of all) {
+      if (on) picked.add(entry.id); else picked.delete(entry.id);
+      tileOf(entry.id).querySelector('.pick').checked = on;
+    }
+    anchor = id;
+    tidy(counts);
+  };
   const send = (name) => {
     window.studioHistory.asked = shown;
     close();
@@ -360,14 +373,10 @@
       if (event.target === part('.viewer')) { close(); return; }  // beside the picture
       const id = event.target.closest('.tile')?.dataset.id;
       if (!id) return;
-      if (event.target.closest('.heart')) favourite(id, !find(id).favourite);
+      if (event.target.matches('.pick')) pick(id, event.target.checked, event.shiftKey);
+      else if (event.target.closest('.heart')) favourite(id, !find(id).favourite);
+      else if (event.shiftKey && event.target.closest('.open')) pick(id, !picked.has(id), true);
       else if (event.target.closest('.open')) show(id);
-    });
-    root.addEventListener('change', (event) => {
-      if (!event.target.matches('.pick')) return;
-      const id = event.target.closest('.tile').dataset.id;
-      if (event.target.checked) picked.add(id); else picked.delete(id);
-      tidy(counts);
     });
     let wait = 0;
     const search = () => { clearTimeout(wait); wait = setTimeout(load, 200); };
@@ -381,7 +390,7 @@
       tileOf(id)?.querySelector('.open').focus();
     });
     part('.viewer').addEventListener('keydown', (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.ctrlKey || event.metaKey || event.altKey || event.target.type === 'range') return;
       const act = {ArrowLeft: 'newer', ArrowRight: 'older', f: 'favourite', F: 'favourite', Delete: 'remove'}[event.key];
       if (!act) return;
       event.preventDefault();
@@ -390,7 +399,8 @@
     let start = null;
     const figure = part('.viewer figure');
     figure.addEventListener('touchstart', (event) => {
-      start = event.touches.length === 1 ? event.touches[0] : null;
+      // A finger on the slider of the comparison turns no page.
+      start = event.touches.length === 1 && !figure.matches('.comparing') ? event.touches[0] : null;
     }, {passive: true});
     figure.addEventListener('touchend', (event) => {
       if (!start) return;

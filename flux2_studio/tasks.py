@@ -110,6 +110,7 @@ class Job(Task):
     ) -> None:
         super().__init__(owner, id_)
         self.request = request
+        self.asked = request  # with its references where they came from: what the journal keeps goes when the run ends
         self.key = key
         self.passed = 0
         self.behind: set[Any] = set()

@@ -31,6 +31,7 @@ from flux2_studio.presets import Presets
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
 from flux2_studio.ui import (
+    compare,
     explore_tab,
     fields,
     handlers,
@@ -46,6 +47,7 @@ from flux2_studio.ui import (
     tabs,
 )
 from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.history_before import Befores
 from flux2_studio.ui.history_routes import HistoryRoutes
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.theme import StudioTheme
@@ -208,7 +210,10 @@ def serve(
             share=share,
             theme=StudioTheme(),
             css_paths=[settings.assets / "style.css", settings.assets / "history.css"],
-            head=language.script(settings.assets) + keys.scripts(settings.assets) + history_tab.script(settings.assets),
+            head=language.script(settings.assets)
+            + keys.scripts(settings.assets)
+            + compare.script(settings.assets)
+            + history_tab.script(settings.assets),
             allowed_paths=[
                 str(settings.outputs),
                 str(settings.assets / "examples"),
@@ -226,7 +231,9 @@ def serve(
             prevent_thread_lock=True,
             app_kwargs={
                 "middleware": [Middleware(Visitors)],
-                "routes": HistoryRoutes(history, thumbnails, studio.kept).routes(),
+                "routes": HistoryRoutes(
+                    history, thumbnails, studio.kept, Befores(history, studio.kept, settings.checkpoint)
+                ).routes(),
             },
         )
     except OSError as error:

@@ -1,5 +1,5 @@
-"""Before and after: an edit over the picture that it was made from, with a slider between the two, or in its place as
-long as a button is held."""
+"""Before and after: an edit over the picture that it was made from, with a slider between the two, in its place as long
+as a button is held, or in turns with it. What the buttons do is in assets/compare.js."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from flux2_studio.ui.language import t
 
 GREY = (128, 128, 128)  # where the original had nothing
 
-HOLD = '<button type="button" class="hold" data-i18n>Hold to see the original</button>'
-# By touch, mouse, or space and Enter: the slider shows the original alone as long as it is held.
+HOLD = """<button type="button" class="hold" data-i18n>Hold to see the original</button>
+<button type="button" class="flicker" aria-pressed="false" data-i18n title="Shows the original and the result in \
+turns; where less motion is asked for, one of them at each press">Flicker</button>"""
+# The slider shows the original alone while it is to be seen.
 HOLDING = """
-const button = element.querySelector('.hold');
-const hold = (held) => document.querySelector('#compare')?.classList.toggle('held', held);
-button.addEventListener('pointerdown', (event) => { button.setPointerCapture(event.pointerId); hold(true); });
-for (const end of ['pointerup', 'pointercancel', 'blur']) button.addEventListener(end, () => hold(false));
-button.addEventListener('keydown', (event) => { if (event.key === ' ' || event.key === 'Enter') hold(true); });
-button.addEventListener('keyup', () => hold(false));
-button.addEventListener('contextmenu', (event) => event.preventDefault());
+const set = (held) => document.querySelector('#compare')?.classList.toggle('held', held);
+window.studioCompare.hold(element.querySelector('.hold'), set);
+window.studioCompare.flicker(element.querySelector('.flicker'), set);
 """
 
 
@@ -77,10 +75,19 @@ def picked(before: Image.Image | None, after: Path | str) -> Any:
     return gr.skip() if before is None else gr.ImageSlider((before, str(after)))
 
 
+def is_edit(request: Request, references: int, *, masked: bool) -> bool:
+    """Whether the first of so many references is what became the picture, and not one that went into it."""
+    return references == 1 or (references > 1 and bool(masked or request.outpaint))
+
+
+def script(assets: Path) -> str:
+    """What the page's head needs for this."""
+    return f"<script>\n{(assets / 'compare.js').read_text(encoding='utf-8')}</script>"
+
+
 def original(request: Request, checkpoint: Checkpoint) -> Image.Image | None:
     """The picture that `request` (resolved) edits, as large as the result; None where there is none."""
-    one = len(request.references) == 1
-    if not request.references or not (one or request.mask or request.outpaint):
+    if not is_edit(request, len(request.references), masked=request.mask is not None):
         return None
     try:
         loaded = load_reference(request.references[0])

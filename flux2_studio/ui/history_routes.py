@@ -30,6 +30,7 @@ from flux2_studio.outputs.inspect import setting_rows
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.thumbnails import Thumbnails, read_saved
 from flux2_studio.references import load_reference
+from flux2_studio.ui.history_before import Befores
 from flux2_studio.ui.visitors import owner_of
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
@@ -54,9 +55,17 @@ class _Refused(Exception):
 
 
 class HistoryRoutes:
-    """kept: where the references of runs are, which are shown beside the pictures made from them; None shows none."""
+    """kept: where the references of runs are, which are shown beside the pictures made from them; None shows none.
+    befores: what pictures can be compared with; None for nothing."""
 
-    def __init__(self, history: History, thumbnails: Thumbnails, kept: KeptReferences | None) -> None:
+    def __init__(
+        self,
+        history: History,
+        thumbnails: Thumbnails,
+        kept: KeptReferences | None,
+        befores: Befores | None = None,
+    ) -> None:
+        self._befores = befores
         self._history = history
         self._thumbnails = thumbnails
         self._kept = kept
@@ -66,6 +75,7 @@ class HistoryRoutes:
             Route("/history/page", _asked(self._page)),
             Route("/history/entry/{id}", _asked(self._details)),
             Route("/history/picture/{id}", _asked(self._picture)),
+            Route("/history/before/{id}", _asked(self._before)),
             Route("/history/thumbnail/{id}", _asked(self._thumbnail)),
             Route("/history/source/{id}/{place:int}", _asked(self._source)),
             Route("/history/zip", _asked(self._zip)),
@@ -108,6 +118,7 @@ class HistoryRoutes:
                 **_entry(details.entry),
                 "prompt": details.entry.prompt,
                 "rows": [[name, text] for name, text in rows if name not in ("Prompt", "References")],
+                "before": self._befores is not None and self._befores.known(owner, details),
                 "madeFrom": sources,
                 "madeInto": [_entry(it) for it in details.made_into],
             }
@@ -122,6 +133,16 @@ class HistoryRoutes:
             content_disposition_type="attachment" if "download" in request.query_params else "inline",
             headers={**SAFE, "Cache-Control": "private, max-age=3600"},
         )
+
+    def _before(self, owner: str, request: WebRequest, body: Any) -> Response:
+        details = self._known(owner, request)
+        try:
+            data = self._befores.picture(owner, details) if self._befores is not None else None
+        except (OSError, ReferenceImageError) as error:
+            raise _Refused(410, GONE) from error
+        if data is None:
+            raise _Refused(404, UNKNOWN)
+        return Response(data, media_type="image/png", headers={**SAFE, "Cache-Control": "private, max-age=3600"})
 
     def _thumbnail(self, owner: str, request: WebRequest, body: Any) -> Response:
         entry, path = self._found(owner, request)

@@ -61,7 +61,14 @@ autocomplete="off">
 <button type="button" class="close" data-do="close" data-i18n aria-label="Close (Escape)" autofocus>✕</button>
 <figure><button type="button" class="step" data-do="newer" data-i18n
 aria-label="Next newer picture (left arrow)">←</button>
-<img alt=""><p class="lost" hidden></p>
+<img alt=""><img class="before" data-i18n aria-label="What it was made from"><p class="lost" hidden></p>
+<div class="comparison" role="group" data-i18n aria-label="Before and after" hidden>
+<input type="range" min="0" max="100" value="50" data-i18n
+aria-label="How much of the original is shown, in percent" hidden>
+<button type="button" class="slide" aria-pressed="false" data-i18n>Slider</button>
+<button type="button" class="hold" data-i18n>Hold: original</button>
+<button type="button" class="flicker" aria-pressed="false" data-i18n title="Shows the original and the result in \
+turns; where less motion is asked for, one of them at each press">Flicker</button></div>
 <button type="button" class="step" data-do="older" data-i18n
 aria-label="Next older picture (right arrow)">→</button></figure>
 <div class="side">

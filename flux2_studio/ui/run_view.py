@@ -78,6 +78,8 @@ class RunView:
         if not self._looked:  # while it is there: a run's references go when it ends
             assert self._request is not None, "begin first"
             self._looked, self._before = True, compare.original(self._request, self._checkpoint)
+            if self._before is None and isinstance(self._job, Job):  # the run was over before its page looked
+                self._before = compare.original(self._job.asked, self._checkpoint)
         match event:
             case Queued():
                 return {stage.progress: show.queued(event)}

@@ -1,0 +1,85 @@
+"""What the stage shows of a run that was over, or ended early, before its page looked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from flux2_studio.drafts import Kept
+from PIL import Image
+
+from flux2_studio.checkpoints import NANO
+from flux2_studio.events import Failed, Preview, Result, Saved, Stopped
+from flux2_studio.record import Record
+from flux2_studio.request import Request
+from flux2_studio.settings import Settings
+from flux2_studio.tasks import Job
+from flux2_studio.ui import tabs
+from flux2_studio.ui.run_view import RunView
+
+
+@pytest.fixture
+def stage() -> tabs.Stage:
+    with gr.Blocks():
+        return tabs.stage()
+
+
+@pytest.fixture
+def panel(tmp_path: Path) -> tabs.UpsamplingPanel:
+    with gr.Blocks():
+        return tabs._upsampling(Settings(home=tmp_path), with_references=False)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64), "teal").save(path)
+    return path
+
+
+def preview(*drafts: str) -> Preview:
+    return Preview(step=2, steps=4, images=(), first=0, count=1, seconds_left=None, drafts=drafts)
+
+
+def test_what_is_compared_with_is_found_when_the_run_is_over(
+    stage: tabs.Stage, panel: tabs.UpsamplingPanel, picture: Path
+) -> None:
+    job = Job(Request(prompt="x", references=(picture,)).resolve(NANO, [(64, 64)]), "me")
+    job.request = replace(job.request, references=(picture.with_name("gone.png"),))  # the journal's copy, by now
+    view = RunView(stage, panel, NANO)
+    view.begin(job)
+    update = view.update(Result(request=job.request, images=(picture,), seeds=(1,), seconds=1.0))
+    assert update[stage.comparison.folded].visible
+    assert update[stage.comparison.before].size == (64, 64)
+
+
+@pytest.mark.parametrize("end", [Stopped(), Failed(message="the power went")])
+@pytest.mark.parametrize("drafts, label", [((), ""), (("a",), "Keep this preview"), (("a", "b"), "Keep these 2")])
+def test_a_preview_can_be_kept_where_there_is_one(
+    stage: tabs.Stage,
+    panel: tabs.UpsamplingPanel,
+    end: Stopped | Failed,
+    drafts: tuple[str, ...],
+    label: str,
+) -> None:
+    job = Job(Request(prompt="x").resolve(NANO), "me")
+    view = RunView(stage, panel, NANO)
+    assert not view.begin(job)[stage.keep].visible
+    job.add(preview(*drafts))
+    job.add(end)
+    update = view.update(end)
+    assert bool(update[stage.keep].visible) is bool(drafts) and update[stage.unfinished] == job.id
+    assert not drafts or update[stage.keep].value.startswith(label)
+
+
+def test_a_kept_preview_is_shown_as_what_it_is(stage: tabs.Stage, panel: tabs.UpsamplingPanel, picture: Path) -> None:
+    request = Request(prompt="as it was enriched", seed=7).resolve(NANO)
+    saved = Saved(index=0, image=picture, seed=7, record=Record(request=request, label="Nano", unfinished=(2, 4)))
+    view = RunView(stage, panel, NANO)
+    view.begin(Job(replace(request, prompt="x"), "me"))
+    update = view.kept(Kept(pictures=(saved,), notes=("A <note>.",)))
+    assert "Kept an unfinished preview, after step 2 of 4." in update[stage.progress]
+    assert "A &lt;note&gt;." in update[stage.notices] and "as it was enriched" in update[stage.table]
+    assert update[stage.results] == [str(picture)] and not update[stage.keep].visible
