@@ -121,7 +121,7 @@ def test_a_picture_lands_where_it_is_of_use(page: Page) -> None:
     expect(page.locator("#multi .references img").nth(1)).to_have_attribute("src", re.compile("dropped.png$"))
     open_tab(page, "Inspect")
     hand_over(page, "paste", "unknown.png")
-    expect(page.locator("#inspect-findings")).to_contain_text("No settings")
+    expect(page.locator("#inspect .references img")).to_have_attribute("src", re.compile("unknown.png$"))
     open_tab(page, "Models")
     hand_over(page, "drop", "late.png")
     expect(page.get_by_role("tab", name="Edit")).to_have_attribute("aria-selected", "true")
