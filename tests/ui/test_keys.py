@@ -13,7 +13,7 @@ ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
 def test_the_dialog_names_every_key() -> None:
     told = keys.layout().value
     for title, rows in keys.KEYS:
-        assert f"<caption>{escape(title)}</caption>" in told
+        assert f"<caption data-i18n>{escape(title)}</caption>" in told
         for pressed, text in rows:
             assert escape(text) in told
             assert all(f"<kbd>{escape(key)}</kbd>" in told for key in pressed)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from flux2_studio.drafts import Kept
 from PIL import Image
 
 from flux2_studio.checkpoints import NANO
@@ -15,8 +14,10 @@ from flux2_studio.events import Failed, Preview, Result, Saved, Stopped
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
+from flux2_studio.sketches import Kept
 from flux2_studio.tasks import Job
 from flux2_studio.ui import tabs
+from flux2_studio.ui.language import t
 from flux2_studio.ui.run_view import RunView
 
 
@@ -39,8 +40,8 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def preview(*drafts: str) -> Preview:
-    return Preview(step=2, steps=4, images=(), first=0, count=1, seconds_left=None, drafts=drafts)
+def preview(*sketches: str) -> Preview:
+    return Preview(step=2, steps=4, images=(), first=0, count=1, seconds_left=None, sketches=sketches)
 
 
 def test_what_is_compared_with_is_found_when_the_run_is_over(
@@ -56,22 +57,24 @@ def test_what_is_compared_with_is_found_when_the_run_is_over(
 
 
 @pytest.mark.parametrize("end", [Stopped(), Failed(message="the power went")])
-@pytest.mark.parametrize("drafts, label", [((), ""), (("a",), "Keep this preview"), (("a", "b"), "Keep these 2")])
+@pytest.mark.parametrize(
+    "sketches, label", [((), ""), (("a",), t("Keep this preview")), (("a", "b"), "Keep these 2 previews")]
+)
 def test_a_preview_can_be_kept_where_there_is_one(
     stage: tabs.Stage,
     panel: tabs.UpsamplingPanel,
     end: Stopped | Failed,
-    drafts: tuple[str, ...],
+    sketches: tuple[str, ...],
     label: str,
 ) -> None:
     job = Job(Request(prompt="x").resolve(NANO), "me")
     view = RunView(stage, panel, NANO)
     assert not view.begin(job)[stage.keep].visible
-    job.add(preview(*drafts))
+    job.add(preview(*sketches))
     job.add(end)
     update = view.update(end)
-    assert bool(update[stage.keep].visible) is bool(drafts) and update[stage.unfinished] == job.id
-    assert not drafts or update[stage.keep].value.startswith(label)
+    assert bool(update[stage.keep].visible) is bool(sketches) and update[stage.unfinished] == job.id
+    assert not sketches or update[stage.keep].value == label
 
 
 def test_a_kept_preview_is_shown_as_what_it_is(stage: tabs.Stage, panel: tabs.UpsamplingPanel, picture: Path) -> None:
