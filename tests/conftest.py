@@ -18,14 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay in one worker, which then makes what they share once; so do all that look at the page."""
+    """A file's tests stay in one worker, which then makes what they share once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            folder = "tests/browser/"  # one Chromium and one studio for them all
-            return folder if file.startswith(folder) else file
+            return str(nodeid.partition("::")[0])
 
     config.option.loadscopereorder = False  # by the number of tests, the longest files would come last
     return ByFile(config, log)
