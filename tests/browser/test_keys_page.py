@@ -125,6 +125,7 @@ def test_a_picture_lands_where_it_is_of_use(page: Page) -> None:
     open_tab(page, "Models")
     hand_over(page, "drop", "late.png")
     expect(page.get_by_role("tab", name="Edit")).to_have_attribute("aria-selected", "true")
+    expect(page.locator('#edit .references img[src$="pasted.png"]')).to_have_count(0)  # it was replaced
     expect(page.locator("#edit .references img")).to_have_attribute("src", re.compile("late.png$"))
 
 
@@ -171,6 +172,7 @@ def test_the_keyboard_opens_the_file_chooser_of_a_filled_gallery(page: Page, app
         page.keyboard.press("Enter")
     assert not chooser.value.is_multiple()
     chooser.value.set_files(EXAMPLES / "car.png")
+    expect(page.locator('#edit .references img[src$="fox.png"]')).to_have_count(0)
     expect(page.locator("#edit .references img")).to_have_attribute("src", re.compile("car.png$"))
     run(page, "edit")
     expect(page.locator("#message .problem")).to_contain_text("Write a prompt first")
