@@ -88,7 +88,7 @@ def build(
     with Page(
         title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, UPLOADS_KEPT), fill_width=True
     ) as page:
-        gr.HTML(f'{TITLE}<p id="policy" data-i18n>{escape(studio.guard.meaning)}</p>', elem_id="title")
+        title = gr.HTML(f'{TITLE}<p id="policy" data-i18n>{escape(studio.guard.meaning)}</p>', elem_id="title")
         keys.layout()
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=5, min_width=320, elem_id="forms"):
@@ -146,6 +146,7 @@ def build(
             history_tab.wire(
                 remembered, studio, history, forms=forms, chosen=chosen, tabs=tabbed, references=studio.kept
             )
+    page.keep_status_at(title)
     return page
 
 
@@ -231,9 +232,12 @@ def serve(
             prevent_thread_lock=True,
             app_kwargs={
                 "middleware": [Middleware(Visitors)],
-                "routes": HistoryRoutes(
-                    history, thumbnails, studio.kept, Befores(history, studio.kept, settings.checkpoint)
-                ).routes(),
+                "routes": [
+                    *HistoryRoutes(
+                        history, thumbnails, studio.kept, Befores(history, studio.kept, settings.checkpoint)
+                    ).routes(),
+                    *queue_panel.routes(studio, jobs),
+                ],
             },
         )
     except OSError as error:

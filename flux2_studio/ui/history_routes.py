@@ -72,17 +72,17 @@ class HistoryRoutes:
 
     def routes(self) -> list[Route]:
         return [
-            Route("/history/page", _asked(self._page)),
-            Route("/history/entry/{id}", _asked(self._details)),
-            Route("/history/picture/{id}", _asked(self._picture)),
-            Route("/history/before/{id}", _asked(self._before)),
-            Route("/history/thumbnail/{id}", _asked(self._thumbnail)),
-            Route("/history/source/{id}/{place:int}", _asked(self._source)),
-            Route("/history/zip", _asked(self._zip)),
-            Route("/history/favourite", _asked(self._favourite), methods=["POST"]),
-            Route("/history/delete", _asked(self._delete), methods=["POST"]),
-            Route("/history/restore", _asked(self._restore), methods=["POST"]),
-            Route("/history/empty", _asked(self._empty), methods=["POST"]),
+            Route("/history/page", asked(self._page)),
+            Route("/history/entry/{id}", asked(self._details)),
+            Route("/history/picture/{id}", asked(self._picture)),
+            Route("/history/before/{id}", asked(self._before)),
+            Route("/history/thumbnail/{id}", asked(self._thumbnail)),
+            Route("/history/source/{id}/{place:int}", asked(self._source)),
+            Route("/history/zip", asked(self._zip)),
+            Route("/history/favourite", asked(self._favourite), methods=["POST"]),
+            Route("/history/delete", asked(self._delete), methods=["POST"]),
+            Route("/history/restore", asked(self._restore), methods=["POST"]),
+            Route("/history/empty", asked(self._empty), methods=["POST"]),
         ]
 
     # Each runs in a thread: all of them read the disk.
@@ -283,7 +283,7 @@ def zipped(files: Sequence[tuple[Entry, Path]]) -> Iterator[bytes]:
 Answer = Callable[[str, WebRequest, Any], Response]
 
 
-def _asked(answer: Answer) -> Callable[[WebRequest], Awaitable[Response]]:
+def asked(answer: Answer) -> Callable[[WebRequest], Awaitable[Response]]:
     """An endpoint that gives `answer` for the owner, and what was sent, where the request may be made at all."""
 
     async def endpoint(request: WebRequest) -> Response:

@@ -6,10 +6,11 @@ from typing import Any
 
 import gradio as gr
 from gradio.block_function import BlockFunction
+from gradio.components import Component
 
 
 class Page(gr.Blocks):
-    """A page that loses no update, however busy the browser is.
+    """A page that loses no update, however busy the browser is, and keeps it less busy.
 
     Between two yields Gradio sends differences only. Its script applies them as they come in, to the very objects of
     the yields before, which may still wait to be shown (seen with 6.31). So what one yield says and the next one does
@@ -29,3 +30,13 @@ class Page(gr.Blocks):
         first = session_hash is None or run is None or run not in self.pending_diff_streams[session_hash]
         whole = super().handle_streaming_diffs(block_fn, data, session_hash, run, final, simple_format=True)
         return whole if first or final or simple_format else [[["replace", [], value]] for value in whole]
+
+    def keep_status_at(self, component: Component) -> None:
+        """Have the state of every event so far (pending, done) noted at `component` alone.
+
+        Gradio's script notes it at each output that any event has had, and goes through all of these whenever any
+        event begins, yields or ends, looking for each in the whole tree (seen with 6.31): on a page of this size half
+        a second of the browser's time for one event. We show no state of events there anyway.
+        """
+        for function in self.fns.values():
+            function.show_progress_on = [component]

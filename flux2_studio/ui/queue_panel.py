@@ -8,10 +8,15 @@ is.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from starlette.requests import Request as WebRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Preview, Status
@@ -20,6 +25,7 @@ from flux2_studio.outputs.journal import Entry
 from flux2_studio.tasks import Job
 from flux2_studio.ui import show
 from flux2_studio.ui.following import Follower, Watch, form_of
+from flux2_studio.ui.history_routes import PRIVATE, asked
 from flux2_studio.ui.language import say, told
 from flux2_studio.ui.tabs import Stage
 from flux2_studio.ui.visitors import owner_of
@@ -28,7 +34,6 @@ from flux2_studio.ui.wiring import Update, listen
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-PAUSE = 1.5  # seconds between two looks at the queue
 SHOWN = 90  # characters of a prompt
 
 # Rows are kept while they stay, by their id, and only what changed in them is written.
@@ -83,6 +88,24 @@ const draw = () => {
 };
 draw();
 watch('value', draw);
+
+// Whether there is anything new is asked aside: each of Gradio's events has the whole page think, and most of the time
+// nothing happens. Who has no cookie gets no answer, and looks now and then.
+const PAUSE = 1500, SELDOM = 10000;  // milliseconds
+let seen = '';
+const look = async () => {
+  if (!element.isConnected) { clearInterval(looking); return; }
+  if (document.hidden) return;
+  let state;
+  try {
+    const answer = await fetch(`${location.pathname.replace(/\\/?$/, '/')}queue/state`, {cache: 'no-store'});
+    state = answer.ok ? await answer.text() : String(Math.floor(Date.now() / SELDOM));
+  } catch {
+    return;  // the line is down
+  }
+  if (state !== seen) { seen = state; trigger('input'); }
+};
+const looking = setInterval(look, PAUSE);
 """
 
 Rows = dict[str, Any]
@@ -107,6 +130,28 @@ def rows(jobs: JobQueue, label_of: Callable[[str | None], str], owner: str) -> R
     told = [_standing(one, waiting, label_of(one.job.request.checkpoint)) for one in standing]
     told += [_interrupted(entry, label_of(entry.request.checkpoint)) for entry in entries]
     return {"rows": told, "clear": len(entries) > 1}
+
+
+def routes(studio: Studio, jobs: JobQueue) -> list[Route]:
+    """Where the panel asks whether it shows what there is."""
+
+    def state(owner: str, request: WebRequest, body: Any) -> Response:
+        """A word that changes with what the panel of `owner` would show; none while that is nothing."""
+        now = rows(jobs, _labels(studio), owner)
+        word = hashlib.sha256(json.dumps(now).encode()).hexdigest() if now["rows"] else ""
+        return PlainTextResponse(word, headers=PRIVATE)
+
+    return [Route("/queue/state", asked(state))]
+
+
+def _labels(studio: Studio) -> Callable[[str | None], str]:
+    """What users call a checkpoint."""
+
+    def label_of(name: str | None) -> str:
+        known = {checkpoint.name: checkpoint.label for checkpoint in studio.settings.checkpoints}
+        return told(known.get(name or "", name or ""))
+
+    return label_of
 
 
 def _standing(standing: Standing, waiting: list[Standing], label: str) -> Rows:
@@ -181,9 +226,7 @@ def wire(
     """Keep the panel up to date, and do what its buttons say. Returns the event after which there may be a run to
     follow."""
 
-    def label_of(name: str | None) -> str:
-        known = {checkpoint.name: checkpoint.label for checkpoint in studio.settings.checkpoints}
-        return told(known.get(name or "", name or ""))
+    label_of = _labels(studio)
 
     async def look(tab: Watch, request: gr.Request) -> Any:
         try:
@@ -218,7 +261,7 @@ def wire(
         tab.rows = await asyncio.to_thread(rows, jobs, label_of, owner)
         return {panel: tab.rows, **update}
 
-    listen(gr.Timer(PAUSE).tick, look, watch, panel, queue=False)
+    listen(panel.input, look, watch, panel, queue=False)
     return listen(
         panel.click,
         act,
