@@ -62,6 +62,8 @@ def wire_live(
     """Let each of `forms` that can be live be so. watch: what the tab follows; a run goes before every draft."""
     latest = gr.State(Latest())
     quiet: dict[str, Any] = {"queue": False, "trigger_mode": "always_last"}
+    mat = [stage.preview, stage.gallery, stage.actions, stage.keep, stage.details]
+    shown_on = [*mat, stage.comparison.folded, stage.comparison.before, stage.progress, stage.message, stage.notices]
 
     async def follow(latest: Latest, watch: Watch) -> AsyncIterator[Update]:
         if latest.following or latest.draft is None:
@@ -118,7 +120,7 @@ def wire_live(
         drawn.then(
             follow,
             [latest, watch],
-            [stage.progress, stage.message, stage.notices, *_mat(stage, "")],
+            shown_on,
             concurrency_limit=None,
             api_visibility="private",
             show_progress="hidden",

@@ -28,7 +28,7 @@ WORDS = {
 }
 # What is the same everywhere: shapes, formats, names of checkpoints and models; and what is said once the page is open.
 NAMES = re.compile(
-    r"\d+:\d+|PNG|JPEG|WebP|(FLUX\.2|Mistral|Pixtral|Qwen).*|\W*|Download [\d.]+ [MG]B|Up to \d+ pictures: .*"
+    r"\d+:\d+|PNG|JPEG|WebP|(FLUX\.2|Gemini|Mistral|Pixtral|Qwen).*|\W*|Download [\d.]+ [MG]B|Up to \d+ pictures: .*"
 )
 
 
@@ -97,7 +97,7 @@ def test_choices_mean_the_same_in_another_language(opened_in: Callable[..., Page
     write(page, "edit", "paint it blue")
     run(page, "edit")
     expect(page.locator("#comparison")).to_contain_text("Vorher und nachher")
-    expect(page.locator("#hold")).to_have_text("Halten, um das Original zu sehen")
+    expect(page.locator("#hold .hold")).to_have_text("Halten, um das Original zu sehen")
 
 
 def test_an_unknown_language_is_english(opened_in: Callable[..., Page]) -> None:
