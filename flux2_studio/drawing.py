@@ -121,6 +121,7 @@ class Run:
     references: Sequence[Reference]
     region: Region | None
     session: Session
+    workload: Workload
     guard: Guard
     cancelled: Callable[[], bool]
     finished: Finished
@@ -253,7 +254,7 @@ def denoise_batch(
             seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
             sketches=tuple(
                 Sketch(image=image, record=replace(record, unfinished=done), sources=run.sources)
-                for image, record in zip(images, records, strict=False)  # there are none without a preview
+                for image, record in zip(images, records if images else (), strict=True)
             ),
         )
         check(run.cancelled)

@@ -56,7 +56,7 @@ from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Loras
 from flux2_studio.models.manager import Drawn, ModelManager
 from flux2_studio.models.memory import is_out_of_memory
-from flux2_studio.models.plan import Plan, Workload
+from flux2_studio.models.plan import Plan
 from flux2_studio.models.refusals import amount
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.credentials import Signer, Source
@@ -280,27 +280,9 @@ class Studio:
         try:
             self.guard.ready()
             resolved, references, region = yield from self._examined(once, cancelled, finished, with_files=False)
-            checkpoint = self.settings.checkpoint(resolved.checkpoint)
-            workload = workload_of(resolved, [reference.image.size for reference in references], checkpoint)
-            session = yield from with_status(
-                lambda progress: self._models.open(
-                    checkpoint, workload, progress, loras=resolved.loras, whole=self._asks
-                ),
-                cancelled,
-            )
-            run = Run(
-                request=resolved,
-                upsampled=None,
-                references=references,
-                region=region,
-                session=session,
-                guard=self.guard,
-                cancelled=cancelled,
-                finished=finished,
-                pause=DRAFTED,
-            )
+            run = yield from self._opened(resolved, references, region, cancelled, finished, pause=DRAFTED)
             conditions = yield from encode(run)
-            drawn = yield from run.working(session.draw)
+            drawn = yield from run.working(run.session.draw)
             record = self._record(run, drawn, "", resolved.seeds[0], 0, 1)
             pictures = yield from draw(run, drawn, [record], 1, conditions, Timer())
             assert pictures is not None, "one picture is not made in parts"
@@ -340,44 +322,27 @@ class Studio:
             upsampled = yield from enrich(request, pictures, self.settings, self._models, key, cancelled)
             yield from finished.fresh(self._passed(upsampled))
             request = replace(request, prompt=upsampled.prompt, upsampling=Upsampling())
-        checkpoint = self.settings.checkpoint(request.checkpoint)
-        workload = workload_of(request, [reference.image.size for reference in references], checkpoint)
         exhausted: Plan | None = None  # the plan that turned out to be too much
         while finished.drawn < request.count:
             before = exhausted
-            session = yield from with_status(
-                lambda progress: self._models.open(
-                    checkpoint,
-                    workload,
-                    progress,
-                    loras=request.loras,
-                    after=before,  # noqa: B023 - run at once
-                    whole=self._asks,
-                ),
+            run = yield from self._opened(
+                request,
+                references,
+                region,
                 cancelled,
-            )
-            run = Run(
-                request=request,
+                finished,
                 upsampled=upsampled,
-                references=references,
-                region=region,
-                session=session,
-                guard=self.guard,
-                cancelled=cancelled,
-                finished=finished,
+                after=before,
                 looking=looking,
             )
-            yield from finished.fresh(session.notes)
-            if not session.plan.resident:
-                yield Notice(text=session.plan.text(self._models.place))
             try:
-                yield from self._make(run, workload)
+                yield from self._make(run)
             except (RuntimeError, MemoryError) as error:
                 if before or not is_out_of_memory(error):
                     raise
-                exhausted = session.plan
+                exhausted = run.session.plan
             if exhausted and not before:
-                del run, session  # and whatever they hold on the device
+                del run  # and whatever it holds on the device
                 self._models.release_all()
                 yield Notice(text="The memory ran out, in spite of the plan: trying once more, with less of it in use.")
         if finished.withheld is not None and not finished.images:
@@ -389,6 +354,46 @@ class Studio:
             seeds=tuple(finished.seeds),
             seconds=time.monotonic() - began,
             provenance=finished.named(finished.provenance),
+        )
+
+    def _opened(
+        self,
+        request: Request,
+        references: Sequence[Reference],
+        region: Region | None,
+        cancelled: Callable[[], bool],
+        finished: Finished,
+        *,
+        upsampled: Upsampled | None = None,
+        after: Plan | None = None,
+        pause: float = 0.0,
+        looking: float = 0.0,
+    ) -> Generator[Event, None, Run]:
+        """A run of what `_examined` gave, with its checkpoint open. after: the plan that
+        turned out to be too much; the others are as in `Run`."""
+        checkpoint = self.settings.checkpoint(request.checkpoint)
+        workload = workload_of(request, [reference.image.size for reference in references], checkpoint)
+        session = yield from with_status(
+            lambda progress: self._models.open(
+                checkpoint, workload, progress, loras=request.loras, after=after, whole=self._asks
+            ),
+            cancelled,
+        )
+        yield from finished.fresh(session.notes)
+        if not session.plan.resident:
+            yield Notice(text=session.plan.text(self._models.place))
+        return Run(
+            request=request,
+            upsampled=upsampled,
+            references=references,
+            region=region,
+            session=session,
+            workload=workload,
+            guard=self.guard,
+            cancelled=cancelled,
+            finished=finished,
+            pause=pause,
+            looking=looking,
         )
 
     def _examined(
@@ -435,7 +440,7 @@ class Studio:
             notes = (*whole.notes, *([note] if note else []))
             yield Reference(image=image, notes=notes, sha256=whole.sha256), whole.data
 
-    def _make(self, run: Run, workload: Workload) -> Iterator[Event]:
+    def _make(self, run: Run) -> Iterator[Event]:
         """Draw and save the pictures of `run` that are not finished yet."""
         watch = Stopwatch(run.session, run.looking)
         conditions = yield from encode(run)
@@ -466,7 +471,7 @@ class Studio:
             if self._pace is not None:
                 way = self._way(run.request, run.session.checkpoint, run.session.plan)
                 finishing = max(0.0, watch.lap() - sum(timer.batch))
-                learn(self._pace, way, run, workload, timer, pictures=len(seeds), finishing=finishing, once=once)
+                learn(self._pace, way, run, timer, pictures=len(seeds), finishing=finishing, once=once)
                 once = None  # of the pictures that follow it is no part
             del waiting[: len(seeds)]
 

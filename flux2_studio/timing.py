@@ -103,7 +103,6 @@ def learn(
     pace: Pace,
     way: Way,
     run: Run,
-    workload: Workload,
     timer: Timer,
     *,
     pictures: int,
@@ -113,7 +112,7 @@ def learn(
     """Have `pace` know what a batch of `run` took. finishing: seconds from the last step on, of all its pictures; once:
     those before the first step, None after the first batch. A run does not fail for it."""
     timed = Timed(
-        batch=_batch(run.session.checkpoint, workload, pictures),
+        batch=_batch(run.session.checkpoint, run.workload, pictures),
         step=sum(timer.batch) / len(timer.batch),
         each=finishing / pictures,
         once=None if run.session.remembered else once,

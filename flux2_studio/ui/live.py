@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from flux2_studio.errors import StudioError
-from flux2_studio.events import FINAL, Drafted, Event, Failed, Notice, Preview, Queued, Status
+from flux2_studio.events import Drafted, Failed, Notice, Preview, Queued, Status
 from flux2_studio.jobs import JobQueue
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request
 from flux2_studio.tasks import Draft
@@ -24,7 +24,7 @@ from flux2_studio.ui.following import Watch
 from flux2_studio.ui.language import say, told
 from flux2_studio.ui.tabs import Form, Stage
 from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.wiring import Update, follow, listen
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
@@ -65,7 +65,7 @@ def wire_live(
     mat = [stage.preview, stage.gallery, stage.actions, stage.keep, stage.details]
     shown_on = [*mat, stage.comparison.folded, stage.comparison.before, stage.progress, stage.message, stage.notices]
 
-    async def follow(latest: Latest, watch: Watch) -> AsyncIterator[Update]:
+    async def follow_latest(latest: Latest, watch: Watch) -> AsyncIterator[Update]:
         if latest.following or latest.draft is None:
             yield gr.skip()  # who follows already comes to it
             return
@@ -118,7 +118,7 @@ def wire_live(
             **quiet,
         )
         drawn.then(
-            follow,
+            follow_latest,
             [latest, watch],
             shown_on,
             concurrency_limit=None,
@@ -132,7 +132,8 @@ def wire_live(
 async def shown(latest: Latest, watch: Watch, draft: Draft, stage: Stage) -> AsyncIterator[Update]:
     """What `draft` changes on the stage, until it is done, or not wanted any more."""
     notices: list[str] = []
-    async for event in _events(latest, watch, draft):
+    # As long as it is the latest, and the tab shows no run.
+    async for event in follow(draft, LOOK, lambda: latest.draft is draft and not watch.following):
         match event:
             case Queued():
                 yield {stage.progress: show.queued(event)}
@@ -155,18 +156,6 @@ async def shown(latest: Latest, watch: Watch, draft: Draft, stage: Stage) -> Asy
                 yield {stage.progress: "", stage.message: show.problem(told(message))}
             case _:  # Stopped, which only what comes in its place does; and words that nobody could read
                 pass
-
-
-async def _events(latest: Latest, watch: Watch, draft: Draft) -> AsyncIterator[Event]:
-    """The events of `draft` to its end, as long as it is the latest and the tab shows no run."""
-    since = 0
-    while latest.draft is draft and not watch.following:
-        for number, event in draft.events(since, timeout=0):
-            since = number + 1
-            yield event
-            if isinstance(event, FINAL):
-                return
-        await asyncio.sleep(LOOK)
 
 
 def _mat(stage: Stage, picture: str) -> Update:

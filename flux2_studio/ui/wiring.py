@@ -40,13 +40,13 @@ def tab_of(request: gr.Request) -> str:
     return f"tab:{request.session_hash or ''}"
 
 
-async def follow(task: Task, pause: float = POLL) -> AsyncIterator[Event]:
-    """The events of `task` until its last one.
+async def follow(task: Task, pause: float = POLL, wanted: Callable[[], bool] = lambda: True) -> AsyncIterator[Event]:
+    """The events of `task` until its last one, or until they are not `wanted` any more.
 
     It polls from the event loop: a blocked follower would hold one of Gradio's few threads for as long as a run takes.
     """
     since = 0
-    while True:
+    while wanted():
         for number, event in task.events(since, timeout=0):
             since = number + 1
             yield event

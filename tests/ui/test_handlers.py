@@ -212,6 +212,9 @@ def test_builds_for_every_checkpoint(settings: Settings) -> None:
             jobs.close()
         # Nothing but the page itself may call its events.
         assert {function.api_visibility for function in page.fns.values()} == {"private"}
+        # Nothing has the browser think while nobody does anything, and each event has it think in one place only.
+        assert {len(function.show_progress_on or ()) for function in page.fns.values()} == {1}
+        assert not [it for it in page.blocks.values() if isinstance(it, gr.Timer) and it.active]
 
 
 def test_follow_gives_every_event_up_to_the_last(settings: Settings) -> None:
