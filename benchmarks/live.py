@@ -73,6 +73,7 @@ def main() -> None:
     url = f"http://127.0.0.1:{PORT}/"
     with tempfile.TemporaryDirectory() as home, sync_playwright() as playwright:
         environment = {**os.environ, "FLUX2_HOME": home, "FLUX2_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `make run` starts it
         command = [sys.executable, "app.py", "--port", str(PORT)]
         studio = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
         try:
