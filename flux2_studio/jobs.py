@@ -326,7 +326,9 @@ class JobQueue:
 
     def _tell_places(self) -> None:
         """Tell every waiting run how many go before it, in the order in which they will be taken."""
-        ahead = int(isinstance(self._running, Job))
+        running = self._running
+        replaced = isinstance(running, Draft) and running.cancelled  # it makes room at its next step
+        ahead = int(isinstance(running, Job) and not replaced)
         left = [job for job in self._waiting if not job.finished]
         for place, job in enumerate(line.order(left, self._loaded), start=ahead):
             if place:

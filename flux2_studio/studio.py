@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 
 import torch
@@ -180,7 +181,7 @@ class Studio:
         """The language models on this machine that can enrich prompts for `checkpoint`."""
         return self._models.writers(checkpoint)
 
-    @property
+    @cached_property
     def versions(self) -> Mapping[str, str]:
         """Of what pictures depend on."""
         return {"flux2-studio": __version__, "torch": torch.__version__, "transformers": version("transformers")}

@@ -263,7 +263,7 @@ def live(checkpoint: Checkpoint, *, on: bool | None = None) -> gr.Checkbox:
 
 
 def pulse() -> gr.Number:
-    """What the page counts up to have the server look: in its tree, for what is not there tells of no change."""
+    """What is counted up to start an event: in the page's tree, for what is not there tells of no change."""
     return gr.Number(0, precision=0, visible="hidden", elem_classes="pulse")
 
 

@@ -8,6 +8,7 @@ last belongs to what was typed last.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,16 @@ from flux2_studio.tasks import Draft
 from flux2_studio.ui import compare, fields, show
 from flux2_studio.ui.following import Watch
 from flux2_studio.ui.language import say, told
-from flux2_studio.ui.tabs import Form, Stage
+from flux2_studio.ui.tabs import Form, LivePanel, Stage
 from flux2_studio.ui.visitors import owner_of
 from flux2_studio.ui.wiring import Update, follow, listen
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-LOOK = 0.03  # seconds between two looks at a draft: it is done in a few of them
+LOOK = 0.02  # seconds between two looks at a draft: it is done in a few of them
+# Seconds from one picture to the next preview: each costs the browser time that the typing and the picture itself need.
+REST = 0.4
 SAYS_NOTHING = ("count", "format", "watermark", "metadata", "sign", "sign_prompt")  # of how the picture looks
 EMPTY = "Live: write a prompt, and its picture appears here."
 
@@ -44,10 +47,12 @@ Read = Callable[[bool, str, str, Mapping[str, Any]], Request]
 
 @dataclass
 class Latest:
-    """What one tab last wanted to see. following: whether a handler is showing it."""
+    """What one tab last wanted to see. following: whether a handler is showing it. painted: when a picture was last
+    shown, by the clock that only goes on."""
 
     draft: Draft | None = None
     following: bool = False
+    painted: float = 0.0
 
 
 def wire_live(
@@ -61,7 +66,6 @@ def wire_live(
 ) -> None:
     """Let each of `forms` that can be live be so. watch: what the tab follows; a run goes before every draft."""
     latest = gr.State(Latest())
-    quiet: dict[str, Any] = {"queue": False, "trigger_mode": "always_last"}
     mat = [stage.preview, stage.gallery, stage.actions, stage.keep, stage.details]
     shown_on = [*mat, stage.comparison.folded, stage.comparison.before, stage.progress, stage.message, stage.notices]
 
@@ -79,13 +83,11 @@ def wire_live(
         finally:
             latest.following = False
 
-    for form in forms:
-        if (panel := form.live) is None:
-            continue
-
+    def wire(form: Form, panel: LivePanel) -> None:
         async def draw(
             request: gr.Request,
             on: bool,
+            wake: int,
             latest: Latest,
             watch: Watch,
             locked: bool,
@@ -102,31 +104,36 @@ def wire_live(
                 latest.draft = jobs.draft(asked, owner_of(request))
             except StudioError as error:
                 return {stage.progress: show.hint(say("Live: {problem}", problem=told(str(error))))}
-            return gr.skip()
+            # An event costs the browser time that the typing needs: none where the one under way comes to this draft.
+            return gr.skip() if latest.following else {panel.wake: wake + 1}
 
         seed = form.fields["seed"]
         listen(panel.on.input, None, [panel.on, seed, form.lock], [seed, form.lock], js=KEEP_SEED)
         looks = [field for name, field in form.fields.items() if name not in SAYS_NOTHING]
         changes = [panel.on.input, form.lock.input, *(field.change for field in looks)]
         listen(changes, None, [panel.on, panel.pulse], panel.pulse, js=COUNT)
-        drawn = listen(
+        listen(
             panel.pulse.change,
             draw,
-            [panel.on, latest, watch, form.lock, form.laid_out_for, form.aspect],
-            [stage.progress],
+            [panel.on, panel.wake, latest, watch, form.lock, form.laid_out_for, form.aspect],
+            [stage.progress, panel.wake],
             inputs_kwargs=form.fields | form.upsampling.inputs,
-            **quiet,
+            queue=False,
+            trigger_mode="always_last",
         )
-        drawn.then(
+        listen(
+            panel.wake.change,
             follow_latest,
             [latest, watch],
             shown_on,
             concurrency_limit=None,
-            api_visibility="private",
-            show_progress="hidden",
             trigger_mode="multiple",
         )
         listen(chosen.change, lambda name: fields.live(studio.settings.checkpoint(name)), chosen, panel.on, queue=False)
+
+    for form in forms:
+        if form.live is not None:
+            wire(form, form.live)
 
 
 async def shown(latest: Latest, watch: Watch, draft: Draft, stage: Stage) -> AsyncIterator[Update]:
@@ -141,10 +148,12 @@ async def shown(latest: Latest, watch: Watch, draft: Draft, stage: Stage) -> Asy
                 yield {stage.progress: show.status(event)}
             case Notice():
                 notices.append(event.text)
-            case Preview(images=images) if images:
+            case Preview(images=images) if images and time.monotonic() - latest.painted > REST:
+                latest.painted = time.monotonic()
                 picture = await asyncio.to_thread(show.draft, images[0], draft.request.prompt)
                 yield {**_mat(stage, picture), stage.progress: show.step(event)}
             case Drafted():
+                latest.painted = time.monotonic()
                 picture = await asyncio.to_thread(show.draft, event.image, event.request.prompt)
                 yield {
                     **_mat(stage, picture),

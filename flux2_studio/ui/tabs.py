@@ -54,10 +54,12 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class LivePanel:
-    """Whether the picture follows what is typed: `pulse` counts the changes to follow, in the browser."""
+    """Whether the picture follows what is typed: `pulse` counts the changes to follow, in the browser, and `wake` how
+    often nobody was there to show what became of one."""
 
     on: gr.Checkbox
     pulse: gr.Number
+    wake: gr.Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +263,9 @@ def _form(
     upsampling = _upsampling(settings, with_references=references is not None)
     part, edits = mask_panel.layout() if references is not None else ({}, None)
     run_button = gr.Button(run, variant="primary", size="lg", elem_classes="run")
-    following = LivePanel(on=fields.live(checkpoint, on=False), pulse=fields.pulse()) if live else None
+    following = (
+        LivePanel(on=fields.live(checkpoint, on=False), pulse=fields.pulse(), wake=fields.pulse()) if live else None
+    )
     fit = gr.HTML(elem_classes=["note", "fit"])
     aspect = fields.aspect(with_references=references is not None)
     with gr.Row(elem_classes="pair"):
