@@ -219,13 +219,8 @@
   // --- Gradio's markup, mended
 
   const MENDS = {
-    // A button within a button: the outer one has the name and the focus, the inner one opens the files.
-    'button button.upload-container:not([inert])': (inner) => {
-      inner.inert = true;
-      inner.parentElement.closest('button').addEventListener('click', (event) => {
-        if (!inner.contains(event.target)) inner.click();
-      });
-    },
+    // A button within a button: the outer one has the name and the focus, the inner one opens the files (see below).
+    'button button.upload-container:not([inert])': (inner) => { inner.inert = true; },
     // A message whose head is a button, with the button in it that closes it. It keeps the focus, and still unfolds.
     '.toast-header[role="button"]': (head) => head.setAttribute('role', 'group'),
     // One picture is offered where one is taken.
@@ -237,6 +232,11 @@
       box.setAttribute('aria-label', WORDS.code());
     },
   };
+  // Heard for the page, not at each of them: Gradio may draw one anew between the eye and the key.
+  addEventListener('click', (event) => {
+    const inner = event.target.closest?.('button')?.querySelector('button.upload-container');
+    if (inner) inner.click();
+  });
   let waiting = false;
   const mend = () => {
     waiting = false;

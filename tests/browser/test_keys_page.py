@@ -168,9 +168,8 @@ def test_the_keyboard_opens_the_file_chooser_of_a_filled_gallery(page: Page, app
     expect(page.locator("#edit")).to_contain_text("As image 1: 128 x 128 pixels")
     expect(page.locator("#edit .references .upload-container[inert]")).to_be_attached()  # Gradio's markup is mended
     button = page.locator('#edit .references .icon-button[aria-label="Click to Upload"]')
-    button.focus()
     with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
+        button.press("Enter")
     assert not chooser.value.is_multiple()
     chooser.value.set_files(EXAMPLES / "car.png")
     expect(page.locator('#edit .references img[src$="fox.png"]')).to_have_count(0)
