@@ -432,6 +432,7 @@
 
   window.studioHistory = {
     asked: '',
+    ask, make, small, describe,  // for other views of the same pictures
     // Press the run button of a form that was just filled, as soon as it may be pressed.
     run: (form) => {
       let visible = false;

@@ -41,6 +41,7 @@ from flux2_studio.ui import (
     language,
     models_tab,
     own_preset_panel,
+    picker,
     preset_panel,
     preset_use,
     queue_panel,
@@ -90,6 +91,7 @@ def build(
     ) as page:
         title = gr.HTML(f'{TITLE}<p id="policy" data-i18n>{escape(studio.guard.meaning)}</p>', elem_id="title")
         keys.layout()
+        picker.layout()
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=5, min_width=320, elem_id="forms"):
                 with gr.Column(elem_id="choice"):
@@ -214,7 +216,8 @@ def serve(
             head=language.script(settings.assets)
             + keys.scripts(settings.assets)
             + compare.script(settings.assets)
-            + history_tab.script(settings.assets),
+            + history_tab.script(settings.assets)
+            + picker.script(settings.assets),
             allowed_paths=[
                 str(settings.outputs),
                 str(settings.assets / "examples"),

@@ -7,9 +7,10 @@ checkpoint by name. Sizes are in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
@@ -19,6 +20,7 @@ from flux2_studio.models.loras import LoraEntry
 from flux2_studio.request import MAX_COUNT, SAMPLING, size_for_aspect
 from flux2_studio.ui.examples import Example
 from flux2_studio.ui.language import say, t, told
+from flux2_studio.ui.names import caption
 
 ASPECTS: dict[str, tuple[int, int]] = {
     "1:1": (1, 1),
@@ -165,9 +167,23 @@ def up_to(most: int) -> str:
     return say("Up to {most} pictures: drop, paste or choose", most=most)
 
 
-def numbered(paths: Sequence[Path]) -> list[tuple[str, str]]:
+def numbered(paths: Sequence[Path], names: Mapping[Path, str] = MappingProxyType({})) -> list[tuple[str, str]]:
     """Gallery items captioned as a prompt may call them."""
-    return [(str(path), f"image {number}") for number, path in enumerate(paths, 1)]
+    return [(str(path), caption(number, names.get(path, ""))) for number, path in enumerate(paths, 1)]
+
+
+def name(value: str = "", *, of_one: bool = False) -> gr.Textbox:
+    """What the selected picture is called. of_one: whether one is selected."""
+    info = t("Write it as @name in the instruction.")
+    return gr.Textbox(
+        value,
+        label=t("Name"),
+        info=info,
+        placeholder=t("fox, then Enter") if of_one else t("Select a picture first"),
+        max_lines=1,
+        interactive=of_one,
+        elem_classes="name",
+    )
 
 
 def examples(entries: Sequence[Example]) -> gr.Dataset:

@@ -22,10 +22,10 @@ from flux2_studio.events import (
 from flux2_studio.jobs import JobQueue
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
 from flux2_studio.tasks import Job
-from flux2_studio.ui import compare, fields, keep_preview, queue_panel, show
+from flux2_studio.ui import compare, fields, keep_preview, names, queue_panel, show
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.following import Follower, View, Watch, form_of
-from flux2_studio.ui.language import told
+from flux2_studio.ui.language import say, told
 from flux2_studio.ui.live import wire_live
 from flux2_studio.ui.lora_panel import choices, wire_loras
 from flux2_studio.ui.mask_panel import read_mask, read_outpaint
@@ -61,6 +61,8 @@ GO_TO_FORM = """() => {
   if (tabs.bottom <= stage.top) document.getElementById('tabs').scrollIntoView({behavior: 'smooth'});
 }"""
 
+NO_SUCH_NAME = "No picture here is called {names}: it stays in the instruction as it is."
+
 
 def wire(
     studio: Studio,
@@ -80,11 +82,12 @@ def wire(
     _wire_checkpoint(studio, examples, chosen, about, forms)
     loaded = wire_preparation(studio, jobs, chosen, loading)
     wire_loras(studio, chosen, forms)
+    turn = asyncio.Lock()
     for form in forms:
         _wire_seed(form)
         _wire_size(studio, chosen, form)
         _wire_examples(studio, examples, chosen, form)
-        wire_outlook(studio, form, [loaded, stage.job.change])  # the latter when a run begins and when it ends
+        wire_outlook(studio, form, [loaded, stage.job.change], turn)  # the latter when a run begins and when it ends
         if form.panel is not None:
             wire_references(studio, chosen, form, form.panel)
     _wire_runs(studio, jobs, page, chosen, forms, stage, queue)
@@ -113,6 +116,7 @@ def read_form(
         read["seed"] = None
     read["loras"] = choices(read.get("loras"))
     if "references" in read:
+        read["prompt"] = names.spelled_out(read["prompt"], read["references"])
         read["references"] = paths(read["references"])
         if not read["references"]:
             raise RequestError("Add a picture first: drop one above the instruction, or choose an example.")
@@ -208,7 +212,10 @@ def _wire_runs(
         ) -> AsyncIterator[Update]:
             def ask() -> Request:
                 locked, laid_out_for, aspect = around
-                return read(locked, laid_out_for, aspect, values)
+                asked = read(locked, laid_out_for, aspect, values)
+                if form.panel and form.panel.tools and (left := names.unknown(asked.prompt)):
+                    gr.Warning(say(NO_SUCH_NAME, names=", ".join(left)))
+                return asked
 
             async for update in started(form, watch, request, ask, lambda: read_key(values)):
                 yield update

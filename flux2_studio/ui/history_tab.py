@@ -19,6 +19,7 @@ from flux2_studio.outputs.history import History
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.ui.inspect_tab import GO_TO_FORM, fillable, filled, restoration
 from flux2_studio.ui.language import say, t, told
+from flux2_studio.ui.names import names_in
 from flux2_studio.ui.reference_panel import offer, offered_to, paths
 from flux2_studio.ui.tabs import Form
 from flux2_studio.ui.visitors import owner_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "This picture is not in your history any more: open History again."
 GONE = "The file of this picture is missing: choose another one, or make it again with Run again."
+MOST = 100  # pictures that are taken at once: more than any checkpoint takes, which is told of those it leaves out
 READ_FOR = 12  # seconds that a note stays
 ASKED = "(_, ...others) => [window.studioHistory.asked, ...others]"
 RUN = "(form) => { if (form) window.studioHistory.run(form); }"
@@ -163,9 +165,10 @@ def wire(
         picture = file(id_, request)
         return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
 
-    def to_multi(id_: str, name: str, items: Any, request: gr.Request) -> Update:
-        pictures = [*paths(items), file(id_, request)]
-        return {tabs: gr.Tabs(selected=multi.name), **offer(multi, pictures, studio.settings.checkpoint(name))}
+    def to_multi(ids: str, name: str, items: Any, request: gr.Request) -> Update:
+        pictures = [*paths(items), *(file(id_, request) for id_ in str(ids).split(",")[:MOST])]
+        update = offer(multi, pictures, studio.settings.checkpoint(name), names=names_in(items))
+        return {tabs: gr.Tabs(selected=multi.name), **update}
 
     def restored(id_: str, request: gr.Request, *, run: bool, vary: bool) -> Update:
         owner = owner_of(request)
@@ -209,9 +212,12 @@ def wire(
         return restored(id_, request, run=True, vary=True)
 
     given = [tab.asked, chosen]
-    listen(tab.edit.click, to_edit, given, [tabs, *offered_to(edit)], js=ASKED).success(None, js=GO_TO_FORM)
+    assert edit.panel is not None and multi.panel is not None
+    clicked = [tab.edit.click, edit.panel.pick.click]
+    listen(clicked, to_edit, given, [tabs, *offered_to(edit)], js=ASKED).success(None, js=GO_TO_FORM)
+    clicked = [tab.multi.click, multi.panel.pick.click]
     inputs = [*given, multi.fields["references"]]
-    listen(tab.multi.click, to_multi, inputs, [tabs, *offered_to(multi)], js=ASKED).success(None, js=GO_TO_FORM)
+    listen(clicked, to_multi, inputs, [tabs, *offered_to(multi)], js=ASKED).success(None, js=GO_TO_FORM)
     for button, action in ((tab.reuse, reuse), (tab.again, again), (tab.vary, vary)):
         done = listen(button.click, action, given, [*fillable(forms, chosen, tabs), tab.target], js=ASKED)
         done.success(None, js=GO_TO_FORM).success(None, tab.target, None, js=RUN)

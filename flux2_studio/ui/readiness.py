@@ -38,14 +38,19 @@ DECISIVE = (
 )  # what a request's memory and time depend on
 
 
-def wire_outlook(studio: Studio, form: Form, news: Sequence[Callable[..., Any]]) -> None:
+def wire_outlook(studio: Studio, form: Form, news: Sequence[Callable[..., Any]], turn: asyncio.Lock) -> None:
     """Tell under `form` what it asks for will take, whenever that changes: with its fields, and after `news`, events
-    of what else it depends on."""
+    of what else it depends on.
+
+    turn: has one form after the other look. While a checkpoint's files are read all of them wait for that, and would
+    between them hold the few threads that History and the queue are answered from, too.
+    """
     components = {name: form.fields[name] for name in DECISIVE if name in form.fields}
     components["upsample_by"] = form.upsampling.inputs["upsample_by"]
 
     async def tell(**values: Any) -> str:
-        return await asyncio.to_thread(outlook, studio, **values)
+        async with turn:
+            return await asyncio.to_thread(outlook, studio, **values)
 
     # With no trigger named: at every change, and when the page is opened.
     events: list[Callable[..., Any]] = [partial(listen, None), *news]

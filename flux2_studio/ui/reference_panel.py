@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -16,13 +17,14 @@ from flux2_studio.errors import StudioError
 from flux2_studio.references import fit_size, load_reference
 from flux2_studio.ui import fields, mask_panel, show
 from flux2_studio.ui.language import say
-from flux2_studio.ui.tabs import Form, ReferencePanel
+from flux2_studio.ui.names import names_in, renamed
+from flux2_studio.ui.tabs import Form, ReferencePanel, ReferenceTools
 from flux2_studio.ui.wiring import Update, listen
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-DRAGGED = "(items, _, name) => [items, window.studioReferences.moved, name]"
+DRAGGED = "(_, ...others) => [window.studioReferences.moved, ...others]"
 
 
 def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
@@ -120,23 +122,35 @@ def dragged(order: Sequence[Path], sent: str) -> list[Path] | None:
     return reordered(order, start, end - start)[0]
 
 
-def offer(form: Form, offered: Sequence[Path], checkpoint: Checkpoint, chosen: int | None = None) -> Update:
+def offer(
+    form: Form,
+    offered: Sequence[Path],
+    checkpoint: Checkpoint,
+    chosen: int | None = None,
+    names: Mapping[Path, str] = MappingProxyType({}),
+) -> Update:
     """Put the usable ones of `offered` into the form's references, and say what is to be said of all of them.
 
-    Told outright with every change that we make, because a gallery does not always notice a change from outside.
+    names: of those that have one. Told outright with every change that we make, because a gallery does not always
+    notice a change from outside.
     """
     assert form.panel is not None
     tools = form.panel.tools
     examined = examine(offered, checkpoint, checkpoint.max_references) if tools else newest(offered, checkpoint)
     update: Update = {
-        form.fields["references"]: gr.Gallery(fields.numbered(examined.kept), selected_index=chosen),
+        form.fields["references"]: gr.Gallery(fields.numbered(examined.kept, names), selected_index=chosen),
         form.panel.refused: "".join(map(show.problem, examined.refused)),
         form.panel.note: show.notes(examined.notes),
         form.panel.filled: bool(examined.kept),
         **mask_panel.followed(form.fields, examined.first),
     }
     if tools is not None:
-        update |= {tools.chosen: chosen, tools.row: gr.Row(visible=bool(examined.kept))}
+        selected = examined.kept[chosen] if chosen is not None and chosen < len(examined.kept) else None
+        update |= {
+            tools.chosen: chosen,
+            tools.row: gr.Row(visible=bool(examined.kept)),
+            **_naming(tools, selected, names),
+        }
     return update
 
 
@@ -151,15 +165,22 @@ def offered_to(form: Form) -> list[Any]:
         form.panel.filled,
         form.fields["mask"],
         form.fields["outpaint"],
-        *([tools.chosen, tools.row] if tools else []),
+        *([tools.chosen, tools.row, tools.name, tools.named] if tools else []),
     ]
+
+
+def _naming(tools: ReferenceTools, selected: Path | None, names: Mapping[Path, str]) -> Update:
+    """The field for a name, for the `selected` picture."""
+    if selected is None:
+        return {tools.name: fields.name(), tools.named: ""}
+    return {tools.name: fields.name(names.get(selected, ""), of_one=True), tools.named: str(selected)}
 
 
 def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: ReferencePanel) -> None:
     references, tools = form.fields["references"], panel.tools
 
     def check(items: Any, name: str) -> Update:
-        return offer(form, paths(items), studio.settings.checkpoint(name))
+        return offer(form, paths(items), studio.settings.checkpoint(name), names=names_in(items))
 
     def emptied(items: Any, filled: bool, name: str) -> Any:
         # A gallery that we emptied ourselves keeps what was said about it.
@@ -184,29 +205,67 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         listen(references.select, lambda: gr.Gallery(selected_index=None), None, references, queue=False)
         return
 
-    def add(items: Any, new: Sequence[str], name: str) -> Update:
-        return offer(form, [*paths(items), *map(Path, new)], studio.settings.checkpoint(name))
+    def call(items: Any, typed: str, named: str) -> tuple[dict[Path, str], str]:
+        """The names once the picture in the field is called as `typed`, and why it is not. Whatever is done with the
+        pictures does this first: nobody need press Enter for a name to stay."""
+        names = names_in(items)
+        path = Path(named)
+        if path not in paths(items) or typed == names.get(path, ""):
+            return names, ""
+        try:
+            return renamed(names, path, typed), ""
+        except StudioError as error:
+            return names, show.problem(str(error))
 
-    def move(by: int) -> Callable[[Any, int | None, str], Update]:
-        def moved(items: Any, index: int | None, name: str) -> Update:
+    def offered(order: Sequence[Path], name: str, items: Any, *field: str, place: int | None = None) -> Update:
+        names, wrong = call(items, *field)
+        update = offer(form, order, studio.settings.checkpoint(name), place, names)
+        return update | {panel.refused: wrong + update[panel.refused]}
+
+    def add(new: Sequence[str], *rest: Any) -> Update:
+        _, items, *_ = rest
+        return offered([*paths(items), *map(Path, new)], *rest)
+
+    def move(by: int) -> Callable[..., Update]:
+        def moved(index: int | None, *rest: Any) -> Update:
+            _, items, *_ = rest
             order, place = reordered(paths(items), index, by)
-            return offer(form, order, studio.settings.checkpoint(name), place)
+            return offered(order, *rest, place=place)
 
         return moved
 
-    def remove(items: Any, index: int | None, name: str) -> Update:
-        left = [path for number, path in enumerate(paths(items)) if number != index]
-        return offer(form, left, studio.settings.checkpoint(name))
+    def remove(index: int | None, *rest: Any) -> Update:
+        _, items, *_ = rest
+        return offered([path for number, path in enumerate(paths(items)) if number != index], *rest)
 
-    def drop(items: Any, sent: str, name: str) -> Any:
+    def drop(sent: str, *rest: Any) -> Any:
+        _, items, *_ = rest
         order = dragged(paths(items), str(sent))
-        return gr.skip() if order is None else offer(form, order, studio.settings.checkpoint(name))
+        return gr.skip() if order is None else offered(order, *rest)
 
-    def choose(event: gr.SelectData) -> int:
-        return int(event.index)
+    def choose(items: Any, typed: str, named: str, event: gr.SelectData) -> Update:
+        index = int(event.index)
+        names, wrong = call(items, typed, named)
+        update: Update = {tools.chosen: index, **_naming(tools, paths(items)[index], names)}
+        if names != names_in(items):
+            update[references] = gr.Gallery(fields.numbered(paths(items), names), selected_index=index)
+        if wrong:
+            update[panel.refused] = wrong
+        return update
 
-    listen(references.select, choose, None, tools.chosen, queue=False)
-    listen(tools.drop.click, drop, [references, tools.dragged, chosen], offered_to(form), js=DRAGGED)
-    listen(tools.add.upload, add, [references, tools.add, chosen], offered_to(form))
+    def enter(items: Any, typed: str, named: str, index: int | None) -> Update:
+        names, wrong = call(items, typed, named)
+        if wrong:
+            return {panel.refused: wrong}
+        gallery = gr.Gallery(fields.numbered(paths(items), names), selected_index=index)
+        return {references: gallery, panel.refused: "", tools.name: names.get(Path(named), "")}
+
+    called = [references, tools.name, tools.named]
+    about = [tools.chosen, tools.name, tools.named]
+    listen(references.select, choose, called, [*about, references, panel.refused], queue=False)
+    listen(tools.name.submit, enter, [*called, tools.chosen], [references, panel.refused, tools.name], queue=False)
+    rest = [chosen, *called]
+    listen(tools.drop.click, drop, [tools.dragged, *rest], offered_to(form), js=DRAGGED)
+    listen(tools.add.upload, add, [tools.add, *rest], offered_to(form))
     for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
-        listen(button.click, action, [references, tools.chosen, chosen], offered_to(form))
+        listen(button.click, action, [tools.chosen, *rest], offered_to(form))

@@ -14,7 +14,7 @@ import gradio as gr
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.prompts import Mode, instructions
 from flux2_studio.settings import Settings
-from flux2_studio.ui import compare, fields, mask_panel, preset_panel
+from flux2_studio.ui import compare, fields, mask_panel, picker, preset_panel
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.language import t
 from flux2_studio.ui.preset_panel import PresetPanel
@@ -89,12 +89,13 @@ class UpsamplingPanel:
 class ReferencePanel:
     """What stands around a form's references: what was refused and why, and what to know of those that stay.
 
-    `filled` is whether we put any there.
+    `filled` is whether we put any there; `pick` sends what was chosen of History.
     """
 
     refused: gr.HTML
     note: gr.HTML
     filled: gr.State
+    pick: gr.Button
     tools: ReferenceTools | None = None
 
 
@@ -111,11 +112,14 @@ class LoraPanel:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTools:
-    """What puts several references in order. `chosen` is the index of the selected one, None for none. Where one was
-    dragged, the page's script presses `drop` and sends from which index to which in the place of `dragged`."""
+    """What puts several references in order, and names them. `chosen` is the index of the selected one, None for none;
+    `named` is the file that `name` is the name of, as the browser saw it when it was typed. Where one was dragged, the
+    page's script presses `drop` and sends from which index to which in the place of `dragged`."""
 
     chosen: gr.State
     row: gr.Row
+    name: gr.Textbox
+    named: gr.Textbox
     add: gr.UploadButton  # the gallery takes no upload while a picture in it is selected
     earlier: gr.Button
     later: gr.Button
@@ -179,6 +183,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settin
     with gr.Tab(t("Edit"), id="edit", elem_id="edit", elem_classes="sheet"):
         presets = preset_panel.layout()
         references = fields.references(t("Picture to edit: drop, paste or choose one"), columns=1)
+        pick = picker.button("edit")
         return _form(
             "edit",
             chosen,
@@ -187,7 +192,7 @@ def edit(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, settin
             settings,
             presets=presets,
             references=references,
-            panel=_panel(),
+            panel=_panel(pick),
             prompt=fields.prompt(t("Instruction"), t("What should change? Say also what must stay.")),
             run=t("Edit"),
             live=True,
@@ -198,12 +203,15 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
     with gr.Tab(t("Multi-reference"), id="multi", elem_id="multi", elem_classes="sheet"):
         presets = preset_panel.layout()
         references = fields.references(fields.up_to(checkpoint.max_references), columns=5)
+        pick = picker.button("multi")
         dragged = gr.Textbox(visible=False)
         drop = gr.Button("Move", visible="hidden", elem_id="multi-move")
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
                 chosen=gr.State(None),
                 row=row,
+                name=fields.name(),
+                named=gr.Textbox(visible=False),
                 add=gr.UploadButton(
                     t("Add pictures"),
                     size="sm",
@@ -219,7 +227,7 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
                 drop=drop,
             )
             gr.HTML(
-                "<p data-i18n>Drag a picture to another place; or select it to move or remove it.</p>",
+                "<p data-i18n>Drag a picture to another place; or select it to name, move or remove it.</p>",
                 elem_classes="note",
             )
         return _form(
@@ -230,14 +238,17 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
             settings,
             presets=presets,
             references=references,
-            panel=_panel(tools),
-            prompt=fields.prompt(t("Instruction"), t('Call the pictures "image 1", "image 2" and so on.')),
+            panel=_panel(pick, tools),
+            prompt=fields.prompt(
+                t("Instruction"), t('Call the pictures "image 1", "image 2" and so on, or @fox once you named one fox.')
+            ),
             run=t("Combine"),
         )
 
 
-def _panel(tools: ReferenceTools | None = None) -> ReferencePanel:
+def _panel(pick: gr.Button, tools: ReferenceTools | None = None) -> ReferencePanel:
     return ReferencePanel(
+        pick=pick,
         refused=gr.HTML(elem_classes="refused"),
         note=gr.HTML(elem_classes="note"),
         filled=gr.State(False),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import gradio as gr
 import pytest
 from PIL import Image
 
@@ -21,7 +25,9 @@ from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
 from flux2_studio.timing import Outlook
-from flux2_studio.ui.readiness import outlook
+from flux2_studio.ui.page import Page
+from flux2_studio.ui.readiness import outlook, wire_outlook
+from flux2_studio.ui.tabs import Form
 
 FORM: dict[str, Any] = {"checkpoint": "nano", "width": 128, "height": 128, "count": 1, "guidance": 1.0}
 
@@ -100,3 +106,35 @@ def test_how_long_it_takes_is_learnt_from_a_run(settings: Settings) -> None:
     assert outlook(studio, **{**FORM, "width": 512, "height": 512}) != after
     assert "Before that: enriching the prompt." in outlook(studio, **FORM, upsample_by="local")
     assert "The first run will tell" in outlook(studio, **{**FORM, "checkpoint": "nano-base"}), "it never ran"
+
+
+def test_forms_that_wait_for_a_checkpoint_leave_threads_for_everybody_else(settings: Settings) -> None:
+    reading = threading.Event()
+
+    class Reading(Studio):
+        def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> Outlook:
+            reading.wait(60)
+            return super().outlook(request, references)
+
+    async def others_are_answered() -> int:
+        looks = [asyncio.create_task(tell(**FORM)) for tell in tells]
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(lambda: 1 + 1), 30)
+        finally:
+            reading.set()
+            assert all("Fits" in told for told in await asyncio.gather(*looks))
+
+    with Page() as page:
+        turn = asyncio.Lock()
+        chosen = gr.Textbox()
+        for _ in range(40):  # more than there are threads
+            number = {name: gr.Number() for name in ("width", "height", "count", "guidance")}
+            form = SimpleNamespace(
+                fields={"checkpoint": chosen, **number},
+                upsampling=SimpleNamespace(inputs={"upsample_by": gr.Radio()}),
+                fit=gr.HTML(),
+            )
+            wire_outlook(Reading(settings), cast("Form", form), [], turn)
+    tells = [function.fn for function in page.fns.values() if function.name == "tell"]
+    assert len(tells) >= 40
+    assert asyncio.run(others_are_answered()) == 2
