@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -27,7 +26,6 @@ from flux2_studio.outputs.metadata import encode
 from flux2_studio.outputs.save import Library
 from flux2_studio.record import Record
 from flux2_studio.request import Request
-from flux2_studio.ui.visitors import COOKIE
 from tests.fake_openai import FakeOpenAI, says
 from tests.tiny import Toys
 
@@ -158,12 +156,19 @@ def open_page(context: BrowserContext, app: App) -> Callable[[], Page]:
 
     def opened() -> Page:
         page = context.new_page()
-        page.goto(app.url)
+        open_studio(page, app.url)
         expect(page.get_by_role("tab", name="Generate")).to_be_visible()
-        expect(page.locator("#generate .run")).to_be_enabled()
         return page
 
     return opened
+
+
+def open_studio(page: Page, url: str) -> None:
+    """Go to the studio at `url` and wait until its form can be filled in."""
+    page.goto(url)
+    expect(page.locator("#generate .run")).to_be_enabled()
+    # Its seed is emptied once the page is open: one that was typed before would be gone.
+    expect(page.locator("#generate .seed input")).to_have_value("")
 
 
 @pytest.fixture
@@ -175,8 +180,8 @@ def page(open_page: Callable[[], Page]) -> Page:
 def remember(context: BrowserContext, app: App) -> Callable[[str, int], Path]:
     """Puts a picture of a prompt and a seed into the studio's history, as if this browser had made it: to be called
     before its first page is opened. Returns the picture's file."""
-    token = secrets.token_urlsafe(32)
-    context.add_cookies([{"name": COOKIE, "value": token, "url": app.url}])
+    context.request.get(app.url)
+    (visitor,) = context.cookies(app.url)
     library = Library(app.home / "outputs")
     history = History(Database(app.home / "studio.sqlite3"), library.folder, app.home / "trash")
 
@@ -185,7 +190,7 @@ def remember(context: BrowserContext, app: App) -> Callable[[str, int], Path]:
         record = Record(request=request, label=NANO.label)
         picture = Image.new("RGB", (128, 128), (seed % 256, 90, 150))
         file = library.save(encode(picture, "png", record).data, request)
-        history.add(f"browser:{token}", "job", Saved(index=0, image=file, seed=seed, record=record))
+        history.add(f"browser:{visitor['value']}", "job", Saved(index=0, image=file, seed=seed, record=record))
         return file
 
     return remembered
