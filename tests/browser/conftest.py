@@ -15,8 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from flux2_studio.checkpoints import NANO
+from flux2_studio.events import Saved
+from flux2_studio.outputs.database import Database
+from flux2_studio.outputs.history import History
+from flux2_studio.outputs.metadata import encode
+from flux2_studio.outputs.save import Library
+from flux2_studio.record import Record
+from flux2_studio.request import Request
 from tests.fake_openai import FakeOpenAI, says
 from tests.tiny import Toys
 
@@ -116,12 +125,29 @@ def browser() -> Iterator[Browser]:
         launched.close()
 
 
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
+@pytest.fixture(scope="session")
+def warm_context(browser: Browser) -> Iterator[BrowserContext]:
+    """One person's browser, which keeps the studio's scripts, compiled: without them a page takes twice as long to
+    load. Use `context`, which is that of somebody new."""
     opened = browser.new_context(viewport={"width": 1440, "height": 900})
     opened.set_default_timeout(PATIENCE)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def context(warm_context: BrowserContext) -> Iterator[BrowserContext]:
+    """A browser of which no studio knows, and which remembers nothing of one but its scripts."""
+    yield warm_context
+    origins = {page.url for page in warm_context.pages if page.url.startswith("http")}
+    for page in warm_context.pages:
+        page.close()
+    warm_context.clear_cookies()
+    blank = warm_context.new_page()
+    storage = warm_context.new_cdp_session(blank)
+    for origin in origins:
+        storage.send("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
+    blank.close()
 
 
 @pytest.fixture
@@ -130,14 +156,41 @@ def open_page(context: BrowserContext, app: App) -> Callable[[], Page]:
 
     def opened() -> Page:
         page = context.new_page()
-        page.goto(app.url)
+        open_studio(page, app.url)
         expect(page.get_by_role("tab", name="Generate")).to_be_visible()
-        expect(page.locator("#generate .run")).to_be_enabled()
         return page
 
     return opened
 
 
+def open_studio(page: Page, url: str) -> None:
+    """Go to the studio at `url` and wait until its form can be filled in."""
+    page.goto(url)
+    expect(page.locator("#generate .run")).to_be_enabled()
+    # Its seed is emptied once the page is open: one that was typed before would be gone.
+    expect(page.locator("#generate .seed input")).to_have_value("")
+
+
 @pytest.fixture
 def page(open_page: Callable[[], Page]) -> Page:
     return open_page()
+
+
+@pytest.fixture
+def remember(context: BrowserContext, app: App) -> Callable[[str, int], Path]:
+    """Puts a picture of a prompt and a seed into the studio's history, as if this browser had made it: to be called
+    before its first page is opened. Returns the picture's file."""
+    context.request.get(app.url)
+    (visitor,) = context.cookies(app.url)
+    library = Library(app.home / "outputs")
+    history = History(Database(app.home / "studio.sqlite3"), library.folder, app.home / "trash")
+
+    def remembered(prompt: str, seed: int) -> Path:
+        request = Request(prompt=prompt, width=128, height=128, seed=seed).resolve(NANO)
+        record = Record(request=request, label=NANO.label)
+        picture = Image.new("RGB", (128, 128), (seed % 256, 90, 150))
+        file = library.save(encode(picture, "png", record).data, request)
+        history.add(f"browser:{visitor['value']}", "job", Saved(index=0, image=file, seed=seed, record=record))
+        return file
+
+    return remembered

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import App
-from tests.browser.test_page import EXAMPLES, expect_finished, open_tab, run, set_count, upload, write
+from tests.browser.test_page import EXAMPLES, expect_finished, open_tab, run, upload, write
 
 # How often the class "held" comes or goes while 2.2 seconds pass.
 TURNS = """([selector]) => new Promise((done) => {
@@ -99,14 +101,13 @@ def test_before_and_after(edited: Page, app: App) -> None:
     assert "Traceback" not in app.log.read_text()
 
 
-def test_shift_picks_a_range(page: Page) -> None:
-    write(page, "generate", "a frog")
-    set_count(page, "generate", 4)
-    run(page, "generate")
-    expect_finished(page, 4)
+def test_shift_picks_a_range(remember: Callable[[str, int], Path], open_page: Callable[[], Page]) -> None:
+    for seed in range(4):
+        remember("a frog", seed)
+    page = open_page()
     open_tab(page, "History")
     tiles, count = page.locator("#history .tile"), page.locator("#history .count")
-    expect(tiles).not_to_have_count(0)
+    expect(tiles).to_have_count(4)
     picks = page.locator("#history .tile .pick")
     picks.nth(0).check()
     expect(count).to_have_text("1 selected")

@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser.conftest import PATIENCE, App, environment, started
-from tests.browser.test_page import expect_finished, open_tab, run, set_number, set_size, write
-from tests.tiny import Toys
+from tests.browser.conftest import PATIENCE, App
+from tests.browser.test_page import expect_finished, open_tab, run, write
 
 FOX = "a flat fox <img src=x onerror='window.hacked=1'> on a pink background"
 OWL = "a 3D OWL on a blue background"
 
 
-@pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory, toys: Toys) -> Iterator[App]:
-    """A studio of these tests' own, in which nobody else makes pictures."""
-    home = tmp_path_factory.mktemp("home")
-    log = tmp_path_factory.mktemp("log") / "app.log"
-    with started(["app.py", "--port"], environment(home, toys), log) as url:
-        yield App(url=url, home=home, log=log)
-
-
-def make(page: Page, prompt: str, seed: int) -> None:
-    open_tab(page, "Generate")
-    write(page, "generate", prompt)
-    set_size(page, "generate", 128, 128)
-    set_number(page.locator("#generate").get_by_label("Seed", exact=True), seed)
-    run(page, "generate")
-    expect(page.locator("#settings")).to_contain_text(str(seed))
-    expect_finished(page)
-
-
 @pytest.fixture
-def filled(page: Page) -> Page:
+def filled(remember: Callable[[str, int], Path], open_page: Callable[[], Page]) -> Page:
     """A browser's page whose history holds a fox and, newer, an owl."""
-    make(page, FOX, 11)
-    make(page, OWL, 12)
+    remember(FOX, 11)
+    remember(OWL, 12)
+    page = open_page()
     open_tab(page, "History")
     expect(tiles(page)).to_have_count(2)
     return page
@@ -71,12 +52,6 @@ def act(page: Page, name: str) -> None:
 
 def id_of(page: Page, word: str) -> str:
     return tile(page, word).get_attribute("data-id") or ""
-
-
-def test_an_empty_history_says_what_to_do(page: Page) -> None:
-    open_tab(page, "History")
-    expect(page.locator("#history .nothing")).to_contain_text("Make the first one on the Generate tab")
-    expect(page.locator("#history .filters")).to_be_hidden()
 
 
 def test_pictures_are_found_marked_and_looked_at_by_keys(filled: Page) -> None:
@@ -170,8 +145,9 @@ def test_a_picture_is_varied(filled: Page, app: App) -> None:
     before = app.pictures()
     open_picture(page, "OWL")
     act(page, "vary")
-    expect(page.locator("#settings")).not_to_contain_text(re.compile(r"Seed\s*12\b"))
     expect_finished(page)
+    expect(page.locator("#settings")).to_contain_text(OWL)
+    expect(page.locator("#settings")).not_to_contain_text(re.compile(r"Seed\s*12\b"))
     open_tab(page, "History")
     expect(tiles(page)).to_have_count(3)
     assert len(app.pictures()) == len(before) + 1
@@ -215,7 +191,7 @@ def test_a_picture_is_sent_on_and_knows_what_became_of_it(filled: Page) -> None:
     expect(tiles(page)).to_have_count(4)
 
 
-def test_another_browser_sees_nothing_of_it(filled: Page, browser: Browser, app: App) -> None:
+def test_another_browser_sees_nothing_of_it_and_is_told_what_to_do(filled: Page, browser: Browser, app: App) -> None:
     id_ = id_of(filled, "fox")
     addresses = [f"{app.url}history/{path}/{id_}" for path in ("picture", "thumbnail", "entry")]
     assert [filled.request.get(address).status for address in addresses] == [200] * 3
@@ -226,6 +202,8 @@ def test_another_browser_sees_nothing_of_it(filled: Page, browser: Browser, app:
         page.goto(app.url)
         open_tab(page, "History")
         expect(page.locator("#history .nothing")).to_contain_text("Your pictures will gather here")
+        expect(page.locator("#history .nothing")).to_contain_text("Make the first one on the Generate tab")
+        expect(page.locator("#history .filters")).to_be_hidden()
         assert [page.request.get(address).status for address in addresses] == [404] * 3
         page.evaluate("(id) => { window.studioHistory.asked = id; }", id_)
         page.locator("#history-edit").evaluate("(button) => button.click()")
@@ -234,10 +212,12 @@ def test_another_browser_sees_nothing_of_it(filled: Page, browser: Browser, app:
         other.close()
 
 
-def test_a_lost_file_is_a_marked_tile(filled: Page, app: App) -> None:
-    page = filled
-    newest: Path = app.pictures()[-1]
-    newest.unlink()
+def test_a_lost_file_is_a_marked_tile(remember: Callable[[str, int], Path], open_page: Callable[[], Page]) -> None:
+    file = remember(OWL, 12)
+    page = open_page()
+    open_tab(page, "History")
+    expect(tile(page, "OWL").locator("img")).to_be_visible()
+    file.unlink()
     expect(tile(page, "OWL").locator(".lost")).to_have_text("The file is missing")  # at the next look
     shown = open_picture(page, "OWL")
     expect(shown.locator("figure .lost")).to_contain_text("Run again makes it once more")

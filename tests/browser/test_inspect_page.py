@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, expect
@@ -116,30 +116,28 @@ HOSTILE = {  # what stands in the file, and what is said of it
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_picture_is_ignored_with_a_message(page: Page, tmp_path: Path, kind: str) -> None:
-    written, said = HOSTILE[kind]
-    info = PngInfo()
-    info.add_text("parameters", written, zip=True)
-    file = tmp_path / "<img src=x onerror=window.hacked=2>.png"
-    Image.new("RGB", (64, 64), "teal").save(file, pnginfo=info)
-    inspect(page, file)
-    expect(page.locator("#inspect-report")).to_contain_text("SHA-256")
-    expect(page.locator("#inspect")).to_contain_text(said)
-    expect(page.locator("#inspect-restore")).to_be_hidden()
-    assert page.evaluate("window.hacked === undefined")
-    assert page.locator("#inspect img[src=x]").count() == 0
+def test_a_hostile_picture_is_ignored_with_a_message(page: Page, tmp_path: Path) -> None:
+    for kind, (written, said) in HOSTILE.items():
+        info = PngInfo()
+        info.add_text("parameters", written, zip=True)
+        file = tmp_path / f"{kind}<img src=x onerror=window.hacked=2>.png"
+        Image.new("RGB", (64, 64), "teal").save(file, pnginfo=info)
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        inspect(page, file)
+        expect(page.locator("#inspect-report")).to_contain_text("SHA-256")
+        expect(page.locator("#inspect-report")).to_contain_text(sha256)
+        expect(page.locator("#inspect")).to_contain_text(said)
+        expect(page.locator("#inspect-restore")).to_be_hidden()
+        assert page.evaluate("window.hacked === undefined")
+        assert page.locator("#inspect img[src=x]").count() == 0
 
 
-def test_rubbish_is_told_in_words(page: Page, tmp_path: Path) -> None:
-    file = tmp_path / "rubbish.png"
-    file.write_bytes(b"not a picture")
-    inspect(page, file)
+def test_rubbish_is_told_and_what_cannot_be_restored_explained(page: Page, tmp_path: Path) -> None:
+    rubbish = tmp_path / "rubbish.png"
+    rubbish.write_bytes(b"not a picture")
+    inspect(page, rubbish)
     expect(page.locator("#inspect")).to_contain_text("not a picture")
     expect(page.locator("#inspect-restore")).to_be_hidden()
-
-
-def test_what_cannot_be_restored_is_explained(page: Page, tmp_path: Path) -> None:
     info = PngInfo()
     info.add_text("parameters", json.dumps(GOOD | {"checkpoint": {"name": "sdxl", "label": "SDXL", "sha256": ""}}))
     file = tmp_path / "unknown.png"
@@ -148,13 +146,10 @@ def test_what_cannot_be_restored_is_explained(page: Page, tmp_path: Path) -> Non
     expect(page.get_by_text("this studio has no checkpoint called 'sdxl'")).to_be_visible()
 
 
-def test_the_page_says_which_safety_policy_holds(page: Page) -> None:
+def test_formats_and_marks_are_chosen_on_the_page_and_it_says_its_safety_policy(page: Page, app: App) -> None:
     expect(page.locator("#policy")).to_have_text(
         "Safety check: warnings only. What it flags is told, and shown all the same."
     )
-
-
-def test_formats_and_marks_are_chosen_on_the_page(page: Page, app: App) -> None:
     write(page, "generate", "a flat fox")
     marks = page.locator("#generate .marks")
     marks.locator(".label-wrap").first.click()

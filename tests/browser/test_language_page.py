@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from tests.browser.conftest import PATIENCE, App
+from tests.browser.conftest import PATIENCE, App, open_studio
 from tests.browser.test_page import EXAMPLES, run, settings, upload, write
 
 TABS = {
@@ -41,8 +41,7 @@ def opened_in(browser: Browser, app: App) -> Iterator[Callable[..., Page]]:
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
-        page.goto(app.url)
-        expect(page.locator("#generate .run")).to_be_enabled()
+        open_studio(page, app.url)
         return page
 
     yield opened
@@ -54,8 +53,29 @@ def tabs(page: Page) -> list[str]:
     return [tab.inner_text() for tab in page.get_by_role("tab").all()]
 
 
+def expect_nothing_cut_or_left_as_a_mark(page: Page) -> None:
+    page.wait_for_timeout(1000)  # whatever is sent when the page is opened
+    rows = page.get_by_role("tab").evaluate_all("(them) => new Set(them.map((it) => it.offsetTop)).size")
+    assert rows == 1
+    for number in range(page.get_by_role("tab").count()):
+        page.get_by_role("tab").nth(number).click()
+        page.wait_for_timeout(400)
+        seen = page.locator("body").inner_text()
+        assert "__i18n__" not in seen and "flux2-studio: " not in seen
+        for width in (390, 1440):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            cut = page.evaluate(
+                """() => [...document.querySelectorAll('button:not(.label-wrap), label, h3, .chip')]
+                    .filter((it) => it.offsetParent && it.scrollWidth > it.clientWidth + 2 && it.clientWidth)
+                    .map((it) => it.textContent)"""
+            )
+            assert not cut
+    page.get_by_role("tab").first.click()
+
+
 @pytest.mark.parametrize("locale", WORDS)
-def test_a_run_in_another_language(opened_in: Callable[..., Page], locale: str) -> None:
+def test_a_page_and_a_run_in_another_language(opened_in: Callable[..., Page], locale: str) -> None:
     label, placeholder, button, empty, done, steps = WORDS[locale]
     page = opened_in(locale)
     expect(page.locator("html")).to_have_attribute("lang", locale if locale == "zh-CN" else locale[:2])
@@ -64,6 +84,7 @@ def test_a_run_in_another_language(opened_in: Callable[..., Page], locale: str) 
     expect(prompt).to_have_attribute("placeholder", placeholder)
     expect(page.locator("#generate .run")).to_have_text(button)
     expect(page.locator("#preview .lead")).to_have_text(empty)
+    expect_nothing_cut_or_left_as_a_mark(page)
     prompt.fill("a red apple")
     run(page, "generate")
     expect(page.locator("#progress")).to_contain_text(done)
@@ -108,28 +129,6 @@ def test_an_unknown_language_is_english(opened_in: Callable[..., Page]) -> None:
     write(page, "generate", "a red apple")
     run(page, "generate")
     expect(page.locator("#progress")).to_contain_text("1 picture in")
-
-
-@pytest.mark.parametrize("locale", WORDS)
-def test_nothing_is_cut_or_left_as_a_mark(opened_in: Callable[..., Page], locale: str) -> None:
-    page = opened_in(locale)
-    page.wait_for_timeout(1000)  # whatever is sent when the page is opened
-    rows = page.get_by_role("tab").evaluate_all("(them) => new Set(them.map((it) => it.offsetTop)).size")
-    assert rows == 1
-    for number in range(len(TABS[locale])):
-        page.get_by_role("tab").nth(number).click()
-        page.wait_for_timeout(400)
-        seen = page.locator("body").inner_text()
-        assert "__i18n__" not in seen and "flux2-studio: " not in seen
-        for width in (390, 1440):
-            page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            cut = page.evaluate(
-                """() => [...document.querySelectorAll('button:not(.label-wrap), label, h3, .chip')]
-                    .filter((it) => it.offsetParent && it.scrollWidth > it.clientWidth + 2 && it.clientWidth)
-                    .map((it) => it.textContent)"""
-            )
-            assert not cut
 
 
 def test_everything_fixed_is_in_the_catalogue(page: Page) -> None:

@@ -66,6 +66,7 @@ def draw(page: Page, app: App, seed: int = 5) -> Path:
     patience = time.monotonic() + PATIENCE / 1000
     write(page, "generate", "a flat fox on a pink background")
     set_number(page.locator("#generate .seed input"), seed)
+    expect(page.locator("#generate .lock input")).to_be_checked()
     run(page, "generate")
     while len(app.pictures()) == before:  # the page may still show that the run before is done
         assert time.monotonic() < patience, page.locator("#stage").inner_text()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 
-from tests.browser.conftest import ROOT, App
+from tests.browser.conftest import ROOT, App, open_studio
 
 EXAMPLES = ROOT / "assets" / "examples"
 
@@ -119,7 +119,7 @@ def expect_finished(page: Page, pictures: int = 1) -> None:
     expect(page.locator("#stop")).to_be_hidden()
 
 
-def test_opens_on_its_own(context, app: App) -> None:
+def test_opens_on_its_own_and_serves_no_other_file(context: BrowserContext, app: App) -> None:
     """No word and no picture from elsewhere: the page works without a network."""
     page = context.new_page()
     asked: list[str] = []
@@ -130,9 +130,6 @@ def test_opens_on_its_own(context, app: App) -> None:
     expect(page.locator("#preview")).to_contain_text("Your picture will appear here")
     assert asked
     assert [url for url in asked if not url.startswith((app.url, "data:", "blob:"))] == []
-
-
-def test_serves_no_other_file(page: Page, app: App) -> None:
     for path in (ROOT / "app.py", app.log, Path("/etc/passwd")):
         assert page.request.get(f"{app.url}gradio_api/file={path}").status in (403, 404)
     assert page.request.get(f"{app.url}gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
@@ -388,7 +385,7 @@ def test_the_picture_to_edit_is_replaced_by_a_good_one_only(page: Page, tmp_path
     expect(page.locator("#edit .block.refused")).to_be_hidden()
 
 
-def test_clear_takes_the_refusal_along(page: Page, tmp_path: Path) -> None:
+def test_clear_takes_the_refusal_along_and_ten_are_the_most(page: Page, tmp_path: Path) -> None:
     rubbish = tmp_path / "holiday.png"
     rubbish.write_bytes(b"rubbish")
     open_tab(page, "Multi-reference")
@@ -399,17 +396,14 @@ def test_clear_takes_the_refusal_along(page: Page, tmp_path: Path) -> None:
     expect(refused).to_be_hidden()
     expect(page.locator("#multi")).not_to_contain_text("As image 1:")
     expect(page.get_by_role("button", name="Add pictures")).to_be_hidden()
-
-
-def test_more_than_ten_references_are_refused_in_words(page: Page, tmp_path: Path) -> None:
+    # More than ten are refused in words.
     files = []
     for number in range(11):
         file = tmp_path / f"picture-{number:02}.png"
         Image.new("RGB", (64, 64), (number * 20, 0, 0)).save(file)
         files.append(file)
-    open_tab(page, "Multi-reference")
     upload(page, "multi", *files)
-    expect(page.locator("#multi .block.refused")).to_contain_text("at most 10 pictures: picture-10.png was left out")
+    expect(refused).to_contain_text("at most 10 pictures: picture-10.png was left out")
     expect(page.locator("#multi .references .thumbnail-item")).to_have_count(10)
 
 
@@ -448,7 +442,7 @@ def test_errors_are_words(page: Page, app: App) -> None:
     expect(problem(page)).to_be_hidden()
 
 
-def test_sizes_are_rounded_where_one_sees_it(page: Page) -> None:
+def test_sizes_are_rounded_where_one_sees_it_and_an_empty_one_is_named(page: Page, app: App) -> None:
     sheet = page.locator("#generate")
     set_number(sheet.get_by_label("Width"), 130)
     expect(sheet.get_by_label("Width")).to_have_value("128")
@@ -459,12 +453,23 @@ def test_sizes_are_rounded_where_one_sees_it(page: Page) -> None:
     expect(sheet.get_by_label("Width")).to_have_value("176")
     expect(sheet.get_by_label("Height")).to_have_value("96")
     expect(sheet).not_to_contain_text("must be at least")
+    # An empty one is named, and not run.
+    before = len(app.pictures())
+    write(page, "generate", "a whale")
+    sheet.get_by_label("Width").fill("")
+    set_number(sheet.get_by_label("Height"), 256)
+    expect(sheet.locator(".note .problem")).to_contain_text("Give the width in pixels")
+    run(page, "generate")
+    expect(problem(page)).to_contain_text("Give the width in pixels")
+    assert len(app.pictures()) == before
 
 
 def test_a_reference_gives_the_size_until_one_is_chosen(page: Page, app: App) -> None:
     open_tab(page, "Edit")
-    upload(page, "edit", EXAMPLES / "fox.png")
     sheet = page.locator("#edit")
+    hand_over(page, "paste", "pasted.png")
+    expect(sheet).to_contain_text("As image 1: 96 x 64 pixels")
+    upload(page, "edit", EXAMPLES / "fox.png")
     expect(sheet).to_contain_text("As image 1: 128 x 128 pixels (1:1).")
     expect(sheet.get_by_label("Width")).to_be_hidden()
     sheet.get_by_text("4:3", exact=True).click()
@@ -477,50 +482,29 @@ def test_a_reference_gives_the_size_until_one_is_chosen(page: Page, app: App) ->
     assert Image.open(app.pictures()[-1]).size == (128, 128)
 
 
-def test_an_empty_side_is_named(page: Page, app: App) -> None:
-    before = len(app.pictures())
-    sheet = page.locator("#generate")
-    write(page, "generate", "a whale")
-    sheet.get_by_label("Width").fill("")
-    set_number(sheet.get_by_label("Height"), 256)
-    expect(sheet.locator(".note .problem")).to_contain_text("Give the width in pixels")
-    run(page, "generate")
-    expect(problem(page)).to_contain_text("Give the width in pixels")
-    assert len(app.pictures()) == before
-
-
-def test_control_enter_runs(page: Page) -> None:
-    write(page, "generate", "a whale")
-    page.locator("#generate .prompt textarea").press("Control+Enter")
-    expect_finished(page)
-    assert settings(page)["Prompt"] == "a whale"
-
-
-def test_a_pasted_picture_becomes_the_reference(page: Page) -> None:
-    open_tab(page, "Edit")
-    hand_over(page, "paste", "pasted.png")
-    expect(page.locator("#edit")).to_contain_text("As image 1: 96 x 64 pixels")
-
-
-@pytest.mark.parametrize("width", [1440, 390])
-def test_sixteen_pictures_fit_on_the_mat(page: Page, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 900})
+def test_sixteen_pictures_fit_on_the_mat(page: Page) -> None:
     write(page, "generate", "a frog")
+    page.locator("#generate .prompt textarea").press("Control+Enter")  # which runs it, too
+    expect_finished(page)
+    assert settings(page)["Prompt"] == "a frog"
+    write(page, "generate", "sixteen frogs")
     set_count(page, "generate", 16)
     run(page, "generate")
     expect_finished(page, 16)
-    mat = page.locator("#mat").bounding_box()
-    last = page.locator("#gallery .thumbnail-item").nth(15).bounding_box()
-    assert mat and last
-    assert last["y"] + last["height"] <= mat["y"] + mat["height"]
-    assert last["x"] + last["width"] <= mat["x"] + mat["width"]
+    for width in (1440, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(500)  # until all has its place
+        mat = page.locator("#mat").bounding_box()
+        last = page.locator("#gallery .thumbnail-item").nth(15).bounding_box()
+        assert mat and last
+        assert last["y"] + last["height"] <= mat["y"] + mat["height"]
+        assert last["x"] + last["width"] <= mat["x"] + mat["width"]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(browser, app: App, scheme: str) -> None:
-    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+def test_a_phone_needs_no_sideways_scrolling(context: BrowserContext, app: App) -> None:
     page = context.new_page()
-    page.goto(app.url)
+    page.set_viewport_size({"width": 390, "height": 844})
+    open_studio(page, app.url)
     page.locator("#generate .examples button").first.click()
     expect(page.locator("#generate .prompt textarea")).not_to_have_value("")
     run(page, "generate")
@@ -528,15 +512,18 @@ def test_a_phone_needs_no_sideways_scrolling(browser, app: App, scheme: str) -> 
     expect(page.locator("#mat")).to_be_in_viewport()  # the run brought its picture into sight
     page.locator("#use-in-edit").click()
     expect(page.locator("#edit .references .thumbnail-item")).to_be_in_viewport()  # and this one the form
-    for tab in ("Generate", "Edit", "Multi-reference"):
-        open_tab(page, tab)
-        expect(page.locator(".sheet:visible .run")).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
-    dark = "document.body.classList.contains('dark')"
-    assert page.evaluate(dark) is (scheme == "dark")
-    page.locator("#look").click()
-    assert page.evaluate(dark) is (scheme != "dark")
-    context.close()
+    for scheme in ("light", "dark"):
+        if scheme == "dark":
+            page.emulate_media(color_scheme="dark")
+            open_studio(page, app.url)
+        for tab in ("Generate", "Edit", "Multi-reference"):
+            open_tab(page, tab)
+            expect(page.locator(".sheet:visible .run")).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+        dark = "document.body.classList.contains('dark')"
+        assert page.evaluate(dark) is (scheme == "dark")
+        page.locator("#look").click()
+        assert page.evaluate(dark) is (scheme != "dark")
 
 
 def _ends_with(name: str) -> re.Pattern[str]:

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from flux2_studio.presets import read_preset
-from tests.browser.conftest import PATIENCE, App
+from tests.browser.conftest import PATIENCE, App, open_studio
 from tests.browser.test_page import EXAMPLES as PICTURES
 from tests.browser.test_page import (
     choose_checkpoint,
@@ -32,8 +32,7 @@ def stranger(browser: Browser, app: App) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 390, "height": 844})
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
-    page.goto(app.url)
-    expect(page.locator("#generate .run")).to_be_enabled()
+    open_studio(page, app.url)
     yield page
     context.close()
 

@@ -1,35 +1,23 @@
-"""Runs outlive the tab, the page and the studio itself: seen from a real browser."""
+"""Runs outlive the tab and the page, and wait their turn: seen from a real browser."""
 
 from __future__ import annotations
 
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
-from tests.browser.conftest import ROOT, STARTED_IN, App, answers, environment, free_port
+from tests.browser.conftest import PATIENCE, App, open_studio
 from tests.browser.test_page import (
     WATCH,
     choose_checkpoint,
     expect_finished,
-    open_tab,
-    result,
     run,
     set_count,
     set_number,
     settings,
-    upload,
     write,
 )
-from tests.tiny import Toys
-
-EXAMPLES = ROOT / "assets" / "examples"
 
 
 def run_on(page: Page, count: int = 16) -> None:
@@ -122,11 +110,12 @@ def test_the_queue_is_put_in_order(page: Page, app: App) -> None:
 
 
 def test_nobody_sees_the_queue_of_another_browser(page: Page, browser: Browser, app: App) -> None:
+    stranger = browser.new_context()
+    stranger.set_default_timeout(PATIENCE)
+    other = stranger.new_page()
+    open_studio(other, app.url)
     run_on(page)
     queue_one(page, "a secret lemon")
-    stranger = browser.new_context()
-    other = stranger.new_page()
-    other.goto(app.url)
     write(other, "generate", "a frog")
     run(other, "generate")
     expect(row(other, "a frog")).to_contain_text("2 runs before it, 2 of them other people's")
@@ -135,60 +124,3 @@ def test_nobody_sees_the_queue_of_another_browser(page: Page, browser: Browser, 
     stop(page)
     expect_finished(other)
     stranger.close()
-
-
-@pytest.fixture
-def restartable(tmp_path: Path, toys: Toys) -> Iterator[tuple[str, Callable[[], None], Callable[[], None], Path]]:
-    """A studio's address, what starts it, what kills it without a warning, and its home."""
-    port, home = free_port(), tmp_path / "home"
-    running: list[subprocess.Popen[bytes]] = []
-    url = f"http://127.0.0.1:{port}/"
-
-    def start() -> None:
-        with (tmp_path / "app.log").open("ab") as log:
-            command = [sys.executable, "app.py", "--port", str(port)]
-            running.append(subprocess.Popen(command, cwd=ROOT, env=environment(home, toys), stdout=log, stderr=log))
-        deadline = time.monotonic() + STARTED_IN
-        while not answers(url):
-            assert running[-1].poll() is None and time.monotonic() < deadline, (tmp_path / "app.log").read_text()
-            time.sleep(0.2)
-
-    def kill() -> None:
-        running[-1].send_signal(signal.SIGKILL)
-        running[-1].wait(30)
-
-    start()
-    yield url, start, kill, home
-    kill()
-
-
-def test_a_killed_studio_goes_on_where_it_was(
-    context: BrowserContext, restartable: tuple[str, Callable[[], None], Callable[[], None], Path], tmp_path: Path
-) -> None:
-    url, start, kill, home = restartable
-    page = context.new_page()
-    page.goto(url)
-    expect(page.locator("#generate .run")).to_be_enabled()
-    run_on(page)
-    choose_checkpoint(page, "Nano (a toy, on board)")
-    open_tab(page, "Edit")
-    upload(page, "edit", EXAMPLES / "fox.png")
-    expect(page.locator("#edit")).to_contain_text("As image 1: 128 x 128 pixels")
-    write(page, "edit", "make the background yellow")
-    run(page, "edit")
-    expect(page.locator("#queue li")).to_have_count(2)
-    kill()
-    shutil.rmtree(home / "uploads")  # as it may be, a day later
-    start()
-    # The page comes back by itself, and the run that waited is done.
-    expect(row(page, "a 3D owl")).to_contain_text("The studio ended before it was done: run it again.")
-    expect(page.locator("#settings")).to_contain_text("make the background yellow")
-    expect(result(page)).to_be_visible()
-    assert settings(page)["References"] == "fox.png"
-    press(page, "a 3D owl", "Run again")
-    expect(page.locator("#progress")).to_contain_text("Step")
-    expect(page.locator("#queue li.running")).to_contain_text("a 3D owl")
-    expect(page.locator("#queue li")).to_have_count(1)
-    stop(page)
-    expect(page.locator("#queue")).to_be_hidden()
-    assert "Traceback" not in (tmp_path / "app.log").read_text()
