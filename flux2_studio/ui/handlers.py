@@ -353,8 +353,9 @@ def _wire_identity(studio: Studio, forms: Sequence[Form]) -> None:
 
 def _wire_seed(form: Form) -> None:
     seed = form.fields["seed"]
-    # When the page is opened, for Gradio shows a Number that was made with None as 0 until it is set once more.
-    listen(None, lambda: None, None, seed, queue=False)
+    # When the page is opened, for Gradio shows a Number that was made with None as 0 until it is set once more. In the
+    # browser: an answer of the server would come when somebody may have typed one.
+    listen(None, None, None, seed, js="() => null")
     # A seed that somebody rolled or typed is one they want to see used: both lock it. In the browser, so that a run
     # that is started at once has it.
     roll = f"() => [Math.floor(Math.random() * {MAX_SEED - MAX_COUNT}), true]"

@@ -94,6 +94,8 @@ def test_pictures_of_history_are_chosen_in_their_order(remember: Remember, open_
     expect(picker.locator("[role=status]")).to_have_text("Nothing matches.")
     picker.locator("input").fill("owl")
     expect(tiles).to_have_count(1)
+    picker.locator("input").fill("")
+    expect(tiles).to_have_count(4)
     page.keyboard.press("Escape")
     expect(picker).to_be_hidden()
     expect(captions(page)).to_have_count(3)
