@@ -15,7 +15,8 @@ from flux2_studio.ui.wiring import listen
 MARKUP = """<dialog id="picker" aria-labelledby="picker-title">
 <button type="button" class="close" data-i18n aria-label="Close (Escape)">✕</button>
 <h2 id="picker-title" data-i18n>From History</h2>
-<input type="text" inputmode="search" data-i18n placeholder="Words of the prompt" aria-label="Words of the prompt" autocomplete="off">
+<input type="text" inputmode="search" data-i18n placeholder="Words of the prompt" aria-label="Words of the prompt"
+autocomplete="off">
 <div class="grid" data-i18n role="group" aria-label="Your pictures"></div>
 <div class="foot"><p role="status"></p><button type="button" class="add" hidden></button></div>
 </dialog>"""
