@@ -1,12 +1,12 @@
 """Prompts to context: a language model's hidden states at a few depths, side by side.
 
-Does: Qwen3 and Mistral3 text towers, through transformers; only the layers that are read are loaded, never the LM
-head, the vision tower or the final norm. Does not know: which checkpoint asks; the `TextRecipe` says it all.
+Does: Qwen3 and Mistral3 text towers; only the layers that are read are loaded, never the LM head, the vision tower or
+the final norm. Does not know: which checkpoint asks; the `TextRecipe` says it all.
 
     context [B, L, taps * W]: L tokens (padded), W the encoder's width, the taps' hidden states joined per token
 
 Pitfalls: padded tokens are part of the context, so they must be computed, under the padding mask. transformers applies
-the final norm to the last hidden state; a tower cut at its last tap must not (its norm is replaced by identity).
+the final norm to the last hidden state; a tower cut at its last tap must not.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux2_studio.engine.footprint import META, hold_small, peak_bytes
 from flux2_studio.engine.formats import Contents, open_contents
 from flux2_studio.engine.layouts import Plan, Source, put
 from flux2_studio.engine.params import TextRecipe
 from flux2_studio.engine.tensor_files import read_json
+from flux2_studio.engine.tower import Tower, seen, tower_params
 from flux2_studio.engine.weights import Checked, Storage, checked
 from flux2_studio.errors import WeightsError
 
@@ -45,9 +46,12 @@ class Encoded:
 
 
 class TextEncoder:
-    """A tokenizer and a decoder tower, cut after the last layer that is read. Build it with `load_text_encoder`."""
+    """A tokenizer and a decoder tower, cut after the last layer that is read. Build it with `load_text_encoder`.
 
-    def __init__(self, tower: nn.Module, tokenizer: Any, recipe: TextRecipe) -> None:
+    tower: is called as `tower.Tower.forward` is.
+    """
+
+    def __init__(self, tower: Any, tokenizer: Any, recipe: TextRecipe) -> None:
         self.tower = tower
         self._tokenizer = tokenizer
         self.recipe = recipe
@@ -62,7 +66,7 @@ class TextEncoder:
         rows = [self._tokens(prompt) for prompt in prompts]
         ids = torch.tensor([row[0] for row in rows], device=self.device)
         mask = torch.tensor([row[1] for row in rows], device=self.device)
-        return Encoded(read_taps(self.tower, ids, mask, self.recipe), tuple(row[2] for row in rows))
+        return Encoded(self.tower(ids, seen(mask), self.recipe.taps), tuple(row[2] for row in rows))
 
     def _tokens(self, prompt: str) -> tuple[list[int], list[int], int]:
         """Token ids and mask, both of the recipe's length, and how many tokens of the prompt were cut."""
@@ -84,22 +88,14 @@ class TextEncoder:
         return kept + padding, mask + [0] * pad, cut
 
 
-def read_taps(tower: nn.Module, ids: Tensor, mask: Tensor, recipe: TextRecipe) -> Tensor:
-    """The context [B, L, taps * W] of token ids [B, L]; mask: of the tokens [B, L], or of pairs [B, 1, L, L]."""
-    out = tower(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    return torch.cat([out.hidden_states[tap] for tap in recipe.taps], -1)
-
-
 @dataclass(frozen=True)
 class CheckedText:
-    """A text encoder whose files fit: all that is left is to read the weights. `width` is that of its context;
-    `config` is the cut tower's, as transformers has it."""
+    """A text encoder whose files fit: all that is left is to read the weights. `width` is that of its context."""
 
     width: int
     recipe: TextRecipe
-    _tower: Checked[Any]
+    _tower: Checked[Tower]
     tokenizer: Any
-    config: Any
 
     def sizes(self, *, dtype: torch.dtype, storage: Storage = "plain") -> dict[str, int]:
         """Bytes of memory of each of the tower's tensors, see `weights.Checked.sizes`."""
@@ -113,21 +109,19 @@ class CheckedText:
     def activations(self, *, dtype: torch.dtype, prompts: int, quantized: bool = False) -> int:
         """Bytes alive at once, at most, while so many prompts are encoded, see `footprint.py`.
 
-        Two layers stand for all: what the others add is one hidden state each, which transformers keeps to the end.
+        Two layers stand for all: what the others add is the hidden states that are read, kept until all of them are.
         """
-        length = self.recipe.length
-        shallow = replace(self.recipe, taps=(min(2, self.recipe.layers),) * len(self.recipe.taps))
+        taps, length = self.recipe.taps, self.recipe.length
+        depth = min(2, self.recipe.layers)
         with META:
             tower = self._tower.build().to(dtype)
-            tower.layers = tower.layers[: shallow.layers]
+            tower.layers = tower.layers[:depth]
             if quantized:
                 hold_small(tower.layers)
             ids = torch.empty(prompts, length, dtype=torch.long)
-            # Whole, as the tower would make it of the tokens' mask, whose values it asks for to do so.
-            mask = torch.empty(prompts, 1, length, length, dtype=torch.bool)
-        states = prompts * length * self.config.hidden_size * dtype.itemsize
-        peak = peak_bytes(lambda: read_taps(tower, ids, mask, shallow), ids, mask)
-        return peak + states * (self.recipe.layers - shallow.layers)
+            mask = torch.empty(prompts, length, dtype=torch.long)
+        peak = peak_bytes(lambda: tower(ids, seen(mask), (depth,) * len(taps)), ids, mask)
+        return peak + prompts * length * (self.width // len(taps)) * dtype.itemsize * (len(set(taps)) - 1)
 
     def load(
         self,
@@ -140,47 +134,27 @@ class CheckedText:
     ) -> TextEncoder:
         """storage: how the layers' matrices are held; for all arguments and errors see `weights.Checked.load`."""
         tower = self._tower.load(device=device, dtype=dtype, storage=storage, mapped=mapped, told=told)
-        # Its tables are buffers that no file holds: make them anew where they are used.
-        tower.rotary_emb = type(tower.rotary_emb)(config=self.config).to(device)
         return TextEncoder(tower, self.tokenizer, self.recipe)
 
 
 def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedText:
     """The text encoder in folder `weights` with the tokenizer in folder `tokenizer`. Raises `WeightsError`."""
-    # transformers takes seconds to import, and half of this package's users never need it
-    from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
-
-    fields = _config(weights, recipe)
-    families: dict[str, tuple[Any, Any]] = {
-        "qwen3": (Qwen3Config, Qwen3Model),
-        "mistral": (MistralConfig, MistralModel),
-    }
-    config_class, model_class = families[fields["model_type"]]
-
-    def build() -> Any:
-        tower = model_class(config)
-        tower.norm = nn.Identity()
-        return tower
-
     try:
-        config = config_class.from_dict(fields)
-        config._attn_implementation = "sdpa"
-        with META:
-            blank = build()
-    except Exception as error:
-        # Whatever transformers raises for fields that make no model: its validators' own errors, KeyError, ...
+        params = tower_params(decoder_fields(weights, recipe), recipe.layers, recipe.length)
+    except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"The config.json in {weights.name} does not describe a text encoder that can be built. Download it again."
+            f"The config.json in {weights.name} does not describe a text encoder that can be built ({error}). Download "
+            f"it again."
         ) from error
     words = load_tokenizer(tokenizer, recipe)
-    if len(words) > config.vocab_size:
+    if len(words) > params.vocabulary:
         raise WeightsError(
             f"The tokenizer in {tokenizer.name} knows {len(words)} tokens, but the text encoder in {weights.name} only "
-            f"{config.vocab_size}: one of them is another checkpoint's. Use the tokenizer that belongs to the encoder."
+            f"{params.vocabulary}: one of them is another checkpoint's. Use the tokenizer that belongs to the encoder."
         )
     contents = open_contents(weights, TEXT_FOLDER)
-    tower = checked(build, contents, _tower_plan(contents, recipe.layers), blank=blank, blocks=("layers.",))
-    return CheckedText(config.hidden_size * len(recipe.taps), recipe, tower, words, config)
+    tower = checked(lambda: Tower(params), contents, _tower_plan(contents, recipe.layers), blocks=("layers.",))
+    return CheckedText(params.hidden * len(recipe.taps), recipe, tower, words)
 
 
 def load_text_encoder(
@@ -192,6 +166,7 @@ def load_text_encoder(
 
 def load_tokenizer(folder: Path, recipe: TextRecipe) -> Any:
     """The tokenizer in `folder`, whose chat template has been tried as `recipe` uses it. Raises `WeightsError`."""
+    # transformers takes seconds to import, and half of this package's users never need it
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
@@ -229,8 +204,8 @@ def render(tokenizer: Any, prompt: str, recipe: TextRecipe) -> str:
     return text
 
 
-def _config(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
-    """The decoder's fields of config.json, cut to the layers that `recipe` reads."""
+def decoder_fields(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
+    """The decoder's fields of config.json, which has the layers that `recipe` reads. Raises `WeightsError`."""
     file = weights / "config.json"
     try:
         fields = read_json(file)
@@ -248,9 +223,6 @@ def _config(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
             f"The text encoder in {weights.name} has {layers} layers of width {width}; this checkpoint reads layer "
             f"{recipe.layers}. It belongs to another checkpoint."
         )
-    fields["num_hidden_layers"] = recipe.layers
-    if isinstance(fields.get("layer_types"), list):
-        fields["layer_types"] = fields["layer_types"][: recipe.layers]
     return fields
 
 

@@ -1,7 +1,7 @@
 """A text encoder's whole language model, which writes: it enriches prompts and answers questions about pictures.
 
-Does: Qwen3 and Mistral3 with all layers, norm and LM head, Mistral3 with its vision tower, through transformers'
-modules on weights that are loaded strictly; seeded sampling with a cache of keys and values. The weights are held once
+Does: Qwen3 and Mistral3 with all layers, norm and LM head, Mistral3 with its vision tower, which is transformers' own
+module; weights are loaded strictly; seeded sampling with a cache of keys and values. The weights are held once
 for both uses: `Writer.encoder` is a text encoder made of the writer's own first layers. Does not know: what it is told
 to write, and what for.
 
@@ -10,7 +10,6 @@ to write, and what for.
 
 Pitfalls: what users type must not turn into special tokens (a typed [IMG] has no picture, a typed end mark ends the
 message), so these are taken out. A character may take several tokens: text is only told as far as it is whole.
-transformers' hooks for hidden states are put on layers by whichever model asks first: only the encoder may ask.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,10 +33,12 @@ from flux2_studio.engine.formats import Contents, open_contents
 from flux2_studio.engine.layouts import Plan, Source, put
 from flux2_studio.engine.params import TextRecipe
 from flux2_studio.engine.tensor_files import read_json
-from flux2_studio.engine.text import CheckedText, TextEncoder, open_text_encoder
+from flux2_studio.engine.text import CheckedText, TextEncoder, decoder_fields, open_text_encoder
+from flux2_studio.engine.tower import Decoder, Past, tower_params
 from flux2_studio.engine.weights import Checked, Storage, checked
 from flux2_studio.errors import DeviceError, WeightsError
 
+CONVERSATION = 4096  # tokens that a model must see at once to be used here
 CHUNK = 512  # tokens read at once: bounds what is alive, and how long stopping takes
 IMAGE = "[IMG]"  # in the chat template, where a picture is; then one for each of its tokens
 # What Pixtral's vision tower was trained on: mean and deviation of CLIP's images, per channel.
@@ -55,18 +56,20 @@ _NAMES = {
 
 
 class LanguageModel(nn.Module):
-    """body: transformers' model without a head. tied: whether the embedding is the head as well."""
+    """body: a `Decoder`, or transformers' Mistral3 around one, to see with. tied: whether the embedding is the head as
+    well."""
 
     def __init__(self, body: Any, *, tied: bool) -> None:
         super().__init__()
         self.body = body
-        config = self.decoder.config
-        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        params = self.decoder.params
+        self.head = None if tied else nn.Linear(params.hidden, params.vocabulary, bias=False)
 
     @property
-    def decoder(self) -> Any:
+    def decoder(self) -> Decoder:
         """The tower that reads and writes text."""
-        return self.body.language_model if self.sees else self.body
+        decoder: Decoder = self.body.language_model if self.sees else self.body
+        return decoder
 
     @property
     def sees(self) -> bool:
@@ -94,10 +97,9 @@ class LanguageModel(nn.Module):
             embeddings = embeddings.masked_scatter(where, torch.cat(features).to(embeddings))
         return embeddings
 
-    def forward(self, embeddings: Tensor, cache: Any) -> Tensor:
-        """Logits [V] after the last of `embeddings` [1, L, W], which follow what is in `cache`."""
-        read = self.decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-        last = read.last_hidden_state[0, -1]
+    def forward(self, embeddings: Tensor, past: Past) -> Tensor:
+        """Logits [V] after the last of `embeddings` [1, L, W], which follow what is in `past`."""
+        last = self.decoder.read(embeddings, past)[0, -1]
         logits: Tensor = F.linear(last, self.decoder.embed_tokens.weight) if self.head is None else self.head(last)
         return logits
 
@@ -107,7 +109,7 @@ class Writer:
 
     def __init__(self, model: LanguageModel, tokenizer: Any, recipe: TextRecipe, stops: frozenset[int]) -> None:
         self.model = model
-        self.encoder = TextEncoder(_cut(model.decoder, recipe.layers), tokenizer, recipe)
+        self.encoder = TextEncoder(model.decoder.cut(recipe.layers), tokenizer, recipe)
         self._tokenizer = tokenizer
         self._recipe = recipe
         self._stops = stops
@@ -136,11 +138,9 @@ class Writer:
         time; top_p: see `choose`. The same seed gives the same text on the same device and precision. Raises
         `DeviceError` where the numbers ran out of range.
         """
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.model.decoder.config)
+        past = Past()
         generator = torch.Generator().manual_seed(seed)
-        logits = self._begin(system, message, images, cache, cancelled)
+        logits = self._begin(system, message, images, past, cancelled)
         if logits is None:
             return False
         written: list[int] = []
@@ -157,7 +157,7 @@ class Writer:
             if len(whole) > len(told):
                 yield whole[len(told) :]
                 told = whole
-            logits = self._step(self._embed([token], []), cache)
+            logits = self._step(self._embed([token], []), past)
         return False
 
     def next_logits(self, system: str, message: str, images: Sequence[Tensor] = ()) -> Tensor:
@@ -165,9 +165,7 @@ class Writer:
 
         Arguments and errors as for `write`.
         """
-        from transformers import DynamicCache
-
-        logits = self._begin(system, message, images, DynamicCache(config=self.model.decoder.config), lambda: False)
+        logits = self._begin(system, message, images, Past(), lambda: False)
         assert logits is not None
         return self._finite(logits)
 
@@ -177,15 +175,15 @@ class Writer:
         return ids
 
     def _begin(
-        self, system: str, message: str, images: Sequence[Tensor], cache: Any, cancelled: Callable[[], bool]
+        self, system: str, message: str, images: Sequence[Tensor], past: Past, cancelled: Callable[[], bool]
     ) -> Tensor | None:
-        """Read the conversation into `cache`: the logits [V] of what follows, None once `cancelled`."""
+        """Read the conversation into `past`: the logits [V] of what follows, None once `cancelled`."""
         ids, pixels = self._read(system, message, images)
         logits: Tensor | None = None
         for chunk in self._embed(ids, pixels).split(CHUNK, 1):
             if cancelled():
                 return None
-            logits = self._step(chunk, cache)
+            logits = self._step(chunk, past)
         return logits
 
     @torch.inference_mode()
@@ -194,8 +192,8 @@ class Writer:
         return self.model.embed(torch.tensor([ids], device=device), [image.to(device) for image in pixels])
 
     @torch.inference_mode()
-    def _step(self, embeddings: Tensor, cache: Any) -> Tensor:
-        logits: Tensor = self.model(embeddings, cache)
+    def _step(self, embeddings: Tensor, past: Past) -> Tensor:
+        logits: Tensor = self.model(embeddings, past)
         return logits
 
     def _choose(self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -280,30 +278,27 @@ class CheckedWriter:
         tokens: of text, the answer included; no text has more than characters. pictures: height and width of each, in
         pixels. Two layers stand for all, beside the keys and values that each keeps.
         """
-        from transformers import DynamicCache
-
         with META:
             model = self._model.build().to(dtype)
-            config, layers = model.decoder.config, len(model.decoder.layers)
+            params, layers = model.decoder.params, len(model.decoder.layers)
             model.decoder.layers = model.decoder.layers[:2]
             if quantized:
                 hold_small(model.decoder.layers)
             grids = [model.grid(*size) for size in pictures]
             tokens += sum(rows * (columns + 1) for rows, columns in grids)
-            chunk = torch.empty(1, min(CHUNK, tokens), config.hidden_size, dtype=dtype)
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            shape = (1, config.num_key_value_heads, max(0, tokens - CHUNK), width)
-            cache = DynamicCache()
+            chunk = torch.empty(1, min(CHUNK, tokens), params.hidden, dtype=dtype)
+            shape = (1, params.kv_heads, max(0, tokens - CHUNK), params.head_width)
+            past = Past()
             for index in range(len(model.decoder.layers)):
-                cache.update(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), index)
-            peak = peak_bytes(lambda: model(chunk, cache), chunk)
+                past.extended(index, torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+            peak = peak_bytes(lambda: model(chunk, past), chunk)
             for rows, columns in set(grids):
                 size = (rows * model.patch, columns * model.patch)
                 image = torch.empty(1, 3, *size, dtype=dtype)
                 look = partial(model.body.vision_tower, image, [size], output_hidden_states=[-1])
                 peak = max(peak, peak_bytes(look, image))
-        kept = 2 * layers * config.num_key_value_heads * tokens * width * dtype.itemsize
-        everything = tokens * config.hidden_size * dtype.itemsize  # the embeddings, while chunks of them are read
+        kept = 2 * layers * params.kv_heads * tokens * params.head_width * dtype.itemsize
+        everything = tokens * params.hidden * dtype.itemsize  # the embeddings, while chunks of them are read
         return peak + kept + everything
 
     def load(
@@ -317,10 +312,8 @@ class CheckedWriter:
     ) -> Writer:
         """storage: how the layers' matrices are held; for all arguments and errors see `weights.Checked.load`."""
         model = self._model.load(device=device, dtype=dtype, storage=storage, mapped=mapped, told=told)
-        # Their tables are buffers that no file holds: make them anew where they are used.
-        decoder = model.decoder
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)
         if model.sees:
+            # Its table is a buffer that no file holds: make it anew where it is used.
             vision = model.body.vision_tower
             positions = type(vision.patch_positional_embedding)(vision.config)
             vision.patch_positional_embedding = positions.to(device)
@@ -332,39 +325,26 @@ def open_writer(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedWr
 
     recipe: how the same model reads prompts, for `Writer.encoder`.
     """
-    # transformers takes seconds to import, and half of this package's users never need it
-    from transformers import (
-        Mistral3Config,
-        Mistral3Model,
-        MistralConfig,
-        MistralModel,
-        Qwen3Config,
-        Qwen3Model,
-    )
-
     text = open_text_encoder(weights, tokenizer, recipe)
     fields = read_json(weights / "config.json")
-    families: dict[str, tuple[Any, Any]] = {
-        "qwen3": (Qwen3Config, Qwen3Model),
-        "mistral": (MistralConfig, MistralModel),
-        "mistral3": (Mistral3Config, Mistral3Model),
-    }
-    if fields.get("model_type") not in families:
+    family = fields.get("model_type")
+    if family not in ("qwen3", "mistral", "mistral3"):
         raise WeightsError(
-            f"{weights.name} holds a {fields.get('model_type')!r} model, which cannot write prompts here: choose "
-            f"another one for upsampling."
+            f"{weights.name} holds a {family!r} model, which cannot write prompts here: choose another one for "
+            f"upsampling."
         )
-    config_class, model_class = families[fields["model_type"]]
     contents = open_contents(weights, "text_encoder")
+    own = fields["text_config"] if family == "mistral3" else fields
     try:
-        config = config_class.from_dict(fields)
-        config._attn_implementation = "sdpa"
+        params = tower_params(decoder_fields(weights, recipe), own["num_hidden_layers"], CONVERSATION)
+        config = _sight(fields) if family == "mistral3" else None
         # The decoder's own word. Mistral3's outer config takes the head for tied where the file says nothing, as that
         # of Mistral Small 3.2 does, which has one of its own.
-        tied = bool(getattr(config, "text_config", config).tie_word_embeddings)
+        tied = own.get("tie_word_embeddings") is True
 
         def build() -> LanguageModel:
-            return LanguageModel(model_class(config), tied=tied)
+            decoder = Decoder(params)
+            return LanguageModel(decoder if config is None else _seeing(decoder, config), tied=tied)
 
         with META:
             blank = build()
@@ -379,10 +359,30 @@ def open_writer(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedWr
         raise WeightsError(
             f"{weights.name} has no lm_head: it can read prompts, but not write any. Use the whole language model."
         )
-    sees = fields["model_type"] == "mistral3"
+    sees = config is not None
     blocks = "body.language_model.layers." if sees else "body.layers."
     model = checked(build, contents, plan, blank=blank, blocks=(blocks,))
-    return CheckedWriter(text, sees, model, _stops(weights, config, text.tokenizer))
+    return CheckedWriter(text, sees, model, _stops(weights, (fields, own), text.tokenizer))
+
+
+def _sight(fields: Mapping[str, Any]) -> Any:
+    """The config of a Mistral3 as transformers reads it, which raises nearly anything for fields that make none."""
+    from transformers import Mistral3Config  # here: it takes seconds, and most writers see nothing
+
+    config = Mistral3Config.from_dict(dict(fields))
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _seeing(decoder: Decoder, config: Any) -> Any:
+    """transformers' Mistral3 without a head, with `decoder` in the place of its own."""
+    from transformers import Mistral3Model
+
+    shallow = copy.deepcopy(config)
+    shallow.text_config.num_hidden_layers = 1  # its own decoder is not kept
+    body = Mistral3Model(shallow)
+    body.language_model = decoder
+    return body
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -441,21 +441,6 @@ def render(tokenizer: Any, system: str, message: str, images: int, recipe: TextR
     return text
 
 
-def _cut(decoder: Any, layers: int) -> Any:
-    """A tower of the first `layers` of `decoder`, made of the very same modules: moving one moves the other."""
-    config = copy.deepcopy(decoder.config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    with META:
-        tower = type(decoder)(config)
-    tower.embed_tokens = decoder.embed_tokens
-    tower.layers = nn.ModuleList(decoder.layers[:layers])
-    tower.norm = nn.Identity()
-    tower.rotary_emb = decoder.rotary_emb
-    return tower.eval()
-
-
 def _plan(contents: Contents, *, tied: bool) -> Plan:
     """The file's tensors under our names."""
     plan: Plan = {}
@@ -468,10 +453,9 @@ def _plan(contents: Contents, *, tied: bool) -> Plan:
     return plan
 
 
-def _stops(weights: Path, config: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: whatever the files beside the weights and the tokenizer call so."""
-    configs = (config, getattr(config, "text_config", None))
-    named: list[Any] = [tokenizer.eos_token_id, *(getattr(it, "eos_token_id", None) for it in configs)]
+def _stops(weights: Path, configs: Sequence[Mapping[str, Any]], tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: whatever `configs`, the files beside the weights and the tokenizer call so."""
+    named: list[Any] = [tokenizer.eos_token_id, *(it.get("eos_token_id") for it in configs)]
     with suppress(OSError, ValueError, AttributeError):  # not every repository has it, and the tokenizer knows as well
         named.append(read_json(weights / "generation_config.json").get("eos_token_id"))
     found = {

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, TopPLogitsWarper
+from transformers import Qwen3Config, Qwen3ForCausalLM, TopPLogitsWarper
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from flux2_studio.checkpoints import DEV, LOCAL_WRITERS
@@ -23,6 +23,7 @@ from flux2_studio.engine.params import TextRecipe
 from flux2_studio.engine.quantize import QuantizedLinear
 from flux2_studio.engine.streaming import stream
 from flux2_studio.engine.text import load_text_encoder
+from flux2_studio.engine.tower import Past
 from flux2_studio.engine.writer import CheckedWriter, Writer, choose, open_writer, without
 from flux2_studio.errors import DeviceError, WeightsError
 from flux2_studio.models.residency import Residency
@@ -160,9 +161,9 @@ def test_a_head_of_its_own_is_used_whatever_the_outer_config_says(published: Tex
 def numbers(writer: Writer, images: Sequence[Tensor], follows: Sequence[int]) -> Tensor:
     """The logits [1 + len(follows), V] after the conversation, and after each token that follows it."""
     ids, pixels = writer._read(SYSTEM, MESSAGE, images)
-    cache = DynamicCache()
+    past = Past()
     steps = [writer._embed(ids, pixels), *(writer._embed([token], []) for token in follows)]
-    return torch.stack([writer._step(step, cache) for step in steps])
+    return torch.stack([writer._step(step, past) for step in steps])
 
 
 def image_tokens(width: int, height: int) -> str:
@@ -299,8 +300,8 @@ def test_what_it_takes_is_known_before_it_is_loaded(published: Text, mistral: Wr
     assert any(name.startswith(opened.blocks) for name in held)
     assert (opened.width, opened.recipe) == (opened.text.width, SHORT_MISTRAL)
     few, many = (opened.writing(dtype=torch.float32, tokens=tokens) for tokens in (600, 1200))
-    config = mistral.model.decoder.config
-    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    params = mistral.model.decoder.params
+    kept = 2 * params.layers * params.kv_heads * params.head_width * 4
     assert many - few >= 600 * kept
     looking = opened.writing(dtype=torch.float32, tokens=600, pictures=[(1024, 1000)])
     image = 32 * 33  # tokens, a row of 32 having one more

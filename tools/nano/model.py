@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flux2_studio.checkpoints import NANO
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.text import open_text_encoder, render
+from flux2_studio.engine.tower import seen
 from flux2_studio.engine.transformer import FinalLayer, Modulation, RMSScale, Transformer
 from flux2_studio.engine.weights import load_transformer
 from tools.nano.recipe import Recipe
@@ -37,8 +38,8 @@ class Text(nn.Module):
         pad = self._tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (self._length - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (self._length - len(row)) for row in rows], device=device)
-        out = self.tower(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        return torch.cat([out.hidden_states[tap] for tap in self._taps], -1)
+        context: Tensor = self.tower(ids, seen(mask), self._taps)
+        return context
 
     def _tokens(self, prompt: str) -> list[int]:
         if prompt not in self._known:
