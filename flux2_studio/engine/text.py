@@ -119,8 +119,8 @@ class CheckedText:
             if quantized:
                 hold_small(tower.layers)
             ids = torch.empty(prompts, length, dtype=torch.long)
-            mask = torch.empty(prompts, length, dtype=torch.long)
-        peak = peak_bytes(lambda: tower(ids, seen(mask), (depth,) * len(taps)), ids, mask)
+            mask = torch.empty(prompts, 1, length, length, dtype=torch.bool)
+        peak = peak_bytes(lambda: tower(ids, mask, (depth,) * len(taps)), ids, mask)
         return peak + prompts * length * (self.width // len(taps)) * dtype.itemsize * (len(set(taps)) - 1)
 
     def load(

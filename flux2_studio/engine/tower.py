@@ -198,7 +198,7 @@ class Tower(nn.Module):
         mask: [B, 1, L, L], see `seen`.
         """
         x = self.embed_tokens(ids)
-        cos, sin = (table.to(x.dtype) for table in rotations(0, ids.shape[1], self.params, ids.device))
+        cos, sin = rotations(0, x.shape[1], self.params, x)
         kept = {0: x}
         for number, layer in enumerate(self.layers, 1):
             x = layer(x, cos, sin, mask)
@@ -225,8 +225,8 @@ class Decoder(Tower):
     def read(self, x: Tensor, past: Past) -> Tensor:
         """[B, L, W], normed, of embeddings [B, L, W] that follow what is in `past`, which they extend."""
         before, length = past.tokens, x.shape[1]
-        mask = torch.ones(length, before + length, dtype=torch.bool, device=x.device).tril(before)
-        cos, sin = (table.to(x.dtype) for table in rotations(before, length, self.params, x.device))
+        mask = _earlier(before, length, x.device)
+        cos, sin = rotations(before, length, self.params, x)
         for number, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask[None, None], past, number)
         normed: Tensor = self.norm(x)
@@ -235,17 +235,23 @@ class Decoder(Tower):
 
 def seen(mask: Tensor) -> Tensor:
     """[B, 1, L, L] of the tokens' mask [B, L], 1 for a token and 0 for padding: a token sees those up to itself."""
-    length = mask.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return earlier & mask.bool()[:, None, None, :]
+    return _earlier(0, mask.shape[1], mask.device) & mask.bool()[:, None, None, :]
 
 
-def rotations(start: int, length: int, params: TowerParams, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [L, d] of so many positions from `start` on, in float32."""
-    half = torch.arange(0, params.head_width, 2, dtype=torch.float32, device=device) / params.head_width
-    angles = torch.arange(start, start + length, dtype=torch.float32, device=device)[:, None] / params.theta**half
+def _earlier(before: int, length: int, device: torch.device) -> Tensor:
+    """[L, before + L]: which tokens each of the last `length` may look at."""
+    places = torch.arange(before + length, device=device)
+    return places <= places[before:, None]
+
+
+def rotations(start: int, length: int, params: TowerParams, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [L, d] of so many positions from `start` on, where and as `like` is. The angles are computed in
+    float64 on the CPU, where every device has it."""
+    half = torch.arange(0, params.head_width, 2, dtype=torch.float64, device="cpu") / params.head_width
+    places = torch.arange(start, start + length, dtype=torch.float64, device="cpu")
+    angles = places[:, None] / params.theta**half
     both = torch.cat((angles, angles), -1)
-    return both.cos(), both.sin()
+    return both.cos().to(like), both.sin().to(like)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
