@@ -370,8 +370,8 @@ class Studio:
         pause: float = 0.0,
         looking: float = 0.0,
     ) -> Generator[Event, None, Run]:
-        """A run of what `_examined` gave, with its checkpoint open. after: the plan that
-        turned out to be too much; the others are as in `Run`."""
+        """A run of what `_examined` gave, with its checkpoint open. after: the plan that turned out to be too much; the
+        others are as in `Run`."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
         workload = workload_of(request, [reference.image.size for reference in references], checkpoint)
         session = yield from with_status(

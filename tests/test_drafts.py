@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flux2_studio.errors import RequestError, SafetyError, StudioError
-from flux2_studio.events import FINAL, Drafted, Event, Preview, Result, Stopped
+from flux2_studio.events import FINAL, Drafted, Event, Preview, Queued, Result, Stopped
 from flux2_studio.jobs import ALL_WAITING, KEPT, JobQueue
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.journal import Journal
@@ -139,6 +139,23 @@ def test_the_newest_of_an_owner_takes_the_place_of_their_others() -> None:
                 break
         assert isinstance(ended(running), Stopped)
     finally:
+        jobs.close()
+
+
+def test_a_draft_that_makes_room_is_no_place_in_the_line() -> None:
+    gate = Gate()
+    jobs = JobQueue(ScriptedStudio(gate=gate, quick=four_steps))
+    try:
+        replaced = jobs.draft(Request(prompt="gate", checkpoint="nano"), "me")
+        assert gate.begun.wait(PATIENCE)
+        newest = jobs.draft(Request(prompt="quick", checkpoint="nano"), "me")
+        assert replaced.cancelled and newest.newest() is None, "it is next, as far as anybody can tell"
+        other = jobs.draft(Request(prompt="quick", checkpoint="nano"), "you")
+        assert other.newest() == Queued(ahead=1)
+        gate.go.set()
+        assert isinstance(ended(newest), FINAL)
+    finally:
+        gate.go.set()
         jobs.close()
 
 

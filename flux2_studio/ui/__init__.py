@@ -46,6 +46,7 @@ from flux2_studio.ui import (
     preset_use,
     queue_panel,
     tabs,
+    wiring,
 )
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.history_before import Befores
@@ -213,7 +214,8 @@ def serve(
             share=share,
             theme=StudioTheme(),
             css_paths=[settings.assets / "style.css", settings.assets / "history.css"],
-            head=language.script(settings.assets)
+            head=wiring.script(settings.assets)
+            + language.script(settings.assets)
             + keys.scripts(settings.assets)
             + compare.script(settings.assets)
             + history_tab.script(settings.assets)

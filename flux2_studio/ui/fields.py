@@ -174,11 +174,10 @@ def numbered(paths: Sequence[Path], names: Mapping[Path, str] = MappingProxyType
 
 def name(value: str = "", *, of_one: bool = False) -> gr.Textbox:
     """What the selected picture is called. of_one: whether one is selected."""
-    info = t("Write it as @name in the instruction.")
     return gr.Textbox(
         value,
         label=t("Name"),
-        info=info,
+        info=t("Write it as @name in the instruction."),
         placeholder=t("fox, then Enter") if of_one else t("Select a picture first"),
         max_lines=1,
         interactive=of_one,

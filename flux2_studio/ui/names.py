@@ -57,12 +57,13 @@ def renamed(names: Mapping[Path, str], path: Path, typed: str) -> dict[Path, str
 
 def spelled_out(prompt: str, items: Items | None) -> str:
     """`prompt` as the model is to read it: "image 2" for @fox."""
-    called = {name.casefold(): number for number, name in _numbered(items)}
+    # The longest first: @hat-box is no @hat. One group for each tells which one it was, however it is spelled.
+    called = sorted(_numbered(items), key=lambda it: len(it[1]), reverse=True)
     if not called:
         return prompt
-    longest_first = "|".join(map(re.escape, sorted(called, key=len, reverse=True)))
-    known = re.compile(rf"(?<!{_LETTER})@({longest_first})(?!{_LETTER}|-\w)", re.IGNORECASE)
-    return known.sub(lambda found: f"image {called[found[1].casefold()]}", prompt)
+    any_of_them = "|".join(f"({re.escape(name)})" for _, name in called)
+    known = re.compile(rf"(?<!{_LETTER})@(?:{any_of_them})(?!{_LETTER}|-\w)", re.IGNORECASE)
+    return known.sub(lambda found: f"image {called[(found.lastindex or 1) - 1][0]}", prompt)
 
 
 def unknown(spelled: str) -> list[str]:

@@ -205,11 +205,11 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         listen(references.select, lambda: gr.Gallery(selected_index=None), None, references, queue=False)
         return
 
-    def call(items: Any, typed: str, named: str) -> tuple[dict[Path, str], str]:
+    def call(items: Any, typed: str | None, named: str | None) -> tuple[dict[Path, str], str]:
         """The names once the picture in the field is called as `typed`, and why it is not. Whatever is done with the
         pictures does this first: nobody need press Enter for a name to stay."""
         names = names_in(items)
-        path = Path(named)
+        path, typed = Path(named or ""), typed or ""
         if path not in paths(items) or typed == names.get(path, ""):
             return names, ""
         try:
@@ -217,7 +217,7 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         except StudioError as error:
             return names, show.problem(str(error))
 
-    def offered(order: Sequence[Path], name: str, items: Any, *field: str, place: int | None = None) -> Update:
+    def offered(order: Sequence[Path], name: str, items: Any, *field: str | None, place: int | None = None) -> Update:
         names, wrong = call(items, *field)
         update = offer(form, order, studio.settings.checkpoint(name), place, names)
         return update | {panel.refused: wrong + update[panel.refused]}
@@ -243,7 +243,7 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         order = dragged(paths(items), str(sent))
         return gr.skip() if order is None else offered(order, *rest)
 
-    def choose(items: Any, typed: str, named: str, event: gr.SelectData) -> Update:
+    def choose(items: Any, typed: str | None, named: str | None, event: gr.SelectData) -> Update:
         index = int(event.index)
         names, wrong = call(items, typed, named)
         update: Update = {tools.chosen: index, **_naming(tools, paths(items)[index], names)}
@@ -253,12 +253,12 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
             update[panel.refused] = wrong
         return update
 
-    def enter(items: Any, typed: str, named: str, index: int | None) -> Update:
+    def enter(items: Any, typed: str | None, named: str | None, index: int | None) -> Update:
         names, wrong = call(items, typed, named)
         if wrong:
             return {panel.refused: wrong}
         gallery = gr.Gallery(fields.numbered(paths(items), names), selected_index=index)
-        return {references: gallery, panel.refused: "", tools.name: names.get(Path(named), "")}
+        return {references: gallery, panel.refused: "", tools.name: names.get(Path(named or ""), "")}
 
     called = [references, tools.name, tools.named]
     about = [tools.chosen, tools.name, tools.named]

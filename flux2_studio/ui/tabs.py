@@ -211,7 +211,7 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
                 chosen=gr.State(None),
                 row=row,
                 name=fields.name(),
-                named=gr.Textbox(visible=False),
+                named=gr.Textbox("", visible=False),
                 add=gr.UploadButton(
                     t("Add pictures"),
                     size="sm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,6 +21,11 @@ Update = dict[Any, Any]  # components to what becomes of them
 
 # The page's events are not an API: none is listed, and none shows Gradio's own spinner over our stage.
 listen = partial(gr.on, api_visibility="private", show_progress="hidden")
+
+
+def script(assets: Path) -> str:
+    """What the page's head needs so that no answer to an event is lost; before any other script."""
+    return f"<script>\n{(assets / 'stream.js').read_text(encoding='utf-8')}</script>"
 
 
 def stopper(jobs: JobQueue) -> Callable[[str, gr.Request], Any]:

@@ -35,6 +35,17 @@ def test_the_longer_of_two_names_is_meant() -> None:
     assert spelled_out("@hat-box beside @hat", items) == "image 2 beside image 1"
 
 
+@pytest.mark.parametrize("name", ["Straße", "İstanbul", "ﬁn", "Ωmega"])
+def test_a_name_is_found_in_any_alphabet(name: str) -> None:
+    """Lower case is not the same length for all letters, nor do all agree on it."""
+    items = numbered([FOX, CAR], {FOX: "other", CAR: name})
+    assert spelled_out(f"@{name} and @i", items) == "image 2 and @i"
+
+
+def test_letters_that_fold_differently_are_still_a_name() -> None:
+    assert spelled_out("@İstanbul", numbered([FOX], {FOX: "istanbul"})) == "image 1"
+
+
 def test_names_stand_within_chinese_and_japanese() -> None:
     items = numbered([FOX, CAR, HAT], {FOX: "狐狸", CAR: "きつね", HAT: "fox"})
     assert spelled_out("把@狐狸放在@fox旁边", items) == "把image 1放在image 3旁边"
