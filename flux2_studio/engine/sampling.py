@@ -91,22 +91,26 @@ def denoise(
     refs = [entering(to_tokens(latent)).expand(rows, -1, -1) for latent in references]
     rope = model.rope(sequence_ids(ctx.shape[1], h, w, references))
     cache = ReferenceCache(tokens=sum(ref.shape[1] for ref in refs)) if reference_cache and refs else None
-    embedded = torch.full((rows,), guidance, device=device) if guiding == "embedded" else None
 
     x = start = to_tokens(noise).to(device, torch.float32)
     change = keep.change.flatten().to(device) if keep else None
     kept = to_tokens(keep.clean).to(device, torch.float32) if keep else None
     tokens = x.shape[1]
     times = schedule(tokens, steps)
+    moments = torch.tensor(times[:-1], device=device)
+    embedded = torch.full((steps,), guidance, device=device) if guiding == "embedded" else None
+    modulations = model.modulations(moments, embedded)
     for index, (t, t_next) in enumerate(pairwise(times)):
         inputs = x.to(dtype).repeat(rows // batch, 1, 1)
+        modulation = modulations.of(index)
         if refs and not (cache and cache.filled):
             inputs = torch.cat((inputs, *refs), 1)
         elif cache and index == 1:
             rope = model.rope(sequence_ids(ctx.shape[1], h, w))  # the references no longer stand in the sequence
-        v = model(
-            inputs, ctx, torch.full((rows,), t, device=device), rope, embedded, outputs=tokens, cache=cache
-        ).float()
+        if cache and not cache.filled:
+            filling = (ctx.shape[1], inputs.shape[1], cache.tokens)
+            modulation = model.modulations(moments[:1], embedded if embedded is None else embedded[:1], filling)
+        v = model.velocity(inputs, ctx, modulation, rope, outputs=tokens, cache=cache).float()
         if doubled:
             v, negative = v.chunk(2)
             v = negative + guidance * (v - negative)

@@ -4,7 +4,7 @@ Does: one evaluation of v(x_t, t, text, references), klein and dev, any width an
 Does not know: schedules, guidance, how latents become pictures, where weights come from.
 
     B batch, N image tokens (with references: N + R), L text tokens, D hidden width, H heads, d head width, G groups
-    x [B, N, 128]   ctx [B, L, C]   vec [B, G, D] time (and guidance) embedding   modulation [B, G, D]
+    x [B, N, 128]   ctx [B, L, C]   vec [B, G, D] time (and guidance) embedding   modulation [B, 1 or tokens, D]
 
 Sequence order is [text, image, references] throughout. Attention has no mask: padded text tokens take part.
 
@@ -12,6 +12,9 @@ Reference cache (klein 9B KV): reference tokens are modulated as at t = 0 and at
 and values depend on nothing but the reference pictures. The first evaluation computes and keeps them, later ones
 append them to every block's keys and values. Tokens then fall into G = 2 groups (0: text and image, 1: references),
 each with its own modulation; without a cache there is one group.
+
+What hangs on the time alone, `Modulations`, can be computed for all steps of a picture at once. The last single block
+computes only what the velocity is read from: keys and values of all tokens, the rest of the output tokens alone.
 
 Pitfalls: qkv's output axis is (3, heads, head width). RoPE rotates adjacent pairs, not halves. final_layer gives
 (shift, scale), the reverse of what diffusers stores. Parameter names are Black Forest Labs' key names; renaming an
@@ -60,6 +63,29 @@ class Rope:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((a * self.cos - b * self.sin, a * self.sin + b * self.cos), -1).flatten(-2)
 
+    def at(self, tokens: slice) -> Rope:
+        """The tables of some of the tokens."""
+        return Rope(self.cos[tokens], self.sin[tokens])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modulations:
+    """What the blocks take from the time (and guidance) of one evaluation; each tensor [1 or B, 1 or tokens, D].
+
+    image, text: of a double block's two streams. joined: of a single block. last: shift and scale before the velocity.
+    """
+
+    image: tuple[Tensor, ...]
+    text: tuple[Tensor, ...]
+    joined: tuple[Tensor, ...]
+    last: tuple[Tensor, ...]
+
+    def of(self, row: int) -> Modulations:
+        """Those of one row, which go with any batch."""
+        parts = (self.image, self.text, self.joined, self.last)
+        image, text, joined, last = (tuple(part[row : row + 1] for part in each) for each in parts)
+        return Modulations(image=image, text=text, joined=joined, last=last)
+
 
 def rope_table(ids: Tensor, head_width: int) -> Rope:
     """Tables for position ids [tokens, 4]; angles are computed in float64 on the CPU, where every device has it."""
@@ -86,8 +112,13 @@ def finite(x: Tensor) -> Tensor:
     return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype is torch.float16 else x
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: ReferenceCache | None, block: int) -> Tensor:
-    """Attention over q, k, v [B, H, tokens, d] as [B, tokens, D], following the module's rule for references."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cache: ReferenceCache | None, block: int, *, references: bool = True
+) -> Tensor:
+    """Attention over q, k, v [B, H, tokens, d] as [B, tokens, D], following the module's rule for references.
+
+    references: whether q has, as k and v have, the references of a cache that is being filled.
+    """
     if cache is None or cache.tokens == 0:
         out = F.scaled_dot_product_attention(q, k, v)
     elif cache.filled:
@@ -97,9 +128,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: ReferenceCache | None, block:
         r = cache.tokens
         k_ref, v_ref = k[:, :, -r:].contiguous(), v[:, :, -r:].contiguous()
         cache.blocks.append((k_ref, v_ref))
+        if not references:
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         others = F.scaled_dot_product_attention(q[:, :, :-r], k, v)
-        references = F.scaled_dot_product_attention(q[:, :, -r:], k_ref, v_ref)
-        out = torch.cat((others, references), 2)
+        among = F.scaled_dot_product_attention(q[:, :, -r:], k_ref, v_ref)
+        out = torch.cat((others, among), 2)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -146,10 +179,13 @@ class QKNorm(nn.Module):
     def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """Split qkv [B, tokens, 3D] into q, k (normed, float32) and v (as it came), each [B, H, tokens, d]."""
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        width = (q.shape[-1],)
-        q = F.rms_norm(q.float(), width, self.query_norm.scale.float(), EPS)
-        k = F.rms_norm(k.float(), width, self.key_norm.scale.float(), EPS)
-        return q, k, v
+        return self.query(q), self.key(k), v
+
+    def query(self, q: Tensor) -> Tensor:
+        return F.rms_norm(q.float(), q.shape[-1:], self.query_norm.scale.float(), EPS)
+
+    def key(self, k: Tensor) -> Tensor:
+        return F.rms_norm(k.float(), k.shape[-1:], self.key_norm.scale.float(), EPS)
 
 
 class Attention(nn.Module):
@@ -223,13 +259,39 @@ class SingleBlock(nn.Module):
         self.act = SwiGLU()
 
     def forward(
-        self, x: Tensor, mod: tuple[Tensor, ...], rope: Rope, cache: ReferenceCache | None, block: int
+        self,
+        x: Tensor,
+        mod: tuple[Tensor, ...],
+        rope: Rope,
+        cache: ReferenceCache | None,
+        block: int,
+        wanted: slice | None = None,
     ) -> Tensor:
+        """What x [B, tokens, D] becomes: all of it, or the `wanted` tokens alone where no other is read any more. Those
+        are no references of a cache that is being filled."""
         shift, scale, gate = mod
-        qkv, inner = self.linear1(modulate(x, shift, scale)).split(self.splits, -1)
-        q, k, v = self.norm(qkv, self.heads)
-        attended = attend(rope(q).to(v.dtype), rope(k).to(v.dtype), v, cache, block)
-        return finite(x + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
+        some = slice(None) if wanted is None else wanted
+        q, k, v, inner = self._projected(modulate(x, shift, scale), wanted)
+        q, k = rope.at(some)(self.norm.query(q)), rope(self.norm.key(k))
+        attended = attend(q.to(v.dtype), k.to(v.dtype), v, cache, block, references=wanted is None)
+        gate = gate if gate.shape[1] == 1 else gate[:, some]
+        return finite(x[:, some] + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
+
+    def _projected(self, x: Tensor, wanted: slice | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, tokens, d] and what goes into the MLP [B, tokens, 2 * mlp] of x [B, tokens,
+        D]: keys and values of all tokens, the rest of the wanted ones."""
+        if wanted is not None and type(self.linear1) is nn.Linear:
+            hidden, weight = x.shape[-1], self.linear1.weight
+            k, v = F.linear(x, weight[hidden : 3 * hidden]).chunk(2, -1)
+            x = x[:, wanted]
+            q, inner = F.linear(x, weight[:hidden]), F.linear(x, weight[3 * hidden :])
+        else:  # other layers than plain ones cannot compute some of their outputs for less than all
+            qkv, inner = self.linear1(x).split(self.splits, -1)
+            q, k, v = qkv.chunk(3, -1)
+            if wanted is not None:
+                q, inner = q[:, wanted], inner[:, wanted]
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return q, k, v, inner
 
 
 class FinalLayer(nn.Module):
@@ -238,8 +300,11 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels, bias=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden, bias=False))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec).chunk(2, -1)
+    def modulation(self, vec: Tensor) -> tuple[Tensor, ...]:
+        """Shift and scale, each shaped as vec is."""
+        return self.adaLN_modulation(vec).chunk(2, -1)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return self.linear(modulate(x, shift, scale))
 
 
@@ -290,31 +355,62 @@ class Transformer(nn.Module):
         t, guidance: [B] in float32; guidance exactly where the model embeds it. rope: for L + N tokens.
         cache: None, or a ReferenceCache; while unfilled, its `tokens` references are the last tokens of x.
         """
-        filling = cache is not None and not cache.filled and cache.tokens > 0
-        vec = self._embed_time(t, guidance)[:, None]
-        x_group = group = None
-        if filling:
-            assert cache is not None
-            vec = torch.cat((vec, self._embed_time(torch.zeros_like(t), guidance)[:, None]), 1)
-            x_group = torch.zeros(x.shape[1], dtype=torch.long, device=x.device)
-            x_group[-cache.tokens :] = 1
-            group = F.pad(x_group, (ctx.shape[1], 0))
-        x_mod = self.double_stream_modulation_img(vec, x_group)
-        ctx_mod = self.double_stream_modulation_txt(vec[:, :1])
-        mod = self.single_stream_modulation(vec, group)
+        filled = cache.tokens if cache is not None and not cache.filled else 0
+        modulations = self.modulations(t, guidance, (ctx.shape[1], x.shape[1], filled) if filled else None)
+        return self.velocity(x, ctx, modulations, rope, outputs=outputs, cache=cache)
 
+    def modulations(
+        self, t: Tensor, guidance: Tensor | None = None, filling: tuple[int, int, int] | None = None
+    ) -> Modulations:
+        """Of times t [B], as `forward` takes them and `guidance`: of all rows of a batch, or of all steps to come.
+
+        filling: L, N and R where the evaluation fills a reference cache: the last R tokens are modulated as at t = 0.
+        """
+        vec = self._embed_time(t, guidance)[:, None]
+        last = self.final_layer.modulation(vec)
+        text = self.double_stream_modulation_txt(vec)
+        image_group = group = None
+        if filling is not None:
+            length, tokens, references = filling
+            vec = torch.cat((vec, self._embed_time(torch.zeros_like(t), guidance)[:, None]), 1)
+            group = torch.zeros(length + tokens, dtype=torch.long, device=t.device)
+            group[-references:] = 1
+            image_group = group[length:]
+        return Modulations(
+            image=self.double_stream_modulation_img(vec, image_group),
+            text=text,
+            joined=self.single_stream_modulation(vec, group),
+            last=last,
+        )
+
+    def velocity(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        modulations: Modulations,
+        rope: Rope,
+        *,
+        outputs: int | None = None,
+        cache: ReferenceCache | None = None,
+    ) -> Tensor:
+        """What `forward` computes, from the `modulations` of its times."""
+        filling = cache is not None and not cache.filled and cache.tokens > 0
         x, ctx = self.img_in(x), self.txt_in(ctx)
         for i, double in enumerate(self.double_blocks):
-            x, ctx = double(x, ctx, x_mod, ctx_mod, rope, cache, i)
+            x, ctx = double(x, ctx, modulations.image, modulations.text, rope, cache, i)
+        first, last = ctx.shape[1], ctx.shape[1] + (x.shape[1] if outputs is None else outputs)
+        wanted = slice(first, last)
         joined = torch.cat((ctx, x), 1)
-        for i, single in enumerate(self.single_blocks, start=len(self.double_blocks)):
-            joined = single(joined, mod, rope, cache, i)
+        # References that fill a cache attend by themselves: where their velocity is asked for, nothing is left out.
+        sparing = len(self.single_blocks) - 1 if outputs is not None or not filling else None
+        for i, single in enumerate(self.single_blocks):
+            block = len(self.double_blocks) + i
+            joined = single(joined, modulations.joined, rope, cache, block, wanted if i == sparing else None)
         if filling:
             assert cache is not None
             cache.filled = True
-        first = ctx.shape[1]
-        last = joined.shape[1] if outputs is None else first + outputs
-        return self.final_layer(joined[:, first:last], vec[:, :1])
+        out = joined if joined.shape[1] == last - first else joined[:, wanted]
+        return self.final_layer(out, *modulations.last)
 
     def _embed_time(self, t: Tensor, guidance: Tensor | None) -> Tensor:
         channels = self.params.time_channels

@@ -11,10 +11,11 @@ import torch
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flux2_studio.engine.latents import sequence_ids
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import load_transformer, open_transformer
+from flux2_studio.engine.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.weights import Storage, load_transformer, open_transformer
 from tests import oracle, tiny
 from tests.tiny import Flow, Toys
 
@@ -178,3 +179,48 @@ def test_a_diffusers_repository_is_found_by_its_root(toys: Toys, tmp_path: Path)
     inputs = Inputs(tiny.KLEIN)
     model = load_transformer(tmp_path, device=CPU, dtype=torch.float32)
     assert oracle.relative_error(inputs.ours(model), inputs.theirs(toys.klein)) <= 1e-5
+
+
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+@pytest.mark.parametrize("name", ["klein", "nine"])
+def test_the_last_block_computes_what_is_read_and_no_more(toys: Toys, name: str, storage: Storage) -> None:
+    model = open_transformer(getattr(toys, name).file).load(device=CPU, dtype=torch.float32, storage=storage)
+    inputs = Inputs({"klein": tiny.KLEIN, "nine": tiny.NINE}[name])
+    wanted = NOISE_SIZE[0] * NOISE_SIZE[1]
+    references = inputs.x.shape[1] - wanted
+    rope = model.rope(inputs.ids)
+
+    def velocity(outputs: int | None, cache: ReferenceCache | None) -> tuple[Tensor, int]:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            v = model(inputs.x, inputs.ctx, inputs.t, rope, outputs=outputs, cache=cache)
+        return v[:, :wanted], counter.get_total_flops()
+
+    for kept in (0, references):
+        caches = [ReferenceCache(kept) if kept else None for _ in range(2)]
+        everything, of_all = velocity(None, caches[0])
+        some, of_some = velocity(wanted, caches[1])
+        assert oracle.relative_error(some, everything) <= 1e-6
+        hidden, inner = model.params.hidden, model.params.mlp
+        after = (hidden + inner) * hidden  # the attention; before it, where the layer can: queries, the MLP's halves
+        before = (hidden + 2 * inner) * hidden if storage == "plain" else 0
+        # Of all of x, the text is left out already, unless references attend by themselves.
+        left_out = len(inputs.x) * (references + (TEXT if kept else 0))
+        assert of_all - of_some >= 2 * left_out * (before + after)
+        if kept:
+            assert caches[0] is not None and caches[1] is not None
+            pairs = zip(caches[0].blocks, caches[1].blocks, strict=True)
+            assert all(torch.allclose(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_hangs_on_the_time_is_the_same_for_one_step_and_for_all(toys: Toys) -> None:
+    model = load_transformer(toys.dev.file, device=CPU, dtype=torch.float32)
+    times, guidance = torch.tensor([1.0, 0.7, 0.2]), torch.full((3,), 4.0)
+    with torch.no_grad():
+        together = model.modulations(times, guidance)
+        for step in range(3):
+            alone = model.modulations(times[step : step + 1], guidance[:1])
+            for part in ("image", "text", "joined", "last"):
+                for a, b in zip(getattr(together.of(step), part), getattr(alone, part), strict=True):
+                    assert a.shape == b.shape == (1, 1, model.params.hidden)
+                    torch.testing.assert_close(a, b)
