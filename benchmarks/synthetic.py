@@ -184,6 +184,45 @@ def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
+def fill(module: torch.nn.Module, *, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Give `module`, which is on meta, the values on `device` that a file of it would have."""
+    state = {}
+    for name, shape in shapes_of(module).items():
+        pieces = list(_random(name, dtype, shape, seed, device).values())
+        state[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(shape)
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False)
+
+
+def baseline_transformer(params: TransformerParams) -> Any:
+    """diffusers' transformer of the same sizes, on meta. diffusers must be installed."""
+    diffusers = importlib.import_module("diffusers")  # not one of ours
+    with torch.device("meta"):
+        return diffusers.Flux2Transformer2DModel(
+            num_layers=params.double_blocks,
+            num_single_layers=params.single_blocks,
+            attention_head_dim=params.head_width,
+            num_attention_heads=params.heads,
+            joint_attention_dim=params.context_width,
+            axes_dims_rope=(params.head_width // 4,) * 4,
+            guidance_embeds=params.guidance_embedding,
+        )
+
+
+def sharing(model: Transformer) -> Any:
+    """diffusers' transformer with the very weights of `model`, in the same memory but for the last layer's."""
+    theirs = baseline_transformer(model.params)
+    shapes = shapes_of(theirs)
+    ours = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for target, source in transformer_plan(shapes).items():
+        tensor = torch.cat(ours[target].chunk(2)[::-1]) if source.swap_halves else ours[target]
+        rows = [shapes[name][0] for name in source.names]
+        state |= dict(zip(source.names, tensor.split(rows), strict=True))
+    theirs.load_state_dict(state, assign=True)
+    return theirs.requires_grad_(False).eval()
+
+
 def _random(name: str, dtype: torch.dtype, shape: tuple[int, ...], seed: int, device: torch.device) -> Entry:
     def values() -> Iterator[Tensor]:
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
@@ -252,17 +291,7 @@ def _write_text(folder: Path, size: TextSize, seed: int, device: torch.device) -
 
 def _write_diffusers(folder: Path, flow: Path, params: TransformerParams) -> Path:
     """The transformer in file `flow` once more, under diffusers' names: the same values, matrices cut and swapped."""
-    diffusers = importlib.import_module("diffusers")  # not one of ours
-    with torch.device("meta"):
-        model = diffusers.Flux2Transformer2DModel(
-            num_layers=params.double_blocks,
-            num_single_layers=params.single_blocks,
-            attention_head_dim=params.head_width,
-            num_attention_heads=params.heads,
-            joint_attention_dim=params.context_width,
-            axes_dims_rope=(params.head_width // 4,) * 4,
-            guidance_embeds=params.guidance_embedding,
-        )
+    model = baseline_transformer(params)
     model.save_config(folder)
     shapes = shapes_of(model)
     with safe_open(flow, framework="pt") as opened:

@@ -13,11 +13,12 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import page_cache, swap
+from benchmarks import core, page_cache, swap
 from benchmarks.measuring import Arm, interleave, machine, summary
 from benchmarks.pair import Bench, Size, prepare
-from benchmarks.synthetic import Entry, FlowSize, TextSize, Written, disk_bytes, write
+from benchmarks.synthetic import Entry, FlowSize, TextSize, Written, disk_bytes, fill, sharing, write
 from flux2_studio.checkpoints import KLEIN_4B, KLEIN_9B, Checkpoint
 from flux2_studio.engine.latents import sequence_ids
 from flux2_studio.engine.params import AutoencoderParams
@@ -251,3 +252,54 @@ def test_without_the_baseline(bench: Bench) -> None:
     first, second = (replace(written, diffusers=None) for written in bench.pair)
     with swap.from_files(replace(bench, pair=(first, second)), swap.Cooler()) as arms:
         assert {level for _, level in arms} == {swap.COPY, swap.READ_COLD, swap.READ_WARM, swap.COLD, swap.WARM}
+
+
+@pytest.fixture(scope="module")
+def flow() -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(replace(TOY.first.params, guidance_embedding=True))
+    fill(model, seed=0, device=CPU, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def test_both_sides_compute_the_same_from_the_same_weights(flow: Transformer) -> None:
+    theirs = sharing(flow)
+    case = core.Case(side=64, references=1)
+    given = core.Inputs(flow.params, case, CPU, flow.dtype)
+    # Exact in bfloat16: diffusers rounds both to it.
+    given.t, given.guidance = torch.tensor([0.5]), torch.tensor([4.0])
+    ours, other = core.our_velocity(flow)(given, case), core.their_velocity(theirs)(given, case)
+    assert ours.shape == other.shape == (1, 16, 128)
+    distance = float((ours.float() - other.float()).norm() / other.float().norm())
+    assert distance < 0.03
+    own = {tensor.data_ptr() for tensor in flow.parameters()}
+    shared = [name for name, tensor in theirs.named_parameters() if tensor.untyped_storage().data_ptr() in own]
+    assert len(shared) == len(list(theirs.parameters())) - 1  # the last layer's halves are swapped
+
+
+def test_a_case_is_timed_and_its_errors_are_told(flow: Transformer) -> None:
+    baselines = core.baselines_of(flow, compiled=False)
+    case = core.Case(side=64, references=1)
+    timed = core.time_case(flow, baselines, case, device=CPU, rounds=2, warmups=0)
+    assert set(timed) == {"evaluation", "picture"}
+    for arms in timed.values():
+        assert set(arms) == {core.OURS, core.THEIRS}
+        assert all(arm["median"] > 0 for arm in arms.values())
+        assert arms[core.THEIRS]["times diffusers"] == 1.0
+    found = core.errors(flow, baselines, case, CPU)
+    assert set(found) == {core.OURS, core.THEIRS}
+    assert all(0 < error < 0.05 for error in found.values())
+
+
+@pytest.mark.parametrize("references", [0, 1])
+def test_the_floor_counts_what_an_evaluation_computes(flow: Transformer, references: int) -> None:
+    case = core.Case(side=64, references=references)
+    given = core.Inputs(flow.params, case, CPU, flow.dtype)
+    with FlopCounterMode(display=False) as counter:
+        core.our_velocity(flow)(given, case)
+    counted = counter.get_flop_counts()["Global"]
+    work = core.work(flow.params, case)
+    attention = sum(count for name, count in counted.items() if "attention" in str(name))
+    # Beside the blocks and the ways in and out, an evaluation embeds its time.
+    assert attention == work.attention
+    assert work.linear <= sum(counted.values()) - attention < 1.2 * work.linear
