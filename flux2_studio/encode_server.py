@@ -274,7 +274,7 @@ def open_server(
         encoder = text.load(
             device=device,
             dtype=choose_dtype(settings.dtype, device, checkpoint, part),
-            storage=choose_storage(settings.quantize, device, part),
+            storage=choose_storage(settings.quantize, settings.dtype, device, part),
             mapped=only_ever_replaced(part, settings),
         )
         server.open(encoder, checkpoint, text.width)

@@ -192,7 +192,7 @@ class Studio:
         return {
             "device": device.type,
             "precision": str(choose_dtype(self.settings.dtype, device, checkpoint, part)).removeprefix("torch."),
-            "weights": choose_storage(self.settings.quantize, device, part),
+            "weights": choose_storage(self.settings.quantize, self.settings.dtype, device, part),
             "autoencoder": WHOLE,
         }
 

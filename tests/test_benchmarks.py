@@ -13,6 +13,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import core, page_cache, swap
@@ -266,8 +267,6 @@ def test_both_sides_compute_the_same_from_the_same_weights(flow: Transformer) ->
     theirs = sharing(flow)
     case = core.Case(side=64, references=1)
     given = core.Inputs(flow.params, case, CPU, flow.dtype)
-    # Exact in bfloat16: diffusers rounds both to it.
-    given.t, given.guidance = torch.tensor([0.5]), torch.tensor([4.0])
     ours, other = core.our_velocity(flow)(given, case), core.their_velocity(theirs)(given, case)
     assert ours.shape == other.shape == (1, 16, 128)
     distance = float((ours.float() - other.float()).norm() / other.float().norm())
@@ -295,11 +294,9 @@ def test_a_case_is_timed_and_its_errors_are_told(flow: Transformer) -> None:
 def test_the_floor_counts_what_an_evaluation_computes(flow: Transformer, references: int) -> None:
     case = core.Case(side=64, references=references)
     given = core.Inputs(flow.params, case, CPU, flow.dtype)
-    with FlopCounterMode(display=False) as counter:
+    # Of the kernels for attention, the plain one is counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         core.our_velocity(flow)(given, case)
-    counted = counter.get_flop_counts()["Global"]
     work = core.work(flow.params, case)
-    attention = sum(count for name, count in counted.items() if "attention" in str(name))
     # Beside the blocks and the ways in and out, an evaluation embeds its time.
-    assert attention == work.attention
-    assert work.linear <= sum(counted.values()) - attention < 1.2 * work.linear
+    assert 1 <= counter.get_total_flops() / (work.linear + work.attention) < 1.05

@@ -1,7 +1,8 @@
 """Weights that stay small: kept in memory as they are stored, restored one layer at a time.
 
-Does: fp8 and int8 with one scale or one per row, and NVFP4 (GGUF's blocks are in `gguf.py`); a linear layer over such
-weights, which multiplies fp8 as fp8 where the GPU does that quickly; making fp8 or int8 of plain weights.
+Does: fp8 and int8 with one scale or one per row, NVFP4 (GGUF's blocks are in `gguf.py`), and bfloat16 where it is not
+computed in; a linear layer over such weights, which multiplies fp8 as fp8 where the GPU does that quickly; making fp8
+or int8 of plain weights.
 Does not know: how files spell their scales (`formats.py`), which layers of which model are meant (`weights.py`).
 
     codes: what is stored. values [rows, cols]: what they stand for, as a plain file would hold them; rows are a linear
@@ -29,6 +30,9 @@ ALIGNED = 16  # of which both sides of a matrix must be multiples for fp8 produc
 # Values restored at a time, 64 MiB of them in float32: the largest layers would take over a gigabyte at once.
 CHUNK = 2**24
 TILE = 128  # rows of an NVFP4 scale tile, so chunks begin at multiples of it
+# Values that a CPU restores at a time: 8 MiB in float32, which its caches hold until they are multiplied. Restoring all
+# of a layer first takes as long as a product with a hundred tokens; this way it is not felt (benchmarks/NOTES.md).
+CACHED = 2**21
 
 
 class StoredMatrix(nn.Module):
@@ -62,6 +66,19 @@ class StoredMatrix(nn.Module):
         for name, tensor in self.named_buffers():
             setattr(self, name, fn(tensor.view(torch.uint8)).view(tensor.dtype))
         return self
+
+
+class HalfMatrix(StoredMatrix):
+    """value = code. codes: [rows, cols] in bfloat16, for processors that are slow in it and compute in float32."""
+
+    codes: Tensor
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__(*codes.shape)
+        self.register_buffer("codes", codes)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        return self.codes[start:stop].float()
 
 
 class ScaledMatrix(StoredMatrix):
@@ -157,7 +174,20 @@ class QuantizedLinear(nn.Module):
         ]
         return torch.cat(outs, -1).to(x.dtype).unflatten(0, x.shape[:-1])
 
+    def multiply_by_tiles(self, x: Tensor) -> Tensor:
+        """x [..., in_features] times the weight, so many rows of which are restored at a time: [..., out_features]."""
+        rows = x.flatten(0, -2)
+        out = x.new_empty(len(rows), self.out_features)
+        first = 0
+        for part in self._stored:
+            for start, stop in _chunks(part.rows, part.cols, CACHED):
+                out[:, first + start : first + stop] = F.linear(rows, part.values(start, stop).to(x.dtype))
+            first += part.rows
+        return out.unflatten(0, x.shape[:-1])
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return self.multiply_by_tiles(x)
         if multiplies_fp8(x.device) and self.is_fp8:
             return self.multiply_fp8(x)
         return F.linear(x, self.dequantize(x.dtype))
@@ -198,8 +228,8 @@ def quantize(weight: Tensor, to: EightBit) -> ScaledMatrix:
     return ScaledMatrix(codes, scale)
 
 
-def _chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs of rows that hold about `CHUNK` values each."""
-    step = max(1, CHUNK // cols // TILE) * TILE
+def _chunks(rows: int, cols: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs of rows that hold about `size` values each."""
+    step = max(1, size // cols // TILE) * TILE
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

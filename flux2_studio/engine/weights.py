@@ -38,7 +38,7 @@ from flux2_studio.engine.layouts import (
     transformer_params,
     transformer_plan,
 )
-from flux2_studio.engine.quantize import EightBit, QuantizedLinear, StoredMatrix, quantize
+from flux2_studio.engine.quantize import EightBit, HalfMatrix, QuantizedLinear, StoredMatrix, quantize
 from flux2_studio.engine.reading import Reader
 from flux2_studio.engine.tensor_files import Shape, listed, shown
 from flux2_studio.engine.tiny_autoencoder import TinyDecoder
@@ -46,8 +46,9 @@ from flux2_studio.engine.transformer import Transformer
 from flux2_studio.errors import DeviceError, WeightsError
 
 # How matrices are held in memory. plain: in the precision that is computed in. stored: as the file has them, restored
-# layer by layer. fp8, int8: those that the file has in full are quantised on the way in, the others stay as stored.
-Storage = Literal["plain", "stored", "fp8", "int8"]
+# layer by layer. bfloat16, fp8, int8: those that the file has in full are brought to it on the way in, the others stay
+# as stored. All linear layers are held in bfloat16, the blocks' alone in fp8 and int8, which are less exact.
+Storage = Literal["plain", "stored", "bfloat16", "fp8", "int8"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # Where a repository in diffusers' layout has the files.
 TRANSFORMER_FOLDER, AUTOENCODER_FOLDER = "transformer", "vae"
@@ -138,6 +139,8 @@ class Checked(Generic[ModuleT]):
                 found[target] = sum(_bytes(matrix.buffers()) for matrix in matrices)
             elif held == "plain":
                 found[target] = math.prod(source.shape) * self._plain_dtype(target, dtype).itemsize
+            elif held == "bfloat16":
+                found[target] = math.prod(source.shape) * torch.bfloat16.itemsize
             else:
                 found[target] = _quantized_bytes(source.shape, held)
         return found
@@ -159,7 +162,7 @@ class Checked(Generic[ModuleT]):
         ]
         if held == "stored":
             return _replace_linear(model, target, QuantizedLinear(*_matrices(parts)).to(device))
-        dtype = self._plain_dtype(target, dtype)
+        dtype = torch.bfloat16 if held == "bfloat16" else self._plain_dtype(target, dtype)
         # Codes travel rather than values, but only to devices that have their types.
         worker = device if device.type == "cuda" else torch.device("cpu")
         tensor = source.make(
@@ -167,6 +170,8 @@ class Checked(Generic[ModuleT]):
         )
         if held == "plain":
             return {target: tensor.to(device, dtype)}
+        if held == "bfloat16":
+            return _replace_linear(model, target, QuantizedLinear(HalfMatrix(tensor.to(device, dtype))))
         return _replace_linear(model, target, QuantizedLinear(quantize(tensor.to(worker), held)).to(device))
 
     def _check_device(self, device: torch.device, storage: Storage) -> None:
@@ -187,6 +192,8 @@ class Checked(Generic[ModuleT]):
             return "plain"
         if all(self.contents.entries[name].unpack for name in source.names):
             return "stored"
+        if storage == "bfloat16":
+            return storage
         return storage if storage != "stored" and target.startswith(self.blocks) else "plain"
 
     def _plain_dtype(self, target: str, dtype: torch.dtype) -> torch.dtype:

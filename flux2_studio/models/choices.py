@@ -39,19 +39,20 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
     """The precision of `part`, a part of `checkpoint`; a text encoder's depends on itself alone, as many checkpoints
     and writing share it.
 
-    auto: bfloat16, or float16 on a CUDA device without it; float32 for small checkpoints on a CPU, which are as quick
-    and exact so. float16 is kept to the transformer, which guards its range: text encoders and autoencoders were
+    auto: bfloat16, or float16 on a CUDA device without it. On a CPU float32 for small checkpoints, which are as quick
+    and exact so, and for all where the processor has no bfloat16: weights stay small there, see `choose_storage`.
+    float16 is kept to the transformer, which guards its range: text encoders and autoencoders were
     trained in bfloat16 and would overflow. The tiny autoencoder is published in float16. A processor without
-    convolutions of its own for bfloat16 gets autoencoders in float32: the way round is 100 times slower there, and
-    takes several times the memory.
+    bfloat16 gets autoencoders in float32, whatever was asked for: the way round is 100 times slower there, and takes
+    several times the memory.
     """
     if part.kind == "tiny autoencoder":
         return torch.float32 if device.type == "cpu" else torch.float16
-    if part.kind == "autoencoder" and device.type == "cpu" and not convolves_bfloat16():
+    if part.kind == "autoencoder" and device.type == "cpu" and not has_bfloat16():
         return torch.float32
     if name == "auto":
         whole = part if part.kind == "text" or checkpoint is None else checkpoint.flow
-        if device.type == "cpu" and whole.size < LARGE:
+        if device.type == "cpu" and (whole.size < LARGE or not has_bfloat16()):
             name = "float32"
         elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = "float16"
@@ -62,18 +63,21 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def convolves_bfloat16() -> bool:
-    """Whether this machine's processor has fast convolutions in bfloat16 (AVX-512, say)."""
+def has_bfloat16() -> bool:
+    """Whether this machine's processor has fast products and convolutions in bfloat16 (AVX-512, say)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def choose_storage(quantize: str, device: torch.device, part: Part) -> Storage:
-    """How the weights of `part` are held in memory.
+def choose_storage(quantize: str, dtype: str, device: torch.device, part: Part) -> Storage:
+    """How the weights of `part` are held in memory. dtype: the precision that was asked for, see `choose_dtype`.
 
     As the user set it, for the two parts that are large. Otherwise as the file has them, so that an 8-bit or 4-bit
     file takes no more memory than disk; but restored where that costs little (a toy on a CPU, which is quicker so) and
-    where 8-bit floats cannot be held (Apple).
+    where 8-bit floats cannot be held (Apple). A processor without bfloat16 that computes in float32 for that reason
+    holds them in bfloat16: its products are five times as fast so, and take no more memory (benchmarks/NOTES.md).
     """
     if part.kind in ("flow", "text") and quantize != "off" and part.size >= LARGE:
         return "fp8" if quantize == "fp8" else "int8"
+    if part.kind in ("flow", "text") and part.size >= LARGE and device.type == "cpu" and dtype == "auto":
+        return "stored" if has_bfloat16() else "bfloat16"
     return "plain" if device.type == "mps" or part.size < LARGE else "stored"

@@ -196,7 +196,7 @@ class Opener:
             kind: Key(
                 part,
                 choose_dtype(self._settings.dtype, self._device, checkpoint, part),
-                choose_storage(self._settings.quantize, self._device, part),
+                choose_storage(self._settings.quantize, self._settings.dtype, self._device, part),
                 stamps[kind],
                 checkpoint.recipe if kind == "text" else None,
             )
@@ -226,7 +226,7 @@ class Opener:
         key = Key(
             part,
             choose_dtype(self._settings.dtype, self._device, None, part),
-            choose_storage(self._settings.quantize, self._device, part),
+            choose_storage(self._settings.quantize, self._settings.dtype, self._device, part),
             stamp,
             model.recipe,
             whole=True,

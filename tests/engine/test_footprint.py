@@ -21,7 +21,7 @@ from flux2_studio.engine.text import open_text_encoder
 from flux2_studio.engine.tiny_autoencoder import TinyDecoder
 from flux2_studio.engine.transformer import ReferenceCache, Rope, Transformer
 from flux2_studio.engine.weights import Storage
-from flux2_studio.models.choices import convolves_bfloat16
+from flux2_studio.models.choices import has_bfloat16
 from tests.tiny import Toys
 
 CPU = torch.device("cpu")
@@ -203,7 +203,7 @@ def test_what_a_reference_cache_keeps() -> None:
 def test_the_autoencoder(
     params: AutoencoderParams, dtype: torch.dtype, width: int, height: int, rows: int | None
 ) -> None:
-    if not convolves_bfloat16():
+    if not has_bfloat16():
         dtype = FULL  # in which such a processor runs them, see `choose_dtype`
     model: Autoencoder = filled(Autoencoder(params).to(dtype))
     decoded = measured(lambda: model.decode(torch.randn(1, 128, height // 16, width // 16), rows))

@@ -363,6 +363,11 @@ class Died(Exception):
     pass
 
 
+def last_layer(block: nn.Module) -> nn.Module:
+    """Of the linear layers in `block` the last: the first of the very last block is not always called as a module."""
+    return [part for part in block.modules() if isinstance(part, nn.Linear)][-1]
+
+
 @contextlib.contextmanager
 def dying(module: nn.Module) -> Iterator[None]:
     def die(*_: object) -> None:
@@ -382,7 +387,7 @@ def test_a_forward_that_died_does_no_harm(load: Callable[[], Transformer], block
     model = load()
     stream(model, blocks_of(model), CPU, LateLane())
     module = blocks_of(model)[block]
-    where = next(part for part in module.modules() if isinstance(part, nn.Linear)) if inside else module
+    where = last_layer(module) if inside else module
     with dying(where), pytest.raises(Died):
         run(model)
     assert torch.equal(run(model), expected)
@@ -639,9 +644,9 @@ class Watched(CudaLane):
         self.copied[self.slot] = self.cuda.enqueue(stream)
 
     def watch(self, blocks: list[nn.Module]) -> None:
-        """Of `blocks`, all streamed; the first linear layer in each tells that it computes."""
+        """Of `blocks`, all streamed; the last linear layer in each tells that it computes."""
         for number, block in enumerate(blocks):
-            layer = next(part for part in block.modules() if isinstance(part, nn.Linear))
+            layer = last_layer(block)
             layer.register_forward_pre_hook(lambda *_, slot=number % 2: self.compute(slot))
 
     def compute(self, slot: int) -> None:
@@ -660,7 +665,7 @@ def test_copies_and_blocks_take_turns_in_a_slot(load: Callable[[], Transformer],
     lane.watch(blocks)
     assert torch.equal(run(model), expected)
     last = blocks[-1]
-    inside = next(part for part in last.modules() if isinstance(part, nn.Linear))
+    inside = last_layer(last)
     for where in (inside, last):
         with dying(where), pytest.raises(Died):
             run(model)

@@ -19,7 +19,7 @@ from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, TinyP
 from flux2_studio.engine.quantize import QuantizedLinear
 from flux2_studio.engine.weights import open_autoencoder, open_transformer
 from flux2_studio.errors import DeviceError, OutOfMemory, WeightsError
-from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage, convolves_bfloat16
+from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage, has_bfloat16
 from flux2_studio.models.hub import Hub, PartFiles, Progress
 from flux2_studio.models.manager import ModelManager, Session
 from flux2_studio.models.opened import check_fit
@@ -279,22 +279,23 @@ def test_devices() -> None:
 
 
 def test_precision() -> None:
+    natively = torch.bfloat16 if has_bfloat16() else torch.float32
     assert choose_dtype("auto", CPU, NANO, NANO.flow) is torch.float32
-    assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.flow) is torch.bfloat16
+    assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.flow) is natively
+    assert choose_dtype("bfloat16", CPU, KLEIN_4B, KLEIN_4B.flow) is torch.bfloat16
     assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.tiny_autoencoder) is torch.float32
     assert choose_dtype("bfloat16", CUDA, KLEIN_4B, KLEIN_4B.tiny_autoencoder) is torch.float16
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.flow) is torch.float16
     assert choose_dtype("float16", CUDA, KLEIN_4B, KLEIN_4B.text) is torch.bfloat16
     assert choose_dtype("float32", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.float32
-    natively = torch.bfloat16 if convolves_bfloat16() else torch.float32
     assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.autoencoder) is natively
     assert choose_dtype("bfloat16", CPU, KLEIN_4B, KLEIN_4B.autoencoder) is natively
     assert choose_dtype("bfloat16", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.bfloat16
     # A text encoder is the same for whoever shares it: a small file of one's own, or a prompt that is enriched.
     few_bits = replace(KLEIN_4B, flow=replace(KLEIN_4B.flow, size=GB))
     assert choose_dtype("auto", CPU, few_bits, few_bits.flow) is torch.float32
-    assert choose_dtype("auto", CPU, few_bits, few_bits.text) is torch.bfloat16
-    assert choose_dtype("auto", CPU, None, few_bits.text) is torch.bfloat16
+    assert choose_dtype("auto", CPU, few_bits, few_bits.text) is natively
+    assert choose_dtype("auto", CPU, None, few_bits.text) is natively
     assert choose_dtype("auto", CPU, NANO, NANO.text) is torch.float32
 
 
@@ -322,7 +323,6 @@ def test_quantising_takes_the_large_parts_and_leaves_the_rest(toys: Toys, tmp_pa
     ("quantize", "device", "part", "storage"),
     [
         ("off", "cuda", KLEIN_4B.flow, "stored"),
-        ("off", "cpu", KLEIN_4B.text, "stored"),
         ("off", "mps", KLEIN_4B.flow, "plain"),
         ("off", "cpu", NANO.flow, "plain"),
         ("int8", "mps", KLEIN_4B.flow, "int8"),
@@ -332,4 +332,10 @@ def test_quantising_takes_the_large_parts_and_leaves_the_rest(toys: Toys, tmp_pa
     ],
 )
 def test_how_weights_are_held(quantize: str, device: str, part: Part, storage: str) -> None:
-    assert choose_storage(quantize, torch.device(device), part) == storage
+    assert choose_storage(quantize, "auto", torch.device(device), part) == storage
+
+
+def test_a_processor_without_bfloat16_holds_weights_in_it_all_the_same() -> None:
+    assert choose_storage("off", "auto", CPU, KLEIN_4B.text) == ("stored" if has_bfloat16() else "bfloat16")
+    assert choose_storage("off", "float32", CPU, KLEIN_4B.text) == "stored"
+    assert choose_storage("off", "bfloat16", CPU, KLEIN_4B.text) == "stored"
