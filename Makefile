@@ -2,6 +2,7 @@
 # make test     style, types, unit and parity tests, and the page in a real browser
 # make lint     style and types only
 # make bench    times the toy checkpoint and writes benchmarks/results/nano.json
+# make bench-core   times the transformer beside diffusers: ARGS="--size klein-4b --device cuda --compiled"
 #
 # Everything is installed into $(VENV); delete it to start afresh. ARGS are passed on: make run ARGS="--port 8080",
 # make test ARGS="-k cli", make bench ARGS="--runs 50". Tests run in WORKERS=2 processes side by side; 0 is one for all.
@@ -19,11 +20,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test lint bench chromium
+.PHONY: help run test lint bench bench-core chromium
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,7p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
 
 run: $(VENV)/installed
 	$(BIN)/python app.py $(ARGS)
@@ -38,6 +39,9 @@ lint: $(VENV)/installed-tests
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.nano $(ARGS)
+
+bench-core: $(VENV)/installed-tests
+	$(BIN)/python -m benchmarks.core $(ARGS)
 
 # --- installing: a stamp file each, older than its requirements when they have changed -----------------------------
 

@@ -7,7 +7,8 @@ the same tensors. Arms take turns, forwards and backwards. First come the machin
 occur (matrix products, attention, copies), and after the times the relative L2 error of each arm's velocity against
 float32, so that nothing is fast because it is wrong. Prints tables and writes benchmarks/results/core-SIZE-DEVICE.json.
 
---compiled adds diffusers with its blocks compiled, and compiled as a whole, which takes minutes to begin.
+--compiled adds diffusers with its blocks compiled, and compiled as a whole, which takes minutes to begin. --held adds
+ours with its weights held in fewer bits than it computes with, which is in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,13 +26,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.measuring import Arm, interleave, machine, summary, write
 from benchmarks.pair import SIZES, wait
 from benchmarks.synthetic import fill, sharing
 from flux2_studio.engine.latents import noise, sequence_ids
 from flux2_studio.engine.params import TransformerParams
+from flux2_studio.engine.quantize import HalfMatrix, QuantizedLinear, quantize
 from flux2_studio.engine.sampling import denoise, schedule
 from flux2_studio.engine.transformer import Transformer
 
@@ -251,16 +254,41 @@ def their_picture(velocity: Velocity, given: Inputs, case: Case) -> Callable[[],
     return picture
 
 
+def held(model: Transformer, how: str) -> Transformer:
+    """Another with the blocks' weights of `model` in "bfloat16" (the very same memory) or "int8". It computes in
+    float32 on a CPU, elsewhere as `model` does."""
+    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+    with torch.device("meta"):
+        other = Transformer(model.params)
+    state = {name: value.to(dtype) for name, value in model.state_dict().items() if "blocks." not in name}
+    for name, layer in list(model.named_modules()):
+        if "blocks." not in name:
+            continue
+        if isinstance(layer, nn.Linear):
+            matrix = quantize(layer.weight, "int8") if how == "int8" else HalfMatrix(layer.weight)
+            other.set_submodule(name, QuantizedLinear(matrix))
+            state |= {f"{name}.{key}": value for key, value in other.get_submodule(name).state_dict().items()}
+        else:
+            own = dict(layer.named_parameters(name, recurse=False))
+            state |= {key: value.to(dtype) for key, value in own.items()}
+    other.load_state_dict(state, assign=True)
+    return other.eval().requires_grad_(False)
+
+
 def time_case(
-    model: Transformer, baselines: Mapping[str, Any], case: Case, *, device: torch.device, rounds: int, warmups: int
+    ours: Mapping[str, Transformer],
+    baselines: Mapping[str, Any],
+    case: Case,
+    *,
+    device: torch.device,
+    rounds: int,
+    warmups: int,
+    pictures: bool = True,
 ) -> dict[str, Any]:
     """Seconds of every arm, for one evaluation and for a whole picture, and what they are to the first of diffusers."""
+    model = ours[OURS]
     given = Inputs(model.params, case, device, model.dtype)
-    velocities = {OURS: our_velocity(model), **{name: their_velocity(it) for name, it in baselines.items()}}
-    pictures = {
-        name: our_picture(model, given) if name == OURS else their_picture(velocity, given, case)
-        for name, velocity in velocities.items()
-    }
+    velocities = _velocities(ours, baselines)
 
     def arm(work: Callable[[], Tensor]) -> Arm:
         def run() -> Tensor:
@@ -271,10 +299,13 @@ def time_case(
         return Arm(run=run, prepare=lambda: wait(device))
 
     one = {name: arm(partial(velocity, given, case)) for name, velocity in velocities.items()}
-    times = {
-        "evaluation": interleave(one, rounds, warmups),
-        "picture": interleave({name: arm(picture) for name, picture in pictures.items()}, max(1, rounds // 2), 1),
-    }
+    times = {"evaluation": interleave(one, rounds, warmups)}
+    if pictures:
+        whole = {
+            name: arm(our_picture(ours[name], given) if name in ours else their_picture(velocity, given, case))
+            for name, velocity in velocities.items()
+        }
+        times["picture"] = interleave(whole, max(1, rounds // 2), 1)
     return {
         what: {name: {**summary(seconds), **_ratio(arms, name)} for name, seconds in arms.items()}
         for what, arms in times.items()
@@ -288,10 +319,18 @@ def _ratio(arms: Mapping[str, Sequence[float]], name: str) -> dict[str, float]:
     return {"times diffusers": summary(arms[THEIRS])["median"] / summary(arms[name])["median"]}
 
 
-def errors(model: Transformer, baselines: Mapping[str, Any], case: Case, device: torch.device) -> dict[str, float]:
+def _velocities(ours: Mapping[str, Transformer], baselines: Mapping[str, Any]) -> dict[str, Velocity]:
+    mine = {name: our_velocity(model) for name, model in ours.items()}
+    return mine | {name: their_velocity(model) for name, model in baselines.items()}
+
+
+def errors(
+    ours: Mapping[str, Transformer], baselines: Mapping[str, Any], case: Case, device: torch.device
+) -> dict[str, float]:
     """The relative L2 error of each arm's velocity against ours in float32."""
+    model = ours[OURS]
     given = Inputs(model.params, case, device, model.dtype)
-    velocities = {OURS: our_velocity(model), **{name: their_velocity(it) for name, it in baselines.items()}}
+    velocities = _velocities(ours, baselines)
     found = {name: velocity(given, case).double() for name, velocity in velocities.items()}
     with torch.device("meta"):
         exact = Transformer(model.params)
@@ -321,6 +360,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="timed evaluations of each arm (default: 20)")
     parser.add_argument("--warmups", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also diffusers compiled, which takes minutes")
+    parser.add_argument("--held", choices=["bfloat16", "int8"], nargs="+", default=[], help="also ours held so")
+    parser.add_argument("--only-evaluations", action="store_true", help="no whole pictures")
     parser.add_argument("--blocks", type=int, help="only so many blocks of each kind, for a slow machine")
     chosen = parser.parse_args()
 
@@ -336,12 +377,14 @@ def main() -> None:
     with torch.device("meta"):
         model = Transformer(params)
     fill(model, seed=0, device=device, dtype=dtype)
-    baselines = baselines_of(model.eval(), compiled=chosen.compiled)
+    ours = {OURS: model.eval(), **{f"ours, held in {how}": held(model, how) for how in chosen.held}}
+    baselines = baselines_of(model, compiled=chosen.compiled)
 
     rates = ceilings(params, cases[-1], device, dtype)
     for name, rate in rates.items():
         print(f"{name:40}{rate:12.3e}")
     report: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.core", *sys.argv[1:]]),
         "machine": machine(chosen.device, PACKAGES),
         "size": chosen.size,
         "blocks": [params.double_blocks, params.single_blocks],
@@ -350,7 +393,15 @@ def main() -> None:
     }
     print(f"\n{'seconds':44}{'median':>10}{'p10':>10}{'p90':>10}{'A/A':>8}{'x theirs':>10}{'x floor':>9}")
     for case in cases:
-        timed = time_case(model, baselines, case, device=device, rounds=chosen.rounds, warmups=chosen.warmups)
+        timed = time_case(
+            ours,
+            baselines,
+            case,
+            device=device,
+            rounds=chosen.rounds,
+            warmups=chosen.warmups,
+            pictures=not chosen.only_evaluations,
+        )
         least = work(params, case)
         floor = least.linear / rates["linear layers, operations/s"] + least.attention / rates["attention, operations/s"]
         report["cases"][case.name] = {"floor of an evaluation": floor, "seconds": timed}
@@ -363,7 +414,7 @@ def main() -> None:
                     f"  {what + ', ' + name:42}{figures['median']:10.4f}{figures['p10']:10.4f}{figures['p90']:10.4f}"
                     f"{figures['A/A']:8.3f}{figures.get('times diffusers', float('nan')):10.3f}{above:9.2f}"
                 )
-    report["relative error of a velocity"] = errors(model, baselines, cases[0], device)
+    report["relative error of a velocity"] = errors(ours, baselines, cases[0], device)
     for name, error in report["relative error of a velocity"].items():
         print(f"relative error, {name:40}{error:.2e}")
     if device.type == "cuda":
