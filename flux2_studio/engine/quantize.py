@@ -176,14 +176,14 @@ class QuantizedLinear(nn.Module):
 
     def multiply_by_tiles(self, x: Tensor) -> Tensor:
         """x [..., in_features] times the weight, so many rows of which are restored at a time: [..., out_features]."""
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, self.in_features)
         out = x.new_empty(len(rows), self.out_features)
         first = 0
         for part in self._stored:
             for start, stop in _chunks(part.rows, part.cols, CACHED):
                 out[:, first + start : first + stop] = F.linear(rows, part.values(start, stop).to(x.dtype))
             first += part.rows
-        return out.unflatten(0, x.shape[:-1])
+        return out.reshape(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
@@ -198,6 +198,21 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class StoredEmbedding(nn.Module):
+    """An embedding whose rows are held in bfloat16 and looked up in `dtype`. head: the same table as a linear layer,
+    for models whose head it is."""
+
+    def __init__(self, rows: HalfMatrix, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head = QuantizedLinear(rows)
+        self._dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.head.parts[0]
+        assert isinstance(rows, HalfMatrix)
+        return rows.codes[ids].to(self._dtype)
 
 
 @functools.cache

@@ -38,7 +38,7 @@ from flux2_studio.engine.layouts import (
     transformer_params,
     transformer_plan,
 )
-from flux2_studio.engine.quantize import EightBit, HalfMatrix, QuantizedLinear, StoredMatrix, quantize
+from flux2_studio.engine.quantize import EightBit, HalfMatrix, QuantizedLinear, StoredEmbedding, StoredMatrix, quantize
 from flux2_studio.engine.reading import Reader
 from flux2_studio.engine.tensor_files import Shape, listed, shown
 from flux2_studio.engine.tiny_autoencoder import TinyDecoder
@@ -47,7 +47,8 @@ from flux2_studio.errors import DeviceError, WeightsError
 
 # How matrices are held in memory. plain: in the precision that is computed in. stored: as the file has them, restored
 # layer by layer. bfloat16, fp8, int8: those that the file has in full are brought to it on the way in, the others stay
-# as stored. All linear layers are held in bfloat16, the blocks' alone in fp8 and int8, which are less exact.
+# as stored. All linear layers and embeddings are held in bfloat16; in fp8 and int8, which are less exact, the blocks'
+# linear layers alone.
 Storage = Literal["plain", "stored", "bfloat16", "fp8", "int8"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # Where a repository in diffusers' layout has the files.
@@ -161,8 +162,8 @@ class Checked(Generic[ModuleT]):
             self.contents.make(name, [raw[key] for key in self.contents.entries[name].keys]) for name in source.names
         ]
         if held == "stored":
-            return _replace_linear(model, target, QuantizedLinear(*_matrices(parts)).to(device))
-        dtype = torch.bfloat16 if held == "bfloat16" else self._plain_dtype(target, dtype)
+            return _replace(model, target, QuantizedLinear(*_matrices(parts)).to(device))
+        computed, dtype = dtype, torch.bfloat16 if held == "bfloat16" else self._plain_dtype(target, dtype)
         # Codes travel rather than values, but only to devices that have their types.
         worker = device if device.type == "cuda" else torch.device("cpu")
         tensor = source.make(
@@ -171,8 +172,10 @@ class Checked(Generic[ModuleT]):
         if held == "plain":
             return {target: tensor.to(device, dtype)}
         if held == "bfloat16":
-            return _replace_linear(model, target, QuantizedLinear(HalfMatrix(tensor.to(device, dtype))))
-        return _replace_linear(model, target, QuantizedLinear(quantize(tensor.to(worker), held)).to(device))
+            matrix = HalfMatrix(tensor.to(device, dtype))
+            embeds = isinstance(model.get_submodule(target.removesuffix(".weight")), nn.Embedding)
+            return _replace(model, target, StoredEmbedding(matrix, computed) if embeds else QuantizedLinear(matrix))
+        return _replace(model, target, QuantizedLinear(quantize(tensor.to(worker), held)).to(device))
 
     def _check_device(self, device: torch.device, storage: Storage) -> None:
         entries = (self.contents.entries[name] for source in self.plan.values() for name in source.names)
@@ -188,6 +191,8 @@ class Checked(Generic[ModuleT]):
         name, _, parameter = target.rpartition(".")
         layer = model.get_submodule(name)
         linear = isinstance(layer, nn.Linear) and parameter == "weight" and layer.bias is None
+        if storage == "bfloat16" and isinstance(layer, nn.Embedding):
+            return storage
         if storage == "plain" or not linear or source.swap_halves or target.startswith(self.plain):
             return "plain"
         if all(self.contents.entries[name].unpack for name in source.names):
@@ -233,8 +238,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _replace_linear(model: nn.Module, target: str, layer: QuantizedLinear) -> dict[str, Tensor]:
-    """Put `layer` where the linear layer of the weight `target` was; its tensors, by their names in `model`."""
+def _replace(model: nn.Module, target: str, layer: nn.Module) -> dict[str, Tensor]:
+    """Put `layer` where the layer of the weight `target` was; its tensors, by their names in `model`."""
     name = target.removesuffix(".weight")
     model.set_submodule(name, layer)
     return {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}

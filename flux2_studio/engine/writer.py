@@ -32,6 +32,7 @@ from flux2_studio.engine.footprint import META, hold_small, peak_bytes
 from flux2_studio.engine.formats import Contents, open_contents
 from flux2_studio.engine.layouts import Plan, Source, put
 from flux2_studio.engine.params import TextRecipe
+from flux2_studio.engine.quantize import StoredEmbedding
 from flux2_studio.engine.tensor_files import read_json
 from flux2_studio.engine.text import CheckedText, TextEncoder, decoder_fields, open_text_encoder
 from flux2_studio.engine.tower import Decoder, Past, tower_params
@@ -100,8 +101,15 @@ class LanguageModel(nn.Module):
     def forward(self, embeddings: Tensor, past: Past) -> Tensor:
         """Logits [V] after the last of `embeddings` [1, L, W], which follow what is in `past`."""
         last = self.decoder.read(embeddings, past)[0, -1]
-        logits: Tensor = F.linear(last, self.decoder.embed_tokens.weight) if self.head is None else self.head(last)
+        logits: Tensor = self._head(last)
         return logits
+
+    @property
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        if self.head is not None:
+            return self.head
+        embedding: nn.Embedding | StoredEmbedding = self.decoder.embed_tokens
+        return embedding.head if isinstance(embedding, StoredEmbedding) else partial(F.linear, weight=embedding.weight)
 
 
 class Writer:

@@ -40,7 +40,7 @@ def held(model: nn.Module) -> Counter[str]:
     found: Counter[str] = Counter()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert not tensor.is_meta, name
-        found[re.sub(r"\.parts\.\d+\.\w+$", ".weight", name)] += tensor.numel() * tensor.element_size()
+        found[re.sub(r"(\.head)?\.parts\.\d+\.\w+$", ".weight", name)] += tensor.numel() * tensor.element_size()
     return found
 
 

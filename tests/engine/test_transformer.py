@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux2_studio.engine.latents import sequence_ids
+from flux2_studio.engine.quantize import QuantizedLinear
 from flux2_studio.engine.transformer import ReferenceCache, Transformer
 from flux2_studio.engine.weights import Storage, load_transformer, open_transformer
 from tests import oracle, tiny
@@ -224,3 +225,21 @@ def test_what_hangs_on_the_time_is_the_same_for_one_step_and_for_all(toys: Toys)
                 for a, b in zip(getattr(together.of(step), part), getattr(alone, part), strict=True):
                     assert a.shape == b.shape == (1, 1, model.params.hidden)
                     torch.testing.assert_close(a, b)
+
+
+def test_held_in_bfloat16_it_computes_what_its_values_say(toys: Toys) -> None:
+    """What a processor without bfloat16 does: half the memory, and no error but the weights' own rounding."""
+    opened = open_transformer(toys.klein.file)
+    rounded = opened.load(device=CPU, dtype=torch.float32)
+    for name, layer in rounded.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "img_in":
+            layer.weight.copy_(layer.weight.bfloat16())
+    held = opened.load(device=CPU, dtype=torch.float32, storage="bfloat16")
+    assert isinstance(held.double_blocks[0].img_mlp[0], QuantizedLinear)
+    assert held.dtype is torch.float32
+    inputs = Inputs(tiny.KLEIN)
+    assert oracle.relative_error(inputs.ours(held), inputs.ours(rounded)) <= 1e-6
+    exact, half = inputs.theirs(toys.klein), inputs.ours(opened.load(device=CPU, dtype=torch.bfloat16))
+    assert 0 < oracle.relative_error(inputs.ours(held), exact) < oracle.relative_error(half, exact)
+    sizes = (opened.sizes(dtype=torch.float32), opened.sizes(dtype=torch.float32, storage="bfloat16"))
+    assert 0.5 <= sum(sizes[1].values()) / sum(sizes[0].values()) < 0.55

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, TopPLogitsWarper
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from flux2_studio.checkpoints import DEV, LOCAL_WRITERS
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.quantize import QuantizedLinear
+from flux2_studio.engine.quantize import QuantizedLinear, StoredEmbedding
 from flux2_studio.engine.streaming import stream
 from flux2_studio.engine.text import load_text_encoder
 from flux2_studio.engine.tower import Past
@@ -518,3 +518,22 @@ def test_a_config_that_describes_nothing(published: Text, tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
     with pytest.raises(WeightsError, match="'llava' model, which cannot write prompts"):
         open_writer(folder, published.folder, SHORT_MISTRAL)
+
+
+@pytest.mark.parametrize("name", ["tied", "small", "published"])
+def test_held_in_bfloat16_it_writes_what_its_values_say(name: str, request: pytest.FixtureRequest) -> None:
+    text: Text = request.getfixturevalue(name)
+    opened = open_toy(text)
+    writer = opened.load(device=CPU, dtype=torch.float32, storage="bfloat16")
+    rounded = opened.load(device=CPU, dtype=torch.float32)
+    for layer in rounded.model.modules():
+        if isinstance(layer, nn.Embedding) or (isinstance(layer, nn.Linear) and layer.bias is None):
+            layer.weight.copy_(layer.weight.bfloat16())
+    assert isinstance(writer.model.decoder.embed_tokens, StoredEmbedding)
+    assert write(writer) == write(rounded) != ""
+    ours, theirs = (it.encoder.encode(["a cat"]).context for it in (writer, rounded))
+    assert ours.dtype is torch.float32
+    torch.testing.assert_close(ours, theirs)
+    matrices = {key: size for key, size in opened.sizes(dtype=torch.float32).items() if key.endswith("proj.weight")}
+    halved = opened.sizes(dtype=torch.float32, storage="bfloat16")
+    assert all(2 * halved[key] == size for key, size in matrices.items())
