@@ -140,12 +140,13 @@ class Cramped(torch.nn.Module):
         super().__init__()
         self._whole = whole
         self._most = most
-        self.params, self.dtype, self.device, self.rope = whole.params, whole.dtype, whole.device, whole.rope
+        self.params, self.dtype, self.device = whole.params, whole.dtype, whole.device
+        self.rope, self.modulations = whole.rope, whole.modulations
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def velocity(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if x.shape[0] > self._most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self._whole(x, *args, **kwargs)
+        return self._whole.velocity(x, *args, **kwargs)
 
 
 class Watched:
