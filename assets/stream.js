@@ -31,7 +31,8 @@
       const texts = (rest + value).split('\n\n');
       rest = texts.pop();
       for (const text of texts) {
-        const {msg, event_id: id} = JSON.parse(text.replace(/^data: /, ''));
+        // What is between here and the server may add lines of its own, so that a quiet connection is not closed.
+        const {msg, event_id: id} = text.startsWith('data: ') ? JSON.parse(text.slice(6)) : {};
         if (msg === 'close_stream') { ended = true; continue; }
         if (msg === 'process_completed' && !unanswered.delete(id)) early.add(id);
         controller.enqueue(encoder.encode(`${text}\n\n`));

@@ -11,20 +11,22 @@ from tests.browser.test_preset_page import button, part, unfold
 
 # What `slow` names comes late, as it may where connections are slow: the word that a stream of answers ends, or the
 # confirmation that something was asked. `streams` are those that are open, `ending` those of which the server thinks
-# that they have ended.
+# that they have ended, `joins` how often something was asked.
 SLOW = """(() => {
   const fetched = window.fetch;
-  Object.assign(window, {streams: 0, ending: 0, slow: ''});
+  Object.assign(window, {streams: 0, ending: 0, joins: 0, slow: ''});
   window.fetch = async (...given) => {
     const streams = String(given[0].url ?? given[0]).includes('/queue/data');
     window.streams += streams;
     const response = await fetched(...given);
+    window.joins += response.url.includes('/queue/join');
     const late = window.slow === 'confirmation' && response.url.includes('/queue/join');
     if (late) await new Promise((done) => setTimeout(done, 2000));
     if (!streams) return response;
     const end = 'data: {"msg":"close_stream"';
     const stream = new TransformStream({
       async transform(chunk, controller) {
+        controller.enqueue(new TextEncoder().encode(': a proxy says that it is there\\n\\n'));
         const text = new TextDecoder().decode(chunk);
         const at = text.indexOf(end);
         if (at < 0 || window.slow !== 'end') { controller.enqueue(chunk); return; }
@@ -58,8 +60,10 @@ def test_what_is_asked_as_a_stream_ends_is_answered(page: Page) -> None:
     page.wait_for_function("ending === 1")
     page.locator("#generate .preset-name").get_by_label("Name").fill("At the end")
     page.locator("#generate .prompt textarea").fill("a fox")
+    asked = page.evaluate("joins")
     button(page, "save").click()
     expect(part(page, "told")).to_contain_text("Saved as At the end.", timeout=20000)
+    assert page.evaluate("joins") == asked + 1, "nothing else was asked that would have brought the answer"
 
 
 def test_a_page_at_rest_holds_no_stream(page: Page) -> None:
