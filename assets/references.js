@@ -80,5 +80,12 @@
     event.stopPropagation();
   }, true);
 
-  window.studioReferences = {moved: ''};
+  window.studioReferences = {
+    moved: '',
+    // The index of the selected picture, as text; empty for none.
+    selected: () => {
+      const index = items().findIndex((item) => item.querySelector('.thumbnail-item.selected'));
+      return index < 0 ? '' : String(index);
+    },
+  };
 })();

@@ -24,7 +24,9 @@ from flux2_studio.ui.wiring import Update, listen
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
+# What the page itself knows when a button is pressed. Kept by the server at an earlier event, it might come too late.
 DRAGGED = "(_, ...others) => [window.studioReferences.moved, ...others]"
+SELECTED = "(_, ...others) => [window.studioReferences.selected(), ...others]"
 
 
 def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
@@ -122,6 +124,11 @@ def dragged(order: Sequence[Path], sent: str) -> list[Path] | None:
     return reordered(order, start, end - start)[0]
 
 
+def selected(sent: str | None) -> int | None:
+    """The index of the selected picture as the page `sent` it, None for none."""
+    return int(sent) if sent and re.fullmatch(r"[0-9]{1,3}", sent) else None
+
+
 def offer(
     form: Form,
     offered: Sequence[Path],
@@ -145,12 +152,8 @@ def offer(
         **mask_panel.followed(form.fields, examined.first),
     }
     if tools is not None:
-        selected = examined.kept[chosen] if chosen is not None and chosen < len(examined.kept) else None
-        update |= {
-            tools.chosen: chosen,
-            tools.row: gr.Row(visible=bool(examined.kept)),
-            **_naming(tools, selected, names),
-        }
+        named = examined.kept[chosen] if chosen is not None and chosen < len(examined.kept) else None
+        update |= {tools.row: gr.Row(visible=bool(examined.kept)), **_naming(tools, named, names)}
     return update
 
 
@@ -165,7 +168,7 @@ def offered_to(form: Form) -> list[Any]:
         form.panel.filled,
         form.fields["mask"],
         form.fields["outpaint"],
-        *([tools.chosen, tools.row, tools.name, tools.named] if tools else []),
+        *([tools.row, tools.name, tools.named] if tools else []),
     ]
 
 
@@ -227,16 +230,17 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         return offered([*paths(items), *map(Path, new)], *rest)
 
     def move(by: int) -> Callable[..., Update]:
-        def moved(index: int | None, *rest: Any) -> Update:
+        def moved(sent: str | None, *rest: Any) -> Update:
             _, items, *_ = rest
-            order, place = reordered(paths(items), index, by)
+            order, place = reordered(paths(items), selected(sent), by)
             return offered(order, *rest, place=place)
 
         return moved
 
-    def remove(index: int | None, *rest: Any) -> Update:
+    def remove(sent: str | None, *rest: Any) -> Update:
         _, items, *_ = rest
-        return offered([path for number, path in enumerate(paths(items)) if number != index], *rest)
+        gone = selected(sent)
+        return offered([path for number, path in enumerate(paths(items)) if number != gone], *rest)
 
     def drop(sent: str, *rest: Any) -> Any:
         _, items, *_ = rest
@@ -246,26 +250,27 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
     def choose(items: Any, typed: str | None, named: str | None, event: gr.SelectData) -> Update:
         index = int(event.index)
         names, wrong = call(items, typed, named)
-        update: Update = {tools.chosen: index, **_naming(tools, paths(items)[index], names)}
+        update: Update = _naming(tools, paths(items)[index], names)
         if names != names_in(items):
             update[references] = gr.Gallery(fields.numbered(paths(items), names), selected_index=index)
         if wrong:
             update[panel.refused] = wrong
         return update
 
-    def enter(items: Any, typed: str | None, named: str | None, index: int | None) -> Update:
+    def enter(sent: str | None, items: Any, typed: str | None, named: str | None) -> Update:
         names, wrong = call(items, typed, named)
         if wrong:
             return {panel.refused: wrong}
-        gallery = gr.Gallery(fields.numbered(paths(items), names), selected_index=index)
+        gallery = gr.Gallery(fields.numbered(paths(items), names), selected_index=selected(sent))
         return {references: gallery, panel.refused: "", tools.name: names.get(Path(named or ""), "")}
 
     called = [references, tools.name, tools.named]
-    about = [tools.chosen, tools.name, tools.named]
-    listen(references.select, choose, called, [*about, references, panel.refused], queue=False)
-    listen(tools.name.submit, enter, [*called, tools.chosen], [references, panel.refused, tools.name], queue=False)
+    about = [tools.name, tools.named, references, panel.refused]
+    listen(references.select, choose, called, about, queue=False)
+    entered = [references, panel.refused, tools.name]
+    listen(tools.name.submit, enter, [tools.told, *called], entered, js=SELECTED, queue=False)
     rest = [chosen, *called]
-    listen(tools.drop.click, drop, [tools.dragged, *rest], offered_to(form), js=DRAGGED)
+    listen(tools.drop.click, drop, [tools.told, *rest], offered_to(form), js=DRAGGED)
     listen(tools.add.upload, add, [tools.add, *rest], offered_to(form))
     for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
-        listen(button.click, action, [tools.chosen, *rest], offered_to(form))
+        listen(button.click, action, [tools.told, *rest], offered_to(form), js=SELECTED)

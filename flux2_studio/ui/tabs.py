@@ -112,11 +112,10 @@ class LoraPanel:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTools:
-    """What puts several references in order, and names them. `chosen` is the index of the selected one, None for none;
-    `named` is the file that `name` is the name of, as the browser saw it when it was typed. Where one was dragged, the
-    page's script presses `drop` and sends from which index to which in the place of `dragged`."""
+    """What puts several references in order, and names them. `named` is the file that `name` is the name of, as the
+    browser saw it when it was typed. The page's script sends what it knows itself in the place of `told`: which one is
+    selected, or, where one was dragged and it presses `drop`, from which index to which."""
 
-    chosen: gr.State
     row: gr.Row
     name: gr.Textbox
     named: gr.Textbox
@@ -124,7 +123,7 @@ class ReferenceTools:
     earlier: gr.Button
     later: gr.Button
     remove: gr.Button
-    dragged: gr.Textbox
+    told: gr.Textbox
     drop: gr.Button
 
 
@@ -204,11 +203,10 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
         presets = preset_panel.layout()
         references = fields.references(fields.up_to(checkpoint.max_references), columns=5)
         pick = picker.button("multi")
-        dragged = gr.Textbox(visible=False)
+        told = gr.Textbox(visible=False)
         drop = gr.Button("Move", visible="hidden", elem_id="multi-move")
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
-                chosen=gr.State(None),
                 row=row,
                 name=fields.name(),
                 named=gr.Textbox("", visible=False),
@@ -223,7 +221,7 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
                 earlier=gr.Button(t("◀ Earlier"), size="sm", min_width=80),
                 later=gr.Button(t("Later ▶"), size="sm", min_width=80),
                 remove=gr.Button(t("Remove"), size="sm", min_width=80),
-                dragged=dragged,
+                told=told,
                 drop=drop,
             )
             gr.HTML(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import BrowserContext, Locator, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 
 from tests.browser.conftest import ROOT, App, open_studio
 
@@ -348,6 +348,23 @@ def test_two_references_in_order(page: Page) -> None:
     run(page, "multi")
     expect_finished(page)
     assert settings(page)["References"] == "car.png, rocket.png"
+
+
+def test_a_picture_is_removed_at_once_after_it_was_selected(page: Page) -> None:
+    open_tab(page, "Multi-reference")
+    upload(page, "multi", EXAMPLES / "rocket.png", EXAMPLES / "car.png")
+    pictures = page.locator("#multi .references .thumbnail-item")
+    expect(page.locator("#multi .references .caption-label")).to_have_text(["image 1", "image 2"])
+    slow: list[Route] = []
+    # What the server is told of the selection arrives after the press.
+    page.route("**/gradio_api/run/**", lambda route: slow.append(route))
+    pictures.nth(0).click()
+    page.get_by_role("button", name="Remove", exact=True).click()
+    expect(pictures).to_have_count(1)
+    expect(pictures.first.locator("img")).to_have_attribute("src", _ends_with("car.png"))
+    assert slow
+    for route in slow:
+        route.continue_()
 
 
 def test_a_selected_picture_leaves_room_for_more(page: Page) -> None:

@@ -472,6 +472,11 @@ def test_dragged(sent: str, expected: str | None) -> None:
     )
 
 
+@pytest.mark.parametrize("sent, index", [("0", 0), ("12", 12), ("", None), (None, None), ("-1", None), ("1,0", None)])
+def test_selected(sent: str | None, index: int | None) -> None:
+    assert reference_panel.selected(sent) == index
+
+
 @pytest.mark.parametrize(
     "label, width, height, side, note, shape",
     [
