@@ -38,17 +38,38 @@ ROPE_AXES = 4  # (t, h, w, l), a quarter of the head each
 FLOAT16_MAX = 65504.0
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values of the reference tokens in one block, each [B, H, R, d], keys after RoPE.
+
+    filled: False while the references are the last R tokens of the sequence, and the block is to write these.
+    """
+
+    keys: Tensor
+    values: Tensor
+    filled: bool
+
+
 @dataclass
 class ReferenceCache:
     """Keys and values of the reference tokens, one pair per block, kept from the first evaluation on.
 
     tokens: R, how many tokens at the end of x are references while the cache is being filled.
-    blocks: per block (k, v), each [B, H, R, d], k after RoPE.
+    blocks: per block (keys, values), see `Kept`.
     """
 
     tokens: int
     blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     filled: bool = False
+
+    def make_room(self, count: int, like: Tensor, heads: int, head_width: int) -> None:
+        """Tensors for `count` blocks to write, of the batch, dtype and device of `like`."""
+        shape = (like.shape[0], heads, self.tokens, head_width)
+        self.blocks = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(count)]
+
+    def of(self, block: int) -> Kept | None:
+        """What a block is to write or to read; None where no tokens are references."""
+        return Kept(*self.blocks[block], filled=self.filled) if self.tokens else None
 
 
 @dataclass(frozen=True)
@@ -112,27 +133,22 @@ def finite(x: Tensor) -> Tensor:
     return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype is torch.float16 else x
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, cache: ReferenceCache | None, block: int, *, references: bool = True
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, kept: Kept | None, *, references: bool = True) -> Tensor:
     """Attention over q, k, v [B, H, tokens, d] as [B, tokens, D], following the module's rule for references.
 
-    references: whether q has, as k and v have, the references of a cache that is being filled.
+    references: whether q has, as k and v have, the references that are being kept.
     """
-    if cache is None or cache.tokens == 0:
+    if kept is None:
         out = F.scaled_dot_product_attention(q, k, v)
-    elif cache.filled:
-        k_ref, v_ref = cache.blocks[block]
-        out = F.scaled_dot_product_attention(q, torch.cat((k, k_ref), 2), torch.cat((v, v_ref), 2))
+    elif kept.filled:
+        out = F.scaled_dot_product_attention(q, torch.cat((k, kept.keys), 2), torch.cat((v, kept.values), 2))
     else:
-        r = cache.tokens
-        k_ref, v_ref = k[:, :, -r:].contiguous(), v[:, :, -r:].contiguous()
-        cache.blocks.append((k_ref, v_ref))
-        if not references:
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        others = F.scaled_dot_product_attention(q[:, :, :-r], k, v)
-        among = F.scaled_dot_product_attention(q[:, :, -r:], k_ref, v_ref)
-        out = torch.cat((others, among), 2)
+        r = kept.keys.shape[2]
+        kept.keys.copy_(k[:, :, -r:])
+        kept.values.copy_(v[:, :, -r:])
+        out = F.scaled_dot_product_attention(q[:, :, :-r] if references else q, k, v)
+        if references:
+            out = torch.cat((out, F.scaled_dot_product_attention(q[:, :, -r:], kept.keys, kept.values)), 2)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -226,8 +242,7 @@ class DoubleBlock(nn.Module):
         x_mod: tuple[Tensor, ...],
         ctx_mod: tuple[Tensor, ...],
         rope: Rope,
-        cache: ReferenceCache | None,
-        block: int,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor]:
         x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = x_mod
         c_shift1, c_scale1, c_gate1, c_shift2, c_scale2, c_gate2 = ctx_mod
@@ -237,7 +252,7 @@ class DoubleBlock(nn.Module):
         v = torch.cat((v_c, v_x), 2)
         q = rope(torch.cat((q_c, q_x), 2)).to(v.dtype)
         k = rope(torch.cat((k_c, k_x), 2)).to(v.dtype)
-        out_c, out_x = attend(q, k, v, cache, block).split((ctx.shape[1], x.shape[1]), 1)
+        out_c, out_x = attend(q, k, v, kept).split((ctx.shape[1], x.shape[1]), 1)
 
         x = finite(x + x_gate1 * self.img_attn.proj(out_x))
         x = finite(x + x_gate2 * self.img_mlp(modulate(x, x_shift2, x_scale2)))
@@ -263,17 +278,16 @@ class SingleBlock(nn.Module):
         x: Tensor,
         mod: tuple[Tensor, ...],
         rope: Rope,
-        cache: ReferenceCache | None,
-        block: int,
+        kept: Kept | None = None,
         wanted: slice | None = None,
     ) -> Tensor:
         """What x [B, tokens, D] becomes: all of it, or the `wanted` tokens alone where no other is read any more. Those
-        are no references of a cache that is being filled."""
+        are no references that are being kept."""
         shift, scale, gate = mod
         some = slice(None) if wanted is None else wanted
         q, k, v, inner = self._projected(modulate(x, shift, scale), wanted)
         q, k = rope.at(some)(self.norm.query(q)), rope(self.norm.key(k))
-        attended = attend(q.to(v.dtype), k.to(v.dtype), v, cache, block, references=wanted is None)
+        attended = attend(q.to(v.dtype), k.to(v.dtype), v, kept, references=wanted is None)
         gate = gate if gate.shape[1] == 1 else gate[:, some]
         return finite(x[:, some] + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
 
@@ -396,18 +410,20 @@ class Transformer(nn.Module):
         """What `forward` computes, from the `modulations` of its times."""
         filling = cache is not None and not cache.filled and cache.tokens > 0
         x, ctx = self.img_in(x), self.txt_in(ctx)
-        for i, double in enumerate(self.double_blocks):
-            x, ctx = double(x, ctx, modulations.image, modulations.text, rope, cache, i)
+        blocks = len(self.double_blocks) + len(self.single_blocks)
+        if cache is not None and not cache.filled:
+            cache.make_room(blocks, x, self.params.heads, self.params.head_width)
+        kept = [None if cache is None else cache.of(block) for block in range(blocks)]
+        for double, own in zip(self.double_blocks, kept, strict=False):
+            x, ctx = double(x, ctx, modulations.image, modulations.text, rope, own)
         first, last = ctx.shape[1], ctx.shape[1] + (x.shape[1] if outputs is None else outputs)
         wanted = slice(first, last)
         joined = torch.cat((ctx, x), 1)
-        # References that fill a cache attend by themselves: where their velocity is asked for, nothing is left out.
+        # References that are being kept attend by themselves: where their velocity is asked for, nothing is left out.
         sparing = len(self.single_blocks) - 1 if outputs is not None or not filling else None
-        for i, single in enumerate(self.single_blocks):
-            block = len(self.double_blocks) + i
-            joined = single(joined, modulations.joined, rope, cache, block, wanted if i == sparing else None)
-        if filling:
-            assert cache is not None
+        for i, (single, own) in enumerate(zip(self.single_blocks, kept[len(self.double_blocks) :], strict=True)):
+            joined = single(joined, modulations.joined, rope, own, wanted if i == sparing else None)
+        if cache is not None:
             cache.filled = True
         out = joined if joined.shape[1] == last - first else joined[:, wanted]
         return self.final_layer(out, *modulations.last)
