@@ -84,9 +84,9 @@ class Rope:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((a * self.cos - b * self.sin, a * self.sin + b * self.cos), -1).flatten(-2)
 
-    def at(self, tokens: slice) -> Rope:
+    def at(self, first: int, count: int) -> Rope:
         """The tables of some of the tokens."""
-        return Rope(self.cos[tokens], self.sin[tokens])
+        return Rope(self.cos.narrow(0, first, count), self.sin.narrow(0, first, count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,31 +279,33 @@ class SingleBlock(nn.Module):
         mod: tuple[Tensor, ...],
         rope: Rope,
         kept: Kept | None = None,
-        wanted: slice | None = None,
+        wanted: tuple[int, int] | None = None,
     ) -> Tensor:
-        """What x [B, tokens, D] becomes: all of it, or the `wanted` tokens alone where no other is read any more. Those
-        are no references that are being kept."""
+        """What x [B, tokens, D] becomes: all of it, or the `wanted` tokens alone (the first and how many) where no
+        other is read any more. Those are no references that are being kept."""
         shift, scale, gate = mod
-        some = slice(None) if wanted is None else wanted
         q, k, v, inner = self._projected(modulate(x, shift, scale), wanted)
-        q, k = rope.at(some)(self.norm.query(q)), rope(self.norm.key(k))
-        attended = attend(q.to(v.dtype), k.to(v.dtype), v, kept, references=wanted is None)
-        gate = gate if gate.shape[1] == 1 else gate[:, some]
-        return finite(x[:, some] + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
+        k = rope(self.norm.key(k)).to(v.dtype)
+        if wanted is not None:
+            x, rope = x.narrow(1, *wanted), rope.at(*wanted)
+            gate = gate if gate.shape[1] == 1 else gate.narrow(1, *wanted)
+        q = rope(self.norm.query(q)).to(v.dtype)
+        attended = attend(q, k, v, kept, references=wanted is None)
+        return finite(x + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
 
-    def _projected(self, x: Tensor, wanted: slice | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _projected(self, x: Tensor, wanted: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, tokens, d] and what goes into the MLP [B, tokens, 2 * mlp] of x [B, tokens,
         D]: keys and values of all tokens, the rest of the wanted ones."""
         if wanted is not None and type(self.linear1) is nn.Linear:
             hidden, weight = x.shape[-1], self.linear1.weight
             k, v = F.linear(x, weight[hidden : 3 * hidden]).chunk(2, -1)
-            x = x[:, wanted]
+            x = x.narrow(1, *wanted)
             q, inner = F.linear(x, weight[:hidden]), F.linear(x, weight[3 * hidden :])
         else:  # other layers than plain ones cannot compute some of their outputs for less than all
             qkv, inner = self.linear1(x).split(self.splits, -1)
             q, k, v = qkv.chunk(3, -1)
             if wanted is not None:
-                q, inner = q[:, wanted], inner[:, wanted]
+                q, inner = q.narrow(1, *wanted), inner.narrow(1, *wanted)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         return q, k, v, inner
 
@@ -416,8 +418,7 @@ class Transformer(nn.Module):
         kept = [None if cache is None else cache.of(block) for block in range(blocks)]
         for double, own in zip(self.double_blocks, kept, strict=False):
             x, ctx = double(x, ctx, modulations.image, modulations.text, rope, own)
-        first, last = ctx.shape[1], ctx.shape[1] + (x.shape[1] if outputs is None else outputs)
-        wanted = slice(first, last)
+        wanted = ctx.shape[1], x.shape[1] if outputs is None else outputs
         joined = torch.cat((ctx, x), 1)
         # References that are being kept attend by themselves: where their velocity is asked for, nothing is left out.
         sparing = len(self.single_blocks) - 1 if outputs is not None or not filling else None
@@ -425,7 +426,7 @@ class Transformer(nn.Module):
             joined = single(joined, modulations.joined, rope, own, wanted if i == sparing else None)
         if cache is not None:
             cache.filled = True
-        out = joined if joined.shape[1] == last - first else joined[:, wanted]
+        out = joined if joined.shape[1] == wanted[1] else joined.narrow(1, *wanted)
         return self.final_layer(out, *modulations.last)
 
     def _embed_time(self, t: Tensor, guidance: Tensor | None) -> Tensor:

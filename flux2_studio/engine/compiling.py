@@ -1,0 +1,194 @@
+"""A transformer's blocks compiled by torch.compile: what lies between the products of matrices becomes few kernels.
+
+Does: compiles a block of each kind, whatever layers it has (quantised ones, LoRAs), has a model's blocks run so, and
+has them run as they are written again. Does not know: when that is worth it, or in which thread (`models/compiled.py`).
+
+A block as it is written ("eager") stays the reference; a compiled one differs from it by rounding, so that a picture is
+drawn with the one or the other, never with both. Compiling takes seconds to minutes; what is compiled holds for every
+size of pictures and prompts, and for all blocks of the same structure.
+
+Pitfalls: torch compiles inside a call whatever it meets for the first time, and gives a function up, silently, after
+eight versions. Here only `prepare` compiles: a model runs what there is (`torch._dynamo.run`), and every structure and
+variant has a function of its own. What a killed process leaves half written on the disk fails for ever: see `prepare`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import types
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flux2_studio.engine.transformer import DoubleBlock, Kept, Rope, SingleBlock, Transformer
+
+# Lengths to compile with: text, image, references. No two that occur, nor their sums, are alike or a model's width:
+# equal ones would be taken for the same, and other pictures would not fit.
+TEXT, IMAGE, REFERENCES = 37, 53, 71
+
+
+class CompileError(Exception):
+    """A block could not be compiled: no compiler on this machine, mostly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What a block is compiled for. several: whether batches have more than one row. references: what it does about a
+    reference cache, see `Kept`."""
+
+    several: bool = False
+    references: Literal["none", "writes", "reads"] = "none"
+
+
+def variants(rows: int, *, reference_cache: bool, steps: int) -> tuple[Variant, ...]:
+    """Those that drawing takes, with batches of `rows`."""
+    several = rows > 1
+    if not reference_cache:
+        return (Variant(several=several),)
+    writes, reads = (Variant(several=several, references=which) for which in ("writes", "reads"))
+    return (writes, reads) if steps > 1 else (writes,)
+
+
+class Compiled:
+    """A forward for blocks of one structure, for one variant."""
+
+    def __init__(self, forward: Any, backend: str | Callable[..., Any]) -> None:
+        # torch keeps what it compiled by the code object, which all blocks of a kind share: so a copy of it.
+        copy = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+        copy.__defaults__, copy.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+        self.compiling = torch.compile(copy, fullgraph=True, dynamic=True, backend=backend)
+        self.running = torch._dynamo.run(self.compiling)
+        self.ready = False
+
+
+class Compiler:
+    """Compiles blocks and remembers them. `prepare` may run in a thread of its own, beside models that run.
+
+    cache: the folder where torch keeps what it compiled, if it is ours to empty. backend: torch.compile's.
+    """
+
+    def __init__(self, *, cache: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
+        self._cache = cache
+        self._backend = backend
+        self._compiled: dict[Hashable, Compiled] = {}
+
+    def missing(self, model: Transformer, variant: Variant) -> list[nn.Module]:
+        """A block of each structure that is not compiled for `variant` yet."""
+        found: dict[Hashable, nn.Module] = {}
+        for block in _blocks(model):
+            found.setdefault(structure(block), block)
+        return [block for key, block in found.items() if not self._of(key, block, variant).ready]
+
+    @torch.inference_mode()
+    def prepare(self, model: Transformer, variant: Variant) -> None:
+        """Compile what is `missing`. The weights may move meanwhile: what is in use is held. Raises `CompileError`.
+
+        A failure is taken for a damaged cache first: it is emptied, once, and all is tried again.
+        """
+        for block in self.missing(model, variant):
+            compiled = self._of(structure(block), block, variant)
+            held = shadow(block)
+            try:
+                _run(compiled.compiling, held, model, variant)
+            except Exception as first:  # torch's own kinds are many, a compiler's are anything
+                if self._cache is None or not self._cache.is_dir():
+                    raise CompileError(_reason(first)) from first
+                shutil.rmtree(self._cache, ignore_errors=True)
+                try:
+                    _run(compiled.compiling, held, model, variant)
+                except Exception as error:
+                    raise CompileError(_reason(error)) from error
+            compiled.ready = True
+
+    def attach(self, model: Transformer, *needed: Variant) -> bool:
+        """Have the blocks of `model` run compiled, if all is there that the `needed` variants take. Otherwise they run
+        as they are written."""
+        self.detach(model)
+        if not needed or any(self.missing(model, variant) for variant in needed):
+            return False
+        for block in _blocks(model):
+            key = structure(block)
+            forwards: dict[str, Any] = {it.references: self._of(key, block, it).running for it in needed}
+            block.forward = partial(_choose, forwards, block)
+        return True
+
+    def detach(self, model: Transformer) -> None:
+        """Have the blocks of `model` run as they are written."""
+        for block in _blocks(model):
+            vars(block).pop("forward", None)
+
+    def _of(self, key: Hashable, block: nn.Module, variant: Variant) -> Compiled:
+        whole = key, variant
+        if whole not in self._compiled:
+            self._compiled[whole] = Compiled(type(block).forward, self._backend)
+        return self._compiled[whole]
+
+
+def structure(block: nn.Module) -> Hashable:
+    """What blocks must share to run the same compiled code: their layers' kinds, and their tensors' shapes."""
+    tensors = (*block.named_parameters(), *block.named_buffers())
+    return (
+        tuple((name, type(module)) for name, module in block.named_modules()),
+        tuple((name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in tensors),
+    )
+
+
+def shadow(block: nn.Module) -> nn.Module:
+    """Another `block` with the very same tensors, which keeps them when the block's own are moved or replaced."""
+    other: nn.Module = object.__new__(type(block))
+    other.__dict__.update(vars(block))
+    other._modules = {name: module and shadow(module) for name, module in block._modules.items()}
+    other._parameters, other._buffers = dict(block._parameters), dict(block._buffers)
+    vars(other).pop("forward", None)
+    return other
+
+
+def _choose(forwards: dict[str, Callable[..., Any]], block: nn.Module, *inputs: Any) -> Any:
+    kept = next((value for value in inputs if isinstance(value, Kept)), None)
+    references = "none" if kept is None else "reads" if kept.filled else "writes"
+    return forwards[references](block, *inputs)
+
+
+def _blocks(model: Transformer) -> Iterator[nn.Module]:
+    yield from model.double_blocks
+    yield from model.single_blocks
+
+
+def _run(forward: Callable[..., Any], block: nn.Module, model: Transformer, variant: Variant) -> None:
+    """Once for each way in which `Transformer.velocity` calls a block of that kind."""
+    p = model.params
+    batch = 2 if variant.several else 1
+    writes, reads = variant.references == "writes", variant.references == "reads"
+    image = IMAGE + (REFERENCES if writes else 0)
+    tokens = TEXT + image
+
+    def made(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=model.device)
+
+    def modulation(count: int, length: int = 1) -> tuple[Tensor, ...]:
+        if writes and length > 1:  # a tensor each, as they are looked up for every token
+            return tuple(made(1, length, p.hidden) for _ in range(count))
+        return made(1, 1, count * p.hidden).chunk(count, -1)
+
+    rope = Rope(*(made(tokens, p.head_width // 2, dtype=torch.float32) for _ in range(2)))
+    kept = None
+    if writes or reads:
+        keys, values = (made(batch, p.heads, REFERENCES, p.head_width) for _ in range(2))
+        kept = Kept(keys, values, filled=reads)
+    if isinstance(block, DoubleBlock):
+        x, ctx = made(batch, image, p.hidden), made(batch, TEXT, p.hidden)
+        forward(block, x, ctx, modulation(6, image), modulation(6), rope, kept)
+    else:
+        assert isinstance(block, SingleBlock)
+        for wanted in (None, (TEXT, IMAGE)):
+            forward(block, made(batch, tokens, p.hidden), modulation(3, tokens), rope, kept, wanted)
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
