@@ -8,8 +8,8 @@ drawn with the one or the other, never with both. Compiling takes seconds to min
 size of pictures and prompts, and for all blocks of the same structure.
 
 Pitfalls: torch compiles inside a call whatever it meets for the first time, and gives a function up, silently, after
-eight versions. Here only `prepare` compiles: a model runs what there is (`torch._dynamo.run`), and every structure and
-variant has a function of its own. What a killed process leaves half written on the disk fails for ever: see `prepare`.
+eight versions. Here only `compile` does so: a model runs what there is (`torch._dynamo.run`), and every structure and
+variant has a function of its own. What a killed process leaves half written on the disk fails for ever: see `compile`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.transformer import DoubleBlock, Kept, Rope, SingleBlock, Transformer
 
 # Lengths to compile with: text, image, references. No two that occur, nor their sums, are alike or a model's width:
@@ -54,6 +55,17 @@ def variants(rows: int, *, reference_cache: bool, steps: int) -> tuple[Variant, 
     return (writes, reads) if steps > 1 else (writes,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Blocks to compile for a variant, and what their inputs are like."""
+
+    blocks: tuple[nn.Module, ...]
+    variant: Variant
+    params: TransformerParams
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Compiled:
     """A forward for blocks of one structure, for one variant."""
 
@@ -67,7 +79,7 @@ class Compiled:
 
 
 class Compiler:
-    """Compiles blocks and remembers them. `prepare` may run in a thread of its own, beside models that run.
+    """Compiles blocks and remembers them. `compile` may run in a thread of its own, beside models that run.
 
     cache: the folder where torch keeps what it compiled, if it is ours to empty. backend: torch.compile's.
     """
@@ -84,23 +96,32 @@ class Compiler:
             found.setdefault(structure(block), block)
         return [block for key, block in found.items() if not self._of(key, block, variant).ready]
 
+    def order(self, model: Transformer, variant: Variant) -> Order:
+        """What is `missing`, to be compiled whatever becomes of `model` meanwhile; its weights are held until then."""
+        return Order(
+            blocks=tuple(shadow(block) for block in self.missing(model, variant)),
+            variant=variant,
+            params=model.params,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
     @torch.inference_mode()
-    def prepare(self, model: Transformer, variant: Variant) -> None:
-        """Compile what is `missing`. The weights may move meanwhile: what is in use is held. Raises `CompileError`.
+    def compile(self, order: Order) -> None:
+        """Compile what was ordered. Raises `CompileError`.
 
         A failure is taken for a damaged cache first: it is emptied, once, and all is tried again.
         """
-        for block in self.missing(model, variant):
-            compiled = self._of(structure(block), block, variant)
-            held = shadow(block)
+        for block in order.blocks:
+            compiled = self._of(structure(block), block, order.variant)
             try:
-                _run(compiled.compiling, held, model, variant)
+                _run(compiled.compiling, block, order)
             except Exception as first:  # torch's own kinds are many, a compiler's are anything
                 if self._cache is None or not self._cache.is_dir():
                     raise CompileError(_reason(first)) from first
                 shutil.rmtree(self._cache, ignore_errors=True)
                 try:
-                    _run(compiled.compiling, held, model, variant)
+                    _run(compiled.compiling, block, order)
                 except Exception as error:
                     raise CompileError(_reason(error)) from error
             compiled.ready = True
@@ -143,7 +164,12 @@ def shadow(block: nn.Module) -> nn.Module:
     other: nn.Module = object.__new__(type(block))
     other.__dict__.update(vars(block))
     other._modules = {name: module and shadow(module) for name, module in block._modules.items()}
-    other._parameters, other._buffers = dict(block._parameters), dict(block._buffers)
+    # New parameters: a move puts other values into those that there are.
+    other._parameters = {
+        name: tensor if tensor is None else nn.Parameter(tensor.detach(), tensor.requires_grad)
+        for name, tensor in block._parameters.items()
+    }
+    other._buffers = dict(block._buffers)
     vars(other).pop("forward", None)
     return other
 
@@ -159,16 +185,16 @@ def _blocks(model: Transformer) -> Iterator[nn.Module]:
     yield from model.single_blocks
 
 
-def _run(forward: Callable[..., Any], block: nn.Module, model: Transformer, variant: Variant) -> None:
+def _run(forward: Callable[..., Any], block: nn.Module, order: Order) -> None:
     """Once for each way in which `Transformer.velocity` calls a block of that kind."""
-    p = model.params
-    batch = 2 if variant.several else 1
-    writes, reads = variant.references == "writes", variant.references == "reads"
+    p = order.params
+    batch = 2 if order.variant.several else 1
+    writes, reads = order.variant.references == "writes", order.variant.references == "reads"
     image = IMAGE + (REFERENCES if writes else 0)
     tokens = TEXT + image
 
-    def made(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=model.device)
+    def made(*shape: int, dtype: torch.dtype = order.dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=order.device)
 
     def modulation(count: int, length: int = 1) -> tuple[Tensor, ...]:
         if writes and length > 1:  # a tensor each, as they are looked up for every token
@@ -190,5 +216,5 @@ def _run(forward: Callable[..., Any], block: nn.Module, model: Transformer, vari
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+    return lines[0] if lines else type(error).__name__

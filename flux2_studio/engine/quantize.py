@@ -1,8 +1,8 @@
 """Weights that stay small: kept in memory as they are stored, restored one layer at a time.
 
 Does: fp8 and int8 with one scale or one per row, NVFP4 (GGUF's blocks are in `gguf.py`), and bfloat16 where it is not
-computed in; a linear layer over such weights, which multiplies fp8 as fp8 where the GPU does that quickly; making fp8
-or int8 of plain weights.
+computed in; a linear layer over such weights, which multiplies 8 bits as they are where the device does that quickly;
+making fp8 or int8 of plain weights.
 Does not know: how files spell their scales (`formats.py`), which layers of which model are meant (`weights.py`).
 
     codes: what is stored. values [rows, cols]: what they stand for, as a plain file would hold them; rows are a linear
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 EightBit = Literal["fp8", "int8"]
 FP8_MAX = 448.0  # of float8_e4m3fn
 INT8_MAX = 127.0
-ALIGNED = 16  # of which both sides of a matrix must be multiples for fp8 products
+ALIGNED = 16  # of which both sides of a matrix must be multiples for products in 8 bits
+FEW = 16  # rows of inputs that the kernels for int8 products do not take, and that gain nothing by fp8
 # Values restored at a time, 64 MiB of them in float32: the largest layers would take over a gigabyte at once.
 CHUNK = 2**24
 TILE = 128  # rows of an NVFP4 scale tile, so chunks begin at multiples of it
@@ -151,28 +152,28 @@ class QuantizedLinear(nn.Module):
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     @property
-    def is_fp8(self) -> bool:
-        """Whether the codes can be multiplied as they are: all fp8, with sides that the kernels take."""
-        aligned = self.in_features % ALIGNED == 0 and all(part.rows % ALIGNED == 0 for part in self._stored)
-        return aligned and all(
-            isinstance(part, ScaledMatrix) and part.codes.dtype is torch.float8_e4m3fn for part in self._stored
-        )
+    def eight_bit(self) -> EightBit | None:
+        """As what the codes can be multiplied as they are: all of one kind, with sides that the kernels take."""
+        if self.in_features % ALIGNED or any(part.rows % ALIGNED for part in self._stored):
+            return None
+        kinds = {part.codes.dtype if isinstance(part, ScaledMatrix) else None for part in self._stored}
+        return "fp8" if kinds == {torch.float8_e4m3fn} else "int8" if kinds == {torch.int8} else None
 
-    def multiply_fp8(self, x: Tensor) -> Tensor:
-        """x [..., in_features], brought to fp8 with a scale for each row, times the codes: [..., out_features]."""
-        rows = quantize(x.flatten(0, -2), "fp8")
-        outs = [
-            torch._scaled_mm(
-                rows.codes,
-                part.codes.t(),
-                scale_a=rows.scale,
-                scale_b=part.scale.t().expand(1, part.rows).contiguous(),
-                out_dtype=torch.bfloat16,  # the only one that the row-wise kernels give
-            )
-            for part in self._stored
-            if isinstance(part, ScaledMatrix)
-        ]
-        return torch.cat(outs, -1).to(x.dtype).unflatten(0, x.shape[:-1])
+    def multiply_codes(self, x: Tensor, kind: EightBit) -> Tensor:
+        """x [..., in_features], brought to 8 bits with a scale for each row, times the codes: [..., out_features]."""
+        rows = x.flatten(0, -2)
+        if torch.compiler.is_compiling():  # makes one kernel of what would be written and read several times
+            codes, scale = eight_bit_rows(rows, kind)
+            outs = [_product(codes, scale, part, kind, 0, part.rows).to(x.dtype) for part in self._stored]
+            return (outs[0] if len(outs) == 1 else torch.cat(outs, -1)).unflatten(0, x.shape[:-1])
+        small = quantize(rows, kind)
+        out = x.new_empty(len(rows), self.out_features)
+        first = 0
+        for part in self._stored:
+            for start, stop in _chunks(part.rows, len(rows)):
+                out[:, first + start : first + stop] = _product(small.codes, small.scale, part, kind, start, stop)
+            first += part.rows
+        return out.unflatten(0, x.shape[:-1])
 
     def multiply_by_tiles(self, x: Tensor) -> Tensor:
         """x [..., in_features] times the weight, so many rows of which are restored at a time: [..., out_features]."""
@@ -186,10 +187,11 @@ class QuantizedLinear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        kind = self.eight_bit
+        if kind is not None and x.numel() > FEW * self.in_features and multiplies(x.device, kind):
+            return self.multiply_codes(x, kind)
         if x.device.type == "cpu":
             return self.multiply_by_tiles(x)
-        if multiplies_fp8(x.device) and self.is_fp8:
-            return self.multiply_fp8(x)
         return F.linear(x, self.dequantize(x.dtype))
 
     @property
@@ -198,6 +200,18 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _product(codes: Tensor, scale: Tensor, part: StoredMatrix, kind: EightBit, start: int, stop: int) -> Tensor:
+    """Rows of 8 bits [n, cols] with their scales [n, 1], times rows start..stop of `part`: [n, stop - start]."""
+    assert isinstance(part, ScaledMatrix)
+    matrix = part.codes[start:stop].t()
+    of_outputs = part.scale if len(part.scale) == 1 else part.scale[start:stop]
+    columns = of_outputs.t().expand(1, stop - start)
+    if kind == "int8":
+        return torch._int_mm(codes, matrix).float() * scale * columns
+    # bfloat16 is the only result that the row-wise kernels give
+    return torch._scaled_mm(codes, matrix, scale_a=scale, scale_b=columns.contiguous(), out_dtype=torch.bfloat16)
 
 
 class StoredEmbedding(nn.Module):
@@ -215,12 +229,25 @@ class StoredEmbedding(nn.Module):
         return rows.codes[ids].to(self._dtype)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
-def multiplies_fp8(device: torch.device) -> bool:
-    """Whether `device` has fast products of fp8 matrices: NVIDIA's, from compute capability 8.9 on."""
+def multiplies(device: torch.device, kind: EightBit) -> bool:
+    """Whether `device` has fast products of matrices in 8 bits: NVIDIA's of fp8 from compute capability 8.9 on, of int8
+    from 7.5 on. Processors are not known to: torch's int8 product runs at a twentieth of float32's rate without VNNI,
+    and with it nobody has measured it here yet."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.cuda.get_device_capability(device) >= {"fp8": (8, 9), "int8": (7, 5)}[kind]
+
+
+def eight_bit_rows(values: Tensor, kind: EightBit) -> tuple[Tensor, Tensor]:
+    """Codes [rows, cols] and scales [rows, 1] of values [rows, cols], see `quantize`. Written as one expression: a
+    compiler makes one kernel of it and what precedes it."""
+    largest = INT8_MAX if kind == "int8" else FP8_MAX
+    values = values.float()
+    scale = values.abs().amax(1, keepdim=True) / largest
+    scaled = (values / scale.where(scale > 0, torch.ones_like(scale))).clamp(-largest, largest)
+    return (scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn)), scale
 
 
 def quantize(weight: Tensor, to: EightBit) -> ScaledMatrix:
@@ -231,15 +258,10 @@ def quantize(weight: Tensor, to: EightBit) -> ScaledMatrix:
     holds one is restored as not-a-number.
     """
     rows, cols = weight.shape
-    dtype, largest = (torch.int8, INT8_MAX) if to == "int8" else (torch.float8_e4m3fn, FP8_MAX)
-    codes = torch.empty(rows, cols, dtype=dtype, device=weight.device)
+    codes = torch.empty(rows, cols, dtype=torch.int8 if to == "int8" else torch.float8_e4m3fn, device=weight.device)
     scale = torch.empty(rows, 1, device=weight.device)
     for start, stop in _chunks(rows, cols):
-        values = weight[start:stop].float()
-        scale[start:stop] = values.abs().amax(1, keepdim=True) / largest
-        step = scale[start:stop]
-        scaled = (values / step.where(step > 0, torch.ones_like(step))).clamp_(-largest, largest)
-        codes[start:stop] = scaled.round_() if to == "int8" else scaled
+        codes[start:stop], scale[start:stop] = eight_bit_rows(weight[start:stop], to)
     return ScaledMatrix(codes, scale)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from flux2_studio.engine.quantize import (
     QuantizedLinear,
     ScaledMatrix,
     StoredMatrix,
-    multiplies_fp8,
+    multiplies,
     quantize,
 )
 from tests import quantised
@@ -253,42 +254,67 @@ def test_several_chunks_of_nvfp4() -> None:
         assert torch.equal(restored[:, columns], (values * steps).bfloat16())
 
 
-# fp8 multiplied as fp8
+# 8 bits multiplied as they are
 
 
-def test_fp8_times_fp8_is_the_product_of_what_the_codes_stand_for() -> None:
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_product_of_codes_is_that_of_what_they_stand_for(kind: EightBit) -> None:
     """Parts with one scale and with one for each row, as q, k and v may come from three tensors of a file."""
-    one = ScaledMatrix(quantize(weight(32, 64), "fp8").codes, torch.tensor(0.02))
-    layer = QuantizedLinear(one, quantize(weight(48, 64, seed=4), "fp8"))
-    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    one = ScaledMatrix(quantize(weight(32, 64), kind).codes, torch.tensor(0.02))
+    layer = QuantizedLinear(one, quantize(weight(48, 64, seed=4), kind))
+    x = torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     x[0, 1] = 0
-    out = layer.multiply_fp8(x)
-    rows = quantize(x.flatten(0, -2), "fp8").dequantize(torch.float32)
-    expected = (rows @ layer.dequantize(torch.float32).t()).unflatten(0, (2, 5))
-    assert layer.is_fp8 and out.shape == (2, 5, 80) and out.dtype is torch.bfloat16
+    out = layer.multiply_codes(x, kind)
+    rows = quantize(x.flatten(0, -2), kind).dequantize(torch.float32)
+    expected = (rows @ layer.dequantize(torch.float32).t()).unflatten(0, (2, 10))
+    assert layer.eight_bit == kind and out.shape == (2, 10, 80) and out.dtype is torch.bfloat16
     assert not out[0, 1].any()
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-4)  # one rounding to bfloat16
 
 
-def test_fp8_activations_cost_a_few_percent() -> None:
-    layer = QuantizedLinear(quantize(weight(64, 512), "fp8"))
-    x = torch.randn(7, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
+def test_a_product_of_codes_by_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = QuantizedLinear(quantize(weight(384, 64), "int8"))
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+    whole = layer.multiply_codes(x, "int8")
+    monkeypatch.setattr("flux2_studio.engine.quantize._chunks.__defaults__", (128 * 20,))
+    assert layer.multiply_codes(x, "int8").equal(whole)
+
+
+@pytest.mark.parametrize("kind, least, most", [("fp8", 0.002, 0.04), ("int8", 0.002, 0.02)])
+def test_activations_in_8_bits_cost_a_few_percent(kind: EightBit, least: float, most: float) -> None:
+    layer = QuantizedLinear(quantize(weight(64, 512), kind))
+    x = torch.randn(20, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
     exact = x.float() @ layer.dequantize(torch.float32).t()
-    error = (layer.multiply_fp8(x).float() - exact).norm() / exact.norm()
-    assert 0.002 < error < 0.04
+    error = (layer.multiply_codes(x, kind).float() - exact).norm() / exact.norm()
+    assert least < error < most
 
 
-def test_codes_that_the_kernels_do_not_take() -> None:
-    whole = QuantizedLinear(quantize(weight(32, 64), "fp8"))
-    assert whole.is_fp8
-    for other in (quantize(weight(32, 64), "int8"), quantize(weight(24, 64), "fp8"), nvfp4(weight(128, 64))):
-        assert not QuantizedLinear(other).is_fp8
-        assert not QuantizedLinear(*whole.parts, other).is_fp8  # type: ignore[arg-type]
-    assert not QuantizedLinear(quantize(weight(32, 40), "fp8")).is_fp8
+@pytest.mark.parametrize("kind, another", [("fp8", "int8"), ("int8", "fp8")])
+def test_codes_that_the_kernels_do_not_take(kind: EightBit, another: EightBit) -> None:
+    whole = QuantizedLinear(quantize(weight(32, 64), kind))
+    assert whole.eight_bit == kind
+    for other in (quantize(weight(24, 64), kind), nvfp4(weight(128, 64))):
+        assert QuantizedLinear(other).eight_bit is None
+        assert QuantizedLinear(*whole.parts, other).eight_bit is None  # type: ignore[arg-type]
+    assert QuantizedLinear(*whole.parts, quantize(weight(32, 64), another)).eight_bit is None  # type: ignore[arg-type]
+    assert QuantizedLinear(quantize(weight(32, 40), kind)).eight_bit is None
 
 
-def test_where_fp8_products_are_not_quick_the_values_are_restored() -> None:
-    assert not multiplies_fp8(torch.device("cpu")) and not multiplies_fp8(torch.device("mps"))
+def test_where_products_of_codes_are_not_quick_the_values_are_restored() -> None:
+    for kind in get_args(EightBit):
+        assert not multiplies(torch.device("cpu"), kind) and not multiplies(torch.device("mps"), kind)
     layer = QuantizedLinear(quantize(weight(32, 64), "fp8"))
-    x = torch.randn(3, 64)
+    x = torch.randn(30, 64)
     assert layer(x).equal(torch.nn.functional.linear(x, layer.dequantize(x.dtype)))
+
+
+@pytest.mark.parametrize("rows, expected", [(16, "restored"), (17, "codes")])
+def test_products_of_codes_where_they_are_quick(rows: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for so few rows that the kernels do not take them."""
+    monkeypatch.setattr("flux2_studio.engine.quantize.multiplies", lambda _device, kind: kind == "int8")
+    layer = QuantizedLinear(quantize(weight(32, 64), "int8"))
+    x = torch.randn(rows, 64)
+    found = layer(x)
+    restored = torch.nn.functional.linear(x, layer.dequantize(x.dtype))
+    assert found.equal(layer.multiply_codes(x, "int8") if expected == "codes" else restored)
+    assert found.equal(restored) == (expected == "restored")
