@@ -395,4 +395,6 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, list[str]]:
     """
     chosen = {name: value for name in ("dtype", "device") if (value := getattr(options, name, None)) is not None}
     settings, notes = with_own_files(Settings.from_environment())
+    if settings.compile == "auto":  # a single run is over before it could be any quicker
+        chosen["compile"] = "off"
     return replace(settings, **chosen), notes

@@ -9,6 +9,7 @@
 | FLUX2_DEVICE | auto, cuda, cuda:1, mps or cpu |
 | FLUX2_DTYPE | auto, float32, bfloat16 or float16 |
 | FLUX2_QUANTIZE | off, fp8 or int8: hold transformer and text encoder in 8 bits, made when they are loaded |
+| FLUX2_COMPILE | auto, on or off: compile the transformer's blocks, see `models/compiled.py` |
 | FLUX2_MEMORY | gigabytes of the device's memory that the studio may take (default: what is free) |
 | FLUX2_PREVIEW | tiny (a small decoder), linear (rough colours, no extra weights) or off |
 | FLUX2_TEXT_ENCODER_URL | the address of a text encoder on another machine, see `models/remote_text.py` |
@@ -48,6 +49,7 @@ from flux2_studio.request import Enricher
 Device = str
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["off", "fp8", "int8"]
+Compile = Literal["auto", "on", "off"]
 PreviewKind = Literal["tiny", "linear", "off"]
 Safety = Literal["auto", "on", "warn", "off"]
 
@@ -70,6 +72,7 @@ class Settings:
     device: Device = "auto"
     dtype: DtypeName = "auto"
     quantize: Quantize = "off"
+    compile: Compile = "auto"
     memory: float | None = None  # gigabytes
     preview: PreviewKind = "tiny"
     text_encoder_url: str | None = None
@@ -111,6 +114,7 @@ class Settings:
             device=env.get("FLUX2_DEVICE") or cls.device,
             dtype=_choice(env, "FLUX2_DTYPE", cls.dtype, get_args(DtypeName)),  # type: ignore[arg-type]
             quantize=_choice(env, "FLUX2_QUANTIZE", cls.quantize, get_args(Quantize)),  # type: ignore[arg-type]
+            compile=_choice(env, "FLUX2_COMPILE", cls.compile, get_args(Compile)),  # type: ignore[arg-type]
             memory=_gigabytes(env, "FLUX2_MEMORY"),
             preview=_choice(env, "FLUX2_PREVIEW", cls.preview, get_args(PreviewKind)),  # type: ignore[arg-type]
             text_encoder_url=_url(env, "FLUX2_TEXT_ENCODER_URL"),
@@ -165,6 +169,11 @@ class Settings:
         return self.home / "references"
 
     @property
+    def compiled(self) -> Path:
+        """The folder where torch keeps what it compiled, from one start to the next."""
+        return self.home / "compiled"
+
+    @property
     def identity(self) -> Path:
         """The folder of the identity that signs pictures where the user has none of their own."""
         return self.home / "identity"
@@ -192,10 +201,11 @@ class Settings:
     def prepare_process(self) -> None:
         """Set what libraries read from the environment, where the user has not; call it before torch is imported.
 
-        Gradio keeps uploads, and copies of what it shows, under `home`. OpenMP's threads sleep while they wait:
-        spinning, they starve each other as soon as another program wants a core.
+        Gradio keeps uploads, and copies of what it shows, under `home`; torch what it compiles. OpenMP's threads sleep
+        while they wait: spinning, they starve each other as soon as another program wants a core.
         """
         os.environ.setdefault("GRADIO_TEMP_DIR", str(self.home / "uploads"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.compiled))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def checkpoint(self, name: str | None) -> Checkpoint:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 
 import torch
@@ -53,6 +53,7 @@ from flux2_studio.events import (
 )
 from flux2_studio.models.choices import choose_dtype, choose_storage
 from flux2_studio.models.classifier import find_classifier
+from flux2_studio.models.compiled import AS_WRITTEN, COMPILED
 from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Loras
 from flux2_studio.models.manager import Drawn, ModelManager
@@ -194,6 +195,7 @@ class Studio:
             "precision": str(choose_dtype(self.settings.dtype, device, checkpoint, part)).removeprefix("torch."),
             "weights": choose_storage(self.settings.quantize, self.settings.dtype, device, part),
             "autoencoder": WHOLE,
+            "blocks": self._models.compiled.outlook(part.size),
         }
 
     def checkpoint_hash(self, checkpoint: Checkpoint) -> str | None:
@@ -456,10 +458,10 @@ class Studio:
         waiting = list(run.request.seeds[finished.drawn :])
         while waiting:
             seeds = waiting[:most]
-            drawn = yield from run.working(run.session.draw)
-            yield from finished.fresh([lora.report.text for lora in drawn.applied])
-            watch.lap()
             together = len(seeds)
+            drawn = yield from run.working(partial(run.session.draw, pictures=together))
+            yield from finished.fresh([*(lora.report.text for lora in drawn.applied), *drawn.notes])
+            watch.lap()
             records = [self._record(run, drawn, fingerprint, seed, i, together) for i, seed in enumerate(seeds)]
             pictures = yield from draw(run, drawn, records, len(waiting), conditions, timer)
             if pictures is None:
@@ -534,5 +536,9 @@ class Studio:
             place=place,
             together=together,
             versions=self.versions,
-            computed={**self.computed(run.session.checkpoint), "autoencoder": strips(run.session.plan)},
+            computed={
+                **self.computed(run.session.checkpoint),
+                "autoencoder": strips(run.session.plan),
+                "blocks": COMPILED if drawn.compiled else AS_WRITTEN,
+            },
         )

@@ -123,6 +123,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
     [
         ("FLUX2_DTYPE", "float8", "FLUX2_DTYPE is 'float8'; set it to one of: auto, float32, bfloat16, float16"),
         ("FLUX2_QUANTIZE", "4", "FLUX2_QUANTIZE is '4'; set it to one of: off, fp8, int8"),
+        ("FLUX2_COMPILE", "yes", "FLUX2_COMPILE is 'yes'; set it to one of: auto, on, off"),
         ("FLUX2_MEMORY", "8GB", "FLUX2_MEMORY is '8GB'; set it to a number of gigabytes, such as 7.5"),
         ("FLUX2_MEMORY", "0", "FLUX2_MEMORY is '0'; set it"),
         ("FLUX2_MEMORY", "-4", "FLUX2_MEMORY is '-4'; set it"),

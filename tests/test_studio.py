@@ -160,8 +160,8 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def draw(self, progress: Progress) -> Drawn:
-        drawn = self._session.draw(progress)
+    def draw(self, progress: Progress, pictures: int = 1) -> Drawn:
+        drawn = self._session.draw(progress, pictures)
         return replace(drawn, transformer=self._happens(drawn.transformer))
 
 

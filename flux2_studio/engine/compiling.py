@@ -46,13 +46,12 @@ class Variant:
     references: Literal["none", "writes", "reads"] = "none"
 
 
-def variants(rows: int, *, reference_cache: bool, steps: int) -> tuple[Variant, ...]:
-    """Those that drawing takes, with batches of `rows`."""
+def variants(rows: int, *, reference_cache: bool) -> tuple[Variant, ...]:
+    """Those that drawing takes, with batches of `rows`. reference_cache: whether there is one with tokens in it."""
     several = rows > 1
     if not reference_cache:
         return (Variant(several=several),)
-    writes, reads = (Variant(several=several, references=which) for which in ("writes", "reads"))
-    return (writes, reads) if steps > 1 else (writes,)
+    return Variant(several=several, references="writes"), Variant(several=several, references="reads")
 
 
 @dataclass(frozen=True, kw_only=True)

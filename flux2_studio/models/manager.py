@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from flux2_studio.checkpoints import GB, Checkpoint, LocalWriter
 from flux2_studio.engine import lora
 from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.compiling import Compiler, variants
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
 from flux2_studio.engine.text import Encoded, TextEncoder
 from flux2_studio.engine.transformer import Transformer
@@ -29,6 +30,7 @@ from flux2_studio.engine.writer import CheckedWriter, Writer
 from flux2_studio.errors import OutOfMemory, StudioError, WeightsError
 from flux2_studio.models import memory
 from flux2_studio.models.choices import choose_device
+from flux2_studio.models.compiled import CompiledBlocks
 from flux2_studio.models.fingerprint import Fingerprints
 from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Applied, Loras
@@ -52,11 +54,17 @@ class ModelManager:
     """Opens checkpoints. One run at a time: sessions are not made for concurrent use; `outlook` may be asked any time.
 
     host_budget: bytes of main memory for weights that have left the device. streaming: whether blocks may wait there;
-    both by default only where the device has a memory of its own.
+    both by default only where the device has a memory of its own. compiler: torch's by default.
     """
 
     def __init__(
-        self, settings: Settings, hub: Hub, *, host_budget: int | None = None, streaming: bool | None = None
+        self,
+        settings: Settings,
+        hub: Hub,
+        *,
+        host_budget: int | None = None,
+        streaming: bool | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         self._settings = settings
         self._hub = hub
@@ -71,6 +79,7 @@ class ModelManager:
         self._too_much: dict[tuple[str, Workload], int] = {}  # peaks of plans that ran out of memory all the same
         self._contexts = RememberingText()
         self._latents = RememberingReferences()
+        self.compiled = CompiledBlocks(settings.compile, self.device, compiler or Compiler(cache=settings.compiled))
         self._fingerprints = Fingerprints(settings.home / "hashes.json")
 
     def on_disk(self, checkpoint: Checkpoint) -> bool:
@@ -100,7 +109,7 @@ class ModelManager:
         opened = self._opener.open(checkpoint, progress)
         self.loras.check(loras, checkpoint, opened.flow.params)
         opened, plan = self._planned(opened, workload, loras, after, whole, progress)
-        return self._session(opened, plan, loras)
+        return self._session(opened, plan, workload, loras)
 
     def outlook(
         self, checkpoint: Checkpoint, workload: Workload, loras: Sequence[LoraChoice] = (), *, whole: bool = False
@@ -261,7 +270,7 @@ class ModelManager:
         """Bytes of main memory for parts whose blocks are streamed; None where the device has no memory of its own."""
         return memory.free_host_memory() + self._residency.host_bytes if self.device.type == "cuda" else None
 
-    def _session(self, opened: Opened, plan: Plan, loras: Sequence[LoraChoice]) -> Session:
+    def _session(self, opened: Opened, plan: Plan, workload: Workload, loras: Sequence[LoraChoice]) -> Session:
         remote = None
         if opened.text is None:
             assert self._settings.text_encoder_url is not None
@@ -275,6 +284,7 @@ class ModelManager:
         return Session(
             opened=opened,
             plan=plan,
+            workload=workload,
             preview=self._settings.preview,
             loras=self.loras,
             chosen=tuple(loras),
@@ -282,17 +292,20 @@ class ModelManager:
             residency=self._residency,
             contexts=self._contexts,
             latents=self._latents,
+            compiled=self.compiled,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """What a picture is drawn with, on the device. `applied`: the LoRAs on the transformer. `previewer` is None where
-    previews are off."""
+    previews are off. `compiled`: whether the blocks run compiled. `notes`: what the user should know of that."""
 
     transformer: Transformer
     previewer: Previewer | None
     applied: tuple[Applied, ...]
+    compiled: bool
+    notes: tuple[str, ...]
 
 
 class Session:
@@ -308,6 +321,7 @@ class Session:
         *,
         opened: Opened,
         plan: Plan,
+        workload: Workload,
         preview: str,
         loras: Loras,
         chosen: Sequence[LoraChoice],
@@ -315,6 +329,7 @@ class Session:
         residency: Residency[Key],
         contexts: RememberingText,
         latents: RememberingReferences,
+        compiled: CompiledBlocks,
     ) -> None:
         self.checkpoint = opened.checkpoint
         self.plan = plan
@@ -329,6 +344,8 @@ class Session:
         self._residency = residency
         self._contexts = contexts
         self._latents = latents
+        self._workload = workload
+        self._compiled = compiled
 
     def encode(self, prompts: Sequence[str], progress: Progress) -> Encoded:
         """The contexts of `prompts`; only those that are not remembered are read."""
@@ -383,12 +400,22 @@ class Session:
         self.remembered |= known
         return latent
 
-    def draw(self, progress: Progress) -> Drawn:
-        """Transformer and previews' decoder, and the LoRAs that the request chose on the former."""
+    def draw(self, progress: Progress, pictures: int = 1) -> Drawn:
+        """Transformer and previews' decoder, and the LoRAs that the request chose on the former. pictures: how many are
+        drawn together."""
         parts = self._bring(DRAWING, progress)
         transformer: Transformer = parts["flow"]
         applied = self._loras.put_on(transformer, self._chosen)
-        return Drawn(transformer=transformer, previewer=self._previewer(parts), applied=tuple(applied))
+        cached = self.checkpoint.reference_cache and bool(self._workload.references)
+        needed = variants(pictures * (2 if self._workload.guided else 1), reference_cache=cached)
+        compiled = self._compiled.use(transformer, self.checkpoint.flow.size, needed)
+        return Drawn(
+            transformer=transformer,
+            previewer=self._previewer(parts),
+            applied=tuple(applied),
+            compiled=compiled,
+            notes=self._compiled.notes(),
+        )
 
     def decode(self, latent: Tensor, progress: Progress) -> Tensor:
         """Pixels [1, 3, H, W] of a latent [1, 128, h, w]."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +21,7 @@ from flux2_studio.engine.sampling import denoise
 from flux2_studio.engine.streaming import stream
 from flux2_studio.engine.transformer import ReferenceCache, Transformer
 from tests import oracle
+from tests.graphs import Graphs
 
 CPU = torch.device("cpu")
 PARAMS = TransformerParams(
@@ -38,29 +37,6 @@ PARAMS = TransformerParams(
 BLOCKS = PARAMS.double_blocks + PARAMS.single_blocks
 MANNERS: tuple[Literal["none", "writes", "reads"], ...] = ("none", "writes", "reads")
 ALL = [Variant(several=several, references=which) for several in (False, True) for which in MANNERS]
-
-
-@dataclass
-class Graphs:
-    """A backend that counts: graphs that were compiled, and how often one ran. They compute as torch does without."""
-
-    made: int = 0
-    ran: int = 0
-
-    def __call__(self, module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
-        self.made += 1
-
-        def run(*inputs: Any) -> Any:
-            self.ran += 1
-            return module.forward(*inputs)
-
-        return run
-
-    def since(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
-        """What `run` gives, how many graphs it made, and how many ran in it."""
-        made, ran = self.made, self.ran
-        result = run()
-        return result, self.made - made, self.ran - ran
 
 
 def made(params: TransformerParams = PARAMS) -> Transformer:
@@ -138,7 +114,7 @@ def test_a_reference_cache_is_written_and_read(graphs: Graphs, compiler: Compile
         return velocity(model, side, 1, batch, cache=cache), velocity(model, side, 0, batch, cache=cache)
 
     expected = both(caches[0])
-    assert compiler.attach(model, *variants(batch, reference_cache=True, steps=4))
+    assert compiler.attach(model, *variants(batch, reference_cache=True))
     found, compiled, ran = graphs.since(lambda: both(caches[1]))
     assert (compiled, ran) == (0, 2 * BLOCKS)
     for a, b in zip(found, expected, strict=True):
@@ -172,7 +148,7 @@ def test_the_loop_takes_the_variants_that_are_foretold(
 
     expected = picture()
     rows = 2 if guiding == "cfg" else 1
-    assert compiler.attach(model, *variants(rows, reference_cache=reference_cache, steps=3))
+    assert compiler.attach(model, *variants(rows, reference_cache=reference_cache))
     found, compiled, ran = graphs.since(picture)
     assert (compiled, ran) == (0, 3 * BLOCKS)
     assert oracle.relative_error(found, expected) <= 1e-5
