@@ -36,6 +36,7 @@ from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Applied, Loras
 from flux2_studio.models.opened import SUBFOLDERS, TOKENS, Key, Opened, Opener, draws_itself
 from flux2_studio.models.plan import DECODING, DRAWING, PROMPT, REFERENCES, Plan, Workload, make_plan, spread
+from flux2_studio.models.processors import keep_to_quota, quota
 from flux2_studio.models.remembered import RememberingReferences, RememberingText
 from flux2_studio.models.remote_text import RemoteText
 from flux2_studio.models.residency import Residency, empty_cache, release
@@ -69,6 +70,7 @@ class ModelManager:
         self._settings = settings
         self._hub = hub
         self.device = choose_device(settings.device)
+        keep_to_quota(quota())
         apart = self.device.type == "cuda"
         if host_budget is None:
             host_budget = int(HOST_SHARE * memory.whole_memory(HOST)) if apart else 0
