@@ -55,7 +55,8 @@ class References(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectTab:
-    """`seen` is the last `Inspection`, None for none: what Restore puts back."""
+    """`seen` is the last `Inspection`, None for none: what Restore puts back. `asked` counts the pictures that were to
+    be looked at."""
 
     picture: gr.Gallery
     findings: gr.HTML  # what it amounts to
@@ -66,6 +67,14 @@ class InspectTab:
     json: gr.Code
     credentials: gr.Code
     seen: gr.State
+    asked: gr.State
+
+
+@dataclass
+class Asked:
+    """How often a tab was given something to look at, or its picture taken away."""
+
+    times: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,7 @@ class Restoration:
 
 def layout() -> InspectTab:
     with gr.Tab(t("Inspect"), id="inspect", elem_id="inspect", elem_classes="sheet"):
-        seen = gr.State(None)  # in here: Gradio counts what lies between two tabs as one
+        seen, asked = gr.State(None), gr.State(Asked())  # in here: Gradio counts what lies between two tabs as one
         picture = _picture()
         findings = gr.HTML(EMPTY, elem_id="inspect-findings")
         with gr.Column(elem_id="inspect-acts"):
@@ -115,6 +124,7 @@ def layout() -> InspectTab:
         json=as_json,
         credentials=credentials,
         seen=seen,
+        asked=asked,
     )
 
 
@@ -135,7 +145,9 @@ def wire(
     where none are handed out, because others use this studio too.
     """
 
-    def look(items: Any) -> Iterator[Update]:
+    def look(items: Any, asked: Asked) -> Iterator[Any]:
+        asked.times += 1
+        mine = asked.times
         offered = paths(items)
         if not offered:
             yield _nothing(tab)
@@ -148,9 +160,16 @@ def wire(
         try:
             seen = inspect(offered[-1], signer, messages)
         except StudioError as error:
-            yield {tab.findings: show.problem(str(error))}
-            return
-        yield _shown(tab, seen, _plan(seen, studio, references))
+            found = {tab.findings: show.problem(str(error))}
+        else:
+            found = _shown(tab, seen, _plan(seen, studio, references))
+        yield found if asked.times == mine else gr.skip()  # meanwhile there may be another, or none
+
+    def cleared(items: Any, asked: Asked) -> Any:
+        if items:
+            return gr.skip()
+        asked.times += 1
+        return _nothing(tab)
 
     def restore(seen: Inspection | None) -> Update:
         if seen is None or (plan := _plan(seen, studio, references)) is None:
@@ -164,10 +183,11 @@ def wire(
         except StudioError as error:  # what a file names as its mask need not be one
             raise gr.Error(told(str(error)), print_exception=False) from error
 
-    said = [component for component in vars(tab).values() if component is not tab.picture]
-    listen([tab.picture.upload, tab.picture.delete], look, tab.picture, [tab.picture, *said], concurrency_limit=2)
+    said = [component for component in vars(tab).values() if component not in (tab.picture, tab.asked)]
+    heard: dict[str, Any] = {"inputs": [tab.picture, tab.asked], "trigger_mode": "multiple"}
+    listen([tab.picture.upload, tab.picture.delete], look, outputs=[tab.picture, *said], concurrency_limit=2, **heard)
     # The gallery's own button to clear it is heard as a change only.
-    listen(tab.picture.change, lambda items: gr.skip() if items else _nothing(tab), tab.picture, said)
+    listen(tab.picture.change, cleared, outputs=said, **heard)
     # A gallery with a selected picture takes no upload.
     listen(tab.picture.select, lambda: gr.Gallery(selected_index=None), None, tab.picture, queue=False)
     listen(tab.restore.click, None, js=GO_TO_FORM)
