@@ -44,6 +44,7 @@ EMPTY = (
 )
 # The report may be long, and the form that was filled lies above.
 GO_TO_FORM = "() => document.getElementById('tabs').scrollIntoView({behavior: 'smooth'})"
+NOW = "(items, _, asked) => [items, performance.now(), asked]"
 FORMS = ("generate", "edit", "multi")  # for no reference, for one, for more
 
 
@@ -55,8 +56,8 @@ class References(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectTab:
-    """`seen` is the last `Inspection`, None for none: what Restore puts back. `asked` counts the pictures that were to
-    be looked at."""
+    """`seen` is the last `Inspection`, None for none: what Restore puts back. `at` is sent by the browser with what it
+    asks, and says when it did; `asked` keeps when that was last."""
 
     picture: gr.Gallery
     findings: gr.HTML  # what it amounts to
@@ -67,14 +68,16 @@ class InspectTab:
     json: gr.Code
     credentials: gr.Code
     seen: gr.State
+    at: gr.Number
     asked: gr.State
 
 
 @dataclass
 class Asked:
-    """How often a tab was given something to look at, or its picture taken away."""
+    """When a tab was last given something to look at, or its picture taken away, by the browser's clock: two looks at
+    the same time may begin in either order."""
 
-    times: int = 0
+    last: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ class Restoration:
 def layout() -> InspectTab:
     with gr.Tab(t("Inspect"), id="inspect", elem_id="inspect", elem_classes="sheet"):
         seen, asked = gr.State(None), gr.State(Asked())  # in here: Gradio counts what lies between two tabs as one
+        at = gr.Number(0, visible=False)
         picture = _picture()
         findings = gr.HTML(EMPTY, elem_id="inspect-findings")
         with gr.Column(elem_id="inspect-acts"):
@@ -124,6 +128,7 @@ def layout() -> InspectTab:
         json=as_json,
         credentials=credentials,
         seen=seen,
+        at=at,
         asked=asked,
     )
 
@@ -145,9 +150,11 @@ def wire(
     where none are handed out, because others use this studio too.
     """
 
-    def look(items: Any, asked: Asked) -> Iterator[Any]:
-        asked.times += 1
-        mine = asked.times
+    def look(items: Any, at: float, asked: Asked) -> Iterator[Any]:
+        if at < asked.last:
+            yield gr.skip()
+            return
+        asked.last = at
         offered = paths(items)
         if not offered:
             yield _nothing(tab)
@@ -163,12 +170,12 @@ def wire(
             found = {tab.findings: show.problem(str(error))}
         else:
             found = _shown(tab, seen, _plan(seen, studio, references))
-        yield found if asked.times == mine else gr.skip()  # meanwhile there may be another, or none
+        yield found if asked.last == at else gr.skip()  # meanwhile there may be another, or none
 
-    def cleared(items: Any, asked: Asked) -> Any:
-        if items:
+    def cleared(items: Any, at: float, asked: Asked) -> Any:
+        if items or at < asked.last:
             return gr.skip()
-        asked.times += 1
+        asked.last = at
         return _nothing(tab)
 
     def restore(seen: Inspection | None) -> Update:
@@ -183,8 +190,8 @@ def wire(
         except StudioError as error:  # what a file names as its mask need not be one
             raise gr.Error(told(str(error)), print_exception=False) from error
 
-    said = [component for component in vars(tab).values() if component not in (tab.picture, tab.asked)]
-    heard: dict[str, Any] = {"inputs": [tab.picture, tab.asked], "trigger_mode": "multiple"}
+    said = [component for component in vars(tab).values() if component not in (tab.picture, tab.at, tab.asked)]
+    heard: dict[str, Any] = {"inputs": [tab.picture, tab.at, tab.asked], "js": NOW, "trigger_mode": "multiple"}
     listen([tab.picture.upload, tab.picture.delete], look, outputs=[tab.picture, *said], concurrency_limit=2, **heard)
     # The gallery's own button to clear it is heard as a change only.
     listen(tab.picture.change, cleared, outputs=said, **heard)
