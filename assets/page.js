@@ -158,8 +158,9 @@
   const isPicture = (file) => file.type.startsWith('image/') || NAMED.test(file.name);
   const names = (files) => files.map((file) => file.name).join(', ');
   const input = async (where) => {
+    // A tab's contents come into the page when it is first opened, which a busy machine takes its time for.
+    const end = performance.now() + (document.querySelector(`#${where} .references`) ? 5000 : 60000);
     if (tab() !== where) document.getElementById(`${where}-button`)?.click();
-    const end = performance.now() + 5000;  // a tab's contents come into the page when it is first opened
     for (;;) {
       const found = document.querySelector(INPUTS[where]);
       if (found || performance.now() > end) return found;

@@ -7,6 +7,7 @@ work is done by the job queue, so a closed tab ends only the following.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,13 @@ GO_TO_STAGE = """() => {
 GO_TO_FORM = """() => {
   const [tabs, stage] = ['tabs', 'stage'].map((id) => document.getElementById(id).getBoundingClientRect());
   if (tabs.bottom <= stage.top) document.getElementById('tabs').scrollIntoView({behavior: 'smooth'});
+}"""
+
+# Which picture is looked at, as the browser knows it when a button is pressed: the server may hear of it later.
+PICKED = """(picked, ...others) => {
+  const shown = [...document.querySelectorAll('#gallery .thumbnail-lg')];
+  const index = shown.findIndex((item) => item.classList.contains('selected'));
+  return [index < 0 ? picked : index, ...others];
 }"""
 
 NO_SUCH_NAME = "No picture here is called {names}: it stays in the instruction as it is."
@@ -264,20 +272,21 @@ def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Ta
         other = compare.picked(before, images[index])
         return index, download(images, index), gr.Button(use_label(index, len(images))), other
 
-    def use(images: list[str], index: int, name: str) -> Update:
+    def use(index: int, images: list[str], name: str) -> Update:
         picture = Path(images[index])
         return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
 
-    listen(stage.stop.click, stopper(jobs), stage.job, stage.stop, queue=False)
+    listen(stage.stop.click, stopper(jobs), stage.shown, stage.stop, queue=False)
     comparison = stage.comparison
     listen(
         stage.gallery.select,
         pick,
         [stage.results, comparison.before],
         [stage.picked, stage.download, stage.edit, comparison.slider],
+        trigger_mode="multiple",  # the last is the one
     )
     listen(stage.edit.click, None, js=GO_TO_FORM)
-    listen(stage.edit.click, use, [stage.results, stage.picked, chosen], [tabs, *offered_to(edit)])
+    listen(stage.edit.click, use, [stage.picked, stage.results, chosen], [tabs, *offered_to(edit)], js=PICKED)
 
 
 # --- the checkpoint and what depends on it ----------------------------------------------------------------------
@@ -370,12 +379,15 @@ def _wire_size(studio: Studio, chosen: gr.Dropdown, form: Form) -> None:
         if aspect == fields.AS_REFERENCE:
             return *fields.sides(None), ""
         if aspect == fields.FREE and None not in now:
-            return gr.skip(), gr.skip(), ""
+            return gr.Number(visible=True), gr.Number(visible=True), ""
         return *fields.sides(fields.size_of(aspect, studio.settings.checkpoint(name))), ""
 
     # `input`, not `change`: a change that came from settling must not set the size again.
     shown = [width, height, form.size_note]
-    listen(form.aspect.input, preset, [form.aspect, chosen, width, height], shown, queue=False)
+    asked = [form.aspect, chosen, width, height]
+    # First in the browser, so that a run that is started at once has it.
+    listen(form.aspect.input, None, asked, [width, height], js=_sizes(studio.settings.checkpoints))
+    listen(form.aspect.input, preset, asked, shown, queue=False, trigger_mode="always_last")
     for side, label in ((width, "width"), (height, "height")):
 
         def settle(across: int | None, down: int | None, name: str, label: str = label) -> Sequence[Any]:
@@ -391,6 +403,17 @@ def _wire_size(studio: Studio, chosen: gr.Dropdown, form: Form) -> None:
             [side, form.size_note, form.aspect],
             queue=False,
         )
+
+
+def _sizes(checkpoints: Sequence[Checkpoint]) -> str:
+    """What `_wire_size` makes of a shape, as JavaScript."""
+    shapes = [*fields.ASPECTS, fields.FREE]
+    table = {each.name: {shape: fields.size_of(shape, each) for shape in shapes} for each in checkpoints}
+    return f"""(aspect, name, ...now) => {{
+      if (aspect === {json.dumps(fields.AS_REFERENCE)}) return [null, null];
+      if (aspect === {json.dumps(fields.FREE)} && !now.includes(null)) return now;
+      return ({json.dumps(table)})[name]?.[aspect] ?? now;
+    }}"""
 
 
 def settled(

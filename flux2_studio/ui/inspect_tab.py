@@ -44,6 +44,7 @@ EMPTY = (
 )
 # The report may be long, and the form that was filled lies above.
 GO_TO_FORM = "() => document.getElementById('tabs').scrollIntoView({behavior: 'smooth'})"
+NOW = "(items, _, asked) => [items, performance.now(), asked]"
 FORMS = ("generate", "edit", "multi")  # for no reference, for one, for more
 
 
@@ -55,7 +56,8 @@ class References(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectTab:
-    """`seen` is the last `Inspection`, None for none: what Restore puts back."""
+    """`seen` is the last `Inspection`, None for none: what Restore puts back. `at` is sent by the browser with what it
+    asks, and says when it did; `asked` keeps when that was last."""
 
     picture: gr.Gallery
     findings: gr.HTML  # what it amounts to
@@ -66,6 +68,16 @@ class InspectTab:
     json: gr.Code
     credentials: gr.Code
     seen: gr.State
+    at: gr.Number
+    asked: gr.State
+
+
+@dataclass
+class Asked:
+    """When a tab was last given something to look at, or its picture taken away, by the browser's clock: two looks at
+    the same time may begin in either order."""
+
+    last: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +97,8 @@ class Restoration:
 
 def layout() -> InspectTab:
     with gr.Tab(t("Inspect"), id="inspect", elem_id="inspect", elem_classes="sheet"):
-        seen = gr.State(None)  # in here: Gradio counts what lies between two tabs as one
+        seen, asked = gr.State(None), gr.State(Asked())  # in here: Gradio counts what lies between two tabs as one
+        at = gr.Number(0, visible=False)
         picture = _picture()
         findings = gr.HTML(EMPTY, elem_id="inspect-findings")
         with gr.Column(elem_id="inspect-acts"):
@@ -115,6 +128,8 @@ def layout() -> InspectTab:
         json=as_json,
         credentials=credentials,
         seen=seen,
+        at=at,
+        asked=asked,
     )
 
 
@@ -135,7 +150,11 @@ def wire(
     where none are handed out, because others use this studio too.
     """
 
-    def look(items: Any) -> Iterator[Update]:
+    def look(items: Any, at: float, asked: Asked) -> Iterator[Any]:
+        if at < asked.last:
+            yield gr.skip()
+            return
+        asked.last = at
         offered = paths(items)
         if not offered:
             yield _nothing(tab)
@@ -148,9 +167,16 @@ def wire(
         try:
             seen = inspect(offered[-1], signer, messages)
         except StudioError as error:
-            yield {tab.findings: show.problem(str(error))}
-            return
-        yield _shown(tab, seen, _plan(seen, studio, references))
+            found = {tab.findings: show.problem(str(error))}
+        else:
+            found = _shown(tab, seen, _plan(seen, studio, references))
+        yield found if asked.last == at else gr.skip()  # meanwhile there may be another, or none
+
+    def cleared(items: Any, at: float, asked: Asked) -> Any:
+        if items or at < asked.last:
+            return gr.skip()
+        asked.last = at
+        return _nothing(tab)
 
     def restore(seen: Inspection | None) -> Update:
         if seen is None or (plan := _plan(seen, studio, references)) is None:
@@ -164,10 +190,11 @@ def wire(
         except StudioError as error:  # what a file names as its mask need not be one
             raise gr.Error(told(str(error)), print_exception=False) from error
 
-    said = [component for component in vars(tab).values() if component is not tab.picture]
-    listen([tab.picture.upload, tab.picture.delete], look, tab.picture, [tab.picture, *said], concurrency_limit=2)
+    said = [component for component in vars(tab).values() if component not in (tab.picture, tab.at, tab.asked)]
+    heard: dict[str, Any] = {"inputs": [tab.picture, tab.at, tab.asked], "js": NOW, "trigger_mode": "multiple"}
+    listen([tab.picture.upload, tab.picture.delete], look, outputs=[tab.picture, *said], concurrency_limit=2, **heard)
     # The gallery's own button to clear it is heard as a change only.
-    listen(tab.picture.change, lambda items: gr.skip() if items else _nothing(tab), tab.picture, said)
+    listen(tab.picture.change, cleared, outputs=said, **heard)
     # A gallery with a selected picture takes no upload.
     listen(tab.picture.select, lambda: gr.Gallery(selected_index=None), None, tab.picture, queue=False)
     listen(tab.restore.click, None, js=GO_TO_FORM)

@@ -261,7 +261,8 @@ def wire(
         tab.rows = await asyncio.to_thread(rows, jobs, label_of, owner)
         return {panel: tab.rows, **update}
 
-    listen(panel.input, look, watch, panel, queue=False)
+    # The page's script does not ask again for what it has seen: a look that comes while one is under way is made then.
+    listen(panel.input, look, watch, panel, queue=False, trigger_mode="always_last")
     return listen(
         panel.click,
         act,

@@ -194,9 +194,11 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         examined = examine(paths(items), checkpoint, checkpoint.max_references)
         return {panel.note: show.notes(examined.notes), **mask_panel.followed(form.fields, examined.first)}
 
-    listen([references.upload, references.delete], check, [references, chosen], offered_to(form))
+    # Each is heard, and answered in turn: what came while one was checked would be gone with its answer.
+    turns: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_id": f"references of {form.name}"}
+    listen([references.upload, references.delete], check, [references, chosen], offered_to(form), **turns)
     # The gallery's own button to clear it is heard as a change only.
-    listen(references.change, emptied, [references, panel.filled, chosen], offered_to(form))
+    listen(references.change, emptied, [references, panel.filled, chosen], offered_to(form), **turns)
     described = [panel.note, form.fields["mask"], form.fields["outpaint"]]
     listen(chosen.change, describe, [references, chosen], described)  # it may have another cap
     # When the page is opened, for a label with a number in it is not known before whose language it is to be in.
@@ -266,7 +268,7 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
 
     called = [references, tools.name, tools.named]
     about = [tools.name, tools.named, references, panel.refused]
-    listen(references.select, choose, called, about, queue=False)
+    listen(references.select, choose, called, about, queue=False, trigger_mode="multiple")  # the last is the one
     entered = [references, panel.refused, tools.name]
     listen(tools.name.submit, enter, [tools.told, *called], entered, js=SELECTED, queue=False)
     rest = [chosen, *called]

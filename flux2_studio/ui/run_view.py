@@ -60,6 +60,7 @@ class RunView:
         self._request, self._job = job.request, job
         return {
             stage.job: job.id,
+            stage.shown: job.id,
             stage.message: "",
             stage.preview: gr.HTML(EMPTY, visible=True),
             stage.gallery: gr.Gallery(visible=False),
@@ -131,7 +132,7 @@ class RunView:
         return show.picture(self._images, self._count) if self._images else EMPTY
 
     def _end(self) -> Update:
-        return {self._stage.stop: gr.Button(visible=False), self._stage.job: ""}
+        return {self._stage.stop: gr.Button(visible=False), self._stage.job: "", self._stage.shown: ""}
 
     def _offer(self) -> Update:
         """Keeping what is on the mat, where the studio still has it."""

@@ -129,14 +129,15 @@ class ReferenceTools:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Where a run is followed. `job` is its id, `results` the saved paths, `picked` the index of the shown one. One
-    `without_` each form runs it without enriching its prompt, where that failed. `keep` saves the preview of the run
-    `unfinished`, which ended with that."""
+    """Where a run is followed. `job` is its id, and `shown` that of the run which the browser shows: the one that Stop
+    means. `results` are the saved paths, `picked` the index of the shown one. One `without_` each form runs it without
+    enriching its prompt, where that failed. `keep` saves the preview of the run `unfinished`, which ended with that."""
 
     job: gr.State
+    shown: gr.Textbox
     unfinished: gr.State
     results: gr.State
-    picked: gr.State
+    picked: gr.Number
     message: gr.HTML
     without_generate: gr.Button
     without_edit: gr.Button
@@ -420,7 +421,8 @@ def _marks() -> tuple[dict[str, Any], gr.HTML]:
 
 def stage(queue: gr.HTML | None = None) -> Stage:
     """queue: shown below the result, where there is one."""
-    job, results, picked = gr.State(""), gr.State([]), gr.State(0)
+    job, results = gr.State(""), gr.State([])
+    shown, picked = gr.Textbox("", visible=False), gr.Number(0, precision=0, visible=False)
     message = gr.HTML(elem_id="message")
     without = {
         form: gr.Button(t(label), visible=False, elem_classes="without")
@@ -459,6 +461,7 @@ def stage(queue: gr.HTML | None = None) -> Stage:
         json = gr.Code(language="json", label=t("As JSON"), interactive=False, elem_id="json", lines=3, max_lines=12)
     return Stage(
         job=job,
+        shown=shown,
         unfinished=gr.State(""),
         results=results,
         picked=picked,

@@ -35,8 +35,10 @@ def stopper(jobs: JobQueue) -> Callable[[str, gr.Request], Any]:
         running = jobs.get(job, owner_of(request)) or jobs.get(job, tab_of(request))
         if running is None:
             return gr.Button(visible=False)
+        over = running.finished
         running.cancel()
-        return gr.Button(t("Stopping…"), interactive=False)
+        # The button of one that is over may be another's by now.
+        return gr.skip() if over else gr.Button(t("Stopping…"), interactive=False)
 
     return stop
 

@@ -101,7 +101,12 @@ def started(arguments: list[str], environment: dict[str, str], log: Path) -> Ite
         yield url
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(STARTED_IN)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            pytest.fail(f"the studio does not end:\n{log.read_text()}")
 
 
 def answers(url: str) -> bool:

@@ -57,6 +57,7 @@ def changed(after: np.ndarray, fox: Path) -> np.ndarray:
 def test_an_edit_has_the_size_of_its_picture_and_lies_over_it(page: Page, fox: Path, tmp_path: Path) -> None:
     open_tab(page, "Edit")
     upload(page, "edit", fox)
+    expect(page.locator("#edit")).to_contain_text("As image 1: 157 x 211 pixels")
     write(page, "edit", "make the background yellow")
     run(page, "edit")
     assert downloaded(page, tmp_path).shape == (211, 157, 3)
@@ -112,7 +113,6 @@ def test_a_rectangle_inverted_and_cleared(page: Page, fox: Path, tmp_path: Path)
     assert not first[~inside].any() and first[inside].mean() > 0.5
     edits.get_by_role("button", name="Invert").click()
     run(page, "edit")
-    page.wait_for_timeout(300)
     second = changed(downloaded(page, tmp_path), fox)
     assert not second[inside].any() and second[~inside].mean() > 0.5
     edits.get_by_role("button", name="Clear").click()

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser.conftest import App
+from tests.browser.conftest import PATIENCE, App
 from tests.browser.test_page import choose_checkpoint, open_tab, set_number, write
 
 
@@ -73,7 +73,8 @@ def test_a_grid_with_labels_survives_a_reload(page: Page) -> None:
 def test_stopped_and_gone_on_with(page: Page) -> None:
     choose_checkpoint(page, "Nano Base (a toy, on board)")
     steps = page.locator("#generate .steps input[type=number]")
-    expect(steps).to_have_value("20")
+    expect(steps).to_have_value("20")  # the form is laid out for it
+    set_number(steps, 60)  # the rest is not done before it is stopped
     write(page, "generate", "a lemon")
     open_tab(page, "Explore")
     set_number(page.locator("#explore-seeds input[type=number]"), 6)
@@ -117,6 +118,7 @@ def test_anothers_exploration_is_not_shown(open_page: Callable[[], Page], browse
     explore(mine)
     expect_done(mine, 2)
     with browser.new_context() as other:
+        other.set_default_timeout(PATIENCE)
         page = other.new_page()
         page.goto(app.url)
         open_tab(page, "Explore")

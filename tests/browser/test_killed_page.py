@@ -111,7 +111,9 @@ def test_an_exploration_goes_on_by_itself(context: BrowserContext, studio: Resta
     page = context.new_page()
     open_studio(page, studio.url)
     choose_checkpoint(page, "Nano Base (a toy, on board)")
-    expect(page.locator("#generate .steps input[type=number]")).to_have_value("20")
+    steps = page.locator("#generate .steps input[type=number]")
+    expect(steps).to_have_value("20")  # the form is laid out for it
+    set_number(steps, 60)  # the rest is not done before it is killed
     write(page, "generate", "a lemon")
     open_tab(page, "Explore")
     set_number(page.locator("#explore-seeds input[type=number]"), 4)

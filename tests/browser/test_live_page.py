@@ -100,6 +100,7 @@ def test_an_edit_follows_its_instruction(page: Page, app: App) -> None:
     expect(page.locator("#progress")).to_contain_text("Add a picture first")
     upload(page, "edit", EXAMPLES / "fox.png")
     expect(live(page, "make the background green")).to_be_visible()
+    expect(page.locator("#progress")).to_contain_text("not saved")  # no preview of a step
     green = seen(page)[:6].reshape(-1, 3).mean(0)
     assert green[1] > green[0] + 40 and green[1] > green[2] + 40
     assert made(app, "make the background green") == before

@@ -15,6 +15,7 @@ from tests.browser.test_page import (
     run,
     set_count,
     set_number,
+    set_size,
     settings,
     write,
 )
@@ -33,11 +34,9 @@ def run_on(page: Page, count: int = 16) -> None:
 
 
 def queue_one(page: Page, prompt: str) -> None:
-    rows = page.locator("#queue li")
-    before = rows.count()
     write(page, "generate", prompt)
     run(page, "generate")
-    expect(rows).to_have_count(before + 1)
+    expect(row(page, prompt)).to_have_count(1)
 
 
 def row(page: Page, prompt: str) -> Locator:
@@ -66,19 +65,18 @@ def test_a_reload_finds_the_run_again(page: Page) -> None:
 
 
 def test_a_run_that_ended_meanwhile_is_shown(open_page: Callable[[], Page], context: BrowserContext, app: App) -> None:
-    before = len(app.pictures())
     first = open_page()
     write(first, "generate", "a sunflower")
-    set_count(first, "generate", 3)
+    set_size(first, "generate", 256, 256)
+    set_count(first, "generate", 16)  # it is not over before its page is closed
     run(first, "generate")
-    expect(first.locator("#stop")).to_be_visible()
+    expect(first.locator("#generate .seed input")).not_to_have_value("")  # it has begun
     first.close()
-    deadline = time.monotonic() + 180
-    while len(app.pictures()) < before + 3 and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE / 1000
+    while context.request.get(f"{app.url}queue/state").text() and time.monotonic() < deadline:
         time.sleep(0.2)
-    time.sleep(1)  # the end comes after the last picture
     second = open_page()
-    expect_finished(second, 3)
+    expect_finished(second, 16)
     expect(second.locator("#notices")).to_contain_text("This run ended while the page was closed.")
     assert settings(second)["Prompt"] == "a sunflower"
     second.reload()

@@ -60,7 +60,7 @@ def test_how_long_a_run_takes_is_told_once_one_is_done(context: BrowserContext, 
     write(page, "generate", "a fox")
     run(page, "generate")
     expect_finished(page)
-    about = re.compile(r"1 pictureAbout [\d.]+ s, as runs on this machine go\.$")
+    about = re.compile(r"1 pictureAbout (?:\d+ min \d+ s|[\d.]+ s), as runs on this machine go\.$")
     expect(line).to_have_text(about)  # by itself, and it is loaded now
     before = line.inner_text().partition("About")[2]
     set_size(page, "generate", 512, 512)

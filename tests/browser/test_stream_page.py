@@ -9,9 +9,9 @@ from tests.browser.conftest import App, open_studio
 from tests.browser.test_page import run_for_long
 from tests.browser.test_preset_page import button, part, unfold
 
-# What `slow` names comes late, as it may where connections are slow: the word that a stream of answers ends, or the
-# confirmation that something was asked. `streams` are those that are open, `ending` those of which the server thinks
-# that they have ended, `joins` how often something was asked.
+# What `slow` names comes late, as it may where connections are slow: the word that a stream of answers ends, which is
+# held until `release()`, or the confirmation that something was asked. `streams` are those that are open, `ending`
+# those of which the server thinks that they have ended, `joins` how often something was asked.
 SLOW = """(() => {
   const fetched = window.fetch;
   Object.assign(window, {streams: 0, ending: 0, joins: 0, slow: ''});
@@ -32,7 +32,7 @@ SLOW = """(() => {
         if (at < 0 || window.slow !== 'end') { controller.enqueue(chunk); return; }
         controller.enqueue(new TextEncoder().encode(text.slice(0, at)));
         window.ending += 1;
-        await new Promise((done) => setTimeout(done, 3000));
+        await new Promise((done) => { window.release = done; });
         window.ending -= 1;
         controller.enqueue(new TextEncoder().encode(text.slice(at)));
       },
@@ -62,7 +62,9 @@ def test_what_is_asked_as_a_stream_ends_is_answered(page: Page) -> None:
     page.locator("#generate .prompt textarea").fill("a fox")
     asked = page.evaluate("joins")
     button(page, "save").click()
-    expect(part(page, "told")).to_contain_text("Saved as At the end.", timeout=20000)
+    page.wait_for_function("asked => joins === asked + 1", arg=asked)
+    page.evaluate("slow = ''; release()")
+    expect(part(page, "told")).to_contain_text("Saved as At the end.")
     assert page.evaluate("joins") == asked + 1, "nothing else was asked that would have brought the answer"
 
 

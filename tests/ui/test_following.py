@@ -184,6 +184,8 @@ def test_stop_is_for_ones_own_runs_and_ones_tabs_enrichments(jobs: JobQueue) -> 
     stop(run.id, other_tab)  # type: ignore[arg-type]
     stop(enriching.id, ME)  # type: ignore[arg-type]
     assert run.cancelled and enriching.cancelled
+    list(run.events())  # until it is over
+    assert stop(run.id, ME) == gr.skip()  # type: ignore[arg-type]
 
 
 def test_the_form_of_a_run_by_its_references() -> None:

@@ -130,7 +130,9 @@ class Page:
         return only.fn
 
     def look(self, *files: Path) -> list[dict[Any, Any]]:
-        updates = list(self.on(self.tab.picture, "upload")([(str(file), None) for file in files]))
+        updates = list(
+            self.on(self.tab.picture, "upload")([(str(file), None) for file in files], 1, inspect_tab.Asked())
+        )
         assert all(set(update) <= set(self.outputs) for update in updates)
         return updates
 
@@ -462,9 +464,24 @@ def test_an_emptied_gallery_empties_the_tab(studio: Studio, file: Path) -> None:
     page = Page(studio)
     (update,) = page.look()
     assert update[page.tab.seen] is None and not update[page.tab.restore].visible
-    cleared = page.on(page.tab.picture, "change")
-    assert cleared([])[page.tab.findings] == inspect_tab.EMPTY
-    assert cleared([(str(file), None)]) == gr.skip()
+    cleared, asked = page.on(page.tab.picture, "change"), inspect_tab.Asked()
+    assert cleared([(str(file), None)], 1, asked) == gr.skip()
+    assert cleared([], 1, asked)[page.tab.findings] == inspect_tab.EMPTY
+
+
+@pytest.mark.parametrize("event, items", [("change", []), ("upload", [("other.png", None)]), ("delete", [])])
+def test_what_was_found_is_not_told_when_the_picture_is_another(
+    studio: Studio, file: Path, event: str, items: list[tuple[str, None]]
+) -> None:
+    page, asked = Page(studio), inspect_tab.Asked()
+    looking = page.on(page.tab.picture, "upload")([(str(file), None)], 1, asked)
+    next(looking)
+    meanwhile = page.on(page.tab.picture, event)(items, 2, asked)
+    if event != "change":
+        next(meanwhile)
+    assert list(looking) == [gr.skip()]
+    # Nor is it looked at where it was asked first and comes second.
+    assert list(page.on(page.tab.picture, "upload")([(str(file), None)], 1, asked)) == [gr.skip()]
 
 
 def test_a_report_of_great_length_is_cut() -> None:
