@@ -1,0 +1,205 @@
+"""benchmarks.core times the same thing on both sides, its floors count what is computed, its reports are drawn."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import core, plot, sizes
+from benchmarks.ceilings import ATTENTION, FP8, LINEAR
+from benchmarks.measuring import Deadline, time_on
+from benchmarks.synthetic import FlowSize, TextSize, sharing
+from benchmarks.transformer_arms import (
+    OURS,
+    THEIRS,
+    Case,
+    Inputs,
+    errors,
+    held,
+    made,
+    our_ways,
+    ours,
+    their_ways,
+    theirs,
+    time_case,
+    work,
+)
+from flux2_studio.engine.params import AutoencoderParams
+from flux2_studio.engine.transformer import Transformer
+
+CPU = torch.device("cpu")
+TEXT = TextSize(width=32, mlp=64, heads=2, key_heads=1, head_width=16, layers=28, vocabulary=3072)
+FLOW = FlowSize(double_blocks=1, single_blocks=2, heads=2, head_width=32, text=TEXT)
+AUTOENCODER = AutoencoderParams(
+    encoder_channels=(32, 32, 32, 64),
+    decoder_channels=(32, 32, 32, 64),
+    encoder_blocks=1,
+    decoder_blocks=2,
+    latent_channels=32,
+)
+RATES = {LINEAR: 1e11, ATTENTION: 1e10, FP8: 2e11}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def flow() -> Transformer:
+    return made(replace(FLOW.params, guidance_embedding=True), CPU, torch.bfloat16)
+
+
+# --- the transformer ---
+
+
+@pytest.mark.parametrize("references", [0, 1, 3])
+def test_cases_are_read_back(references: int) -> None:
+    case = Case(side=512, references=references)
+    assert Case.named(case.name) == case == Case.parse(f"512+{references}")
+    assert Case.parse("64") == Case(side=64)
+
+
+@pytest.mark.parametrize("what", ["velocity", "picture"])
+def test_both_sides_compute_the_same_from_the_same_weights(what: str) -> None:
+    # In float32: diffusers rounds the times of a picture to the precision that it computes in.
+    flow = made(replace(FLOW.params, guidance_embedding=True), CPU, torch.float32)
+    case = Case(side=64, references=1)
+    given = Inputs(flow.params, case, CPU, torch.float32)
+    mine, others = (getattr(way, what)(given, case) for way in (ours(flow), theirs(sharing(flow))))
+    assert mine.shape == others.shape
+    assert float((mine - others).norm() / others.norm()) < 1e-4
+
+
+def test_weights_are_shared() -> None:
+    flow = made(FLOW.params, CPU, torch.bfloat16)
+    own = {tensor.data_ptr() for tensor in flow.parameters()}
+    others = list(sharing(flow).parameters())
+    shared = [tensor for tensor in others if tensor.untyped_storage().data_ptr() in own]
+    assert len(shared) == len(others) - 1  # the last layer's halves are swapped
+    blocks = {tensor.data_ptr() for tensor in held(flow, "bfloat16", torch.float32).state_dict().values()}
+    assert len(own & blocks) == 1 * 8 + 2 * 2
+
+
+def test_a_case_is_timed_and_its_errors_are_told() -> None:
+    flow = made(FLOW.params, CPU, torch.bfloat16)
+    ways = our_ways(flow, ["bfloat16", "int8"]) | their_ways(flow, compiled=False)
+    case = Case(side=64, references=1)
+    figures = time_case(ways, flow.params, case, RATES, device=CPU, dtype=torch.bfloat16, rounds=2, warmups=0)
+    names = {OURS, f"{OURS}, held in bfloat16", f"{OURS}, held in int8", THEIRS}
+    assert set(figures["seconds"]) == {"evaluation", "picture"}
+    for what, arms in figures["seconds"].items():
+        assert set(arms) == names
+        assert all(arm["median"] > 0 and arm["first"] > 0 for arm in arms.values())
+        assert arms[THEIRS]["times diffusers"] == 1.0
+        steps = 1 if what == "evaluation" else 4
+        assert arms[OURS]["times the floor"] == pytest.approx(
+            arms[OURS]["median"] / steps / figures["floor of an evaluation"]
+        )
+    for found in errors(ways, flow, case, pictures=True).values():
+        assert set(found) == names
+        assert 0 <= found.pop(f"{OURS}, held in bfloat16") < 1e-5  # it computes in float32
+        assert all(1e-4 < error < 0.15 for error in found.values())
+
+
+@pytest.mark.parametrize("references", [0, 1])
+def test_the_floor_counts_what_an_evaluation_computes(flow: Transformer, references: int) -> None:
+    case = Case(side=64, references=references)
+    given = Inputs(flow.params, case, CPU, flow.dtype)
+    # Of the kernels for attention, the plain one is counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        ours(flow).velocity(given, case)
+    least = work(flow.params, case)
+    # Beside the blocks and the ways in and out, an evaluation embeds its time.
+    assert 1 <= counter.get_total_flops() / (least.blocks + least.ends + least.attention) < 1.05
+    assert least.floor(RATES) - least.floor(RATES, FP8) == pytest.approx(least.blocks / RATES[LINEAR] / 2)
+
+
+# --- time ---
+
+
+def test_a_limit_leaves_fewer_rounds_but_some() -> None:
+    calls: list[str] = []
+    figures = time_on(CPU, {"a": lambda: calls.append("a")}, rounds=9, warmups=3, limit=1e-9)
+    assert figures["a"]["runs"] == 5 and len(calls) == 3 + 5
+
+
+def test_deadlines() -> None:
+    assert Deadline.within(None).left == float("inf")
+    assert 50 < Deadline.within(60).left <= 60
+    assert Deadline.within(-1).left < 0
+
+
+# --- reports, and drawings of them ---
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the command itself writes of a toy."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patched:
+        toy = sizes.Model(flow=FLOW.params, text=TEXT, autoencoder=AUTOENCODER)
+        patched.setitem(sizes.MODELS, "small", toy)
+        core.main(["--cases", "32", "64", "64+1", "64+2", "--rounds", "2", "--warmups", "0", "--out", str(folder)])
+    (file,) = folder.iterdir()
+    yield file
+
+
+def test_a_report_says_what_was_measured(report: Path) -> None:
+    told = json.loads(report.read_text("utf-8"))
+    assert report.name == "core-small-cpu.json" and told["blocks"] == [1, 2]
+    assert list(told["cases"]) == ["32 x 32", "64 x 64", "64 x 64, 1 reference", "64 x 64, 2 references"]
+    assert set(told["relative error"]) == {"evaluation", "picture"}
+    assert "left out" not in told
+
+
+def test_no_case_is_begun_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.MODELS, "small", sizes.Model(flow=FLOW.params, text=TEXT, autoencoder=AUTOENCODER))
+    core.main(["--cases", "32", "64", "--budget", "0", "--out", str(tmp_path), "--label", "none"])
+    told = json.loads((tmp_path / "core-small-none-cpu.json").read_text("utf-8"))
+    assert told["left out"].keys() == {"32 x 32", "64 x 64"} and told["cases"] == {}
+
+
+def test_a_report_is_drawn(report: Path) -> None:
+    plot.main([str(report)])
+    drawn = report.with_suffix(".svg")
+    root = ElementTree.fromstring(drawn.read_text("utf-8"))
+    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"ours", "diffusers", "floor", "64", "One evaluation, no references", "4 steps, 64 x 64"} <= set(words)
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    for line in root.iter("{http://www.w3.org/2000/svg}polyline"):
+        for point in line.get("points", "").split():
+            x, y = map(float, point.split(","))
+            assert 0 < x < width and 0 < y < height
+
+
+def test_panels_hold_what_was_timed(report: Path) -> None:
+    told: dict[str, Any] = json.loads(report.read_text("utf-8"))
+    by_title = {panel.title: panel for panel in plot.panels(told)}
+    along = by_title["4 steps, 64 x 64"].lines
+    assert [x for x, _ in along["ours"]] == [0, 1, 2]
+    assert along["floor"][0][1] == 4 * told["cases"]["64 x 64"]["floor of an evaluation"]
+    assert (
+        along["diffusers"][2][1] == told["cases"]["64 x 64, 2 references"]["seconds"]["picture"]["diffusers"]["median"]
+    )
+    assert [x for x, _ in by_title["One evaluation, no references"].lines["ours"]] == [32, 64]
+
+
+def test_nothing_is_drawn_of_nothing() -> None:
+    assert plot.panels({"cases": {}}) == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.03, 0.5), (2e-3, 40.0), (0.8, 1.1)])
+def test_ticks_lie_inside(low: float, high: float) -> None:
+    for power in (True, False):
+        ticks = plot._ticks(low, high, power=power)
+        assert ticks and all(low <= tick <= high for tick in ticks) and len(ticks) < 16
