@@ -1,7 +1,9 @@
-"""Times the flow transformer beside diffusers on the very same weights, one evaluation and a whole denoising loop.
+"""Times the parts of a model beside diffusers on the very same weights: the flow transformer in one evaluation and a
+whole denoising loop, the text encoder on one prompt, the decoder on one picture.
 
     make bench-core [ARGS="--size klein-4b --device cuda --compiled"]
-    make bench-core ARGS="--size klein-4b --cases 512 1024 1024+2"       1024 x 1024, with two references
+    make bench-core ARGS="--size klein-4b --cases 512 1024 1024+2"       the last with two references
+    make bench-core ARGS="--stages transformer text decoder"
 
 Weights are random, scaled so that every layer counts (`synthetic.py`), and made on the device; both sides compute with
 the same tensors. Arms take turns, forwards and backwards. First come the machine's own ceilings at the shapes that
@@ -16,19 +18,21 @@ ours with its weights held in fewer bits than it computes with, which is in floa
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import transformer_arms
-from benchmarks.ceilings import ceilings
+from benchmarks import decoder_arms, text_arms, transformer_arms
+from benchmarks.ceilings import LINEAR, attention, copies, matrices
 from benchmarks.measuring import RESULTS, Deadline, machine, write
 from benchmarks.sizes import MODELS, Model
-from benchmarks.transformer_arms import HOLDINGS, Case, Way
+from benchmarks.transformer_arms import HOLDINGS, TEXT, Case, Way
 from flux2_studio.engine.params import TransformerParams
 
 PACKAGES = ("torch", "transformers", "diffusers")
@@ -52,10 +56,46 @@ class Report:
         self.fields.setdefault("left out", {})[what] = why
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the stages are given. chosen: the command line's options."""
+
+    model: Model
+    report: Report
+    device: torch.device
+    deadline: Deadline
+    chosen: argparse.Namespace
+
+    @property
+    def cases(self) -> list[Case]:
+        named: list[Case] | None = self.chosen.cases
+        sides, counts = self.chosen.sides, self.chosen.references
+        return named or [Case(side=side, references=count) for side in sides for count in counts]
+
+    @property
+    def rounds(self) -> dict[str, Any]:
+        """How often everything is timed."""
+        return {name: getattr(self.chosen, name) for name in ("rounds", "warmups", "limit")}
+
+    def begin(self, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What `work` gives; None, and the report says why, where no time is left or memory does not suffice."""
+        if self.deadline.left <= 0:
+            self.report.leave_out(what, "no time was left")
+            return None
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            self.report.leave_out(what, str(error))
+            return None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    chosen = _parser().parse_args(arguments)
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
     model = MODELS[chosen.size]
+    if "text" in chosen.stages and model.text is None:
+        parser.error(f"the text encoder of {chosen.size} is no Qwen3, which is all that is timed here")
     if chosen.blocks:
         model = replace(model, flow=shortened(model.flow, chosen.blocks))
     label = f"-{chosen.label}" if chosen.label else ""
@@ -69,7 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "blocks": [model.flow.double_blocks, model.flow.single_blocks],
         },
     )
-    time_transformer(model, report, device, chosen)
+    run = Run(model=model, report=report, device=device, deadline=Deadline.within(chosen.budget), chosen=chosen)
+    for stage in chosen.stages:
+        print(f"--- {stage} ---")
+        STAGES[stage](run)
+        gc.collect()  # the next one has its memory
+        report.save()
     if device.type == "cuda":
         report.fields["peak memory, bytes"] = torch.cuda.max_memory_allocated(device)
     print(f"written to {report.save()}")
@@ -83,52 +128,88 @@ def shortened(params: TransformerParams, blocks: int) -> TransformerParams:
     )
 
 
-def time_transformer(model: Model, report: Report, device: torch.device, chosen: argparse.Namespace) -> None:
-    params = model.flow
-    cases: list[Case] = chosen.cases or [
-        Case(side=side, references=count) for side in chosen.sides for count in chosen.references
-    ]
-    longest = max(case.sequence for case in cases)
-    inner = 3 * params.hidden + 2 * params.mlp
-    rates = ceilings(longest, params.hidden, inner, params.heads, params.head_width, device, DTYPE)
+def time_transformer(run: Run) -> None:
+    params, device, chosen = run.model.flow, run.device, run.chosen
+    longest = max(case.sequence for case in run.cases)
+    rates = (
+        matrices(longest, params.hidden, 3 * params.hidden + 2 * params.mlp, device, DTYPE)
+        | attention(longest, params.heads, params.head_width, device, DTYPE)
+        | copies(device)
+    )
     show_rates(rates)
-    report.fields.update({"ceilings": rates, "cases": {}})
+    run.report.fields.update({"ceilings": rates, "cases": {}})
     flow = transformer_arms.made(params, device, DTYPE)
     ways = transformer_arms.our_ways(flow, chosen.held) | transformer_arms.their_ways(flow, compiled=chosen.compiled)
     pictures = not chosen.only_evaluations
-    deadline = Deadline.within(chosen.budget)
     compiling = 0.0  # seconds, so far
-    for case in cases:
-        if deadline.left <= 0:
-            report.leave_out(case.name, "no time was left")
-            continue
+    for case in run.cases:
         if compiling > chosen.compile_budget and any(way.compiled for way in ways.values()):
             ways = {name: way for name, way in ways.items() if not way.compiled}
-            report.leave_out(f"{case.name}, compiled", f"compiling had taken {compiling:.0f} s")
-        try:
-            figures = transformer_arms.time_case(
-                ways,
-                params,
-                case,
-                rates,
-                device=device,
-                dtype=DTYPE,
-                rounds=chosen.rounds,
-                warmups=chosen.warmups,
-                limit=chosen.limit,
-                pictures=pictures,
-            )
-        except torch.OutOfMemoryError as error:
-            report.leave_out(case.name, str(error))
+            run.report.leave_out(f"{case.name} and further, compiled", f"compiling had taken {compiling:.0f} s")
+        timed = partial(transformer_arms.time_case, ways, params, case, rates, device=device, dtype=DTYPE)
+        figures = run.begin(case.name, partial(timed, pictures=pictures, **run.rounds))
+        if figures is None:
             continue
         compiling += compile_seconds(figures["seconds"], ways)
-        report.fields["cases"][case.name] = figures
+        run.report.fields["cases"][case.name] = figures
         show(case.name, figures["seconds"])
-        if "relative error" not in report.fields:
+        run.report.save()
+        if "relative error" not in run.report.fields:
             found = transformer_arms.errors(ways, flow, case, pictures=pictures)
-            report.fields["relative error"] = found
-            show_errors(case.name, found)
-        report.save()
+            run.report.fields["relative error"] = found
+            show_errors(found)
+            if device.type == "cuda":
+                run.report.fields["kernels"] = transformer_arms.kernels(ways, params, case, device, DTYPE)
+
+
+def time_text(run: Run) -> None:
+    size, device = run.model.text, run.device
+    assert size is not None
+    at = text_arms.depth(size, run.chosen.blocks)
+    rates = (
+        matrices(TEXT, size.width, 2 * size.mlp, device, DTYPE)
+        | attention(TEXT, size.heads, size.head_width, device, DTYPE)
+        | copies(device)
+    )
+    show_rates(rates)
+    tower, model = text_arms.made(size, at, device, DTYPE)
+    ways = text_arms.our_ways(tower, at.taps) | text_arms.their_ways(model, at.taps)
+    timed = partial(text_arms.time_text, ways, tower.params, rates, device=device)
+    figures = run.begin("text", partial(timed, **run.rounds))
+    if figures is None:
+        return
+    show(f"{TEXT} tokens, {at.read} of {at.layers} layers", figures["seconds"])
+    found = text_arms.errors(ways, tower, at.taps)
+    show_errors({text_arms.ENCODING: found})
+    layers = {"layers": at.layers, "layers read": at.read}
+    run.report.fields["text"] = {**layers, "ceilings": rates, **figures, "relative error": found}
+
+
+def time_decoder(run: Run) -> None:
+    params, device = run.model.autoencoder, run.device
+    inner = params.decoder_channels[-1]
+    sides = sorted({case.side for case in run.cases})
+    rates = matrices((sides[-1] // 8) ** 2, 9 * inner, inner, device, DTYPE)
+    show_rates(rates)
+    autoencoder = decoder_arms.made(params, device, DTYPE)
+    ways = decoder_arms.our_ways(autoencoder) | decoder_arms.their_ways(autoencoder)
+    told = run.report.fields["decoder"] = {}
+    run.report.fields["ceiling of the decoder, operations/s"] = rates[LINEAR]
+    for side in sides:
+        name = Case(side=side).name
+        timed = partial(decoder_arms.time_side, ways, params, side, rates, device=device)
+        figures = run.begin(f"decoder, {name}", partial(timed, **run.rounds))
+        if figures is None:
+            continue
+        told[name] = figures
+        show(name, figures["seconds"])
+        if side == sides[0]:
+            figures["relative error"] = decoder_arms.errors(ways, autoencoder, side)
+            show_errors({decoder_arms.DECODING: figures["relative error"]})
+        run.report.save()
+
+
+STAGES = {"transformer": time_transformer, "text": time_text, "decoder": time_decoder}
 
 
 def compile_seconds(timed: Mapping[str, Any], ways: Mapping[str, Way]) -> float:
@@ -156,15 +237,16 @@ def show(title: str, timed: Mapping[str, Mapping[str, Any]]) -> None:
             print(f"  {what + ', ' + name:42}" + "".join(cells))
 
 
-def show_errors(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
+def show_errors(found: Mapping[str, Mapping[str, float]]) -> None:
     for what, arms in found.items():
         for name, error in arms.items():
-            print(f"  relative error, {what}, {name:40}{error:.2e}")
+            print(f"  {what + ', ' + name:42}relative error {error:.2e}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks.core", description="Time the transformer beside diffusers.")
+    parser = argparse.ArgumentParser(prog="benchmarks.core", description="Time a model's parts beside diffusers.")
     add = parser.add_argument
+    add("--stages", choices=STAGES, nargs="+", default=["transformer"], help="what is timed (default: transformer)")
     add("--size", choices=MODELS, default="small")
     add("--device", default="cpu")
     add("--sides", type=int, nargs="+", default=[512], help="pixels (default: 512)")
@@ -178,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile-budget", type=float, default=float("inf"), metavar="SECONDS", help="no more is compiled after that")
     add("--held", choices=HOLDINGS, nargs="+", default=[], help="also ours, held so")
     add("--only-evaluations", action="store_true", help="no whole pictures")
-    add("--blocks", type=int, help="only so many blocks of each kind, for a slow machine")
+    add("--blocks", type=int, help="only so many blocks of each kind, and layers of text, for a slow machine")
     add("--label", help="what the file is called beside the size")
     add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the file goes (default: benchmarks/results)")
     return parser

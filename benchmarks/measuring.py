@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from flux2_studio import __version__
 
@@ -136,6 +137,16 @@ class _OnDevice:
         torch.cuda.reset_peak_memory_stats(self._device)
         self.run()
         return torch.cuda.max_memory_allocated(self._device) - before
+
+
+def longest_kernels(work: Callable[[], Any], most: int = 12) -> dict[str, float]:
+    """Seconds in all, by kernel, of those that `work` keeps a GPU busy with for longest."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    ran = [event for event in seen.key_averages() if event.device_type.name == "CUDA"]
+    ran.sort(key=lambda event: event.self_device_time_total, reverse=True)
+    return {event.key: event.self_device_time_total / 1e6 for event in ran[:most]}
 
 
 @dataclass(frozen=True)

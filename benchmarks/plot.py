@@ -19,6 +19,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decoder_arms import DECODING
 from benchmarks.measuring import RESULTS
 from benchmarks.transformer_arms import EVALUATION, PICTURE, STEPS, Case
 
@@ -64,23 +65,26 @@ def panels(report: Mapping[str, Any]) -> list[Panel]:
     plain = {case.side: figures for case, figures in cases.items() if not case.references}
     found = []
     for what, evaluations, title in ((EVALUATION, 1, "One evaluation"), (PICTURE, STEPS, f"{STEPS} steps")):
-        lines = _lines({side: _arms(figures, what, evaluations) for side, figures in plain.items()})
+
+        def arms(figures: Mapping[str, Any], what: str = what, evaluations: int = evaluations) -> dict[str, float]:
+            return _arms(figures, what, evaluations * figures["floor of an evaluation"])
+
+        lines = _lines({side: arms(figures) for side, figures in plain.items()})
         found.append(Panel(title=f"{title}, no references", along="pixels of a side", lines=lines, power=True))
         for side in sorted({case.side for case in cases if case.references}):
             counts = {case.references: figures for case, figures in cases.items() if case.side == side}
-            lines = _lines({count: _arms(figures, what, evaluations) for count, figures in counts.items()})
+            lines = _lines({count: arms(figures) for count, figures in counts.items()})
             found.append(Panel(title=f"{title}, {side} x {side}", along="references", lines=lines, power=False))
     sides = {Case.named(name).side: figures for name, figures in report.get("decoder", {}).items()}
-    lines = _lines({side: _arms(figures, "decoding", 1) for side, figures in sides.items()})
+    lines = _lines({side: _arms(figures, DECODING, figures["floor"]) for side, figures in sides.items()})
     found.append(Panel(title="Decoding", along="pixels of a side", lines=lines, power=True))
     return [panel for panel in found if panel.lines]
 
 
-def _arms(figures: Mapping[str, Any], what: str, evaluations: int) -> dict[str, float]:
-    """Median seconds by arm, and the floor's."""
-    arms = figures["seconds"].get(what, {})
-    found = {name: arm["median"] for name, arm in arms.items()}
-    return {**found, FLOOR: evaluations * figures["floor of an evaluation"]} if found else {}
+def _arms(figures: Mapping[str, Any], what: str, floor: float) -> dict[str, float]:
+    """Median seconds by arm, and the floor's; nothing where `what` was not timed."""
+    found = {name: arm["median"] for name, arm in figures["seconds"].get(what, {}).items()}
+    return {**found, FLOOR: floor} if found else {}
 
 
 def _lines(points: Mapping[int, Mapping[str, float]]) -> dict[str, Points]:

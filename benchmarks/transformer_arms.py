@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ceilings import ATTENTION, FP8, LINEAR
-from benchmarks.measuring import installed, time_on
+from benchmarks.measuring import installed, longest_kernels, time_on
 from benchmarks.synthetic import fill, sharing
 from flux2_studio.engine.latents import from_tokens, noise, sequence_ids, to_tokens
 from flux2_studio.engine.params import TransformerParams
@@ -314,3 +314,11 @@ def errors(
             value = _bound(way, what, given, case)().double()
             found[what][name] = float((value - reference).norm() / reference.norm())
     return found
+
+
+def kernels(
+    ways: Mapping[str, Way], params: TransformerParams, case: Case, device: torch.device, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
+    """Seconds that each way's longest kernels take in one evaluation."""
+    given = Inputs(params, case, device, dtype)
+    return {name: longest_kernels(_bound(way, EVALUATION, given, case)) for name, way in ways.items()}
