@@ -3,6 +3,7 @@
 # make lint     style and types only
 # make bench    times the toy checkpoint and writes benchmarks/results/nano.json
 # make bench-core   times the transformer beside diffusers: ARGS="--size klein-4b --device cuda --compiled"
+# make bench-gpu    all that wants a GPU: its tests, and bench-core's times of every model in ten minutes
 # make plot     draws what bench-core measured, into benchmarks/results
 #
 # Everything is installed into $(VENV); delete it to start afresh. ARGS are passed on: make run ARGS="--port 8080",
@@ -21,11 +22,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test lint bench bench-core plot chromium
+.PHONY: help run test lint bench bench-core bench-gpu plot chromium
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,9p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
 
 run: $(VENV)/installed
 	$(BIN)/python app.py $(ARGS)
@@ -43,6 +44,9 @@ bench: $(VENV)/installed
 
 bench-core: $(VENV)/installed-tests
 	$(BIN)/python -m benchmarks.core $(ARGS)
+
+bench-gpu: $(VENV)/installed-tests
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 plot: $(VENV)/installed
 	$(BIN)/python -m benchmarks.plot $(ARGS)

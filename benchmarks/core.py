@@ -18,7 +18,6 @@ ours with its weights held in fewer bits than it computes with, which is in floa
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,10 +32,13 @@ from benchmarks.ceilings import LINEAR, attention, copies, matrices
 from benchmarks.measuring import RESULTS, Deadline, machine, write
 from benchmarks.sizes import MODELS, Model
 from benchmarks.transformer_arms import HOLDINGS, TEXT, Case, Way
+from flux2_studio.checkpoints import GB
 from flux2_studio.engine.params import TransformerParams
+from flux2_studio.models.residency import release
 
 PACKAGES = ("torch", "transformers", "diffusers")
 DTYPE = torch.bfloat16
+HEADROOM = 10 * GB  # for what computing takes, in float32 for the errors
 HEADINGS = ("median", "p10", "p90", "events", "A/A", "x theirs", "x floor")
 
 
@@ -77,6 +79,14 @@ class Run:
         """How often everything is timed."""
         return {name: getattr(self.chosen, name) for name in ("rounds", "warmups", "limit")}
 
+    @property
+    def room(self) -> float:
+        """Bytes that weights may still take on the device, beside what computing takes."""
+        if self.device.type != "cuda":
+            return float("inf")
+        release(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] - HEADROOM
+
     def begin(self, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """What `work` gives; None, and the report says why, where no time is left or memory does not suffice."""
         if self.deadline.left <= 0:
@@ -89,11 +99,11 @@ class Run:
             return None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _parser()
+def main(arguments: Sequence[str] | None = None, models: Mapping[str, Model] = MODELS) -> None:
+    parser = _parser(models)
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
-    model = MODELS[chosen.size]
+    model = models[chosen.size]
     if "text" in chosen.stages and model.text is None:
         parser.error(f"the text encoder of {chosen.size} is no Qwen3, which is all that is timed here")
     if chosen.blocks:
@@ -113,7 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stage in chosen.stages:
         print(f"--- {stage} ---")
         STAGES[stage](run)
-        gc.collect()  # the next one has its memory
         report.save()
     if device.type == "cuda":
         report.fields["peak memory, bytes"] = torch.cuda.max_memory_allocated(device)
@@ -138,8 +147,22 @@ def time_transformer(run: Run) -> None:
     )
     show_rates(rates)
     run.report.fields.update({"ceilings": rates, "cases": {}})
+    weights = transformer_arms.weights(params)
+    if (needed := weights * DTYPE.itemsize) > run.room:
+        run.report.leave_out(
+            "transformer", f"its weights take {needed / GB:.1f} GB, of {run.room / GB:.1f} that are left"
+        )
+        return
     flow = transformer_arms.made(params, device, DTYPE)
-    ways = transformer_arms.our_ways(flow, chosen.held) | transformer_arms.their_ways(flow, compiled=chosen.compiled)
+    ways = transformer_arms.our_ways(flow)
+    for how in chosen.held:
+        if how != "bfloat16" and weights > run.room:
+            run.report.leave_out(
+                f"held in {how}", f"it takes {weights / GB:.1f} GB, of {run.room / GB:.1f} that are left"
+            )
+            continue
+        ways |= transformer_arms.held_way(flow, how)
+    ways |= transformer_arms.their_ways(flow, compiled=chosen.compiled)
     pictures = not chosen.only_evaluations
     compiling = 0.0  # seconds, so far
     for case in run.cases:
@@ -166,6 +189,7 @@ def time_text(run: Run) -> None:
     size, device = run.model.text, run.device
     assert size is not None
     at = text_arms.depth(size, run.chosen.blocks)
+    release(device)
     rates = (
         matrices(TEXT, size.width, 2 * size.mlp, device, DTYPE)
         | attention(TEXT, size.heads, size.head_width, device, DTYPE)
@@ -189,6 +213,7 @@ def time_decoder(run: Run) -> None:
     params, device = run.model.autoencoder, run.device
     inner = params.decoder_channels[-1]
     sides = sorted({case.side for case in run.cases})
+    release(device)
     rates = matrices((sides[-1] // 8) ** 2, 9 * inner, inner, device, DTYPE)
     show_rates(rates)
     autoencoder = decoder_arms.made(params, device, DTYPE)
@@ -243,11 +268,11 @@ def show_errors(found: Mapping[str, Mapping[str, float]]) -> None:
             print(f"  {what + ', ' + name:42}relative error {error:.2e}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(models: Mapping[str, Model] = MODELS) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.core", description="Time a model's parts beside diffusers.")
     add = parser.add_argument
     add("--stages", choices=STAGES, nargs="+", default=["transformer"], help="what is timed (default: transformer)")
-    add("--size", choices=MODELS, default="small")
+    add("--size", choices=models, default="small")
     add("--device", default="cpu")
     add("--sides", type=int, nargs="+", default=[512], help="pixels (default: 512)")
     add("--references", type=int, nargs="+", default=[0], help="how many (default: 0), with each side")

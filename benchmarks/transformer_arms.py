@@ -7,8 +7,9 @@ makes the floor that each is compared with.
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ceilings import ATTENTION, FP8, LINEAR
-from benchmarks.measuring import installed, longest_kernels, time_on
-from benchmarks.synthetic import fill, sharing
+from benchmarks.measuring import FEWEST, installed, longest_kernels, time_on
+from benchmarks.synthetic import fill, flow_shapes, sharing
 from flux2_studio.engine.latents import from_tokens, noise, sequence_ids, to_tokens
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.quantize import HalfMatrix, QuantizedLinear, multiplies_fp8, quantize
@@ -144,13 +145,15 @@ class Way:
     compiled: bool = False
 
 
-def our_ways(model: Transformer, holdings: Sequence[str] = ()) -> dict[str, Way]:
-    """`model` itself, and with its weights held in each of `holdings`. Further ways of ours are added here."""
-    ways = {OURS: ours(model)}
-    for how in holdings:
-        products = FP8 if how == "fp8" and multiplies_fp8(model.device) else LINEAR
-        ways[f"{OURS}, held in {how}"] = ours(held(model, how, _computing(model)), products=products)
-    return ways
+def our_ways(model: Transformer) -> dict[str, Way]:
+    """Further ways of ours are added here, and below where they take memory of their own."""
+    return {OURS: ours(model)}
+
+
+def held_way(model: Transformer, how: str) -> dict[str, Way]:
+    """The way with the weights of `model` held as `how`, one of `HOLDINGS`."""
+    products = FP8 if how == "fp8" and multiplies_fp8(model.device) else LINEAR
+    return {f"{OURS}, held in {how}": ours(held(model, how, _computing(model)), products=products)}
 
 
 def their_ways(model: Transformer, *, compiled: bool) -> dict[str, Way]:
@@ -257,6 +260,11 @@ def made(params: TransformerParams, device: torch.device, dtype: torch.dtype) ->
     return model.eval()
 
 
+def weights(params: TransformerParams) -> int:
+    """How many there are."""
+    return sum(math.prod(shape) for shape in flow_shapes(params).values())
+
+
 # --- measuring ---
 
 
@@ -275,13 +283,14 @@ def time_case(
 ) -> dict[str, Any]:
     """Seconds of every way, for one evaluation and for a whole picture, and what they are to diffusers and the floor.
 
-    limit: see `time_on`; of both. A picture is timed half as often as an evaluation.
+    limit: see `time_on`; of both. A picture is timed half as often as an evaluation, and not at all where even the
+    fewest runs would take longer than the limit.
     """
     given = Inputs(params, case, device, dtype)
     whats = {EVALUATION: (1, rounds, warmups), PICTURE: (STEPS, max(1, rounds // 2), 1)}
     timed: dict[str, Any] = {}
     for what, (evaluations, times, before) in whats.items():
-        if what == PICTURE and not pictures:
+        if what == PICTURE and not (pictures and _fits(timed[EVALUATION], limit)):
             continue
         works = {name: _bound(way, what, given, case) for name, way in ways.items()}
         arms = time_on(device, works, rounds=times, warmups=before, limit=limit)
@@ -292,6 +301,12 @@ def time_case(
             figures["times the floor"] = figures["median"] / floor
         timed[what] = arms
     return {"floor of an evaluation": work(params, case).floor(rates), "seconds": timed}
+
+
+def _fits(evaluations: Mapping[str, Mapping[str, float]], limit: float | None) -> bool:
+    """Whether pictures, of which evaluations say how long they take, can be timed within `limit`."""
+    round_of = STEPS * sum(figures["median"] for figures in evaluations.values())
+    return limit is None or FEWEST * round_of <= limit
 
 
 def _bound(way: Way, what: str, given: Inputs, case: Case) -> Callable[[], Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import core, decoder_arms, plot, sizes, text_arms
+from benchmarks import core, decoder_arms, gpu, plot, sizes, text_arms
 from benchmarks.ceilings import ATTENTION, COPY, FP8, LINEAR
 from benchmarks.measuring import Deadline, time_on
 from benchmarks.synthetic import FlowSize, TextSize, qwen3_config, sharing
@@ -25,6 +25,7 @@ from benchmarks.transformer_arms import (
     Inputs,
     errors,
     held,
+    held_way,
     made,
     our_ways,
     ours,
@@ -94,7 +95,7 @@ def test_weights_are_shared() -> None:
 
 def test_a_case_is_timed_and_its_errors_are_told() -> None:
     flow = made(FLOW.params, CPU, torch.bfloat16)
-    ways = our_ways(flow, ["bfloat16", "int8"]) | their_ways(flow, compiled=False)
+    ways = our_ways(flow) | held_way(flow, "bfloat16") | held_way(flow, "int8") | their_ways(flow, compiled=False)
     case = Case(side=64, references=1)
     figures = time_case(ways, flow.params, case, RATES, device=CPU, dtype=torch.bfloat16, rounds=2, warmups=0)
     names = {OURS, f"{OURS}, held in bfloat16", f"{OURS}, held in int8", THEIRS}
@@ -220,17 +221,18 @@ def test_deadlines() -> None:
 # --- reports, and drawings of them ---
 
 
+TOY = {"small": sizes.Model(flow=FLOW.params, text=TEXT, autoencoder=AUTOENCODER)}
+STAGES = ["--stages", "transformer", "text", "decoder"]
+
+
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command itself writes of a toy."""
     folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patched:
-        toy = sizes.Model(flow=FLOW.params, text=TEXT, autoencoder=AUTOENCODER)
-        patched.setitem(sizes.MODELS, "small", toy)
-        stages = ["--stages", "transformer", "text", "decoder", "--cases", "16", "32", "32+1", "32+2"]
-        core.main([*stages, "--rounds", "2", "--warmups", "0", "--held", "int8", "--out", str(folder)])
+    how = ["--cases", "16", "32", "32+1", "32+2", "--rounds", "2", "--warmups", "0", "--held", "int8"]
+    core.main([*STAGES, *how, "--out", str(folder)], TOY)
     (file,) = folder.iterdir()
-    yield file
+    return file
 
 
 def test_a_report_says_what_was_measured(report: Path) -> None:
@@ -251,10 +253,8 @@ def test_a_text_encoder_that_is_no_qwen3_is_not_timed(capsys: pytest.CaptureFixt
     assert "no Qwen3" in capsys.readouterr().err
 
 
-def test_no_case_is_begun_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.MODELS, "small", sizes.Model(flow=FLOW.params, text=TEXT, autoencoder=AUTOENCODER))
-    stages = ["--stages", "transformer", "text", "decoder"]
-    core.main([*stages, "--cases", "32", "64", "--budget", "0", "--out", str(tmp_path), "--label", "none"])
+def test_no_case_is_begun_after_the_budget(tmp_path: Path) -> None:
+    core.main([*STAGES, "--cases", "32", "64", "--budget", "0", "--out", str(tmp_path), "--label", "none"], TOY)
     told = json.loads((tmp_path / "core-small-none-cpu.json").read_text("utf-8"))
     assert told["left out"].keys() == {"32 x 32", "64 x 64", "text", "decoder, 32 x 32", "decoder, 64 x 64"}
     assert told["cases"] == told["decoder"] == {} and "text" not in told
@@ -297,3 +297,41 @@ def test_ticks_lie_inside(low: float, high: float) -> None:
     for power in (True, False):
         ticks = plot._ticks(low, high, power=power)
         assert ticks and all(low <= tick <= high for tick in ticks) and len(ticks) < 16
+
+
+# --- all that wants a GPU ---
+
+
+def test_every_job_is_one_that_its_program_knows() -> None:
+    for job in gpu.JOBS:
+        command = job.command("cuda", Path("out"), 300, trial=False)
+        if job.arguments:
+            assert command[1:3] == ["-m", "benchmarks.core"]
+            chosen = core._parser().parse_args(command[3:])
+            assert (chosen.device, chosen.budget, chosen.out) == ("cuda", 300, Path("out"))
+            assert chosen.limit and chosen.cases
+        small = job.command("cpu", Path("out"), 300, trial=True)
+        assert not job.arguments or core._parser().parse_args(small[3:]).size == "small"
+
+
+def test_a_job_is_begun_only_with_time_and_one_that_hangs_is_stopped(tmp_path: Path) -> None:
+    script = "import sys, time; print('begun', flush=True); time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv[2]))"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Script(gpu.Job):
+        def command(self, device: str, out: Path, left: float, *, trial: bool) -> list[str]:
+            return [sys.executable, "-c", script, *self.arguments]
+
+    jobs = (
+        Script(name="quick", arguments=("0", "0"), least=0),
+        Script(name="broken", arguments=("0", "3"), least=0),
+        Script(name="long", arguments=("0", "0"), least=1000),
+        Script(name="hanging", arguments=("600", "0"), least=0),
+    )
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--budget", "8"], jobs, grace=0)
+    told = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["jobs"]
+    assert [what["result"].split()[0] for what in told.values()] == ["done", "failed", "left", "stopped"]
+    assert (tmp_path / "gpu.log").read_text("utf-8") == "begun\n" * 3
+    gpu.main(["--out", str(tmp_path), "--only", "quick"], jobs)
+    assert json.loads((tmp_path / "gpu.json").read_text("utf-8"))["jobs"].keys() == {"quick"}
