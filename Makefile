@@ -3,6 +3,8 @@
 # make lint     style and types only
 # make bench    times the toy checkpoint and writes benchmarks/results/nano.json
 # make bench-core   times the transformer beside diffusers: ARGS="--size klein-4b --device cuda --compiled"
+# make bench-gpu    all that wants a GPU: its tests, and bench-core's times of every model in ten minutes
+# make plot     draws what bench-core measured, into benchmarks/results
 #
 # Everything is installed into $(VENV); delete it to start afresh. ARGS are passed on: make run ARGS="--port 8080",
 # make test ARGS="-k cli", make bench ARGS="--runs 50". Tests run in WORKERS=2 processes side by side; 0 is one for all.
@@ -20,11 +22,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test lint bench bench-core chromium
+.PHONY: help run test lint bench bench-core bench-gpu plot chromium
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
 
 run: $(VENV)/installed
 	$(BIN)/python app.py $(ARGS)
@@ -42,6 +44,12 @@ bench: $(VENV)/installed
 
 bench-core: $(VENV)/installed-tests
 	$(BIN)/python -m benchmarks.core $(ARGS)
+
+bench-gpu: $(VENV)/installed-tests
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+plot: $(VENV)/installed
+	$(BIN)/python -m benchmarks.plot $(ARGS)
 
 # --- installing: a stamp file each, older than its requirements when they have changed -----------------------------
 

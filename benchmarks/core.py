@@ -1,11 +1,15 @@
-"""Times the flow transformer, one evaluation and a whole denoising loop, beside diffusers on the very same weights.
+"""Times the parts of a model beside diffusers on the very same weights: the flow transformer in one evaluation and a
+whole denoising loop, the text encoder on one prompt, the decoder on one picture.
 
     make bench-core [ARGS="--size klein-4b --device cuda --compiled"]
+    make bench-core ARGS="--size klein-4b --cases 512 1024 1024+2"       the last with two references
+    make bench-core ARGS="--stages transformer text decoder"
 
 Weights are random, scaled so that every layer counts (`synthetic.py`), and made on the device; both sides compute with
 the same tensors. Arms take turns, forwards and backwards. First come the machine's own ceilings at the shapes that
-occur (matrix products, attention, copies), and after the times the relative L2 error of each arm's velocity against
-float32, so that nothing is fast because it is wrong. Prints tables and writes benchmarks/results/core-SIZE-DEVICE.json.
+occur (matrix products, attention, copies), and after the times the relative L2 error of each arm against float32, so
+that nothing is fast because it is wrong. Prints tables and writes benchmarks/results/core-SIZE-DEVICE.json, anew after
+each case, so that a run which is ended keeps what it had; `python -m benchmarks.plot` draws it.
 
 --compiled adds diffusers with its blocks compiled, and compiled as a whole, which takes minutes to begin. --held adds
 ours with its weights held in fewer bits than it computes with, which is in float32 on a CPU.
@@ -14,412 +18,277 @@ ours with its weights held in fewer bits than it computes with, which is in floa
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from benchmarks.measuring import Arm, interleave, machine, summary, write
-from benchmarks.pair import SIZES, wait
-from benchmarks.synthetic import fill, sharing
-from flux2_studio.engine.latents import noise, sequence_ids
+from benchmarks import decoder_arms, text_arms, transformer_arms
+from benchmarks.ceilings import LINEAR, attention, copies, matrices
+from benchmarks.measuring import RESULTS, Deadline, machine, write
+from benchmarks.sizes import MODELS, Model
+from benchmarks.transformer_arms import HOLDINGS, TEXT, Case, Way
+from flux2_studio.checkpoints import GB
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.quantize import HalfMatrix, QuantizedLinear, quantize
-from flux2_studio.engine.sampling import denoise, schedule
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.models.residency import release
 
 PACKAGES = ("torch", "transformers", "diffusers")
-TEXT = 512  # tokens of a prompt, padded
-STEPS = 4
-OURS, THEIRS = "ours", "diffusers"
-REGIONAL, WHOLE = "diffusers, blocks compiled", "diffusers, compiled"
-DEV = TransformerParams(
-    in_channels=128,
-    context_width=15_360,
-    hidden=6144,
-    head_width=128,
-    mlp=18_432,
-    double_blocks=8,
-    single_blocks=48,
-    guidance_embedding=True,
-)
-PARAMS: dict[str, TransformerParams] = {
-    "small": SIZES["small"].first.params,
-    "klein-4b": SIZES["klein"].first.params,
-    "klein-9b": SIZES["klein"].second.params,
-    "dev": DEV,
-}
+DTYPE = torch.bfloat16
+HEADROOM = 10 * GB  # for what computing takes, in float32 for the errors
+HEADINGS = ("median", "p10", "p90", "events", "A/A", "x theirs", "x floor")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """A picture of side x side pixels, with so many references of the same size."""
+class Report:
+    """What was measured, written to `folder` after each part of it."""
 
-    side: int
-    references: int = 0
+    folder: Path
+    name: str
+    fields: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        told = {0: "", 1: ", 1 reference"}.get(self.references, f", {self.references} references")
-        return f"{self.side} x {self.side}{told}"
+    def save(self) -> Path:
+        return write(self.fields, self.name, self.folder)
 
-    @property
-    def latent(self) -> int:
-        """Tokens along one side."""
-        return self.side // 16
-
-    @property
-    def tokens(self) -> int:
-        return self.latent**2
-
-    @property
-    def sequence(self) -> int:
-        return TEXT + self.tokens * (1 + self.references)
-
-
-# --- floors: how long the arithmetic takes at the rates that the machine reached in this run ---
+    def leave_out(self, what: str, why: str) -> None:
+        print(f"left out: {what}: {why}")
+        self.fields.setdefault("left out", {})[what] = why
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """Operations (a product and a sum are two) of one evaluation: in linear layers, and in attention."""
+class Run:
+    """What the stages are given. chosen: the command line's options."""
 
-    linear: float
-    attention: float
+    model: Model
+    report: Report
+    device: torch.device
+    deadline: Deadline
+    chosen: argparse.Namespace
 
+    @property
+    def cases(self) -> list[Case]:
+        named: list[Case] | None = self.chosen.cases
+        sides, counts = self.chosen.sides, self.chosen.references
+        return named or [Case(side=side, references=count) for side in sides for count in counts]
 
-def work(params: TransformerParams, case: Case) -> Work:
-    """What one evaluation has to compute at least: the last block's keys and values are of all tokens, the rest of it
-    of the picture's alone. A token passes one of a double block's two streams: 13 D^2 weights where the MLP is 3 D
-    wide, as many as in a single block."""
-    hidden, mlp, n = params.hidden, params.mlp, case.sequence
-    block = 4 * hidden**2 + 3 * hidden * mlp
-    spared = n - case.tokens
-    linear = 2 * n * block * (params.double_blocks + params.single_blocks)
-    linear -= 2 * spared * (block - 2 * hidden**2)
-    linear += 2 * (TEXT * params.context_width + (n - TEXT + case.tokens) * params.in_channels) * hidden
-    attention = 4 * n * n * hidden * (params.double_blocks + params.single_blocks) - 4 * spared * n * hidden
-    return Work(linear=linear, attention=attention)
+    @property
+    def rounds(self) -> dict[str, Any]:
+        """How often everything is timed."""
+        return {name: getattr(self.chosen, name) for name in ("rounds", "warmups", "limit")}
 
+    @property
+    def room(self) -> float:
+        """Bytes that weights may still take on the device, beside what computing takes."""
+        if self.device.type != "cuda":
+            return float("inf")
+        release(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] - HEADROOM
 
-def ceilings(params: TransformerParams, case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Operations, or bytes, per second: the best of several tries at the shapes of `case`."""
-    hidden, n = params.hidden, case.sequence
-    x = torch.randn(n, hidden, device=device, dtype=dtype)
-    weight = torch.randn(3 * hidden + 2 * params.mlp, hidden, device=device, dtype=dtype)
-    q = torch.randn(1, params.heads, n, params.head_width, device=device, dtype=dtype)
-    large = torch.empty(2**28, dtype=torch.uint8, device=device)
-    into = torch.empty_like(large)
-    measured = {
-        "linear layers, operations/s": 2 * n * weight.numel() / _best(lambda: F.linear(x, weight), device),
-        "attention, operations/s": 4 * n * n * hidden / _best(lambda: F.scaled_dot_product_attention(q, q, q), device),
-        "copy, bytes/s": 2 * large.nbytes / _best(lambda: into.copy_(large), device),
-    }
-    if device.type == "cuda":
-        host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-        measured["host to device, bytes/s"] = host.nbytes / _best(lambda: into.copy_(host, non_blocking=True), device)
-        measured |= _eight_bit(x, weight)
-    return measured
-
-
-def _eight_bit(x: Tensor, weight: Tensor) -> dict[str, float]:
-    """Rates of the products in 8 bits that the GPU has."""
-    rates = {}
-    operations = 2 * len(x) * weight.numel()
-    if torch.cuda.get_device_capability(x.device) >= (8, 9):
-        a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn).t()
-        rows, columns = torch.ones(len(x), 1, device=x.device), torch.ones(1, len(weight), device=x.device)
-
-        def fp8() -> Tensor:
-            return torch._scaled_mm(a, b, scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16)
-
-        rates["fp8, operations/s"] = operations / _best(fp8, x.device)
-    codes, matrix = x.clamp(-1, 1).mul(127).to(torch.int8), weight.clamp(-1, 1).mul(127).to(torch.int8).t()
-    rates["int8, operations/s"] = operations / _best(lambda: torch._int_mm(codes, matrix), x.device)
-    return rates
+    def begin(self, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What `work` gives; None, and the report says why, where no time is left or memory does not suffice."""
+        if self.deadline.left <= 0:
+            self.report.leave_out(what, "no time was left")
+            return None
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            self.report.leave_out(what, str(error))
+            return None
 
 
-def _best(work: Callable[[], Any], device: torch.device, tries: int = 10) -> float:
-    """Seconds of the fastest of `tries`, after three that do not count."""
-    seconds = []
-    for _ in range(3 + tries):
-        wait(device)
-        began = time.perf_counter()
-        work()
-        wait(device)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[3:])
-
-
-# --- the arms ---
-
-
-class Inputs:
-    """What a picture of `case` is drawn from; of order one, as the real ones are."""
-
-    def __init__(self, params: TransformerParams, case: Case, device: torch.device, dtype: torch.dtype) -> None:
-        def made(*shape: int, seed: int) -> Tensor:
-            generator = torch.Generator().manual_seed(seed)
-            return torch.randn(*shape, generator=generator).to(device, dtype)
-
-        side = case.latent
-        self.noise = noise([0], case.side, case.side, params.in_channels)
-        self.references = [
-            made(1, params.in_channels, side, side, seed=10 + number).float() for number in range(case.references)
-        ]
-        self.ctx = made(1, TEXT, params.context_width, seed=1)
-        self.x = made(1, case.sequence - TEXT, params.in_channels, seed=2)
-        # 1000 t is exact in bfloat16: diffusers rounds it to that, which would be all that one sees of its error.
-        self.t = torch.tensor([0.5], device=device)
-        self.guidance = torch.tensor([4.0], device=device) if params.guidance_embedding else None
-        self.ids = sequence_ids(TEXT, side, side, self.references).to(device)
-
-
-Velocity = Callable[[Inputs, Case], Tensor]  # [1, tokens, 128]
-
-
-def our_velocity(model: Transformer) -> Velocity:
-    rope_of: dict[Case, Any] = {}
-
-    def velocity(given: Inputs, case: Case) -> Tensor:
-        if case not in rope_of:  # a loop makes it once
-            rope_of[case] = model.rope(given.ids)
-        x, ctx = given.x.to(model.dtype), given.ctx.to(model.dtype)
-        with torch.inference_mode():
-            return model(x, ctx, given.t, rope_of[case], given.guidance, outputs=case.tokens)
-
-    return velocity
-
-
-def their_velocity(model: Any) -> Velocity:
-    def velocity(given: Inputs, case: Case) -> Tensor:
-        dtype = next(iter(model.parameters())).dtype
-        with torch.inference_mode():
-            out = model(
-                hidden_states=given.x.to(dtype),
-                encoder_hidden_states=given.ctx.to(dtype),
-                timestep=given.t,
-                img_ids=given.ids[TEXT:],
-                txt_ids=given.ids[:TEXT],
-                guidance=given.guidance,
-                return_dict=False,
-            )[0]
-        return out[:, : case.tokens]
-
-    return velocity
-
-
-def our_picture(model: Transformer, given: Inputs) -> Callable[[], Tensor]:
-    """All steps, as the studio makes them."""
-
-    def picture() -> Tensor:
-        guiding = "embedded" if model.params.guidance_embedding else "none"
-        *_, last = denoise(
-            model,
-            given.noise,
-            given.ctx,
-            steps=STEPS,
-            guidance=4.0,
-            guiding=guiding,  # type: ignore[arg-type]
-            references=given.references,
-        )
-        return last.latents
-
-    return picture
-
-
-def their_picture(velocity: Velocity, given: Inputs, case: Case) -> Callable[[], Tensor]:
-    """As many evaluations and Euler steps with diffusers' transformer, without all else that its pipeline does."""
-    times = schedule(case.tokens, STEPS)
-
-    def picture() -> Tensor:
-        x = given.x[:, : case.tokens].float()
-        rest = given.x[:, case.tokens :]
-        step = copy.copy(given)
-        for t, following in pairwise(times):
-            step.x = torch.cat((x.to(rest.dtype), rest), 1)
-            step.t = torch.full_like(given.t, t)
-            x = x + (following - t) * velocity(step, case).float()
-        return x
-
-    return picture
-
-
-def held(model: Transformer, how: str) -> Transformer:
-    """Another with the blocks' weights of `model` in "bfloat16" (the very same memory) or "int8". It computes in
-    float32 on a CPU, elsewhere as `model` does."""
-    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
-    with torch.device("meta"):
-        other = Transformer(model.params)
-    state = {name: value.to(dtype) for name, value in model.state_dict().items() if "blocks." not in name}
-    for name, layer in list(model.named_modules()):
-        if "blocks." not in name:
-            continue
-        if isinstance(layer, nn.Linear):
-            matrix = quantize(layer.weight, "int8") if how == "int8" else HalfMatrix(layer.weight)
-            other.set_submodule(name, QuantizedLinear(matrix))
-            state |= {f"{name}.{key}": value for key, value in other.get_submodule(name).state_dict().items()}
-        else:
-            own = dict(layer.named_parameters(name, recurse=False))
-            state |= {key: value.to(dtype) for key, value in own.items()}
-    other.load_state_dict(state, assign=True)
-    return other.eval().requires_grad_(False)
-
-
-def time_case(
-    ours: Mapping[str, Transformer],
-    baselines: Mapping[str, Any],
-    case: Case,
-    *,
-    device: torch.device,
-    rounds: int,
-    warmups: int,
-    pictures: bool = True,
-) -> dict[str, Any]:
-    """Seconds of every arm, for one evaluation and for a whole picture, and what they are to the first of diffusers."""
-    model = ours[OURS]
-    given = Inputs(model.params, case, device, model.dtype)
-    velocities = _velocities(ours, baselines)
-
-    def arm(work: Callable[[], Tensor]) -> Arm:
-        def run() -> Tensor:
-            out = work()
-            wait(device)
-            return out
-
-        return Arm(run=run, prepare=lambda: wait(device))
-
-    one = {name: arm(partial(velocity, given, case)) for name, velocity in velocities.items()}
-    times = {"evaluation": interleave(one, rounds, warmups)}
-    if pictures:
-        whole = {
-            name: arm(our_picture(ours[name], given) if name in ours else their_picture(velocity, given, case))
-            for name, velocity in velocities.items()
-        }
-        times["picture"] = interleave(whole, max(1, rounds // 2), 1)
-    return {
-        what: {name: {**summary(seconds), **_ratio(arms, name)} for name, seconds in arms.items()}
-        for what, arms in times.items()
-    }
-
-
-def _ratio(arms: Mapping[str, Sequence[float]], name: str) -> dict[str, float]:
-    """How many times as fast as diffusers an arm is, by medians."""
-    if THEIRS not in arms:
-        return {}
-    return {"times diffusers": summary(arms[THEIRS])["median"] / summary(arms[name])["median"]}
-
-
-def _velocities(ours: Mapping[str, Transformer], baselines: Mapping[str, Any]) -> dict[str, Velocity]:
-    mine = {name: our_velocity(model) for name, model in ours.items()}
-    return mine | {name: their_velocity(model) for name, model in baselines.items()}
-
-
-def errors(
-    ours: Mapping[str, Transformer], baselines: Mapping[str, Any], case: Case, device: torch.device
-) -> dict[str, float]:
-    """The relative L2 error of each arm's velocity against ours in float32."""
-    model = ours[OURS]
-    given = Inputs(model.params, case, device, model.dtype)
-    velocities = _velocities(ours, baselines)
-    found = {name: velocity(given, case).double() for name, velocity in velocities.items()}
-    with torch.device("meta"):
-        exact = Transformer(model.params)
-    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()}, assign=True)
-    reference = our_velocity(exact.requires_grad_(False))(given, case).double()
-    return {name: float((value - reference).norm() / reference.norm()) for name, value in found.items()}
-
-
-def baselines_of(model: Transformer, *, compiled: bool) -> dict[str, Any]:
-    """diffusers' arms; none where it is not installed."""
-    if importlib.util.find_spec("diffusers") is None:
-        return {}
-    arms = {THEIRS: sharing(model)}
-    if compiled:
-        arms[REGIONAL] = sharing(model)
-        arms[REGIONAL].compile_repeated_blocks(fullgraph=True)
-        arms[WHOLE] = torch.compile(sharing(model))
-    return arms
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.core", description="Time the transformer beside diffusers.")
-    parser.add_argument("--size", choices=PARAMS, default="small")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sides", type=int, nargs="+", default=[512], help="pixels (default: 512)")
-    parser.add_argument("--references", type=int, nargs="+", default=[0], help="how many (default: 0)")
-    parser.add_argument("--rounds", type=int, default=20, help="timed evaluations of each arm (default: 20)")
-    parser.add_argument("--warmups", type=int, default=3)
-    parser.add_argument("--compiled", action="store_true", help="also diffusers compiled, which takes minutes")
-    parser.add_argument("--held", choices=["bfloat16", "int8"], nargs="+", default=[], help="also ours held so")
-    parser.add_argument("--only-evaluations", action="store_true", help="no whole pictures")
-    parser.add_argument("--blocks", type=int, help="only so many blocks of each kind, for a slow machine")
-    chosen = parser.parse_args()
-
-    device, dtype = torch.device(chosen.device), torch.bfloat16
-    params = PARAMS[chosen.size]
+def main(arguments: Sequence[str] | None = None, models: Mapping[str, Model] = MODELS) -> None:
+    parser = _parser(models)
+    chosen = parser.parse_args(arguments)
+    device = torch.device(chosen.device)
+    model = models[chosen.size]
+    if "text" in chosen.stages and model.text is None:
+        parser.error(f"the text encoder of {chosen.size} is no Qwen3, which is all that is timed here")
     if chosen.blocks:
-        params = replace(
-            params,
-            double_blocks=min(chosen.blocks, params.double_blocks),
-            single_blocks=min(chosen.blocks, params.single_blocks),
-        )
-    cases = [Case(side=side, references=count) for side in chosen.sides for count in chosen.references]
-    with torch.device("meta"):
-        model = Transformer(params)
-    fill(model, seed=0, device=device, dtype=dtype)
-    ours = {OURS: model.eval(), **{f"ours, held in {how}": held(model, how) for how in chosen.held}}
-    baselines = baselines_of(model, compiled=chosen.compiled)
+        model = replace(model, flow=shortened(model.flow, chosen.blocks))
+    label = f"-{chosen.label}" if chosen.label else ""
+    report = Report(
+        folder=chosen.out,
+        name=f"core-{chosen.size}{label}-{device.type}.json",
+        fields={
+            "command": " ".join(["python -m benchmarks.core", *(sys.argv[1:] if arguments is None else arguments)]),
+            "machine": machine(chosen.device, PACKAGES),
+            "size": chosen.size,
+            "blocks": [model.flow.double_blocks, model.flow.single_blocks],
+        },
+    )
+    run = Run(model=model, report=report, device=device, deadline=Deadline.within(chosen.budget), chosen=chosen)
+    for stage in chosen.stages:
+        print(f"--- {stage} ---")
+        STAGES[stage](run)
+        report.save()
+    if device.type == "cuda":
+        report.fields["peak memory, bytes"] = torch.cuda.max_memory_allocated(device)
+    print(f"written to {report.save()}")
 
-    rates = ceilings(params, cases[-1], device, dtype)
+
+def shortened(params: TransformerParams, blocks: int) -> TransformerParams:
+    return replace(
+        params,
+        double_blocks=min(blocks, params.double_blocks),
+        single_blocks=min(blocks, params.single_blocks),
+    )
+
+
+def time_transformer(run: Run) -> None:
+    params, device, chosen = run.model.flow, run.device, run.chosen
+    longest = max(case.sequence for case in run.cases)
+    rates = (
+        matrices(longest, params.hidden, 3 * params.hidden + 2 * params.mlp, device, DTYPE)
+        | attention(longest, params.heads, params.head_width, device, DTYPE)
+        | copies(device)
+    )
+    show_rates(rates)
+    run.report.fields.update({"ceilings": rates, "cases": {}})
+    weights = transformer_arms.weights(params)
+    if (needed := weights * DTYPE.itemsize) > run.room:
+        run.report.leave_out(
+            "transformer", f"its weights take {needed / GB:.1f} GB, of {run.room / GB:.1f} that are left"
+        )
+        return
+    flow = transformer_arms.made(params, device, DTYPE)
+    ways = transformer_arms.our_ways(flow)
+    for how in chosen.held:
+        if how != "bfloat16" and weights > run.room:
+            run.report.leave_out(
+                f"held in {how}", f"it takes {weights / GB:.1f} GB, of {run.room / GB:.1f} that are left"
+            )
+            continue
+        ways |= transformer_arms.held_way(flow, how)
+    ways |= transformer_arms.their_ways(flow, compiled=chosen.compiled)
+    pictures = not chosen.only_evaluations
+    compiling = 0.0  # seconds, so far
+    for case in run.cases:
+        if compiling > chosen.compile_budget and any(way.compiled for way in ways.values()):
+            ways = {name: way for name, way in ways.items() if not way.compiled}
+            run.report.leave_out(f"{case.name} and further, compiled", f"compiling had taken {compiling:.0f} s")
+        timed = partial(transformer_arms.time_case, ways, params, case, rates, device=device, dtype=DTYPE)
+        figures = run.begin(case.name, partial(timed, pictures=pictures, **run.rounds))
+        if figures is None:
+            continue
+        compiling += compile_seconds(figures["seconds"], ways)
+        run.report.fields["cases"][case.name] = figures
+        show(case.name, figures["seconds"])
+        run.report.save()
+        if "relative error" not in run.report.fields:
+            found = transformer_arms.errors(ways, flow, case, pictures=pictures)
+            run.report.fields["relative error"] = found
+            show_errors(found)
+            if device.type == "cuda":
+                run.report.fields["kernels"] = transformer_arms.kernels(ways, params, case, device, DTYPE)
+
+
+def time_text(run: Run) -> None:
+    size, device = run.model.text, run.device
+    assert size is not None
+    at = text_arms.depth(size, run.chosen.blocks)
+    release(device)
+    rates = (
+        matrices(TEXT, size.width, 2 * size.mlp, device, DTYPE)
+        | attention(TEXT, size.heads, size.head_width, device, DTYPE)
+        | copies(device)
+    )
+    show_rates(rates)
+    tower, model = text_arms.made(size, at, device, DTYPE)
+    ways = text_arms.our_ways(tower, at.taps) | text_arms.their_ways(model, at.taps)
+    timed = partial(text_arms.time_text, ways, tower.params, rates, device=device)
+    figures = run.begin("text", partial(timed, **run.rounds))
+    if figures is None:
+        return
+    show(f"{TEXT} tokens, {at.read} of {at.layers} layers", figures["seconds"])
+    found = text_arms.errors(ways, tower, at.taps)
+    show_errors({text_arms.ENCODING: found})
+    layers = {"layers": at.layers, "layers read": at.read}
+    run.report.fields["text"] = {**layers, "ceilings": rates, **figures, "relative error": found}
+
+
+def time_decoder(run: Run) -> None:
+    params, device = run.model.autoencoder, run.device
+    inner = params.decoder_channels[-1]
+    sides = sorted({case.side for case in run.cases})
+    release(device)
+    rates = matrices((sides[-1] // 8) ** 2, 9 * inner, inner, device, DTYPE)
+    show_rates(rates)
+    autoencoder = decoder_arms.made(params, device, DTYPE)
+    ways = decoder_arms.our_ways(autoencoder) | decoder_arms.their_ways(autoencoder)
+    told = run.report.fields["decoder"] = {}
+    run.report.fields["ceiling of the decoder, operations/s"] = rates[LINEAR]
+    for side in sides:
+        name = Case(side=side).name
+        timed = partial(decoder_arms.time_side, ways, params, side, rates, device=device)
+        figures = run.begin(f"decoder, {name}", partial(timed, **run.rounds))
+        if figures is None:
+            continue
+        told[name] = figures
+        show(name, figures["seconds"])
+        if side == sides[0]:
+            figures["relative error"] = decoder_arms.errors(ways, autoencoder, side)
+            show_errors({decoder_arms.DECODING: figures["relative error"]})
+        run.report.save()
+
+
+STAGES = {"transformer": time_transformer, "text": time_text, "decoder": time_decoder}
+
+
+def compile_seconds(timed: Mapping[str, Any], ways: Mapping[str, Way]) -> float:
+    return sum(arms[name]["first"] for arms in timed.values() for name in arms if ways[name].compiled)
+
+
+# --- what is printed ---
+
+
+def show_rates(rates: Mapping[str, float]) -> None:
     for name, rate in rates.items():
         print(f"{name:40}{rate:12.3e}")
-    report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.core", *sys.argv[1:]]),
-        "machine": machine(chosen.device, PACKAGES),
-        "size": chosen.size,
-        "blocks": [params.double_blocks, params.single_blocks],
-        "ceilings": rates,
-        "cases": {},
-    }
-    print(f"\n{'seconds':44}{'median':>10}{'p10':>10}{'p90':>10}{'A/A':>8}{'x theirs':>10}{'x floor':>9}")
-    for case in cases:
-        timed = time_case(
-            ours,
-            baselines,
-            case,
-            device=device,
-            rounds=chosen.rounds,
-            warmups=chosen.warmups,
-            pictures=not chosen.only_evaluations,
-        )
-        least = work(params, case)
-        floor = least.linear / rates["linear layers, operations/s"] + least.attention / rates["attention, operations/s"]
-        report["cases"][case.name] = {"floor of an evaluation": floor, "seconds": timed}
-        print(case.name)
-        for what, arms in timed.items():
-            for name, figures in arms.items():
-                above = figures["median"] / (floor * (1 if what == "evaluation" else STEPS))
-                figures["times the floor"] = above
-                print(
-                    f"  {what + ', ' + name:42}{figures['median']:10.4f}{figures['p10']:10.4f}{figures['p90']:10.4f}"
-                    f"{figures['A/A']:8.3f}{figures.get('times diffusers', float('nan')):10.3f}{above:9.2f}"
-                )
-    report["relative error of a velocity"] = errors(ours, baselines, cases[0], device)
-    for name, error in report["relative error of a velocity"].items():
-        print(f"relative error, {name:40}{error:.2e}")
-    if device.type == "cuda":
-        report["peak memory, bytes"] = torch.cuda.max_memory_allocated(device)
-    print(f"written to {write(report, f'core-{chosen.size}-{device.type}.json')}")
+    print(f"\n{'seconds':44}" + "".join(f"{heading:>10}" for heading in HEADINGS))
+
+
+def show(title: str, timed: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of arms, for each thing that they did."""
+    print(title)
+    for what, arms in timed.items():
+        for name, figures in arms.items():
+            seconds = (figures["median"], figures["p10"], figures["p90"], figures.get("events", {}).get("median"))
+            ratios = (figures["A/A"], figures.get("times diffusers"), figures.get("times the floor"))
+            cells = [f"{value:10.4f}" if value is not None else f"{'-':>10}" for value in seconds]
+            cells += [f"{value:10.3f}" if value is not None else f"{'-':>10}" for value in ratios]
+            print(f"  {what + ', ' + name:42}" + "".join(cells))
+
+
+def show_errors(found: Mapping[str, Mapping[str, float]]) -> None:
+    for what, arms in found.items():
+        for name, error in arms.items():
+            print(f"  {what + ', ' + name:42}relative error {error:.2e}")
+
+
+def _parser(models: Mapping[str, Model] = MODELS) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks.core", description="Time a model's parts beside diffusers.")
+    add = parser.add_argument
+    add("--stages", choices=STAGES, nargs="+", default=["transformer"], help="what is timed (default: transformer)")
+    add("--size", choices=models, default="small")
+    add("--device", default="cpu")
+    add("--sides", type=int, nargs="+", default=[512], help="pixels (default: 512)")
+    add("--references", type=int, nargs="+", default=[0], help="how many (default: 0), with each side")
+    add("--cases", type=Case.parse, nargs="+", metavar="SIDE[+REFERENCES]", help="instead of all sides with all counts")
+    add("--rounds", type=int, default=20)
+    add("--warmups", type=int, default=3)
+    add("--limit", type=float, metavar="SECONDS", help="about how long each table may take; 5 rounds are made anyhow")
+    add("--budget", type=float, metavar="SECONDS", help="after which no case is begun")
+    add("--compiled", action="store_true", help="also diffusers, compiled")
+    add("--compile-budget", type=float, default=float("inf"), metavar="SECONDS", help="no more is compiled after that")
+    add("--held", choices=HOLDINGS, nargs="+", default=[], help="also ours, held so")
+    add("--only-evaluations", action="store_true", help="no whole pictures")
+    add("--blocks", type=int, help="only so many blocks of each kind, and layers of text, for a slow machine")
+    add("--label", help="what the file is called beside the size")
+    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the file goes (default: benchmarks/results)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.synthetic import FlowSize, TextSize, Written, disk_bytes, write_autoencoder, write_checkpoint
+from benchmarks import sizes
+from benchmarks.measuring import wait
+from benchmarks.synthetic import FlowSize, Written, disk_bytes, write_autoencoder, write_checkpoint
 from flux2_studio.checkpoints import GB, KLEIN_4B, KLEIN_9B, Checkpoint
 from flux2_studio.engine.params import AutoencoderParams
 from flux2_studio.engine.transformer import Transformer
@@ -46,25 +48,9 @@ class Size:
 
 SIZES = {
     "small": Size(
-        first=FlowSize(
-            double_blocks=5,
-            single_blocks=20,
-            heads=2,
-            text=TextSize(width=192, mlp=512, heads=4, key_heads=2, head_width=64, vocabulary=4096),
-        ),
-        second=FlowSize(
-            double_blocks=8,
-            single_blocks=24,
-            heads=3,
-            text=TextSize(width=256, mlp=768, heads=4, key_heads=2, head_width=64, vocabulary=4096),
-        ),
-        autoencoder=AutoencoderParams(
-            encoder_channels=(32, 64, 64, 64),
-            decoder_channels=(32, 64, 64, 64),
-            encoder_blocks=1,
-            decoder_blocks=2,
-            latent_channels=32,
-        ),
+        first=sizes.SMALL,
+        second=sizes.SMALL_WIDE,
+        autoencoder=sizes.SMALL_AUTOENCODER,
         side=256,
         budget=None,
         rounds=10,
@@ -72,25 +58,9 @@ SIZES = {
         warmups=1,
     ),
     "klein": Size(
-        first=FlowSize(
-            double_blocks=5,
-            single_blocks=20,
-            heads=24,
-            text=TextSize(width=2560, mlp=9728, heads=32, key_heads=8, head_width=128),
-        ),
-        second=FlowSize(
-            double_blocks=8,
-            single_blocks=24,
-            heads=32,
-            text=TextSize(width=4096, mlp=12_288, heads=32, key_heads=8, head_width=128, tied=False),
-        ),
-        autoencoder=AutoencoderParams(
-            encoder_channels=(128, 256, 512, 512),
-            decoder_channels=(128, 256, 512, 512),
-            encoder_blocks=2,
-            decoder_blocks=3,
-            latent_channels=32,
-        ),
+        first=sizes.KLEIN_4B,
+        second=sizes.KLEIN_9B,
+        autoencoder=sizes.AUTOENCODER,
         side=1024,
         budget=8.0,
         rounds=20,
@@ -169,8 +139,8 @@ class Bench:
 
 def prepare(size: Size, folder: Path, device: torch.device, *, baseline: bool) -> Bench:
     """Write the checkpoints of `size` into `folder`. Raises `SystemExit` where the disk is too small."""
-    sizes = dict(zip(size.checkpoints, (size.first, size.second), strict=True))
-    needed = sum(disk_bytes(it, baseline=baseline) for it in sizes.values()) + GB // 2
+    chosen = dict(zip(size.checkpoints, (size.first, size.second), strict=True))
+    needed = sum(disk_bytes(it, baseline=baseline) for it in chosen.values()) + GB // 2
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SystemExit(
@@ -179,7 +149,7 @@ def prepare(size: Size, folder: Path, device: torch.device, *, baseline: bool) -
         )
     first, second = (
         write_checkpoint(folder / checkpoint.name, checkpoint, it, seed=seed, baseline=baseline, device=device)
-        for seed, (checkpoint, it) in enumerate(sizes.items())
+        for seed, (checkpoint, it) in enumerate(chosen.items())
     )
     autoencoder = write_autoencoder(folder / "ae.safetensors", size.autoencoder, seed=2, device=device)
     release(device)
@@ -202,14 +172,6 @@ def prepare(size: Size, folder: Path, device: torch.device, *, baseline: bool) -
         device=device,
         workload=Workload(width=size.side, height=size.side),
     )
-
-
-def wait(device: torch.device) -> None:
-    """Return when the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def silent(text: str, fraction: float | None) -> None:

@@ -34,8 +34,8 @@ import torch
 from torch import nn
 
 from benchmarks import page_cache
-from benchmarks.measuring import Arm, interleave, machine, summary, write
-from benchmarks.pair import SIZES, Bench, Size, prepare, silent, wait
+from benchmarks.measuring import Arm, interleave, machine, summary, wait, write
+from benchmarks.pair import SIZES, Bench, Size, prepare, silent
 from benchmarks.synthetic import Written
 from flux2_studio.checkpoints import GB
 from flux2_studio.engine.latents import noise

@@ -124,7 +124,7 @@ def write_checkpoint(
     be installed then. device: where values are made; nothing of them stays there."""
     flow = folder / f"flux-2-{checkpoint.name}.safetensors"
     text = folder / "text_encoder"
-    shapes = _flow_shapes(size.params)
+    shapes = flow_shapes(size.params)
     write(flow, (_random(name, torch.bfloat16, shape, seed, device) for name, shape in shapes.items()))
     _write_text(text, size.text, seed, device)
     # In a folder of its own beside the weights, as the published repositories have it.
@@ -175,7 +175,7 @@ def disk_bytes(size: FlowSize, *, baseline: bool) -> int:
     """What `write_checkpoint` will put on the disk, headers aside."""
     flow, text = (
         sum(math.prod(shape) for shape in shapes.values())
-        for shapes in (_flow_shapes(size.params), _text_shapes(size.text, _text_config(size.text)))
+        for shapes in (flow_shapes(size.params), _text_shapes(size.text, qwen3_config(size.text)))
     )
     return (flow * (2 if baseline else 1) + text) * torch.bfloat16.itemsize
 
@@ -247,12 +247,13 @@ def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, 0.1
 
 
-def _flow_shapes(params: TransformerParams) -> dict[str, tuple[int, ...]]:
+def flow_shapes(params: TransformerParams) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return shapes_of(Transformer(params))
 
 
-def _text_config(size: TextSize) -> Any:
+def qwen3_config(size: TextSize) -> Any:
+    """transformers' config of a Qwen3 of `size`."""
     from transformers import Qwen3Config  # takes seconds
 
     return Qwen3Config(
@@ -282,7 +283,7 @@ def _text_shapes(size: TextSize, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _write_text(folder: Path, size: TextSize, seed: int, device: torch.device) -> None:
-    config = _text_config(size)
+    config = qwen3_config(size)
     shapes = _text_shapes(size, config)
     entries = (_random(name, torch.bfloat16, shape, seed, device) for name, shape in shapes.items())
     write(folder / TEXT_FILE, entries)

@@ -13,13 +13,11 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import core, page_cache, swap
+from benchmarks import page_cache, swap
 from benchmarks.measuring import Arm, interleave, machine, summary
 from benchmarks.pair import Bench, Size, prepare
-from benchmarks.synthetic import Entry, FlowSize, TextSize, Written, disk_bytes, fill, sharing, write
+from benchmarks.synthetic import Entry, FlowSize, TextSize, Written, disk_bytes, write
 from flux2_studio.checkpoints import KLEIN_4B, KLEIN_9B, Checkpoint
 from flux2_studio.engine.latents import sequence_ids
 from flux2_studio.engine.params import AutoencoderParams
@@ -253,52 +251,3 @@ def test_without_the_baseline(bench: Bench) -> None:
     first, second = (replace(written, diffusers=None) for written in bench.pair)
     with swap.from_files(replace(bench, pair=(first, second)), swap.Cooler()) as arms:
         assert {level for _, level in arms} == {swap.COPY, swap.READ_COLD, swap.READ_WARM, swap.COLD, swap.WARM}
-
-
-@pytest.fixture(scope="module")
-def flow() -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(replace(TOY.first.params, guidance_embedding=True))
-    fill(model, seed=0, device=CPU, dtype=torch.bfloat16)
-    return model.eval()
-
-
-def test_both_sides_compute_the_same_from_the_same_weights(flow: Transformer) -> None:
-    theirs = sharing(flow)
-    case = core.Case(side=64, references=1)
-    given = core.Inputs(flow.params, case, CPU, flow.dtype)
-    ours, other = core.our_velocity(flow)(given, case), core.their_velocity(theirs)(given, case)
-    assert ours.shape == other.shape == (1, 16, 128)
-    distance = float((ours.float() - other.float()).norm() / other.float().norm())
-    assert distance < 0.03
-    own = {tensor.data_ptr() for tensor in flow.parameters()}
-    shared = [name for name, tensor in theirs.named_parameters() if tensor.untyped_storage().data_ptr() in own]
-    assert len(shared) == len(list(theirs.parameters())) - 1  # the last layer's halves are swapped
-
-
-def test_a_case_is_timed_and_its_errors_are_told(flow: Transformer) -> None:
-    baselines = core.baselines_of(flow, compiled=False)
-    case = core.Case(side=64, references=1)
-    ours = {core.OURS: flow, "held": core.held(flow, "bfloat16")}
-    timed = core.time_case(ours, baselines, case, device=CPU, rounds=2, warmups=0)
-    assert set(timed) == {"evaluation", "picture"}
-    for arms in timed.values():
-        assert set(arms) == {core.OURS, "held", core.THEIRS}
-        assert all(arm["median"] > 0 for arm in arms.values())
-        assert arms[core.THEIRS]["times diffusers"] == 1.0
-    found = core.errors(ours, baselines, case, CPU)
-    assert set(found) == {core.OURS, "held", core.THEIRS}
-    assert 0 <= found.pop("held") < 1e-5  # it computes in float32
-    assert all(1e-4 < error < 0.05 for error in found.values())
-
-
-@pytest.mark.parametrize("references", [0, 1])
-def test_the_floor_counts_what_an_evaluation_computes(flow: Transformer, references: int) -> None:
-    case = core.Case(side=64, references=references)
-    given = core.Inputs(flow.params, case, CPU, flow.dtype)
-    # Of the kernels for attention, the plain one is counted.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        core.our_velocity(flow)(given, case)
-    work = core.work(flow.params, case)
-    # Beside the blocks and the ways in and out, an evaluation embeds its time.
-    assert 1 <= counter.get_total_flops() / (work.linear + work.attention) < 1.05
