@@ -11,8 +11,9 @@ occur (matrix products, attention, copies), and after the times the relative L2 
 that nothing is fast because it is wrong. Prints tables and writes benchmarks/results/core-SIZE-DEVICE.json, anew after
 each case, so that a run which is ended keeps what it had; `python -m benchmarks.plot` draws it.
 
---compiled adds diffusers with its blocks compiled, and compiled as a whole, which takes minutes to begin. --held adds
-ours with its weights held in fewer bits than it computes with, which is in float32 on a CPU.
+--compile-ours adds ours with its blocks compiled. --compiled adds diffusers with its blocks compiled, and compiled as a
+whole, which takes minutes to begin. --held adds ours with its weights held in fewer bits than it computes with, which
+is in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from benchmarks.measuring import RESULTS, Deadline, machine, write
 from benchmarks.sizes import MODELS, Model
 from benchmarks.transformer_arms import HOLDINGS, TEXT, Case, Way
 from flux2_studio.checkpoints import GB
+from flux2_studio.engine.compiling import Compiler
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.models.residency import release
 
@@ -154,14 +156,15 @@ def time_transformer(run: Run) -> None:
         )
         return
     flow = transformer_arms.made(params, device, DTYPE)
-    ways = transformer_arms.our_ways(flow)
+    compiler = Compiler() if chosen.compile_ours else None
+    ways = transformer_arms.our_ways(flow, compiler)
     for how in chosen.held:
         if how != "bfloat16" and weights > run.room:
             run.report.leave_out(
                 f"held in {how}", f"it takes {weights / GB:.1f} GB, of {run.room / GB:.1f} that are left"
             )
             continue
-        ways |= transformer_arms.held_way(flow, how)
+        ways |= transformer_arms.held_way(flow, how, compiler)
     ways |= transformer_arms.their_ways(flow, compiled=chosen.compiled)
     pictures = not chosen.only_evaluations
     compiling = 0.0  # seconds, so far
@@ -281,6 +284,7 @@ def _parser(models: Mapping[str, Model] = MODELS) -> argparse.ArgumentParser:
     add("--warmups", type=int, default=3)
     add("--limit", type=float, metavar="SECONDS", help="about how long each table may take; 5 rounds are made anyhow")
     add("--budget", type=float, metavar="SECONDS", help="after which no case is begun")
+    add("--compile-ours", action="store_true", help="also ours, with its blocks compiled, which hold for all cases")
     add("--compiled", action="store_true", help="also diffusers, compiled")
     add("--compile-budget", type=float, default=float("inf"), metavar="SECONDS", help="no more is compiled after that")
     add("--held", choices=HOLDINGS, nargs="+", default=[], help="also ours, held so")

@@ -66,14 +66,18 @@ JOBS = (
         "klein-4b",
         60,
         "--size klein-4b --stages transformer text decoder --cases 1024 512 1024+1 1024+2 1024+4 2048"
-        " --held fp8 int8 --limit 15",
+        " --compile-ours --held fp8 int8 --limit 15",
     ),
-    _core("klein-9b", 45, "--size klein-9b --stages transformer text --cases 1024 --held fp8 int8 --limit 15"),
-    _core("dev", 45, "--size dev --cases 1024 --only-evaluations --held fp8 --limit 15"),
+    _core(
+        "klein-9b",
+        45,
+        "--size klein-9b --stages transformer text --cases 1024 --compile-ours --held fp8 int8 --limit 15",
+    ),
+    _core("dev", 45, "--size dev --cases 1024 --only-evaluations --compile-ours --held fp8 --limit 15"),
     _core(
         "klein-4b-compiled",
         90,
-        "--size klein-4b --cases 1024 512 --compiled --compile-budget 120 --limit 15 --label compiled",
+        "--size klein-4b --cases 1024 512 --compile-ours --compiled --compile-budget 120 --limit 15 --label compiled",
     ),
 )
 

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ceilings import ATTENTION, FP8, LINEAR
+from benchmarks.ceilings import ATTENTION, FP8, INT8, LINEAR
 from benchmarks.measuring import FEWEST, installed, longest_kernels, time_on
 from benchmarks.synthetic import fill, flow_shapes, sharing
+from flux2_studio.engine.compiling import Compiler, Variant, shadow
 from flux2_studio.engine.latents import from_tokens, noise, sequence_ids, to_tokens
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.quantize import HalfMatrix, QuantizedLinear, multiplies_fp8, quantize
+from flux2_studio.engine.quantize import HalfMatrix, QuantizedLinear, multiplies, quantize
 from flux2_studio.engine.sampling import denoise, schedule
 from flux2_studio.engine.transformer import Transformer
 
@@ -136,7 +137,7 @@ class Way:
     """One way to run the transformer.
 
     picture: the last latents [1, 128, h, w], all steps made. products: which of the ceilings bounds its blocks' linear
-    layers. compiled: whether its first run takes minutes.
+    layers. compiled: whether its first run takes minutes, with every size anew.
     """
 
     velocity: Velocity
@@ -145,15 +146,31 @@ class Way:
     compiled: bool = False
 
 
-def our_ways(model: Transformer) -> dict[str, Way]:
-    """Further ways of ours are added here, and below where they take memory of their own."""
-    return {OURS: ours(model)}
+def our_ways(model: Transformer, compiler: Compiler | None = None) -> dict[str, Way]:
+    """compiler: has its blocks compiled, too, once for all sizes."""
+    ways = {OURS: ours(model)}
+    return ways | {f"{OURS}, blocks compiled": ours(_compiled(model, compiler))} if compiler else ways
 
 
-def held_way(model: Transformer, how: str) -> dict[str, Way]:
-    """The way with the weights of `model` held as `how`, one of `HOLDINGS`."""
-    products = FP8 if how == "fp8" and multiplies_fp8(model.device) else LINEAR
-    return {f"{OURS}, held in {how}": ours(held(model, how, _computing(model)), products=products)}
+def held_way(model: Transformer, how: str, compiler: Compiler | None = None) -> dict[str, Way]:
+    """The way with the weights of `model` held as `how`, one of `HOLDINGS`. compiler: as for `our_ways`."""
+    products = LINEAR
+    if how != "bfloat16" and multiplies(model.device, how):
+        products = FP8 if how == "fp8" else INT8
+    small = held(model, how, _computing(model))
+    name = f"{OURS}, held in {how}"
+    ways = {name: ours(small, products=products)}
+    return ways | {f"{name}, compiled": ours(_compiled(small, compiler), products=products)} if compiler else ways
+
+
+def _compiled(model: Transformer, compiler: Compiler) -> Transformer:
+    """Another over the very weights of `model`, whose blocks run compiled."""
+    other = shadow(model)
+    assert isinstance(other, Transformer)
+    compiler.compile(compiler.order(other, Variant()))
+    if not compiler.attach(other, Variant()):
+        raise RuntimeError("the blocks were compiled and are not used")
+    return other
 
 
 def their_ways(model: Transformer, *, compiled: bool) -> dict[str, Way]:

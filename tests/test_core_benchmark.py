@@ -34,9 +34,11 @@ from benchmarks.transformer_arms import (
     time_case,
     work,
 )
+from flux2_studio.engine.compiling import Compiler
 from flux2_studio.engine.params import AutoencoderParams
 from flux2_studio.engine.tower import tower_params
 from flux2_studio.engine.transformer import Transformer
+from tests.graphs import Graphs
 from tests.oracle import relative_error
 
 CPU = torch.device("cpu")
@@ -95,10 +97,13 @@ def test_weights_are_shared() -> None:
 
 def test_a_case_is_timed_and_its_errors_are_told() -> None:
     flow = made(FLOW.params, CPU, torch.bfloat16)
-    ways = our_ways(flow) | held_way(flow, "bfloat16") | held_way(flow, "int8") | their_ways(flow, compiled=False)
+    graphs = Graphs()
+    ways = our_ways(flow, Compiler(backend=graphs))
+    ways |= held_way(flow, "bfloat16") | held_way(flow, "int8") | their_ways(flow, compiled=False)
     case = Case(side=64, references=1)
     figures = time_case(ways, flow.params, case, RATES, device=CPU, dtype=torch.bfloat16, rounds=2, warmups=0)
-    names = {OURS, f"{OURS}, held in bfloat16", f"{OURS}, held in int8", THEIRS}
+    assert graphs.made == 3 and graphs.ran
+    names = {OURS, f"{OURS}, blocks compiled", f"{OURS}, held in bfloat16", f"{OURS}, held in int8", THEIRS}
     assert set(figures["seconds"]) == {"evaluation", "picture"}
     for what, arms in figures["seconds"].items():
         assert set(arms) == names
