@@ -74,7 +74,7 @@ def test_stopped_and_gone_on_with(page: Page) -> None:
     choose_checkpoint(page, "Nano Base (a toy, on board)")
     steps = page.locator("#generate .steps input[type=number]")
     expect(steps).to_have_value("20")  # the form is laid out for it
-    set_number(steps, 60)  # the rest is not done before it is stopped
+    set_number(steps, 40)  # the rest is not done before it is stopped
     write(page, "generate", "a lemon")
     open_tab(page, "Explore")
     set_number(page.locator("#explore-seeds input[type=number]"), 6)
