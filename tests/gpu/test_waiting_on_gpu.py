@@ -1,0 +1,114 @@
+"""The denoising loop never waits for the GPU: the host stays ahead, and kernels follow each other without a gap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flux2_studio.engine.keeping import Keep
+from flux2_studio.engine.latents import sequence_ids
+from flux2_studio.engine.sampling import denoise
+from flux2_studio.engine.streaming import stream
+from flux2_studio.engine.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.weights import Storage, load_transformer, open_transformer
+from tests.tiny import Toys
+
+HIGH, WIDE, TEXT = 3, 4, 9
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def made(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_waiting_is_noticed(gpu: torch.device) -> None:
+    with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
+        torch.ones(1, device=gpu).item()
+
+
+def loop(model: Transformer, **how: Any) -> Iterator[object]:
+    """Five steps."""
+    how = {"guidance": 1.0, "guiding": "none", **how}
+    return denoise(
+        model, made(1, 128, HIGH, WIDE, seed=1), made(1, TEXT, model.params.context_width, seed=2), steps=5, **how
+    )
+
+
+REFERENCES = (made(1, 128, 2, 3, seed=4),)
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("klein", {}),
+    "references": ("klein", {"references": REFERENCES}),
+    "embedded guidance": ("dev", {"guidance": 4.0, "guiding": "embedded"}),
+    "two contexts": (
+        "klein_base",
+        {"guidance": 4.0, "guiding": "cfg", "negative_context": made(1, TEXT, 96, seed=3)},
+    ),
+    "a mask": ("klein", {"keep": Keep(clean=made(1, 128, HIGH, WIDE, seed=5), change=torch.eye(HIGH, WIDE).bool())}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_steps(toys: Toys, gpu: torch.device, name: str) -> None:
+    """All but the first, before which inputs come to the GPU."""
+    toy, how = RUNS[name]
+    model = load_transformer(getattr(toys, toy).file, device=gpu, dtype=torch.bfloat16)
+    steps = loop(model, **how)
+    next(steps)
+    with no_waiting():
+        assert len(list(steps)) == 4
+
+
+def test_steps_with_a_reference_cache(toys: Toys, gpu: torch.device) -> None:
+    """From the third on: at the second the references leave the sequence, and positions are made anew."""
+    model = load_transformer(toys.nine.file, device=gpu, dtype=torch.bfloat16)
+    steps = loop(model, references=REFERENCES, reference_cache=True)
+    next(steps), next(steps)
+    with no_waiting():
+        assert len(list(steps)) == 3
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int8"])
+def test_steps_in_eight_bits(toys: Toys, gpu: torch.device, storage: Storage) -> None:
+    model = open_transformer(toys.klein.file).load(device=gpu, dtype=torch.bfloat16, storage=storage)
+    steps = loop(model)
+    next(steps)
+    with no_waiting():
+        assert len(list(steps)) == 4
+
+
+def test_steps_of_a_streamed_model(toys: Toys, gpu: torch.device) -> None:
+    model = load_transformer(toys.klein.file, device=torch.device("cpu"), dtype=torch.bfloat16)
+    streaming = stream(model, [*model.double_blocks, *model.single_blocks], gpu)
+    steps = loop(model)
+    next(steps)
+    with no_waiting():
+        assert len(list(steps)) == 4
+    streaming.close()
+
+
+@torch.inference_mode()
+def test_an_evaluation_that_fills_a_cache(toys: Toys, gpu: torch.device) -> None:
+    """The work of a first step, its inputs being there."""
+    model = load_transformer(toys.nine.file, device=gpu, dtype=torch.bfloat16)
+    tokens, others = HIGH * WIDE, 6
+    x = made(1, tokens + others, 128, seed=1).to(gpu, torch.bfloat16)
+    ctx = made(1, TEXT, model.params.context_width, seed=2).to(gpu, torch.bfloat16)
+    rope = model.rope(sequence_ids(TEXT, HIGH, WIDE, REFERENCES))
+    t = torch.ones(1, device=gpu)
+    with no_waiting():
+        model(x, ctx, t, rope, outputs=tokens, cache=ReferenceCache(others))
