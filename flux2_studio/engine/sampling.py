@@ -106,7 +106,7 @@ def denoise(
         if refs and not (cache and cache.filled):
             inputs = torch.cat((inputs, *refs), 1)
         elif cache and index == 1:
-            rope = model.rope(sequence_ids(ctx.shape[1], h, w))  # the references no longer stand in the sequence
+            rope = rope.at(0, ctx.shape[1] + tokens)  # the references, its end, no longer stand in the sequence
         if cache and not cache.filled:
             filling = (ctx.shape[1], inputs.shape[1], cache.tokens)
             modulation = model.modulations(moments[:1], embedded if embedded is None else embedded[:1], filling)

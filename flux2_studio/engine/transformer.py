@@ -108,12 +108,13 @@ class Modulations:
         return Modulations(image=image, text=text, joined=joined, last=last)
 
 
-def rope_table(ids: Tensor, head_width: int) -> Rope:
-    """Tables for position ids [tokens, 4]; angles are computed in float64 on the CPU, where every device has it."""
+def rope_table(ids: Tensor, head_width: int, device: torch.device) -> Rope:
+    """Tables for position ids [tokens, 4], on `device`. Angles are computed in float64 on the CPU, which has it: ids
+    that are there already are not waited for."""
     axis = head_width // ROPE_AXES
     frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, axis, 2, dtype=torch.float64) / axis)
     angles = (ids.detach().cpu().double()[:, :, None] * frequencies).flatten(1)  # [tokens, 4 * axis/2]
-    return Rope(angles.cos().float().to(ids.device), angles.sin().float().to(ids.device))
+    return Rope(angles.cos().float().to(device), angles.sin().float().to(device))
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
@@ -352,7 +353,7 @@ class Transformer(nn.Module):
 
     def rope(self, ids: Tensor) -> Rope:
         """Tables for the whole sequence; ids [tokens, 4] in the order text, image, references."""
-        return rope_table(ids.to(self.device), self.params.head_width)
+        return rope_table(ids, self.params.head_width, self.device)
 
     def forward(
         self,
