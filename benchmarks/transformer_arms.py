@@ -155,7 +155,7 @@ def our_ways(model: Transformer, compiler: Compiler | None = None) -> dict[str, 
 def held_way(model: Transformer, how: str, compiler: Compiler | None = None) -> dict[str, Way]:
     """The way with the weights of `model` held as `how`, one of `HOLDINGS`. compiler: as for `our_ways`."""
     products = LINEAR
-    if how != "bfloat16" and multiplies(model.device, how):
+    if how != "bfloat16" and multiplies(model.device, how):  # type: ignore[arg-type]
         products = FP8 if how == "fp8" else INT8
     small = held(model, how, _computing(model))
     name = f"{OURS}, held in {how}"
@@ -255,7 +255,8 @@ def held(model: Transformer, how: str, dtype: torch.dtype) -> Transformer:
             continue
         if isinstance(layer, nn.Linear):
             matrix = HalfMatrix(layer.weight) if how == "bfloat16" else quantize(layer.weight, how)  # type: ignore[arg-type]
-            other.set_submodule(name, QuantizedLinear(matrix))
+            other.set_submodule(name, small := QuantizedLinear(matrix))
+            small.coarse = True
             state |= {f"{name}.{key}": value for key, value in other.get_submodule(name).state_dict().items()}
         else:
             own = dict(layer.named_parameters(name, recurse=False))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from flux2_studio.request import Request
 
+AS_WRITTEN, COMPILED = "as written", "compiled"  # how the transformer's blocks ran, in `computed`
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:

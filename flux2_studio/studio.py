@@ -33,6 +33,7 @@ from flux2_studio.drawing import (
     strips,
     workload_of,
 )
+from flux2_studio.engine.quantize import multiplies
 from flux2_studio.enrichment import TRY, check_choice, enrich
 from flux2_studio.errors import (
     CredentialsError,
@@ -53,7 +54,6 @@ from flux2_studio.events import (
 )
 from flux2_studio.models.choices import choose_dtype, choose_storage
 from flux2_studio.models.classifier import find_classifier
-from flux2_studio.models.compiled import AS_WRITTEN, COMPILED
 from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Loras
 from flux2_studio.models.manager import Drawn, ModelManager
@@ -68,7 +68,7 @@ from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.pace import Pace, Way
 from flux2_studio.outputs.save import Library
 from flux2_studio.outputs.watermark import PUBLISHED, Message
-from flux2_studio.record import Record
+from flux2_studio.record import AS_WRITTEN, COMPILED, Record
 from flux2_studio.references import fit, fit_note, load_reference
 from flux2_studio.regions import Region, load_mask, region_of
 from flux2_studio.request import Request, Upsampling, changes
@@ -190,10 +190,13 @@ class Studio:
     def computed(self, checkpoint: Checkpoint) -> Mapping[str, str]:
         """How `checkpoint` is computed here, as far as pictures depend on it."""
         device, part = self._models.device, checkpoint.flow
+        weights: str = choose_storage(self.settings.quantize, self.settings.dtype, device, part)
+        if weights in ("fp8", "int8") and multiplies(device, weights):  # type: ignore[arg-type]
+            weights += " products"
         return {
             "device": device.type,
             "precision": str(choose_dtype(self.settings.dtype, device, checkpoint, part)).removeprefix("torch."),
-            "weights": choose_storage(self.settings.quantize, self.settings.dtype, device, part),
+            "weights": weights,
             "autoencoder": WHOLE,
             "blocks": self._models.compiled.outlook(part.size),
         }

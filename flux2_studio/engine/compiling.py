@@ -31,10 +31,18 @@ from flux2_studio.engine.transformer import DoubleBlock, Kept, Rope, SingleBlock
 # Lengths to compile with: text, image, references. No two that occur, nor their sums, are alike or a model's width:
 # equal ones would be taken for the same, and other pictures would not fit.
 TEXT, IMAGE, REFERENCES = 37, 53, 71
+MOST = 64  # compiled forwards that are remembered
+UNREADABLE = (ImportError, OSError, EOFError, ValueError)  # what reading a damaged file raises
+PLAIN = (bool, int, float, str, tuple)
 
 
 class CompileError(Exception):
-    """A block could not be compiled: no compiler on this machine, mostly."""
+    """A block could not be compiled: no compiler on this machine, mostly. lasting: whether it never will be, as when it
+    is not for want of memory."""
+
+    def __init__(self, reason: str, *, lasting: bool) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,7 @@ class Compiled:
         self.compiling = torch.compile(copy, fullgraph=True, dynamic=True, backend=backend)
         self.running = torch._dynamo.run(self.compiling)
         self.ready = False
+        self.trouble: str | None = None  # why it cannot be compiled
 
 
 class Compiler:
@@ -89,11 +98,12 @@ class Compiler:
         self._compiled: dict[Hashable, Compiled] = {}
 
     def missing(self, model: Transformer, variant: Variant) -> list[nn.Module]:
-        """A block of each structure that is not compiled for `variant` yet."""
+        """A block of each structure that is not compiled for `variant` yet, and may be."""
         found: dict[Hashable, nn.Module] = {}
         for block in _blocks(model):
             found.setdefault(structure(block), block)
-        return [block for key, block in found.items() if not self._of(key, block, variant).ready]
+        compiled = ((self._of(key, block, variant), block) for key, block in found.items())
+        return [block for it, block in compiled if not it.ready and it.trouble is None]
 
     def order(self, model: Transformer, variant: Variant) -> Order:
         """What is `missing`, to be compiled whatever becomes of `model` meanwhile; its weights are held until then."""
@@ -109,31 +119,38 @@ class Compiler:
     def compile(self, order: Order) -> None:
         """Compile what was ordered. Raises `CompileError`.
 
-        A failure is taken for a damaged cache first: it is emptied, once, and all is tried again.
+        Where torch cannot read what it kept, that is taken for damaged: it is emptied, and all is tried once more.
         """
         for block in order.blocks:
             compiled = self._of(structure(block), block, order.variant)
             try:
-                _run(compiled.compiling, block, order)
-            except Exception as first:  # torch's own kinds are many, a compiler's are anything
-                if self._cache is None or not self._cache.is_dir():
-                    raise CompileError(_reason(first)) from first
-                shutil.rmtree(self._cache, ignore_errors=True)
                 try:
                     _run(compiled.compiling, block, order)
-                except Exception as error:
-                    raise CompileError(_reason(error)) from error
+                except Exception as error:  # torch's own kinds are many
+                    if self._cache is None or not self._cache.is_dir() or not isinstance(_inner(error), UNREADABLE):
+                        raise
+                    shutil.rmtree(self._cache, ignore_errors=True)
+                    _run(compiled.compiling, block, order)
+            except Exception as error:
+                lasting = not isinstance(_inner(error), torch.OutOfMemoryError)
+                if lasting:
+                    compiled.trouble = _reason(error)
+                raise CompileError(_reason(error), lasting=lasting) from error
             compiled.ready = True
 
     def attach(self, model: Transformer, *needed: Variant) -> bool:
         """Have the blocks of `model` run compiled, if all is there that the `needed` variants take. Otherwise they run
         as they are written."""
         self.detach(model)
-        if not needed or any(self.missing(model, variant) for variant in needed):
-            return False
+        found = []
         for block in _blocks(model):
             key = structure(block)
-            forwards: dict[str, Any] = {it.references: self._of(key, block, it).running for it in needed}
+            compiled = {variant.references: self._of(key, block, variant) for variant in needed}
+            if not compiled or not all(it.ready for it in compiled.values()):
+                return False
+            found.append((block, compiled))
+        for block, compiled in found:
+            forwards: dict[str, Any] = {references: it.running for references, it in compiled.items()}
             block.forward = partial(_choose, forwards, block)
         return True
 
@@ -145,15 +162,20 @@ class Compiler:
     def _of(self, key: Hashable, block: nn.Module, variant: Variant) -> Compiled:
         whole = key, variant
         if whole not in self._compiled:
+            if len(self._compiled) == MOST:  # LoRAs of ever other ranks, say
+                del self._compiled[next(iter(self._compiled))]
             self._compiled[whole] = Compiled(type(block).forward, self._backend)
         return self._compiled[whole]
 
 
 def structure(block: nn.Module) -> Hashable:
-    """What blocks must share to run the same compiled code: their layers' kinds, and their tensors' shapes."""
+    """What blocks must share to run the same compiled code: their layers' kinds and settings, their tensors' shapes."""
     tensors = (*block.named_parameters(), *block.named_buffers())
     return (
-        tuple((name, type(module)) for name, module in block.named_modules()),
+        tuple(
+            (name, type(module), *(item for item in vars(module).items() if isinstance(item[1], PLAIN)))
+            for name, module in block.named_modules()
+        ),
         tuple((name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in tensors),
     )
 
@@ -212,6 +234,12 @@ def _run(forward: Callable[..., Any], block: nn.Module, order: Order) -> None:
         assert isinstance(block, SingleBlock)
         for wanted in (None, (TEXT, IMAGE)):
             forward(block, made(batch, tokens, p.hidden), modulation(3, tokens), rope, kept, wanted)
+
+
+def _inner(error: BaseException) -> BaseException:
+    """What a compiler raised, of which torch makes an error of its own."""
+    inner = getattr(error, "inner_exception", None)
+    return inner if isinstance(inner, BaseException) else error
 
 
 def _reason(error: BaseException) -> str:

@@ -139,6 +139,7 @@ class GGUFMatrix(StoredMatrix):
     blocks: Tensor
 
     def __init__(self, blocks: Tensor, type_name: str) -> None:
+        self.type_name = type_name
         self._block = BLOCKS[type_name]
         rows, length = blocks.shape
         super().__init__(rows, length // self._block.size * self._block.values)

@@ -15,7 +15,6 @@ ComfyUI's files; other makers' files have it in the low half.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Literal, Self
 
@@ -27,6 +26,7 @@ EightBit = Literal["fp8", "int8"]
 FP8_MAX = 448.0  # of float8_e4m3fn
 INT8_MAX = 127.0
 ALIGNED = 16  # of which both sides of a matrix must be multiples for products in 8 bits
+COMPILED = 2**13  # outputs of a compiled product at a time: int32 and float32 ones take a multiple of the result's
 FEW = 16  # rows of inputs that the kernels for int8 products do not take, and that gain nothing by fp8
 # Values restored at a time, 64 MiB of them in float32: the largest layers would take over a gigabyte at once.
 CHUNK = 2**24
@@ -138,7 +138,13 @@ class NVFP4Matrix(StoredMatrix):
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias over stored matrices, one under the other (q, k, v from three tensors of a file)."""
+    """A linear layer without bias over stored matrices, one under the other (q, k, v from three tensors of a file).
+
+    coarse: whether its inputs may be brought to int8, which is for values of like sizes: language models have a few
+    that are a thousand times the others, and would lose the rest.
+    """
+
+    coarse = False
 
     def __init__(self, *parts: StoredMatrix) -> None:
         super().__init__()
@@ -162,9 +168,14 @@ class QuantizedLinear(nn.Module):
     def multiply_codes(self, x: Tensor, kind: EightBit) -> Tensor:
         """x [..., in_features], brought to 8 bits with a scale for each row, times the codes: [..., out_features]."""
         rows = x.flatten(0, -2)
-        if torch.compiler.is_compiling():  # makes one kernel of what would be written and read several times
+        # Not `is_compiling`, which is True in all threads while any of them compiles.
+        if torch.compiler.is_dynamo_compiling():  # makes one kernel of what would be written and read several times
             codes, scale = eight_bit_rows(rows, kind)
-            outs = [_product(codes, scale, part, kind, 0, part.rows).to(x.dtype) for part in self._stored]
+            outs = [
+                _product(codes, scale, part, kind, start, stop).to(x.dtype)
+                for part in self._stored
+                for start, stop in _chunks(part.rows, 1, COMPILED)
+            ]
             return (outs[0] if len(outs) == 1 else torch.cat(outs, -1)).unflatten(0, x.shape[:-1])
         small = quantize(rows, kind)
         out = x.new_empty(len(rows), self.out_features)
@@ -188,7 +199,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = self.eight_bit
-        if kind is not None and x.numel() > FEW * self.in_features and multiplies(x.device, kind):
+        allowed = kind is not None and (kind == "fp8" or self.coarse) and multiplies(x.device, kind)
+        if kind is not None and allowed and x.numel() > FEW * self.in_features:
             return self.multiply_codes(x, kind)
         if x.device.type == "cpu":
             return self.multiply_by_tiles(x)
@@ -229,15 +241,14 @@ class StoredEmbedding(nn.Module):
         return rows.codes[ids].to(self._dtype)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def multiplies(device: torch.device, kind: EightBit) -> bool:
-    """Whether `device` has fast products of matrices in 8 bits: NVIDIA's of fp8 from compute capability 8.9 on, of int8
-    from 7.5 on. Processors are not known to: torch's int8 product runs at a twentieth of float32's rate without VNNI,
-    and with it nobody has measured it here yet."""
+    """Whether products of `kind` are the fastest that `device` has for such weights: NVIDIA's fp8 from compute
+    capability 8.9 on; int8 from 7.5 on, where there is no fp8: it is the coarser of the two. Processors are not known
+    to: torch's int8 product runs at a twentieth of float32's rate without VNNI, and with it was not measured yet."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= {"fp8": (8, 9), "int8": (7, 5)}[kind]
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 9) if kind == "fp8" else (7, 5) <= capability < (8, 9)
 
 
 def eight_bit_rows(values: Tensor, kind: EightBit) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,10 @@ class Checked(Generic[ModuleT]):
                     arrived(spans[key].size)
         model.load_state_dict(state, assign=True)
         arrived.all()
+        if isinstance(model, Transformer):
+            for module in model.modules():
+                if isinstance(module, QuantizedLinear):
+                    module.coarse = True
         return model.eval().requires_grad_(False)
 
     def sizes(self, *, dtype: torch.dtype, storage: Storage = "plain") -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Who has transformers' blocks compiled, and when they run so: beside the runs, and from the next run on.
 
-Nobody waits for a compiler. Until it is done, pictures are drawn with the blocks as they are written; a picture is
-never drawn with both.
+Nobody waits for a compiler. Until it is done, pictures are drawn with the blocks as they are written, those of models
+that were compiled already, too: torch calls no compiled code while it compiles. A picture is never drawn with both.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import torch
 from flux2_studio.engine.compiling import CompileError, Compiler, Order, Variant
 from flux2_studio.engine.transformer import Transformer
 from flux2_studio.models.choices import LARGE
+from flux2_studio.record import AS_WRITTEN, COMPILED
 from flux2_studio.settings import Compile
 
-AS_WRITTEN, COMPILED = "as written", "compiled"
+# Kinds of blocks that are compiled for one run. A LoRA with a rank of its own for each layer would take all of a model
+# to the compiler, for an hour.
+MOST = 4
 
 
 class CompiledBlocks:
@@ -33,8 +36,8 @@ class CompiledBlocks:
             self._least = None
         self._compiler = compiler
         self._thread: threading.Thread | None = None
-        self._trouble: str | None = None
-        self._told = False
+        self._trouble: list[str] = []
+        self._told: set[str] = set()
 
     def use(self, model: Transformer, size: int, needed: Sequence[Variant]) -> bool:
         """Whether the blocks of `model` run compiled from now on; otherwise they are being compiled, if they are to be.
@@ -43,17 +46,22 @@ class CompiledBlocks:
         """
         if not self._wanted(size):
             return False
+        if self.busy:
+            self._compiler.detach(model)
+            return False
         if self._compiler.attach(model, *needed):
             return True
-        if self._trouble is None and not self.busy:
-            orders = [self._compiler.order(model, variant) for variant in needed]
+        orders = [order for variant in needed if (order := self._compiler.order(model, variant)).blocks]
+        if any(len(order.blocks) > MOST for order in orders):
+            self._trouble.append("the LoRAs change every block in another way")
+        elif orders:
             self._thread = threading.Thread(target=self._compile, args=(orders,), name="compiler", daemon=True)
             self._thread.start()
         return False
 
     def outlook(self, size: int) -> str:
-        """How the blocks of a model of `size` bytes will run, in words."""
-        return "compiled, once they are" if self._wanted(size) and self._trouble is None else AS_WRITTEN
+        """How the blocks of a model of `size` bytes run, once they are compiled if they are to be."""
+        return COMPILED if self._wanted(size) and not self._trouble else AS_WRITTEN
 
     @property
     def busy(self) -> bool:
@@ -66,13 +74,13 @@ class CompiledBlocks:
             self._thread.join()
 
     def notes(self) -> tuple[str, ...]:
-        """Why nothing is compiled, where it should be and cannot; said once."""
-        if self._trouble is None or self._told:
-            return ()
-        self._told = True
-        return (
-            f"The transformer's blocks cannot be compiled here ({self._trouble}), so pictures take longer than they "
-            f"might. FLUX2_COMPILE=off stops the attempts.",
+        """Why blocks are not compiled that should be; each said once."""
+        fresh = [reason for reason in dict.fromkeys(self._trouble) if reason not in self._told]
+        self._told.update(fresh)
+        return tuple(
+            f"The transformer's blocks cannot be compiled here ({reason}), so pictures take longer than they might. "
+            f"FLUX2_COMPILE=off stops the attempts."
+            for reason in fresh
         )
 
     def _wanted(self, size: int) -> bool:
@@ -83,4 +91,5 @@ class CompiledBlocks:
             for order in orders:
                 self._compiler.compile(order)
         except CompileError as error:
-            self._trouble = str(error)
+            if error.lasting:  # otherwise the next run orders it again
+                self._trouble.append(str(error))

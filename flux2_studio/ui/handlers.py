@@ -269,10 +269,14 @@ def _staged(stage: Stage, form: Form) -> list[Any]:
 def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: Stage) -> None:
     def pick(images: list[str], before: Image.Image | None, event: gr.SelectData) -> Sequence[Any]:
         index = int(event.index)
+        if not 0 <= index < len(images):
+            return [gr.skip()] * 4
         other = compare.picked(before, images[index])
         return index, download(images, index), gr.Button(use_label(index, len(images))), other
 
-    def use(index: int, images: list[str], name: str) -> Update:
+    def use(index: int | None, images: list[str], name: str) -> Any:
+        if index is None or not 0 <= index < len(images):  # the run that was seen is followed by another one
+            return gr.skip()
         picture = Path(images[index])
         return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
 

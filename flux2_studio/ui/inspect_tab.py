@@ -22,7 +22,7 @@ from flux2_studio.outputs.inspect import Inspection, credential_rows, inspect, s
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.metadata import run_again
 from flux2_studio.outputs.watermark import Detection, Message
-from flux2_studio.record import Record
+from flux2_studio.record import AS_WRITTEN, Record
 from flux2_studio.regions import load_mask
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.ui import fields, show
@@ -315,6 +315,8 @@ def _about_checkpoint(record: Record, studio: Studio, checkpoint: Checkpoint) ->
 def _about_machine(record: Record, studio: Studio, checkpoint: Checkpoint) -> list[str]:
     here = {**studio.versions, **studio.computed(checkpoint)}
     then = {**record.versions, **record.computed}
+    if record.computed:  # pictures were drawn so before they said it
+        then.setdefault("blocks", AS_WRITTEN)
     other = [f"{name} {value} (here {here[name]})" for name, value in then.items() if here.get(name, value) != value]
     if not other:
         return []

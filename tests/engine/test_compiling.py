@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.synthetic import fill
 from flux2_studio.engine import compiling
 from flux2_studio.engine.compiling import CompileError, Compiler, Variant, structure, variants
+from flux2_studio.engine.gguf import GGUFMatrix
 from flux2_studio.engine.latents import noise, sequence_ids
 from flux2_studio.engine.lora_paths import AdaptedLinear, LowRank
 from flux2_studio.engine.params import TransformerParams
@@ -178,7 +179,8 @@ def test_what_no_compiled_code_fits_runs_as_it_is_written_too(graphs: Graphs, co
 def hold(model: Transformer, kind: Any) -> None:
     for name, layer in list(model.named_modules()):
         if "blocks." in name and isinstance(layer, nn.Linear):
-            model.set_submodule(name, QuantizedLinear(quantize(layer.weight, kind)))
+            model.set_submodule(name, held := QuantizedLinear(quantize(layer.weight, kind)))
+            held.coarse = True
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -263,10 +265,35 @@ def test_what_cannot_be_compiled_is_said(tmp_path: Path) -> None:
 
     model = made()
     compiler = Compiler(backend=broken, cache=tmp_path / "none")
-    with pytest.raises(CompileError, match="there is no compiler"):
+    with pytest.raises(CompileError, match="there is no compiler") as error:
         compiler.compile(compiler.order(model, Variant()))
+    assert error.value.lasting
     assert not compiler.attach(model, Variant())
     assert velocity(model, 4).isfinite().all()
+
+
+def test_want_of_memory_does_not_last(graphs: Graphs) -> None:
+    short = [True]
+
+    def wants(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        if short:
+            short.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return graphs(module, inputs)
+
+    model, compiler = made(), Compiler(backend=wants)
+    with pytest.raises(CompileError, match="out of memory") as error:
+        compiler.compile(compiler.order(model, Variant()))
+    assert not error.value.lasting
+    compiler.compile(compiler.order(model, Variant()))
+    assert compiler.attach(model, Variant())
+
+
+def test_formats_whose_blocks_take_the_same_bytes_are_told_apart() -> None:
+    """Q4_0 takes 18 bytes for 32 values, Q4_K 144 for 256."""
+    layers = [QuantizedLinear(GGUFMatrix(torch.zeros(8, 144, dtype=torch.uint8), name)) for name in ("Q4_0", "Q4_K")]
+    assert layers[0].in_features == layers[1].in_features
+    assert structure(layers[0]) != structure(layers[1])
 
 
 def test_a_damaged_cache_is_emptied(tmp_path: Path, graphs: Graphs) -> None:

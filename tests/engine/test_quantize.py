@@ -314,6 +314,8 @@ def test_products_of_codes_where_they_are_quick(rows: int, expected: str, monkey
     monkeypatch.setattr("flux2_studio.engine.quantize.multiplies", lambda _device, kind: kind == "int8")
     layer = QuantizedLinear(quantize(weight(32, 64), "int8"))
     x = torch.randn(rows, 64)
+    assert layer(x).equal(torch.nn.functional.linear(x, layer.dequantize(x.dtype)))  # unless it is allowed
+    layer.coarse = True
     found = layer(x)
     restored = torch.nn.functional.linear(x, layer.dequantize(x.dtype))
     assert found.equal(layer.multiply_codes(x, "int8") if expected == "codes" else restored)

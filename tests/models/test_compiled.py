@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import torch
 from PIL import Image
 
 from flux2_studio.checkpoints import KLEIN_4B
-from flux2_studio.engine.compiling import Compiler
+from flux2_studio.engine.compiling import Compiler, variants
+from flux2_studio.engine.lora_paths import AdaptedLinear, LowRank
+from flux2_studio.engine.params import TransformerParams
+from flux2_studio.engine.transformer import Transformer
 from flux2_studio.events import Notice, Result, Saved
 from flux2_studio.models.compiled import CompiledBlocks
 from flux2_studio.models.hub import Hub
@@ -50,7 +54,7 @@ def test_the_first_picture_is_drawn_as_it_is_written_and_the_next_ones_compiled(
     assert repeated == ["compiled"] and same[0].tobytes() == pictures[0].tobytes()
     larger, compiled, _ = graphs.since(lambda: drawn(studio, width=96, height=80))
     assert larger[0] == ["compiled"] and compiled == 0
-    assert studio.computed(KLEIN_4B)["blocks"] == "compiled, once they are"
+    assert studio.computed(KLEIN_4B)["blocks"] == "compiled"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,53 @@ def test_what_cannot_be_compiled_is_said_once(toys: Toys, tmp_path: Path) -> Non
     assert "there is no compiler" in told[1][0] and "FLUX2_COMPILE=off" in told[1][0]
     assert len(tried) == 1
     assert studio.computed(KLEIN_4B)["blocks"] == "as written"
+
+
+def test_while_something_is_compiled_everything_runs_as_it_is_written(toys: Toys, tmp_path: Path) -> None:
+    """torch calls no compiled code while it compiles."""
+    graphs, going_on = Graphs(), threading.Event()
+
+    def slow(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        assert going_on.wait(120)
+        return graphs(module, inputs)
+
+    studio = studio_with(toys, tmp_path, "on", slow)
+    going_on.set()
+    drawn(studio)
+    studio._models.compiled.settle()
+    assert drawn(studio)[0] == ["compiled"]
+    going_on.clear()
+    assert set(drawn(studio, count=2)[0]) == {"as written"}
+    (ways, _, _), _, ran = graphs.since(lambda: drawn(studio))
+    assert studio._models.compiled.busy and ways == ["as written"] and ran == 0
+    going_on.set()
+    studio._models.compiled.settle()
+    assert drawn(studio)[0] == ["compiled"] and set(drawn(studio, count=2)[0]) == {"compiled"}
+
+
+def test_blocks_that_all_differ_are_not_compiled() -> None:
+    """As with a LoRA that has a rank of its own for each layer."""
+    graphs = Graphs()
+    params = TransformerParams(
+        in_channels=16,
+        context_width=8,
+        hidden=32,
+        head_width=16,
+        mlp=96,
+        double_blocks=1,
+        single_blocks=6,
+        guidance_embedding=False,
+    )
+    model = Transformer(params)
+    for rank in range(1, 7):
+        name = f"single_blocks.{rank - 1}.linear2"
+        path = LowRank(torch.zeros(rank, 128), torch.zeros(32, rank))
+        model.set_submodule(name, AdaptedLinear(model.get_submodule(name), "a LoRA", paths=[path]))
+    blocks = CompiledBlocks("on", torch.device("cpu"), Compiler(backend=graphs))
+    for _ in range(2):
+        assert not blocks.use(model, 1, variants(1, reference_cache=False))
+    assert not blocks.busy and graphs.made == 0
+    assert len(blocks.notes()) == 1 and blocks.notes() == ()
 
 
 @pytest.mark.parametrize("choice", ["off", "auto"])
