@@ -98,12 +98,15 @@ class Compiler:
         self._compiled: dict[Hashable, Compiled] = {}
 
     def missing(self, model: Transformer, variant: Variant) -> list[nn.Module]:
-        """A block of each structure that is not compiled for `variant` yet, and may be."""
+        """A block of each structure that is not compiled for `variant` yet; none where one of them cannot be, for then
+        the others are of no use."""
         found: dict[Hashable, nn.Module] = {}
         for block in _blocks(model):
             found.setdefault(structure(block), block)
-        compiled = ((self._of(key, block, variant), block) for key, block in found.items())
-        return [block for it, block in compiled if not it.ready and it.trouble is None]
+        compiled = [(self._of(key, block, variant), block) for key, block in found.items()]
+        if any(it.trouble for it, _ in compiled):
+            return []
+        return [block for it, block in compiled if not it.ready]
 
     def order(self, model: Transformer, variant: Variant) -> Order:
         """What is `missing`, to be compiled whatever becomes of `model` meanwhile; its weights are held until then."""
