@@ -33,7 +33,7 @@ from flux2_studio.engine.transformer import DoubleBlock, Kept, Rope, SingleBlock
 TEXT, IMAGE, REFERENCES = 37, 53, 71
 MOST = 64  # compiled forwards that are remembered
 UNREADABLE = (ImportError, OSError, EOFError, ValueError)  # what reading a damaged file raises
-PLAIN = (bool, int, float, str, tuple)
+PLAIN = (bool, int, float, str)  # settings of a layer; others may be whatever keeps it (`streaming`)
 
 
 class CompileError(Exception):
