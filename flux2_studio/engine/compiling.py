@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shutil
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from flux2_studio.engine.transformer import DoubleBlock, Kept, Rope, SingleBlock
 TEXT, IMAGE, REFERENCES = 37, 53, 71
 MOST = 64  # compiled forwards that are remembered
 UNREADABLE = (ImportError, OSError, EOFError, ValueError)  # what reading a damaged file raises
+Manner = Literal["none", "writes", "reads"]
 PLAIN = (bool, int, float, str)  # settings of a layer; others may be whatever keeps it (`streaming`)
 
 
@@ -51,7 +52,7 @@ class Variant:
     reference cache, see `Kept`."""
 
     several: bool = False
-    references: Literal["none", "writes", "reads"] = "none"
+    references: Manner = "none"
 
 
 def variants(rows: int, *, reference_cache: bool) -> tuple[Variant, ...]:
@@ -103,10 +104,10 @@ class Compiler:
         found: dict[Hashable, nn.Module] = {}
         for block in _blocks(model):
             found.setdefault(structure(block), block)
-        compiled = [(self._of(key, block, variant), block) for key, block in found.items()]
-        if any(it.trouble for it, _ in compiled):
+        compiled = [(self._compiled.get((key, variant)), block) for key, block in found.items()]
+        if any(it is not None and it.trouble for it, _ in compiled):
             return []
-        return [block for it, block in compiled if not it.ready]
+        return [block for it, block in compiled if it is None or not it.ready]
 
     def order(self, model: Transformer, variant: Variant) -> Order:
         """What is `missing`, to be compiled whatever becomes of `model` meanwhile; its weights are held until then."""
@@ -148,12 +149,12 @@ class Compiler:
         found = []
         for block in _blocks(model):
             key = structure(block)
-            compiled = {variant.references: self._of(key, block, variant) for variant in needed}
-            if not compiled or not all(it.ready for it in compiled.values()):
+            compiled = [(variant, self._compiled.get((key, variant))) for variant in needed]
+            forwards = {variant.references: it.running for variant, it in compiled if it is not None and it.ready}
+            if not needed or len(forwards) < len(needed):
                 return False
-            found.append((block, compiled))
-        for block, compiled in found:
-            forwards: dict[str, Any] = {references: it.running for references, it in compiled.items()}
+            found.append((block, forwards))
+        for block, forwards in found:
             block.forward = partial(_choose, forwards, block)
         return True
 
@@ -198,9 +199,9 @@ def shadow(block: nn.Module) -> nn.Module:
     return other
 
 
-def _choose(forwards: dict[str, Callable[..., Any]], block: nn.Module, *inputs: Any) -> Any:
+def _choose(forwards: Mapping[Manner, Callable[..., Any]], block: nn.Module, *inputs: Any) -> Any:
     kept = next((value for value in inputs if isinstance(value, Kept)), None)
-    references = "none" if kept is None else "reads" if kept.filled else "writes"
+    references: Manner = "none" if kept is None else "reads" if kept.filled else "writes"
     return forwards[references](block, *inputs)
 
 

@@ -198,9 +198,8 @@ class QuantizedLinear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = self.eight_bit
-        allowed = kind is not None and (kind == "fp8" or self.coarse) and multiplies(x.device, kind)
-        if kind is not None and allowed and x.numel() > FEW * self.in_features:
+        kind = self.eight_bit if x.numel() > FEW * self.in_features else None
+        if kind is not None and (kind == "fp8" or self.coarse) and multiplies(x.device, kind):
             return self.multiply_codes(x, kind)
         if x.device.type == "cpu":
             return self.multiply_by_tiles(x)

@@ -417,7 +417,7 @@ class Transformer(nn.Module):
         if cache is not None and not cache.filled:
             cache.make_room(blocks, x, self.params.heads, self.params.head_width)
         kept = [None if cache is None else cache.of(block) for block in range(blocks)]
-        for double, own in zip(self.double_blocks, kept, strict=False):
+        for double, own in zip(self.double_blocks, kept[: len(self.double_blocks)], strict=True):
             x, ctx = double(x, ctx, modulations.image, modulations.text, rope, own)
         wanted = ctx.shape[1], x.shape[1] if outputs is None else outputs
         joined = torch.cat((ctx, x), 1)

@@ -36,8 +36,8 @@ class CompiledBlocks:
             self._least = None
         self._compiler = compiler
         self._thread: threading.Thread | None = None
-        self._trouble: list[str] = []
-        self._told: set[str] = set()
+        self._failed = False
+        self._trouble: dict[str, bool] = {}  # why something is not compiled, and whether that was said
 
     def use(self, model: Transformer, size: int, needed: Sequence[Variant]) -> bool:
         """Whether the blocks of `model` run compiled from now on; otherwise they are being compiled, if they are to be.
@@ -53,7 +53,7 @@ class CompiledBlocks:
             return True
         orders = [order for variant in needed if (order := self._compiler.order(model, variant)).blocks]
         if any(len(order.blocks) > MOST for order in orders):
-            self._trouble.append("the LoRAs change every block in another way")
+            self._trouble.setdefault("the LoRAs change every block in another way", False)
         elif orders:
             self._thread = threading.Thread(target=self._compile, args=(orders,), name="compiler", daemon=True)
             self._thread.start()
@@ -61,7 +61,7 @@ class CompiledBlocks:
 
     def outlook(self, size: int) -> str:
         """How the blocks of a model of `size` bytes run, once they are compiled if they are to be."""
-        return COMPILED if self._wanted(size) and not self._trouble else AS_WRITTEN
+        return COMPILED if self._wanted(size) and not self._failed else AS_WRITTEN
 
     @property
     def busy(self) -> bool:
@@ -75,8 +75,8 @@ class CompiledBlocks:
 
     def notes(self) -> tuple[str, ...]:
         """Why blocks are not compiled that should be; each said once."""
-        fresh = [reason for reason in dict.fromkeys(self._trouble) if reason not in self._told]
-        self._told.update(fresh)
+        fresh = [reason for reason, said in self._trouble.items() if not said]
+        self._trouble.update(dict.fromkeys(fresh, True))
         return tuple(
             f"The transformer's blocks cannot be compiled here ({reason}), so pictures take longer than they might. "
             f"FLUX2_COMPILE=off stops the attempts."
@@ -92,4 +92,5 @@ class CompiledBlocks:
                 self._compiler.compile(order)
         except CompileError as error:
             if error.lasting:  # otherwise the next run orders it again
-                self._trouble.append(str(error))
+                self._trouble.setdefault(str(error), False)
+                self._failed = True

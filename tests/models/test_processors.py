@@ -25,8 +25,8 @@ from flux2_studio.models.processors import keep_to_quota, quota
     ],
 )
 def test_quota(files: list[str], expected: float | None, tmp_path: Path) -> None:
-    paths = tuple(tmp_path / str(number) for number in range(len(files))) or (tmp_path / "none",)
-    for path, text in zip(paths, files, strict=False):
+    paths = tuple(tmp_path / str(number) for number in range(len(files)))
+    for path, text in zip(paths, files, strict=True):
         path.write_text(text)
     assert quota([(tmp_path / "nothing",), paths]) == expected
 
