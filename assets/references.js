@@ -1,4 +1,4 @@
-// Multi-reference: pictures are dragged into another order, with the mouse, or with a finger that rests on one first.
+// The forms' pictures. In Multi-reference they are dragged into another order, with the mouse, or with a finger that rests on one first.
 // Python moves them: the script presses a hidden button, which sends where from and where to.
 (() => {
   'use strict';
@@ -80,7 +80,24 @@
     event.stopPropagation();
   }, true);
 
+  // How often the pictures of each form were cleared, and whether the last time was told yet. The button to clear stands
+  // last above a gallery in which none is looked at.
+  const clears = {};
+  addEventListener('click', (event) => {
+    const button = event.target.closest?.('.references .icon-button-wrapper > :last-child');
+    const form = button?.closest('.sheet')?.id;
+    if (form) clears[form] = {times: (clears[form]?.times ?? 0) + 1, told: false};
+  }, true);
+
   window.studioReferences = {
+    cleared: (form) => String(clears[form]?.times ?? 0),
+    // The same when it was not told yet.
+    toClear: (form) => {
+      const clear = clears[form];
+      if (!clear || clear.told) return '';
+      clear.told = true;
+      return String(clear.times);
+    },
     moved: '',
     // The index of the selected picture, as text; empty for none.
     selected: () => {

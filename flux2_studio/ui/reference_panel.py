@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # What the page itself knows when a button is pressed. Kept by the server at an earlier event, it might come too late.
 DRAGGED = "(_, ...others) => [window.studioReferences.moved, ...others]"
 SELECTED = "(_, ...others) => [window.studioReferences.selected(), ...others]"
+CLEARED = "(_, ...others) => [window.studioReferences.cleared('{form}'), ...others]"
+TO_CLEAR = "(_, ...others) => [window.studioReferences.toClear('{form}'), ...others]"
 
 
 def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
@@ -129,6 +131,11 @@ def selected(sent: str | None) -> int | None:
     return int(sent) if sent and re.fullmatch(r"[0-9]{1,3}", sent) else None
 
 
+def times(sent: str | None) -> int:
+    """How often the pictures were cleared as the page `sent` it, 0 for anything else."""
+    return int(sent) if sent and re.fullmatch(r"[0-9]{1,6}", sent) else 0
+
+
 def offer(
     form: Form,
     offered: Sequence[Path],
@@ -148,7 +155,6 @@ def offer(
         form.fields["references"]: gr.Gallery(fields.numbered(examined.kept, names), selected_index=chosen),
         form.panel.refused: "".join(map(show.problem, examined.refused)),
         form.panel.note: show.notes(examined.notes),
-        form.panel.filled: bool(examined.kept),
         **mask_panel.followed(form.fields, examined.first),
     }
     if tools is not None:
@@ -165,7 +171,6 @@ def offered_to(form: Form) -> list[Any]:
         form.fields["references"],
         form.panel.refused,
         form.panel.note,
-        form.panel.filled,
         form.fields["mask"],
         form.fields["outpaint"],
         *([tools.row, tools.name, tools.named] if tools else []),
@@ -182,12 +187,18 @@ def _naming(tools: ReferenceTools, selected: Path | None, names: Mapping[Path, s
 def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: ReferencePanel) -> None:
     references, tools = form.fields["references"], panel.tools
 
-    def check(items: Any, name: str) -> Update:
-        return offer(form, paths(items), studio.settings.checkpoint(name), names=names_in(items))
+    def check(sent: str | None, items: Any, heard: int, name: str) -> Any:
+        # What was cleared since is gone, even where that was heard first.
+        if times(sent) < heard:
+            return gr.skip()
+        update = offer(form, paths(items), studio.settings.checkpoint(name), names=names_in(items))
+        return update | {panel.cleared: times(sent)}
 
-    def emptied(items: Any, filled: bool, name: str) -> Any:
-        # A gallery that we emptied ourselves keeps what was said about it.
-        return check(items, name) if filled and not items else gr.skip()
+    def clear(sent: str | None, heard: int, name: str) -> Any:
+        # Whatever the gallery holds: an answer to what was asked before may just have filled it again.
+        if times(sent) <= heard:
+            return gr.skip()
+        return offer(form, (), studio.settings.checkpoint(name)) | {panel.cleared: times(sent)}
 
     def describe(items: Any, name: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
@@ -196,9 +207,24 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
 
     # Each is heard, and answered in turn: what came while one was checked would be gone with its answer.
     turns: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_id": f"references of {form.name}"}
-    listen([references.upload, references.delete], check, [references, chosen], offered_to(form), **turns)
+    told = [*offered_to(form), panel.cleared]
+    listen(
+        [references.upload, references.delete],
+        check,
+        [panel.told, references, panel.cleared, chosen],
+        told,
+        js=CLEARED.format(form=form.name),
+        **turns,
+    )
     # The gallery's own button to clear it is heard as a change only.
-    listen(references.change, emptied, [references, panel.filled, chosen], offered_to(form), **turns)
+    listen(
+        references.change,
+        clear,
+        [panel.told, panel.cleared, chosen],
+        told,
+        js=TO_CLEAR.format(form=form.name),
+        **turns,
+    )
     described = [panel.note, form.fields["mask"], form.fields["outpaint"]]
     listen(chosen.change, describe, [references, chosen], described)  # it may have another cap
     # When the page is opened, for a label with a number in it is not known before whose language it is to be in.
@@ -270,9 +296,9 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
     about = [tools.name, tools.named, references, panel.refused]
     listen(references.select, choose, called, about, queue=False, trigger_mode="multiple")  # the last is the one
     entered = [references, panel.refused, tools.name]
-    listen(tools.name.submit, enter, [tools.told, *called], entered, js=SELECTED, queue=False)
+    listen(tools.name.submit, enter, [panel.told, *called], entered, js=SELECTED, queue=False)
     rest = [chosen, *called]
-    listen(tools.drop.click, drop, [tools.told, *rest], offered_to(form), js=DRAGGED)
+    listen(tools.drop.click, drop, [panel.told, *rest], offered_to(form), js=DRAGGED)
     listen(tools.add.upload, add, [tools.add, *rest], offered_to(form))
     for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
-        listen(button.click, action, [tools.told, *rest], offered_to(form), js=SELECTED)
+        listen(button.click, action, [panel.told, *rest], offered_to(form), js=SELECTED)

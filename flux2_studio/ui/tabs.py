@@ -89,13 +89,16 @@ class UpsamplingPanel:
 class ReferencePanel:
     """What stands around a form's references: what was refused and why, and what to know of those that stay.
 
-    `filled` is whether we put any there; `pick` sends what was chosen of History.
+    `pick` sends what was chosen of History. In the place of `told` the page's script sends what it knows itself: which
+    picture is selected, from which index to which one was dragged, or how often all were cleared; `cleared` is how
+    often they were, as far as that was heard.
     """
 
     refused: gr.HTML
     note: gr.HTML
-    filled: gr.State
     pick: gr.Button
+    told: gr.Textbox
+    cleared: gr.State
     tools: ReferenceTools | None = None
 
 
@@ -113,8 +116,7 @@ class LoraPanel:
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTools:
     """What puts several references in order, and names them. `named` is the file that `name` is the name of, as the
-    browser saw it when it was typed. The page's script sends what it knows itself in the place of `told`: which one is
-    selected, or, where one was dragged and it presses `drop`, from which index to which."""
+    browser saw it when it was typed. Where one was dragged, the page's script presses `drop`."""
 
     row: gr.Row
     name: gr.Textbox
@@ -123,7 +125,6 @@ class ReferenceTools:
     earlier: gr.Button
     later: gr.Button
     remove: gr.Button
-    told: gr.Textbox
     drop: gr.Button
 
 
@@ -204,7 +205,6 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
         presets = preset_panel.layout()
         references = fields.references(fields.up_to(checkpoint.max_references), columns=5)
         pick = picker.button("multi")
-        told = gr.Textbox(visible=False)
         drop = gr.Button("Move", visible="hidden", elem_id="multi-move")
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
@@ -222,7 +222,6 @@ def multi(chosen: gr.Dropdown, checkpoint: Checkpoint, examples: Examples, setti
                 earlier=gr.Button(t("◀ Earlier"), size="sm", min_width=80),
                 later=gr.Button(t("Later ▶"), size="sm", min_width=80),
                 remove=gr.Button(t("Remove"), size="sm", min_width=80),
-                told=told,
                 drop=drop,
             )
             gr.HTML(
@@ -250,7 +249,8 @@ def _panel(pick: gr.Button, tools: ReferenceTools | None = None) -> ReferencePan
         pick=pick,
         refused=gr.HTML(elem_classes="refused"),
         note=gr.HTML(elem_classes="note"),
-        filled=gr.State(False),
+        told=gr.Textbox(visible=False),
+        cleared=gr.State(0),
         tools=tools,
     )
 

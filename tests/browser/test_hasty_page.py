@@ -30,11 +30,12 @@ ASKED_AT_ONCE, ASKED_IN_TURN = "**/gradio_api/run/**", "**/gradio_api/queue/join
 HOLD = """(() => {
   const fetched = window.fetch;
   let free = null;
-  window.streams = 0;
+  window.streams = window.opened = 0;
   window.hold = () => { free = new Promise((done) => { window.release = done; }); };
   window.fetch = async (...given) => {
     const streams = String(given[0].url ?? given[0]).includes('/queue/data');
     window.streams += streams;
+    window.opened += streams;
     const response = await fetched(...given);
     if (!streams) return response;
     const held = new TransformStream({
@@ -66,10 +67,11 @@ class Held:
         return len(self._held)
 
     def let_go(self, *, last_first: bool = False) -> None:
-        """One after the other."""
+        """One after the other. The page is answered when all were asked."""
         self._open = True
-        for route, answer in reversed(self._held) if last_first else self._held:
-            route.fulfill(response=answer or route.fetch())
+        held = self._held[::-1] if last_first else self._held
+        for route, answer in [(route, answer or route.fetch()) for route, answer in held]:
+            route.fulfill(response=answer)
 
 
 @pytest.fixture
@@ -122,6 +124,30 @@ def test_pictures_that_are_cleared_while_they_are_checked_stay_away(page: Page, 
     references.get_by_role("button", name="Clear").click()
     page.wait_for_function("streams === 0")  # all is answered
     expect(page.locator("#multi")).not_to_contain_text("As image 1:")
+    expect(references.locator(".thumbnail-item")).to_have_count(0)
+
+
+@pytest.mark.parametrize("form, tab", [("edit", "Edit"), ("multi", "Multi-reference")])
+def test_pictures_that_are_cleared_before_their_check_was_asked_for_stay_away(page: Page, form: str, tab: str) -> None:
+    open_tab(page, tab)
+    references = page.locator(f"#{form} .references")
+    asked = Held(page, ASKED_IN_TURN)
+    upload(page, form, EXAMPLES / "rocket.png")
+    references.get_by_role("button", name="Clear").click()
+    expect(references.locator(".thumbnail-item")).to_have_count(0)
+    while len(asked) < 2:
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(1000)
+    before = page.evaluate("opened")
+    asked.let_go(last_first=True)
+    page.wait_for_function(f"opened > {before} && streams === 0")  # all is answered
+    page.wait_for_timeout(1000)  # and shown
+    expect(references.locator(".thumbnail-item")).to_have_count(0)
+    upload(page, form, EXAMPLES / "car.png")  # which nothing clears
+    expect(references.locator(".thumbnail-item")).to_have_count(1)
+    expect(page.locator(f"#{form}")).to_contain_text("As image 1:")
+    references.get_by_role("button", name="Clear").click()
+    expect(page.locator(f"#{form}")).not_to_contain_text("As image 1:")
     expect(references.locator(".thumbnail-item")).to_have_count(0)
 
 

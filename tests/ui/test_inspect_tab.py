@@ -327,7 +327,7 @@ def test_restoring_puts_the_references_back(studio: Studio, store: KeptReference
     assert [path.stem for path in asked.references] == list(hashes)
     assert replace(asked, references=()) == as_the_page_has_it(run_again(record))
     panel = page.form(name).panel
-    assert panel is not None and update[panel.refused] == "" and update[panel.filled] is True
+    assert panel is not None and update[panel.refused] == ""
 
 
 def test_restoring_takes_away_the_references_of_before(studio: Studio) -> None:
