@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,18 @@ from flux2_studio.engine.compiling import Compiler, Variant, shadow
 from flux2_studio.engine.latents import from_tokens, noise, sequence_ids, to_tokens
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.quantize import HalfMatrix, QuantizedLinear, multiplies, quantize
+from flux2_studio.engine.replay import LARGEST, Replays
 from flux2_studio.engine.sampling import denoise, schedule
+from flux2_studio.engine.tower import Tower
 from flux2_studio.engine.transformer import Transformer
 
 TEXT = 512  # tokens of a prompt, padded
 STEPS = 4
 OURS, THEIRS = "ours", "diffusers"
+REPLAYED = "ours, replayed"  # as a CUDA graph, where the case is small enough for one
 REGIONAL, WHOLE = "diffusers, blocks compiled", "diffusers, compiled"
 EVALUATION, PICTURE = "evaluation", "picture"
+ModelT = TypeVar("ModelT", Transformer, Tower)
 HOLDINGS = ("bfloat16", "fp8", "int8")  # how the blocks' weights may be held
 
 
@@ -137,19 +141,30 @@ class Way:
     """One way to run the transformer.
 
     picture: the last latents [1, 128, h, w], all steps made. products: which of the ceilings bounds its blocks' linear
-    layers. compiled: whether its first run takes minutes, with every size anew.
+    layers. compiled: whether its first run takes minutes, with every size anew. longest: tokens of a sequence above
+    which it is no other way than one that is there already.
     """
 
     velocity: Velocity
     picture: Velocity
     products: str = LINEAR
     compiled: bool = False
+    longest: float = math.inf
 
 
 def our_ways(model: Transformer, compiler: Compiler | None = None) -> dict[str, Way]:
-    """compiler: has its blocks compiled, too, once for all sizes."""
-    ways = {OURS: ours(model)}
-    return ways | {f"{OURS}, blocks compiled": ours(_compiled(model, compiler))} if compiler else ways
+    """As it is written; on a GPU of NVIDIA's also replayed. compiler: has its blocks compiled, too, once for all
+    sizes."""
+    models = {OURS: model}
+    if compiler:
+        models[f"{OURS}, blocks compiled"] = _compiled(model, compiler)
+    if model.device.type == "cuda":
+        models[REPLAYED] = replaying(another(model))
+        if compiler:
+            models[f"{REPLAYED}, blocks compiled"] = replaying(_compiled(model, compiler))
+    return {
+        name: ours(each, longest=LARGEST if name.startswith(REPLAYED) else math.inf) for name, each in models.items()
+    }
 
 
 def held_way(model: Transformer, how: str, compiler: Compiler | None = None) -> dict[str, Way]:
@@ -165,12 +180,24 @@ def held_way(model: Transformer, how: str, compiler: Compiler | None = None) -> 
 
 def _compiled(model: Transformer, compiler: Compiler) -> Transformer:
     """Another over the very weights of `model`, whose blocks run compiled."""
-    other = shadow(model)
-    assert isinstance(other, Transformer)
+    other = another(model)
     compiler.compile(compiler.order(other, Variant()))
     if not compiler.attach(other, Variant()):
         raise RuntimeError("the blocks were compiled and are not used")
     return other
+
+
+def another(model: Transformer) -> Transformer:
+    """Another over the very weights of `model`."""
+    other = shadow(model)
+    assert isinstance(other, Transformer)
+    return other
+
+
+def replaying(model: ModelT, replays: Replays | None = None) -> ModelT:
+    """`model`, whose runs are recorded as CUDA graphs when they come again: do not change it any more."""
+    (replays or Replays()).attach(model)
+    return model
 
 
 def their_ways(model: Transformer, *, compiled: bool) -> dict[str, Way]:
@@ -187,7 +214,7 @@ def their_ways(model: Transformer, *, compiled: bool) -> dict[str, Way]:
     return ways
 
 
-def ours(model: Transformer, *, products: str = LINEAR, compiled: bool = False) -> Way:
+def ours(model: Transformer, *, products: str = LINEAR, compiled: bool = False, longest: float = math.inf) -> Way:
     rope_of: dict[Case, Any] = {}
 
     def velocity(given: Inputs, case: Case) -> Tensor:
@@ -211,7 +238,7 @@ def ours(model: Transformer, *, products: str = LINEAR, compiled: bool = False) 
         )
         return last.latents
 
-    return Way(velocity=velocity, picture=picture, products=products, compiled=compiled)
+    return Way(velocity=velocity, picture=picture, products=products, compiled=compiled, longest=longest)
 
 
 def theirs(model: Any, *, compiled: bool = False) -> Way:
@@ -304,6 +331,7 @@ def time_case(
     limit: see `time_on`; of both. A picture is timed half as often as an evaluation, and not at all where even the
     fewest runs would take longer than the limit.
     """
+    ways = ways_for(ways, case)
     given = Inputs(params, case, device, dtype)
     whats = {EVALUATION: (1, rounds, warmups), PICTURE: (STEPS, max(1, rounds // 2), 1)}
     timed: dict[str, Any] = {}
@@ -319,6 +347,11 @@ def time_case(
             figures["times the floor"] = figures["median"] / floor
         timed[what] = arms
     return {"floor of an evaluation": work(params, case).floor(rates), "seconds": timed}
+
+
+def ways_for(ways: Mapping[str, Way], case: Case) -> dict[str, Way]:
+    """Those that are a way of their own for `case`."""
+    return {name: way for name, way in ways.items() if case.sequence <= way.longest}
 
 
 def _fits(evaluations: Mapping[str, Mapping[str, float]], limit: float | None) -> bool:
@@ -343,7 +376,7 @@ def errors(
     for what in (EVALUATION, PICTURE) if pictures else (EVALUATION,):
         reference = _bound(exact, what, given, case)().double()
         found[what] = {}
-        for name, way in ways.items():
+        for name, way in ways_for(ways, case).items():
             value = _bound(way, what, given, case)().double()
             found[what][name] = float((value - reference).norm() / reference.norm())
     return found
@@ -354,4 +387,4 @@ def kernels(
 ) -> dict[str, dict[str, float]]:
     """Seconds that each way's longest kernels take in one evaluation."""
     given = Inputs(params, case, device, dtype)
-    return {name: longest_kernels(_bound(way, EVALUATION, given, case)) for name, way in ways.items()}
+    return {name: longest_kernels(_bound(way, EVALUATION, given, case)) for name, way in ways_for(ways, case).items()}

@@ -10,6 +10,7 @@
 | FLUX2_DTYPE | auto, float32, bfloat16 or float16 |
 | FLUX2_QUANTIZE | off, fp8 or int8: hold transformer and text encoder in 8 bits, made when they are loaded |
 | FLUX2_COMPILE | auto, on or off: compile the transformer's blocks, see `models/compiled.py` |
+| FLUX2_GRAPHS | on or off: record small runs as CUDA graphs, see `models/replayed.py` |
 | FLUX2_MEMORY | gigabytes of the device's memory that the studio may take (default: what is free) |
 | FLUX2_PREVIEW | tiny (a small decoder), linear (rough colours, no extra weights) or off |
 | FLUX2_TEXT_ENCODER_URL | the address of a text encoder on another machine, see `models/remote_text.py` |
@@ -50,6 +51,7 @@ Device = str
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["off", "fp8", "int8"]
 Compile = Literal["auto", "on", "off"]
+Graphs = Literal["on", "off"]
 PreviewKind = Literal["tiny", "linear", "off"]
 Safety = Literal["auto", "on", "warn", "off"]
 
@@ -73,6 +75,7 @@ class Settings:
     dtype: DtypeName = "auto"
     quantize: Quantize = "off"
     compile: Compile = "auto"
+    graphs: Graphs = "off"
     memory: float | None = None  # gigabytes
     preview: PreviewKind = "tiny"
     text_encoder_url: str | None = None
@@ -115,6 +118,7 @@ class Settings:
             dtype=_choice(env, "FLUX2_DTYPE", cls.dtype, get_args(DtypeName)),  # type: ignore[arg-type]
             quantize=_choice(env, "FLUX2_QUANTIZE", cls.quantize, get_args(Quantize)),  # type: ignore[arg-type]
             compile=_choice(env, "FLUX2_COMPILE", cls.compile, get_args(Compile)),  # type: ignore[arg-type]
+            graphs=_choice(env, "FLUX2_GRAPHS", cls.graphs, get_args(Graphs)),  # type: ignore[arg-type]
             memory=_gigabytes(env, "FLUX2_MEMORY"),
             preview=_choice(env, "FLUX2_PREVIEW", cls.preview, get_args(PreviewKind)),  # type: ignore[arg-type]
             text_encoder_url=_url(env, "FLUX2_TEXT_ENCODER_URL"),

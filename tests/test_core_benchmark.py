@@ -23,22 +23,27 @@ from benchmarks.transformer_arms import (
     THEIRS,
     Case,
     Inputs,
+    another,
     errors,
     held,
     held_way,
     made,
     our_ways,
     ours,
+    replaying,
     their_ways,
     theirs,
     time_case,
+    ways_for,
     work,
 )
+from benchmarks.transformer_arms import TEXT as TOKENS
 from flux2_studio.engine.compiling import Compiler
 from flux2_studio.engine.params import AutoencoderParams
+from flux2_studio.engine.replay import Replays
 from flux2_studio.engine.tower import tower_params
 from flux2_studio.engine.transformer import Transformer
-from tests.graphs import Graphs
+from tests.graphs import Graphs, Tape
 from tests.oracle import relative_error
 
 CPU = torch.device("cpu")
@@ -83,6 +88,17 @@ def test_both_sides_compute_the_same_from_the_same_weights(what: str) -> None:
     mine, others = (getattr(way, what)(given, case) for way in (ours(flow), theirs(sharing(flow))))
     assert mine.shape == others.shape
     assert relative_error(mine, others) < 1e-4
+
+
+def test_a_replayed_way_computes_the_same_and_is_timed_where_it_is_one() -> None:
+    flow, tape = made(FLOW.params, CPU, torch.float32), Tape()
+    ways = {"ours": ours(flow), "replayed": ours(replaying(another(flow), Replays(tape)), longest=TOKENS + 16)}
+    small, large = Case(side=64), Case(side=80)
+    given = Inputs(flow.params, small, CPU, torch.float32)
+    for _ in range(3):
+        assert ways["replayed"].velocity(given, small).equal(ways["ours"].velocity(given, small))
+    assert (tape.recorded, tape.replayed) == (1, 2)
+    assert ways_for(ways, small).keys() == ways.keys() and ways_for(ways, large).keys() == {"ours"}
 
 
 def test_weights_are_shared() -> None:

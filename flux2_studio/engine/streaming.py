@@ -364,6 +364,11 @@ def stream(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device,
     return Streaming(module, blocks, device, lane or lane_for(device))
 
 
+def is_streamed(module: nn.Module) -> bool:
+    """Whether `module` is inside a streamed block: its tensors are somewhere else in every run."""
+    return _HOME in vars(module)
+
+
 def fetch(layer: nn.Module) -> None:
     """Have the weights of `layer` where its tensors point, for the work that is enqueued next.
 

@@ -191,6 +191,7 @@ class Tower(nn.Module):
         self.params = params
         self.embed_tokens = nn.Embedding(params.vocabulary, params.hidden)
         self.layers = nn.ModuleList(Layer(params) for _ in range(params.layers))
+        self._turns: tuple[Any, Tensor, Tensor] | None = None  # the last rotations, and for what they were made
 
     def forward(self, ids: Tensor, mask: Tensor, taps: Sequence[int]) -> Tensor:
         """[B, L, taps * W] of token ids [B, L]: what stands after so many layers, 0 the embedding, side by side.
@@ -198,7 +199,13 @@ class Tower(nn.Module):
         mask: [B, 1, L, L], see `seen`.
         """
         x = self.embed_tokens(ids)
-        cos, sin = rotations(0, x.shape[1], self.params, x)
+        asked = x.shape[1], x.dtype, x.device
+        if self._turns is None or self._turns[0] != asked:
+            self._turns = asked, *rotations(0, x.shape[1], self.params, x)
+        return self.through(x, mask, *self._turns[1:], taps)
+
+    def through(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, taps: Sequence[int]) -> Tensor:
+        """What `forward` gives for embeddings x [B, L, W], with the `rotations` of all their positions."""
         kept = {0: x}
         for number, layer in enumerate(self.layers, 1):
             x = layer(x, cos, sin, mask)

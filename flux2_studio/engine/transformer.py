@@ -23,7 +23,9 @@ attribute breaks loading.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,11 +103,21 @@ class Modulations:
     joined: tuple[Tensor, ...]
     last: tuple[Tensor, ...]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.image, *self.text, *self.joined, *self.last)
+
+    def like(self, tensors: Sequence[Tensor]) -> Modulations:
+        """Others, of as many `tensors` in the order of these."""
+        rest = iter(tensors)
+        image, text, joined, last = (
+            tuple(itertools.islice(rest, len(part))) for part in (self.image, self.text, self.joined, self.last)
+        )
+        return Modulations(image=image, text=text, joined=joined, last=last)
+
     def of(self, row: int) -> Modulations:
         """Those of one row, which go with any batch."""
-        parts = (self.image, self.text, self.joined, self.last)
-        image, text, joined, last = (tuple(part[row : row + 1] for part in each) for each in parts)
-        return Modulations(image=image, text=text, joined=joined, last=last)
+        return self.like([part[row : row + 1] for part in self.tensors])
 
 
 def rope_table(ids: Tensor, head_width: int, device: torch.device) -> Rope:

@@ -24,6 +24,7 @@ from flux2_studio.engine import lora
 from flux2_studio.engine.autoencoder import Autoencoder
 from flux2_studio.engine.compiling import Compiler, variants
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
+from flux2_studio.engine.replay import Record
 from flux2_studio.engine.text import Encoded, TextEncoder
 from flux2_studio.engine.transformer import Transformer
 from flux2_studio.engine.writer import CheckedWriter, Writer
@@ -39,6 +40,7 @@ from flux2_studio.models.plan import DECODING, DRAWING, PROMPT, REFERENCES, Plan
 from flux2_studio.models.processors import keep_to_quota, quota
 from flux2_studio.models.remembered import RememberingReferences, RememberingText
 from flux2_studio.models.remote_text import RemoteText
+from flux2_studio.models.replayed import ReplayedRuns
 from flux2_studio.models.residency import Residency, empty_cache, release
 from flux2_studio.models.writers import WriterOffer, Writing, make_place, offers, writer_of
 from flux2_studio.pictures import pixels_from_image
@@ -66,6 +68,7 @@ class ModelManager:
         host_budget: int | None = None,
         streaming: bool | None = None,
         compiler: Compiler | None = None,
+        record: Record | None = None,
     ) -> None:
         self._settings = settings
         self._hub = hub
@@ -77,11 +80,12 @@ class ModelManager:
         self._streaming = apart if streaming is None else streaming
         self.loras = Loras(settings)
         self._opener = Opener(settings, hub, self.device)
-        self._residency: Residency[Key] = Residency(self.device, host_budget, leaving=_take_loras_off)
+        self._residency: Residency[Key] = Residency(self.device, host_budget, leaving=self._strip)
         self._too_much: dict[tuple[str, Workload], int] = {}  # peaks of plans that ran out of memory all the same
         self._contexts = RememberingText()
         self._latents = RememberingReferences()
         self.compiled = CompiledBlocks(settings.compile, self.device, compiler or Compiler(cache=settings.compiled))
+        self.replayed = ReplayedRuns(settings.graphs, self.device, record)
         self._fingerprints = Fingerprints(settings.home / "hashes.json")
 
     def on_disk(self, checkpoint: Checkpoint) -> bool:
@@ -210,6 +214,7 @@ class ModelManager:
 
     def release_all(self) -> None:
         """Forget all weights."""
+        self.replayed.clear()
         self._residency.clear()
 
     def _planned(
@@ -251,6 +256,7 @@ class ModelManager:
         asked = opened.checkpoint.name, workload
         if after is not None:
             self._too_much[asked] = after.peak
+            self.replayed.clear()
 
         def plan(within: int | None) -> Plan:
             budget = self._budget()
@@ -295,7 +301,14 @@ class ModelManager:
             contexts=self._contexts,
             latents=self._latents,
             compiled=self.compiled,
+            replayed=self.replayed,
         )
+
+    def _strip(self, model: Any) -> None:
+        """Take off a part that leaves the device what is not its own."""
+        self.replayed.forget(model)
+        if isinstance(model, Transformer):
+            lora.apply(model, [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +345,7 @@ class Session:
         contexts: RememberingText,
         latents: RememberingReferences,
         compiled: CompiledBlocks,
+        replayed: ReplayedRuns,
     ) -> None:
         self.checkpoint = opened.checkpoint
         self.plan = plan
@@ -348,6 +362,7 @@ class Session:
         self._latents = latents
         self._workload = workload
         self._compiled = compiled
+        self._replayed = replayed
 
     def encode(self, prompts: Sequence[str], progress: Progress) -> Encoded:
         """The contexts of `prompts`; only those that are not remembered are read."""
@@ -361,7 +376,9 @@ class Session:
                 return self._remote.encode(missing, progress)
             text: TextEncoder | Writer = self._bring(PROMPT, progress)["text"]
             progress("Reading the prompt", None)
-            return (text.encoder if isinstance(text, Writer) else text).encode(missing)
+            encoder = text.encoder if isinstance(text, Writer) else text
+            self._replayed.use(encoder.tower)
+            return encoder.encode(missing)
 
         key = self._opened.keys.get("text")
         encoded = self._contexts.encode(key.reading if key else self._remote, prompts, read)
@@ -411,12 +428,13 @@ class Session:
         cached = self.checkpoint.reference_cache and bool(self._workload.references)
         needed = variants(pictures * (2 if self._workload.guided else 1), reference_cache=cached)
         compiled = self._compiled.use(transformer, self.checkpoint.flow.size, needed)
+        self._replayed.use(transformer)
         return Drawn(
             transformer=transformer,
             previewer=self._previewer(parts),
             applied=tuple(applied),
             compiled=compiled,
-            notes=self._compiled.notes(),
+            notes=(*self._compiled.notes(), *self._replayed.notes()),
         )
 
     def decode(self, latent: Tensor, progress: Progress) -> Tensor:
@@ -507,11 +525,6 @@ def _unasked(model: LocalWriter, error: StudioError) -> str:
         f"{model.label} is not loaded as a whole, so it is not asked about protected characters, logos and public "
         f"figures: {error}"
     )
-
-
-def _take_loras_off(model: Any) -> None:
-    if isinstance(model, Transformer):
-        lora.apply(model, [])
 
 
 def _silent(text: str, fraction: float | None) -> None:

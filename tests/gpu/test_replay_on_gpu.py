@@ -1,0 +1,134 @@
+"""CUDA graphs of a transformer and a text encoder give what these compute without, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.synthetic import fill
+from benchmarks.text_arms import Prompt, ours
+from benchmarks.transformer_arms import held, made
+from flux2_studio.engine.compiling import Compiler, Variant, shadow
+from flux2_studio.engine.replay import CudaRecorder, Replays
+from flux2_studio.engine.tower import Tower, TowerParams
+from flux2_studio.engine.transformer import Transformer
+from tests.gpu.test_compiled_on_gpu import WIDE, picture
+from tests.graphs import Tape
+
+# klein 4B's encoder, three layers deep.
+NARROW = TowerParams(
+    vocabulary=5000,
+    hidden=2560,
+    mlp=9728,
+    layers=3,
+    heads=32,
+    kv_heads=8,
+    head_width=128,
+    eps=1e-6,
+    theta=1e6,
+    biased=False,
+    qk_norm=True,
+)
+
+
+class Counting(Tape):
+    """CUDA's recorder, counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._recorder = CudaRecorder()
+
+    def __call__(self, run: Any) -> Any:
+        self.recorded += 1
+        replay, output = self._recorder(run)
+
+        def counted() -> None:
+            self.replayed += 1
+            replay()
+
+        return counted, output
+
+
+@pytest.fixture
+def tape() -> Counting:
+    return Counting()
+
+
+@pytest.fixture(scope="module")
+def model(gpu: torch.device) -> Transformer:
+    return made(WIDE, gpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", [None, "fp8", "int8"])
+@pytest.mark.parametrize("side, batch, references", [(256, 1, 0), (256, 1, 1), (256, 3, 0)])
+def test_pictures(kind: Any, side: int, batch: int, references: int, model: Transformer, tape: Counting) -> None:
+    plain = model if kind is None else held(model, kind, torch.bfloat16)
+    expected = picture(plain, side, batch, references)
+    recorded = shadow(plain)
+    assert isinstance(recorded, Transformer)
+    replays = Replays(tape)
+    replays.attach(recorded)
+    for _ in range(3):
+        assert picture(recorded, side, batch, references).equal(expected)
+    assert replays.trouble is None and (tape.recorded, tape.replayed) == (1, 5)
+
+
+def test_compiled_blocks(model: Transformer, tape: Counting) -> None:
+    compiler = Compiler()
+    compiled = shadow(model)
+    assert isinstance(compiled, Transformer)
+    compiler.compile(compiler.order(compiled, Variant()))
+    assert compiler.attach(compiled, Variant())
+    expected = picture(compiled, 256, 1, 0)
+    replays = Replays(tape)
+    replays.attach(compiled)
+    for _ in range(3):
+        assert picture(compiled, 256, 1, 0).equal(expected)
+    assert replays.trouble is None and tape.replayed == 5
+
+
+def test_weights_that_moved_are_read_where_they_are(model: Transformer, tape: Counting) -> None:
+    moved = shadow(model)
+    assert isinstance(moved, Transformer)
+    replays = Replays(tape)
+    replays.attach(moved)
+    for _ in range(2):
+        picture(moved, 256, 1, 0)
+    for parameter in moved.parameters():
+        parameter.data = 1.25 * parameter.data
+    replays.attach(moved)
+    found = [picture(moved, 256, 1, 0) for _ in range(3)]
+    replays.forget(moved)
+    expected = picture(moved, 256, 1, 0)
+    assert all(one.equal(expected) for one in found) and tape.recorded == 2
+
+
+def test_several_recordings_share_their_memory(model: Transformer, tape: Counting) -> None:
+    recorded = shadow(model)
+    assert isinstance(recorded, Transformer)
+    sizes = [(256, 1, 0), (320, 1, 0), (256, 2, 0)]
+    expected = [picture(model, *size) for size in sizes]
+    replays = Replays(tape)
+    replays.attach(recorded)
+    for _ in range(3):  # one after the other, in turn
+        found = [picture(recorded, *size) for size in sizes]
+        assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+    assert tape.recorded == len(sizes)
+
+
+def test_prompts(gpu: torch.device, tape: Counting) -> None:
+    with torch.device("meta"):
+        tower = Tower(NARROW)
+    fill(tower, seed=1, device=gpu, dtype=torch.bfloat16)
+    tower.eval().requires_grad_(False)
+    read = ours(tower, (1, 3))
+    prompts = [Prompt(NARROW.vocabulary, gpu), Prompt(NARROW.vocabulary, gpu)]
+    prompts[1].ids, prompts[1].mask = prompts[1].ids.flip(1), torch.ones_like(prompts[1].mask)
+    expected = [read(prompt) for prompt in prompts]
+    replays = Replays(tape)
+    replays.attach(tower)
+    for _ in range(3):
+        assert all(read(prompt).equal(other) for prompt, other in zip(prompts, expected, strict=True))
+    assert replays.trouble is None and (tape.recorded, tape.replayed) == (1, 5)
