@@ -1,5 +1,5 @@
-// The forms' pictures. In Multi-reference they are dragged into another order, with the mouse, or with a finger that rests on one first.
-// Python moves them: the script presses a hidden button, which sends where from and where to.
+// The forms' pictures. In Multi-reference they are dragged into another order, with the mouse, or with a finger that
+// rests on one first. Python moves them: the script presses a hidden button, which sends where from and where to.
 (() => {
   'use strict';
   const FAR = 6;  // pixels that a mouse moves before it drags, and a resting finger may move
@@ -81,7 +81,7 @@
   }, true);
 
   // How often the pictures of each form were cleared, and whether the last time was told yet. The button to clear stands
-  // last above a gallery in which none is looked at.
+  // last above a gallery that shows none in large and has no other buttons.
   const clears = {};
   addEventListener('click', (event) => {
     const button = event.target.closest?.('.references .icon-button-wrapper > :last-child');

@@ -24,7 +24,7 @@ from flux2_studio.engine.compiling import Compiler, Variant, shadow
 from flux2_studio.engine.latents import from_tokens, noise, sequence_ids, to_tokens
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.quantize import HalfMatrix, QuantizedLinear, multiplies, quantize
-from flux2_studio.engine.replay import LARGEST, Replays
+from flux2_studio.engine.replay import LARGEST, CudaRecorder, Replays
 from flux2_studio.engine.sampling import denoise, schedule
 from flux2_studio.engine.tower import Tower
 from flux2_studio.engine.transformer import Transformer
@@ -196,7 +196,8 @@ def another(model: Transformer) -> Transformer:
 
 def replaying(model: ModelT, replays: Replays | None = None) -> ModelT:
     """`model`, whose runs are recorded as CUDA graphs when they come again: do not change it any more."""
-    (replays or Replays()).attach(model)
+    device = next(model.parameters()).device
+    (replays or Replays(lambda: CudaRecorder(device))).attach(model)
     return model
 
 

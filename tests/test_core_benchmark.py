@@ -92,7 +92,7 @@ def test_both_sides_compute_the_same_from_the_same_weights(what: str) -> None:
 
 def test_a_replayed_way_computes_the_same_and_is_timed_where_it_is_one() -> None:
     flow, tape = made(FLOW.params, CPU, torch.float32), Tape()
-    ways = {"ours": ours(flow), "replayed": ours(replaying(another(flow), Replays(tape)), longest=TOKENS + 16)}
+    ways = {"ours": ours(flow), "replayed": ours(replaying(another(flow), Replays(lambda: tape)), longest=TOKENS + 16)}
     small, large = Case(side=64), Case(side=80)
     given = Inputs(flow.params, small, CPU, torch.float32)
     for _ in range(3):

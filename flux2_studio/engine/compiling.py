@@ -195,7 +195,8 @@ def shadow(block: nn.Module) -> nn.Module:
         for name, tensor in block._parameters.items()
     }
     other._buffers = dict(block._buffers)
-    vars(other).pop("forward", None)
+    for attached in ("forward", "velocity", "through"):  # what compiled or recorded the block itself
+        vars(other).pop(attached, None)
     return other
 
 

@@ -10,20 +10,22 @@ The first run of a shape is as it is written, the second is recorded. Larger run
 busy while their kernels are asked for; nor are those with a reference cache, which write to it.
 
 Pitfalls: a recording has the addresses of all tensors in it. `attach` tells whether they, and what else it was made
-from, are as they were, and must be called before every run that may follow a change. Recordings share their memory,
-which holds because what one gives is copied before the next one runs. Nothing may wait for the device, nor copy from
-memory that is not pinned, in what is recorded: so rotations and modulations are inputs.
+from, are as they were, and must be called before every run that may follow a change. A model's recordings share their
+memory, which holds because what one gives is copied before the next one runs; nothing else can have that memory while
+one of them lives. Nothing may wait for the device, nor copy from memory that is not pinned, in what is recorded: so
+rotations and modulations are inputs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -42,16 +44,31 @@ Record = Callable[[Run], tuple[Callable[[], object], Tensor]]
 
 
 class CudaRecorder:
-    """Records what is asked of the device in the current thread, for others may be loading or compiling."""
+    """Records runs of one model on `device`: what the current thread asks of it, for others may be loading. Nobody may
+    wait for the whole device meanwhile, as a compiler does that measures."""
 
-    def __init__(self) -> None:
-        self._pool: Any = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = None  # torch's own would be that of the first device ever recorded on
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, run: Run) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = run()
-        self._pool = graph.pool()
+        living = next(iter(self._graphs), None)  # whose memory this may use, too; a dead one's is gone
+        with torch.cuda.device(self._device):
+            self._stream = self._stream or torch.cuda.Stream()
+            pool = torch.cuda.graph_pool_handle() if living is None else living.pool()
+            # Entered here, too: where recording fails, torch does not leave it.
+            with torch.cuda.stream(self._stream):
+                try:
+                    with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                        output = run()
+                except RuntimeError:
+                    # Nor does it always end what makes memory be taken from the pool.
+                    with contextlib.suppress(RuntimeError):
+                        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                    raise
+        self._graphs.add(graph)
         return graph.replay, output
 
 
@@ -73,23 +90,27 @@ class Recording:
 
 @dataclass(eq=False)
 class _Recorded:
-    """Of one model, as it was when it had this `identity`: its recordings, the last used last, and the shapes that ran
-    as they are written."""
+    """Of one model, as it was when it had this `identity`: its recordings, the last used last, which `record` made, and
+    the shapes that ran as they are written."""
 
     identity: Hashable
+    record: Record
     recordings: OrderedDict[Hashable, Recording] = field(default_factory=OrderedDict)
     seen: set[Hashable] = field(default_factory=set)
+    refused: set[Hashable] = field(default_factory=set)  # for want of memory
 
 
 class Replays:
     """Records and replays the runs of models. For the thread that runs them, all under `torch.inference_mode`.
 
-    record: how a run is recorded. trouble: why one could not be; nothing more is recorded then.
+    recorder: makes what records the runs of one model, see `CudaRecorder`. paused: whether nothing is recorded for now,
+    and only replayed. trouble: why a run could not be recorded; nothing more is recorded then.
     """
 
-    def __init__(self, record: Record | None = None) -> None:
-        self._record = record or CudaRecorder()
+    def __init__(self, recorder: Callable[[], Record]) -> None:
+        self._recorder = recorder
         self._models: WeakKeyDictionary[Transformer | Tower, _Recorded] = WeakKeyDictionary()
+        self.paused = False
         self.trouble: str | None = None
 
     def attach(self, model: Transformer | Tower) -> None:
@@ -102,13 +123,13 @@ class Replays:
         identity = _identity(model)
         recorded = self._models.get(model)
         if recorded is None or recorded.identity != identity:
-            recorded = self._models[model] = _Recorded(identity)
+            recorded = self._models[model] = _Recorded(identity, self._recorder())
         itself: Any = ref(model)  # what a model holds must not hold the model
         run = self._velocity if isinstance(model, Transformer) else self._read
         vars(model)[_entry(model)] = partial(run, itself, recorded)
 
     def forget(self, model: Transformer | Tower) -> None:
-        """Have `model` run as it is written, and give back what its recordings hold."""
+        """Have `model` run as it is written, and drop its recordings and what they hold of the device's memory."""
         vars(model).pop(_entry(model), None)
         self._models.pop(model, None)
 
@@ -164,26 +185,44 @@ class Replays:
         held: object,
     ) -> Tensor:
         """`run` with `inputs`, as it is written, recorded or replayed. how: what it depends on but for its inputs."""
-        key = how, tuple((given.shape, given.dtype, given.device) for given in inputs)
+        key = how, tuple((given.shape, given.stride(), given.dtype, given.device) for given in inputs)
         if (found := recorded.recordings.get(key)) is not None:
             recorded.recordings.move_to_end(key)
             return found(inputs)
-        if tokens > LARGEST or self.trouble is not None:
+        if tokens > LARGEST or key in recorded.refused or self.trouble is not None:
             return run(*inputs)
-        if key not in recorded.seen:
+        if self.paused or key not in recorded.seen:
             recorded.seen.add(key)
             return run(*inputs)
+        recording = self._recording(recorded, run, inputs, key, held)
+        return run(*inputs) if recording is None else recording(inputs)
+
+    def _recording(
+        self, recorded: _Recorded, run: Callable[..., Tensor], inputs: Sequence[Tensor], key: Hashable, held: object
+    ) -> Recording | None:
+        """`run` recorded and kept, or None where that cannot be: then nothing of the attempt is left."""
         own = tuple(given.clone() for given in inputs)
         try:
-            replay, output = self._record(lambda: run(*own))
-        except RuntimeError as error:  # also for want of memory
-            self.trouble = next(iter(str(error).splitlines()), type(error).__name__)
-            self.clear()
-            return run(*inputs)
+            replay, output = recorded.record(lambda: run(*own))
+        except RuntimeError as error:
+            first = _first(error)
+            if isinstance(first, torch.OutOfMemoryError):
+                recorded.refused.add(key)
+            else:
+                self.trouble = next(iter(str(first).splitlines()), type(first).__name__)
+                self.clear()
+            return None
         while len(recorded.recordings) >= MOST:
             recorded.recordings.popitem(last=False)
         recorded.recordings[key] = Recording(own, output, replay, held)
-        return recorded.recordings[key](inputs)
+        return recorded.recordings[key]
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong: ending a recording that failed raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _entry(model: Transformer | Tower) -> str:

@@ -83,7 +83,8 @@ def denoise(
         limit = torch.finfo(dtype).max
         return tensor.to(device).float().clamp(-limit, limit).to(dtype)
 
-    ctx = entering(context).expand(batch, -1, -1)
+    # Contiguous, for an expanded one is multiplied by another kernel, with other rounding, than its copy.
+    ctx = entering(context).expand(batch, -1, -1).contiguous()
     if doubled:
         assert negative_context is not None
         ctx = torch.cat((ctx, entering(negative_context).expand(batch, -1, -1)))

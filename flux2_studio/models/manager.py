@@ -26,6 +26,7 @@ from flux2_studio.engine.compiling import Compiler, variants
 from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
 from flux2_studio.engine.replay import Record
 from flux2_studio.engine.text import Encoded, TextEncoder
+from flux2_studio.engine.tower import Tower
 from flux2_studio.engine.transformer import Transformer
 from flux2_studio.engine.writer import CheckedWriter, Writer
 from flux2_studio.errors import OutOfMemory, StudioError, WeightsError
@@ -48,6 +49,7 @@ from flux2_studio.request import LoraChoice
 from flux2_studio.settings import Settings
 
 HOST = torch.device("cpu")
+RAN_OUT = "memory ran out"
 HOST_SHARE = 0.5  # of main memory, for weights that have left the device
 LEANER = 0.75  # of what a plan was to take that turned out to be too much
 _LABELS = {"text": "text encoder", "flow": "transformer", "autoencoder": "autoencoder", "tiny": "preview decoder"}
@@ -209,7 +211,8 @@ class ModelManager:
         return whole if limit is None else min(whole, int(limit * GB))
 
     def release_scratch(self) -> None:
-        """Give memory that no weight occupies back to the device."""
+        """Give memory that no weight occupies back to the device, which ran out of it."""
+        self.replayed.give_up(RAN_OUT)
         release(self.device)
 
     def release_all(self) -> None:
@@ -256,7 +259,7 @@ class ModelManager:
         asked = opened.checkpoint.name, workload
         if after is not None:
             self._too_much[asked] = after.peak
-            self.replayed.clear()
+            self.replayed.give_up(RAN_OUT)
 
         def plan(within: int | None) -> Plan:
             budget = self._budget()
@@ -377,7 +380,7 @@ class Session:
             text: TextEncoder | Writer = self._bring(PROMPT, progress)["text"]
             progress("Reading the prompt", None)
             encoder = text.encoder if isinstance(text, Writer) else text
-            self._replayed.use(encoder.tower)
+            self._replay(encoder.tower)
             return encoder.encode(missing)
 
         key = self._opened.keys.get("text")
@@ -428,7 +431,7 @@ class Session:
         cached = self.checkpoint.reference_cache and bool(self._workload.references)
         needed = variants(pictures * (2 if self._workload.guided else 1), reference_cache=cached)
         compiled = self._compiled.use(transformer, self.checkpoint.flow.size, needed)
-        self._replayed.use(transformer)
+        self._replay(transformer)
         return Drawn(
             transformer=transformer,
             previewer=self._previewer(parts),
@@ -436,6 +439,9 @@ class Session:
             compiled=compiled,
             notes=(*self._compiled.notes(), *self._replayed.notes()),
         )
+
+    def _replay(self, model: Transformer | Tower) -> None:
+        self._replayed.use(model, resident=self.plan.resident, compiling=self._compiled.busy)
 
     def decode(self, latent: Tensor, progress: Progress) -> Tensor:
         """Pixels [1, 3, H, W] of a latent [1, 128, h, w]."""

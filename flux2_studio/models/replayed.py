@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flux2_studio.engine.replay import Record, Replays
+from flux2_studio.engine.replay import CudaRecorder, Record, Replays
 from flux2_studio.engine.text import TextEncoder
 from flux2_studio.engine.tower import Tower
 from flux2_studio.engine.transformer import Transformer
@@ -20,21 +20,36 @@ class ReplayedRuns:
 
     def __init__(self, choice: Graphs, device: torch.device, record: Record | None = None) -> None:
         self._device = device
-        self._on = choice == "on" and (record is not None or device.type == "cuda")
-        self._replays = Replays(record)
-        self._said = False
+        self._on = choice == "on"
+        self._replays = Replays(lambda: record or CudaRecorder(device))
+        self._reasons: dict[str, bool] = {}  # why runs are not recorded, and whether that was said
+        if self._on and record is None and (device.type != "cuda" or torch.version.hip is not None):
+            self.give_up("only NVIDIA's cards can")
 
-    def use(self, model: Transformer | Tower) -> None:
-        """Have `model`, which is about to run, replay what it ran before. To be said after whatever changes it."""
+    def use(self, model: Transformer | Tower, *, resident: bool, compiling: bool) -> None:
+        """Have `model`, which is about to run, replay what it ran before. To be said after whatever changes it.
+
+        resident: whether all parts stay on the device, or its recordings would not last. compiling: whether a compiler
+        may wait for the device meanwhile, which ends a recording.
+        """
         if not self._on:
             return
-        if free_memory(self._device) < ROOM:
-            self._replays.forget(model)
-        else:
+        self._replays.paused = compiling
+        if resident and free_memory(self._device) >= ROOM:
             self._replays.attach(model)
+        else:
+            self._replays.forget(model)
+            self._reasons.setdefault(f"less than {ROOM / 2**30:.0f} GiB of memory would be left", False)
+
+    def give_up(self, reason: str) -> None:
+        """Record and replay nothing any more."""
+        if self._on:
+            self._on = False
+            self._reasons.setdefault(reason, False)
+            self._replays.clear()
 
     def forget(self, model: object) -> None:
-        """Give back what the recordings of `model`, a part that is about to leave the device, hold of its memory."""
+        """Drop the recordings of `model`, a part that is about to leave the device."""
         encoder = model.encoder if isinstance(model, Writer) else model
         runs = encoder.tower if isinstance(encoder, TextEncoder) else encoder
         if isinstance(runs, Transformer | Tower):
@@ -45,11 +60,13 @@ class ReplayedRuns:
         self._replays.clear()
 
     def notes(self) -> tuple[str, ...]:
-        """Why nothing is recorded that should be; said once."""
-        if self._replays.trouble is None or self._said:
-            return ()
-        self._said = True
-        return (
-            f"Runs cannot be recorded as CUDA graphs here ({self._replays.trouble}), so small pictures take longer "
-            f"than they might. FLUX2_GRAPHS=off stops the attempts.",
+        """Why runs are not recorded that should be; each said once."""
+        if self._replays.trouble is not None:
+            self.give_up(self._replays.trouble)
+        fresh = [reason for reason, said in self._reasons.items() if not said]
+        self._reasons.update(dict.fromkeys(fresh, True))
+        return tuple(
+            f"Runs are not recorded as CUDA graphs ({reason}), so small pictures take longer than they might. "
+            f"FLUX2_GRAPHS=off asks for none."
+            for reason in fresh
         )

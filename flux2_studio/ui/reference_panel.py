@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
 # What the page itself knows when a button is pressed. Kept by the server at an earlier event, it might come too late.
-DRAGGED = "(_, ...others) => [window.studioReferences.moved, ...others]"
 SELECTED = "(_, ...others) => [window.studioReferences.selected(), ...others]"
 CLEARED = "(_, ...others) => [window.studioReferences.cleared('{form}'), ...others]"
 TO_CLEAR = "(_, ...others) => [window.studioReferences.toClear('{form}'), ...others]"
+# Sent before what the press is about.
+CLEARED_AND_SELECTED = """(_, heard, __, ...others) =>
+  [window.studioReferences.cleared('{form}'), heard, window.studioReferences.selected(), ...others]"""
+CLEARED_AND_DRAGGED = """(_, heard, __, ...others) =>
+  [window.studioReferences.cleared('{form}'), heard, window.studioReferences.moved, ...others]"""
 
 
 def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
@@ -164,7 +168,7 @@ def offer(
 
 
 def offered_to(form: Form) -> list[Any]:
-    """The components that `_offer` sets."""
+    """The components that `offer` sets."""
     assert form.panel is not None
     tools = form.panel.tools
     return [
@@ -187,12 +191,20 @@ def _naming(tools: ReferenceTools, selected: Path | None, names: Mapping[Path, s
 def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: ReferencePanel) -> None:
     references, tools = form.fields["references"], panel.tools
 
-    def check(sent: str | None, items: Any, heard: int, name: str) -> Any:
-        # What was cleared since is gone, even where that was heard first.
-        if times(sent) < heard:
-            return gr.skip()
-        update = offer(form, paths(items), studio.settings.checkpoint(name), names=names_in(items))
-        return update | {panel.cleared: times(sent)}
+    def unless_cleared(action: Callable[..., Any]) -> Callable[..., Any]:
+        """What was cleared since it was asked for is gone, even where that was heard first."""
+
+        def answer(sent: str | None, heard: int, *rest: Any) -> Any:
+            if times(sent) < heard:
+                return gr.skip()
+            update = action(*rest)
+            # It was asked for after so many clears, the last of which may be heard after it.
+            return update | {panel.cleared: times(sent)} if isinstance(update, dict) else update
+
+        return answer
+
+    def check(items: Any, name: str) -> Update:
+        return offer(form, paths(items), studio.settings.checkpoint(name), names=names_in(items))
 
     def clear(sent: str | None, heard: int, name: str) -> Any:
         # Whatever the gallery holds: an answer to what was asked before may just have filled it again.
@@ -207,11 +219,11 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
 
     # Each is heard, and answered in turn: what came while one was checked would be gone with its answer.
     turns: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_id": f"references of {form.name}"}
-    told = [*offered_to(form), panel.cleared]
+    since, told = [panel.told, panel.cleared], [*offered_to(form), panel.cleared]
     listen(
         [references.upload, references.delete],
-        check,
-        [panel.told, references, panel.cleared, chosen],
+        unless_cleared(check),
+        [*since, references, chosen],
         told,
         js=CLEARED.format(form=form.name),
         **turns,
@@ -220,7 +232,7 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
     listen(
         references.change,
         clear,
-        [panel.told, panel.cleared, chosen],
+        [*since, chosen],
         told,
         js=TO_CLEAR.format(form=form.name),
         **turns,
@@ -298,7 +310,29 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
     entered = [references, panel.refused, tools.name]
     listen(tools.name.submit, enter, [panel.told, *called], entered, js=SELECTED, queue=False)
     rest = [chosen, *called]
-    listen(tools.drop.click, drop, [panel.told, *rest], offered_to(form), js=DRAGGED)
-    listen(tools.add.upload, add, [tools.add, *rest], offered_to(form))
+    turn = {"concurrency_id": turns["concurrency_id"]}
+    listen(
+        tools.drop.click,
+        unless_cleared(drop),
+        [*since, panel.told, *rest],
+        told,
+        js=CLEARED_AND_DRAGGED.format(form=form.name),
+        **turn,
+    )
+    listen(
+        tools.add.upload,
+        unless_cleared(add),
+        [*since, tools.add, *rest],
+        told,
+        js=CLEARED.format(form=form.name),
+        **turn,
+    )
     for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
-        listen(button.click, action, [panel.told, *rest], offered_to(form), js=SELECTED)
+        listen(
+            button.click,
+            unless_cleared(action),
+            [*since, panel.told, *rest],
+            told,
+            js=CLEARED_AND_SELECTED.format(form=form.name),
+            **turn,
+        )

@@ -151,6 +151,27 @@ def test_pictures_that_are_cleared_before_their_check_was_asked_for_stay_away(pa
     expect(references.locator(".thumbnail-item")).to_have_count(0)
 
 
+def test_pictures_that_are_cleared_before_others_were_added_stay_away(page: Page) -> None:
+    open_tab(page, "Multi-reference")
+    references = page.locator("#multi .references")
+    upload(page, "multi", EXAMPLES / "rocket.png")
+    expect(page.locator("#multi")).to_contain_text("As image 1:")
+    page.wait_for_function("streams === 0")
+    asked = Held(page, ASKED_IN_TURN)
+    page.locator("#multi .tools input[type=file]").set_input_files(EXAMPLES / "car.png")
+    while not asked:
+        page.wait_for_timeout(100)
+    references.get_by_role("button", name="Clear").click()
+    while len(asked) < 2:
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(1000)
+    before = page.evaluate("opened")
+    asked.let_go(last_first=True)
+    page.wait_for_function(f"opened > {before} && streams === 0")  # all is answered
+    page.wait_for_timeout(1000)  # and shown
+    expect(references.locator(".thumbnail-item")).to_have_count(0)
+
+
 def test_the_name_is_that_of_the_picture_which_was_selected_last(page: Page) -> None:
     open_tab(page, "Multi-reference")
     upload(page, "multi", EXAMPLES / "rocket.png", EXAMPLES / "car.png", EXAMPLES / "fox.png")

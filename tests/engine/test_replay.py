@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flux2_studio.engine import lora, replay
+from flux2_studio.engine.compiling import shadow
 from flux2_studio.engine.latents import noise
 from flux2_studio.engine.lora_paths import AdaptedLinear, LowRank
 from flux2_studio.engine.replay import Replays
@@ -31,7 +32,7 @@ def tape() -> Tape:
 
 @pytest.fixture
 def replays(tape: Tape) -> Replays:
-    return Replays(tape)
+    return Replays(lambda: tape)
 
 
 @torch.inference_mode()
@@ -224,6 +225,51 @@ def test_where_nothing_can_be_recorded_runs_are_as_they_are_written(tape: Tape, 
     tape.trouble = None
     replays.attach(model)  # no more is tried
     assert tape.since(lambda: [asked(model, 0.5) for _ in range(3)])[1:] == (0, 0)
+
+
+def test_a_run_that_finds_no_memory_to_be_recorded_is_not_tried_again(
+    replays: Replays, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made()
+    expected = [asked(model, 0.5, side=side) for side in (4, 5)]
+    tried = 0
+
+    def no_memory(_run: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(replays, "_recorder", lambda: no_memory)
+    replays.attach(model)
+    assert all(asked(model, 0.5).equal(expected[0]) for _ in range(4))
+    assert (tried, replays.trouble) == (1, None)
+    assert all(asked(model, 0.5, side=5).equal(expected[1]) for _ in range(4))
+    assert tried == 2  # a larger one, but memory may be free by then
+
+
+def test_paused_what_was_recorded_is_replayed_and_no_more_recorded(tape: Tape, replays: Replays) -> None:
+    model = made()
+    replays.attach(model)
+    for _ in range(2):
+        asked(model, 0.5)
+    replays.paused = True
+    found, recorded, replayed = tape.since(lambda: [asked(model, 0.5, side=side) for side in (4, 5, 5, 5)])
+    assert (recorded, replayed) == (0, 1)
+    replays.paused = False
+    assert tape.since(lambda: asked(model, 0.5, side=5))[1:] == (1, 1)
+    replays.forget(model)
+    assert found[0].equal(asked(model, 0.5)) and found[1].equal(asked(model, 0.5, side=5))
+
+
+def test_another_model_over_the_same_weights_runs_as_it_is_written(tape: Tape, replays: Replays) -> None:
+    model = made()
+    replays.attach(model)
+    other = shadow(model)
+    assert isinstance(other, Transformer)
+    assert tape.since(lambda: [asked(other, 0.5) for _ in range(3)])[1:] == (0, 0)
 
 
 def test_a_model_and_its_recordings_go_when_nobody_holds_the_model(replays: Replays) -> None:

@@ -36,13 +36,13 @@ NARROW = TowerParams(
 class Counting(Tape):
     """CUDA's recorder, counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._recorder = CudaRecorder()
+        self._recorder = CudaRecorder(device)
 
     def __call__(self, run: Any) -> Any:
-        self.recorded += 1
         replay, output = self._recorder(run)
+        self.recorded += 1
 
         def counted() -> None:
             self.replayed += 1
@@ -52,8 +52,8 @@ class Counting(Tape):
 
 
 @pytest.fixture
-def tape() -> Counting:
-    return Counting()
+def tape(gpu: torch.device) -> Counting:
+    return Counting(gpu)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_pictures(kind: Any, side: int, batch: int, references: int, model: Tran
     expected = picture(plain, side, batch, references)
     recorded = shadow(plain)
     assert isinstance(recorded, Transformer)
-    replays = Replays(tape)
+    replays = Replays(lambda: tape)
     replays.attach(recorded)
     for _ in range(3):
         assert picture(recorded, side, batch, references).equal(expected)
@@ -82,7 +82,7 @@ def test_compiled_blocks(model: Transformer, tape: Counting) -> None:
     compiler.compile(compiler.order(compiled, Variant()))
     assert compiler.attach(compiled, Variant())
     expected = picture(compiled, 256, 1, 0)
-    replays = Replays(tape)
+    replays = Replays(lambda: tape)
     replays.attach(compiled)
     for _ in range(3):
         assert picture(compiled, 256, 1, 0).equal(expected)
@@ -92,7 +92,7 @@ def test_compiled_blocks(model: Transformer, tape: Counting) -> None:
 def test_weights_that_moved_are_read_where_they_are(model: Transformer, tape: Counting) -> None:
     moved = shadow(model)
     assert isinstance(moved, Transformer)
-    replays = Replays(tape)
+    replays = Replays(lambda: tape)
     replays.attach(moved)
     for _ in range(2):
         picture(moved, 256, 1, 0)
@@ -102,7 +102,8 @@ def test_weights_that_moved_are_read_where_they_are(model: Transformer, tape: Co
     found = [picture(moved, 256, 1, 0) for _ in range(3)]
     replays.forget(moved)
     expected = picture(moved, 256, 1, 0)
-    assert all(one.equal(expected) for one in found) and tape.recorded == 2
+    assert all(one.equal(expected) for one in found)
+    assert replays.trouble is None and tape.recorded == 2
 
 
 def test_several_recordings_share_their_memory(model: Transformer, tape: Counting) -> None:
@@ -110,12 +111,12 @@ def test_several_recordings_share_their_memory(model: Transformer, tape: Countin
     assert isinstance(recorded, Transformer)
     sizes = [(256, 1, 0), (320, 1, 0), (256, 2, 0)]
     expected = [picture(model, *size) for size in sizes]
-    replays = Replays(tape)
+    replays = Replays(lambda: tape)
     replays.attach(recorded)
     for _ in range(3):  # one after the other, in turn
         found = [picture(recorded, *size) for size in sizes]
         assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
-    assert tape.recorded == len(sizes)
+    assert replays.trouble is None and tape.recorded == len(sizes)
 
 
 def test_prompts(gpu: torch.device, tape: Counting) -> None:
@@ -127,8 +128,29 @@ def test_prompts(gpu: torch.device, tape: Counting) -> None:
     prompts = [Prompt(NARROW.vocabulary, gpu), Prompt(NARROW.vocabulary, gpu)]
     prompts[1].ids, prompts[1].mask = prompts[1].ids.flip(1), torch.ones_like(prompts[1].mask)
     expected = [read(prompt) for prompt in prompts]
-    replays = Replays(tape)
+    replays = Replays(lambda: tape)
     replays.attach(tower)
     for _ in range(3):
         assert all(read(prompt).equal(other) for prompt, other in zip(prompts, expected, strict=True))
     assert replays.trouble is None and (tape.recorded, tape.replayed) == (1, 5)
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(gpu: torch.device, model: Transformer, tape: Counting) -> None:
+    expected = picture(model, 256, 1, 0)
+    stream = torch.cuda.current_stream(gpu)
+
+    def waits() -> torch.Tensor:
+        x = torch.ones(8, device=gpu)
+        return x * x.sum().item()
+
+    waits()
+    with pytest.raises(RuntimeError):
+        tape(waits)
+    assert torch.cuda.current_stream(gpu) == stream
+    torch.cuda.empty_cache()
+    assert picture(model, 256, 1, 0).equal(expected)
+    x = torch.ones(8, device=gpu)
+    replay, output = tape(lambda: 2 * x)  # and the next one works
+    x.fill_(3)
+    replay()
+    assert output.tolist() == [6.0] * 8

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from flux2_studio.engine.compiling import Compiler
 from flux2_studio.models import replayed
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager
@@ -82,13 +85,42 @@ def test_nothing_is_recorded_where_memory_is_short(toys: Toys, tmp_path: Path, m
     drawn(studio)
     assert tape.recorded
     monkeypatch.setattr(replayed, "free_memory", lambda _: replayed.ROOM - 1)
-    assert tape.since(lambda: drawn(studio, prompt="an owl"))[1:] == (0, 0)
+    (_, _, notices), recorded, replays = tape.since(lambda: drawn(studio, prompt="an owl"))
+    assert (recorded, replays) == (0, 0) and "(less than 4 GiB of memory would be left)" in about_graphs(notices)[0]
     assert not studio._models.replayed._replays._models
 
 
-def test_without_an_nvidia_card_nothing_is_recorded(toys: Toys, tmp_path: Path) -> None:
+def test_without_an_nvidia_card_it_is_said_that_nothing_is_recorded(toys: Toys, tmp_path: Path) -> None:
     studio = studio_with(toys, tmp_path, "on", None)
-    for _ in range(2):
-        _, _, notices = drawn(studio)
-        assert about_graphs(notices) == []
+    said = [about_graphs(drawn(studio)[2]) for _ in range(2)]
+    assert "(only NVIDIA's cards can)" in said[0][0] and said[1] == []
     assert not studio._models.replayed._replays._models
+
+
+def test_nothing_is_recorded_any_more_once_memory_ran_out(toys: Toys, tmp_path: Path) -> None:
+    tape = Tape()
+    studio = studio_with(toys, tmp_path, "on", tape)
+    drawn(studio)
+    studio._models.release_scratch()
+    assert not studio._models.replayed._replays._models
+    (_, _, notices), recorded, replayed = tape.since(lambda: drawn(studio, prompt="an owl"))
+    assert (recorded, replayed) == (0, 0) and "(memory ran out)" in about_graphs(notices)[0]
+
+
+def test_nothing_is_recorded_while_a_compiler_is_at_work(toys: Toys, tmp_path: Path) -> None:
+    tape = Tape()
+    go_on = threading.Event()
+
+    def slow(module: torch.fx.GraphModule, _inputs: Any) -> Any:
+        go_on.wait(60)
+        return module.forward
+
+    settings = replace(toys.settings(tmp_path, list(NAMES)), graphs="on", compile="on")
+    studio = Studio(settings, ModelManager(settings, Hub(settings), compiler=Compiler(backend=slow), record=tape))
+    _, recorded, _ = tape.since(lambda: [drawn(studio, prompt=prompt) for prompt in ("a fox", "an owl")])
+    compiling = studio._models.compiled.busy
+    go_on.set()
+    studio._models.compiled.settle()
+    assert compiling and recorded == 0
+    (ways, _, _), recorded, _ = tape.since(lambda: drawn(studio))
+    assert ways == ["compiled"] and recorded == 1
