@@ -310,29 +310,19 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
     entered = [references, panel.refused, tools.name]
     listen(tools.name.submit, enter, [panel.told, *called], entered, js=SELECTED, queue=False)
     rest = [chosen, *called]
-    turn = {"concurrency_id": turns["concurrency_id"]}
-    listen(
-        tools.drop.click,
-        unless_cleared(drop),
-        [*since, panel.told, *rest],
-        told,
-        js=CLEARED_AND_DRAGGED.format(form=form.name),
-        **turn,
-    )
-    listen(
-        tools.add.upload,
-        unless_cleared(add),
-        [*since, tools.add, *rest],
-        told,
-        js=CLEARED.format(form=form.name),
-        **turn,
-    )
-    for button, action in ((tools.earlier, move(-1)), (tools.later, move(1)), (tools.remove, remove)):
+    presses: list[tuple[Any, Callable[..., Any], Any, str]] = [
+        (tools.drop.click, drop, panel.told, CLEARED_AND_DRAGGED),
+        (tools.add.upload, add, tools.add, CLEARED),
+        (tools.earlier.click, move(-1), panel.told, CLEARED_AND_SELECTED),
+        (tools.later.click, move(1), panel.told, CLEARED_AND_SELECTED),
+        (tools.remove.click, remove, panel.told, CLEARED_AND_SELECTED),
+    ]
+    for pressed, action, what, js in presses:
         listen(
-            button.click,
+            pressed,
             unless_cleared(action),
-            [*since, panel.told, *rest],
+            [*since, what, *rest],
             told,
-            js=CLEARED_AND_SELECTED.format(form=form.name),
-            **turn,
+            js=js.format(form=form.name),
+            concurrency_id=turns["concurrency_id"],
         )
