@@ -1,5 +1,7 @@
 # make run      the studio at http://127.0.0.1:7860, drawing with the toy checkpoint on board
-# make test     style, types, unit and parity tests, and the page in a real browser
+# make test     style, types and the tests that must never break, the page in a real browser among them
+# make test-all every test, property tests at full strength, and the engine as on other processors
+# make test-times   where the last run of the tests spent its time
 # make lint     style and types only
 # make bench    times the toy checkpoint and writes benchmarks/results/nano.json
 # make bench-core   times the transformer beside diffusers: ARGS="--size klein-4b --device cuda --compiled"
@@ -22,17 +24,23 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test lint bench bench-core bench-gpu plot chromium
+.PHONY: help run test test-all test-times lint bench bench-core bench-gpu plot chromium
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,12p'
 
 run: $(VENV)/installed
 	$(BIN)/python app.py $(ARGS)
 
 test: lint chromium
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
+
+test-all: lint chromium
+	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=full $(ARGS)
+
+test-times: $(VENV)/installed-tests
+	@$(BIN)/python -m tests.times
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .

@@ -1,24 +1,68 @@
-"""Fixtures that every test may use."""
+"""Markers, limits and fixtures for all tests."""
 
 from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
+
+from tests.reporting import Report
 
 if TYPE_CHECKING:
     from tests.tiny import Toys
+
+TESTS = Path(__file__).resolve().parent
+
+# A test gets the marker of every folder on its path that is named here: tests/browser/slow gives `browser` and `slow`.
+MARKERS = {
+    "slow": "belongs to `make test-all` alone",
+    "browser": "drives the page in Chromium; repeated at most twice when it fails, and every repeat is listed",
+    "process": "starts Python anew",
+    "gpu": "needs a GPU that CUDA runs on",
+}
+# Seconds that one test may take, its fixtures included. Far above what any needs, for machines that do other work: a
+# test that strikes the limit hangs, and the stacks of all threads say where.
+LIMITS = {"slow": 1200, "browser": 600, "process": 600}
+LIMIT = 300
+BROWSER_REPEATS = 2
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported, and for the processes that a test starts: a worker has about one core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Property tests name no number of examples of their own. `quick` tries the same few each time; `full` looks for new ones.
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("full", max_examples=200, deadline=None)
+hypothesis.settings.load_profile("quick")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to the process that started it
+        config.pluginmanager.register(Report(config))
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by these markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = [name for name in item.path.relative_to(TESTS).parts if name in MARKERS]
+        for name in names:
+            item.add_marker(name)
+        item.add_marker(pytest.mark.timeout(max([LIMIT, *(LIMITS.get(name, 0) for name in names)])))
+        if "browser" in names:
+            item.add_marker(pytest.mark.flaky(reruns=BROWSER_REPEATS))
+    # The longest files first, so that no worker is left with one of them at the end.
+    items.sort(key=lambda item: not (item.get_closest_marker("browser") or item.get_closest_marker("process")))
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay in one worker, which then makes what they share once."""
+    """Keeps the tests of a file in one worker, which then makes what they share once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -30,15 +74,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What the imports left stays to the end: looking through it takes most of a second, each time that a test frees
-    memory."""
+    """Keeps what the imports left out of later garbage collections: looking through it takes most of a second."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
-    """The toy checkpoints, written once for the whole run. Their files are shared: copy them before you change them."""
+    """The toy checkpoints, written once for each worker. Their files are shared: copy them before you change them."""
     import torch
 
     from tests.tiny import Toys  # takes seconds to import, and most tests do without

@@ -1,0 +1,36 @@
+"""Prints, as a table in Markdown, where the last run of the tests spent its time: `python -m tests.times`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from tests.reporting import KEPT_IN, file_of, minutes, seconds_by_file
+
+LONG = 10.0  # seconds from which a file has a line of its own
+
+
+def table(tests: dict[str, float]) -> str:
+    """Seconds by folder of tests/, with the files that take longest; `tests` is seconds by test."""
+    files = seconds_by_file(tests)
+    folders: dict[str, Counter[str]] = {}
+    for file, seconds in files.items():
+        folder, _, name = file.removeprefix("tests/").rpartition("/")
+        folders.setdefault(folder or "(top)", Counter())[name] = seconds  # type: ignore[assignment]
+    count = Counter(file.removeprefix("tests/").rpartition("/")[0] or "(top)" for file in map(file_of, tests))
+    lines = ["| folder | tests | seconds | files of 10 s and more |", "|---|---:|---:|---|"]
+    for folder in sorted(folders, key=lambda it: -sum(folders[it].values())):
+        long = [f"{name} {took:.0f}" for name, took in folders[folder].most_common() if took >= LONG]
+        lines.append(f"| {folder} | {count[folder]} | {sum(folders[folder].values()):.0f} | {', '.join(long)} |")
+    lines.append(f"| **all** | {len(tests)} | {sum(files.values()):.0f} | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    run = json.loads((KEPT_IN / "times.json").read_text(encoding="utf-8"))
+    print(table(run["tests"]))
+    print(f"\n{minutes(run['wall'])} on {run['workers']} workers.")
+
+
+if __name__ == "__main__":
+    main()
