@@ -34,7 +34,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported, and for the processes that a test starts: a worker has about one core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Property tests name no number of examples of their own. `quick` tries the same few each time; `full` looks for new ones.
+# Property tests name no number of examples themselves. `quick` tries the same few each time, `full` looks for new ones.
 hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("full", max_examples=200, deadline=None)
 hypothesis.settings.load_profile("quick")
