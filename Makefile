@@ -1,6 +1,7 @@
 # make run      the studio at http://127.0.0.1:7860, drawing with the toy checkpoint on board
 # make test     style, types and the tests that must never break, the page in a real browser among them
 # make test-all every test, property tests at full strength, and the engine as on other processors
+# make test-processors   the engine and the model manager as on processors that can do less
 # make test-times   where the last run of the tests spent its time
 # make lint     style and types only
 # make bench    times the toy checkpoint and writes benchmarks/results/nano.json
@@ -15,6 +16,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 WORKERS ?= 2
+PROCESSORS := default:AVX2 avx2:AVX2 avx512:AVX512_CORE
 
 # torch's threads would spin while they wait for each other, which starves them as soon as anything else (a browser, a
 # test beside them) wants a core: measured on two busy cores, a picture takes several times as long. Sleeping costs an
@@ -24,11 +26,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-all test-times lint bench bench-core bench-gpu plot chromium
+.PHONY: help run test test-all test-processors test-times lint bench bench-core bench-gpu plot chromium
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,12p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,13p'
 
 run: $(VENV)/installed
 	$(BIN)/python app.py $(ARGS)
@@ -37,7 +39,16 @@ test: lint chromium
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
 
 test-all: lint chromium
-	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=full $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=full --results build/tests/all $(ARGS)
+	$(MAKE) test-processors
+
+# ATEN_CPU_CAPABILITY limits what torch's own kernels use of a processor, ONEDNN_MAX_CPU_ISA what oneDNN's use.
+test-processors: $(VENV)/installed-tests
+	@set -e; for limits in $(PROCESSORS); do \
+	    echo "As on a processor with: torch $${limits%:*}, oneDNN $${limits#*:}"; \
+	    ATEN_CPU_CAPABILITY=$${limits%:*} ONEDNN_MAX_CPU_ISA=$${limits#*:} $(BIN)/python -m pytest -n $(WORKERS) \
+	        -m "not slow and not process and not gpu" --results build/tests/$${limits%:*} tests/engine tests/models; \
+	done
 
 test-times: $(VENV)/installed-tests
 	@$(BIN)/python -m tests.times

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
-from tests.reporting import Report
+from tests.reporting import RESULTS, Report
 
 if TYPE_CHECKING:
     from tests.tiny import Toys
@@ -38,6 +38,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("full", max_examples=200, deadline=None)
 hypothesis.settings.load_profile("quick")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where times and repeats are kept")
 
 
 def pytest_configure(config: pytest.Config) -> None:

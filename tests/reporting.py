@@ -1,8 +1,8 @@
 """How a run of the tests is reported.
 
 While it runs: a line for each file that is done, and each failure at once. At its end: what failed, and five lines.
-A run leaves two files in `KEPT_IN`: times.json (seconds of every test, read by `python -m tests.times`) and
-repeats.txt (tests that failed and were repeated, with what they said).
+A run leaves two files in `RESULTS`, or in the folder that `--results` names: times.json (seconds of every test, read by
+`python -m tests.times`) and repeats.txt (tests that failed and were repeated, with what they said).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-KEPT_IN = ROOT / "build" / "tests"
+RESULTS = Path("build/tests")  # in the folder that pytest is started in
 MAX_REPEATS = 3  # more in one run fail it: then it is not chance
 SLOWEST = 5  # files that the summary names
 
@@ -26,6 +25,7 @@ class Report:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._results = Path(config.getoption("results"))
         self._began = time.monotonic()
         self._seconds: Counter[str] = Counter()  # by test
         self._left: Counter[str] = Counter()  # tests still to be run, by file
@@ -105,12 +105,12 @@ class Report:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if not self._done:
             return
-        KEPT_IN.mkdir(parents=True, exist_ok=True)
-        (KEPT_IN / "repeats.txt").write_text(
+        self._results.mkdir(parents=True, exist_ok=True)
+        (self._results / "repeats.txt").write_text(
             "".join(f"{nodeid}\n{said}\n\n" for nodeid, said in self._repeats), encoding="utf-8"
         )
         times = {"wall": time.monotonic() - self._began, "workers": self._workers, "tests": dict(self._seconds)}
-        (KEPT_IN / "times.json").write_text(json.dumps(times, indent=1), encoding="utf-8")
+        (self._results / "times.json").write_text(json.dumps(times, indent=1), encoding="utf-8")
 
     def pytest_terminal_summary(self) -> None:
         if not self._done:
@@ -131,7 +131,7 @@ class Report:
             f"longest: {', '.join(f'{Path(file).name} {seconds:.0f} s' for file, seconds in slowest)}"
         )
         write(f"repeats  {', '.join(f'{nodeid} ({count})' for nodeid, count in repeated.items()) or 'none'}")
-        write(f"files    {KEPT_IN.relative_to(ROOT)}: times.json, repeats.txt")
+        write(f"files    {self._results}: times.json, repeats.txt")
         if len(self._repeats) > MAX_REPEATS:
             write(f"FAILED   {len(self._repeats)} repeats, and {MAX_REPEATS} are the most that may be chance", red=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from tests.reporting import KEPT_IN, file_of, minutes, seconds_by_file
+from tests.reporting import RESULTS, file_of, minutes, seconds_by_file
 
 LONG = 10.0  # seconds from which a file has a line of its own
 
@@ -27,7 +27,7 @@ def table(tests: dict[str, float]) -> str:
 
 
 def main() -> None:
-    run = json.loads((KEPT_IN / "times.json").read_text(encoding="utf-8"))
+    run = json.loads((RESULTS / "times.json").read_text(encoding="utf-8"))
     print(table(run["tests"]))
     print(f"\n{minutes(run['wall'])} on {run['workers']} workers.")
 
