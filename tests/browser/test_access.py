@@ -8,7 +8,7 @@ from typing import Any
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import App
-from tests.browser.test_page import EXAMPLES, expect_finished, open_tab, run, set_count, upload, write
+from tests.browser.steps import EXAMPLES, expect_finished, open_tab, run, set_count, upload, write
 
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 GRAVE = ("serious", "critical")

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import App
-from tests.browser.test_page import EXAMPLES, expect_finished, open_tab, run, upload, write
+from tests.browser.steps import EXAMPLES, expect_finished, open_tab, run, upload, write
 
 # How often the class "held" comes or goes while 2.2 seconds pass.
 TURNS = """([selector]) => new Promise((done) => {

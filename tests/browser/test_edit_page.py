@@ -10,7 +10,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import ROOT, App
-from tests.browser.test_page import expect_finished, open_tab, run, settings, upload, write
+from tests.browser.steps import expect_finished, open_tab, run, settings, upload, write
 
 SIZE = (157, 211)
 KEPT = "Only what is coloured may change"

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import App
-from tests.browser.test_page import choose_checkpoint, expect_finished, problem, run, settings, write
+from tests.browser.steps import choose_checkpoint, expect_finished, problem, run, settings, write
 from tests.fake_openai import FakeOpenAI, refuses, says, silent
 
 KEY = "sk-or-v1-typed-on-the-page"

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import PATIENCE, App
-from tests.browser.test_page import choose_checkpoint, open_tab, set_number, write
-
-
-def explore(page: Page) -> None:
-    page.locator("#explore-start").click()
-
-
-def pictures(page: Page) -> Locator:
-    return page.locator("#explore-sheet td img")
+from tests.browser.steps import (
+    choose_checkpoint,
+    expect_explored,
+    explore,
+    explored_pictures,
+    open_tab,
+    set_number,
+    write,
+)
 
 
 def side(page: Page, name: str, field: str, values: str) -> None:
@@ -27,20 +27,14 @@ def side(page: Page, name: str, field: str, values: str) -> None:
     page.locator(f"#explore-{name}-values textarea").fill(values)
 
 
-def expect_done(page: Page, count: int) -> None:
-    expect(page.locator("#explore-progress")).to_contain_text(f"{count} of {count} pictures")
-    expect(pictures(page)).to_have_count(count)
-    expect(page.locator("#explore-stop")).to_be_hidden()
-
-
 def test_seeds_side_by_side(page: Page, app: App, tmp_path: Path) -> None:
     write(page, "generate", "a red apple")
     open_tab(page, "Explore")
     expect(page.locator("#explore-sheet")).to_contain_text("side by side")
     set_number(page.locator("#explore-seeds input[type=number]"), 4)
     explore(page)
-    expect_done(page, 4)
-    for picture in pictures(page).all():
+    expect_explored(page, 4)
+    for picture in explored_pictures(page).all():
         picture.scroll_into_view_if_needed()
         expect(picture).to_have_js_property("complete", True)
         assert picture.evaluate("image => image.naturalWidth") == 128
@@ -50,7 +44,7 @@ def test_seeds_side_by_side(page: Page, app: App, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "sheet.png").width > 2 * 128
     # Each is a picture like any other, with its own settings.
     with page.context.expect_page() as opened:
-        pictures(page).first.click()
+        explored_pictures(page).first.click()
     assert re.search(r"\.png$", opened.value.url)
 
 
@@ -60,14 +54,14 @@ def test_a_grid_with_labels_survives_a_reload(page: Page) -> None:
     page.locator("#explore-kind").get_by_text("Grid", exact=True).click()
     side(page, "columns", "Prompt words", "red, blue, green")
     explore(page)
-    expect_done(page, 6)
+    expect_explored(page, 6)
     expect(page.locator("#explore-sheet thead th")).to_have_text(["red", "blue", "green"])
     expect(page.locator("#explore-sheet tbody th")).to_have_text(
         ["a red fox on a white background", "a red owl on a white background"]
     )
     page.reload()
     open_tab(page, "Explore")
-    expect_done(page, 6)
+    expect_explored(page, 6)
 
 
 def test_stopped_and_gone_on_with(page: Page) -> None:
@@ -79,12 +73,12 @@ def test_stopped_and_gone_on_with(page: Page) -> None:
     open_tab(page, "Explore")
     set_number(page.locator("#explore-seeds input[type=number]"), 6)
     explore(page)
-    expect(pictures(page)).not_to_have_count(0)
+    expect(explored_pictures(page)).not_to_have_count(0)
     page.locator("#explore-stop").click()
     expect(page.locator("#explore-progress")).to_contain_text("Stopped")
-    assert pictures(page).count() < 6
+    assert explored_pictures(page).count() < 6
     page.locator("#explore-more").click()
-    expect_done(page, 6)
+    expect_explored(page, 6)
     expect(page.locator("#explore-more")).to_be_hidden()
 
 
@@ -105,7 +99,7 @@ def test_a_file_and_what_is_wrong_with_it(page: Page, tmp_path: Path) -> None:
     page.locator("#explore-file input[type=file]").set_input_files(right)
     expect(page.locator("#explore-file")).to_contain_text("right")
     explore(page)
-    expect_done(page, 2)
+    expect_explored(page, 2)
     expect(page.locator("#explore-problem")).to_be_hidden()
     expect(page.locator("#explore-sheet thead th")).to_have_text(["a fox", "<b>an owl</b>"])
 
@@ -116,7 +110,7 @@ def test_anothers_exploration_is_not_shown(open_page: Callable[[], Page], browse
     open_tab(mine, "Explore")
     set_number(mine.locator("#explore-seeds input[type=number]"), 2)
     explore(mine)
-    expect_done(mine, 2)
+    expect_explored(mine, 2)
     with browser.new_context() as other:
         other.set_default_timeout(PATIENCE)
         page = other.new_page()
@@ -124,4 +118,4 @@ def test_anothers_exploration_is_not_shown(open_page: Callable[[], Page], browse
         open_tab(page, "Explore")
         expect(page.locator("#explore-sheet")).to_contain_text("side by side")
         page.wait_for_timeout(1500)
-        expect(pictures(page)).to_have_count(0)
+        expect(explored_pictures(page)).to_have_count(0)

@@ -12,17 +12,20 @@ from PIL import Image
 from playwright.sync_api import APIResponse, BrowserContext, Page, Route, expect
 
 from tests.browser.conftest import App, open_studio
-from tests.browser.test_page import (
+from tests.browser.steps import (
     EXAMPLES,
     expect_finished,
     open_tab,
+    press,
+    row,
     run,
+    run_on,
     set_count,
     settings,
+    stop,
     upload,
     write,
 )
-from tests.browser.test_queue_page import press, row, run_on, stop
 
 ASKED_AT_ONCE, ASKED_IN_TURN = "**/gradio_api/run/**", "**/gradio_api/queue/join**"
 BEFORE_ANY_CLEAR = '{"data":["0",'  # how what is done with references begins

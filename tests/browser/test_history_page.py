@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.browser.conftest import PATIENCE, App
-from tests.browser.test_page import expect_finished, open_tab, run, write
+from tests.browser.steps import expect_finished, open_tab, run, write
 
 FOX = "a flat fox <img src=x onerror='window.hacked=1'> on a pink background"
 OWL = "a 3D OWL on a blue background"

@@ -17,7 +17,7 @@ from flux2_studio.outputs import metadata
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from tests.browser.conftest import App
-from tests.browser.test_page import EXAMPLES, expect_finished, open_tab, run, set_count, set_size, upload, write
+from tests.browser.steps import EXAMPLES, expect_finished, open_tab, run, set_count, set_size, upload, write
 
 
 def inspect(page: Page, file: Path) -> None:

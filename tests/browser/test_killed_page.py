@@ -15,19 +15,24 @@ import pytest
 from playwright.sync_api import BrowserContext, expect
 
 from tests.browser.conftest import ROOT, STARTED_IN, answers, environment, free_port, open_studio
-from tests.browser.test_explore_page import expect_done, explore, pictures
-from tests.browser.test_page import (
+from tests.browser.steps import (
     EXAMPLES,
     choose_checkpoint,
+    expect_explored,
+    explore,
+    explored_pictures,
     open_tab,
+    press,
     result,
+    row,
     run,
+    run_on,
     set_number,
     settings,
+    stop,
     upload,
     write,
 )
-from tests.browser.test_queue_page import press, row, run_on, stop
 from tests.tiny import Toys
 
 
@@ -118,7 +123,7 @@ def test_an_exploration_goes_on_by_itself(context: BrowserContext, studio: Resta
     open_tab(page, "Explore")
     set_number(page.locator("#explore-seeds input[type=number]"), 4)
     explore(page)
-    expect(pictures(page)).not_to_have_count(0)
+    expect(explored_pictures(page)).not_to_have_count(0)
     page.close()
     studio.kill()
     (notebook,) = (studio.home / "explorations").glob("*.json")
@@ -128,7 +133,7 @@ def test_an_exploration_goes_on_by_itself(context: BrowserContext, studio: Resta
     page = context.new_page()
     open_studio(page, studio.url)
     open_tab(page, "Explore")
-    expect_done(page, 4)
+    expect_explored(page, 4)
     expect(page.locator("#explore-more")).to_be_hidden()
     expect(page.locator("#queue li")).to_have_count(0)  # nothing of it is left over, to be run again
     after = json.loads(notebook.read_text())

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.browser.conftest import PATIENCE, App, open_studio
-from tests.browser.test_page import EXAMPLES, run, settings, upload, write
+from tests.browser.steps import EXAMPLES, run, settings, upload, write
 
 TABS = {
     "en-US": ["Generate", "Edit", "Multi-reference", "Explore", "History", "Inspect", "Models"],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.test_page import expect_finished, open_tab, run, set_count, set_size, write
+from tests.browser.steps import expect_finished, open_tab, run, set_count, set_size, write
 
 # Every layout shift from now on, with the elements that moved; those that follow a click or a key are not counted by
 # the browser as anybody's fault, but here they are: a run goes on for longer than half a second.

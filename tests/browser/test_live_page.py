@@ -13,7 +13,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from flux2_studio.outputs import metadata
 from tests.browser.conftest import App
-from tests.browser.test_page import (
+from tests.browser.steps import (
     EXAMPLES,
     choose_checkpoint,
     expect_finished,

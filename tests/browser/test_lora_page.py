@@ -13,7 +13,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from flux2_studio.outputs import metadata
 from tests.browser.conftest import PATIENCE, App
-from tests.browser.test_page import (
+from tests.browser.steps import (
     choose_checkpoint,
     expect_finished,
     open_tab,

@@ -2,124 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from tests.browser.conftest import ROOT, App, open_studio
-
-EXAMPLES = ROOT / "assets" / "examples"
-
-# Collects every picture that the preview shows, from now on.
-WATCH = """() => {
-  window.previews = new Set();
-  new MutationObserver(() => {
-    const image = document.querySelector('#preview img');
-    if (image) window.previews.add(image.src);
-  }).observe(document.body, {childList: true, subtree: true, attributes: true});
-}"""
-
-
-def write(page: Page, form: str, prompt: str) -> None:
-    page.locator(f"#{form} .prompt textarea").fill(prompt)
-
-
-def run(page: Page, form: str) -> None:
-    """Press the button. What an earlier run said last is marked first, for it stays until this one has begun."""
-    page.evaluate("document.querySelector('#progress p')?.setAttribute('data-earlier', '')")
-    page.locator(f"#{form} .run").click()
-
-
-def set_number(field: Locator, value: int) -> None:
-    field.fill(str(value))
-    field.press("Tab")
-
-
-def set_size(page: Page, form: str, width: int, height: int) -> None:
-    set_number(page.locator(f"#{form}").get_by_label("Width"), width)
-    set_number(page.locator(f"#{form}").get_by_label("Height"), height)
-
-
-def set_count(page: Page, form: str, count: int) -> None:
-    set_number(page.locator(f"#{form} .count input[type=number]"), count)
-
-
-def open_tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name).click()
-
-
-def upload(page: Page, form: str, *files: Path) -> None:
-    page.locator(f"#{form} .references input[type=file]").set_input_files([str(file) for file in files])
-
-
-def choose_checkpoint(page: Page, label: str) -> None:
-    page.locator("#checkpoint input").click()
-    page.get_by_role("option", name=label, exact=True).click()
-
-
-def run_for_long(page: Page) -> None:
-    """Start a run of many quick steps: on no machine is it over before there was time to stop it."""
-    choose_checkpoint(page, "Nano Base (a toy, on board)")
-    steps = page.locator("#generate .steps input[type=number]")
-    expect(steps).to_have_value("20")  # the form is laid out for it
-    set_number(steps, 100)
-    write(page, "generate", "a 3D owl")
-    set_size(page, "generate", 256, 256)
-    set_count(page, "generate", 16)
-    run(page, "generate")
-
-
-def hand_over(page: Page, event: str, name: str) -> None:
-    """Paste or drop a picture of 96 x 64, anywhere on the page."""
-    page.evaluate(
-        """async ([event, name]) => {
-          const canvas = Object.assign(document.createElement('canvas'), {width: 96, height: 64});
-          const blob = await new Promise((done) => canvas.toBlob(done, 'image/png'));
-          const carrier = new DataTransfer();
-          carrier.items.add(new File([blob], name, {type: 'image/png'}));
-          const carried = {clipboardData: carrier, dataTransfer: carrier, bubbles: true, cancelable: true};
-          const Kind = event === 'paste' ? ClipboardEvent : DragEvent;
-          if (document.body.dispatchEvent(new Kind(event, carried))) throw new Error(`nobody took the ${event}`);
-        }""",
-        [event, name],
-    )
-
-
-def result(page: Page) -> Locator:
-    return page.locator("#gallery img").first
-
-
-def settings(page: Page) -> dict[str, str]:
-    """The table of what was run."""
-    rows = page.locator("#settings tr")
-    expect(rows.first).to_be_visible()
-    return {row.locator("th").inner_text(): row.locator("td").inner_text() for row in rows.all()}
-
-
-def problem(page: Page) -> Locator:
-    return page.locator("#message .problem")
-
-
-def told_json(page: Page) -> Any:
-    """The settings as the page has them as JSON; on the screen are only those lines that there is room for."""
-    text = page.locator("#json .cm-content").evaluate(
-        "(it) => (it.cmTile ?? it.cmView).view.state.doc.toString()",
-    )
-    return json.loads(text)
-
-
-def expect_finished(page: Page, pictures: int = 1) -> None:
-    """Wait for the end of the run that `run` began, not of one before it."""
-    word = "1 picture in" if pictures == 1 else f"{pictures} pictures in"
-    expect(page.locator("#progress p:not([data-earlier])")).to_contain_text(word)
-    expect(result(page)).to_be_visible()
-    expect(page.locator("#stop")).to_be_hidden()
+from tests.browser.steps import (
+    EXAMPLES,
+    WATCH,
+    choose_checkpoint,
+    ends_with,
+    expect_finished,
+    hand_over,
+    open_tab,
+    problem,
+    result,
+    run,
+    run_for_long,
+    set_count,
+    set_number,
+    set_size,
+    settings,
+    told_json,
+    upload,
+    write,
+)
 
 
 def test_opens_on_its_own_and_serves_no_other_file(context: BrowserContext, app: App) -> None:
@@ -327,7 +237,7 @@ def test_edit_an_example_and_go_on_from_the_result(page: Page, app: App) -> None
     made = app.pictures()[-1]
     open_tab(page, "Generate")
     page.locator("#use-in-edit").click()
-    expect(page.locator("#edit .references .thumbnail-item img")).to_have_attribute("src", _ends_with(made.name))
+    expect(page.locator("#edit .references .thumbnail-item img")).to_have_attribute("src", ends_with(made.name))
     write(page, "edit", "turn it into a line drawing")
     run(page, "edit")
     expect(page.locator("#settings")).to_contain_text(made.name)
@@ -345,7 +255,7 @@ def test_two_references_in_order(page: Page) -> None:
     expect(captions).to_have_text(["image 1", "image 2"])
     pictures.nth(1).click()
     page.get_by_role("button", name="Earlier").click()
-    expect(pictures.first.locator("img")).to_have_attribute("src", _ends_with("car.png"))
+    expect(pictures.first.locator("img")).to_have_attribute("src", ends_with("car.png"))
     write(page, "multi", "the object of image 1 on the background of image 2")
     run(page, "multi")
     expect_finished(page)
@@ -363,7 +273,7 @@ def test_a_picture_is_removed_at_once_after_it_was_selected(page: Page) -> None:
     pictures.nth(0).click()
     page.get_by_role("button", name="Remove", exact=True).click()
     expect(pictures).to_have_count(1)
-    expect(pictures.first.locator("img")).to_have_attribute("src", _ends_with("car.png"))
+    expect(pictures.first.locator("img")).to_have_attribute("src", ends_with("car.png"))
     assert slow
     for route in slow:
         route.continue_()
@@ -390,17 +300,17 @@ def test_the_picture_to_edit_is_replaced_by_a_good_one_only(page: Page, tmp_path
     open_tab(page, "Edit")
     upload(page, "edit", EXAMPLES / "fox.png")
     picture = page.locator("#edit .references .thumbnail-item img")
-    expect(picture).to_have_attribute("src", _ends_with("fox.png"))
+    expect(picture).to_have_attribute("src", ends_with("fox.png"))
     expect(page.locator("#edit")).to_contain_text("As image 1: 128 x 128 pixels")  # the server is done with it
     upload(page, "edit", rubbish)
     expect(page.locator("#edit .block.refused")).to_contain_text("holiday.png is not a picture")
-    expect(picture).to_have_attribute("src", _ends_with("fox.png"))
+    expect(picture).to_have_attribute("src", ends_with("fox.png"))
     # A click on the picture, which selects it, leaves it replaceable.
     picture.click()
     expect(page.locator("#edit .references input[type=file]")).to_have_count(1)
     hand_over(page, "drop", "dropped.png")
     expect(page.locator("#edit")).to_contain_text("As image 1: 96 x 64 pixels")
-    expect(picture).to_have_attribute("src", _ends_with("dropped.png"))
+    expect(picture).to_have_attribute("src", ends_with("dropped.png"))
     expect(page.locator("#edit .block.refused")).to_be_hidden()
 
 
@@ -543,7 +453,3 @@ def test_a_phone_needs_no_sideways_scrolling(context: BrowserContext, app: App) 
         assert page.evaluate(dark) is (scheme == "dark")
         page.locator("#look").click()
         assert page.evaluate(dark) is (scheme != "dark")
-
-
-def _ends_with(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name) + "$")

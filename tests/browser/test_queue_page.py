@@ -5,51 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.browser.conftest import PATIENCE, App, open_studio
-from tests.browser.test_page import (
+from tests.browser.steps import (
     WATCH,
     choose_checkpoint,
     expect_finished,
+    press,
+    queue_one,
+    row,
     run,
+    run_on,
     set_count,
-    set_number,
     set_size,
     settings,
+    stop,
     write,
 )
-
-
-def run_on(page: Page, count: int = 16) -> None:
-    """Start a run of so many small steps that it goes on until it is stopped."""
-    choose_checkpoint(page, "Nano Base (a toy, on board)")
-    steps = page.locator("#generate .steps input[type=number]")
-    expect(steps).to_have_value("20")  # the form is laid out for it
-    set_number(steps, 100)
-    write(page, "generate", "a 3D owl")
-    set_count(page, "generate", count)
-    run(page, "generate")
-    expect(page.locator("#preview img")).to_be_visible()
-
-
-def queue_one(page: Page, prompt: str) -> None:
-    write(page, "generate", prompt)
-    run(page, "generate")
-    expect(row(page, prompt)).to_have_count(1)
-
-
-def row(page: Page, prompt: str) -> Locator:
-    return page.locator("#queue li", has_text=prompt)
-
-
-def press(page: Page, prompt: str, name: str) -> None:
-    row(page, prompt).get_by_role("button", name=name).click()
-
-
-def stop(page: Page) -> None:
-    page.locator("#stop").click()
-    expect(page.locator("#stop")).to_be_hidden()
 
 
 def test_a_reload_finds_the_run_again(page: Page) -> None:

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.browser.conftest import environment, open_studio, started
-from tests.browser.test_page import EXAMPLES, choose_checkpoint, expect_finished, run, set_size, write
+from tests.browser.steps import EXAMPLES, choose_checkpoint, expect_finished, run, set_size, write
 from tests.tiny import Toys
 
 

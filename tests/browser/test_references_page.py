@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.test_page import EXAMPLES, expect_finished, open_tab, run, upload, write
+from tests.browser.steps import EXAMPLES, expect_finished, open_tab, run, upload, write
 
 Remember = Callable[[str, int], Path]
 

@@ -6,8 +6,10 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.browser.conftest import App, open_studio
-from tests.browser.test_page import run_for_long
-from tests.browser.test_preset_page import button, part, unfold
+from tests.browser.steps import preset_button as button
+from tests.browser.steps import preset_part as part
+from tests.browser.steps import run_for_long
+from tests.browser.steps import unfold_presets as unfold
 
 # What `slow` names comes late, as it may where connections are slow: the word that a stream of answers ends, which is
 # held until `release()`, or the confirmation that something was asked. `streams` are those that are open, `ending`
