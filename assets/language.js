@@ -52,6 +52,9 @@
         if (change.target.parentElement?.hasAttribute('data-i18n')) translate(change.target.parentElement);
       } else {
         for (const node of change.addedNodes) marked(node).forEach(translate);
+        // A text may come later than its element, as where a browser reads a long page in parts.
+        const text = [...change.addedNodes].some((node) => node.nodeType === 3);
+        if (text && change.target.nodeType === 1 && change.target.hasAttribute('data-i18n')) translate(change.target);
       }
     }
   }).observe(document.documentElement, {

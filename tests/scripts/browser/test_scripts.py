@@ -1,0 +1,35 @@
+"""The tests of *.test.mjs in this folder: scripts of the page, in Chromium, without a studio and without Gradio."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flux2_studio.ui import compare, history_tab, keys, picker
+from tests.scripts.node import Results, listed_in
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[Results]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail("The tests of the scripts need Chromium: `make chromium` installs it, or put it on the PATH.")
+    # The studio's own markup, so that a script is tested with what it finds on the page.
+    markup = {
+        "history": history_tab.MARKUP,
+        "picker": picker.MARKUP,
+        "keys": keys.layout().value,
+        "hold": compare.HOLD,
+    }
+    yield Results(HERE, {"CHROMIUM": chromium, "MARKUP": json.dumps(markup)})
+
+
+@pytest.mark.parametrize("file, name", [pytest.param(*test, id=": ".join(test)) for test in listed_in(HERE)])
+def test_script(results: Results, file: str, name: str) -> None:
+    results.expect_passed(file, name)
