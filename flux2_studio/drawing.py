@@ -91,11 +91,16 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Sketch:
-    """A picture as it is after some of its steps, and all that it takes to make a file of it."""
+    """A picture as it is after some of its steps, and all that it takes to make a file of it.
+
+    region: what of the first reference may change, None for all of it. first: the first reference, scaled to its cap.
+    """
 
     image: Image.Image
     record: Record
     sources: Sequence[Source]
+    region: Region | None = None
+    first: Image.Image | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +137,11 @@ class Run:
     def sources(self) -> list[Source]:
         """What goes into the credentials of its pictures."""
         return [reference.source for reference in self.references if reference.source is not None]
+
+    @property
+    def first(self) -> Image.Image | None:
+        """The first reference, scaled to its cap; None where there is none."""
+        return self.references[0].image if self.references else None
 
     def working(self, work: Callable[[Progress], T]) -> Generator[Event, None, T]:
         """Do `work` while telling what it says; it is not begun when the run is cancelled."""
@@ -253,7 +263,13 @@ def denoise_batch(
             count=request.count,
             seconds_left=timer.left(waiting * step.steps - (step.index + 1) * len(seeds)),
             sketches=tuple(
-                Sketch(image=image, record=replace(record, unfinished=done), sources=run.sources)
+                Sketch(
+                    image=image,
+                    record=replace(record, unfinished=done),
+                    sources=run.sources,
+                    region=run.region,
+                    first=run.first,
+                )
                 for image, record in zip(images, records if images else (), strict=True)
             ),
         )
@@ -301,12 +317,14 @@ def visible(image: Image.Image, request: Request) -> Image.Image:
     return image.crop((0, 0, max(1, width), max(1, height)))
 
 
-def settled(run: Run, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """A picture as drawn, with everything kept that must be, and what the user should know of that."""
-    region = run.region
+def settled(
+    image: Image.Image, request: Request, region: Region | None, first: Image.Image | None
+) -> tuple[Image.Image, tuple[str, ...]]:
+    """A picture as drawn, of the size that `request` asks for, with its colours matched if it asks for that, and with
+    every pixel outside `region` as it was; and what the user should know of that. first: the first reference."""
     notes: tuple[str, ...] = ()
-    if run.request.match_colours:
-        like, change = (region.picture, region.change) if region else (run.references[0].image, None)
+    if request.match_colours and first is not None:
+        like, change = (region.picture, region.change) if region else (first, None)
         matched = match_colours(image, like, change)
         if matched is None:
             notes = (

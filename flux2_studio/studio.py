@@ -293,7 +293,7 @@ class Studio:
             pictures = yield from draw(run, drawn, [record], 1, conditions, Timer())
             assert pictures is not None, "one picture is not made in parts"
             ask, told = asking_of(run)
-            picture, kept = settled(run, pictures[0])
+            picture, kept = settled(pictures[0], resolved, region, run.first)
             yield from finished.fresh([*told, *kept, *self.guard.output(picture, ask)])
             yield Drafted(request=resolved, image=picture, seconds=time.monotonic() - began)
         except Cancelled:
@@ -487,7 +487,7 @@ class Studio:
         assert request.seed is not None
         try:
             ask, told = asking_of(run)
-            picture, kept = settled(run, picture)
+            picture, kept = settled(picture, request, run.region, run.first)
             told += (*kept, *self.guard.output(picture, ask))
         except SafetyError as error:
             finished.drawn += 1
@@ -520,8 +520,10 @@ class Studio:
         assert request.seed is not None and request.width and request.height
         size = request.width, request.height
         picture = sketch.image if sketch.image.size == size else sketch.image.resize(size, Image.Resampling.LANCZOS)
-        told = self.guard.output(picture)
-        file, unsigned = self._marked(picture, sketch.record, sketch.sources, None)
+        picture, notes = settled(picture, request, sketch.region, sketch.first)
+        told = (*notes, *self.guard.output(picture))
+        change = sketch.region.change if sketch.region else None
+        file, unsigned = self._marked(picture, sketch.record, sketch.sources, change)
         path = self._library.save(file.data, request)
         return Saved(index=0, image=path, seed=request.seed, record=file.record), (*told, *unsigned, *file.notes)
 

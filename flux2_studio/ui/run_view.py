@@ -76,11 +76,7 @@ class RunView:
     def update(self, event: Event) -> Update:
         """The components that `event` changes. Draws previews, so not for the event loop."""
         stage = self._stage
-        if not self._looked:  # while it is there: a run's references go when it ends
-            assert self._request is not None, "begin first"
-            self._looked, self._before = True, compare.original(self._request, self._checkpoint)
-            if self._before is None and isinstance(self._job, Job):  # the run was over before its page looked
-                self._before = compare.original(self._job.asked, self._checkpoint)
+        self._look()  # while it is there: a run's references go when it ends
         match event:
             case Queued():
                 return {stage.progress: show.queued(event)}
@@ -128,6 +124,15 @@ class RunView:
             case _:
                 raise AssertionError(f"{event} is no run's")
 
+    def _look(self) -> None:
+        """Find, once, the picture that an edit is made of."""
+        if self._looked:
+            return
+        assert self._request is not None, "begin first"
+        self._looked, self._before = True, compare.original(self._request, self._checkpoint)
+        if self._before is None and isinstance(self._job, Job):  # the run was over before its page looked
+            self._before = compare.original(self._job.asked, self._checkpoint)
+
     def _previews(self) -> str:
         return show.picture(self._images, self._count) if self._images else EMPTY
 
@@ -143,6 +148,7 @@ class RunView:
 
     def kept(self, kept: Kept) -> Update:
         """The previews of a run that ended early, which are pictures now. Begin first."""
+        self._look()
         record = kept.pictures[0].record
         assert record.unfinished and self._request is not None, "begin first"
         step, steps = record.unfinished
