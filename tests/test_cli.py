@@ -1,17 +1,11 @@
-"""The command line: as a user runs it, in a process of its own, and in this process where only the picture counts."""
+"""The command line, run in this process. What needs a process of its own is in tests/process."""
 
 from __future__ import annotations
 
 import io
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from PIL import Image
@@ -23,45 +17,10 @@ from flux2_studio.events import Notice, Preview, Result, Status, Stopped
 from flux2_studio.outputs import metadata
 from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request
+from tests.command_line import FOX, Home
 from tests.fake_openai import FakeOpenAI, says
 from tests.loras import write_lora
 from tests.models.fake_hub import TOKEN, TOY, FakeHub, serve
-
-ROOT = Path(__file__).resolve().parent.parent
-FOX = ("--model", "nano", "--prompt", "a fox on a pink background", "--seed", "1")
-
-
-class Home:
-    """A folder of the studio's own, and the command line that works in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("FLUX2_", "HF_")) and not name.endswith("_MODEL_PATH")
-        }
-        self.environment |= {"FLUX2_HOME": str(folder / "home"), "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
-
-    def command(self, *arguments: str | Path) -> list[str]:
-        return [sys.executable, "-m", "flux2_studio", *map(str, arguments)]
-
-    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        """In a process of its own."""
-        return subprocess.run(
-            self.command(*arguments), cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120
-        )
-
-    def generate(self, *arguments: str | Path) -> tuple[str, str]:
-        """In this process, which has torch loaded already: what it wrote to stdout and stderr."""
-        out, err = io.StringIO(), io.StringIO()
-        with patch.dict(os.environ, self.environment, clear=True), redirect_stdout(out), redirect_stderr(err):
-            assert cli.main(["generate", *map(str, arguments)]) == 0
-        return out.getvalue(), err.getvalue()
-
-    @property
-    def outputs(self) -> list[Path]:
-        return sorted((self.folder / "home" / "outputs").rglob("*.png"))
 
 
 @pytest.fixture
@@ -89,31 +48,6 @@ def pixels(path: Path) -> bytes:
 
 
 # --- asking for nothing, or for what cannot be -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["generate", "--help"],
-        ["ui", "--help"],
-        ["models", "--help"],
-        ["models", "path", "--help"],
-        ["--version"],
-    ],
-)
-def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
-    code = (
-        "import sys\n"
-        "from flux2_studio.cli import main\n"
-        "try:\n"
-        f"    main({arguments!r})\n"
-        "except SystemExit as end:\n"
-        "    assert end.code == 0\n"
-        "    print(sorted({'torch', 'gradio', 'transformers', 'huggingface_hub'} & sys.modules.keys()))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n"), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -207,24 +141,6 @@ def test_weights_that_are_not_here(home: Home) -> None:
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_generate(home: Home) -> None:
-    out = home.folder / "fox.png"
-    done = home.run("generate", *FOX, "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{out}\n"
-    assert "step 4 of 4" in done.stderr and "seed 1" in done.stderr
-    assert "\r" not in done.stderr and "\033" not in done.stderr  # not a terminal: plain lines
-    with Image.open(out) as image:
-        assert (image.format, image.size, image.mode) == ("PNG", (128, 128), "RGB")
-        colours = image.resize((3, 3), Image.Resampling.BOX).load()
-        assert colours is not None
-        red, green, blue = colours[0, 0]  # a corner: the background
-        assert red > 200 and blue > 150 and green < 200, "the background should be pink"
-    (kept,) = home.outputs
-    assert kept.read_bytes() == out.read_bytes()
-    assert sorted(path.name for path in home.folder.iterdir()) == ["fox.png", "home"]  # nothing half written
 
 
 def test_generate_with_loras(home: Home, fox: Path) -> None:
@@ -329,62 +245,6 @@ def test_bfloat16_is_taken_and_close(home: Home, fox: Path) -> None:
     assert 0 < mean < 8
 
 
-def test_ctrl_c_stops_between_steps(home: Home) -> None:
-    out = home.folder / "fox.png"
-    running = subprocess.Popen(
-        home.command("generate", *FOX, "--width", "512", "--height", "512", "--count", "16", "--out", out),
-        cwd=ROOT,
-        env=home.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert running.stderr is not None
-    seen = ""
-    while "step 1 of 4" not in seen:
-        line = running.stderr.readline()
-        assert line, f"ended before its first step: {seen}"
-        seen += line
-    running.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    _, rest = running.communicate(timeout=120)
-    assert running.returncode == 130, rest
-    assert "stopped, with" in rest and "Traceback" not in rest
-    assert time.monotonic() - began < 60
-    assert not out.exists()
-
-
-def test_a_second_ctrl_c_waits_for_no_thread() -> None:
-    program = """
-import time
-from concurrent.futures import ThreadPoolExecutor
-from flux2_studio import cli
-with cli.stop_on_interrupt(), ThreadPoolExecutor(1) as pool:
-    print("ready", flush=True)
-    pool.submit(time.sleep, 30).result()
-"""
-    running = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert running.stdout is not None and running.stderr is not None
-    assert running.stdout.readline() == "ready\n"
-    running.send_signal(signal.SIGINT)
-    assert running.stderr.readline() == "\n"
-    assert "Ctrl-C again stops at once" in running.stderr.readline()
-    running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=10) == ("", "\nflux2-studio: stopped\n")
-    assert running.returncode == 130
-
-
-@pytest.fixture
-def broken_pipe() -> Iterator[int]:
-    """A pipe that nobody reads."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    yield writer
-    os.close(writer)
-
-
 def test_a_name_that_cannot_be_printed(home: Home) -> None:
     out = os.fsdecode(b"f\xc3\xbcchs-\xff.png")
     home.environment["PYTHONIOENCODING"] = "ascii:strict"
@@ -392,26 +252,6 @@ def test_a_name_that_cannot_be_printed(home: Home) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{home.folder}/f\\xfcchs-\\udcff.png\n"
     assert (home.folder / out).is_file()
-
-
-def test_nobody_reads_the_names(home: Home, broken_pipe: int) -> None:
-    command = home.command("generate", *FOX, "--count", "2", "--out", home.folder / "fox.png")
-    done = subprocess.run(
-        command, cwd=ROOT, env=home.environment, stdout=broken_pipe, stderr=subprocess.PIPE, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        f"flux2-studio: Everything is saved, to {home.folder}/fox-1.png and so on, but the names could not be printed "
-        f"(Broken pipe)."
-    )
-    assert (home.folder / "fox-2.png").is_file()
-
-
-def test_nobody_reads_anything(home: Home, broken_pipe: int) -> None:
-    command = home.command("generate", *FOX, "--out", home.folder / "fox.png")
-    done = subprocess.run(command, cwd=ROOT, env=home.environment, stdout=broken_pipe, stderr=broken_pipe, timeout=120)
-    assert done.returncode == 141
-    assert home.outputs == []
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -497,36 +337,6 @@ def test_models_download_path_list_remove(online: Home, fake: FakeHub) -> None:
     assert sorted(path.name for path in (online.folder / "own").iterdir()) == [
         "config.json", "klein.safetensors", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
-
-
-def test_ctrl_c_pauses_a_download(online: Home, fake: FakeHub) -> None:
-    fake.hold_at = 10**6  # of each answer: a busy machine's client may lose its patience, and ask once more
-    running = subprocess.Popen(
-        online.command("models", "download", "klein-4b"),
-        cwd=ROOT,
-        env=online.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that were started in the background would hand on that Ctrl-C is to be ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert running.stderr is not None
-    seen = ""
-    while "1.0 of 3.0 MB" not in seen:
-        line = running.stderr.readline()
-        assert line, f"ended too early: {seen}"
-        seen += line
-    running.send_signal(signal.SIGINT)
-    _, rest = running.communicate(timeout=300)
-    assert running.returncode == 130
-    assert rest == (
-        "flux2-studio: paused; what has arrived is kept, and `flux2-studio models download klein-4b` goes on from "
-        "there\n"
-    )
-    fake.hold_at = None
-    assert online.run("models", "download", "klein-4b").returncode == 0
-    first, *_, last = [span for name, span in fake.sent if name == AUTOENCODER]
-    assert first is None and last in (f"bytes={whole}000000-{len(TOY) - 1}" for whole in (1, 2))
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,8 @@ from flux2_studio.outputs.metadata import encode
 from flux2_studio.outputs.watermark import PUBLISHED, Message
 from flux2_studio.record import Record
 from flux2_studio.request import Request
+from tests.command_line import Done, Home
 
-ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "a fox\x1b[2J\r\n\u202e<b>"
 RECORD = Record(
     request=Request(
@@ -29,23 +26,11 @@ RECORD = Record(
 )
 
 
-class Home:
-    """A folder of the studio's own, and pictures that it has made."""
+class Studio(Home):
+    """Makes pictures, and has the command line inspect them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("FLUX2_")}
-        self.environment |= {"FLUX2_HOME": str(folder / "home"), "PYTHONIOENCODING": "utf-8"}
-
-    def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "flux2_studio", "inspect", *map(str, arguments)],
-            cwd=ROOT,
-            env=self.environment | environment,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-        )
+    def inspect(self, *arguments: str | Path, **environment: str) -> Done:
+        return self.run("inspect", *arguments, **environment)
 
     def picture(self, message: Message = PUBLISHED) -> Path:
         image = watermark.embed(Image.new("RGB", (256, 256), "teal"), message).image
@@ -56,12 +41,12 @@ class Home:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path)
+def home(tmp_path: Path) -> Studio:
+    return Studio(tmp_path)
 
 
-def test_a_picture_of_ones_own_in_words(home: Home) -> None:
-    done = home.run(home.picture())
+def test_a_picture_of_ones_own_in_words(home: Studio) -> None:
+    done = home.inspect(home.picture())
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("fox.png: PNG, 256 x 256 pixels, ")
@@ -71,14 +56,14 @@ def test_a_picture_of_ones_own_in_words(home: Home) -> None:
     assert any(line.startswith("  Signed by: ") and line.endswith("(this installation)") for line in lines)
 
 
-def test_nothing_in_a_file_reaches_the_terminal_but_text(home: Home) -> None:
-    done = home.run(home.picture())
+def test_nothing_in_a_file_reaches_the_terminal_but_text(home: Studio) -> None:
+    done = home.inspect(home.picture())
     assert "  Prompt: a fox [2J   <b>" in done.stdout.splitlines()
     assert all(line.isprintable() for line in done.stdout.splitlines())
 
 
-def test_as_json(home: Home) -> None:
-    done = home.run(home.picture(), "--json")
+def test_as_json(home: Studio) -> None:
+    done = home.inspect(home.picture(), "--json")
     assert (done.returncode, done.stderr) == (0, "")
     read = json.loads(done.stdout)
     assert read["settings"]["request"]["prompt"] == HOSTILE
@@ -87,16 +72,16 @@ def test_as_json(home: Home) -> None:
     assert done.stdout.isascii() and "\x1b" not in done.stdout
 
 
-def test_ones_own_message_is_looked_for_too(home: Home) -> None:
+def test_ones_own_message_is_looked_for_too(home: Studio) -> None:
     picture = home.picture(Message.parse("studio 1"))
-    assert "Watermark found" in home.run(picture, FLUX2_WATERMARK_MESSAGE="studio 1").stdout
-    assert "No watermark found" in home.run(picture).stdout
+    assert "Watermark found" in home.inspect(picture, FLUX2_WATERMARK_MESSAGE="studio 1").stdout
+    assert "No watermark found" in home.inspect(picture).stdout
 
 
-def test_anybodys_picture(home: Home) -> None:
+def test_anybodys_picture(home: Studio) -> None:
     path = home.folder / "photo.jpg"
     Image.new("RGB", (300, 300)).save(path)
-    done = home.run(path)
+    done = home.inspect(path)
     assert done.returncode == 0
     assert "- There are no settings in the file." in done.stdout and "no content credentials" in done.stdout
     assert not (home.folder / "home").exists(), "looking at a picture makes no identity"
@@ -107,12 +92,12 @@ def test_anybodys_picture(home: Home) -> None:
     ("content", "says"), [(None, "There is no file"), (b"rubbish", "is not a picture"), (b"", "empty")]
 )
 def test_no_file_and_no_picture_are_a_users_error(
-    home: Home, content: bytes | None, says: str, json_too: tuple[str, ...]
+    home: Studio, content: bytes | None, says: str, json_too: tuple[str, ...]
 ) -> None:
     path = home.folder / "x.png"
     if content is not None:
         path.write_bytes(content)
-    done = home.run(path, *json_too)
+    done = home.inspect(path, *json_too)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("flux2-studio: ") and says in done.stderr and done.stderr.count("\n") == 1
 

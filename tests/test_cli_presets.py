@@ -15,7 +15,7 @@ from flux2_studio.outputs import metadata
 from flux2_studio.presets import Presets
 from flux2_studio.request import LoraChoice
 from flux2_studio.settings import PRESETS, Settings
-from tests.test_cli import ROOT, Home
+from tests.command_line import ROOT, Home
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from flux2_studio.safety.policy import Verdict
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
 from flux2_studio.tasks import Task
-from tests.test_jobs import PATIENCE, Gate, ScriptedStudio, endless, four_steps
+from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, endless, four_steps
 
 
 class Flags:

@@ -12,7 +12,6 @@ import pytest
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, StudioError, UpsampleError, WeightsError
 from flux2_studio.events import (
-    FINAL,
     Event,
     Failed,
     Notice,
@@ -32,65 +31,9 @@ from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import History
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
-from flux2_studio.tasks import Enrichment, Job, Task
+from flux2_studio.tasks import Enrichment, Job
 from flux2_studio.upsample import ApiKey
-
-PATIENCE = 10.0  # seconds until a test that hangs is called a failure
-Script = Callable[[Request, Callable[[], bool]], Iterator[Event]]
-
-
-class ScriptedStudio:
-    """Runs the script that the prompt names."""
-
-    def __init__(self, **scripts: Script) -> None:
-        self.scripts = scripts
-        self.ran: list[str] = []
-        self.keys: list[ApiKey | None] = []
-
-    def resolve(self, request: Request, key: ApiKey | None = None) -> Request:
-        if request.prompt not in self.scripts:
-            raise RequestError("no such script")
-        return request.resolve(next(one for one in CHECKPOINTS if one.name == (request.checkpoint or "nano")))
-
-    def generate(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
-        self.ran.append(request.prompt)
-        self.keys.append(key)
-        return self.scripts[request.prompt](request, cancelled)
-
-    def enrich(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
-        self.ran.append(f"enrich {request.prompt}")
-        self.keys.append(key)
-        return self.scripts[request.prompt](request, cancelled)
-
-    def draft(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
-        self.ran.append(f"draft {request.prompt}")
-        return self.scripts[request.prompt](request, cancelled)
-
-    def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
-        self.ran.append(f"prepare {name}")
-        yield Status(text="loading")
-        waited = threading.Event()
-        while name == "nano-base" and not cancelled():  # one that takes for ever
-            waited.wait(0.01)
-        yield Stopped() if cancelled() else Ready(checkpoint=name)
-
-
-def preview(step: int, steps: int = 4) -> Preview:
-    return Preview(step=step, steps=steps, images=(), first=0, count=1, seconds_left=None)
-
-
-def result(request: Request) -> Result:
-    return Result(request=request, images=(Path("a.png"),), seeds=request.seeds, seconds=1.0)
-
-
-def four_steps(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
-    yield Status(text="drawing")
-    for step in range(1, 5):
-        if cancelled():
-            yield Stopped()
-            return
-        yield preview(step)
-    yield result(request)
+from tests.scripted_studio import PATIENCE, Gate, Script, ScriptedStudio, endless, follow, four_steps, preview, result
 
 
 def bad_weights(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
@@ -101,31 +44,6 @@ def bad_weights(request: Request, cancelled: Callable[[], bool]) -> Iterator[Eve
 def defect(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
     yield preview(1)
     raise ZeroDivisionError("secret detail")
-
-
-def endless(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
-    """Ends by itself, wrongly, when nobody cancels it in time."""
-    waited = threading.Event()
-    for step in range(1, 1 + int(PATIENCE / 0.01)):
-        if cancelled():
-            yield Stopped(images=(Path("first.png"),), seeds=(1,))
-            return
-        yield preview(step, 1000)
-        waited.wait(0.01)
-    yield result(request)
-
-
-class Gate:
-    """A script that says it has begun, and goes on when it is told."""
-
-    def __init__(self) -> None:
-        self.begun = threading.Event()
-        self.go = threading.Event()
-
-    def __call__(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
-        self.begun.set()
-        assert self.go.wait(PATIENCE)
-        yield Stopped() if cancelled() else result(request)
 
 
 @pytest.fixture
@@ -142,13 +60,6 @@ def start(request: pytest.FixtureRequest) -> Callable[..., tuple[JobQueue, Scrip
 
 
 Start = Callable[..., tuple[JobQueue, ScriptedStudio]]
-
-
-def follow(job: Task, since: int = 0) -> list[Event]:
-    """All events until the run ends; fails rather than hangs."""
-    events = [event for _, event in job.events(since, timeout=PATIENCE)]
-    assert events and isinstance(events[-1], FINAL), f"the run did not end: {events}"
-    return events
 
 
 def test_a_run_from_submit_to_result(start: Start) -> None:

@@ -25,7 +25,7 @@ from flux2_studio.ui.following import MEANWHILE, Follower, Watch, form_of
 from flux2_studio.ui.run_view import RunView
 from flux2_studio.ui.visitors import COOKIE, owner_of
 from flux2_studio.ui.wiring import Update
-from tests.test_jobs import PATIENCE, Gate, ScriptedStudio, endless, four_steps, preview
+from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, endless, four_steps, preview
 
 ME = SimpleNamespace(username=None, cookies={COOKIE: "m" * 40}, session_hash="tab")
 SOMEBODY = SimpleNamespace(username=None, cookies={COOKIE: "s" * 40}, session_hash="tab")

@@ -19,7 +19,7 @@ from flux2_studio.settings import Settings
 from flux2_studio.ui import queue_panel
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.visitors import COOKIE, Visitors
-from tests.test_jobs import PATIENCE, Gate, ScriptedStudio, four_steps
+from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, four_steps
 
 MINE, YOURS = "m" * 43, "y" * 43
 SITE = {"Sec-Fetch-Site": "same-origin"}
