@@ -55,7 +55,9 @@ Graphs = Literal["on", "off"]
 PreviewKind = Literal["tiny", "linear", "off"]
 Safety = Literal["auto", "on", "warn", "off"]
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+# In a repository both folders stand beside the package, in an installed wheel inside it.
+_PACKAGE = Path(__file__).resolve().parent
+ASSETS = next(folder for folder in (_PACKAGE / "assets", _PACKAGE.parent / "assets") if folder.is_dir())
 PRESETS = ASSETS.parent / "presets"
 
 
