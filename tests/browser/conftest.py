@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,31 +18,19 @@ from flux2_studio.outputs.metadata import encode
 from flux2_studio.outputs.save import Library
 from flux2_studio.record import Record
 from flux2_studio.request import Request
+from tests.browser.pages.history import FOX, OWL, tiles
+from tests.browser.pages.masks import SIZE
+from tests.browser.steps import open_tab
+from tests.browser.studio import PATIENCE, ROOT, App, environment, open_studio, started
 from tests.fake_openai import FakeOpenAI, says
+from tests.loras import write_lora
 from tests.tiny import Toys
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-STARTED_IN = 120  # seconds; a busy machine may take long, a broken app ends at once
-PATIENCE = 180_000  # milliseconds that expect() waits: a slow machine that does other work takes its time
+# Parts of Chromium's own window, of which a page has no use: each new page starts them, which takes a second of CPU
+# time. The rest is what Playwright switches off, for the last list of features is the one that counts.
+UNUSED = "WebUIOmniboxPopup,WebUIOmniboxAimPopup,MediaRouter,PaintHolding,Translate,HttpsUpgrades,OptimizationHints"
 
 expect.set_options(timeout=PATIENCE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class App:
-    url: str
-    home: Path
-    log: Path
-
-    def pictures(self) -> list[Path]:
-        """The saved pictures, oldest first."""
-        return sorted((self.home / "outputs").rglob("*.png"), key=lambda path: path.stat().st_mtime_ns)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -69,54 +49,6 @@ def app(tmp_path_factory: pytest.TempPathFactory, toys: Toys, language_model: Fa
         yield App(url=url, home=home, log=log)
 
 
-def environment(home: Path, toys: Toys) -> dict[str, str]:
-    """That of a studio without a network, with toys for klein 4B and Base 4B."""
-    overrides = toys.settings(home, ("klein-4b", "klein-base-4b")).overrides
-    # OMP_NUM_THREADS: what is set for the tests' own process is not meant for a studio that a person waits for.
-    given = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    return {
-        **{name: value for name, value in given.items() if not name.startswith(("FLUX2_", "GRADIO_"))},
-        **{name: str(path) for name, path in overrides.items()},
-        "FLUX2_HOME": str(home),
-        "FLUX2_DEVICE": "cpu",
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
-@contextmanager
-def started(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[str]:
-    """The address of a studio that `python *arguments PORT` starts; what it writes goes to `log`."""
-    port = free_port()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, *arguments, str(port)], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
-    url = f"http://127.0.0.1:{port}/"
-    try:
-        deadline = time.monotonic() + STARTED_IN
-        while not answers(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the studio does not answer:\n{log.read_text()}")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(STARTED_IN)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            pytest.fail(f"the studio does not end:\n{log.read_text()}")
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -124,7 +56,8 @@ def browser() -> Iterator[Browser]:
         pytest.fail("The browser tests need Chromium: `make chromium` installs it, or put `chromium` on the PATH.")
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--disable-features={UNUSED}"],
         )
         yield launched
         launched.close()
@@ -168,14 +101,6 @@ def open_page(context: BrowserContext, app: App) -> Callable[[], Page]:
     return opened
 
 
-def open_studio(page: Page, url: str) -> None:
-    """Go to the studio at `url` and wait until its form can be filled in."""
-    page.goto(url)
-    expect(page.locator("#generate .run")).to_be_enabled()
-    # Its seed is emptied once the page is open: one that was typed before would be gone.
-    expect(page.locator("#generate .seed input")).to_have_value("")
-
-
 @pytest.fixture
 def page(open_page: Callable[[], Page]) -> Page:
     return open_page()
@@ -199,3 +124,58 @@ def remember(context: BrowserContext, app: App) -> Callable[[str, int], Path]:
         return file
 
     return remembered
+
+
+@pytest.fixture
+def filled(remember: Callable[[str, int], Path], open_page: Callable[[], Page]) -> Page:
+    """A browser's page whose history holds a fox and, newer, an owl."""
+    remember(FOX, 11)
+    remember(OWL, 12)
+    page = open_page()
+    open_tab(page, "History")
+    expect(tiles(page)).to_have_count(2)
+    return page
+
+
+@pytest.fixture
+def fox(tmp_path: Path) -> Path:
+    path = tmp_path / "fox.png"
+    Image.open(ROOT / "assets" / "examples" / "fox.png").convert("RGB").resize(SIZE).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(app: App) -> Iterator[Path]:
+    """The LoRAs' folder with two for nano and one for another checkpoint, emptied afterwards."""
+    folder = app.home / "loras"
+    write_lora(folder / "ink.safetensors", odd=True)
+    write_lora(folder / "styles" / "grain.safetensors", seed=1)
+    write_lora(folder / "big.safetensors", 4096)
+    yield folder
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+
+
+@pytest.fixture
+def opened_in(browser: Browser, app: App) -> Iterator[Callable[..., Page]]:
+    contexts: list[BrowserContext] = []
+
+    def opened(locale: str) -> Page:
+        context = browser.new_context(viewport={"width": 1440, "height": 900}, locale=locale)
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        open_studio(page, app.url)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def model(language_model: FakeOpenAI) -> Iterator[FakeOpenAI]:
+    """The app's language model, which writes `RICH` unless a test has it do something else."""
+    language_model.replies[:] = [says("A flat red apple ", "on a yellow background")]
+    language_model.asked.clear()
+    yield language_model

@@ -9,7 +9,7 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.conftest import ROOT
+from tests.browser.studio import ROOT
 
 EXAMPLES = ROOT / "assets" / "examples"
 

@@ -2,51 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-from typing import Any
-
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import App
-from tests.browser.steps import EXAMPLES, expect_finished, open_tab, run, set_count, upload, write
-
-AXE = (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
-GRAVE = ("serious", "critical")
-TABS = ("Generate", "Edit", "Multi-reference", "Explore", "History", "Inspect", "Models")
-DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
-
-UNFOLD = """() => [...document.querySelectorAll('#tabs button.label-wrap')]
-  .filter((button) => button.offsetParent && button.getAttribute('aria-expanded') !== 'true'
-    && !button.classList.contains('open'))
-  .map((button) => button.click()).length"""
-ASK = """(rules) => axe.run({resultTypes: ['violations'], ...(rules ? {runOnly: {type: 'rule', values: rules}} : {})})
-  .then(({violations}) => violations)"""
-DARK = "(dark) => document.body.classList.toggle('dark', dark)"
-
-
-def violations(page: Page, where: str) -> list[str]:
-    """What axe-core finds grave on the page as it is now: all of it on a phone in the dark, and on a desk what depends
-    on the colours, in the light. Colours do not depend on the screen, and nothing else on the colours."""
-    if not page.evaluate("Boolean(window.axe)"):
-        page.evaluate(AXE)
-    page.emulate_media(reduced_motion="reduce")  # no colour fades into another while it is measured
-    told = []
-    for screen, dark, rules in (
-        (PHONE, True, None),
-        (DESK, False, ["color-contrast"]),
-    ):
-        page.set_viewport_size(screen)  # type: ignore[arg-type]
-        page.evaluate(DARK, dark)
-        page.wait_for_timeout(100)
-        found: list[dict[str, Any]] = page.evaluate(ASK, rules)
-        told += [
-            f"{where}, {screen['width']} pixels, {'dark' if dark else 'light'}: {rule['id']} at {node['target']}: "
-            f"{node['html'][:200]}\n{node['failureSummary']}"
-            for rule in found
-            if rule["impact"] in GRAVE
-            for node in rule["nodes"]
-        ]
-    return told
+from tests.browser.pages.axe import TABS, UNFOLD, violations
+from tests.browser.steps import open_tab
 
 
 def test_every_tab_before_anything_was_made(page: Page) -> None:
@@ -63,56 +22,4 @@ def test_every_tab_before_anything_was_made(page: Page) -> None:
     page.locator("#keys").click()
     expect(page.locator("#keys-help")).to_be_visible()
     found += violations(page, "Keys")
-    assert not found, "\n\n".join(found)
-
-
-def test_what_a_run_leaves(page: Page, app: App) -> None:
-    found = []
-    run(page, "generate")
-    expect(page.locator("#message .problem")).to_be_visible()
-    found += violations(page, "an error")
-    write(page, "generate", "a fox")
-    set_count(page, "generate", 2)
-    run(page, "generate")
-    expect_finished(page, 2)
-    found += violations(page, "two results")
-    open_tab(page, "Edit")
-    upload(page, "edit", EXAMPLES / "fox.png")
-    expect(page.locator("#edit")).to_contain_text("As image 1: 128 x 128 pixels")
-    page.locator("#edit .edits button.label-wrap").click()
-    expect(page.locator("#edit .mask canvas")).to_be_visible()
-    found += violations(page, "a mask")
-    write(page, "edit", "make the background yellow")
-    run(page, "edit")
-    expect_finished(page)
-    found += violations(page, "an edit and what it was made of")
-    open_tab(page, "Multi-reference")
-    upload(page, "multi", EXAMPLES / "rocket.png", EXAMPLES / "car.png")
-    expect(page.locator("#multi")).to_contain_text("As image 1:")  # until then it is the browser's own view of them
-    page.locator("#multi .references .thumbnail-item").first.click()
-    page.locator("#multi .name").locator("input, textarea").fill("rocket")
-    page.keyboard.press("Enter")
-    expect(page.locator("#multi .references .caption-label").first).to_have_text("image 1 · @rocket")
-    found += violations(page, "a named reference")
-    page.locator("#multi .from-history").click()
-    page.locator("#picker .tile").first.click()
-    found += violations(page, "pictures of History to choose from")
-    page.keyboard.press("Escape")
-    open_tab(page, "Inspect")
-    page.locator("#inspect .references input[type=file]").set_input_files(app.pictures()[-1])
-    expect(page.locator("#inspect-restore")).to_be_visible()
-    page.locator("#inspect-raw button.label-wrap").click()
-    found += violations(page, "an inspection")
-    open_tab(page, "History")
-    expect(page.locator("#history .tile").first).to_be_visible()
-    page.locator("#history .pick").first.check(force=True)
-    found += violations(page, "History")
-    page.locator("#history .open").first.click()
-    expect(page.locator("#history .viewer")).to_be_visible()
-    found += violations(page, "a picture of History")
-    page.keyboard.press("Escape")
-    open_tab(page, "Generate")
-    page.locator("#checkpoint input").click()
-    expect(page.get_by_role("option").first).to_be_visible()
-    found += violations(page, "the checkpoints")
     assert not found, "\n\n".join(found)

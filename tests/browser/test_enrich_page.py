@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from playwright.sync_api import Page, expect
 
-import pytest
-from playwright.sync_api import Locator, Page, expect
-
-from tests.browser.conftest import App
-from tests.browser.steps import choose_checkpoint, expect_finished, problem, run, settings, write
-from tests.fake_openai import FakeOpenAI, refuses, says, silent
-
-KEY = "sk-or-v1-typed-on-the-page"
-RICH = "A flat red apple on a yellow background"
-
-
-@pytest.fixture
-def model(language_model: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    """The app's language model, which writes `RICH` unless a test has it do something else."""
-    language_model.replies[:] = [says("A flat red apple ", "on a yellow background")]
-    language_model.asked.clear()
-    yield language_model
-
-
-def panel(page: Page, form: str = "generate") -> Locator:
-    return page.locator(f"#{form} .upsampling")
-
-
-def unfold(page: Page, by: str, form: str = "generate") -> Locator:
-    """The panel, open, with `by` chosen."""
-    here = panel(page, form)
-    here.locator(".label-wrap").first.click()
-    here.get_by_label(by).check()
-    return here
+from tests.browser.pages.enriching import KEY, RICH, unfold
+from tests.browser.steps import expect_finished, run, settings, write
+from tests.browser.studio import App
+from tests.fake_openai import FakeOpenAI
 
 
 def test_a_prompt_is_enriched_beside_the_original_and_back(page: Page, model: FakeOpenAI) -> None:
@@ -57,34 +32,6 @@ def test_a_prompt_is_enriched_beside_the_original_and_back(page: Page, model: Fa
     expect(here.get_by_role("button", name="Undo")).to_be_hidden()
 
 
-def test_what_the_model_writes_is_seen_as_it_comes_and_can_be_stopped(page: Page, model: FakeOpenAI) -> None:
-    model.replies[:] = [silent("A red ", "apple")]
-    write(page, "generate", "apple")
-    here = unfold(page, "OpenRouter or your server")
-    here.get_by_role("button", name="Enrich now").click()
-    expect(here.locator(".written textarea")).to_have_value("A red apple")
-    here.get_by_role("button", name="Stop").click()
-    expect(here.get_by_text("Stopped.")).to_be_visible()
-    expect(here.locator(".written textarea")).to_be_hidden()
-    expect(here.get_by_role("button", name="Enrich now")).to_be_enabled()
-    expect(page.locator("#generate .prompt textarea")).to_have_value("apple")
-
-
-def test_a_failure_is_seen_and_leaves_nothing_that_could_be_used(page: Page, model: FakeOpenAI) -> None:
-    model.replies[:] = [says(RICH), says("I'm sorry, but I can't help with that request."), refuses(401)]
-    write(page, "generate", "apple")
-    here = unfold(page, "OpenRouter or your server")
-    for said in ("", "The language model refused", "asks for an API key"):
-        here.get_by_role("button", name="Enrich now").click()
-        if said:
-            expect(here.locator(".problem")).to_contain_text(said)
-            expect(here.locator(".problem")).to_be_visible()
-            expect(here.locator(".written textarea")).to_be_hidden()
-            expect(here.get_by_role("button", name="Use as prompt")).to_be_hidden()
-        else:
-            expect(here.get_by_role("button", name="Use as prompt")).to_be_visible()
-
-
 def test_straight_into_the_run(page: Page, model: FakeOpenAI, app: App) -> None:
     write(page, "generate", "apple")
     here = unfold(page, "OpenRouter or your server")
@@ -100,48 +47,3 @@ def test_straight_into_the_run(page: Page, model: FakeOpenAI, app: App) -> None:
     assert app.pictures()[-1] in files
     for file in (*files, app.log):
         assert KEY.encode() not in file.read_bytes(), file
-
-
-def test_a_failure_stops_the_run_and_one_click_goes_without(page: Page, model: FakeOpenAI, app: App) -> None:
-    model.replies[:] = [refuses(402)]
-    before = len(app.pictures())
-    write(page, "generate", "a flat owl")
-    unfold(page, "OpenRouter or your server")
-    run(page, "generate")
-    expect(problem(page)).to_contain_text("no credit left")
-    assert len(app.pictures()) == before
-    without = page.get_by_role("button", name="Generate without enriching")
-    write(page, "generate", "a flat fox")
-    without.click()
-    expect_finished(page)
-    expect(without).to_be_hidden()
-    assert settings(page)["Prompt"] == "a flat fox"
-    assert len(app.pictures()) == before + 1
-
-
-def test_what_each_choice_costs_is_said_before(page: Page) -> None:
-    here = unfold(page, "On this machine")
-    expect(here).to_contain_text("has no language model on this machine")
-    expect(here.get_by_role("button", name="Enrich now")).to_be_hidden()
-    expect(here.get_by_label("API key")).to_be_hidden()
-    choose_checkpoint(page, "FLUX.2 klein 4B")
-    expect(here).to_contain_text("own text encoder")
-    expect(here.locator(".local-model")).to_be_visible()
-    here.get_by_label("OpenRouter or your server").check()
-    expect(here).to_contain_text("go to 127.0.0.1")
-    expect(here.get_by_label("API key")).to_have_attribute("type", "password")
-    here.get_by_label("Off").check()
-    expect(here.get_by_role("button", name="Enrich now")).to_be_hidden()
-
-
-def test_enriching_is_off_until_it_is_wanted(page: Page) -> None:
-    for form, tab, told in (
-        ("generate", "Generate", "draws what it reads"),
-        ("edit", "Edit", "changes pictures"),
-        ("multi", "Multi-reference", "changes pictures"),
-    ):
-        page.get_by_role("tab", name=tab).click()
-        panel(page, form).locator(".label-wrap").first.click()
-        expect(panel(page, form).get_by_label("Off")).to_be_checked()
-        panel(page, form).get_by_text("What the language model is told").click()
-        expect(panel(page, form)).to_contain_text(told)

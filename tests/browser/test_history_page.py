@@ -3,55 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 
-import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import PATIENCE, App
-from tests.browser.steps import expect_finished, open_tab, run, write
-
-FOX = "a flat fox <img src=x onerror='window.hacked=1'> on a pink background"
-OWL = "a 3D OWL on a blue background"
-
-
-@pytest.fixture
-def filled(remember: Callable[[str, int], Path], open_page: Callable[[], Page]) -> Page:
-    """A browser's page whose history holds a fox and, newer, an owl."""
-    remember(FOX, 11)
-    remember(OWL, 12)
-    page = open_page()
-    open_tab(page, "History")
-    expect(tiles(page)).to_have_count(2)
-    return page
-
-
-def tiles(page: Page) -> Locator:
-    return page.locator("#history .tile")
-
-
-def tile(page: Page, word: str) -> Locator:
-    return page.locator("#history .tile").filter(has=page.get_by_role("button", name=re.compile(f"Open: .*{word}")))
-
-
-def viewer(page: Page) -> Locator:
-    return page.locator("#history .viewer")
-
-
-def open_picture(page: Page, word: str) -> Locator:
-    tile(page, word).locator(".open").click()
-    expect(viewer(page)).to_be_visible()
-    expect(viewer(page).locator(".prompt-text")).to_contain_text(word)
-    return viewer(page)
-
-
-def act(page: Page, name: str) -> None:
-    viewer(page).locator(f"[data-do={name}]").click()
-
-
-def id_of(page: Page, word: str) -> str:
-    return tile(page, word).get_attribute("data-id") or ""
+from tests.browser.pages.history import FOX, OWL, act, open_picture, tile, tiles
+from tests.browser.steps import expect_finished, open_tab
+from tests.browser.studio import App
 
 
 def test_pictures_are_found_marked_and_looked_at_by_keys(filled: Page) -> None:
@@ -138,98 +95,3 @@ def test_settings_are_reused_and_run_again_makes_the_same_picture(filled: Page, 
     open_tab(page, "History")
     expect(tiles(page)).to_have_count(3)  # the new one is at the top, unasked
     expect(tiles(page).first.locator(".open")).to_have_accessible_name(re.compile("fox"))
-
-
-def test_a_picture_is_varied(filled: Page, app: App) -> None:
-    page = filled
-    before = app.pictures()
-    open_picture(page, "OWL")
-    act(page, "vary")
-    expect_finished(page)
-    expect(page.locator("#settings")).to_contain_text(OWL)
-    expect(page.locator("#settings")).not_to_contain_text(re.compile(r"Seed\s*12\b"))
-    open_tab(page, "History")
-    expect(tiles(page)).to_have_count(3)
-    assert len(app.pictures()) == len(before) + 1
-    open_picture_at(page, 0)
-    expect(viewer(page).locator(".prompt-text")).to_have_text(OWL)
-    expect(viewer(page).locator("table")).not_to_contain_text(re.compile(r"Seed\s*12\b"))
-
-
-def open_picture_at(page: Page, place: int) -> None:
-    tiles(page).nth(place).locator(".open").click()
-    expect(viewer(page)).to_be_visible()
-
-
-def test_a_picture_is_sent_on_and_knows_what_became_of_it(filled: Page) -> None:
-    page = filled
-    open_picture(page, "OWL")
-    act(page, "multi")
-    expect(page.locator("#multi .references img")).to_have_count(1)
-    open_tab(page, "History")
-    open_picture(page, "fox")
-    act(page, "multi")
-    expect(page.locator("#multi .references img")).to_have_count(2)
-    open_tab(page, "History")
-    open_picture(page, "fox")
-    act(page, "edit")
-    expect(page.locator("#edit .references img")).to_be_visible()
-    write(page, "edit", "paint it blue")
-    run(page, "edit")
-    expect(page.locator("#settings")).to_contain_text("paint it blue")
-    expect_finished(page)
-    open_tab(page, "History")
-    shown = open_picture(page, "paint it blue")
-    shown.locator(".from [data-open]").click()
-    expect(shown.locator(".prompt-text")).to_have_text(FOX)
-    shown.locator(".into [data-open]").click()
-    expect(shown.locator(".prompt-text")).to_have_text("paint it blue")
-    act(page, "again")  # an edit again, with its reference
-    expect(page.locator("#edit .references img")).to_be_visible()
-    expect_finished(page)
-    open_tab(page, "History")
-    expect(tiles(page)).to_have_count(4)
-
-
-def test_another_browser_sees_nothing_of_it_and_is_told_what_to_do(filled: Page, browser: Browser, app: App) -> None:
-    id_ = id_of(filled, "fox")
-    addresses = [f"{app.url}history/{path}/{id_}" for path in ("picture", "thumbnail", "entry")]
-    assert [filled.request.get(address).status for address in addresses] == [200] * 3
-    other = browser.new_context()
-    try:
-        other.set_default_timeout(PATIENCE)
-        page = other.new_page()
-        page.goto(app.url)
-        open_tab(page, "History")
-        expect(page.locator("#history .nothing")).to_contain_text("Your pictures will gather here")
-        expect(page.locator("#history .nothing")).to_contain_text("Make the first one on the Generate tab")
-        expect(page.locator("#history .filters")).to_be_hidden()
-        assert [page.request.get(address).status for address in addresses] == [404] * 3
-        page.evaluate("(id) => { window.studioHistory.asked = id; }", id_)
-        page.locator("#history-edit").evaluate("(button) => button.click()")
-        expect(page.get_by_text("not in your history any more")).to_be_visible()
-    finally:
-        other.close()
-
-
-def test_a_lost_file_is_a_marked_tile(remember: Callable[[str, int], Path], open_page: Callable[[], Page]) -> None:
-    file = remember(OWL, 12)
-    page = open_page()
-    open_tab(page, "History")
-    expect(tile(page, "OWL").locator("img")).to_be_visible()
-    file.unlink()
-    expect(tile(page, "OWL").locator(".lost")).to_have_text("The file is missing")  # at the next look
-    shown = open_picture(page, "OWL")
-    expect(shown.locator("figure .lost")).to_contain_text("Run again makes it once more")
-    expect(shown.locator("[data-do=edit]")).to_be_disabled()
-
-
-def test_works_on_a_phone(filled: Page) -> None:
-    page = filled
-    page.set_viewport_size({"width": 390, "height": 844})
-    open_picture(page, "OWL")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    box = viewer(page).locator("[data-do=vary]").bounding_box()
-    assert box is not None and box["height"] >= 44 and box["x"] + box["width"] <= 390
-    act(page, "older")
-    expect(viewer(page).locator(".prompt-text")).to_have_text(FOX)

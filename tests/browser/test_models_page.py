@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
-from tests.browser.conftest import started
+from tests.browser.studio import started
 from tests.models.fake_hub import CHECKPOINT, OTHER, TOY, FakeHub, serve
 
 PACE = 2.0  # seconds for each 50 kB, of which the toy has sixty: no download ends before a test lets it

@@ -6,8 +6,8 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from flux2_studio.outputs import metadata
-from tests.browser.conftest import App
 from tests.browser.steps import choose_checkpoint, open_tab, set_number, set_size, write
+from tests.browser.studio import App
 
 
 def test_a_stopped_run_s_preview_is_kept(page: Page, app: App) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from playwright.sync_api import Browser, Page, expect
 
-from playwright.sync_api import Browser, BrowserContext, Page, expect
-
-from tests.browser.conftest import PATIENCE, App, open_studio
 from tests.browser.steps import (
     WATCH,
     choose_checkpoint,
@@ -18,11 +14,10 @@ from tests.browser.steps import (
     run,
     run_on,
     set_count,
-    set_size,
-    settings,
     stop,
     write,
 )
+from tests.browser.studio import PATIENCE, App, open_studio
 
 
 def test_a_reload_finds_the_run_again(page: Page) -> None:
@@ -35,26 +30,6 @@ def test_a_reload_finds_the_run_again(page: Page) -> None:
     stop(page)
     expect(page.locator("#progress")).to_contain_text("Stopped")
     expect(page.locator("#queue")).to_be_hidden()
-
-
-def test_a_run_that_ended_meanwhile_is_shown(open_page: Callable[[], Page], context: BrowserContext, app: App) -> None:
-    first = open_page()
-    write(first, "generate", "a sunflower")
-    set_size(first, "generate", 256, 256)
-    set_count(first, "generate", 16)  # it is not over before its page is closed
-    run(first, "generate")
-    expect(first.locator("#generate .seed input")).not_to_have_value("")  # it has begun
-    first.close()
-    deadline = time.monotonic() + PATIENCE / 1000
-    while context.request.get(f"{app.url}queue/state").text() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    second = open_page()
-    expect_finished(second, 16)
-    expect(second.locator("#notices")).to_contain_text("This run ended while the page was closed.")
-    assert settings(second)["Prompt"] == "a sunflower"
-    second.reload()
-    expect(second.locator("#generate .run")).to_be_enabled()
-    expect(second.locator("#preview")).to_contain_text("Your picture will appear here")  # that was news once
 
 
 def test_the_queue_is_put_in_order(page: Page, app: App) -> None:
