@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from flux2_studio import line
 from flux2_studio.errors import SaveError, StudioError, UpsampleError
-from flux2_studio.events import Event, Failed, Notice, Queued, Ready, Saved, Stopped
+from flux2_studio.events import Drafted, Event, Failed, Notice, Preview, Queued, Ready, Result, Saved, Stopped
 from flux2_studio.outputs.history import History
 from flux2_studio.outputs.journal import Entry, Journal
 from flux2_studio.request import Request, changes
@@ -80,7 +80,7 @@ class JobQueue:
         self._running: Task | None = None
         self._waiting: list[Job] = []  # oldest first
         self._wanted: Preparation | None = None
-        self._loaded: str | None = None  # the checkpoint that ran, or was loaded, last
+        self._loaded: str | None = None  # the checkpoint that is in memory; None where that is not known
         self._closed = False
         self._changed = threading.Condition()
         self._renewing = threading.Lock()
@@ -251,7 +251,7 @@ class JobQueue:
         with self._changed:
             running = [self._running] if isinstance(self._running, Job) else []
             left = [job for job in self._waiting if not job.finished]
-            ahead = [*running, *line.order(left, self._loaded)]
+            ahead = [*running, *line.order(left, self._loaded_next)]
         found, others = [], 0
         for place, job in enumerate(ahead):
             if job.owner != owner:
@@ -265,7 +265,7 @@ class JobQueue:
         with self._changed:
             waiting = [job for job in self._waiting if not job.finished]
             job = next((job for job in waiting if job.id == id_ and job.owner == owner), None)
-            if job is None or not line.move(waiting, job, self._loaded, later=later):
+            if job is None or not line.move(waiting, job, self._loaded_next, later=later):
                 return
             self._waiting = waiting
             self._tell_places()
@@ -330,7 +330,7 @@ class JobQueue:
         replaced = isinstance(running, Draft) and running.cancelled  # it makes room at its next step
         ahead = int(isinstance(running, Job) and not replaced)
         left = [job for job in self._waiting if not job.finished]
-        for place, job in enumerate(line.order(left, self._loaded), start=ahead):
+        for place, job in enumerate(line.order(left, self._loaded_next), start=ahead):
             if place:
                 job.add(Queued(ahead=place))
 
@@ -341,7 +341,9 @@ class JobQueue:
                 self._waiting = [job for job in self._waiting if not job.finished]
                 if self._waiting:
                     job = line.take(self._waiting, self._loaded)
-                    self._running, self._loaded = job, job.leaves
+                    self._running = job
+                    if job.leaves != self._loaded:
+                        self._loaded = None  # until the run shows that its own is
                     self._tell_places()
                     return job
                 if self._closed:
@@ -350,6 +352,21 @@ class JobQueue:
                     self._running, self._wanted = self._wanted, None
                     return self._running
                 self._changed.wait()
+
+    @property
+    def _loaded_next(self) -> str | None:
+        """The checkpoint that is in memory once the run under way is done."""
+        return self._running.leaves if isinstance(self._running, Job) else self._loaded
+
+    def _note_loaded(self, task: Task, event: Event) -> None:
+        """Note what `event` says of the checkpoint in memory: after a failure nobody knows which one is."""
+        with self._changed:
+            if task is not self._running or not isinstance(task, Job | Preparation):  # it is done on another machine
+                return
+            if isinstance(event, Preview | Drafted | Result | Ready):
+                self._loaded = task.leaves
+            elif isinstance(event, Failed):
+                self._loaded = None
 
     def _work(self) -> None:
         while (task := self._take()) is not None:
@@ -369,15 +386,20 @@ class JobQueue:
             for event in self._events(task):
                 if isinstance(event, Saved):  # before anybody is told: whoever looks then finds it
                     self._remember(task, event)
+                self._note_loaded(task, event)
                 task.add(event)
             if not task.finished:  # its followers would wait for ever
                 raise RuntimeError("the run ended without a final event")
         except StudioError as error:
-            task.add(Failed(message=str(error), upsampling=isinstance(error, UpsampleError)))
+            self._fail(task, Failed(message=str(error), upsampling=isinstance(error, UpsampleError)))
         except Exception:
             # A defect of ours: the log has it whole, the user reads what can be done.
             log.exception("run %s failed", task.id)
-            task.add(Failed(message=DEFECT))
+            self._fail(task, Failed(message=DEFECT))
+
+    def _fail(self, task: Task, event: Failed) -> None:
+        self._note_loaded(task, event)
+        task.add(event)
 
     def _remember(self, task: Task, saved: Saved) -> None:
         """Put the picture into the history. Where that fails, it is on disk all the same, and the run goes on."""
@@ -409,5 +431,3 @@ class JobQueue:
             yield from self._studio.generate(task.request, lambda: task.cancelled, task.key)
         elif isinstance(task, Preparation):
             yield from self._studio.prepare(task.checkpoint, lambda: task.cancelled)
-            with self._changed:
-                self._loaded = task.checkpoint

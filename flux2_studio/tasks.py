@@ -159,3 +159,7 @@ class Preparation(Task):
     def __init__(self, checkpoint: str, owner: str) -> None:
         super().__init__(owner)
         self.checkpoint = checkpoint
+
+    @property
+    def leaves(self) -> str:
+        return self.checkpoint
