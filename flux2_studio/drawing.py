@@ -298,13 +298,28 @@ def draw(
             )
         pictures = []
         for latent in latents.split(1):
-            pixels = yield from run.working(lambda progress: run.session.decode(latent, progress))  # noqa: B023
+            pixels = yield from decode(run, latent)
             pictures += [visible(image, run.request) for image in images_from_pixels(pixels)]
         return pictures
     except (RuntimeError, MemoryError) as error:
         if len(records) == 1 or not is_out_of_memory(error):
             raise
         return None
+
+
+def decode(run: Run, latent: Tensor) -> Generator[Event, None, Tensor]:
+    """The pixels [1, 3, H, W] of a latent. Where the memory runs out, it is decoded again with less of it: what was
+    denoised is not lost."""
+    while True:
+        try:
+            return (yield from run.working(lambda progress: run.session.decode(latent, progress)))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)  # its frames hold what was allocated
+        if not run.session.decode_leaner():
+            raise failure
+        yield Notice(text="The memory ran out while the picture was decoded: decoding it again with less of it.")
 
 
 def visible(image: Image.Image, request: Request) -> Image.Image:

@@ -472,8 +472,9 @@ class Studio:
                 self._models.release_scratch()
                 yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
                 continue
+            decoded = {"autoencoder": strips(run.session.plan)}  # known only now: memory may have run out
             for picture, record in zip(pictures, records, strict=True):
-                yield from self._finish(run, picture, record)
+                yield from self._finish(run, picture, replace(record, computed={**record.computed, **decoded}))
             if self._pace is not None:
                 way = self._way(run.request, run.session.checkpoint, run.session.plan)
                 finishing = max(0.0, watch.lap() - sum(timer.batch))

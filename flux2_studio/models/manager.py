@@ -37,7 +37,17 @@ from flux2_studio.models.fingerprint import Fingerprints
 from flux2_studio.models.hub import Hub, Progress
 from flux2_studio.models.loras import Applied, Loras
 from flux2_studio.models.opened import SUBFOLDERS, TOKENS, Key, Opened, Opener, draws_itself
-from flux2_studio.models.plan import DECODING, DRAWING, PROMPT, REFERENCES, Plan, Workload, make_plan, spread
+from flux2_studio.models.plan import (
+    DECODING,
+    DRAWING,
+    PROMPT,
+    REFERENCES,
+    Plan,
+    Workload,
+    leaner_decoding,
+    make_plan,
+    spread,
+)
 from flux2_studio.models.processors import keep_to_quota, quota
 from flux2_studio.models.remembered import RememberingReferences, RememberingText
 from flux2_studio.models.remote_text import RemoteText
@@ -449,6 +459,16 @@ class Session:
         progress("Decoding", None)
         stage = self.plan.stage(DECODING)
         return autoencoder.decode(latent, stage.rows, HOST if stage.store else None)
+
+    def decode_leaner(self) -> bool:
+        """Have `decode` take less memory from now on, after it ran out. False where it cannot."""
+        leaner = leaner_decoding(self.plan, self._workload.height, self._residency.device)
+        if leaner is None:
+            return False
+        self.plan = leaner
+        self._replayed.give_up(RAN_OUT)
+        release(self._residency.device)
+        return True
 
     def preload(self, progress: Progress) -> None:
         """Bring in what fits at once: all, or what the first stage needs."""

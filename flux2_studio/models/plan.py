@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -189,6 +190,20 @@ class Plan:
         return " ".join(told)
 
 
+def leaner_decoding(plan: Plan, height: int, device: torch.device) -> Plan | None:
+    """`plan`, for a picture `height` pixels high, with a decoding that takes less memory: first with the autoencoder
+    alone on the device, then in lower and lower strips. None where it cannot take less."""
+    stage = plan.stage(DECODING)
+    alone = replace(stage, together=stage.parts, activations=max(stage.activations, plan.limit - stage.weights))
+    if alone == stage:
+        ways = _strips(height, apart=device.type == "cuda")
+        lower = ways[ways.index((stage.rows, stage.store)) + 1 :]
+        if not lower:
+            return None
+        alone = replace(stage, rows=lower[0][0], store=lower[0][1])
+    return replace(plan, stages=tuple(alone if it is stage else it for it in plan.stages))
+
+
 ORDER = PROMPT, REFERENCES, DRAWING, DECODING = "prompt", "references", "drawing", "decoding"
 _PARTS = {"text": "text encoder", "flow": "transformer", "autoencoder": "autoencoder"}
 
@@ -290,7 +305,7 @@ def _plan(
     for together, streams in ways:
         for batch in _batches(workload, device) if not streams else [1]:
             stages: list[Stage] = []
-            for group in _groups(_demands(needs, workload, batch, streaming), together):
+            for group in _groups(_demands(needs, workload, batch, device, streaming), together):
                 fitted = _fitted(needs, group, limit, streams)
                 if not fitted:
                     break
@@ -362,8 +377,10 @@ def _batches(workload: Workload, device: torch.device) -> list[int]:
     return list(range(most, 0, -1))
 
 
-def _demands(needs: Needs, workload: Workload, batch: int, apart: bool) -> list[_Demand]:
+def _demands(needs: Needs, workload: Workload, batch: int, device: torch.device, apart: bool) -> list[_Demand]:
     """The stages in their order. apart: whether the device has a main memory beside its own."""
+    encode_bytes = partial(footprint.encode_bytes, on_cpu=device.type == "cpu")
+    decode_bytes = partial(footprint.decode_bytes, on_cpu=device.type == "cpu")
     found = []
     if needs.text is not None:
         prompts = 2 if workload.guided else 1
@@ -376,30 +393,31 @@ def _demands(needs: Needs, workload: Workload, batch: int, apart: bool) -> list[
             _Demand(
                 name=REFERENCES,
                 parts=("autoencoder",),
-                activations=lambda rows, store: kept + footprint.encode_bytes(params, dtype, *largest, rows, store),
+                activations=lambda rows, store: kept + encode_bytes(params, dtype, *largest, rows, store),
                 ways=_strips(largest[1], apart),
             )
         )
-    found.append(_drawing(needs, workload, batch, kept))
+    found.append(_drawing(needs, workload, batch, device, kept))
     size = workload.width, workload.height
     latents = batch * workload.tokens * needs.transformer.in_channels * 4
     found.append(
         _Demand(
             name=DECODING,
             parts=("autoencoder",),
-            activations=lambda rows, store: kept + latents + footprint.decode_bytes(params, dtype, *size, rows, store),
+            activations=lambda rows, store: kept + latents + decode_bytes(params, dtype, *size, rows, store),
             ways=_strips(workload.height, apart),
         )
     )
     return found
 
 
-def _drawing(needs: Needs, workload: Workload, batch: int, contexts: int) -> _Demand:
+def _drawing(needs: Needs, workload: Workload, batch: int, device: torch.device, contexts: int) -> _Demand:
     rows = batch * (2 if workload.guided else 1)
     kept = sum(_tokens(size) for size in workload.references)
     # Beside what one evaluation takes: the latents before and after the step, the velocity, the clean estimate.
     state = contexts + 5 * batch * workload.tokens * needs.transformer.in_channels * 4
     size = workload.width, workload.height
+    on_cpu = device.type == "cpu"
 
     def activations(*_: object) -> int:
         evaluation = footprint.transformer_bytes(
@@ -415,9 +433,9 @@ def _drawing(needs: Needs, workload: Workload, batch: int, contexts: int) -> _De
         if not needs.previews:
             return state + evaluation
         preview = (
-            footprint.decode_bytes(needs.autoencoder_params, needs.autoencoder_dtype, *size, None)
+            footprint.decode_bytes(needs.autoencoder_params, needs.autoencoder_dtype, *size, None, on_cpu=on_cpu)
             if needs.tiny is None
-            else footprint.tiny_decode_bytes(needs.tiny_dtype, 1, *size)
+            else footprint.tiny_decode_bytes(needs.tiny_dtype, 1, *size, on_cpu=on_cpu)
         )
         if needs.reference_cache:
             preview += footprint.kept_bytes(needs.transformer, needs.flow_dtype, rows, kept)
@@ -441,7 +459,7 @@ def _strips(height: int, apart: bool) -> tuple[tuple[int | None, bool], ...]:
 def _least(needs: Needs, workload: Workload, device: torch.device, streaming: bool) -> int:
     """Bytes of device memory from which the request fits."""
     peaks = []
-    for demand in _demands(needs, workload, 1, streaming):
+    for demand in _demands(needs, workload, 1, device, streaming):
         parts = [needs.weights[part] for part in demand.parts]
         weights = sum(min(part.total, part.on_device(len(part.blocks)) if streaming else part.total) for part in parts)
         peaks.append(weights + min(demand.activations(*way) for way in demand.ways))

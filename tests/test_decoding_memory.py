@@ -1,0 +1,84 @@
+"""Memory that runs out while a picture is decoded: it is decoded again with less, and nothing is denoised twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux2_studio.events import Event, Notice, Preview, Result
+from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.models.manager import ModelManager, Session
+from flux2_studio.models.plan import DECODING, Stage
+from flux2_studio.outputs import metadata
+from flux2_studio.request import Request
+from flux2_studio.settings import Settings
+from flux2_studio.studio import Studio
+
+
+class Cramped(ModelManager):
+    """Models on a device in which decoding runs out of memory `failures` times."""
+
+    failures = 0
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, Hub(settings))
+        self.settings = settings
+        self.tried: list[Stage] = []
+        self.opened = 0
+
+    def open(self, *args: Any, **kwargs: Any) -> Session:
+        session = super().open(*args, **kwargs)
+        self.opened += 1
+        decode = session.decode
+
+        def cramped(latent: torch.Tensor, progress: Progress) -> torch.Tensor:
+            self.tried.append(session.plan.stage(DECODING))
+            if len(self.tried) <= self.failures:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return decode(latent, progress)
+
+        session.decode = cramped  # type: ignore[method-assign]
+        return session
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Cramped:
+    return Cramped(Settings(home=tmp_path, device="cpu", safety="off", preview="off"))
+
+
+def run(models: Cramped, **fields: Any) -> list[Event]:
+    request = Request(**{"prompt": "a cat", "seed": 4, "width": 64, "height": 256, **fields})
+    return list(Studio(models.settings, models).generate(request))
+
+
+def pictures(result: Event) -> list[np.ndarray]:
+    assert isinstance(result, Result)
+    return [np.asarray(Image.open(path).convert("RGB")).astype(int) for path in result.images]
+
+
+def test_it_is_decoded_again_in_lower_strips(models: Cramped) -> None:
+    models.failures = 2
+    events = run(models)
+    steps = [event.step for event in events if isinstance(event, Preview)]
+    assert steps == [1, 2, 3, 4] and models.opened == 1
+    first, alone, strips = models.tried
+    assert (first.rows, alone.rows, strips.rows) == (None, None, 128) and alone.together == ("autoencoder",)
+    assert sum("decoding it again" in event.text for event in events if isinstance(event, Notice)) == 2
+    assert isinstance(events[-1], Result)
+    record = metadata.read(events[-1].images[0].read_bytes()).record
+    assert record is not None and record.computed["autoencoder"] == "in strips of 128 rows"
+    models.failures = 0
+    (whole,), (found,) = pictures(run(models)[-1]), pictures(events[-1])
+    assert abs(whole - found).max() <= 1
+
+
+def test_a_batch_keeps_what_was_denoised(models: Cramped) -> None:
+    models.failures = 1
+    events = run(models, count=2)
+    assert [event.step for event in events if isinstance(event, Preview)] == [1, 2, 3, 4]
+    assert len(pictures(events[-1])) == 2 and len(models.tried) == 3
