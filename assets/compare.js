@@ -91,7 +91,7 @@
       address = source && new URL(source, location.href).href;
       at(50);
     };
-    dialog.addEventListener('close', () => show(null));
+    dialog.addEventListener('close', () => { if (!dialog.open) show(null); });  // it may be open again by now
     return show;
   };
 

@@ -12,7 +12,8 @@
   let asking = 0;  // the number of the last question: an older one's answer is not shown
   let loading = false;
   let changes = 0;  // made here: a list that was asked for before one of them is out of date
-  let shown = null;  // the id of the picture that is open
+  let shown = null;  // the id of the picture that is open, or about to be
+  let left = null;  // and of the one that was closed last
   let deleted = [];  // what Undo would bring back
   let trashed = [];
   let hide = 0;
@@ -155,6 +156,7 @@
     opened(page);
     part('.grid').replaceChildren(...entries.map(tile));
     tidy(counts);
+    fill();  // not awaited: the first page is there
   });
   const extend = told(async () => {
     if (!more || loading) return;
@@ -164,17 +166,22 @@
       const asked = query();
       asked.set('before', more);
       const page = await ask(`page?${asked}`);
-      if (mine !== asking) return;
-      more = page.more;
-      const fresh = page.entries.filter((entry) => !find(entry.id));
-      entries.push(...fresh);
-      part('.grid').append(...fresh.map(tile));
+      if (mine === asking) {
+        more = page.more;
+        const fresh = page.entries.filter((entry) => !find(entry.id));
+        entries.push(...fresh);
+        part('.grid').append(...fresh.map(tile));
+      }
     } finally {
       loading = false;
     }
-    const end = part('.more').getBoundingClientRect();
-    if (more && end.top < innerHeight + 600) await extend();  // the observer tells only of a change
+    await fill();
   });
+  // The observer tells only of a change: where the end is seen still, there is room for more.
+  const fill = async () => {
+    const end = part('.more');
+    if (end.offsetParent && end.getBoundingClientRect().top < innerHeight + 600) await extend();
+  };
   // New pictures at the top, and what was changed or deleted elsewhere, without moving what one looks at.
   const refresh = told(async () => {
     const [mine, before] = [asking, changes];
@@ -269,7 +276,13 @@
     const next = entries[place + by];
     if (next) await show(next.id);
   };
-  const close = () => { if (part('.viewer').open) part('.viewer').close(); };
+  // At once: the browser tells of it later, when another one may be asked for.
+  const leave = () => { [left, shown] = [shown, null]; };
+  const close = () => {
+    if (!part('.viewer').open) return;
+    leave();
+    part('.viewer').close();
+  };
 
   // --- changes
 
@@ -383,11 +396,11 @@
     part('.filters').addEventListener('input', search);
     part('.filters').addEventListener('reset', search);
     part('.filters').addEventListener('submit', (event) => { event.preventDefault(); load(); });
+    part('.viewer').addEventListener('cancel', leave);
     part('.viewer').addEventListener('close', () => {
+      if (part('.viewer').open) return;  // again, by now
       part('.history').append(part('.told'));
-      const id = shown;
-      shown = null;
-      tileOf(id)?.querySelector('.open').focus();
+      tileOf(left)?.querySelector('.open').focus();
     });
     part('.viewer').addEventListener('keydown', (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey || event.target.type === 'range') return;

@@ -206,6 +206,20 @@ test('a closed view is at rest when it opens again', async (t) => {
   assert.deepEqual(await it.state(), {...RESULT, bar: false});
 });
 
+test('a view that opens again before the browser tells that it was closed keeps its buttons', async (t) => {
+  const it = await viewer(t);
+  await it.show('/history/before/7');
+  await it.run(() => {
+    const dialog = document.querySelector('.viewer');
+    window.closed = new Promise((done) => { dialog.addEventListener('close', done); });
+    dialog.close();
+    dialog.showModal();
+    window.studioCompare.viewer(dialog, '/history/before/8');
+    return window.closed;
+  });
+  assert.deepEqual(await it.state(), RESULT);
+});
+
 test('an original that cannot be had is not offered', async (t) => {
   const it = await viewer(t, {answer: ({path}) => (path.includes('before') ? 404 : PIXEL)});
   await it.show('/history/before/7');

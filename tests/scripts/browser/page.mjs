@@ -90,11 +90,11 @@ export const open = async (t, {scripts, markup, style = '', before = '', answer 
     + `<body>${markup}</body></html>`;
   Object.assign(kept, {answer, errors: [], asked: []});
   const {errors, asked} = kept;
-  await page.emulateMedia({reducedMotion: 'no-preference'});
-  await page.mouse.move(0, 0);
+  t.after(() => assert.deepEqual(errors, [], 'no error in a script'));
   port += 1;
   await page.goto(`http://localhost:${port}/`);
-  t.after(() => assert.deepEqual(errors, [], 'no error in a script'));
+  await page.emulateMedia({reducedMotion: 'no-preference'});
+  await page.mouse.move(0, 0);
   return {
     page,
     context: kept.context,
