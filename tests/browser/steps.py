@@ -9,7 +9,7 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.studio import ROOT
+from tests.browser.studio import PATIENCE, ROOT
 
 EXAMPLES = ROOT / "assets" / "examples"
 
@@ -21,6 +21,21 @@ WATCH = """() => {
     if (image) window.previews.add(image.src);
   }).observe(document.body, {childList: true, subtree: true, attributes: true});
 }"""
+
+
+def wait_until(page: Page, condition: str, arg: Any = None) -> None:
+    """Wait until the script `condition` is true. expect() looks once a second, after the first; this ten times."""
+    page.wait_for_function(condition, arg=arg, polling=100, timeout=PATIENCE)
+
+
+def settle(page: Page) -> None:
+    """Wait until nothing on the page moves and all that was changed is laid out."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    wait_until(
+        page,
+        """() => document.getAnimations().every((it) =>
+          it.playState !== 'running' || it.effect.getComputedTiming().iterations === Infinity)""",
+    )
 
 
 def write(page: Page, form: str, prompt: str) -> None:
@@ -114,7 +129,14 @@ def told_json(page: Page) -> Any:
 def expect_finished(page: Page, pictures: int = 1) -> None:
     """Wait for the end of the run that `run` began, not of one before it."""
     word = "1 picture in" if pictures == 1 else f"{pictures} pictures in"
-    expect(page.locator("#progress p:not([data-earlier])")).to_contain_text(word)
+    told = "#progress p:not([data-earlier])"
+    wait_until(
+        page,
+        """([told, word]) => document.querySelector(told)?.textContent.includes(word)
+          || document.querySelector('#message .problem')?.checkVisibility()""",
+        [told, word],
+    )
+    expect(page.locator(told)).to_contain_text(word)
     expect(result(page)).to_be_visible()
     expect(page.locator("#stop")).to_be_hidden()
 

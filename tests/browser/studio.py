@@ -91,6 +91,9 @@ def answers(url: str) -> bool:
 def open_studio(page: Page, url: str) -> None:
     """Go to the studio at `url` and wait until its form can be filled in."""
     page.goto(url)
+    page.wait_for_function(
+        "() => document.querySelector('#generate .run:not([disabled])')", polling=100, timeout=PATIENCE
+    )
     expect(page.locator("#generate .run")).to_be_enabled()
     # Its seed is emptied once the page is open: one that was typed before would be gone.
     expect(page.locator("#generate .seed input")).to_have_value("")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from playwright.sync_api import Page, expect
 
 from tests.browser.pages.axe import TABS, UNFOLD, violations
-from tests.browser.steps import open_tab
+from tests.browser.steps import open_tab, settle
 
 
 def test_every_tab_before_anything_was_made(page: Page) -> None:
@@ -15,8 +15,8 @@ def test_every_tab_before_anything_was_made(page: Page) -> None:
         expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
         if tab == "History":
             expect(page.locator("#history .nothing")).to_be_visible()
-        if page.evaluate(UNFOLD):
-            page.wait_for_timeout(600)  # until they are unfolded
+        while page.evaluate(UNFOLD):  # some are inside others
+            settle(page)
         found += violations(page, tab)
     open_tab(page, "Generate")
     page.locator("#keys").click()

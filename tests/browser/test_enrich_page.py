@@ -10,7 +10,9 @@ from tests.browser.studio import App
 from tests.fake_openai import FakeOpenAI
 
 
-def test_a_prompt_is_enriched_beside_the_original_and_back(page: Page, model: FakeOpenAI) -> None:
+def test_a_prompt_is_enriched_beside_the_original_and_straight_into_the_run(
+    page: Page, model: FakeOpenAI, app: App
+) -> None:
     write(page, "generate", "apple")
     here = unfold(page, "OpenRouter or your server")
     here.get_by_label("API key").fill(KEY)
@@ -31,11 +33,7 @@ def test_a_prompt_is_enriched_beside_the_original_and_back(page: Page, model: Fa
     expect(here.get_by_label("OpenRouter or your server")).to_be_checked()
     expect(here.get_by_role("button", name="Undo")).to_be_hidden()
 
-
-def test_straight_into_the_run(page: Page, model: FakeOpenAI, app: App) -> None:
-    write(page, "generate", "apple")
-    here = unfold(page, "OpenRouter or your server")
-    here.get_by_label("API key").fill(KEY)
+    # Straight into the run.
     run(page, "generate")
     expect_finished(page)
     expect(here.locator(".written textarea")).to_have_value(RICH)

@@ -11,7 +11,7 @@ from tests.browser.steps import expect_finished, open_tab
 from tests.browser.studio import App
 
 
-def test_pictures_are_found_marked_and_looked_at_by_keys(filled: Page) -> None:
+def test_pictures_are_found_deleted_brought_back_and_made_again(filled: Page, app: App) -> None:
     page = filled
     expect(tiles(page).first.locator(".open")).to_have_accessible_name(re.compile("Open: a 3D OWL"))  # newest first
     expect(tile(page, "fox").locator("img")).to_be_visible()
@@ -53,9 +53,7 @@ def test_pictures_are_found_marked_and_looked_at_by_keys(filled: Page) -> None:
     assert page.evaluate("window.hacked === undefined")
     assert page.locator("img[src=x]").count() == 0
 
-
-def test_deleting_is_undone_and_a_selection_comes_as_a_zip(filled: Page) -> None:
-    page = filled
+    # Deleting is undone, and a selection comes as a zip.
     shown = open_picture(page, "OWL")
     page.keyboard.press("Delete")
     expect(shown.locator(".prompt-text")).to_have_text(FOX)
@@ -76,9 +74,7 @@ def test_deleting_is_undone_and_a_selection_comes_as_a_zip(filled: Page) -> None
     page.get_by_role("button", name="Bring back").click()
     expect(tiles(page)).to_have_count(2)
 
-
-def test_settings_are_reused_and_run_again_makes_the_same_picture(filled: Page, app: App) -> None:
-    page = filled
+    # Settings are reused, and run again makes the same picture.
     before = app.pictures()
     open_picture(page, "fox")
     act(page, "reuse")

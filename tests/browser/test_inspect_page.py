@@ -15,7 +15,9 @@ from tests.browser.steps import expect_finished, run, set_size, write
 from tests.browser.studio import App
 
 
-def test_a_picture_says_all_of_itself_and_is_made_again(page: Page, app: App) -> None:
+def test_a_picture_says_all_of_itself_and_is_made_again_and_a_hostile_one_nothing(
+    page: Page, app: App, tmp_path: Path
+) -> None:
     write(page, "generate", "a flat <b>fox</b> on a pink background")
     set_size(page, "generate", 256, 256)
     run(page, "generate")
@@ -37,8 +39,7 @@ def test_a_picture_says_all_of_itself_and_is_made_again(page: Page, app: App) ->
     assert again != first
     np.testing.assert_array_equal(pixels(again), pixels(first))
 
-
-def test_a_hostile_picture_is_ignored_with_a_message(page: Page, tmp_path: Path) -> None:
+    # A hostile picture is ignored with a message.
     for kind, (written, said) in HOSTILE.items():
         info = PngInfo()
         info.add_text("parameters", written, zip=True)

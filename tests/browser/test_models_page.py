@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,31 +40,16 @@ class Studio:
         return [path.read_bytes() for path in self.home.glob("hub/models--*/snapshots/*/toy.safetensors")]
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+@pytest.fixture
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     home = tmp_path_factory.mktemp("models")
     known = {name: value for name, value in os.environ.items() if not name.startswith(("FLUX2_", "GRADIO_", "HF_"))}
     with serve() as hub:
+        hub.pace = PACE
         hub.refusals["maker/Gated"] = (401, "GatedRepo", "Access to model is restricted. Please log in.")
         environment = {**known, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
         with started(["-c", PROGRAM, str(home / "home")], environment, home / "log") as url:
             yield Studio(url=url, hub=hub, home=home)
-
-
-@pytest.fixture
-def studio(running: Studio) -> Studio:
-    """The same one for all, with nothing downloaded."""
-    shutil.rmtree(running.home / "hub", ignore_errors=True)
-    running.hub.sent.clear()
-    running.hub.pace = PACE
-    return running
-
-
-def open_models(context: BrowserContext, studio: Studio) -> Page:
-    page = context.new_page()
-    page.goto(studio.url)
-    open_tab(page)
-    return page
 
 
 def open_tab(page: Page) -> None:
@@ -81,7 +65,9 @@ def button(card: Locator, name: str) -> Locator:
     return card.get_by_role("button", name=re.compile(f"^{name}"))
 
 
-def test_download_pause_reload_resume_delete(context: BrowserContext, studio: Studio) -> None:
+def test_download_pause_reload_resume_delete_gate_phone_and_a_closed_tab(
+    context: BrowserContext, studio: Studio
+) -> None:
     page = context.new_page()
     page.goto(studio.url)
     page.locator("#checkpoint input").click()
@@ -130,24 +116,7 @@ def test_download_pause_reload_resume_delete(context: BrowserContext, studio: St
     expect(klein).to_contain_text("not on disk")
     assert studio.toy() == []
 
-
-def test_the_choice_knows_of_it_and_a_closed_tab_loses_nothing(context: BrowserContext, studio: Studio) -> None:
-    page = open_models(context, studio)
-    button(card(page, CHECKPOINT.label), "Download").click()
-    expect(card(page, CHECKPOINT.label)).to_contain_text("downloading")
-    page.close()
-    other = context.new_page()
-    other.goto(studio.url)  # and never looks at the Models tab
-    other.locator("#checkpoint input").click()
-    other.get_by_role("option", name=CHECKPOINT.label, exact=True).click()
-    expect(other.locator("#about")).to_contain_text("first run downloads")
-    studio.hub.pace = 0
-    expect(other.locator("#about")).to_contain_text("on disk")
-    assert studio.toy() == [TOY] and [name for name, _ in studio.hub.sent].count("toy.safetensors") == 1
-
-
-def test_a_gate_shows_its_page_and_names_stay_text(context: BrowserContext, studio: Studio) -> None:
-    page = open_models(context, studio)
+    # A gate shows its page, and names stay text.
     gated = card(page, OTHER.label)
     button(gated, "Download").click()
     problem = gated.get_by_role("alert")
@@ -155,9 +124,7 @@ def test_a_gate_shows_its_page_and_names_stay_text(context: BrowserContext, stud
     expect(problem.get_by_role("link").first).to_have_attribute("href", f"{studio.hub.url}/maker/Gated")
     expect(page.locator("#others")).to_contain_text("x.safetensors is a <b>LoRA</b>.")
 
-
-def test_it_fits_a_phone(context: BrowserContext, studio: Studio) -> None:
-    page = open_models(context, studio)
+    # It fits a phone.
     page.set_viewport_size({"width": 390, "height": 844})
     expect(button(card(page, CHECKPOINT.label), "Download")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -169,3 +136,19 @@ def test_it_fits_a_phone(context: BrowserContext, studio: Studio) -> None:
         assert box is not None and box["height"] >= 40
     page.get_by_role("tab", name="Generate").click()
     expect(page.locator("#stage")).to_be_visible()
+
+    # The choice of a checkpoint knows of a download, and a closed tab loses nothing of it.
+    studio.hub.sent.clear()
+    studio.hub.pace = PACE
+    open_tab(page)
+    button(card(page, CHECKPOINT.label), "Download").click()
+    expect(card(page, CHECKPOINT.label)).to_contain_text("downloading")
+    page.close()
+    other = context.new_page()
+    other.goto(studio.url)  # and never looks at the Models tab
+    other.locator("#checkpoint input").click()
+    other.get_by_role("option", name=CHECKPOINT.label, exact=True).click()
+    expect(other.locator("#about")).to_contain_text("first run downloads")
+    studio.hub.pace = 0
+    expect(other.locator("#about")).to_contain_text("on disk")
+    assert studio.toy() == [TOY] and [name for name, _ in studio.hub.sent].count("toy.safetensors") == 1

@@ -8,10 +8,8 @@ from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.browser.steps import (
-    EXAMPLES,
     WATCH,
     choose_checkpoint,
-    ends_with,
     expect_finished,
     open_tab,
     problem,
@@ -20,7 +18,6 @@ from tests.browser.steps import (
     set_size,
     settings,
     told_json,
-    upload,
     write,
 )
 from tests.browser.studio import ROOT, App, open_studio
@@ -42,73 +39,48 @@ def test_opens_on_its_own_and_serves_no_other_file(context: BrowserContext, app:
     assert page.request.get(f"{app.url}gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
 
 
-def test_generate_shows_previews_and_the_picture(page: Page, app: App) -> None:
+def test_generate_shows_previews_and_pictures_that_are_downloaded(page: Page, app: App, tmp_path: Path) -> None:
     before = len(app.pictures())
     place = page.locator("#mat").bounding_box()
     page.evaluate(WATCH)
     write(page, "generate", "a flat fox on a pink background")
-    set_size(page, "generate", 256, 256)
-    set_count(page, "generate", 4)
+    set_size(page, "generate", 256, 192)
+    set_count(page, "generate", 3)
     run(page, "generate")
-    expect_finished(page, 4)
+    expect_finished(page, 3)
     assert page.evaluate("window.previews.size") >= 2
     page.evaluate("scrollTo(0, 0)")
     assert page.locator("#mat").bounding_box() == place  # nothing jumps between the first preview and the result
     saved = app.pictures()[before:]
-    assert len(saved) == 4
-    assert all(Image.open(path).size == (256, 256) for path in saved)
+    assert [Image.open(path).size for path in saved] == [(256, 192)] * 3
     shown = settings(page)
     assert shown["Prompt"] == "a flat fox on a pink background"
-    assert shown["Size"] == "256 x 256"
-    assert len(shown["Seeds"].split(", ")) == 4
-
-
-def test_download_is_the_saved_file(page: Page, app: App, tmp_path: Path) -> None:
-    write(page, "generate", "a line drawing of a cactus")
-    run(page, "generate")
-    expect_finished(page)
-    with page.expect_download() as download:
-        page.locator("#download").click()
-    file = tmp_path / "downloaded.png"
-    download.value.save_as(file)
-    saved = app.pictures()[-1]
-    assert file.read_bytes() == saved.read_bytes()
-    assert download.value.suggested_filename == saved.name
-    # The table, the JSON and the file tell of the same run.
-    told = told_json(page)
-    assert str(told["seed"]) == settings(page)["Seed"] == page.locator("#generate .seed input").input_value()
-    assert str(told["seed"]) in saved.name
-
-
-def test_picking_one_of_several_downloads_that_one(page: Page, app: App, tmp_path: Path) -> None:
-    write(page, "generate", "a frog")
-    set_count(page, "generate", 3)
-    run(page, "generate")
-    expect_finished(page, 3)
-    seeds = settings(page)["Seeds"].split(", ")
+    assert shown["Size"] == "256 x 192"
+    seeds = shown["Seeds"].split(", ")
+    assert len(seeds) == 3 and all(seed in path.name for seed, path in zip(seeds, saved, strict=True))
+    # The table and the JSON tell of the same run.
+    assert str(told_json(page)["seed"]) == seeds[0] == page.locator("#generate .seed input").input_value()
+    # What is downloaded is the file of the picture that was picked.
     page.locator("#gallery .thumbnail-item").nth(1).click()
     expect(page.locator("#download")).to_have_text("Download picture 2 of 3")
-    with page.expect_download() as download:
-        page.locator("#download").click()
-    assert seeds[1] in download.value.suggested_filename
-
-
-def test_two_references_in_order(page: Page) -> None:
-    open_tab(page, "Multi-reference")
-    upload(page, "multi", EXAMPLES / "rocket.png", EXAMPLES / "car.png", EXAMPLES / "fox.png")
-    captions = page.locator("#multi .references .caption-label")
-    expect(captions).to_have_text(["image 1", "image 2", "image 3"])
-    pictures = page.locator("#multi .references .thumbnail-item")
-    pictures.nth(2).click()
-    page.get_by_role("button", name="Remove", exact=True).click()
-    expect(captions).to_have_text(["image 1", "image 2"])
-    pictures.nth(1).click()
-    page.get_by_role("button", name="Earlier").click()
-    expect(pictures.first.locator("img")).to_have_attribute("src", ends_with("car.png"))
-    write(page, "multi", "the object of image 1 on the background of image 2")
-    run(page, "multi")
+    assert download(page, tmp_path) == (saved[1].name, saved[1].read_bytes())
+    # And of one picture alone, its own.
+    set_count(page, "generate", 1)
+    run(page, "generate")
     expect_finished(page)
-    assert settings(page)["References"] == "car.png, rocket.png"
+    (last,) = app.pictures()[before + 3 :]
+    assert download(page, tmp_path) == (last.name, last.read_bytes())
+    assert str(told_json(page)["seed"]) == settings(page)["Seed"] == page.locator("#generate .seed input").input_value()
+    assert settings(page)["Seed"] in last.name
+
+
+def download(page: Page, folder: Path) -> tuple[str, bytes]:
+    """The name and the content of the file that the button offers."""
+    with page.expect_download() as begun:
+        page.locator("#download").click()
+    file = folder / "downloaded"
+    begun.value.save_as(file)
+    return begun.value.suggested_filename, file.read_bytes()
 
 
 def test_errors_are_words(page: Page, app: App) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from playwright.sync_api import Browser, Page, expect
 
+from tests.browser.pages.history import id_of
 from tests.browser.steps import (
     WATCH,
     choose_checkpoint,
     expect_finished,
+    open_tab,
     press,
     queue_one,
     row,
@@ -55,11 +57,25 @@ def test_the_queue_is_put_in_order(page: Page, app: App) -> None:
     expect(page.locator("#queue")).to_be_hidden()
 
 
-def test_nobody_sees_the_queue_of_another_browser(page: Page, browser: Browser, app: App) -> None:
+def test_another_browser_sees_nothing_of_queue_and_history(filled: Page, browser: Browser, app: App) -> None:
+    page = filled
+    id_ = id_of(page, "fox")
+    addresses = [f"{app.url}history/{path}/{id_}" for path in ("picture", "thumbnail", "entry")]
+    assert [page.request.get(address).status for address in addresses] == [200] * 3
+    open_tab(page, "Generate")
     stranger = browser.new_context()
     stranger.set_default_timeout(PATIENCE)
     other = stranger.new_page()
     open_studio(other, app.url)
+    open_tab(other, "History")
+    expect(other.locator("#history .nothing")).to_contain_text("Your pictures will gather here")
+    expect(other.locator("#history .nothing")).to_contain_text("Make the first one on the Generate tab")
+    expect(other.locator("#history .filters")).to_be_hidden()
+    assert [other.request.get(address).status for address in addresses] == [404] * 3
+    other.evaluate("(id) => { window.studioHistory.asked = id; }", id_)
+    other.locator("#history-edit").evaluate("(button) => button.click()")
+    expect(other.get_by_text("not in your history any more")).to_be_visible()
+    open_tab(other, "Generate")
     run_on(page)
     queue_one(page, "a secret lemon")
     write(other, "generate", "a frog")

@@ -7,6 +7,8 @@ from typing import Any
 
 from playwright.sync_api import Page
 
+from tests.browser.steps import settle
+
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 
 GRAVE = ("serious", "critical")
@@ -39,7 +41,7 @@ def violations(page: Page, where: str) -> list[str]:
     ):
         page.set_viewport_size(screen)  # type: ignore[arg-type]
         page.evaluate(DARK, dark)
-        page.wait_for_timeout(100)
+        settle(page)
         found: list[dict[str, Any]] = page.evaluate(ASK, rules)
         told += [
             f"{where}, {screen['width']} pixels, {'dark' if dark else 'light'}: {rule['id']} at {node['target']}: "

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
-from tests.browser.pages.history import FOX, OWL, act, id_of, open_picture, tile, tiles, viewer
+from tests.browser.pages.history import FOX, OWL, act, open_picture, tile, tiles, viewer
 from tests.browser.steps import expect_finished, open_tab, run, write
-from tests.browser.studio import PATIENCE, App
+from tests.browser.studio import App
 
 
 def test_a_picture_is_varied(filled: Page, app: App) -> None:
@@ -62,27 +62,6 @@ def test_a_picture_is_sent_on_and_knows_what_became_of_it(filled: Page) -> None:
     expect_finished(page)
     open_tab(page, "History")
     expect(tiles(page)).to_have_count(4)
-
-
-def test_another_browser_sees_nothing_of_it_and_is_told_what_to_do(filled: Page, browser: Browser, app: App) -> None:
-    id_ = id_of(filled, "fox")
-    addresses = [f"{app.url}history/{path}/{id_}" for path in ("picture", "thumbnail", "entry")]
-    assert [filled.request.get(address).status for address in addresses] == [200] * 3
-    other = browser.new_context()
-    try:
-        other.set_default_timeout(PATIENCE)
-        page = other.new_page()
-        page.goto(app.url)
-        open_tab(page, "History")
-        expect(page.locator("#history .nothing")).to_contain_text("Your pictures will gather here")
-        expect(page.locator("#history .nothing")).to_contain_text("Make the first one on the Generate tab")
-        expect(page.locator("#history .filters")).to_be_hidden()
-        assert [page.request.get(address).status for address in addresses] == [404] * 3
-        page.evaluate("(id) => { window.studioHistory.asked = id; }", id_)
-        page.locator("#history-edit").evaluate("(button) => button.click()")
-        expect(page.get_by_text("not in your history any more")).to_be_visible()
-    finally:
-        other.close()
 
 
 def test_a_lost_file_is_a_marked_tile(remember: Callable[[str, int], Path], open_page: Callable[[], Page]) -> None:

@@ -7,15 +7,21 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.pages.languages import TABS, tabs
+from tests.browser.pages.languages import TABS, WORDS, expect_a_page_and_a_run_in, tabs
 from tests.browser.steps import EXAMPLES, run, settings, upload, write
 
 # What is the same everywhere: shapes, formats, names of checkpoints and models; and what is said once the page is open.
 NAMES = re.compile(
     r"\d+:\d+|PNG|JPEG|WebP|(FLUX\.2|Gemini|Mistral|Pixtral|Qwen).*|\W*|Download [\d.]+ [MG]B|Up to \d+ pictures: .*"
 )
+
+
+@pytest.mark.parametrize("locale", [locale for locale in WORDS if locale != "de-DE"])
+def test_a_page_and_a_run_in_another_language(opened_in: Callable[..., Page], locale: str) -> None:
+    expect_a_page_and_a_run_in(opened_in, locale)
 
 
 def test_choices_mean_the_same_in_another_language(opened_in: Callable[..., Page]) -> None:
