@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
@@ -65,12 +67,13 @@ def load_reference(path: Path, background: str = "white") -> Loaded:
 
 def reference_size(path: Path) -> tuple[int, int]:
     """The (width, height) of the picture at `path` as it is stored, upright or not: by its header, without decoding.
+    (Of WebP and AVIF Pillow reads the whole file.)
 
     Raises `ReferenceImageError` for what the header shows to be of no use.
     """
     name = shown_name(path)
-    with opening(_read(path, name), name) as file:
-        return file.size
+    with _file(path, name) as stream, opening(stream, name) as picture:
+        return picture.size
 
 
 def fit(image: Image.Image, cap_pixels: int) -> Image.Image:
@@ -127,14 +130,14 @@ def fit_size(size: tuple[int, int], cap_pixels: int) -> tuple[int, int]:
 
 
 @contextmanager
-def opening(data: bytes, name: str, *, any_size: bool = False) -> Iterator[ImageFile.ImageFile]:
+def opening(data: bytes | BinaryIO, name: str, *, any_size: bool = False) -> Iterator[ImageFile.ImageFile]:
     """The picture in `data`, its header read; whatever goes wrong with it, in the `with` too, is a
     `ReferenceImageError` that calls it `name`.
 
     any_size: it need not serve as a reference; how many pixels it has is then for the caller to check.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as file:
             if not any_size:
                 _check_size(file.size, name)
             yield file
@@ -151,23 +154,34 @@ def opening(data: bytes, name: str, *, any_size: bool = False) -> Iterator[Image
         ) from error
 
 
-def _read(path: Path, name: str) -> bytes:
+@contextmanager
+def _file(path: Path, name: str) -> Iterator[BinaryIO]:
+    """The file at `path`, open for reading, if it is one that can be a picture."""
     try:
         if path.is_dir():
             raise ReferenceImageError(f"{name} is a folder: choose a picture in it.")
         if not path.is_file():  # missing, or a device or pipe, which could be read for ever
             raise ReferenceImageError(f"There is no picture {name} (any more): choose it again.")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        stream = path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ReferenceImageError(f"{name} cannot be opened: check that you may read it, or choose another.") from error
-    if not data:
-        raise ReferenceImageError(f"{name} is empty: choose another picture.")
-    if len(data) > MAX_BYTES:
-        raise ReferenceImageError(
-            f"{name} is larger than {MAX_BYTES // 10**6} MB: make it smaller, or save it as JPEG or PNG."
-        )
-    return data
+    with stream:
+        size = os.fstat(stream.fileno()).st_size
+        if not size:
+            raise ReferenceImageError(f"{name} is empty: choose another picture.")
+        if size > MAX_BYTES:
+            raise ReferenceImageError(
+                f"{name} is larger than {MAX_BYTES // 10**6} MB: make it smaller, or save it as JPEG or PNG."
+            )
+        yield stream
+
+
+def _read(path: Path, name: str) -> bytes:
+    with _file(path, name) as stream:
+        try:
+            return stream.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise ReferenceImageError(f"{name} cannot be read: choose it again, or another.") from error
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:

@@ -169,7 +169,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise RequestError(f"{name} must be a whole number, not {value!r}.")
-        if self.guidance is not None and not (isinstance(self.guidance, int | float) and abs(self.guidance) < 1e6):
+        number = isinstance(self.guidance, int | float) and not isinstance(self.guidance, bool)
+        if self.guidance is not None and not (number and abs(self.guidance) < 1e6):
             raise RequestError(f"guidance must be a number, not {self.guidance!r}.")
         if not 1 <= self.count <= MAX_COUNT:
             raise RequestError(f"Choose between 1 and {MAX_COUNT} pictures a run, not {self.count}.")

@@ -181,7 +181,7 @@ def _wire_runs(
         yield {**_runs(forms, can_start=False), **first, **_without(stage, None)}
         asked: Request | None = None
         try:
-            asked = ask()
+            asked = await asyncio.to_thread(ask)  # a mask is decoded and written
             if asked.upsampling.by != "none":
                 yield begun(form.upsampling)
             job = await asyncio.to_thread(jobs.submit, asked, owner_of(request), key_of(), tab=tab_of(request))

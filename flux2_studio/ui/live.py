@@ -100,7 +100,7 @@ def wire_live(
             if not str(values["prompt"]).strip():
                 return {stage.progress: show.hint(say(EMPTY))}
             try:
-                asked = read(locked, laid_out_for, aspect, values)
+                asked = await asyncio.to_thread(read, locked, laid_out_for, aspect, values)  # a mask is decoded
                 latest.draft = jobs.draft(asked, owner_of(request))
             except StudioError as error:
                 return {stage.progress: show.hint(say("Live: {problem}", problem=told(str(error))))}

@@ -376,6 +376,8 @@ def read_mask(value: object) -> Path | None:
     # Beside the pictures that the same browser sent, and forgotten with them.
     folder = Path(get_upload_folder()) / "masks"
     target = folder / f"{hashlib.sha256(data).hexdigest()}.png"
+    if target.is_file():  # Live sends the same mask with every key
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
