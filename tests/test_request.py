@@ -44,6 +44,7 @@ DISTILLED, BASE, DEV = BY_NAME["klein-4b"], BY_NAME["klein-base-4b"], BY_NAME["d
         ({"guidance": float("nan")}, "guidance must be a number"),
         ({"guidance": float("inf")}, "guidance must be a number"),
         ({"guidance": "4"}, "guidance must be a number"),
+        ({"guidance": True}, "guidance must be a number"),
         ({"count": 0}, f"between 1 and {MAX_COUNT}"),
         ({"count": MAX_COUNT + 1}, f"between 1 and {MAX_COUNT}"),
         ({"seed": -1}, "Choose a seed between 0"),
