@@ -199,7 +199,7 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
                 return gr.skip()
             update = action(*rest)
             # It was asked for after so many clears, the last of which may be heard after it.
-            return update | {panel.cleared: times(sent)} if isinstance(update, dict) else update
+            return update if update == gr.skip() else update | {panel.cleared: times(sent)}
 
         return answer
 
