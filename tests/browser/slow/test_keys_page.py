@@ -8,8 +8,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser.conftest import PATIENCE, App
 from tests.browser.steps import EXAMPLES, expect_finished, hand_over, open_tab, run, run_for_long, upload, write
+from tests.browser.studio import PATIENCE, App
 
 
 def told(page: Page) -> Locator:

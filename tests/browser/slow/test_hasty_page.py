@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from playwright.sync_api import APIResponse, BrowserContext, Page, Route, expect
 
-from tests.browser.conftest import App, open_studio
 from tests.browser.steps import (
     EXAMPLES,
     expect_finished,
@@ -26,6 +25,7 @@ from tests.browser.steps import (
     upload,
     write,
 )
+from tests.browser.studio import App, open_studio
 
 ASKED_AT_ONCE, ASKED_IN_TURN = "**/gradio_api/run/**", "**/gradio_api/queue/join**"
 BEFORE_ANY_CLEAR = '{"data":["0",'  # how what is done with references begins

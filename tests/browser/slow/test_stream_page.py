@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.browser.conftest import App, open_studio
 from tests.browser.steps import preset_button as button
 from tests.browser.steps import preset_part as part
 from tests.browser.steps import run_for_long
 from tests.browser.steps import unfold_presets as unfold
+from tests.browser.studio import App, open_studio
 
 # What `slow` names comes late, as it may where connections are slow: the word that a stream of answers ends, which is
 # held until `release()`, or the confirmation that something was asked. `streams` are those that are open, `ending`
