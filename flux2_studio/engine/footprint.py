@@ -4,10 +4,20 @@ Does: counts the bytes of all tensors alive at once while a stage runs on tensor
 prediction follows the code instead of a formula beside it. Does not know: weights (only activations are counted), what
 a device's allocator adds, budgets.
 
-Pitfalls: workspaces inside kernels are not seen; for convolutions a copy of the input is added, which is what they take
-to reorder it (measured on a CPU; what cuDNN takes depends on the kernel that it chooses). Attention is taken to be one
-of the kernels that never hold the whole matrix of scores. Depth hardly matters, as a block's activations are gone
-before the next one's come: two blocks of a kind stand for all.
+Pitfalls: workspaces inside kernels are not seen, but for those of convolutions (`_cpu_workspace`). On a GPU a copy
+of the input stands for them; what cuDNN takes depends on the kernel that it chooses. Attention is taken to be one of
+the kernels that never hold the whole matrix of scores. Depth hardly matters, as a block's activations are gone before
+the next one's come: two blocks of a kind stand for all.
+
+Convolutions on a CPU. oneDNN has layouts of its own, and torch hands it plain tensors, so each call takes, one after
+the other (allocations counted by torch's profiler, torch 2.13 with oneDNN 3.12):
+    1. copies of the input and of the weight in oneDNN's layouts, and the result in oneDNN's layout
+    2. that result, and the plain one
+The layouts depend on the processor, see `_channel_block`. Channels in blocks of 8 or 16 (AVX2, AVX-512) are padded.
+Where channels come last (processors with matrix units, AMX) nothing is padded, but torch's `mkldnn_to_dense` copies the
+result twice: step 2 has three of them. A 1x1 convolution in bfloat16 with blocks also sums into a float32 result.
+Without oneDNN, torch writes out the input once for each position of the kernel (im2col), and nothing for a 1x1 kernel.
+Not counted: a buffer for each thread, of about 0.2 MB.
 """
 
 from __future__ import annotations
@@ -83,44 +93,63 @@ def kept_bytes(params: TransformerParams, dtype: torch.dtype, batch: int, refere
 
 @functools.lru_cache(SEEN)
 def decode_bytes(
-    params: AutoencoderParams, dtype: torch.dtype, width: int, height: int, rows: int | None, store: bool = False
+    params: AutoencoderParams,
+    dtype: torch.dtype,
+    width: int,
+    height: int,
+    rows: int | None,
+    store: bool = False,
+    *,
+    on_cpu: bool = False,
 ) -> int:
     """Peak of decoding one picture of width x height pixels, in strips of `rows` or whole.
 
-    store: whether feature maps wait in main memory, which is not counted.
+    store: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's processor
+    computes it.
     """
     with META:
         model = _autoencoder(params, dtype)
         latent = torch.empty(1, 4 * params.latent_channels, height // params.patch, width // params.patch)
-    return peak_bytes(lambda: model.decode(latent, rows, HOST if store else None), latent)
+    return peak_bytes(lambda: model.decode(latent, rows, HOST if store else None), latent, on_cpu=on_cpu)
 
 
 @functools.lru_cache(SEEN)
 def encode_bytes(
-    params: AutoencoderParams, dtype: torch.dtype, width: int, height: int, rows: int | None, store: bool = False
+    params: AutoencoderParams,
+    dtype: torch.dtype,
+    width: int,
+    height: int,
+    rows: int | None,
+    store: bool = False,
+    *,
+    on_cpu: bool = False,
 ) -> int:
     """Peak of encoding one picture of width x height pixels, in strips of `rows` or whole.
 
-    store: whether feature maps wait in main memory, which is not counted.
+    store: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's processor
+    computes it.
     """
     with META:
         model = _autoencoder(params, dtype)
         pixels = torch.empty(1, 3, height, width, dtype=dtype)
-    return peak_bytes(lambda: model.encode(pixels, rows, HOST if store else None), pixels)
+    return peak_bytes(lambda: model.encode(pixels, rows, HOST if store else None), pixels, on_cpu=on_cpu)
 
 
 @functools.lru_cache(SEEN)
-def tiny_decode_bytes(dtype: torch.dtype, batch: int, width: int, height: int) -> int:
-    """Peak of the small decoder's preview of `batch` pictures."""
+def tiny_decode_bytes(dtype: torch.dtype, batch: int, width: int, height: int, *, on_cpu: bool = False) -> int:
+    """Peak of the small decoder's preview of `batch` pictures. on_cpu: as for `decode_bytes`."""
     with META:
         model = _frozen(TinyDecoder().to(dtype))
         latent = torch.empty(batch, 32, height // 8, width // 8, dtype=dtype)
-    return peak_bytes(lambda: model(latent).float(), latent)
+    return peak_bytes(lambda: model(latent).float(), latent, on_cpu=on_cpu)
 
 
-def peak_bytes(run: Callable[[], Any], *inputs: Tensor) -> int:
-    """The bytes alive at once, at most, while `run` works on meta tensors; `inputs` are those alive before it."""
-    counter = _Counter(inputs)
+def peak_bytes(run: Callable[[], Any], *inputs: Tensor, on_cpu: bool = False) -> int:
+    """The bytes alive at once, at most, while `run` works on meta tensors; `inputs` are those alive before it.
+
+    on_cpu: whether convolutions are those of this machine's processor.
+    """
+    counter = _Counter(inputs, on_cpu)
     with torch.inference_mode(), _LeanAttention(), counter:
         run()
     return counter.peak
@@ -138,8 +167,9 @@ def hold_small(model: nn.Module) -> None:
 class _Counter(TorchDispatchMode):
     """Follows every storage on the meta device from its making to its end."""
 
-    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...], on_cpu: bool) -> None:
         super().__init__()
+        self._workspace = _cpu_workspace if on_cpu else _gpu_workspace
         self._alive: dict[int, int] = {}
         self._live = self.peak = sum(tensor.nbytes for tensor in inputs)
 
@@ -151,7 +181,7 @@ class _Counter(TorchDispatchMode):
         known = {
             tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
         }
-        workspace = args[0].nbytes if func in _CONVOLUTIONS else 0
+        workspace = self._workspace(args[0], args[1], out) if func in _CONVOLUTIONS else 0
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device == META:
                 storage = tensor.untyped_storage()
@@ -164,6 +194,45 @@ class _Counter(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self._live -= self._alive.pop(key)
+
+
+def _gpu_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
+    """What a convolution takes beside its input and its result."""
+    return x.nbytes
+
+
+def _cpu_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
+    """As `_gpu_workspace`, on this machine's processor; the module's header says what is counted."""
+    one_by_one = weight.shape[2:].numel() == 1
+    block = _channel_block(x.dtype)
+    if block is None:
+        columns = x.shape[0] * weight.shape[1:].numel() * out.shape[2:].numel() * x.itemsize
+        return 0 if one_by_one else columns
+    copies = x.nbytes + weight.nbytes
+    if block == 1:
+        return max(copies, 2 * out.nbytes)
+    own = out.nbytes // out.shape[1] * -(-out.shape[1] // block) * block  # the result in oneDNN's layout
+    sums = 4 * out.numel() if one_by_one and x.dtype is torch.bfloat16 else 0
+    return max(copies + own + sums - out.nbytes, own)
+
+
+@functools.cache
+def _channel_block(dtype: torch.dtype) -> int | None:
+    """How many channels stand together in oneDNN's layout for results of convolutions; 1 is channels last.
+
+    oneDNN is asked, by a small convolution: what it chooses follows from the processor, its own version, and limits
+    such as ONEDNN_MAX_CPU_ISA. None where it has no convolutions in `dtype`.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return None
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    if dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return None
+    x, weight = (torch.zeros(1, 32, side, side, dtype=dtype, device=HOST) for side in (8, 3))
+    with torch.inference_mode():
+        out = F.conv2d(x.to_mkldnn(dtype), weight.to_mkldnn(dtype), padding=1)  # [1, 1, 8, 8]
+    return int(torch.ops.mkldnn._nbytes(out)) // (out.numel() * dtype.itemsize)
 
 
 class _LeanAttention(TorchFunctionMode):
