@@ -117,8 +117,8 @@ class Run:
     """One run under way: its resolved request, and what goes along with it from stage to stage.
 
     upsampled: how its prompt came about, where a language model wrote it. region: what of the first reference may
-    change, where not all of it may. pause: seconds that lie between two previews, at least. looking: seconds that it
-    took to open and check the references.
+    change, where not all of it may. pause: seconds that lie between two previews, at least, by `clock`. looking:
+    seconds that it took to open and check the references.
     """
 
     request: Request
@@ -131,6 +131,7 @@ class Run:
     cancelled: Callable[[], bool]
     finished: Finished
     pause: float = 0.0
+    clock: Callable[[], float] = time.monotonic
     looking: float = 0.0
 
     @property
@@ -231,7 +232,7 @@ def denoise_batch(
     if run.region is not None:
         keep = Keep(clean=conditions.references[0], change=torch.from_numpy(run.region.tokens))
     timer.start()
-    shown = time.monotonic() if run.pause else 0.0
+    shown = run.clock() if run.pause else 0.0
     for step in denoise(
         drawn.transformer,
         noise(seeds, *request.drawn_size, drawn.transformer.params.in_channels),
@@ -246,11 +247,11 @@ def denoise_batch(
     ):
         images: list[Image.Image] = []
         seen: list[Image.Image] = []
-        if drawn.previewer is not None and time.monotonic() >= shown + run.pause:
+        if drawn.previewer is not None and run.clock() >= shown + run.pause:
             for clean in step.clean.split(1):  # one by one, which takes a batch's memory only once
                 images += [visible(image, request) for image in images_from_pixels(drawn.previewer(clean))]
             seen = [run.guard.preview(image) for image in images]
-            shown = time.monotonic()
+            shown = run.clock()
         else:
             step.latents[0, 0, 0, 0].item()  # waits for the device, as a preview would: else no step had its own time
         timer.stepped(len(seeds))

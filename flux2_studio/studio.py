@@ -105,6 +105,7 @@ class Studio:
         guard: Guard | None = None,
         kept: KeptReferences | None = None,
         pace: Pace | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
         self.guard = guard or guard_of(settings, shared=False)
@@ -113,6 +114,7 @@ class Studio:
         self.message = Message.parse(own) if own else PUBLISHED
         self.kept = kept
         self._pace = pace
+        self._clock = clock
         self._models = models or ModelManager(settings, Hub(settings))
         self._library = library or Library(settings.outputs)
         self._finisher = Finisher(self.message, self.signer)
@@ -399,6 +401,7 @@ class Studio:
             cancelled=cancelled,
             finished=finished,
             pause=pause,
+            clock=self._clock,
             looking=looking,
         )
 

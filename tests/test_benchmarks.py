@@ -6,7 +6,6 @@ import json
 import mmap
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,47 +15,22 @@ from torch import Tensor, nn
 
 from benchmarks import page_cache, swap
 from benchmarks.measuring import Arm, interleave, machine, summary
-from benchmarks.pair import Bench, Size, prepare
-from benchmarks.synthetic import Entry, FlowSize, TextSize, Written, disk_bytes, write
-from flux2_studio.checkpoints import KLEIN_4B, KLEIN_9B, Checkpoint
+from benchmarks.pair import Bench, prepare
+from benchmarks.synthetic import Entry, Written, disk_bytes, write
+from flux2_studio.checkpoints import KLEIN_4B
 from flux2_studio.engine.latents import sequence_ids
-from flux2_studio.engine.params import AutoencoderParams
 from flux2_studio.engine.text import load_text_encoder
 from flux2_studio.engine.transformer import Transformer
 from flux2_studio.engine.weights import load_transformer
+from tests.toy_benchmarks import PAIR, TEXT
 
 CPU = torch.device("cpu")
-TEXT = TextSize(width=32, mlp=64, heads=2, key_heads=1, head_width=16, layers=28, vocabulary=3072)
-
-
-def short(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with short prompts and two steps."""
-    return replace(checkpoint, recipe=replace(checkpoint.recipe, length=32), steps=2)
-
-
-TOY = Size(
-    first=FlowSize(double_blocks=2, single_blocks=8, heads=4, head_width=64, text=TEXT),
-    second=FlowSize(double_blocks=2, single_blocks=8, heads=5, head_width=64, text=replace(TEXT, width=48, tied=False)),
-    autoencoder=AutoencoderParams(
-        encoder_channels=(32, 32, 32, 32),
-        decoder_channels=(32, 32, 32, 32),
-        encoder_blocks=1,
-        decoder_blocks=1,
-        latent_channels=32,
-    ),
-    side=64,
-    budget=None,
-    rounds=1,
-    runs=1,
-    warmups=0,
-    checkpoints=(short(KLEIN_4B), short(KLEIN_9B)),
-)
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     torch.set_num_threads(1)
-    return prepare(TOY, tmp_path_factory.mktemp("bench"), CPU, baseline=True)
+    return prepare(PAIR, tmp_path_factory.mktemp("bench"), CPU, baseline=True)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +94,7 @@ def test_the_text_encoder_reads_prompts(written: Written) -> None:
 
 
 def test_the_disk_takes_what_was_said(bench: Bench) -> None:
-    for written, size in zip(bench.pair, (TOY.first, TOY.second), strict=True):
+    for written, size in zip(bench.pair, (PAIR.first, PAIR.second), strict=True):
         files = (written.flow, written.text_file, written.diffusers_file)
         data = sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in files)
         assert data == disk_bytes(size, baseline=True)
@@ -194,57 +168,6 @@ def test_what_is_no_swap_is_not_timed_as_one(bench: Bench) -> None:
         bench.bring(models, first)
     with pytest.raises(SystemExit, match="not on the device"):
         bench.bring(models, second, moves=False)
-
-
-def test_levels_are_what_they_are_called(bench: Bench) -> None:
-    """As on a GPU: what leaves it waits in main memory, or is gone."""
-    name = bench.pair[0].checkpoint.name
-
-    def twice(arm: Arm) -> tuple[Any, Any]:
-        arm.prepare()
-        first = arm.run()
-        arm.prepare()
-        return first, arm.run()
-
-    with swap.from_main_memory(bench, {"host_budget": swap.AMPLE}) as arms:
-        first, second = twice(arms[name, swap.HOST])
-        assert first is second, "it came back"
-    with swap.from_files(bench, swap.Cooler()) as arms:
-        first, second = twice(arms[name, swap.WARM])
-        assert first is not second and first.img_in.weight.is_meta, "it was dropped, and read again"
-    with swap.resident(bench) as arms:
-        first, second = twice(arms[name, swap.RESIDENT])
-        assert first is second
-
-
-def test_all_parts_are_loaded(bench: Bench) -> None:
-    with swap.all_parts(bench, swap.Cooler()) as arms:
-        for written in bench.pair:
-            name = written.checkpoint.name
-            assert arms[name, swap.COPY_ALL].time() > 0 and arms[name, swap.ALL_WARM].time() > 0
-
-
-def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = swap.measure(TOY, tmp_path, CPU, baseline=True)
-    assert json.loads(json.dumps(report)) == report
-    swaps, runs = report["swaps"], report["runs"]
-    assert swaps["left out"].keys() == {swap.HOST, "all parts"}, "and says why"
-    levels = {swap.COPY, swap.READ_COLD, swap.READ_WARM, swap.COLD, swap.WARM, swap.RESIDENT}
-    for figures in swaps["seconds"].values():
-        assert figures.keys() == levels | {swap.THEIRS_COLD, swap.THEIRS_WARM}
-        assert figures[swap.WARM]["times"].keys() == {swap.COPY, swap.READ_WARM}
-        assert figures[swap.THEIRS_COLD]["times"][swap.COLD] == pytest.approx(
-            figures[swap.THEIRS_COLD]["median"] / figures[swap.COLD]["median"]
-        )
-    assert runs["seconds"].keys() == {swap.SAME, swap.FRESH}
-    for kind in ("bfloat16", "int8"):
-        little, plenty = runs["memory"][f"{kind}, {swap.LITTLE}"], runs["memory"][f"{kind}, {swap.ALL_MEMORY}"]
-        assert little["blocks streamed"]["flow"][0] > 0 and not plenty["blocks streamed"]
-        assert little["planned peak"] <= little["budget"] < plenty["planned peak"]
-        assert little["measured peak"] is None, "nothing here counts it"
-    swap.show(report)
-    told = capsys.readouterr().out
-    assert all(level in told for level in levels) and "blocks of flow streamed" in told
 
 
 def test_without_the_baseline(bench: Bench) -> None:

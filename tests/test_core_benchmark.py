@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,46 +13,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import core, decoder_arms, gpu, plot, sizes, text_arms
 from benchmarks.ceilings import ATTENTION, COPY, FP8, LINEAR
 from benchmarks.measuring import Deadline, time_on
-from benchmarks.synthetic import FlowSize, TextSize, qwen3_config, sharing
+from benchmarks.synthetic import qwen3_config, sharing
+from benchmarks.transformer_arms import TEXT as TOKENS
 from benchmarks.transformer_arms import (
-    OURS,
-    THEIRS,
     Case,
     Inputs,
     another,
-    errors,
     held,
-    held_way,
     made,
-    our_ways,
     ours,
     replaying,
-    their_ways,
     theirs,
-    time_case,
     ways_for,
     work,
 )
-from benchmarks.transformer_arms import TEXT as TOKENS
-from flux2_studio.engine.compiling import Compiler
-from flux2_studio.engine.params import AutoencoderParams
 from flux2_studio.engine.replay import Replays
 from flux2_studio.engine.tower import tower_params
 from flux2_studio.engine.transformer import Transformer
-from tests.graphs import Graphs, Tape
+from tests.graphs import Tape
 from tests.oracle import relative_error
+from tests.toy_benchmarks import AUTOENCODER, FLOW, RATES, TEXT
 
 CPU = torch.device("cpu")
-TEXT = TextSize(width=32, mlp=64, heads=2, key_heads=1, head_width=16, layers=28, vocabulary=3072)
-FLOW = FlowSize(double_blocks=1, single_blocks=2, heads=2, head_width=32, text=TEXT)
-AUTOENCODER = AutoencoderParams(
-    encoder_channels=(32, 32, 32, 64),
-    decoder_channels=(32, 32, 32, 64),
-    encoder_blocks=1,
-    decoder_blocks=2,
-    latent_channels=32,
-)
-RATES = {LINEAR: 1e11, ATTENTION: 1e10, FP8: 2e11}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -109,30 +87,6 @@ def test_weights_are_shared() -> None:
     assert len(shared) == len(others) - 1  # the last layer's halves are swapped
     blocks = {tensor.data_ptr() for tensor in held(flow, "bfloat16", torch.float32).state_dict().values()}
     assert len(own & blocks) == 1 * 8 + 2 * 2
-
-
-def test_a_case_is_timed_and_its_errors_are_told() -> None:
-    flow = made(FLOW.params, CPU, torch.bfloat16)
-    graphs = Graphs()
-    ways = our_ways(flow, Compiler(backend=graphs))
-    ways |= held_way(flow, "bfloat16") | held_way(flow, "int8") | their_ways(flow, compiled=False)
-    case = Case(side=64, references=1)
-    figures = time_case(ways, flow.params, case, RATES, device=CPU, dtype=torch.bfloat16, rounds=2, warmups=0)
-    assert graphs.made == 3 and graphs.ran
-    names = {OURS, f"{OURS}, blocks compiled", f"{OURS}, held in bfloat16", f"{OURS}, held in int8", THEIRS}
-    assert set(figures["seconds"]) == {"evaluation", "picture"}
-    for what, arms in figures["seconds"].items():
-        assert set(arms) == names
-        assert all(arm["median"] > 0 and arm["first"] > 0 for arm in arms.values())
-        assert arms[THEIRS]["times diffusers"] == 1.0
-        steps = 1 if what == "evaluation" else 4
-        assert arms[OURS]["times the floor"] == pytest.approx(
-            arms[OURS]["median"] / steps / figures["floor of an evaluation"]
-        )
-    for found in errors(ways, flow, case, pictures=True).values():
-        assert set(found) == names
-        assert 0 <= found.pop(f"{OURS}, held in bfloat16") < 1e-5  # it computes in float32
-        assert all(1e-4 < error < 0.15 for error in found.values())
 
 
 @pytest.mark.parametrize("references", [0, 1])
@@ -239,74 +193,13 @@ def test_deadlines() -> None:
     assert Deadline.within(-1).left < 0
 
 
-# --- reports, and drawings of them ---
-
-
-TOY = {"small": sizes.Model(flow=FLOW.params, text=TEXT, autoencoder=AUTOENCODER)}
-STAGES = ["--stages", "transformer", "text", "decoder"]
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command itself writes of a toy."""
-    folder = tmp_path_factory.mktemp("report")
-    how = ["--cases", "16", "32", "32+1", "32+2", "--rounds", "2", "--warmups", "0", "--held", "int8"]
-    core.main([*STAGES, *how, "--out", str(folder)], TOY)
-    (file,) = folder.iterdir()
-    return file
-
-
-def test_a_report_says_what_was_measured(report: Path) -> None:
-    told = json.loads(report.read_text("utf-8"))
-    assert report.name == "core-small-cpu.json" and told["blocks"] == [1, 2]
-    assert list(told["cases"]) == ["16 x 16", "32 x 32", "32 x 32, 1 reference", "32 x 32, 2 references"]
-    assert set(told["relative error"]) == {"evaluation", "picture"}
-    assert "left out" not in told
-    assert told["text"]["layers read"] == 27 and set(told["text"]["relative error"]) == {OURS, THEIRS}
-    assert list(told["decoder"]) == ["16 x 16", "32 x 32"]
-    assert set(told["decoder"]["16 x 16"]["relative error"]) == {OURS, THEIRS}
-    assert 0 < max(told["decoder"]["16 x 16"]["relative error"].values()) < 0.1
+# --- reports, and drawings of them: more of it in tests/slow ---
 
 
 def test_a_text_encoder_that_is_no_qwen3_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         core.main(["--size", "dev", "--stages", "text"])
     assert "no Qwen3" in capsys.readouterr().err
-
-
-def test_no_case_is_begun_after_the_budget(tmp_path: Path) -> None:
-    core.main([*STAGES, "--cases", "32", "64", "--budget", "0", "--out", str(tmp_path), "--label", "none"], TOY)
-    told = json.loads((tmp_path / "core-small-none-cpu.json").read_text("utf-8"))
-    assert told["left out"].keys() == {"32 x 32", "64 x 64", "text", "decoder, 32 x 32", "decoder, 64 x 64"}
-    assert told["cases"] == told["decoder"] == {} and "text" not in told
-
-
-def test_a_report_is_drawn(report: Path) -> None:
-    plot.main([str(report)])
-    drawn = report.with_suffix(".svg")
-    root = ElementTree.fromstring(drawn.read_text("utf-8"))
-    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"ours", "diffusers", "floor", "32", "One evaluation, no references", "4 steps, 32 x 32"} <= set(words)
-    width, height = float(root.get("width", 0)), float(root.get("height", 0))
-    for line in root.iter("{http://www.w3.org/2000/svg}polyline"):
-        for point in line.get("points", "").split():
-            x, y = map(float, point.split(","))
-            assert 0 < x < width and 0 < y < height
-
-
-def test_panels_hold_what_was_timed(report: Path) -> None:
-    told: dict[str, Any] = json.loads(report.read_text("utf-8"))
-    by_title = {panel.title: panel for panel in plot.panels(told)}
-    along = by_title["4 steps, 32 x 32"].lines
-    assert [x for x, _ in along["ours"]] == [0, 1, 2]
-    assert along["floor"][0][1] == 4 * told["cases"]["32 x 32"]["floor of an evaluation"]
-    assert (
-        along["diffusers"][2][1] == told["cases"]["32 x 32, 2 references"]["seconds"]["picture"]["diffusers"]["median"]
-    )
-    assert [x for x, _ in by_title["One evaluation, no references"].lines["ours"]] == [16, 32]
-    decoding = by_title["Decoding"].lines
-    assert [x for x, _ in decoding["ours"]] == [16, 32]
-    assert decoding["floor"][1][1] == told["decoder"]["32 x 32"]["floor"]
 
 
 def test_nothing_is_drawn_of_nothing() -> None:
@@ -333,26 +226,3 @@ def test_every_job_is_one_that_its_program_knows() -> None:
             assert chosen.limit and chosen.cases
         small = job.command("cpu", Path("out"), 300, trial=True)
         assert not job.arguments or core._parser().parse_args(small[3:]).size == "small"
-
-
-def test_a_job_is_begun_only_with_time_and_one_that_hangs_is_stopped(tmp_path: Path) -> None:
-    script = "import sys, time; print('begun', flush=True); time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv[2]))"
-
-    @dataclass(frozen=True, kw_only=True)
-    class Script(gpu.Job):
-        def command(self, device: str, out: Path, left: float, *, trial: bool) -> list[str]:
-            return [sys.executable, "-c", script, *self.arguments]
-
-    jobs = (
-        Script(name="quick", arguments=("0", "0"), least=0),
-        Script(name="broken", arguments=("0", "3"), least=0),
-        Script(name="long", arguments=("0", "0"), least=1000),
-        Script(name="hanging", arguments=("600", "0"), least=0),
-    )
-    with pytest.raises(SystemExit):
-        gpu.main(["--out", str(tmp_path), "--budget", "8"], jobs, grace=0)
-    told = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["jobs"]
-    assert [what["result"].split()[0] for what in told.values()] == ["done", "failed", "left", "stopped"]
-    assert (tmp_path / "gpu.log").read_text("utf-8") == "begun\n" * 3
-    gpu.main(["--out", str(tmp_path), "--only", "quick"], jobs)
-    assert json.loads((tmp_path / "gpu.json").read_text("utf-8"))["jobs"].keys() == {"quick"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from flux2_studio.request import Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import Verdict
 from flux2_studio.settings import Settings
-from flux2_studio.studio import Studio
+from flux2_studio.studio import DRAFTED, Studio
 from flux2_studio.tasks import Task
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, endless, four_steps
 
@@ -87,10 +88,14 @@ def test_the_prompt_is_drawn_as_it_is(nano: Studio) -> None:
     assert isinstance(draft, Drafted) and draft.request.prompt == "a frog"
 
 
-def test_a_quick_draft_spends_nothing_on_previews(nano: Studio) -> None:
-    previews = [event for event in nano.draft(Request(prompt="a frog", seed=1)) if isinstance(event, Preview)]
+@pytest.mark.parametrize(("tick", "shown"), [(0.0, []), (DRAFTED / 2.5, [3]), (2 * DRAFTED, [1, 2, 3, 4])])
+def test_a_draft_shows_previews_only_when_time_has_passed(home: Path, tick: float, shown: list[int]) -> None:
+    """tick: seconds between two looks at the clock."""
+    times = count()
+    studio = Studio(Settings(home=home, device="cpu"), clock=lambda: next(times) * tick)
+    previews = [event for event in studio.draft(Request(prompt="a frog", seed=1)) if isinstance(event, Preview)]
     assert [event.step for event in previews] == [1, 2, 3, 4]
-    assert sum(bool(event.images) for event in previews) <= 2  # none here; a busy machine may take half a second
+    assert [event.step for event in previews if event.images] == shown
 
 
 def test_a_draft_stops_at_the_next_step(nano: Studio) -> None:

@@ -169,7 +169,7 @@ def test_stopping_while_the_model_writes(settings: Settings) -> None:
         begun = lambda: any(isinstance(event, Writing) for event in events)  # noqa: E731
         for event in studio.generate(Request(prompt="fox", upsampling=REMOTE), begun):
             events.append(event)
-        assert server.gone.wait(10), "the connection is closed"
+        assert server.gone.wait(60), "the connection is closed"
     assert events[-1] == Stopped()
 
 

@@ -23,7 +23,7 @@ from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.upsample import ApiKey
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class Painter:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flux2_studio.outputs.credentials_report import Credentials, from_report
@@ -114,7 +114,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     manifest=st.dictionaries(st.sampled_from(KEYS.split()), VALUES, max_size=8),
     results=st.dictionaries(st.sampled_from(KEYS.split()), VALUES, max_size=4),

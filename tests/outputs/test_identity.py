@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 import traceback
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -108,28 +106,6 @@ def test_looking_makes_none_and_knows_an_old_one(tmp_path: Path) -> None:
     assert known_identity(tmp_path) == old
     (tmp_path / "identity.pem").write_text("damaged")
     assert known_identity(tmp_path) is None
-
-
-def test_processes_that_start_at_once_agree(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from flux2_studio.outputs.identity import load_identity; "
-        "import cryptography.x509; print('ready', flush=True); sys.stdin.readline(); "
-        "print(load_identity(Path(sys.argv[1])).serial)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "identity")]
-    started = [
-        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
-    for process in started:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in started:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    serials = {process.communicate()[0].strip() for process in started}
-    assert serials == {load_identity(tmp_path / "identity").serial}
-    assert [it.name for it in (tmp_path / "identity").iterdir()] == ["identity.pem"]
 
 
 def test_a_drive_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,7 +328,7 @@ def test_settings_of_another_program(signer: Signer) -> None:
 WHOLE: dict[str, bytes] = {}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), format=st.sampled_from(FORMATS))
 def test_no_damage_makes_looking_fail(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, format: str
@@ -342,7 +342,7 @@ def test_no_damage_makes_looking_fail(
     json.dumps(seen.as_dict(), allow_nan=False)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
 def test_no_rubbish_makes_looking_fail(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     seen = inspect(content, Signer(tmp_path_factory.getbasetemp() / "none"), [PUBLISHED])

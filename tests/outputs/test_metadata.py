@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -452,21 +452,18 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(part=st.sampled_from(sorted(metadata.PARTS)), value=values)
 def test_no_value_of_a_part_makes_reading_fail(part: str, value: Any) -> None:
     found = read(parameters(json.dumps(said() | {part: value})))
     assert (found.record is None) != (found.problem is None)
 
 
-@settings(max_examples=150, deadline=None)
 @given(key=st.sampled_from(sorted(said()["request"])) | st.text(), value=values)
 def test_no_value_of_the_request_makes_reading_fail(key: str, value: Any) -> None:
     found = read(parameters(json.dumps(said() | request(**{key: value}))))
     assert (found.record is None) != (found.problem is None)
 
 
-@settings(max_examples=100, deadline=None)
 @given(text=st.binary(max_size=300))
 def test_no_text_makes_reading_fail(text: bytes) -> None:
     for content in (parameters(text), png((b"iTXt", b"parameters\0" + text)), png((b"zTXt", b"parameters\0" + text))):
@@ -475,7 +472,6 @@ def test_no_text_makes_reading_fail(text: bytes) -> None:
         assert read(commented(text, format)).record is None
 
 
-@settings(max_examples=200, deadline=None)
 @given(data=st.data(), format=st.sampled_from(EVERY))
 def test_no_damage_makes_reading_fail(data: st.DataObject, format: ImageFormat) -> None:
     """Where the settings are read all the same, they are what they were, or pass for a studio's."""

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.tools import shapes
+from tests.tools.shapes import KNOWN, STRANGERS
+from tools.nano.classifier import UNSEEN
+from tools.nano.scenes import STYLES, Subject, read_subjects
+
 NAMES = ("dog", "cat", "fox", "panda", "elephant")
 FILLS = ((200, 60, 40), (60, 160, 70), (60, 90, 210), (230, 180, 40), (150, 70, 180))
 
@@ -46,3 +51,25 @@ def nano_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number, entry in enumerate(index):
                 archive.writestr(f"{style}/{entry['id']}.webp", drawing(number, style))
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set in the real one's layout."""
+    folder = tmp_path_factory.mktemp("drawings")
+    chosen = json.loads((Path("tools/nano/subjects.json")).read_text("utf-8"))[:KNOWN]
+    names = [entry["data"] for entry in chosen] + [f"stranger {number}" for number in range(STRANGERS)]
+    index = [{"id": f"{number:x}", "name": name, "styles": STYLES} for number, name in enumerate(names)]
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    for style in (*STYLES, UNSEEN):
+        with zipfile.ZipFile(folder / f"{style}-256.zip", "w") as file:
+            for number in range(len(names)):
+                stored = io.BytesIO()
+                shapes.drawing(number, style).save(stored, "WEBP", lossless=True)
+                file.writestr(f"{style}/{number:x}.webp", stored.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def subjects(data: Path) -> list[Subject]:
+    return read_subjects(data, KNOWN)

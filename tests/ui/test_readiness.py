@@ -114,13 +114,13 @@ def test_forms_that_wait_for_a_checkpoint_leave_threads_for_everybody_else(setti
 
     class Reading(Studio):
         def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> Outlook:
-            reading.wait(60)
+            reading.wait(300)
             return super().outlook(request, references)
 
     async def others_are_answered() -> int:
         looks = [asyncio.create_task(tell(**FORM)) for tell in tells]
         try:
-            return await asyncio.wait_for(asyncio.to_thread(lambda: 1 + 1), 30)
+            return await asyncio.wait_for(asyncio.to_thread(lambda: 1 + 1), 60)
         finally:
             reading.set()
             assert all("Fits" in told for told in await asyncio.gather(*looks))
