@@ -10,8 +10,9 @@ const STYLE = `body { margin: 0; } figure { position: relative; margin: 0; width
   dialog { margin: 0; padding: 0; border: 0; }`;
 
 // On the stage: what HOLDING of ui/compare.py connects.
-const stage = async (t) => {
-  const it = await open(t, {scripts: ['compare.js'], markup: `<div id="compare">${MARKUP.hold}</div>`, style: STYLE});
+const stage = async (t, options = {}) => {
+  const markup = `<div id="compare">${MARKUP.hold}</div>`;
+  const it = await open(t, {scripts: ['compare.js'], markup, style: STYLE, ...options});
   await it.run(() => {
     window.seen = [];
     const set = (on) => window.seen.push(on);
@@ -123,8 +124,7 @@ test('flicker ends where its button is not seen any more, and from outside', asy
 });
 
 test('who asks for less motion has each press show the other one', async (t) => {
-  const it = await stage(t);
-  await it.page.emulateMedia({reducedMotion: 'reduce'});
+  const it = await stage(t, {reducedMotion: 'reduce'});
   await it.click('.flicker');
   await it.tick(5000);
   assert.deepEqual([await it.heard(), await it.pressed()], [[true], 'true']);

@@ -11,8 +11,10 @@ const GERMAN = {
 };
 const table = (said) => Object.fromEntries(Object.entries(said).map(([key, text]) => [`flux2-studio: ${key}`, text]));
 const TABLES = {en: {}, de: table(GERMAN), 'zh-CN': table({Close: '关闭'})};
+// In a browser that prefers the language `locale`.
 const opened = (t, locale, markup = '', tables = TABLES) => open(t, {
-  scripts: [], markup, locale, before: tables ? `window.gradio_config = {i18n_translations: ${JSON.stringify(tables)}};` : '',
+  scripts: [], markup, before: `Object.defineProperty(navigator, 'language', {value: '${locale}'});
+    ${tables ? `window.gradio_config = {i18n_translations: ${JSON.stringify(tables)}};` : ''}`,
 });
 const say = (it, ...given) => it.run((them) => window.studioSay(...them), given);
 const language = (it) => it.run(() => document.documentElement.lang);

@@ -7,12 +7,16 @@ import {after} from 'node:test';
 import {isDeepStrictEqual} from 'node:util';
 
 const {chromium} = await import(process.env.PLAYWRIGHT);
+// Parts of Chromium's own window, which each new page would start.
+const UNUSED = 'WebUIOmniboxPopup,WebUIOmniboxAimPopup,MediaRouter,PaintHolding,Translate,HttpsUpgrades,OptimizationHints';
 const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM, args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking'],
+  executablePath: process.env.CHROMIUM,
+  args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', `--disable-features=${UNUSED}`],
 });
 after(() => browser.close());
 
 export const MARKUP = JSON.parse(process.env.MARKUP);  // of the studio, from ui/*.py
+export const SENDS = JSON.parse(process.env.SENDS);  // what events run before they are sent, from there, too
 const PATIENCE = 20000;  // milliseconds; a busy machine takes its time
 const asset = (name) => readFileSync(`${process.env.ASSETS}/${name}`, 'utf-8');
 
@@ -93,7 +97,6 @@ export const open = async (t, {scripts, markup, style = '', before = '', answer 
   t.after(() => assert.deepEqual(errors, [], 'no error in a script'));
   port += 1;
   await page.goto(`http://localhost:${port}/`);
-  await page.emulateMedia({reducedMotion: 'no-preference'});
   await page.mouse.move(0, 0);
   return {
     page,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flux2_studio.ui import compare, history_tab, keys, picker
+from flux2_studio.checkpoints import CHECKPOINTS
+from flux2_studio.ui import compare, handlers, history_tab, inspect_tab, keys, picker, reference_panel
 from tests.scripts.node import Results, listed_in
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +28,17 @@ def results() -> Iterator[Results]:
         "keys": keys.layout().value,
         "hold": compare.HOLD,
     }
-    yield Results(HERE, {"CHROMIUM": chromium, "MARKUP": json.dumps(markup)})
+    # What a press sends along, as the page finds it out: JavaScript that Gradio runs with the event's inputs.
+    sends = {
+        **{name: getattr(reference_panel, name) for name in ("SELECTED", "CLEARED", "TO_CLEAR")},
+        **{name: getattr(reference_panel, name) for name in ("CLEARED_AND_SELECTED", "CLEARED_AND_DRAGGED")},
+        "PICKED": handlers.PICKED,
+        "SIZES": handlers._sizes(CHECKPOINTS),
+        "NOW": inspect_tab.NOW,
+        "ASKED": history_tab.ASKED,
+    }
+    given = {"CHROMIUM": chromium, "MARKUP": json.dumps(markup), "SENDS": json.dumps(sends)}
+    yield Results(HERE, given)
 
 
 @pytest.mark.parametrize("file, name", [pytest.param(*test, id=": ".join(test)) for test in listed_in(HERE)])
