@@ -20,7 +20,7 @@ from flux2_studio.record import Record
 from flux2_studio.request import Request
 from tests.browser.pages.history import FOX, OWL, tiles
 from tests.browser.pages.masks import SIZE
-from tests.browser.steps import open_tab
+from tests.browser.steps import end_runs, open_tab
 from tests.browser.studio import PATIENCE, ROOT, App, environment, open_studio, started
 from tests.fake_openai import FakeOpenAI, says
 from tests.loras import write_lora
@@ -89,7 +89,7 @@ def context(warm_context: BrowserContext) -> Iterator[BrowserContext]:
 
 
 @pytest.fixture
-def open_page(context: BrowserContext, app: App) -> Callable[[], Page]:
+def open_page(context: BrowserContext, app: App) -> Iterator[Callable[[], Page]]:
     """Opens the studio in a new tab and waits until it can be used."""
 
     def opened() -> Page:
@@ -98,7 +98,9 @@ def open_page(context: BrowserContext, app: App) -> Callable[[], Page]:
         expect(page.get_by_role("tab", name="Generate")).to_be_visible()
         return page
 
-    return opened
+    yield opened
+    if context.request.get(f"{app.url}queue/state").text():  # the runs of a test that failed would hold up the next
+        end_runs(opened())
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, TimeoutError, expect
 
 from tests.browser.studio import PATIENCE, ROOT
 
@@ -130,13 +131,9 @@ def expect_finished(page: Page, pictures: int = 1) -> None:
     """Wait for the end of the run that `run` began, not of one before it."""
     word = "1 picture in" if pictures == 1 else f"{pictures} pictures in"
     told = "#progress p:not([data-earlier])"
-    wait_until(
-        page,
-        """([told, word]) => document.querySelector(told)?.textContent.includes(word)
-          || document.querySelector('#message .problem')?.checkVisibility()""",
-        [told, word],
-    )
-    expect(page.locator(told)).to_contain_text(word)
+    with suppress(TimeoutError):  # expect() says it in better words
+        wait_until(page, "([told, word]) => document.querySelector(told)?.textContent.includes(word)", [told, word])
+    expect(page.locator(told)).to_contain_text(word, timeout=5_000)
     expect(result(page)).to_be_visible()
     expect(page.locator("#stop")).to_be_hidden()
 
@@ -174,6 +171,15 @@ def press(page: Page, prompt: str, name: str) -> None:
 def stop(page: Page) -> None:
     page.locator("#stop").click()
     expect(page.locator("#stop")).to_be_hidden()
+
+
+def end_runs(page: Page) -> None:
+    """Take all runs of this browser off the queue."""
+    off = page.locator("#queue").get_by_role("button", name="Take this run off the queue")
+    while off.count():
+        off.last.click()
+        page.wait_for_timeout(200)
+    expect(page.locator("#queue")).to_be_hidden()
 
 
 def explore(page: Page) -> None:

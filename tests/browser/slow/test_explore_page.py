@@ -18,7 +18,7 @@ from tests.browser.steps import (
     set_number,
     write,
 )
-from tests.browser.studio import PATIENCE, App
+from tests.browser.studio import PATIENCE, App, open_studio
 
 
 def test_seeds_side_by_side(page: Page, app: App, tmp_path: Path) -> None:
@@ -92,8 +92,10 @@ def test_anothers_exploration_is_not_shown(open_page: Callable[[], Page], browse
     with browser.new_context() as other:
         other.set_default_timeout(PATIENCE)
         page = other.new_page()
-        page.goto(app.url)
+        open_studio(page, app.url)
         open_tab(page, "Explore")
         expect(page.locator("#explore-sheet")).to_contain_text("side by side")
-        page.wait_for_timeout(1500)
+        mine.reload()  # and while it finds its own again, the other finds nothing
+        open_tab(mine, "Explore")
+        expect_explored(mine, 2)
         expect(explored_pictures(page)).to_have_count(0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.steps import expect_finished, open_tab, run, set_count, set_size, write
+from tests.browser.steps import expect_finished, open_tab, run, set_count, set_size, settle, write
 
 # Every layout shift from now on, with the elements that moved; those that follow a click or a key are not counted by
 # the browser as anybody's fault, but here they are: a run goes on for longer than half a second.
@@ -44,12 +44,14 @@ def test_nothing_jumps_while_a_run_goes_on(page: Page, width: int, height: int) 
     set_size(page, "generate", 256, 256)
     set_count(page, "generate", 4)
     page.locator("#mat").scroll_into_view_if_needed()
-    page.wait_for_timeout(500)
+    settle(page)
     page.evaluate(WATCH)
     page.evaluate("document.querySelector('#generate .run').click()")  # from where one looks at the mat
     expect(page.locator("#preview img")).to_be_visible()
     expect_finished(page, 4)
-    page.wait_for_timeout(500)
+    for picture in page.locator("#gallery img").all():
+        expect(picture).to_have_js_property("complete", True)
+    settle(page)
     shifts: list[dict[str, Any]] = page.evaluate("window.shifts")
     total = sum(shift["value"] for shift in shifts)
     assert not [moved for shift in shifts for moved in shift["moved"] if ON_THE_STAGE.search(moved)]

@@ -9,12 +9,14 @@ from playwright.sync_api import Page, expect
 from tests.browser.pages.live import PROMPT, go_live, live, made, seen
 from tests.browser.steps import (
     EXAMPLES,
+    WATCH,
     choose_checkpoint,
     open_tab,
     problem,
     run_for_long,
     set_size,
     upload,
+    wait_until,
     write,
 )
 from tests.browser.studio import App
@@ -63,7 +65,8 @@ def test_a_run_of_the_tab_is_not_disturbed(open_page: Callable[[], Page]) -> Non
     choose_checkpoint(page, "Nano (a toy, on board)")
     go_live(page)
     write(page, "generate", "a flat frog")
-    page.wait_for_timeout(1500)
+    page.evaluate(WATCH)
+    wait_until(page, "() => window.previews.size >= 10")  # the run goes on
     expect(page.locator("#progress")).to_contain_text("Step")
     expect(live(page, "a flat frog")).to_have_count(0)
     page.locator("#stop").click()

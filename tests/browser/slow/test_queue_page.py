@@ -27,7 +27,8 @@ def test_a_run_that_ended_meanwhile_is_shown(open_page: Callable[[], Page], cont
     expect(first.locator("#generate .seed input")).not_to_have_value("")  # it has begun
     first.close()
     deadline = time.monotonic() + PATIENCE / 1000
-    while context.request.get(f"{app.url}queue/state").text() and time.monotonic() < deadline:
+    while context.request.get(f"{app.url}queue/state").text():
+        assert time.monotonic() < deadline, "the run does not end"
         time.sleep(0.2)
     second = open_page()
     expect_finished(second, 16)

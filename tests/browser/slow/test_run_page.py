@@ -17,6 +17,7 @@ from tests.browser.steps import (
     set_number,
     set_size,
     settings,
+    settle,
     write,
 )
 from tests.browser.studio import App
@@ -137,7 +138,7 @@ def test_sixteen_pictures_fit_on_the_mat(page: Page) -> None:
     expect_finished(page, 16)
     for width in (1440, 390):
         page.set_viewport_size({"width": width, "height": 900})
-        page.wait_for_timeout(500)  # until all has its place
+        settle(page)
         mat = page.locator("#mat").bounding_box()
         last = page.locator("#gallery .thumbnail-item").nth(15).bounding_box()
         assert mat and last
