@@ -121,5 +121,5 @@ def test_checkpoint_table() -> None:
 
 
 def test_dependencies_are_those_that_are_installed() -> None:
-    listed = re.findall(r"^\| \[([a-z0-9_-]+)\]", section("Dependencies"), re.MULTILINE)
+    listed = re.findall(r"^\| \[([A-Za-z0-9_-]+)\]", section("Dependencies"), re.MULTILINE)
     assert sorted(listed) == sorted(requirements())

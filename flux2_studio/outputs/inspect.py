@@ -274,10 +274,7 @@ def _mark(
     which `pixels` may be the upper part."""
     if min(pixels.size) < watermark.SIDE or pixels.width * watermark.SIDE > watermark.READ:
         return None, f"{size[0]} x {size[1]} pixels is no shape in which one is looked for."
-    try:
-        read = [found for message in messages if (found := watermark.detect(pixels, message)) is not None]
-    except StudioError as error:
-        return None, str(error)
+    read = [found for message in messages if (found := watermark.detect(pixels, message)) is not None]
     if not read:
         return None, f"{size[0]} x {size[1]} pixels are too few to hold one."
     return min(read, key=lambda found: found.chance), None

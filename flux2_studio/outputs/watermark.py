@@ -7,9 +7,9 @@ discrete cosine transform, which the method is also named after, is orthogonal: 
 reader averages over the squares of a bit. So it must know how many bits there are; and the picture must have its own
 size again, and its left, right and upper edge: cropped there, scaled or turned it says nothing any more.
 
-The package reads; we write. Its own encoder lets values that leave 0..255 be cut off, so that nothing is left in white
-areas; it swaps wavelet details and wraps where U overflows, which costs up to 20 dB; and it takes 0.5 s per million
-pixels. Ours
+The package reads, where it can be imported; we write. Its own encoder lets values that leave 0..255 be cut off, so that
+nothing is left in white areas; it swaps wavelet details and wraps where U overflows, which costs up to 20 dB; and it
+takes 0.5 s per million pixels. Ours
 
 - goes to the nearer of the two values that stand for the bit, and to the other where colours end;
 - keeps brightness, except where blue or green would leave 0..255: there the pixel is made as much darker or brighter
@@ -17,19 +17,19 @@ pixels. Ours
 - dithers when rounding, or flat areas would take whole steps only;
 - looks at what came of it, and corrects that.
 
-The result is then read by the package's own decoder, and is called marked only when that finds the message.
+The result is then read back, and is called marked only when the message is found.
 benchmarks/watermark.py measures what it outlives.
 
-Known pitfalls: the decoder needs OpenCV, which comes as opencv-python (wants libGL, which servers often lack) and as
-opencv-python-headless; both write the same folder, and the one installed last is used. Importing the package imports
-torch. That is why both are imported late.
+Known pitfall: the package needs OpenCV, which comes as opencv-python (wants libGL, which servers often lack) and as
+opencv-python-headless; both write the same folder, and the one installed last is used. Nothing is lost where it cannot
+be imported: we write without it, and then read with `_bits`, which finds the same bits (tested against the package).
+Importing the package imports torch, so it is imported late.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,9 @@ UNLIKELY = 1e-6  # a match that chance brings about less often than this counts 
 
 # What U + 1 adds to green and blue while brightness Y and V stay: the inverse of BT.601's RGB to YUV.
 GREEN, BLUE = -0.395, 2.032
+# The orthonormal discrete cosine transform of 4 values.
+COSINES = np.sqrt(0.5) * np.cos(np.pi / 8 * np.outer(np.arange(4), 2 * np.arange(4) + 1))
+COSINES[0] = 0.5
 DITHER = np.array([[1, 5], [7, 3]], dtype=np.float32) / 8  # ordered, 2 x 2
 
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -166,12 +169,8 @@ def embed(image: Image.Image, message: Message) -> Marked:
             reason=f"No watermark: at {width} x {height} the picture is too small to hold one that can be relied on. "
             f"Make it {SMALLEST} pixels or more a side.",
         )
-    try:
-        cv2, _ = _libraries()
-        marked = Image.fromarray(_write(cv2, np.asarray(image), message.bits))
-        detection = detect(marked, message)
-    except StudioError as error:
-        return Marked(image=image, reason=f"No watermark: {error}")
+    marked = Image.fromarray(_write(np.asarray(image), message.bits))
+    detection = detect(marked, message)
     if detection is None or detection.match < ENOUGH:
         right = detection.right if detection else 0
         return Marked(
@@ -214,20 +213,54 @@ def embed_within(image: Image.Image, change: Image.Image, message: Message) -> M
 
 
 def detect(image: Image.Image, message: Message) -> Detection | None:
-    """Compare what the package's decoder reads in `image` (any mode) with `message`.
+    """Compare what a reader finds in `image` (any mode) with `message`.
 
-    None for a picture of fewer than 256 x 256 pixels in all, which the decoder does not read. Raises `StudioError`
-    where OpenCV is missing.
+    None for a picture of fewer than 256 x 256 pixels in all, which the package does not read.
     """
     width, height = image.size
     rows = min(height, max(READ // width, SIDE))
     if width * rows < SMALLEST**2:
         return None
-    cv2, imwatermark = _libraries()
     rgb = np.asarray(image.crop((0, 0, width, rows)).convert("RGB"))
-    decoder = imwatermark.WatermarkDecoder("bits", len(message.bits))
-    bits = decoder.decode(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), METHOD)
+    bits = _bits_by_package(rgb, len(message.bits))
+    if bits is None:
+        bits = _bits(rgb, len(message.bits))
     return Detection(message=message, right=int(np.sum(bits == np.array(message.bits, dtype=bool))))
+
+
+def _bits_by_package(rgb: NDArray[np.uint8], count: int) -> NDArray[np.bool_] | None:
+    """The `count` bits that invisible-watermark reads in `rgb` [H, W, 3]; None where it cannot be imported."""
+    try:
+        import imwatermark
+    except ImportError:  # OpenCV, which it needs, wants a library that this machine lacks
+        return None
+    bgr = np.ascontiguousarray(rgb[..., ::-1])
+    bits: NDArray[np.bool_] = imwatermark.WatermarkDecoder("bits", count).decode(bgr, METHOD)
+    return bits
+
+
+def _bits(rgb: NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
+    """The same bits, read by numpy and PyWavelets alone.
+
+    The arithmetic is the package's: a square whose value stands just between two bits would else be read differently.
+    """
+    import pywt
+
+    rows, columns = (length // 4 * 4 for length in rgb.shape[:2])
+    averages, _ = pywt.dwt2(_u(rgb)[:rows, :columns], "haar")
+    rows, columns = rows // SIDE, columns // SIDE
+    blocks = averages[: rows * 4, : columns * 4].reshape(rows, 4, columns, 4).swapaxes(1, 2).reshape(-1, 4, 4)
+    strengths = np.linalg.svd(COSINES @ blocks @ COSINES.T, compute_uv=False)[:, 0]
+    says = (strengths % SCALE > SCALE / 2).astype(float)
+    return np.array([says[bit::count].mean() * 255 > 127 for bit in range(count)])
+
+
+def _u(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """U of YUV for [H, W, 3], rounded as OpenCV's integer arithmetic does (BT.601, 14 bits behind the point)."""
+    red, green, blue = (rgb[..., channel].astype(np.int32) for channel in range(3))
+    half = 1 << 13
+    brightness = (4899 * red + 9617 * green + 1868 * blue + half) >> 14
+    return (((blue - brightness) * 8061 + (128 << 14) + half) >> 14).clip(0, 255).astype(np.uint8)
 
 
 def _chance(right: int, count: int) -> float:
@@ -235,19 +268,7 @@ def _chance(right: int, count: int) -> float:
     return sum(math.comb(count, heads) for heads in range(right, count + 1)) / 2**count
 
 
-def _libraries() -> tuple[Any, Any]:
-    try:
-        import cv2
-        import imwatermark
-    except ImportError as error:
-        raise StudioError(
-            f"OpenCV or invisible-watermark cannot be loaded ({error}). Run `pip install -r requirements.txt`; if "
-            f"libGL is missing, also `pip install --force-reinstall --no-deps opencv-python-headless`."
-        ) from error
-    return cv2, imwatermark
-
-
-def _write(cv2: Any, picture: NDArray[np.uint8], bits: tuple[int, ...]) -> NDArray[np.uint8]:
+def _write(picture: NDArray[np.uint8], bits: tuple[int, ...]) -> NDArray[np.uint8]:
     """[H, W, 3] RGB -> a copy in which each whole square says its bit."""
     rows, columns = (length // SIDE for length in picture.shape[:2])
     whole = np.s_[: rows * SIDE, : columns * SIDE]
@@ -258,7 +279,7 @@ def _write(cv2: Any, picture: NDArray[np.uint8], bits: tuple[int, ...]) -> NDArr
     change = np.zeros_like(red)  # of U
     within = SCALE * (0.25 + 0.5 * np.resize(np.array(bits, dtype=np.float32), rows * columns))
     for correction in range(CORRECTIONS + 1):
-        u = cv2.cvtColor(now, cv2.COLOR_RGB2YUV)[..., 1]  # rounded exactly as the decoder rounds it
+        u = _u(now)  # rounded exactly as the decoder rounds it
         strength, pattern = _largest(_squares(u))
         if correction == 0:  # where blue is at its end, the way off it is the cheaper one: it needs no headroom
             average = _squares(now[..., 2]).mean(axis=(0, 1)) / 2

@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.watermark import encoded, flat, icons, landscape, photographs, psnr
 from flux2_studio.errors import StudioError
-from flux2_studio.outputs.watermark import PUBLISHED, Detection, Message, detect, embed
+from flux2_studio.outputs.watermark import PUBLISHED, Detection, Message, _bits, _u, detect, embed
 
 GREY = [it.convert("L").convert("RGB") for it in photographs()]
 PHOTOGRAPHS = [*photographs(), *GREY, landscape(0, 256), landscape(1, 512)]
@@ -138,14 +138,34 @@ def test_of_huge_pictures_the_upper_rows_are_read(decoder: Decoder) -> None:
     assert decoder.shapes == [(1024, 4096, 3), (2048, 2048, 3)]
 
 
-@pytest.mark.parametrize("library", ["cv2", "imwatermark"])
-def test_without_its_libraries(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, library, None)
-    marked = embed(ICON, PUBLISHED)
-    assert marked.image is ICON
-    assert marked.reason is not None and "pip install" in marked.reason
-    with pytest.raises(StudioError, match="pip install"):
-        detect(ICON, PUBLISHED)
+def test_without_opencv_pictures_are_marked_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as without:
+        for library in ("cv2", "imwatermark"):
+            without.setitem(sys.modules, library, None)
+        marked = embed(PHOTOGRAPHS[0], PUBLISHED)
+        assert marked.detection is not None and marked.detection.found
+    decoder = WatermarkDecoder("bits", len(PUBLISHED.bits))
+    bits = decoder.decode(cv2.cvtColor(np.array(marked.image), cv2.COLOR_RGB2BGR), "dwtDctSvd")
+    assert np.mean(bits == np.array(PUBLISHED.bits)) >= 0.95
+
+
+def test_u_is_rounded_as_opencv_does() -> None:
+    green, blue = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    for red in range(256):
+        every = np.stack([np.full_like(green, red), green, blue], -1)
+        assert np.array_equal(_u(every), cv2.cvtColor(every, cv2.COLOR_RGB2YUV)[..., 1])
+
+
+FLAT = [Image.new("RGB", (256, 256), colour) for colour in ("white", "black", "#7f7f7f", "#123456", "yellow", "blue")]
+
+
+@pytest.mark.parametrize("count", [32, 46, 128])
+@pytest.mark.parametrize("picture", [*PHOTOGRAPHS, ICON, *FLAT, *GARISH, *ODD])
+def test_our_reader_finds_the_same_bits_as_the_package(picture: Image.Image, count: int) -> None:
+    for image in (picture, embed(picture, PUBLISHED).image):
+        rgb = np.asarray(image)
+        decoder = WatermarkDecoder("bits", count)
+        assert np.array_equal(_bits(rgb, count), decoder.decode(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), "dwtDctSvd"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "CMYK", "P", "L"])
