@@ -35,7 +35,7 @@ class Studio {
   }
 
   answer = async (asked) => {
-    const said = this.say(asked);
+    const said = structuredClone(this.say(asked));  // as it is now
     const {hold} = this;
     if (hold?.(asked)) await hold.until;
     return said;

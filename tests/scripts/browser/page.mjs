@@ -17,7 +17,7 @@ after(() => browser.close());
 
 export const MARKUP = JSON.parse(process.env.MARKUP);  // of the studio, from ui/*.py
 export const SENDS = JSON.parse(process.env.SENDS);  // what events run before they are sent, from there, too
-const PATIENCE = 20000;  // milliseconds; a busy machine takes its time
+const PATIENCE = Number(process.env.PATIENCE ?? 20000);  // milliseconds; a busy machine takes its time
 const asset = (name) => readFileSync(`${process.env.ASSETS}/${name}`, 'utf-8');
 
 const CLOCK = `(() => {
