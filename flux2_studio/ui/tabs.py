@@ -349,7 +349,8 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
         )
         key = fields.api_key(visible=by == "openrouter")
         about = gr.HTML(elem_classes="note")
-        with gr.Row(visible=by != "none", elem_classes="pair") as row:
+        # "hidden" keeps it on the page: an empty Number that is removed and put back becomes 0, which top p cannot be.
+        with gr.Row(visible=by != "none" or "hidden", elem_classes="pair") as row:
             sampling = {
                 "temperature": fields.sampling("temperature", t("Temperature")),
                 "top_p": fields.sampling("top_p", t("Top p")),

@@ -141,7 +141,7 @@ def wire_upsampling(
             ),
             panel.remote: gr.Dropdown(visible=by == "openrouter"),
             panel.key: gr.Textbox(visible=by == "openrouter"),
-            panel.row: gr.Row(visible=possible),
+            panel.row: gr.Row(visible=possible or "hidden"),
             panel.enrich: gr.Button(visible=possible),
             panel.about: told_of(by, offers, checkpoint, model, studio.settings),
             panel.folded: gr.Accordion(label=t("Enrich the prompt (on)") if possible else t(UPSAMPLING)),

@@ -26,6 +26,7 @@ def test_a_prompt_is_enriched_beside_the_original_and_straight_into_the_run(
     written.fill(f"{RICH}, please")
     here.get_by_role("button", name="Use as prompt").click()
     expect(prompt).to_have_value(f"{RICH}, please")
+    expect(here.locator(".sampling").first).to_be_hidden()
     expect(here.get_by_label("Off")).to_be_checked()  # what was accepted is not enriched once more
     expect(written).to_be_hidden()
     here.get_by_role("button", name="Undo").click()
