@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.outputs import metadata
@@ -57,3 +58,20 @@ HOSTILE = {  # what stands in the file, and what is said of it
     "deep": ("[" * 50_000, "settings of another program"),
     "huge": (json.dumps(GOOD | {"original_prompt": "a" * 2_000_000}), "damaged or incomplete"),
 }
+
+
+def expect_ignored(page: Page, folder: Path, kind: str) -> None:
+    """Inspect the hostile picture of that kind, made in `folder`: it is told of, and nothing of it is believed."""
+    written, said = HOSTILE[kind]
+    info = PngInfo()
+    info.add_text("parameters", written, zip=True)
+    file = folder / f"{kind}<img src=x onerror=window.hacked=2>.png"
+    Image.new("RGB", (64, 64), "teal").save(file, pnginfo=info)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    inspect(page, file)
+    expect(page.locator("#inspect-report")).to_contain_text("SHA-256")
+    expect(page.locator("#inspect-report")).to_contain_text(sha256)
+    expect(page.locator("#inspect")).to_contain_text(said)
+    expect(page.locator("#inspect-restore")).to_be_hidden()
+    assert page.evaluate("window.hacked === undefined")
+    assert page.locator("#inspect img[src=x]").count() == 0

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, expect
 
-from tests.browser.pages.inspection import GOOD, changed, inspect, pixels
+from tests.browser.pages.inspection import GOOD, HOSTILE, changed, expect_ignored, inspect, pixels
 from tests.browser.steps import EXAMPLES, expect_finished, open_tab, run, set_count, upload, write
 from tests.browser.studio import App
 
@@ -47,6 +47,12 @@ def test_one_changed_pixel_is_told(page: Page, app: App, tmp_path: Path) -> None
     forged.write_bytes(changed(app.pictures()[-1].read_bytes()))
     inspect(page, forged)
     expect(page.locator("#inspect")).to_contain_text("The picture was changed after it was signed")
+
+
+def test_hostile_pictures_are_ignored_with_a_message(page: Page, tmp_path: Path) -> None:
+    for kind in HOSTILE:
+        if kind != "html":  # that one is among the quick tests
+            expect_ignored(page, tmp_path, kind)
 
 
 def test_rubbish_is_told_and_what_cannot_be_restored_explained(page: Page, tmp_path: Path) -> None:
