@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +20,21 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux2_studio.engine.autoencoder import Autoencoder
 from flux2_studio.engine.gguf import GGUFFile
 from flux2_studio.engine.lora_file import open_lora
-from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.transformer import Transformer
 from flux2_studio.engine.weights import Storage, open_autoencoder, open_transformer
 from flux2_studio.errors import StudioError
 from tests import quantised
-from tests.quantised import State
+from tests.engine.damaged import AUTOENCODER, lora_state, randomised, transformer_state
 
 CPU = torch.device("cpu")
-PARAMS = TransformerParams(
-    in_channels=8, context_width=32, hidden=64, head_width=16, mlp=32, double_blocks=1, single_blocks=2,
-    guidance_embedding=False, time_channels=16,
-)  # fmt: skip
-AUTOENCODER = AutoencoderParams(
-    encoder_channels=(32, 64), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1, latent_channels=2
-)
 TWINS = ({"F16", "BF16"}, {"Q4_0", "Q4_K"}, {"Q5_0", "Q5_K"})
 LENGTH = 8  # bytes of a safetensors file that say how long its header is
 Loaded = dict[str, Any]
-
-
-def thorough(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """So many examples, the same ones in every run."""
-    return settings(
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
+file_checks = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 # --- what is damaged ---
@@ -78,38 +55,6 @@ def loaded_lora(path: Path) -> Loaded:
         found |= {f"{change.target} {field}": tensor for field, tensor in tensors.items()}
         found[f"{change.target} scale"] = torch.tensor(change.scale)
     return found
-
-
-def randomised(module: nn.Module) -> State:
-    generator = torch.Generator().manual_seed(3)
-    return {
-        name: (1 + 0.2 * torch.randn(tensor.shape, generator=generator, device="cpu")).bfloat16()
-        for name, tensor in module.state_dict().items()
-    }
-
-
-@cache
-def transformer_state() -> State:
-    with torch.device("meta"):
-        return randomised(Transformer(PARAMS))
-
-
-def lora_state() -> State:
-    generator = torch.Generator().manual_seed(4)
-
-    def factors(layer: str, rows: int, columns: int) -> State:
-        return {
-            f"{layer}.lora_A.weight": torch.randn(4, columns, generator=generator).half(),
-            f"{layer}.lora_B.weight": torch.randn(rows, 4, generator=generator).half(),
-        }
-
-    return {
-        **factors("diffusion_model.double_blocks.0.img_attn.qkv", 192, 64),
-        "diffusion_model.double_blocks.0.img_attn.qkv.alpha": torch.tensor(2.0).half(),
-        "diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(192, 1),
-        **factors("diffusion_model.single_blocks.1.linear2", 64, 96),
-        "diffusion_model.single_blocks.1.linear2.alpha": torch.tensor(8),
-    }
 
 
 @dataclass(frozen=True)
@@ -223,7 +168,7 @@ def test_a_whole_file_is_read(kinds: dict[str, Kind], folder: Path, name: str) -
 
 @pytest.mark.parametrize("name", KINDS)
 @given(data=st.data())
-@thorough(40)
+@file_checks
 def test_cut_off_anywhere(kinds: dict[str, Kind], folder: Path, name: str, data: st.DataObject) -> None:
     kind = kinds[name]
     end = data.draw(st.one_of(st.integers(0, kind.header + 64), st.integers(0, len(kind.data) - 1)))
@@ -232,7 +177,7 @@ def test_cut_off_anywhere(kinds: dict[str, Kind], folder: Path, name: str, data:
 
 @pytest.mark.parametrize("name", KINDS)
 @given(data=st.data())
-@thorough(120)
+@file_checks
 def test_a_wrong_byte_in_the_header(kinds: dict[str, Kind], folder: Path, name: str, data: st.DataObject) -> None:
     kind = kinds[name]
     at = data.draw(st.integers(0, kind.header - 1))
@@ -243,7 +188,7 @@ def test_a_wrong_byte_in_the_header(kinds: dict[str, Kind], folder: Path, name: 
 
 @pytest.mark.parametrize("name", KINDS)
 @given(data=st.data())
-@thorough(15)
+@file_checks
 def test_bytes_lost_or_added(kinds: dict[str, Kind], folder: Path, name: str, data: st.DataObject) -> None:
     """In the middle: everything behind is in the wrong place."""
     kind = kinds[name]
@@ -255,7 +200,7 @@ def test_bytes_lost_or_added(kinds: dict[str, Kind], folder: Path, name: str, da
 
 
 @given(data=st.data())
-@thorough(80)
+@file_checks
 def test_a_wrong_number_in_a_gguf_header(kinds: dict[str, Kind], folder: Path, data: st.DataObject) -> None:
     kind = kinds["GGUF Q8_0"]
     at = data.draw(st.integers(4, kind.header - 8))
@@ -310,7 +255,7 @@ def with_header(kind: Kind, header: str | bytes) -> bytes:
 
 @pytest.mark.parametrize("name", SAFETENSORS)
 @given(data=st.data())
-@thorough(120)
+@file_checks
 def test_a_header_that_says_something_else(
     kinds: dict[str, Kind], folder: Path, name: str, data: st.DataObject
 ) -> None:
@@ -403,7 +348,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @given(data=st.data())
-@thorough(12)
+@file_checks
 def test_a_tensor_of_another_type_or_shape(
     kinds: dict[str, Kind], folder: Path, wrong: str, data: st.DataObject
 ) -> None:
@@ -469,7 +414,7 @@ PLACES = (
         st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=5), st.sampled_from(PLACES))}),
     )
 )
-@thorough(100)
+@file_checks
 def test_a_hostile_index(sharded: Path, index: Any) -> None:
     assert read_folder(sharded, json.dumps(index)) is None
 
@@ -484,92 +429,3 @@ def test_other_indexes(kinds: dict[str, Kind], sharded: Path, tmp_path: Path) ->
     (sharded / "part-2.safetensors").write_bytes((sharded / names[0]).read_bytes())
     doubled = {"weight_map": dict(enumerate([*names, "part-2.safetensors"]))}
     assert read_folder(sharded, json.dumps(doubled)) is None, "the same tensors in two files"
-
-
-# --- time and memory ---
-
-OPEN_ALL = """
-import resource, sys, time
-from pathlib import Path
-import torch
-from flux2_studio.engine.lora_file import open_lora
-from flux2_studio.engine.weights import open_autoencoder, open_transformer
-from flux2_studio.errors import StudioError
-
-held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
-for path in sorted(Path(sys.argv[1]).iterdir()):
-    for opened in (open_transformer, open_autoencoder, open_lora):
-        start = time.monotonic()
-        try:
-            opened(path)
-            print("opened", path.name)
-        except StudioError as error:
-            print("refused", path.name, round(time.monotonic() - start, 2), str(error)[:200])
-"""
-
-
-def sparse(path: Path, start: bytes, length: int) -> None:
-    """A file of `length` bytes, of which the disk holds only the first ones."""
-    with path.open("wb") as file:
-        file.write(start)
-        file.truncate(length)
-
-
-def tensors(shapes: dict[str, list[int]]) -> bytes:
-    """A header of many small tensors with their data."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + 2 * torch.Size(shape).numel()]}
-        end += 2 * torch.Size(shape).numel()
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    return struct.pack("<Q", len(raw)) + raw + bytes(end)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not keep a process to a size")
-def test_no_file_takes_much_time_or_memory(tmp_path: Path) -> None:
-    """Opened by a process that may grow by 256 MB, of which the mapped files take up to 100."""
-    chance = random.Random(6)
-    sparse(tmp_path / "a long header", struct.pack("<Q", 99_000_000) + b"{", 99_000_100)
-    sparse(tmp_path / "a long header of spaces", struct.pack("<Q", 2**24) + b"{" + b" " * 2**24, 2**24 + 8)
-    (tmp_path / "a deep header").write_bytes(struct.pack("<Q", 2**24) + b"[" * 2**24)
-    (tmp_path / "a deep entry").write_bytes(struct.pack("<Q", 2**24) + (b'{"a":' * 2**22)[: 2**24])
-    (tmp_path / "tensors").write_bytes(tensors({f"{number}": [1] for number in range(150_000)}))
-    flow = {name: list(tensor.shape) for name, tensor in transformer_state().items()}
-    with torch.device("meta"):
-        pictures = {name: list(tensor.shape) for name, tensor in Autoencoder(AUTOENCODER).state_dict().items()}
-    for kind in ("double", "single"):
-        blocks = {f"{kind}_blocks.{number}.none.weight": [1] for number in range(19_000)}
-        (tmp_path / f"{kind} blocks").write_bytes(tensors(flow | blocks))
-    levels = {f"encoder.down.{number}.block.0.conv2.weight": [1] for number in range(19_000)}
-    (tmp_path / "levels").write_bytes(tensors(pictures | levels))
-    layers = {f"decoder.up.0.block.{number}.conv2.weight": [1] for number in range(19_000)}
-    (tmp_path / "layers").write_bytes(tensors(pictures | layers))
-    wide = {"dtype": "BF16", "shape": [2**25, 1], "data_offsets": [0, 2**26]}
-    raw = json.dumps({"img_in.weight": wide}).encode()
-    sparse(tmp_path / "a wide model", struct.pack("<Q", len(raw)) + raw, 8 + len(raw) + 2**26)
-    head = b"GGUF" + struct.pack("<I", 3)
-    text = struct.pack("<Q", 4) + b"list" + struct.pack("<I", 9)
-    (tmp_path / "texts").write_bytes(
-        head + struct.pack("<QQ", 0, 1) + text + struct.pack("<IQ", 8, 2**60) + bytes(2**24)
-    )
-    (tmp_path / "fields").write_bytes(head + struct.pack("<QQ", 0, 2**60) + bytes(2**24))
-    (tmp_path / "infos").write_bytes(head + struct.pack("<QQ", 2**40, 0) + bytes(2**24))
-    index = tmp_path / "an index"
-    index.mkdir()
-    sparse(index / "model.safetensors.index.json", b"{", 2**36)
-    lora = tmp_path / "a configuration"
-    lora.mkdir()
-    (lora / "adapter_model.safetensors").write_bytes(save(lora_state()))
-    sparse(lora / "adapter_config.json", b"{", 2**36)
-    for number in range(20):
-        (tmp_path / f"noise {number}").write_bytes(
-            struct.pack("<Q", chance.choice([9, 99, 2**20])) + chance.randbytes(99)
-        )
-    done = subprocess.run(
-        [sys.executable, "-c", OPEN_ALL, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3 * len(list(tmp_path.iterdir()))
-    assert [line for line in lines if not line.startswith("refused")] == []

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from flux2_studio.checkpoints import KLEIN_4B
 from flux2_studio.engine.compiling import Compiler, variants
 from flux2_studio.engine.lora_paths import AdaptedLinear, LowRank
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.transformer import Transformer
-from flux2_studio.events import Notice, Result, Saved
 from flux2_studio.models.compiled import CompiledBlocks
-from flux2_studio.models.hub import Hub
-from flux2_studio.models.manager import ModelManager
-from flux2_studio.request import Request
 from flux2_studio.settings import Compile
-from flux2_studio.studio import Studio
 from tests.graphs import Graphs
+from tests.models.compiling import drawn, studio_with
 from tests.tiny import Toys
-
-
-def studio_with(toys: Toys, home: Path, choice: Compile, backend: Any) -> Studio:
-    settings = replace(toys.settings(home, ["klein-4b", "klein-base-4b", "klein-9b-kv"]), compile=choice)
-    return Studio(settings, ModelManager(settings, Hub(settings), compiler=Compiler(backend=backend)))
-
-
-def drawn(studio: Studio, **fields: Any) -> tuple[list[str], list[Image.Image], list[str]]:
-    """How the blocks of each picture ran as its record says it, the pictures, and what was said."""
-    request = Request(**{"prompt": "a fox", "checkpoint": "klein-4b", "width": 64, "height": 64, "seed": 1, **fields})
-    events = list(studio.generate(request))
-    assert isinstance(events[-1], Result)
-    saved = [event for event in events if isinstance(event, Saved)]
-    ways = [event.record.computed["blocks"] for event in saved if event.record]
-    pictures = [Image.open(event.image).convert("RGB") for event in saved]
-    return ways, pictures, [event.text for event in events if isinstance(event, Notice)]
 
 
 def test_the_first_picture_is_drawn_as_it_is_written_and_the_next_ones_compiled(toys: Toys, tmp_path: Path) -> None:
@@ -55,30 +32,6 @@ def test_the_first_picture_is_drawn_as_it_is_written_and_the_next_ones_compiled(
     larger, compiled, _ = graphs.since(lambda: drawn(studio, width=96, height=80))
     assert larger[0] == ["compiled"] and compiled == 0
     assert studio.computed(KLEIN_4B)["blocks"] == "compiled"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"count": 2},
-        {"checkpoint": "klein-base-4b", "steps": 2, "guidance": 3.0},
-        {"checkpoint": "klein-base-4b", "steps": 2, "guidance": 1.0},
-        {"checkpoint": "klein-9b-kv", "references": True},
-        {"references": True},
-    ],
-)
-def test_whatever_is_asked_the_second_time_it_is_compiled(fields: Any, toys: Toys, tmp_path: Path) -> None:
-    if "references" in fields:
-        reference = tmp_path / "reference.png"
-        Image.new("RGB", (64, 64), "teal").save(reference)
-        fields = {**fields, "references": (reference,)}
-    graphs = Graphs()
-    studio = studio_with(toys, tmp_path, "on", graphs)
-    first, _, _ = drawn(studio, **fields)
-    studio._models.compiled.settle()
-    (again, _, _), compiled, ran = graphs.since(lambda: drawn(studio, **fields))
-    assert set(first) == {"as written"} and set(again) == {"compiled"}
-    assert compiled == 0 and ran
 
 
 def test_what_cannot_be_compiled_is_said_once(toys: Toys, tmp_path: Path) -> None:
@@ -99,28 +52,6 @@ def test_what_cannot_be_compiled_is_said_once(toys: Toys, tmp_path: Path) -> Non
     assert "there is no compiler" in told[1][0] and "FLUX2_COMPILE=off" in told[1][0]
     assert len(tried) == 1
     assert studio.computed(KLEIN_4B)["blocks"] == "as written"
-
-
-def test_while_something_is_compiled_everything_runs_as_it_is_written(toys: Toys, tmp_path: Path) -> None:
-    """torch calls no compiled code while it compiles."""
-    graphs, going_on = Graphs(), threading.Event()
-
-    def slow(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        assert going_on.wait(120)
-        return graphs(module, inputs)
-
-    studio = studio_with(toys, tmp_path, "on", slow)
-    going_on.set()
-    drawn(studio)
-    studio._models.compiled.settle()
-    assert drawn(studio)[0] == ["compiled"]
-    going_on.clear()
-    assert set(drawn(studio, count=2)[0]) == {"as written"}
-    (ways, _, _), _, ran = graphs.since(lambda: drawn(studio))
-    assert studio._models.compiled.busy and ways == ["as written"] and ran == 0
-    going_on.set()
-    studio._models.compiled.settle()
-    assert drawn(studio)[0] == ["compiled"] and set(drawn(studio, count=2)[0]) == {"compiled"}
 
 
 def test_blocks_that_all_differ_are_not_compiled() -> None:

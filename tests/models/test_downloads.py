@@ -3,135 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import re
-import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flux2_studio.checkpoints import GB
-from flux2_studio.errors import DownloadError, WeightsError
-from flux2_studio.models.cache import Cache, RemoteFile
+from flux2_studio.errors import DownloadError
+from flux2_studio.models.cache import RemoteFile
 from flux2_studio.models.downloads import Downloads, Running, Speed, duration
-from flux2_studio.models.files import picks
-from flux2_studio.models.refusals import Refusals
-from flux2_studio.models.transfer import CHECKING, DOWNLOADING, RETRYING, Transfer
-from tests.models.fake_hub import FLOW, MB, NEWER, TEXT, TOY, VAE, FakeHub, etag, hub, silent, start
-
-ETAG = etag("toy.safetensors", TOY)
-LAST = 3 * MB - 1
-PATIENCE = 300  # seconds that nothing here takes unless it hangs
-HELD = 2 * MB  # bytes after which the hub holds back, where it does
-
-
-class Enough(Exception):
-    pass
-
-
-def downloads(fake: FakeHub, tmp_path: Path, stretch: int = GB, patience: float = PATIENCE) -> Downloads:
-    """As `Hub` makes them, but without pauses before new attempts."""
-    cache = Cache(tmp_path / "cache", patience=0.05)
-    transfer = Transfer(fake.url, cache, patience=patience, pauses=(0.0, 0.0), stretch=stretch)
-    return Downloads(cache, transfer, Refusals(fake.url, cache.root), interval=0.02)
-
-
-def blobs(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "models--maker--Toy-4B" / "blobs"
-
-
-def partial(tmp_path: Path, content: bytes | None = None) -> Path:
-    """What has arrived of the toy's file; `content` is put there."""
-    path = blobs(tmp_path) / f"{ETAG}.incomplete"
-    if content is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return path
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "this never came true"
-        time.sleep(0.01)
-
-
-def arrived(tmp_path: Path) -> int:
-    path = partial(tmp_path)
-    return path.stat().st_size if path.exists() else 0
-
-
-def toy(tmp_path: Path) -> bytes:
-    return (blobs(tmp_path) / ETAG).read_bytes()
+from flux2_studio.models.transfer import CHECKING, DOWNLOADING, RETRYING
+from tests.models.downloading import (
+    ETAG,
+    HELD,
+    LAST,
+    Enough,
+    Waiting,
+    arrived,
+    blobs,
+    downloads,
+    partial,
+    toy,
+    until,
+)
+from tests.models.fake_hub import FLOW, MB, NEWER, TEXT, TOY, VAE, FakeHub, silent
 
 
 def refused(ours: Downloads) -> str:
     with pytest.raises(DownloadError) as error:
         ours.download(FLOW, silent)
     return str(error.value)
-
-
-class Waiting:
-    """Somebody who waits for a download in a thread of their own. `give_up` makes them leave."""
-
-    def __init__(self, ours: Downloads) -> None:
-        self.told: list[tuple[str, float | None]] = []
-        self.give_up = threading.Event()
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._wait, args=(ours,), daemon=True)
-        self._thread.start()
-
-    def _wait(self, ours: Downloads) -> None:
-        try:
-            ours.download(FLOW, self._progress)
-        except BaseException as error:  # noqa: BLE001 -- looked at by the test
-            self.error = error
-
-    def _progress(self, text: str, fraction: float | None) -> None:
-        self.told.append((text, fraction))
-        if self.give_up.is_set():
-            raise Enough
-
-    def sees(self, words: str) -> bool:
-        return any(words in text for text, _ in list(self.told))
-
-    def end(self) -> BaseException | None:
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-        return self.error
-
-
-# --- going on where it broke off ----------------------------------------------------------------------------------
-
-
-def test_a_killed_program_loses_nothing(fake: FakeHub, tmp_path: Path) -> None:
-    fake.hold_at = HELD
-    program = f"""
-from pathlib import Path
-from flux2_studio.models.hub import Hub
-from tests.models.fake_hub import FLOW, settings, silent
-there = Path({str(tmp_path)!r})
-Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}).locate(FLOW, silent)
-"""
-    with start(program) as running:
-        until(lambda: arrived(tmp_path) > MB or running.poll() is not None)
-        os.kill(running.pid, signal.SIGKILL)
-        running.communicate()
-    assert running.returncode == -signal.SIGKILL
-    there = arrived(tmp_path)
-    assert MB < there <= HELD and partial(tmp_path).read_bytes() == TOY[:there]
-    fake.hold_at = None
-    ours = hub(fake, tmp_path)
-    assert ours.size_on_disk(FLOW) == there and not ours.on_disk(FLOW)
-    told: list[tuple[str, float | None]] = []
-    files = ours.locate(FLOW, lambda text, fraction: told.append((text, fraction)))
-    assert files.weights.read_bytes() == TOY and not partial(tmp_path).exists()
-    assert fake.sent[1:] == [("toy.safetensors", f"bytes={there}-{LAST}")]
-    assert told[-1] == ("Downloading Toy-4B: 3.0 of 3.0 MB", 1.0)
 
 
 def test_a_connection_that_breaks_is_taken_up_again(fake: FakeHub, tmp_path: Path) -> None:
@@ -334,29 +237,6 @@ def test_what_the_first_word_raises_starts_nothing(fake: FakeHub, tmp_path: Path
     with pytest.raises(error):
         ours.download(VAE, interrupt)
     assert fake.asked == [] and not ours.reached(VAE)
-
-
-def test_two_programs_take_turns(fake: FakeHub, tmp_path: Path) -> None:
-    fake.hold_at = HELD
-    program = f"""
-from pathlib import Path
-from flux2_studio.models.hub import Hub
-from tests.models.fake_hub import FLOW, settings, silent
-there = Path({str(tmp_path)!r})
-print(Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}).locate(FLOW, silent))
-"""
-    with start(program) as running:
-        until(lambda: arrived(tmp_path) > MB or running.poll() is not None)
-        ours = Waiting(downloads(fake, tmp_path))
-        until(lambda: ours.sees("Waiting for another program that downloads Toy-4B: 2.0 of 3.0 MB"))
-        cache = Cache(tmp_path / "cache", patience=0.05)
-        with pytest.raises(WeightsError, match=r"toy\.safetensors is being downloaded at the moment: stop that first"):
-            cache.remove(picks(FLOW), [])
-        fake.go.set()
-        out, err = running.communicate(timeout=PATIENCE)
-    assert "toy.safetensors" in out, err
-    assert ours.end() is None
-    assert toy(tmp_path) == TOY and len(fake.sent) == 1
 
 
 # --- how it is told -----------------------------------------------------------------------------------------------

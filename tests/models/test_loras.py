@@ -318,7 +318,7 @@ def test_many_may_look_at_once(loras: Loras) -> None:
     assert len(found) == 6 and len(set(map(id, found))) == 1
 
 
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 4000), flips=st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), max_size=4))
 def test_damage_is_told_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, cut: int, flips: list[tuple[int, int]]

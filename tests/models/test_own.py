@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -187,7 +187,6 @@ def test_ones_own_file_draws(tmp_path: Path) -> None:
     assert isinstance(last, Result)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.one_of(st.none(), st.integers(0, 2**64 - 1)))
 def test_rubbish_is_an_error_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, body: bytes, length: int | None
@@ -198,7 +197,6 @@ def test_rubbish_is_an_error_and_nothing_else(
     assert found.checkpoint is None and found.reason
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=False),

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flux2_studio.checkpoints import NANO, Checkpoint, Part
+from flux2_studio.checkpoints import NANO, Part
 from flux2_studio.errors import RequestError, WeightsError
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.shelf import DEFECT, Entry, Shared, Shelf
-from tests.models.fake_hub import CHECKPOINT, FLOW, MB, OTHER, TOY, FakeHub, settings, silent, start
-
-PATIENCE = 300  # seconds that nothing here takes unless it hangs
-HELD = 2 * MB  # bytes after which the hub holds back, where it does
-LAST = 3 * MB - 1
-NAME = CHECKPOINT.name
-
-
-def shelf(
-    fake: FakeHub, tmp_path: Path, *checkpoints: Checkpoint, free: int = 10**12, **overrides: Path
-) -> tuple[Shelf, Hub]:
-    """As the page makes them: one hub for both."""
-    known = replace(settings(tmp_path, **overrides), checkpoints=(NANO, *(checkpoints or (CHECKPOINT, OTHER))))
-    hub = Hub(known, endpoint=fake.url, cache=tmp_path / "cache", patience=60, free_space=lambda _: free)
-    return Shelf(known, hub), hub
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "this never came true"
-        time.sleep(0.01)
-
-
-def reaches(ours: Shelf, state: str, name: str = NAME) -> Entry:
-    """The entry, once it is in `state`; nothing of it moves any more, unless that is downloading."""
-    until(lambda: ours.entry(name).state == state)
-    return ours.entry(name)
+from tests.models.fake_hub import CHECKPOINT, FLOW, MB, OTHER, TOY, FakeHub, settings, silent
+from tests.models.shelves import HELD, LAST, NAME, PATIENCE, reaches, shelf, until, weights
 
 
 def is_quiet() -> bool:
@@ -61,11 +31,6 @@ def held(fake: FakeHub, ours: Shelf) -> Iterator[Entry]:
     yield ours.entry(NAME)
     fake.hold_at = None
     fake.go.set()
-
-
-def weights(tmp_path: Path) -> bytes:
-    (file,) = (tmp_path / "cache").glob("models--maker--Toy-4B/snapshots/*/toy.safetensors")
-    return file.read_bytes()
 
 
 # --- what is here -------------------------------------------------------------------------------------------------
@@ -203,40 +168,6 @@ def test_pausing_does_not_take_it_from_a_run(fake: FakeHub, tmp_path: Path) -> N
     run.join(PATIENCE)
     assert weights(tmp_path) == TOY
     assert [name for name, _ in fake.sent].count("toy.safetensors") == 1
-
-
-def test_a_killed_server_leaves_a_paused_download(fake: FakeHub, tmp_path: Path) -> None:
-    fake.hold_at = HELD
-    program = f"""
-import time
-from pathlib import Path
-from dataclasses import replace
-from flux2_studio.models.hub import Hub
-from flux2_studio.models.shelf import Shelf
-from tests.models.fake_hub import CHECKPOINT, settings
-there = Path({str(tmp_path)!r})
-known = replace(settings(there), checkpoints=(CHECKPOINT,), default_checkpoint={NAME!r})
-shelf = Shelf(known, Hub(known, endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}))
-shelf.download({NAME!r})
-time.sleep({PATIENCE})
-"""
-    ours, _ = shelf(fake, tmp_path)
-    with start(program) as running:
-        until(lambda: ours.entry(NAME).here > HELD or running.poll() is not None)
-        os.kill(running.pid, signal.SIGKILL)
-        running.communicate()
-    assert running.returncode == -signal.SIGKILL
-    fake.hold_at = None
-    fake.sent.clear()
-    ours, _ = shelf(fake, tmp_path)
-    entry = ours.entry(NAME)
-    assert entry.state == "paused" and entry.here > HELD and 0 < entry.to_come < 1.1 * MB
-    assert ours.entry("other").state == "absent"  # what the two share is whole
-    ours.download(NAME)
-    reaches(ours, "complete")
-    assert weights(tmp_path) == TOY
-    (span,) = [span for name, span in fake.sent if name == "toy.safetensors"]
-    assert span and (match := re.fullmatch(rf"bytes=(\d+)-{LAST}", span)) and int(match[1]) >= HELD
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------

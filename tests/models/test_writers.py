@@ -7,68 +7,41 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from flux2_studio.checkpoints import DEV, GB, KLEIN_4B, LOCAL_WRITERS, NANO, Checkpoint, LocalWriter, local_writers
+from flux2_studio.checkpoints import DEV, KLEIN_4B, NANO, Checkpoint, LocalWriter, local_writers
 from flux2_studio.engine.text import open_text_encoder
 from flux2_studio.engine.writer import Writer, open_writer
 from flux2_studio.errors import OutOfMemory, WeightsError
 from flux2_studio.models.hub import Hub
-from flux2_studio.models.manager import ModelManager, Session
+from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.opened import Key
-from flux2_studio.models.plan import PROMPT, Workload, make_plan, usable
+from flux2_studio.models.plan import PROMPT
 from flux2_studio.models.writers import writer_of
 from flux2_studio.settings import Settings
 from tests import tiny
+from tests.models.writing import (
+    CPU,
+    MISTRAL,
+    QWEN,
+    SMALL,
+    TOKENS,
+    Told,
+    alone,
+    keys,
+    limited,
+    manager,
+    peaks,
+    silent,
+    whole,
+    wrote,
+)
 from tests.tiny import Toys
 
-CPU = torch.device("cpu")
-SMALL = Workload(width=64, height=64)
-QWEN, MISTRAL = (next(it for it in LOCAL_WRITERS if it.name == name) for name in ("qwen3-4b", "mistral"))
 OWN = [(KLEIN_4B, QWEN), (DEV, MISTRAL)]
-TOKENS = 400
-
-
-def silent(text: str, fraction: float | None) -> None:
-    pass
-
-
-class Told:
-    """What was told, but for how far something is."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def __call__(self, text: str, fraction: float | None) -> None:
-        if fraction is None:
-            self.texts.append(text)
-
-    @property
-    def loads(self) -> list[str]:
-        return [text for text in self.texts if text.startswith("Loading")]
-
-
-def manager(settings: Settings, **fields: Any) -> ModelManager:
-    return ModelManager(settings, Hub(settings), **fields)
-
-
-def limited(settings: Settings, size: float) -> Settings:
-    """`settings` under which weights and activations may take `size` bytes."""
-    return replace(settings, memory=(size * 1.02 + 2) / GB)
-
-
-def wrote(writer: Writer, seed: int = 3) -> str:
-    return "".join(writer.write("make a painting", "a red cat", seed=seed, max_tokens=12, temperature=0.8))
-
-
-def keys(models: ModelManager, part: Any = None) -> list[Key]:
-    """Of what is on the device."""
-    held = [key for key in models._residency._entries if models._residency.on_device(key)]
-    return [key for key in held if part in (None, key.part)]
 
 
 def size_of(module: torch.nn.Module) -> int:
@@ -78,11 +51,6 @@ def size_of(module: torch.nn.Module) -> int:
 def folder_of(settings: Settings, model: LocalWriter) -> Path:
     assert model.part.override
     return settings.overrides[model.part.override]
-
-
-def alone(settings: Settings, checkpoint: Checkpoint) -> torch.Tensor:
-    """The context of "a fox" by the plain text encoder."""
-    return manager(settings).open(checkpoint, SMALL, silent).encode(["a fox"], silent).context
 
 
 # --- one set of weights ---
@@ -170,17 +138,6 @@ def test_a_run_beside_the_writer_draws_as_ever(toys: Toys, tmp_path: Path) -> No
     assert held[0] > held[1], "the second time the encoder alone was loaded"
 
 
-# --- when the whole model would cost too much ---
-
-
-def peaks(settings: Settings, checkpoint: Checkpoint, model: LocalWriter, workload: Workload) -> tuple[int, int]:
-    """Of the plan with the encoder, and with the whole writer, when there is no limit."""
-    plain = manager(settings).outlook(checkpoint, workload).peak
-    models = manager(settings)
-    models.writer(model, silent, tokens=TOKENS)
-    return plain, models.outlook(checkpoint, workload).peak
-
-
 def test_it_reads_the_prompt_and_leaves_where_it_cannot_stay(toys: Toys, tmp_path: Path) -> None:
     """To read it with the encoder, that would have to be loaded; once it has left, the next run does."""
     settings = toys.settings(tmp_path, ["klein-4b"])
@@ -198,44 +155,6 @@ def test_it_reads_the_prompt_and_leaves_where_it_cannot_stay(toys: Toys, tmp_pat
     assert session.plan.resident
     session.encode(["an owl"], told)
     assert told.loads == ["Loading FLUX.2 klein 4B: text encoder"]
-
-
-@pytest.mark.parametrize("host_budget", [0, 10**9])
-def test_the_encoder_is_loaded_anew_where_drawing_would_be_slower_otherwise(
-    toys: Toys, tmp_path: Path, host_budget: int
-) -> None:
-    settings = toys.settings(tmp_path, ["klein-4b"])
-    many = Workload(width=256, height=256, count=4)
-    plain, _ = peaks(settings, KLEIN_4B, QWEN, many)
-    models, told = manager(limited(settings, plain), host_budget=host_budget), Told()
-    models.writer(QWEN, silent, tokens=TOKENS)
-    session = models.open(KLEIN_4B, many, silent)
-    assert session.plan.batch == 4 and session.plan.resident
-    session.encode(["a fox"], told)
-    assert told.loads == ["Loading FLUX.2 klein 4B: text encoder"]
-    (held,) = keys(models, KLEIN_4B.text)
-    assert not held.whole, "one of the two"
-    assert bool(models._residency.host_bytes) == bool(host_budget), "it waits where there is room, to write again"
-
-
-def test_another_checkpoints_writer_leaves_for_the_run_and_comes_back(toys: Toys, tmp_path: Path) -> None:
-    settings = toys.settings(tmp_path, ["klein-4b", "dev"])
-    peak = manager(settings).outlook(KLEIN_4B, SMALL).peak
-    tight = limited(settings, peak)
-    for host_budget in (0, 10**9):
-        models = manager(tight, host_budget=host_budget)
-        writer = models.writer(MISTRAL, silent, tokens=TOKENS).writer
-        text = wrote(writer)
-        session = models.open(KLEIN_4B, SMALL, silent)
-        assert session.plan.resident
-        session.preload(silent)
-        session.draw(silent)
-        assert keys(models, MISTRAL.part) == [] and session.asking() is None
-        back = models.writer(MISTRAL, silent, tokens=TOKENS).writer
-        assert (back is writer) == bool(host_budget), "from main memory, or read anew"
-        assert wrote(back) == text
-        limit = usable(int(1e9 * tight.memory), CPU)  # type: ignore[operator]
-        assert models._residency.device_bytes <= limit
 
 
 # --- too little memory ---
@@ -347,13 +266,6 @@ def test_a_file_that_changes_is_another_writer(toys: Toys, tmp_path: Path) -> No
     assert all(key.whole for key in keys(models, QWEN.part)), "the encoder comes from the new one as well"
 
 
-# --- asking ---
-
-
-def whole(models: ModelManager, checkpoint: Checkpoint) -> Session:
-    return models.open(checkpoint, SMALL, silent, whole=True)
-
-
 def test_the_whole_model_is_loaded_in_place_of_the_encoder(toys: Toys, tmp_path: Path) -> None:
     settings = toys.settings(tmp_path, ["dev"])
     models, told = manager(settings), Told()
@@ -375,21 +287,6 @@ def test_the_whole_model_is_loaded_in_place_of_the_encoder(toys: Toys, tmp_path:
     assert session.asking() is None
 
 
-def test_there_is_room_for_being_asked(toys: Toys, tmp_path: Path) -> None:
-    """Beside everything that a resident plan keeps, whatever another checkpoint has left there."""
-    settings = toys.settings(tmp_path, ["dev", "klein-4b"])
-    plan = manager(settings).outlook(DEV, SMALL, whole=True)
-    models = manager(limited(settings, plan.peak))
-    session = whole(models, DEV)
-    assert session.plan.resident and session.plan.peak <= plan.peak
-    for name in ("flow", "text"):
-        models.open(KLEIN_4B, SMALL, silent).preload(silent)
-        session.preload(silent)
-        assert session.asking() is not None, name
-        stage = session.plan.stage(PROMPT)
-        assert models._residency.device_bytes + stage.activations <= session.plan.limit
-
-
 def test_only_who_sees_and_reads_the_checkpoints_prompts_is_asked(toys: Toys, tmp_path: Path) -> None:
     models = manager(toys.settings(tmp_path, ["klein-4b", "dev"]))
     models.writer(QWEN, silent, tokens=TOKENS)
@@ -398,28 +295,6 @@ def test_only_who_sees_and_reads_the_checkpoints_prompts_is_asked(toys: Toys, tm
     assert (session.asking(), session.asking(silent), session.notes) == (None, None, ())
     assert whole(models, NANO).asking(silent) is None
     assert models.open(DEV, SMALL, silent).asking() is not None
-
-
-def test_where_the_whole_model_does_not_fit_the_encoder_is_used_and_it_is_said(toys: Toys, tmp_path: Path) -> None:
-    settings = toys.settings(tmp_path, ["dev"])
-    opened = manager(settings)._opener.open(DEV, silent)
-    low, least = 0, 10**9  # bytes, of which the one is too little, and the other enough
-    while least - low > 1:
-        middle = (low + least) // 2
-        try:
-            make_plan(opened.needs, SMALL, int(middle * 1.02 + 2), CPU, streaming=False)
-            least = middle
-        except OutOfMemory:
-            low = middle
-    models = manager(limited(settings, least), streaming=False)
-    session = whole(models, DEV)
-    (note,) = session.notes
-    assert "Mistral Small 3.2 24B is not loaded as a whole" in note and "public figures" in note
-    assert session.asking(silent) is None
-    assert session.encode(["a fox"], silent).context.equal(alone(settings, DEV))
-    assert models.open(DEV, SMALL, silent).notes == ()
-    with pytest.raises(OutOfMemory, match=r"FLUX\.2 dev"):
-        whole(manager(limited(settings, least / 2), streaming=False), DEV)
 
 
 def test_a_copy_that_cannot_write_can_still_read(toys: Toys, tmp_path: Path) -> None:

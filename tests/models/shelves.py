@@ -1,0 +1,45 @@
+"""What the tests of the Models tab share: a shelf with a small hub, and waiting for its states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flux2_studio.checkpoints import NANO, Checkpoint
+from flux2_studio.models.hub import Hub
+from flux2_studio.models.shelf import Entry, Shelf
+from tests.models.fake_hub import CHECKPOINT, MB, OTHER, FakeHub, settings
+
+PATIENCE = 300  # seconds that nothing here takes unless it hangs
+HELD = 2 * MB  # bytes after which the hub holds back, where it does
+LAST = 3 * MB - 1
+NAME = CHECKPOINT.name
+
+
+def shelf(
+    fake: FakeHub, tmp_path: Path, *checkpoints: Checkpoint, free: int = 10**12, **overrides: Path
+) -> tuple[Shelf, Hub]:
+    """As the page makes them: one hub for both."""
+    known = replace(settings(tmp_path, **overrides), checkpoints=(NANO, *(checkpoints or (CHECKPOINT, OTHER))))
+    hub = Hub(known, endpoint=fake.url, cache=tmp_path / "cache", patience=60, free_space=lambda _: free)
+    return Shelf(known, hub), hub
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "this never came true"
+        time.sleep(0.01)
+
+
+def reaches(ours: Shelf, state: str, name: str = NAME) -> Entry:
+    """The entry, once it is in `state`; nothing of it moves any more, unless that is downloading."""
+    until(lambda: ours.entry(name).state == state)
+    return ours.entry(name)
+
+
+def weights(tmp_path: Path) -> bytes:
+    (file,) = (tmp_path / "cache").glob("models--maker--Toy-4B/snapshots/*/toy.safetensors")
+    return file.read_bytes()
