@@ -19,7 +19,7 @@ from flux2_studio.engine.sampling import denoise
 from flux2_studio.engine.streaming import stream
 from flux2_studio.engine.tower import Tower, TowerParams, seen
 from flux2_studio.engine.transformer import ReferenceCache, Transformer
-from tests.engine.test_compiling import CPU, PARAMS, made, velocity
+from tests.engine.blocks import CPU, PARAMS, made, velocity
 from tests.graphs import Tape
 
 LAYERS = 4

@@ -18,7 +18,7 @@ from flux2_studio.models.manager import ModelManager
 from flux2_studio.settings import Graphs
 from flux2_studio.studio import Studio
 from tests.graphs import Tape
-from tests.models.test_compiled import drawn
+from tests.models.compiling import drawn
 from tests.tiny import Toys
 
 NAMES = ("klein-4b", "klein-base-4b", "klein-9b-kv")
