@@ -117,9 +117,10 @@ def test_a_preset_brings_its_checkpoint_and_undo_takes_it_back(page: Page) -> No
     expect(checkpoint).to_have_value("Nano Base (a toy, on board)")
     expect(steps).to_have_value("7")
     expect(negative).to_have_value("blur")
-    # What the change of the checkpoint does to other forms has happened, and does not reach this one.
-    expect(page.locator("#edit .steps input[type=number]")).to_have_value("20")
-    expect(page.locator("#multi .steps input[type=number]")).to_have_value("20")
+    for tab, form in (("Edit", "edit"), ("Multi-reference", "multi")):
+        open_tab(page, tab)
+        expect(page.locator(f"#{form} .steps input[type=number]")).to_have_value("20")
+    open_tab(page, "Generate")  # what the change of the checkpoint did to those does not reach this one
     expect(steps).to_have_value("7")
     preset_button(page, "undo").click()
     expect(prompt(page)).to_have_value("a lemon")
