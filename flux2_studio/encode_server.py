@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from flux2_studio.checkpoints import Checkpoint
@@ -98,6 +98,8 @@ class EncodeServer(ThreadingTCPServer):
         self.encoding = threading.Lock()
         self.remembered = RememberingText()
         self.places = threading.BoundedSemaphore(1 + WAITING)
+        self._counting = threading.Lock()
+        self._open = 0  # connections; other threads of this process are none of its business
 
     def open(self, encoder: Encoder, checkpoint: Checkpoint, width: int) -> None:
         """Take connections; they are answered while `serve_forever` runs."""
@@ -113,7 +115,15 @@ class EncodeServer(ThreadingTCPServer):
 
     def verify_request(self, request: object, client_address: object) -> bool:
         """Whether there is a thread for one more connection; it is closed otherwise."""
-        return threading.active_count() <= CONNECTIONS
+        with self._counting:
+            self._open += 1
+            return self._open <= CONNECTIONS
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection, answered or refused: each that was taken comes through here once."""
+        with self._counting:
+            self._open -= 1
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Into the log, unless a client has just gone."""

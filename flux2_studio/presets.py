@@ -297,7 +297,7 @@ def holding(
         name=name.strip(),
         group=group,
         form=form,
-        description=description or f"Sets {listed(held)}.",
+        description=description or f"Sets {', '.join(field_names(held))}.",
         request=held,
     )
     if len(preset.as_json().encode()) > MAX_BYTES:
@@ -305,13 +305,13 @@ def holding(
     return preset
 
 
-def listed(values: Iterable[str]) -> str:
-    """The fields that a preset sets, in words."""
+def field_names(values: Iterable[str]) -> list[str]:
+    """What the fields that a preset sets are called on the page, in English."""
     names = [name.replace("_", " ") for name in HELD if name in set(values) and name not in ("width", "height")]
     if "width" in values:
         names.append("size")
     names = ["LoRAs" if name == "loras" else "pictures" if name == "count" else name for name in names]
-    return ", ".join(names) if names else "nothing"
+    return names or ["nothing"]
 
 
 # --- what is checked --------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from flux2_studio.checkpoints import DEV
 from flux2_studio.cli import main
 from flux2_studio.encode_server import (
     COME_BACK,
+    CONNECTIONS,
     MAX_BODY,
     MAX_PROMPTS,
     WAITING,
@@ -510,3 +511,18 @@ def test_a_users_error_is_one_line(
         assert main(["encode-server", *arguments]) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("flux2-studio: ") and says in last
+
+
+def test_other_threads_of_the_process_take_no_connections(server: EncodeServer) -> None:
+    """And connections that have ended make room for others."""
+    rest = threading.Event()
+    others = [threading.Thread(target=rest.wait) for _ in range(CONNECTIONS + 8)]
+    for thread in others:
+        thread.start()
+    try:
+        for _ in range(CONNECTIONS + 8):
+            assert ask(server, "", method="GET", path="/health")[0] == 200
+    finally:
+        rest.set()
+        for thread in others:
+            thread.join()

@@ -17,9 +17,9 @@ from flux2_studio.presets import (
     Preset,
     Presets,
     applied,
+    field_names,
     form_for,
     holding,
-    listed,
     parse_preset,
     read_preset,
 )
@@ -163,7 +163,8 @@ def test_a_lora_without_a_weight_counts_fully() -> None:
 
 
 def test_saying_what_is_set() -> None:
-    assert listed({"width": 1, "height": 2, "prompt": "", "loras": [], "count": 2}) == "prompt, pictures, LoRAs, size"
+    names = field_names({"width": 1, "height": 2, "prompt": "", "loras": [], "count": 2})
+    assert names == ["prompt", "pictures", "LoRAs", "size"]
     assert [form_for(number) for number in (0, 1, 2, 9)] == ["generate", "edit", "multi", "multi"]
 
 

@@ -14,7 +14,7 @@ import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
-from flux2_studio.presets import HELD, Preset, applied, listed
+from flux2_studio.presets import HELD, Preset, applied, field_names
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.language import say, told
 from flux2_studio.ui.lora_panel import kept
@@ -95,7 +95,7 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form) -> None:
             checkpoint=now["checkpoint"],
             applied=last,
         )
-        held = ", ".join(map(told, listed(values).split(", ")))
+        held = ", ".join(map(told, field_names(values)))
         sentence = say("{name} set: {fields}.", name=preset.name, fields=held)
         if preset.takes_subject and not words:
             sentence += " " + say('Its subject is an example, "{words}": write your own there.', words=preset.subject)
