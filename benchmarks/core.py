@@ -34,8 +34,8 @@ from benchmarks.measuring import RESULTS, Deadline, machine, write
 from benchmarks.sizes import MODELS, Model
 from benchmarks.transformer_arms import HOLDINGS, TEXT, Case, Way
 from flux2_studio.checkpoints import GB
-from flux2_studio.engine.compiling import Compiler
 from flux2_studio.engine.params import TransformerParams
+from flux2_studio.engine.runtime.compiling import Compiler
 from flux2_studio.models.residency import release
 
 PACKAGES = ("torch", "transformers", "diffusers")

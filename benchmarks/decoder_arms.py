@@ -13,9 +13,9 @@ from benchmarks.ceilings import LINEAR
 from benchmarks.measuring import installed, time_on
 from benchmarks.synthetic import fill, shapes_of
 from benchmarks.transformer_arms import OURS, THEIRS
-from flux2_studio.engine.autoencoder import Autoencoder, unpack
-from flux2_studio.engine.layouts import autoencoder_plan
 from flux2_studio.engine.params import AutoencoderParams
+from flux2_studio.engine.vae.autoencoder import Autoencoder, unpack
+from flux2_studio.engine.weights.layouts import autoencoder_plan
 
 DECODING = "decoding"
 

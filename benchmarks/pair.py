@@ -16,8 +16,8 @@ from benchmarks import sizes
 from benchmarks.measuring import wait
 from benchmarks.synthetic import FlowSize, Written, disk_bytes, write_autoencoder, write_checkpoint
 from flux2_studio.checkpoints import GB, KLEIN_4B, KLEIN_9B, Checkpoint
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import AutoencoderParams
-from flux2_studio.engine.transformer import Transformer
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.plan import CUDA_WORKSPACE, DRAWING, OVERHEAD, Plan, Workload

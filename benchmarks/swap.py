@@ -38,8 +38,8 @@ from benchmarks.measuring import Arm, interleave, machine, summary, wait, write
 from benchmarks.pair import SIZES, Bench, Size, prepare, silent
 from benchmarks.synthetic import Written
 from flux2_studio.checkpoints import GB
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.sampling import denoise
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.models.choices import choose_device
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.plan import DRAWING, Plan

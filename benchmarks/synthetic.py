@@ -27,10 +27,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.layouts import Source, transformer_plan
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.weights.layouts import Source, transformer_plan
 from flux2_studio.settings import ASSETS
 
 CHUNK = 2**24  # values made at a time

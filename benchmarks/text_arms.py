@@ -19,7 +19,7 @@ from benchmarks.measuring import installed, time_on
 from benchmarks.synthetic import TextSize, fill, qwen3_config
 from benchmarks.transformer_arms import OURS, REPLAYED, TEXT, THEIRS, replaying
 from flux2_studio.checkpoints import KLEIN_4B
-from flux2_studio.engine.tower import Tower, TowerParams, seen, tower_params
+from flux2_studio.engine.text.decoder import Tower, TowerParams, seen, tower_params
 
 WORDS = 64  # tokens of a prompt that are no padding
 ENCODING = "encoding"

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from benchmarks.ceilings import ATTENTION, FP8, INT8, LINEAR
 from benchmarks.measuring import FEWEST, installed, longest_kernels, time_on
 from benchmarks.synthetic import fill, flow_shapes, sharing
-from flux2_studio.engine.compiling import Compiler, Variant, shadow
-from flux2_studio.engine.latents import from_tokens, noise, sequence_ids, to_tokens
+from flux2_studio.engine.flux.latents import from_tokens, noise, sequence_ids, to_tokens
+from flux2_studio.engine.flux.sampling import denoise, schedule
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.quantize import HalfMatrix, QuantizedLinear, multiplies, quantize
-from flux2_studio.engine.replay import LARGEST, CudaRecorder, Replays
-from flux2_studio.engine.sampling import denoise, schedule
-from flux2_studio.engine.tower import Tower
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.runtime.compiling import Compiler, Variant, shadow
+from flux2_studio.engine.runtime.graphs import LARGEST, CudaRecorder, Replays
+from flux2_studio.engine.text.decoder import Tower
+from flux2_studio.engine.weights.quantize import HalfMatrix, QuantizedLinear, multiplies, quantize
 
 TEXT = 512  # tokens of a prompt, padded
 STEPS = 4

@@ -13,21 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.engine.keeping import Keep
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.errors import (
-    ClassifierError,
-    DeviceError,
-    SafetyError,
-)
-from flux2_studio.events import (
-    Event,
-    Notice,
-    Preview,
-    Status,
-    Upsampled,
-)
+from flux2_studio.engine.flux.inpaint import Keep
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.errors import ClassifierError, DeviceError, SafetyError
+from flux2_studio.events import Event, Notice, Preview, Status, Upsampled
 from flux2_studio.models.hub import Progress
 from flux2_studio.models.manager import Drawn, Session
 from flux2_studio.models.memory import is_out_of_memory

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.engine.text import Encoded, open_text_encoder
+from flux2_studio.engine.text.encoder import Encoded, open_text_encoder
 from flux2_studio.errors import OutOfMemory, StudioError
 from flux2_studio.models import wire
 from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage

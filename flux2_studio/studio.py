@@ -33,25 +33,10 @@ from flux2_studio.drawing import (
     strips,
     workload_of,
 )
-from flux2_studio.engine.quantize import multiplies
+from flux2_studio.engine.weights.quantize import multiplies
 from flux2_studio.enrichment import TRY, check_choice, enrich
-from flux2_studio.errors import (
-    CredentialsError,
-    OutOfMemory,
-    SafetyError,
-    UpsampleError,
-)
-from flux2_studio.events import (
-    Drafted,
-    Event,
-    Notice,
-    Ready,
-    Result,
-    Saved,
-    Stopped,
-    Upsampled,
-    Withheld,
-)
+from flux2_studio.errors import CredentialsError, OutOfMemory, SafetyError, UpsampleError
+from flux2_studio.events import Drafted, Event, Notice, Ready, Result, Saved, Stopped, Upsampled, Withheld
 from flux2_studio.models.choices import choose_dtype, choose_storage
 from flux2_studio.models.classifier import find_classifier
 from flux2_studio.models.hub import Hub, Progress

@@ -34,7 +34,7 @@ from flux2_studio.settings import Settings
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-    from flux2_studio.engine.writer import Writer
+    from flux2_studio.engine.text.writer import Writer
 
 ONE, SEVERAL = 768, 512  # pixels: the long side of one reference, and of each of several, as a model sees them
 JPEG_QUALITY = 85

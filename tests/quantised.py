@@ -19,8 +19,8 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.transformer import Transformer
 
 State = dict[str, Tensor]
 

@@ -18,10 +18,10 @@ from benchmarks.measuring import Arm, interleave, machine, summary
 from benchmarks.pair import Bench, prepare
 from benchmarks.synthetic import Entry, Written, disk_bytes, write
 from flux2_studio.checkpoints import KLEIN_4B
-from flux2_studio.engine.latents import sequence_ids
-from flux2_studio.engine.text import load_text_encoder
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import load_transformer
+from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.text.encoder import load_text_encoder
+from flux2_studio.engine.weights.loading import load_transformer
 from tests.toy_benchmarks import PAIR, TEXT
 
 CPU = torch.device("cpu")

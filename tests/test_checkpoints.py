@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from flux2_studio.checkpoints import CHECKPOINTS, Checkpoint
-from flux2_studio.engine.weights import open_transformer
+from flux2_studio.engine.weights.loading import open_transformer
 from flux2_studio.settings import ASSETS
 
 BY_NAME = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}

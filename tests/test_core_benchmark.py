@@ -27,9 +27,9 @@ from benchmarks.transformer_arms import (
     ways_for,
     work,
 )
-from flux2_studio.engine.replay import Replays
-from flux2_studio.engine.tower import tower_params
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.runtime.graphs import Replays
+from flux2_studio.engine.text.decoder import tower_params
 from tests.graphs import Tape
 from tests.oracle import relative_error
 from tests.toy_benchmarks import AUTOENCODER, FLOW, RATES, TEXT

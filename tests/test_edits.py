@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from flux2_studio.checkpoints import NANO
-from flux2_studio.engine.weights import load_autoencoder
+from flux2_studio.engine.weights.loading import load_autoencoder
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.events import Event, Notice, Preview, Result, Saved
 from flux2_studio.outputs import metadata

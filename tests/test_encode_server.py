@@ -30,7 +30,7 @@ from flux2_studio.encode_server import (
     Handler,
     open_server,
 )
-from flux2_studio.engine.text import Encoded, load_text_encoder
+from flux2_studio.engine.text.encoder import Encoded, load_text_encoder
 from flux2_studio.errors import OutOfMemory, RemoteTextError, StudioError
 from flux2_studio.models import wire
 from flux2_studio.models.remote_text import RemoteText

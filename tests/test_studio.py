@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.errors import DeviceError, OutOfMemory, RequestError, SaveError, StudioError, WeightsError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
 from flux2_studio.models.hub import Hub, Progress

@@ -657,7 +657,7 @@ def test_a_seed_decides_what_a_model_writes(toys: Toys, name: str, model: LocalW
     """Toys write gibberish, which may be refused in the end, but always the same."""
     import torch
 
-    from flux2_studio.engine.writer import open_writer
+    from flux2_studio.engine.text.writer import open_writer
 
     folder: Path = getattr(toys, name).folder
     writer = open_writer(folder, folder, model.recipe).load(device=torch.device("cpu"), dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Sizes and constants that describe one model. Plain data: no torch, nothing about files.
 
-Widths and depths are read from a checkpoint's own tensors (`weights.py` builds these), so a checkpoint of any size
+Widths and depths are read from a checkpoint's own tensors (`loading.py` builds these), so a checkpoint of any size
 takes the same path. `TextRecipe` is what a file cannot tell: how its text encoder was used in training.
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from flux2_studio.checkpoints import Checkpoint, Part
-from flux2_studio.engine.weights import Storage
+from flux2_studio.engine.weights.loading import Storage
 from flux2_studio.errors import DeviceError
 
 LARGE = 2 * 10**9  # bytes of bfloat16 weights (a billion parameters) from which a CPU had better stay at bfloat16

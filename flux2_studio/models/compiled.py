@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from flux2_studio.engine.compiling import CompileError, Compiler, Order, Variant
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.runtime.compiling import CompileError, Compiler, Order, Variant
 from flux2_studio.models.choices import LARGE
 from flux2_studio.record import AS_WRITTEN, COMPILED
 from flux2_studio.settings import Compile

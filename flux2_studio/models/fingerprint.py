@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux2_studio.engine.tensor_files import TensorFiles
+from flux2_studio.engine.weights.tensor_files import TensorFiles
 from flux2_studio.errors import WeightsError
 from flux2_studio.models.downloads import Progress
 

@@ -22,10 +22,10 @@ from flux2_studio.request import MAX_NAME, LoraChoice
 from flux2_studio.settings import Settings
 
 if TYPE_CHECKING:
-    from flux2_studio.engine.lora import Report
-    from flux2_studio.engine.lora_file import Lora
+    from flux2_studio.engine.flux.transformer import Transformer
+    from flux2_studio.engine.lora.adapters import Report
+    from flux2_studio.engine.lora.file import Lora
     from flux2_studio.engine.params import TransformerParams
-    from flux2_studio.engine.transformer import Transformer
 
 SUFFIX = ".safetensors"
 # What PEFT and diffusers call every LoRA that they save: its folder has the name.
@@ -104,7 +104,7 @@ class Loras:
         """
         if not choices:  # spares whoever uses none the search, and importing torch
             return
-        from flux2_studio.engine.lora import check_fits
+        from flux2_studio.engine.lora.adapters import check_fits
 
         for _, lora in self._find(choices):
             if params is not None:
@@ -122,7 +122,7 @@ class Loras:
         """
         if not choices:
             return 0
-        from flux2_studio.engine.lora import numbers
+        from flux2_studio.engine.lora.adapters import numbers
 
         return itemsize * sum(numbers(lora) for lora, weight in self.open(choices) if weight)
 
@@ -136,7 +136,7 @@ class Loras:
 
         Raises what `open` and `engine.lora.apply` do; the transformer then carries what it did before.
         """
-        from flux2_studio.engine.lora import apply
+        from flux2_studio.engine.lora.adapters import apply
 
         found = self._find(choices)
         hashes = [_sha256(file) for file, _ in found]
@@ -235,8 +235,8 @@ def _opened(path: Path, stamp: Stamp, must_be_lora: bool) -> _File:
     if problem := name_problem(path):
         return _File(path, stamp, problem=problem)
     # Torch takes seconds to import, and whoever has no such files does not need it here.
-    from flux2_studio.engine.lora_file import open_lora
-    from flux2_studio.engine.tensor_files import TensorFiles
+    from flux2_studio.engine.lora.file import open_lora
+    from flux2_studio.engine.weights.tensor_files import TensorFiles
 
     try:
         if not must_be_lora and kind_of(TensorFiles(path).shapes) != "lora":

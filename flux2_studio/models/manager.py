@@ -20,15 +20,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flux2_studio.checkpoints import GB, Checkpoint, LocalWriter
-from flux2_studio.engine import lora
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.compiling import Compiler, variants
-from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
-from flux2_studio.engine.replay import Record
-from flux2_studio.engine.text import Encoded, TextEncoder
-from flux2_studio.engine.tower import Tower
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.writer import CheckedWriter, Writer
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.lora import adapters as lora
+from flux2_studio.engine.runtime.compiling import Compiler, variants
+from flux2_studio.engine.runtime.graphs import Record
+from flux2_studio.engine.text.decoder import Tower
+from flux2_studio.engine.text.encoder import Encoded, TextEncoder
+from flux2_studio.engine.text.writer import CheckedWriter, Writer
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.vae.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
 from flux2_studio.errors import OutOfMemory, StudioError, WeightsError
 from flux2_studio.models import memory
 from flux2_studio.models.choices import choose_device

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from flux2_studio.checkpoints import Checkpoint, LocalWriter, Part
-from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import AutoencoderParams, TextRecipe, TransformerParams
-from flux2_studio.engine.text import TEXT_FOLDER, CheckedText, open_text_encoder
-from flux2_studio.engine.tiny_autoencoder import TinyDecoder
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import (
+from flux2_studio.engine.text.encoder import TEXT_FOLDER, CheckedText, open_text_encoder
+from flux2_studio.engine.text.writer import CheckedWriter, Writer, open_writer
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
+from flux2_studio.engine.weights.loading import (
     AUTOENCODER_FOLDER,
     TRANSFORMER_FOLDER,
     Checked,
@@ -30,7 +31,6 @@ from flux2_studio.engine.weights import (
     open_tiny_decoder,
     open_transformer,
 )
-from flux2_studio.engine.writer import CheckedWriter, Writer, open_writer
 from flux2_studio.errors import WeightsError
 from flux2_studio.models.choices import choose_dtype, choose_storage
 from flux2_studio.models.files import PartFiles

@@ -19,7 +19,7 @@ from flux2_studio.errors import WeightsError
 from flux2_studio.settings import Settings
 
 if TYPE_CHECKING:
-    from flux2_studio.engine.formats import Contents
+    from flux2_studio.engine.weights.formats import Contents
 
 Kind = Literal["transformer", "lora", "autoencoder", "tiny autoencoder", "unknown"]
 
@@ -87,7 +87,7 @@ def recognise(path: Path, name: str, known: Sequence[Checkpoint]) -> OwnFile:
     if problem := name_problem(path):
         return OwnFile(path=path, kind="unknown", reason=problem)
     # Torch takes seconds to import, and whoever has no folder of their own does not need it here.
-    from flux2_studio.engine.formats import PREFIXES, open_contents
+    from flux2_studio.engine.weights.formats import PREFIXES, open_contents
 
     try:
         size = path.stat().st_size

@@ -1,6 +1,6 @@
 """The memory plan: before anything is loaded, what a request will take at each stage, and how it is made to fit.
 
-Does: predicts each stage's peak (weights from the files' headers, activations from `engine/footprint.py`) and takes
+Does: predicts each stage's peak (weights from the files' headers, activations from `engine/runtime/footprint.py`) and takes
 the quickest way that stays within a budget. Does not know: how memory is moved (`residency.py`), how much there is
 (`memory.py`).
 
@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 
 from flux2_studio.checkpoints import GB
-from flux2_studio.engine import footprint
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.streaming import packed_bytes, streamed_bytes
+from flux2_studio.engine.runtime import footprint
+from flux2_studio.engine.runtime.streaming import packed_bytes, streamed_bytes
 from flux2_studio.errors import OutOfMemory
 from flux2_studio.request import MIN_SIDE, MULTIPLE
 

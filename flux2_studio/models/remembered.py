@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2_studio.engine.text import Encoded
+from flux2_studio.engine.text.encoder import Encoded
 
 CONTEXT_BYTES = 256 * 2**20  # 16 prompts of the largest text encoder, or 32 of klein 4B's
 LATENT_BYTES = 128 * 2**20  # 16 references at the largest size

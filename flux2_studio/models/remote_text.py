@@ -32,7 +32,7 @@ import torch
 
 from flux2_studio import __version__
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.text import Encoded
+from flux2_studio.engine.text.encoder import Encoded
 from flux2_studio.errors import RemoteTextError
 from flux2_studio.models import wire
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from flux2_studio.engine.replay import CudaRecorder, Record, Replays
-from flux2_studio.engine.text import TextEncoder
-from flux2_studio.engine.tower import Tower
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.writer import Writer
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.runtime.graphs import CudaRecorder, Record, Replays
+from flux2_studio.engine.text.decoder import Tower
+from flux2_studio.engine.text.encoder import TextEncoder
+from flux2_studio.engine.text.writer import Writer
 from flux2_studio.models.memory import free_memory
 from flux2_studio.settings import Graphs
 

@@ -2,7 +2,7 @@
 
 A part comes to the device when a stage asks for it. What has not been used for longest makes room: it goes to main
 memory within a budget, from where it comes back quickly, else it is dropped and read from its file again. A part may
-also be streamed: some of its blocks stay in main memory and pass through two buffers (`engine/streaming.py`).
+also be streamed: some of its blocks stay in main memory and pass through two buffers (`engine/runtime/streaming.py`).
 
 Bytes are counted as the tensors take them; what activations need is the plan's business (`plan.py`).
 """
@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.streaming import Streaming, host_memory, lane_for, stream
+from flux2_studio.engine.runtime.streaming import Streaming, host_memory, lane_for, stream
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flux2_studio.checkpoints import LOCAL_WRITERS, Checkpoint, LocalWriter, local_writers
-from flux2_studio.engine.writer import Writer
+from flux2_studio.engine.text.writer import Writer
 from flux2_studio.errors import OutOfMemory, WeightsError
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.opened import OpenedWriter, Opener

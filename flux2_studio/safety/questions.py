@@ -19,7 +19,7 @@ from flux2_studio.safety.policy import Verdict
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flux2_studio.engine.writer import Writer
+    from flux2_studio.engine.text.writer import Writer
 
 LIMIT = 0.5  # yes is likelier than no
 SIDE = 768  # pixels: the long side, at most, of a picture as the model sees it

@@ -17,9 +17,7 @@ from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError, UpsampleError
-from flux2_studio.events import (
-    Status,
-)
+from flux2_studio.events import Status
 from flux2_studio.jobs import JobQueue
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
 from flux2_studio.tasks import Job
@@ -34,16 +32,7 @@ from flux2_studio.ui.readiness import wire_outlook, wire_preparation
 from flux2_studio.ui.reference_panel import offer, offered_to, paths, wire_references
 from flux2_studio.ui.run_view import RunView, download, use_label
 from flux2_studio.ui.tabs import Form, Stage
-from flux2_studio.ui.upsample_panel import (
-    DRAWN,
-    INPUTS,
-    begun,
-    ended,
-    read_choice,
-    read_key,
-    shown,
-    wire_upsampling,
-)
+from flux2_studio.ui.upsample_panel import DRAWN, INPUTS, begun, ended, read_choice, read_key, shown, wire_upsampling
 from flux2_studio.ui.visitors import owner_of
 from flux2_studio.ui.wiring import Update, listen, stopper, tab_of
 from flux2_studio.upsample import ApiKey

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.synthetic import fill
-from flux2_studio.engine.latents import sequence_ids
+from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.transformer import ReferenceCache, Transformer
 
 CPU = torch.device("cpu")
 PARAMS = TransformerParams(

@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from torch import nn
 
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.transformer import Transformer
 from tests.quantised import State
 
 PARAMS = TransformerParams(

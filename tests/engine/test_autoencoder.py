@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flux2_studio.engine.autoencoder import pack, unpack
-from flux2_studio.engine.weights import load_autoencoder
+from flux2_studio.engine.vae.autoencoder import pack, unpack
+from flux2_studio.engine.weights.loading import load_autoencoder
 from flux2_studio.settings import ASSETS
 from tests import oracle, tiny
 from tests.tiny import Autoencoder, Toys

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux2_studio.engine import compiling
-from flux2_studio.engine.compiling import CompileError, Compiler, Variant, structure
-from flux2_studio.engine.gguf import GGUFMatrix
-from flux2_studio.engine.quantize import QuantizedLinear
+from flux2_studio.engine.runtime import compiling
+from flux2_studio.engine.runtime.compiling import CompileError, Compiler, Variant, structure
+from flux2_studio.engine.weights.gguf import GGUFMatrix
+from flux2_studio.engine.weights.quantize import QuantizedLinear
 from tests.engine.blocks import made, velocity
 from tests.graphs import Graphs
 

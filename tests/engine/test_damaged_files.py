@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.gguf import GGUFFile
-from flux2_studio.engine.lora_file import open_lora
-from flux2_studio.engine.weights import Storage, open_autoencoder, open_transformer
+from flux2_studio.engine.lora.file import open_lora
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.weights.gguf import GGUFFile
+from flux2_studio.engine.weights.loading import Storage, open_autoencoder, open_transformer
 from flux2_studio.errors import StudioError
 from tests import quantised
 from tests.engine.damaged import AUTOENCODER, lora_state, randomised, transformer_state

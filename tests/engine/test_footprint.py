@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
-from flux2_studio.engine import footprint
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.gguf import BLOCKS, GGUFMatrix
+from flux2_studio.engine.flux.transformer import ReferenceCache, Rope, Transformer
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.quantize import CHUNK, QuantizedLinear, quantize
-from flux2_studio.engine.text import open_text_encoder
-from flux2_studio.engine.tiny_autoencoder import TinyDecoder
-from flux2_studio.engine.transformer import ReferenceCache, Rope, Transformer
-from flux2_studio.engine.weights import Storage
+from flux2_studio.engine.runtime import footprint
+from flux2_studio.engine.text.encoder import open_text_encoder
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
+from flux2_studio.engine.weights.gguf import BLOCKS, GGUFMatrix
+from flux2_studio.engine.weights.loading import Storage
+from flux2_studio.engine.weights.quantize import CHUNK, QuantizedLinear, quantize
 from flux2_studio.models.choices import has_bfloat16
 from tests.tiny import Toys
 

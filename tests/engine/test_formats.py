@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.formats import open_contents
-from flux2_studio.engine.gguf import GGUFFile
-from flux2_studio.engine.quantize import NVFP4Matrix, QuantizedLinear
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import Storage, load_transformer, open_transformer
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.weights.formats import open_contents
+from flux2_studio.engine.weights.gguf import GGUFFile
+from flux2_studio.engine.weights.loading import Storage, load_transformer, open_transformer
+from flux2_studio.engine.weights.quantize import NVFP4Matrix, QuantizedLinear
 from flux2_studio.errors import DeviceError, WeightsError
 from tests import quantised
 from tests.quantised import State, Written

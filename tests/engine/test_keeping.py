@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux2_studio.engine.keeping import Keep, hold
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.sampling import denoise, schedule
-from flux2_studio.engine.weights import load_transformer
+from flux2_studio.engine.flux.inpaint import Keep, hold
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise, schedule
+from flux2_studio.engine.weights.loading import load_transformer
 from tests.tiny import Toys
 
 CPU = torch.device("cpu")

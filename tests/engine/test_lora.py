@@ -22,15 +22,15 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux2_studio.engine import lora
-from flux2_studio.engine.latents import sequence_ids
-from flux2_studio.engine.lora import apply
-from flux2_studio.engine.lora_file import Lora, open_lora
-from flux2_studio.engine.lora_keys import parse, target_of
-from flux2_studio.engine.lora_paths import AdaptedLinear
-from flux2_studio.engine.quantize import QuantizedLinear
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import Storage, open_transformer
+from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.lora import adapters as lora
+from flux2_studio.engine.lora.adapters import apply
+from flux2_studio.engine.lora.file import Lora, open_lora
+from flux2_studio.engine.lora.keys import parse, target_of
+from flux2_studio.engine.lora.layers import AdaptedLinear
+from flux2_studio.engine.weights.loading import Storage, open_transformer
+from flux2_studio.engine.weights.quantize import QuantizedLinear
 from flux2_studio.errors import RequestError, WeightsError
 from tests import oracle, tiny
 from tests.tiny import Flow, State, Toys

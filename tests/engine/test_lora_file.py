@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux2_studio.engine.lora import apply, check
-from flux2_studio.engine.lora_file import Lora, open_lora
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import load_transformer
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.lora.adapters import apply, check
+from flux2_studio.engine.lora.file import Lora, open_lora
+from flux2_studio.engine.weights.loading import load_transformer
 from flux2_studio.errors import WeightsError
 from tests.tiny import State, Toys
 

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B, KLEIN_9B_KV, KLEIN_BASE_4B, Checkpoint
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.text import TextEncoder, load_text_encoder
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import load_autoencoder, load_transformer
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.text.encoder import TextEncoder, load_text_encoder
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.weights.loading import load_autoencoder, load_transformer
 from flux2_studio.events import Result
 from flux2_studio.pictures import images_from_pixels, pixels_from_image
 from flux2_studio.references import fit

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flux2_studio.engine.autoencoder import unpack
-from flux2_studio.engine.preview import LINEAR_BIAS, LINEAR_FACTORS, AutoencoderPreview, LinearPreview, TinyPreview
-from flux2_studio.engine.weights import load_autoencoder, load_tiny_decoder
+from flux2_studio.engine.vae.autoencoder import unpack
+from flux2_studio.engine.vae.preview import LINEAR_BIAS, LINEAR_FACTORS, AutoencoderPreview, LinearPreview, TinyPreview
+from flux2_studio.engine.weights.loading import load_autoencoder, load_tiny_decoder
 from tests import oracle, tiny
 from tests.tiny import Toys
 

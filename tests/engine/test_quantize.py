@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.gguf import BLOCKS, GGUFMatrix
-from flux2_studio.engine.quantize import (
+from flux2_studio.engine.weights.gguf import BLOCKS, GGUFMatrix
+from flux2_studio.engine.weights.quantize import (
     CHUNK,
     EightBit,
     NVFP4Matrix,
@@ -276,7 +276,7 @@ def test_a_product_of_codes_by_parts_of_the_weight(monkeypatch: pytest.MonkeyPat
     layer = QuantizedLinear(quantize(weight(384, 64), "int8"))
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
     whole = layer.multiply_codes(x, "int8")
-    monkeypatch.setattr("flux2_studio.engine.quantize._chunks.__defaults__", (128 * 20,))
+    monkeypatch.setattr("flux2_studio.engine.weights.quantize._chunks.__defaults__", (128 * 20,))
     assert layer.multiply_codes(x, "int8").equal(whole)
 
 
@@ -311,7 +311,7 @@ def test_where_products_of_codes_are_not_quick_the_values_are_restored() -> None
 @pytest.mark.parametrize("rows, expected", [(16, "restored"), (17, "codes")])
 def test_products_of_codes_where_they_are_quick(rows: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for so few rows that the kernels do not take them."""
-    monkeypatch.setattr("flux2_studio.engine.quantize.multiplies", lambda _device, kind: kind == "int8")
+    monkeypatch.setattr("flux2_studio.engine.weights.quantize.multiplies", lambda _device, kind: kind == "int8")
     layer = QuantizedLinear(quantize(weight(32, 64), "int8"))
     x = torch.randn(rows, 64)
     assert layer(x).equal(torch.nn.functional.linear(x, layer.dequantize(x.dtype)))  # unless it is allowed

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux2_studio.engine.gguf import GGUFFile
-from flux2_studio.engine.reading import Reader
-from flux2_studio.engine.tensor_files import TYPES, TensorFiles
-from flux2_studio.engine.weights import TOLD_EVERY, Storage, _Progress, open_transformer
+from flux2_studio.engine.weights.gguf import GGUFFile
+from flux2_studio.engine.weights.loading import TOLD_EVERY, Storage, _Progress, open_transformer
+from flux2_studio.engine.weights.reading import Reader
+from flux2_studio.engine.weights.tensor_files import TYPES, TensorFiles
 from flux2_studio.errors import WeightsError
 from tests import quantised
 from tests.tiny import Toys

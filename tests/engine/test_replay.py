@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine import lora, replay
-from flux2_studio.engine.compiling import shadow
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.lora_paths import AdaptedLinear, LowRank
-from flux2_studio.engine.replay import Replays
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.streaming import stream
-from flux2_studio.engine.tower import Tower, TowerParams, seen
-from flux2_studio.engine.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.lora import adapters as lora
+from flux2_studio.engine.lora.layers import AdaptedLinear, LowRank
+from flux2_studio.engine.runtime import graphs as replay
+from flux2_studio.engine.runtime.compiling import shadow
+from flux2_studio.engine.runtime.graphs import Replays
+from flux2_studio.engine.runtime.streaming import stream
+from flux2_studio.engine.text.decoder import Tower, TowerParams, seen
 from tests.engine.blocks import CPU, PARAMS, made, velocity
 from tests.graphs import Tape
 

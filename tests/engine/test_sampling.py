@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.latents import from_tokens, noise, sequence_ids, to_tokens
-from flux2_studio.engine.preview import LinearPreview, TinyPreview
-from flux2_studio.engine.sampling import Step, denoise, schedule
-from flux2_studio.engine.transformer import ReferenceCache, Transformer
-from flux2_studio.engine.weights import load_tiny_decoder, load_transformer
+from flux2_studio.engine.flux.latents import from_tokens, noise, sequence_ids, to_tokens
+from flux2_studio.engine.flux.sampling import Step, denoise, schedule
+from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.vae.preview import LinearPreview, TinyPreview
+from flux2_studio.engine.weights.loading import load_tiny_decoder, load_transformer
 from tests import oracle, tiny
 from tests.tiny import Toys
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
-from flux2_studio.engine.text import open_text_encoder
-from flux2_studio.engine.weights import Storage, open_autoencoder, open_tiny_decoder, open_transformer
+from flux2_studio.engine.text.encoder import open_text_encoder
+from flux2_studio.engine.weights.loading import Storage, open_autoencoder, open_tiny_decoder, open_transformer
 from tests import quantised, tiny
 from tests.quantised import State, Written
 from tests.tiny import Toys

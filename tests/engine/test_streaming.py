@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
-from flux2_studio.engine import lora
-from flux2_studio.engine.lora_file import Lora, open_lora
-from flux2_studio.engine.lora_paths import AdaptedLinear
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.streaming import (
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.lora import adapters as lora
+from flux2_studio.engine.lora.file import Lora, open_lora
+from flux2_studio.engine.lora.layers import AdaptedLinear
+from flux2_studio.engine.runtime.streaming import (
     ALIGNMENT,
     CudaLane,
     Lane,
@@ -31,9 +32,8 @@ from flux2_studio.engine.streaming import (
     streamed_bytes,
     writing,
 )
-from flux2_studio.engine.text import load_text_encoder
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import Storage, load_transformer, open_transformer
+from flux2_studio.engine.text.encoder import load_text_encoder
+from flux2_studio.engine.weights.loading import Storage, load_transformer, open_transformer
 from flux2_studio.errors import DeviceError
 from tests import quantised
 from tests.tiny import Toys

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
-from flux2_studio.engine.quantize import EightBit, QuantizedLinear
-from flux2_studio.engine.text import TextEncoder, load_text_encoder, open_text_encoder
+from flux2_studio.engine.text.encoder import TextEncoder, load_text_encoder, open_text_encoder
+from flux2_studio.engine.weights.quantize import EightBit, QuantizedLinear
 from tests import oracle, tiny
 from tests.tiny import Text, Toys
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.tiling import Strips
-from flux2_studio.engine.weights import load_autoencoder
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.vae.tiling import Strips
+from flux2_studio.engine.weights.loading import load_autoencoder
 from flux2_studio.pictures import images_from_pixels, pixels_from_image
 from flux2_studio.settings import ASSETS
 from tests import oracle

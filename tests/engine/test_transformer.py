@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_studio.engine.latents import sequence_ids
-from flux2_studio.engine.quantize import QuantizedLinear
-from flux2_studio.engine.transformer import ReferenceCache, Transformer
-from flux2_studio.engine.weights import Storage, load_transformer, open_transformer
+from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.weights.loading import Storage, load_transformer, open_transformer
+from flux2_studio.engine.weights.quantize import QuantizedLinear
 from tests import oracle, tiny
 from tests.tiny import Flow, Toys
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
-from flux2_studio.engine.quantize import QuantizedLinear
-from flux2_studio.engine.text import load_text_encoder
-from flux2_studio.engine.weights import load_autoencoder, load_tiny_decoder, load_transformer, open_transformer
+from flux2_studio.engine.text.encoder import load_text_encoder
+from flux2_studio.engine.weights.loading import load_autoencoder, load_tiny_decoder, load_transformer, open_transformer
+from flux2_studio.engine.weights.quantize import QuantizedLinear
 from flux2_studio.errors import WeightsError
 from tests import tiny
 from tests.tiny import Toys

@@ -20,11 +20,11 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from flux2_studio.checkpoints import DEV, LOCAL_WRITERS
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.quantize import QuantizedLinear, StoredEmbedding
-from flux2_studio.engine.streaming import stream
-from flux2_studio.engine.text import load_text_encoder
-from flux2_studio.engine.tower import Past
-from flux2_studio.engine.writer import CheckedWriter, Writer, choose, open_writer, without
+from flux2_studio.engine.runtime.streaming import stream
+from flux2_studio.engine.text.decoder import Past
+from flux2_studio.engine.text.encoder import load_text_encoder
+from flux2_studio.engine.text.writer import CheckedWriter, Writer, choose, open_writer, without
+from flux2_studio.engine.weights.quantize import QuantizedLinear, StoredEmbedding
 from flux2_studio.errors import DeviceError, WeightsError
 from flux2_studio.models.residency import Residency
 from flux2_studio.pictures import pixels_from_image

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.transformer_arms import held, made
-from flux2_studio.engine.compiling import Compiler, shadow, variants
-from flux2_studio.engine.latents import noise
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.runtime.compiling import Compiler, shadow, variants
 from tests.oracle import relative_error
 
 # klein 4B's widths, two blocks deep.

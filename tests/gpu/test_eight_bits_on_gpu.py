@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.quantize import QuantizedLinear, ScaledMatrix, multiplies, quantize
+from flux2_studio.engine.weights.quantize import QuantizedLinear, ScaledMatrix, multiplies, quantize
 from tests.oracle import relative_error
 
 ROWS, COLS, TOKENS = 9216, 3072, 777  # of a klein 4B block; a number of tokens that nothing divides

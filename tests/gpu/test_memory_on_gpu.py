@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from benchmarks.sizes import AUTOENCODER
 from benchmarks.synthetic import fill
 from benchmarks.transformer_arms import held
-from flux2_studio.engine import footprint
-from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.streaming import stream
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.runtime import footprint
+from flux2_studio.engine.runtime.streaming import stream
+from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.models.plan import CUDA_WORKSPACE, OVERHEAD
 from flux2_studio.models.residency import Residency, release
 

@@ -16,14 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.synthetic import fill
 from flux2_studio.checkpoints import DEV, KLEIN_4B
-from flux2_studio.engine.autoencoder import AttnBlock
-from flux2_studio.engine.latents import sequence_ids
+from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.text import load_text_encoder
-from flux2_studio.engine.tower import Tower, TowerParams, seen
-from flux2_studio.engine.transformer import ReferenceCache, Transformer
-from flux2_studio.engine.weights import load_autoencoder, load_transformer
+from flux2_studio.engine.text.decoder import Tower, TowerParams, seen
+from flux2_studio.engine.text.encoder import load_text_encoder
+from flux2_studio.engine.vae.autoencoder import AttnBlock
+from flux2_studio.engine.weights.loading import load_autoencoder, load_transformer
 from tests.oracle import relative_error
 from tests.tiny import Toys
 

@@ -10,10 +10,10 @@ import torch
 from benchmarks.synthetic import fill
 from benchmarks.text_arms import Prompt, ours
 from benchmarks.transformer_arms import held, made
-from flux2_studio.engine.compiling import Compiler, Variant, shadow
-from flux2_studio.engine.replay import CudaRecorder, Replays
-from flux2_studio.engine.tower import Tower, TowerParams
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.runtime.compiling import Compiler, Variant, shadow
+from flux2_studio.engine.runtime.graphs import CudaRecorder, Replays
+from flux2_studio.engine.text.decoder import Tower, TowerParams
 from tests.gpu.test_compiled_on_gpu import WIDE, picture
 from tests.graphs import Tape
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.keeping import Keep
-from flux2_studio.engine.latents import sequence_ids
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.streaming import stream
-from flux2_studio.engine.transformer import ReferenceCache, Transformer
-from flux2_studio.engine.weights import Storage, load_transformer, open_transformer
+from flux2_studio.engine.flux.inpaint import Keep
+from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.runtime.streaming import stream
+from flux2_studio.engine.weights.loading import Storage, load_transformer, open_transformer
 from tests.tiny import Toys
 
 HIGH, WIDE, TEXT = 3, 4, 9

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from flux2_studio.engine.compiling import Compiler
+from flux2_studio.engine.runtime.compiling import Compiler
 from flux2_studio.events import Notice, Result, Saved
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager

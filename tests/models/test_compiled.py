@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from flux2_studio.checkpoints import KLEIN_4B
-from flux2_studio.engine.compiling import Compiler, variants
-from flux2_studio.engine.lora_paths import AdaptedLinear, LowRank
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.lora.layers import AdaptedLinear, LowRank
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.runtime.compiling import Compiler, variants
 from flux2_studio.models.compiled import CompiledBlocks
 from flux2_studio.settings import Compile
 from tests.graphs import Graphs

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE_4B, NANO
-from flux2_studio.engine.lora_paths import AdaptedLinear
-from flux2_studio.engine.transformer import Transformer
-from flux2_studio.engine.weights import open_transformer
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.lora.layers import AdaptedLinear
+from flux2_studio.engine.weights.loading import open_transformer
 from flux2_studio.errors import RequestError, StudioError, WeightsError
 from flux2_studio.models.loras import Loras
 from flux2_studio.request import LoraChoice, is_lora_name

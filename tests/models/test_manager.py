@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flux2_studio.checkpoints import DEV, GB, KLEIN_4B, KLEIN_BASE_4B, NANO, Checkpoint, Part
-from flux2_studio.engine.preview import AutoencoderPreview, LinearPreview, TinyPreview
-from flux2_studio.engine.quantize import QuantizedLinear
-from flux2_studio.engine.weights import open_autoencoder, open_transformer
+from flux2_studio.engine.vae.preview import AutoencoderPreview, LinearPreview, TinyPreview
+from flux2_studio.engine.weights.loading import open_autoencoder, open_transformer
+from flux2_studio.engine.weights.quantize import QuantizedLinear
 from flux2_studio.errors import DeviceError, OutOfMemory, WeightsError
 from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage, has_bfloat16
 from flux2_studio.models.hub import Hub, PartFiles, Progress

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.sampling import denoise
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager, Session
 from flux2_studio.models.plan import DECODING, DRAWING, PROMPT, REFERENCES, Workload

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from flux2_studio.checkpoints import GB
-from flux2_studio.engine.footprint import kept_bytes
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.streaming import streamed_bytes
+from flux2_studio.engine.runtime.footprint import kept_bytes
+from flux2_studio.engine.runtime.streaming import streamed_bytes
 from flux2_studio.errors import OutOfMemory
 from flux2_studio.models.plan import (
     CPU_TOKENS,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2_studio.engine.text import Encoded
+from flux2_studio.engine.text.encoder import Encoded
 from flux2_studio.models.remembered import Recent, RememberingReferences, RememberingText
 from flux2_studio.pictures import pixels_from_image
 from flux2_studio.request import Request

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2_studio.engine.compiling import Compiler
+from flux2_studio.engine.runtime.compiling import Compiler
 from flux2_studio.models import replayed
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager

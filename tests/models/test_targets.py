@@ -12,11 +12,11 @@ from torch import nn
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
 from flux2_studio.checkpoints import GB
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.footprint import META
+from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.tiny_autoencoder import TinyDecoder
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.runtime.footprint import META
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
 from flux2_studio.models.plan import DRAWING, PROMPT, Needs, Plan, Weights, Workload, make_plan, weights_of
 
 CUDA = torch.device("cuda")

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B, NANO, Checkpoint, LocalWriter, local_writers
-from flux2_studio.engine.text import open_text_encoder
-from flux2_studio.engine.writer import Writer, open_writer
+from flux2_studio.engine.text.encoder import open_text_encoder
+from flux2_studio.engine.text.writer import Writer, open_writer
 from flux2_studio.errors import OutOfMemory, WeightsError
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager

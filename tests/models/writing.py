@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flux2_studio.checkpoints import GB, LOCAL_WRITERS, Checkpoint, LocalWriter
-from flux2_studio.engine.writer import Writer
+from flux2_studio.engine.text.writer import Writer
 from flux2_studio.models.hub import Hub
 from flux2_studio.models.manager import ModelManager, Session
 from flux2_studio.models.opened import Key

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flux2_studio.engine.writer import open_writer
+from flux2_studio.engine.text.writer import open_writer
 from flux2_studio.errors import ClassifierError
 from flux2_studio.safety.questions import (
     ANY,

@@ -24,7 +24,7 @@ from benchmarks.transformer_arms import (
     their_ways,
     time_case,
 )
-from flux2_studio.engine.compiling import Compiler
+from flux2_studio.engine.runtime.compiling import Compiler
 from tests.graphs import Graphs
 from tests.toy_benchmarks import AUTOENCODER, FLOW, RATES, TEXT
 

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux2_studio.engine.autoencoder import Autoencoder, pack, unpack
-from flux2_studio.engine.latents import from_tokens
+from flux2_studio.engine.flux.latents import from_tokens
+from flux2_studio.engine.flux.sampling import schedule
 from flux2_studio.engine.params import AutoencoderParams
-from flux2_studio.engine.sampling import schedule
-from flux2_studio.engine.weights import load_autoencoder
+from flux2_studio.engine.vae.autoencoder import Autoencoder, pack, unpack
+from flux2_studio.engine.weights.loading import load_autoencoder
 from tools.nano.flow import Feed, autocast, sequence_ids
 from tools.nano.latent_store import LatentStore, pixels_of
 from tools.nano.model import initial_text, initial_transformer

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from flux2_studio.engine.sampling import schedule
-from flux2_studio.engine.weights import load_autoencoder
+from flux2_studio.engine.flux.sampling import schedule
+from flux2_studio.engine.weights.loading import load_autoencoder
 from tools.nano.flow import Averaged, Feed, autocast, sequence_ids
 from tools.nano.latent_store import LatentStore
 from tools.nano.model import initial_text, initial_transformer

@@ -23,11 +23,11 @@ from PIL import Image
 
 from benchmarks.measuring import machine
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.text import TextEncoder
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.text.encoder import TextEncoder
+from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.errors import StudioError
 from flux2_studio.models.choices import choose_device
 from flux2_studio.models.hub import Hub

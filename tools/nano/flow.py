@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.latents import REFERENCE_OFFSET, image_ids, text_ids
-from flux2_studio.engine.weights import load_autoencoder
+from flux2_studio.engine.flux.latents import REFERENCE_OFFSET, image_ids, text_ids
+from flux2_studio.engine.weights.loading import load_autoencoder
 from tools.nano.latent_store import LatentStore
 from tools.nano.model import initial_text, initial_transformer
 from tools.nano.recipe import Recipe

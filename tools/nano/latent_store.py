@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.latents import to_tokens
+from flux2_studio.engine.flux.latents import to_tokens
+from flux2_studio.engine.vae.autoencoder import Autoencoder
 from tools.nano.scenes import Drawings, Scene
 
 BATCH = 32

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from flux2_studio.checkpoints import NANO
+from flux2_studio.engine.flux.transformer import FinalLayer, Modulation, RMSScale, Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.text import open_text_encoder, render
-from flux2_studio.engine.tower import seen
-from flux2_studio.engine.transformer import FinalLayer, Modulation, RMSScale, Transformer
-from flux2_studio.engine.weights import load_transformer
+from flux2_studio.engine.text.decoder import seen
+from flux2_studio.engine.text.encoder import open_text_encoder, render
+from flux2_studio.engine.weights.loading import load_transformer
 from tools.nano.recipe import Recipe
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.vae.autoencoder import Autoencoder
 from tests.engine.damaged import AUTOENCODER, lora_state, transformer_state
 
 OPEN_ALL = """

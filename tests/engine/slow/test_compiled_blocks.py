@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.compiling import CompileError, Compiler, Variant, structure, variants
-from flux2_studio.engine.latents import noise
-from flux2_studio.engine.lora_paths import AdaptedLinear, LowRank
-from flux2_studio.engine.quantize import QuantizedLinear, quantize
-from flux2_studio.engine.sampling import denoise
-from flux2_studio.engine.streaming import stream
-from flux2_studio.engine.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.lora.layers import AdaptedLinear, LowRank
+from flux2_studio.engine.runtime.compiling import CompileError, Compiler, Variant, structure, variants
+from flux2_studio.engine.runtime.streaming import stream
+from flux2_studio.engine.weights.quantize import QuantizedLinear, quantize
 from tests import oracle
 from tests.engine.blocks import CPU, PARAMS, made, velocity
 from tests.graphs import Graphs
@@ -133,7 +133,7 @@ def hold(model: Transformer, kind: Any) -> None:
 @pytest.mark.parametrize("products", [False, True])
 def test_layers_in_8_bits(kind: Any, products: bool, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Restored before their products, and multiplied as they are: both as without a compiler."""
-    monkeypatch.setattr("flux2_studio.engine.quantize.multiplies", lambda _device, of: products and of == kind)
+    monkeypatch.setattr("flux2_studio.engine.weights.quantize.multiplies", lambda _device, of: products and of == kind)
     compiler, model = Compiler(backend=graphs), made()
     plain = velocity(model, 6)
     hold(model, kind)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flux2_studio.engine.weights import load_autoencoder, load_transformer
+from flux2_studio.engine.weights.loading import load_autoencoder, load_transformer
 from flux2_studio.settings import ASSETS
 from tools.nano import autoencoder, flow
 from tools.nano.distil import distil

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.autoencoder import Autoencoder, unpack
-from flux2_studio.engine.tiny_autoencoder import TinyDecoder
+from flux2_studio.engine.vae.autoencoder import Autoencoder, unpack
+from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
 
 # RGB of each of the 32 unpacked latent channels: the factors that ComfyUI and InvokeAI use for FLUX.2.
 LINEAR_FACTORS = (

@@ -4,7 +4,7 @@ A file's header is sorted first: every key names a layer and a field of its chan
 layer must make one change of known shape. Only the alphas are read then; factors are read when they are needed.
 Hostile files are refused in words, on shapes alone: nothing is multiplied out, and no text of theirs is believed or
 shown at length.
-Does not know: the transformer that a file is meant for, and whether it fits one (`lora.py`).
+Does not know: the transformer that a file is meant for, and whether it fits one (`adapters.py`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flux2_studio.engine.formats import PLAIN
-from flux2_studio.engine.lora_keys import CONVOLUTION, Target, hidden_width, is_of_text_encoder, parse, target_of
-from flux2_studio.engine.tensor_files import AGAIN, TensorFiles, read_json, shown
+from flux2_studio.engine.lora.keys import CONVOLUTION, Target, hidden_width, is_of_text_encoder, parse, target_of
+from flux2_studio.engine.weights.formats import PLAIN
+from flux2_studio.engine.weights.tensor_files import AGAIN, TensorFiles, read_json, shown
 from flux2_studio.errors import WeightsError
 
 NUMBERS = {*PLAIN, "F64", "I64", "I32"}  # as which trainers write an alpha

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.footprint import META, hold_small, peak_bytes
-from flux2_studio.engine.formats import Contents, open_contents
-from flux2_studio.engine.layouts import Plan, Source, put
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.tensor_files import read_json
-from flux2_studio.engine.tower import Tower, seen, tower_params
-from flux2_studio.engine.weights import Checked, Storage, checked
+from flux2_studio.engine.runtime.footprint import META, hold_small, peak_bytes
+from flux2_studio.engine.text.decoder import Tower, seen, tower_params
+from flux2_studio.engine.weights.formats import Contents, open_contents
+from flux2_studio.engine.weights.layouts import Plan, Source, put
+from flux2_studio.engine.weights.loading import Checked, Storage, checked
+from flux2_studio.engine.weights.tensor_files import read_json
 from flux2_studio.errors import WeightsError
 
 TEXT_FOLDER = "text_encoder"  # where a repository in diffusers' layout has the files

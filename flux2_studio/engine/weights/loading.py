@@ -26,9 +26,11 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.autoencoder import Autoencoder
-from flux2_studio.engine.formats import PREFIXES, Contents, open_contents
-from flux2_studio.engine.layouts import (
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
+from flux2_studio.engine.weights.formats import PREFIXES, Contents, open_contents
+from flux2_studio.engine.weights.layouts import (
     Plan,
     Source,
     autoencoder_params,
@@ -38,11 +40,16 @@ from flux2_studio.engine.layouts import (
     transformer_params,
     transformer_plan,
 )
-from flux2_studio.engine.quantize import EightBit, HalfMatrix, QuantizedLinear, StoredEmbedding, StoredMatrix, quantize
-from flux2_studio.engine.reading import Reader
-from flux2_studio.engine.tensor_files import Shape, listed, shown
-from flux2_studio.engine.tiny_autoencoder import TinyDecoder
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.weights.quantize import (
+    EightBit,
+    HalfMatrix,
+    QuantizedLinear,
+    StoredEmbedding,
+    StoredMatrix,
+    quantize,
+)
+from flux2_studio.engine.weights.reading import Reader
+from flux2_studio.engine.weights.tensor_files import Shape, listed, shown
 from flux2_studio.errors import DeviceError, WeightsError
 
 # How matrices are held in memory. plain: in the precision that is computed in. stored: as the file has them, restored

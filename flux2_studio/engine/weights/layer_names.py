@@ -1,6 +1,6 @@
 """The names of the transformer's layers: Black Forest Labs', which are ours, and diffusers' for the same.
 
-Data only, for whole checkpoints (`layouts.py`) and for changes of single layers (`lora_keys.py`). The names of blocks'
+Data only, for whole checkpoints (`layouts.py`) and for changes of single layers (`keys.py`). The names of blocks'
 layers go without the block's; separate matrices of diffusers' that are one of ours stand in the `_PARTS`, in order.
 """
 

@@ -29,7 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from flux2_studio.engine.autoencoder import AttnBlock, Decoder, DownLevel, Encoder, Level, Middle, ResBlock, UpLevel
+    from flux2_studio.engine.vae.autoencoder import (
+        AttnBlock,
+        Decoder,
+        DownLevel,
+        Encoder,
+        Level,
+        Middle,
+        ResBlock,
+        UpLevel,
+    )
 
 CHUNKS = 4  # a strip's statistics are gathered from so many parts of its channels, whose float32 copies are small
 

@@ -30,10 +30,10 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.compiling import structure
-from flux2_studio.engine.streaming import is_streamed
-from flux2_studio.engine.tower import Tower
-from flux2_studio.engine.transformer import Modulations, ReferenceCache, Rope, Transformer
+from flux2_studio.engine.flux.transformer import Modulations, ReferenceCache, Rope, Transformer
+from flux2_studio.engine.runtime.compiling import structure
+from flux2_studio.engine.runtime.streaming import is_streamed
+from flux2_studio.engine.text.decoder import Tower
 
 LARGEST = 3072  # tokens, of all rows: 512 x 512 with CFG
 MOST = 4  # recordings of a model

@@ -2,7 +2,7 @@
 
 Does: Black Forest Labs' and diffusers' names and shapes of the transformer and the autoencoder to ours, as a plan, and
 a plan's shapes to the sizes of the model. Does not know: files, formats (`formats.py`), or how a plan is carried out
-(`weights.py`).
+(`loading.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.names import DOUBLE, DOUBLE_PARTS, SINGLE, TOP
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.tensor_files import AGAIN, Shape
+from flux2_studio.engine.weights.layer_names import DOUBLE, DOUBLE_PARTS, SINGLE, TOP
+from flux2_studio.engine.weights.tensor_files import AGAIN, Shape
 from flux2_studio.errors import WeightsError
 
 BLOCK_LIMIT = 500  # of each kind of a transformer; published ones have 48 at most

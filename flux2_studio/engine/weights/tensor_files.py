@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flux2_studio.engine.reading import Reader, Span, WeightFile
+from flux2_studio.engine.weights.reading import Reader, Span, WeightFile
 from flux2_studio.errors import WeightsError
 
 Shape = tuple[int, ...]

@@ -3,7 +3,7 @@
 Does: fp8 and int8 with one scale or one per row, NVFP4 (GGUF's blocks are in `gguf.py`), and bfloat16 where it is not
 computed in; a linear layer over such weights, which multiplies 8 bits as they are where the device does that quickly;
 making fp8 or int8 of plain weights.
-Does not know: how files spell their scales (`formats.py`), which layers of which model are meant (`weights.py`).
+Does not know: how files spell their scales (`formats.py`), which layers of which model are meant (`loading.py`).
 
     codes: what is stored. values [rows, cols]: what they stand for, as a plain file would hold them; rows are a linear
     layer's outputs, cols its inputs.

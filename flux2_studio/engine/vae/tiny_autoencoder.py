@@ -3,7 +3,7 @@
     normalised unpacked latent [B, 32, h, w] in  ->  RGB [B, 3, 8h, 8w] in 0..1 out
 
 Unlike the autoencoder it takes the latent while it is still normalised. Parameter names are the indices of the
-published Sequential; the hub's safetensors leaves the clamp out of its count (`weights.py` translates).
+published Sequential; the hub's safetensors leaves the clamp out of its count (`loading.py` translates).
 """
 
 from __future__ import annotations

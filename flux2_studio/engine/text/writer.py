@@ -28,15 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2_studio.engine.footprint import META, hold_small, peak_bytes
-from flux2_studio.engine.formats import Contents, open_contents
-from flux2_studio.engine.layouts import Plan, Source, put
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.quantize import StoredEmbedding
-from flux2_studio.engine.tensor_files import read_json
-from flux2_studio.engine.text import CheckedText, TextEncoder, decoder_fields, open_text_encoder
-from flux2_studio.engine.tower import Decoder, Past, tower_params
-from flux2_studio.engine.weights import Checked, Storage, checked
+from flux2_studio.engine.runtime.footprint import META, hold_small, peak_bytes
+from flux2_studio.engine.text.decoder import Decoder, Past, tower_params
+from flux2_studio.engine.text.encoder import CheckedText, TextEncoder, decoder_fields, open_text_encoder
+from flux2_studio.engine.weights.formats import Contents, open_contents
+from flux2_studio.engine.weights.layouts import Plan, Source, put
+from flux2_studio.engine.weights.loading import Checked, Storage, checked
+from flux2_studio.engine.weights.quantize import StoredEmbedding
+from flux2_studio.engine.weights.tensor_files import read_json
 from flux2_studio.errors import DeviceError, WeightsError
 
 CONVERSATION = 4096  # tokens that a model must see at once to be used here

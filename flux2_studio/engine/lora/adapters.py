@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.lora_file import Change, Lora
-from flux2_studio.engine.lora_paths import (
+from flux2_studio.engine.flux.transformer import Transformer
+from flux2_studio.engine.lora.file import Change, Lora
+from flux2_studio.engine.lora.layers import (
     AdaptedLinear,
     LoraPath,
     bare_weight,
@@ -37,9 +38,8 @@ from flux2_studio.engine.lora_paths import (
     joined,
 )
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.streaming import writing
-from flux2_studio.engine.tensor_files import shown
-from flux2_studio.engine.transformer import Transformer
+from flux2_studio.engine.runtime.streaming import writing
+from flux2_studio.engine.weights.tensor_files import shown
 from flux2_studio.errors import RequestError, WeightsError
 
 # Only to put a name to a width in messages; what fits is decided by shapes.

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.quantize import StoredMatrix
-from flux2_studio.engine.reading import Reader, Span, WeightFile
-from flux2_studio.engine.tensor_files import HEADER_LIMIT, TENSOR_LIMIT, Shape, impossible, listed, shown
+from flux2_studio.engine.weights.quantize import StoredMatrix
+from flux2_studio.engine.weights.reading import Reader, Span, WeightFile
+from flux2_studio.engine.weights.tensor_files import HEADER_LIMIT, TENSOR_LIMIT, Shape, impossible, listed, shown
 from flux2_studio.errors import WeightsError
 
 MAGIC = b"GGUF"

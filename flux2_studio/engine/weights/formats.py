@@ -2,7 +2,7 @@
 
 Does: fp8 as Black Forest Labs and ComfyUI store it, with one scale, one per row or none; NVFP4; GGUF's blocks; the
 prefixes that ComfyUI puts before names. Every tensor is listed under its own name with the shape of its *values*, so
-that plans (`weights.py`) need to know nothing of formats; scales and marks are no tensors of their own any more.
+that plans (`loading.py`) need to know nothing of formats; scales and marks are no tensors of their own any more.
 Does not know: which tensors a model needs.
 
     X.weight    F8_E4M3 [rows, cols]     value = weight * scale
@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.gguf import BLOCKS, MAGIC, GGUFFile, GGUFMatrix
-from flux2_studio.engine.quantize import NVFP4Matrix, ScaledMatrix, StoredMatrix
-from flux2_studio.engine.tensor_files import AGAIN, MARKER, Shape, TensorFiles, shown
+from flux2_studio.engine.weights.gguf import BLOCKS, MAGIC, GGUFFile, GGUFMatrix
+from flux2_studio.engine.weights.quantize import NVFP4Matrix, ScaledMatrix, StoredMatrix
+from flux2_studio.engine.weights.tensor_files import AGAIN, MARKER, Shape, TensorFiles, shown
 from flux2_studio.errors import WeightsError
 
 PLAIN = ("F32", "F16", "BF16")

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.keeping import Keep, hold
-from flux2_studio.engine.latents import from_tokens, sequence_ids, to_tokens
-from flux2_studio.engine.transformer import ReferenceCache, Transformer
+from flux2_studio.engine.flux.inpaint import Keep, hold
+from flux2_studio.engine.flux.latents import from_tokens, sequence_ids, to_tokens
+from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flux2_studio.engine.flux.transformer import DoubleBlock, Kept, Rope, SingleBlock, Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.transformer import DoubleBlock, Kept, Rope, SingleBlock, Transformer
 
 # Lengths to compile with: text, image, references. No two that occur, nor their sums, are alike or a model's width:
 # equal ones would be taken for the same, and other pictures would not fit.

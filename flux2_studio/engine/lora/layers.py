@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2_studio.engine.lora_keys import Target
-from flux2_studio.engine.streaming import fetch, writing
+from flux2_studio.engine.lora.keys import Target
+from flux2_studio.engine.runtime.streaming import fetch, writing
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2_studio.engine import tiling
 from flux2_studio.engine.params import AutoencoderParams
+from flux2_studio.engine.vae import tiling
 
 GROUPS = 32
 NORM_EPS = 1e-6

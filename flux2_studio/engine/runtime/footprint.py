@@ -35,11 +35,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux2_studio.engine.autoencoder import Autoencoder
+from flux2_studio.engine.flux.transformer import ReferenceCache, Rope, Transformer
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.quantize import QuantizedLinear, quantize
-from flux2_studio.engine.tiny_autoencoder import TinyDecoder
-from flux2_studio.engine.transformer import ReferenceCache, Rope, Transformer
+from flux2_studio.engine.vae.autoencoder import Autoencoder
+from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
+from flux2_studio.engine.weights.quantize import QuantizedLinear, quantize
 
 META = torch.device("meta")
 HOST = torch.device("cpu")

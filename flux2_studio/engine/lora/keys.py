@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flux2_studio.engine.names import DOUBLE, DOUBLE_PARTS, SINGLE, TOP
+from flux2_studio.engine.weights.layer_names import DOUBLE, DOUBLE_PARTS, SINGLE, TOP
 
 
 @dataclass(frozen=True)
