@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from flux2_studio.errors import StudioError
-from flux2_studio.models.own import with_own_files
+from flux2_studio.models.hub.local_checkpoints import with_own_files
 from flux2_studio.settings import Settings
 
 

@@ -36,7 +36,7 @@ from benchmarks.transformer_arms import HOLDINGS, TEXT, Case, Way
 from flux2_studio.checkpoints import GB
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.runtime.compiling import Compiler
-from flux2_studio.models.residency import release
+from flux2_studio.models.memory.residency import release
 
 PACKAGES = ("torch", "transformers", "diffusers")
 DTYPE = torch.bfloat16

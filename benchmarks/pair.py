@@ -18,10 +18,10 @@ from benchmarks.synthetic import FlowSize, Written, disk_bytes, write_autoencode
 from flux2_studio.checkpoints import GB, KLEIN_4B, KLEIN_9B, Checkpoint
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import AutoencoderParams
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.models.plan import CUDA_WORKSPACE, DRAWING, OVERHEAD, Plan, Workload
-from flux2_studio.models.residency import release
+from flux2_studio.models.memory.plan import CUDA_WORKSPACE, DRAWING, OVERHEAD, Plan, Workload
+from flux2_studio.models.memory.residency import release
 from flux2_studio.settings import Quantize, Settings
 
 PAGE = 4096  # bytes

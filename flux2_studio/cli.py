@@ -24,7 +24,7 @@ from flux2_studio import __version__, cli_inspect, cli_models, cli_presets
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped, Upsampled, Writing
-from flux2_studio.models.own import with_own_files
+from flux2_studio.models.hub.local_checkpoints import with_own_files
 from flux2_studio.request import MAX_LORA_WEIGHT, Enricher, ImageFormat, LoraChoice, Outpaint, Request, Upsampling
 from flux2_studio.settings import DtypeName, Settings
 from flux2_studio.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from flux2_studio.checkpoints import KIND_NAMES, Checkpoint
 from flux2_studio.errors import WeightsError
+from flux2_studio.models.hub.local_checkpoints import with_own_files
 from flux2_studio.models.loras import Loras
-from flux2_studio.models.own import with_own_files
 from flux2_studio.settings import Settings
 from flux2_studio.terminal import INTERRUPTED, PROGRAM, Progress, one_line, print_lines
 
 if TYPE_CHECKING:
-    from flux2_studio.models.hub import Hub
+    from flux2_studio.models.hub.repositories import Hub
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -46,7 +46,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def run_models_list(options: argparse.Namespace) -> int:
     """`models list`: a few lines for every checkpoint, to stdout."""
     settings, notes = with_own_files(Settings.from_environment())
-    from flux2_studio.models.hub import Hub
+    from flux2_studio.models.hub.repositories import Hub
 
     hub = Hub(settings)
     print_lines(line for checkpoint in settings.checkpoints for line in about(checkpoint, settings.checkpoints, hub))
@@ -59,7 +59,7 @@ def run_models_download(options: argparse.Namespace) -> int:
     """`models download NAME`: with its progress on stderr; Ctrl-C pauses it."""
     settings, _ = with_own_files(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
-    from flux2_studio.models.hub import Hub
+    from flux2_studio.models.hub.repositories import Hub
 
     preview = (checkpoint.tiny_autoencoder,) if settings.preview == "tiny" else ()
     try:
@@ -77,8 +77,8 @@ def run_models_remove(options: argparse.Namespace) -> int:
     """`models remove NAME`: what was freed and what was kept goes to stderr."""
     settings, _ = with_own_files(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
-    from flux2_studio.models.hub import Hub
-    from flux2_studio.models.refusals import amount
+    from flux2_studio.models.hub.hub_errors import amount
+    from flux2_studio.models.hub.repositories import Hub
 
     removed = Hub(settings).remove(checkpoint)
     for part, others in removed.kept:
@@ -107,7 +107,7 @@ def run_models_path(options: argparse.Namespace) -> int:
     """`models path NAME`: each part's kind, a tab and its place, to stdout. Raises `WeightsError` if one is missing."""
     settings, _ = with_own_files(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
-    from flux2_studio.models.hub import Hub
+    from flux2_studio.models.hub.repositories import Hub
 
     hub = Hub(settings)
     found = {part.kind: hub.find(part) for part in checkpoint.parts}
@@ -138,7 +138,7 @@ def about(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint], hub: Hub) -
 
 def where(checkpoint: Checkpoint, hub: Hub) -> str:
     """Whether `checkpoint` is on this machine, and how much of it is still to download."""
-    from flux2_studio.models.refusals import amount
+    from flux2_studio.models.hub.hub_errors import amount
 
     try:
         missing = [part for part in checkpoint.parts if hub.find(part) is None]

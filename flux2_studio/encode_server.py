@@ -34,11 +34,11 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.engine.text.encoder import Encoded, open_text_encoder
 from flux2_studio.errors import OutOfMemory, StudioError
 from flux2_studio.models import wire
-from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage
-from flux2_studio.models.hub import Hub, Progress
-from flux2_studio.models.memory import is_out_of_memory
-from flux2_studio.models.opened import only_ever_replaced
-from flux2_studio.models.remembered import RememberingText
+from flux2_studio.models.checkpoint_files import only_ever_replaced
+from flux2_studio.models.hub.repositories import Hub, Progress
+from flux2_studio.models.memory.available import is_out_of_memory
+from flux2_studio.models.memory.choices import choose_device, choose_dtype, choose_storage
+from flux2_studio.models.prompt_cache import RememberingText
 from flux2_studio.request import MAX_PROMPT
 from flux2_studio.settings import Settings
 

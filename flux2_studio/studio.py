@@ -37,14 +37,15 @@ from flux2_studio.engine.weights.quantize import multiplies
 from flux2_studio.enrichment import TRY, check_choice, enrich
 from flux2_studio.errors import CredentialsError, OutOfMemory, SafetyError, UpsampleError
 from flux2_studio.events import Drafted, Event, Notice, Ready, Result, Saved, Stopped, Upsampled, Withheld
-from flux2_studio.models.choices import choose_dtype, choose_storage
-from flux2_studio.models.classifier import find_classifier
-from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.models.hub.classifier import find_classifier
+from flux2_studio.models.hub.hub_errors import amount
+from flux2_studio.models.hub.repositories import Hub, Progress
 from flux2_studio.models.loras import Loras
 from flux2_studio.models.manager import Drawn, ModelManager
-from flux2_studio.models.memory import is_out_of_memory
-from flux2_studio.models.plan import Plan
-from flux2_studio.models.refusals import amount
+from flux2_studio.models.memory.available import is_out_of_memory
+from flux2_studio.models.memory.choices import choose_dtype, choose_storage
+from flux2_studio.models.memory.plan import Plan
+from flux2_studio.models.worker_thread import Cancelled, check, with_status
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.credentials import Signer, Source
 from flux2_studio.outputs.finish import Finished as File
@@ -62,7 +63,6 @@ from flux2_studio.safety.policy import decide
 from flux2_studio.settings import Settings
 from flux2_studio.timing import Outlook, Stopwatch, foresee, learn, way_of
 from flux2_studio.upsample import ApiKey
-from flux2_studio.working import Cancelled, check, with_status
 
 DRAFTED = 0.3  # seconds between two previews of a draft: drawing those of a quick one would take as long as its steps
 

@@ -19,7 +19,7 @@ from PIL import Image
 from flux2_studio.checkpoints import LOCAL_WRITERS
 from flux2_studio.errors import ClassifierError, CredentialsError, SafetyError, StudioError, UpsampleError
 from flux2_studio.events import Event, Notice, Preview, Ready, Result, Saved, Stopped, Upsampled, Withheld, Writing
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.outputs import metadata, watermark
 from flux2_studio.outputs.kept import KeptReferences

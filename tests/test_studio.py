@@ -18,9 +18,9 @@ from PIL import Image
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.errors import DeviceError, OutOfMemory, RequestError, SaveError, StudioError, WeightsError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
-from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.models.hub.repositories import Hub, Progress
 from flux2_studio.models.manager import Drawn, ModelManager, Session
-from flux2_studio.models.plan import Plan
+from flux2_studio.models.memory.plan import Plan
 from flux2_studio.outputs import metadata
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings

@@ -14,7 +14,7 @@ import torch
 
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.runtime.compiling import CompileError, Compiler, Order, Variant
-from flux2_studio.models.choices import LARGE
+from flux2_studio.models.memory.choices import LARGE
 from flux2_studio.record import AS_WRITTEN, COMPILED
 from flux2_studio.settings import Compile
 

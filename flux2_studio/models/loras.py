@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, WeightsError
-from flux2_studio.models.own import kind_of, name_problem
+from flux2_studio.models.hub.local_checkpoints import kind_of, name_problem
 from flux2_studio.request import MAX_NAME, LoraChoice
 from flux2_studio.settings import Settings
 

@@ -30,14 +30,14 @@ from flux2_studio.engine.text.writer import CheckedWriter, Writer
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
 from flux2_studio.errors import OutOfMemory, StudioError, WeightsError
-from flux2_studio.models import memory
-from flux2_studio.models.choices import choose_device
+from flux2_studio.models.checkpoint_files import SUBFOLDERS, TOKENS, Key, Opened, Opener, draws_itself
 from flux2_studio.models.compiled import CompiledBlocks
-from flux2_studio.models.fingerprint import Fingerprints
-from flux2_studio.models.hub import Hub, Progress
+from flux2_studio.models.hub.fingerprint import Fingerprints
+from flux2_studio.models.hub.repositories import Hub, Progress
 from flux2_studio.models.loras import Applied, Loras
-from flux2_studio.models.opened import SUBFOLDERS, TOKENS, Key, Opened, Opener, draws_itself
-from flux2_studio.models.plan import (
+from flux2_studio.models.memory import available as memory
+from flux2_studio.models.memory.choices import choose_device
+from flux2_studio.models.memory.plan import (
     DECODING,
     DRAWING,
     PROMPT,
@@ -48,11 +48,11 @@ from flux2_studio.models.plan import (
     make_plan,
     spread,
 )
-from flux2_studio.models.processors import keep_to_quota, quota
-from flux2_studio.models.remembered import RememberingReferences, RememberingText
+from flux2_studio.models.memory.processors import keep_to_quota, quota
+from flux2_studio.models.memory.residency import Residency, empty_cache, release
+from flux2_studio.models.prompt_cache import RememberingReferences, RememberingText
 from flux2_studio.models.remote_text import RemoteText
 from flux2_studio.models.replayed import ReplayedRuns
-from flux2_studio.models.residency import Residency, empty_cache, release
 from flux2_studio.models.writers import WriterOffer, Writing, make_place, offers, writer_of
 from flux2_studio.pictures import pixels_from_image
 from flux2_studio.request import LoraChoice

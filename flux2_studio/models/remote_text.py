@@ -37,7 +37,7 @@ from flux2_studio.errors import RemoteTextError
 from flux2_studio.models import wire
 
 if TYPE_CHECKING:
-    from flux2_studio.models.hub import Progress
+    from flux2_studio.models.hub.repositories import Progress
 
 PATIENCE = 120.0  # seconds for one answer: an encoder of 24B on a processor takes about as long
 WAITS = (2.0, 5.0)  # seconds before asking a busy service again, where it does not say itself

@@ -9,7 +9,7 @@ from flux2_studio.engine.runtime.graphs import CudaRecorder, Record, Replays
 from flux2_studio.engine.text.decoder import Tower
 from flux2_studio.engine.text.encoder import TextEncoder
 from flux2_studio.engine.text.writer import Writer
-from flux2_studio.models.memory import free_memory
+from flux2_studio.models.memory.available import free_memory
 from flux2_studio.settings import Graphs
 
 ROOM = 4 << 30  # bytes that must be free: recordings hold what a run of theirs computes with, which no plan counts

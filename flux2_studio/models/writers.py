@@ -14,10 +14,10 @@ import torch
 from flux2_studio.checkpoints import LOCAL_WRITERS, Checkpoint, LocalWriter, local_writers
 from flux2_studio.engine.text.writer import Writer
 from flux2_studio.errors import OutOfMemory, WeightsError
-from flux2_studio.models.hub import Hub
-from flux2_studio.models.opened import OpenedWriter, Opener
-from flux2_studio.models.plan import gigabytes, needed_for, usable
-from flux2_studio.models.refusals import amount
+from flux2_studio.models.checkpoint_files import OpenedWriter, Opener
+from flux2_studio.models.hub.hub_errors import amount
+from flux2_studio.models.hub.repositories import Hub
+from flux2_studio.models.memory.plan import gigabytes, needed_for, usable
 from flux2_studio.settings import Settings
 
 OR_ELSE = "Choose a smaller language model, OpenRouter, or draw without enriching"

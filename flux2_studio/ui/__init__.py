@@ -21,7 +21,7 @@ from flux2_studio.errors import StudioError
 from flux2_studio.explore.running import Explorations
 from flux2_studio.explore.variants import Wildcards
 from flux2_studio.jobs import JobQueue
-from flux2_studio.models.shelf import Shelf
+from flux2_studio.models.hub.library import Shelf
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import History
 from flux2_studio.outputs.journal import Journal
@@ -167,7 +167,7 @@ def serve(
     """
     settings.prepare_process()
     # These load torch, which only a started page needs.
-    from flux2_studio.models.hub import Hub
+    from flux2_studio.models.hub.repositories import Hub
     from flux2_studio.models.manager import ModelManager
     from flux2_studio.outputs.kept import KeptReferences
     from flux2_studio.outputs.pace import Pace

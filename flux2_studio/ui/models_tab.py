@@ -1,4 +1,4 @@
-"""The Models tab: every checkpoint as a card, with its download and its deletion. What is done is `models/shelf.py`'s.
+"""The Models tab: every checkpoint as a card, with its download and its deletion. What is done is `models/hub/library.py`'s.
 
 The page looks at the shelf when the tab is opened, after every click, and once a second as long as something moves;
 nobody waits for a download. Every text that may come from a file or from the hub is escaped here or in `show`.
@@ -14,8 +14,8 @@ import gradio as gr
 
 from flux2_studio.checkpoints import MB, Checkpoint
 from flux2_studio.errors import StudioError
-from flux2_studio.models.refusals import amount
-from flux2_studio.models.shelf import Entry, Shelf
+from flux2_studio.models.hub.hub_errors import amount
+from flux2_studio.models.hub.library import Entry, Shelf
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.language import say, t, told
 from flux2_studio.ui.wiring import Update, listen

@@ -21,7 +21,7 @@ from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
 from flux2_studio.engine.weights.gguf import BLOCKS, GGUFMatrix
 from flux2_studio.engine.weights.loading import Storage
 from flux2_studio.engine.weights.quantize import CHUNK, QuantizedLinear, quantize
-from flux2_studio.models.choices import has_bfloat16
+from flux2_studio.models.memory.choices import has_bfloat16
 from tests.tiny import Toys
 
 CPU = torch.device("cpu")

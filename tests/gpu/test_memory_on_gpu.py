@@ -20,8 +20,8 @@ from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.runtime import footprint
 from flux2_studio.engine.runtime.streaming import stream
 from flux2_studio.engine.vae.autoencoder import Autoencoder
-from flux2_studio.models.plan import CUDA_WORKSPACE, OVERHEAD
-from flux2_studio.models.residency import Residency, release
+from flux2_studio.models.memory.plan import CUDA_WORKSPACE, OVERHEAD
+from flux2_studio.models.memory.residency import Residency, release
 
 CPU = torch.device("cpu")
 HALF = torch.bfloat16

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flux2_studio.engine.runtime.compiling import Compiler
 from flux2_studio.events import Notice, Result, Saved
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.request import Request
 from flux2_studio.settings import Compile

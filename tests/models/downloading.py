@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flux2_studio.checkpoints import GB
-from flux2_studio.models.cache import Cache
-from flux2_studio.models.downloads import Downloads
-from flux2_studio.models.refusals import Refusals
-from flux2_studio.models.transfer import Transfer
+from flux2_studio.models.hub.cache import Cache
+from flux2_studio.models.hub.downloads import Downloads
+from flux2_studio.models.hub.hub_errors import Refusals
+from flux2_studio.models.hub.transfer import Transfer
 from tests.models.fake_hub import FLOW, MB, TOY, FakeHub, etag
 
 ETAG = etag("toy.safetensors", TOY)

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from flux2_studio.checkpoints import KLEIN_4B, Part
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from flux2_studio.checkpoints import NANO, Checkpoint
-from flux2_studio.models.hub import Hub
-from flux2_studio.models.shelf import Entry, Shelf
+from flux2_studio.models.hub.library import Entry, Shelf
+from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import CHECKPOINT, MB, OTHER, FakeHub, settings
 
 PATIENCE = 300  # seconds that nothing here takes unless it hangs

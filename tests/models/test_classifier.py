@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import ClassifierError
-from flux2_studio.models.classifier import find_classifier
+from flux2_studio.models.hub.classifier import find_classifier
 
 
 def fill(folder: Path, *names: str) -> Path:

@@ -12,9 +12,9 @@ import pytest
 
 from flux2_studio.checkpoints import GB
 from flux2_studio.errors import DownloadError
-from flux2_studio.models.cache import RemoteFile
-from flux2_studio.models.downloads import Downloads, Running, Speed, duration
-from flux2_studio.models.transfer import CHECKING, DOWNLOADING, RETRYING
+from flux2_studio.models.hub.cache import RemoteFile
+from flux2_studio.models.hub.downloads import Downloads, Running, Speed, duration
+from flux2_studio.models.hub.transfer import CHECKING, DOWNLOADING, RETRYING
 from tests.models.downloading import (
     ETAG,
     HELD,

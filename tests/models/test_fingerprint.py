@@ -14,9 +14,9 @@ import pytest
 
 from flux2_studio.checkpoints import KLEIN_4B, NANO
 from flux2_studio.errors import WeightsError
-from flux2_studio.models import fingerprint
-from flux2_studio.models.fingerprint import Fingerprints
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub import fingerprint
+from flux2_studio.models.hub.fingerprint import Fingerprints
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.settings import ASSETS, Settings
 from tests.tiny import Toys

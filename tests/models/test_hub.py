@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
 
 from flux2_studio.checkpoints import NANO, Checkpoint, Part
 from flux2_studio.errors import DownloadError, WeightsError
-from flux2_studio.models.hub import Hub, PartFiles
+from flux2_studio.models.hub.repositories import Hub, PartFiles
 from tests.models.fake_hub import (
     CHECKPOINT,
     COMMIT,

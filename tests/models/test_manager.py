@@ -19,11 +19,11 @@ from flux2_studio.engine.vae.preview import AutoencoderPreview, LinearPreview, T
 from flux2_studio.engine.weights.loading import open_autoencoder, open_transformer
 from flux2_studio.engine.weights.quantize import QuantizedLinear
 from flux2_studio.errors import DeviceError, OutOfMemory, WeightsError
-from flux2_studio.models.choices import choose_device, choose_dtype, choose_storage, has_bfloat16
-from flux2_studio.models.hub import Hub, PartFiles, Progress
+from flux2_studio.models.checkpoint_files import check_fit
+from flux2_studio.models.hub.repositories import Hub, PartFiles, Progress
 from flux2_studio.models.manager import ModelManager, Session
-from flux2_studio.models.opened import check_fit
-from flux2_studio.models.plan import DRAWING, ORDER, PROMPT, Workload
+from flux2_studio.models.memory.choices import choose_device, choose_dtype, choose_storage, has_bfloat16
+from flux2_studio.models.memory.plan import DRAWING, ORDER, PROMPT, Workload
 from flux2_studio.settings import Settings
 from tests.tiny import Toys
 

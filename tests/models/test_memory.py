@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from flux2_studio.models import memory
+from flux2_studio.models.memory import available as memory
 
 CPU = torch.device("cpu")
 NEW, OLD = (names for _, *names in memory.CONTAINERS)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from flux2_studio.checkpoints import KLEIN_4B, NANO
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.hub import Hub, PartFiles, Progress
-from flux2_studio.models.opened import Opened, Opener, only_ever_replaced, stamp_of
+from flux2_studio.models.checkpoint_files import Opened, Opener, only_ever_replaced, stamp_of
+from flux2_studio.models.hub.repositories import Hub, PartFiles, Progress
 from flux2_studio.settings import ASSETS, Settings
 from tests.tiny import Toys
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from flux2_studio.checkpoints import CHECKPOINTS, DEV, KLEIN_4B, KLEIN_9B_KV, KLEIN_BASE_4B, NANO
 from flux2_studio.errors import RequestError, WeightsError
 from flux2_studio.events import Result
-from flux2_studio.models.own import own_files, recognise, with_own_files
+from flux2_studio.models.hub.local_checkpoints import own_files, recognise, with_own_files
 from flux2_studio.request import Request
 from flux2_studio.settings import ASSETS, Settings
 from flux2_studio.studio import Studio

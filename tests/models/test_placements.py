@@ -13,10 +13,10 @@ from PIL import Image
 from flux2_studio.checkpoints import GB, Checkpoint
 from flux2_studio.errors import OutOfMemory
 from flux2_studio.events import Notice, Result
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.checkpoint_files import Opener
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.models.opened import Opener
-from flux2_studio.models.plan import Plan, Workload, make_plan
+from flux2_studio.models.memory.plan import Plan, Workload, make_plan
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio

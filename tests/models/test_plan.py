@@ -15,7 +15,7 @@ from flux2_studio.engine.params import AutoencoderParams, TransformerParams
 from flux2_studio.engine.runtime.footprint import kept_bytes
 from flux2_studio.engine.runtime.streaming import streamed_bytes
 from flux2_studio.errors import OutOfMemory
-from flux2_studio.models.plan import (
+from flux2_studio.models.memory.plan import (
     CPU_TOKENS,
     CUDA_WORKSPACE,
     DECODING,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux2_studio.models.processors import keep_to_quota, quota
+from flux2_studio.models.memory.processors import keep_to_quota, quota
 
 
 @pytest.mark.parametrize(

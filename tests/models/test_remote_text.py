@@ -526,7 +526,7 @@ def test_giving_up_between_two_attempts(service: Service) -> None:
 
 
 def test_who_is_equal_is_the_same_text_encoder() -> None:
-    """What was read once is kept under it: see `models/remembered.py`."""
+    """What was read once is kept under it: see `models/prompt_cache.py`."""
     one = RemoteText("http://a/", TOKEN, RECIPE, WIDTH, "FLUX.2 dev")
     assert {one: 1}[RemoteText("http://a/", TOKEN, RECIPE, WIDTH, "my own dev", patience=1)] == 1
     for other in (

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flux2_studio.engine.runtime.compiling import Compiler
 from flux2_studio.models import replayed
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.settings import Graphs
 from flux2_studio.studio import Studio

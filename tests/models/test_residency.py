@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.models.residency import Residency
+from flux2_studio.models.memory.residency import Residency
 
 CPU = torch.device("cpu")
 BLOCK = 64 * 64 * 4 + 256  # bytes: a matrix and a bias of 64, aligned as streaming packs them

@@ -12,8 +12,8 @@ import pytest
 
 from flux2_studio.checkpoints import NANO, Part
 from flux2_studio.errors import RequestError, WeightsError
-from flux2_studio.models.hub import Hub
-from flux2_studio.models.shelf import DEFECT, Entry, Shared, Shelf
+from flux2_studio.models.hub.library import DEFECT, Entry, Shared, Shelf
+from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import CHECKPOINT, FLOW, MB, OTHER, TOY, FakeHub, settings, silent
 from tests.models.shelves import HELD, LAST, NAME, PATIENCE, reaches, shelf, until, weights
 

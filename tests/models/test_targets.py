@@ -17,7 +17,7 @@ from flux2_studio.engine.params import AutoencoderParams, TransformerParams
 from flux2_studio.engine.runtime.footprint import META
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
-from flux2_studio.models.plan import DRAWING, PROMPT, Needs, Plan, Weights, Workload, make_plan, weights_of
+from flux2_studio.models.memory.plan import DRAWING, PROMPT, Needs, Plan, Weights, Workload, make_plan, weights_of
 
 CUDA = torch.device("cuda")
 BLOCKS = ("double_blocks.", "single_blocks.", "layers.")

@@ -16,10 +16,10 @@ from flux2_studio.checkpoints import DEV, KLEIN_4B, NANO, Checkpoint, LocalWrite
 from flux2_studio.engine.text.encoder import open_text_encoder
 from flux2_studio.engine.text.writer import Writer, open_writer
 from flux2_studio.errors import OutOfMemory, WeightsError
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.checkpoint_files import Key
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.models.opened import Key
-from flux2_studio.models.plan import PROMPT
+from flux2_studio.models.memory.plan import PROMPT
 from flux2_studio.models.writers import writer_of
 from flux2_studio.settings import Settings
 from tests import tiny

@@ -9,10 +9,10 @@ import torch
 
 from flux2_studio.checkpoints import GB, LOCAL_WRITERS, Checkpoint, LocalWriter
 from flux2_studio.engine.text.writer import Writer
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.checkpoint_files import Key
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager, Session
-from flux2_studio.models.opened import Key
-from flux2_studio.models.plan import Workload
+from flux2_studio.models.memory.plan import Workload
 from flux2_studio.settings import Settings
 
 CPU = torch.device("cpu")

@@ -30,9 +30,9 @@ from flux2_studio.events import (
     Writing,
 )
 from flux2_studio.jobs import JobQueue
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.library import Shelf
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.loras import LoraEntry, Loras
-from flux2_studio.models.shelf import Shelf
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.credentials import Signer
 from flux2_studio.outputs.watermark import PUBLISHED

@@ -13,7 +13,7 @@ import pytest
 
 from flux2_studio.checkpoints import DEV, GB, KLEIN_4B, KLEIN_BASE_4B, MB, NANO, Checkpoint
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.shelf import Entry, Shared, State
+from flux2_studio.models.hub.library import Entry, Shared, State
 from flux2_studio.settings import Settings
 from flux2_studio.ui import fields, for_guests, models_tab
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from flux2_studio.events import Result
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.pace import Pace

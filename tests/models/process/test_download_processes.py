@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.cache import Cache
-from flux2_studio.models.files import picks
+from flux2_studio.models.hub.cache import Cache
+from flux2_studio.models.hub.part_files import picks
 from tests.models.downloading import (
     HELD,
     LAST,

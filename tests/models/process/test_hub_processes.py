@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import (
     COMMIT,
     FLOW,

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from flux2_studio.checkpoints import DEV, GB, KLEIN_4B, Checkpoint
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.models.plan import Workload
+from flux2_studio.models.memory.plan import Workload
 from tests.tiny import Toys
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
 from flux2_studio.errors import OutOfMemory
-from flux2_studio.models.plan import PROMPT, Workload, make_plan, usable
+from flux2_studio.models.memory.plan import PROMPT, Workload, make_plan, usable
 from tests.models.writing import (
     CPU,
     MISTRAL,

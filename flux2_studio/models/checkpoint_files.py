@@ -32,10 +32,10 @@ from flux2_studio.engine.weights.loading import (
     open_transformer,
 )
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.choices import choose_dtype, choose_storage
-from flux2_studio.models.files import PartFiles
-from flux2_studio.models.hub import Hub, Progress
-from flux2_studio.models.plan import Needs, Weights, weights_of
+from flux2_studio.models.hub.part_files import PartFiles
+from flux2_studio.models.hub.repositories import Hub, Progress
+from flux2_studio.models.memory.choices import choose_dtype, choose_storage
+from flux2_studio.models.memory.plan import Needs, Weights, weights_of
 from flux2_studio.request import MULTIPLE
 from flux2_studio.settings import Settings
 

@@ -29,8 +29,8 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from flux2_studio import __version__
-from flux2_studio.models.cache import Cache, RemoteFile
-from flux2_studio.models.files import Pick
+from flux2_studio.models.hub.cache import Cache, RemoteFile
+from flux2_studio.models.hub.part_files import Pick
 
 Report = Callable[[str, int], None]  # what is being done with a file, and how many of its bytes that has reached
 

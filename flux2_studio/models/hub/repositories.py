@@ -16,11 +16,11 @@ from huggingface_hub import constants
 
 from flux2_studio.checkpoints import Checkpoint, Part
 from flux2_studio.errors import DownloadError, WeightsError
-from flux2_studio.models.cache import Cache
-from flux2_studio.models.downloads import Downloads, Progress, Reached
-from flux2_studio.models.files import PartFiles, has_tokenizer, has_weights, own_copy, picks
-from flux2_studio.models.refusals import Refusals
-from flux2_studio.models.transfer import Transfer
+from flux2_studio.models.hub.cache import Cache
+from flux2_studio.models.hub.downloads import Downloads, Progress, Reached
+from flux2_studio.models.hub.hub_errors import Refusals
+from flux2_studio.models.hub.part_files import PartFiles, has_tokenizer, has_weights, own_copy, picks
+from flux2_studio.models.hub.transfer import Transfer
 from flux2_studio.settings import Settings
 
 __all__ = ["Hub", "PartFiles", "Progress", "Reached", "Removed"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from flux2_studio.errors import ClassifierError
-from flux2_studio.models.cache import Cache
+from flux2_studio.models.hub.cache import Cache
 
 REPO = "Falconsai/nsfw_image_detection"
 FILES = ("config.json", "model.safetensors")

@@ -16,8 +16,8 @@ from typing import Literal
 
 from flux2_studio.checkpoints import KIND_NAMES, Checkpoint, Part
 from flux2_studio.errors import StudioError, WeightsError
-from flux2_studio.models.hub import Hub, Reached, Removed, parts_of
-from flux2_studio.models.refusals import amount
+from flux2_studio.models.hub.hub_errors import amount
+from flux2_studio.models.hub.repositories import Hub, Reached, Removed, parts_of
 from flux2_studio.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from flux2_studio.checkpoints import MB, Part
 from flux2_studio.errors import DownloadError, StudioError
-from flux2_studio.models.cache import Cache, RemoteFile
-from flux2_studio.models.files import picks
-from flux2_studio.models.refusals import Refusals, amount, or_a_local_copy
-from flux2_studio.models.transfer import CHECKING, DOWNLOADING, RETRYING, WAITING, Stopped, Transfer
+from flux2_studio.models.hub.cache import Cache, RemoteFile
+from flux2_studio.models.hub.hub_errors import Refusals, amount, or_a_local_copy
+from flux2_studio.models.hub.part_files import picks
+from flux2_studio.models.hub.transfer import CHECKING, DOWNLOADING, RETRYING, WAITING, Stopped, Transfer
 
 Progress = Callable[[str, float | None], None]  # what is being done, and how much of it (0..1) where that is known
 

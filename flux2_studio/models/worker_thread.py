@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from flux2_studio.events import Event, Status
-from flux2_studio.models.hub import Progress
+from flux2_studio.models.hub.repositories import Progress
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ from huggingface_hub.file_download import _create_symlink, repo_folder_name
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # re-exported without saying so
 
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.files import Pick
+from flux2_studio.models.hub.part_files import Pick
 
 Digest = Literal["sha256", "git"]  # what the hub gives of large files (Git LFS), and of small ones
 

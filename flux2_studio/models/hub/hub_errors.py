@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from flux2_studio.checkpoints import Part
-from flux2_studio.models.transfer import Damaged
+from flux2_studio.models.hub.transfer import Damaged
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from flux2_studio.engine.weights.tensor_files import TensorFiles
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.downloads import Progress
+from flux2_studio.models.hub.downloads import Progress
 
 log = logging.getLogger(__name__)
 
