@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measuring import ROOT, machine, summary, write
-from flux2_studio.outputs.watermark import PUBLISHED, SMALLEST, Message, detect, embed
+from flux2_studio.provenance.watermark import PUBLISHED, SMALLEST, Message, detect, embed
 
 PACKAGES = ("invisible-watermark", "opencv-python", "opencv-python-headless", "numpy", "pillow")
 Pictures = list[Image.Image]

@@ -17,7 +17,7 @@ from flux2_studio.settings import Settings
 from flux2_studio.terminal import print_lines
 
 if TYPE_CHECKING:
-    from flux2_studio.outputs.inspect import Inspection
+    from flux2_studio.provenance.inspect import Inspection
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -38,9 +38,9 @@ def run_inspect(options: argparse.Namespace) -> int:
     """`inspect FILE`: what was found, to stdout. Raises `RequestError` for no file, or one that is no picture."""
     from PIL import Image
 
-    from flux2_studio.outputs.credentials import Signer
-    from flux2_studio.outputs.inspect import inspect
-    from flux2_studio.outputs.watermark import PUBLISHED, Message
+    from flux2_studio.provenance.c2pa.credentials import Signer
+    from flux2_studio.provenance.inspect import inspect
+    from flux2_studio.provenance.watermark import PUBLISHED, Message
 
     settings = Settings.from_environment()
     own = [Message.parse(settings.watermark_message)] if settings.watermark_message else []
@@ -55,7 +55,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def report(seen: Inspection) -> Iterator[str]:
     """What is told of a picture, line by line; texts of the file are still as they are in it."""
-    from flux2_studio.outputs.inspect import credential_rows, setting_rows
+    from flux2_studio.provenance.inspect import credential_rows, setting_rows
 
     yield f"{seen.name}: {seen.format}, {seen.width} x {seen.height} pixels, {seen.bytes:,} bytes"
     yield f"SHA-256 {seen.sha256}"

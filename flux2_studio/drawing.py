@@ -23,8 +23,8 @@ from flux2_studio.models.manager import Drawn, Session
 from flux2_studio.models.memory.available import is_out_of_memory
 from flux2_studio.models.memory.plan import Plan, Workload
 from flux2_studio.models.worker_thread import check, with_status
-from flux2_studio.outputs.credentials import Source
 from flux2_studio.pictures import images_from_pixels
+from flux2_studio.provenance.c2pa.credentials import Source
 from flux2_studio.record import Record
 from flux2_studio.references import padded
 from flux2_studio.regions import Region, composite, match_colours

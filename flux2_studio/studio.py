@@ -47,13 +47,13 @@ from flux2_studio.models.memory.choices import choose_dtype, choose_storage
 from flux2_studio.models.memory.plan import Plan
 from flux2_studio.models.worker_thread import Cancelled, check, with_status
 from flux2_studio.models.writers import WriterOffer
-from flux2_studio.outputs.credentials import Signer, Source
-from flux2_studio.outputs.finish import Finished as File
-from flux2_studio.outputs.finish import Finisher
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.pace import Pace, Way
 from flux2_studio.outputs.save import Library
-from flux2_studio.outputs.watermark import PUBLISHED, Message
+from flux2_studio.provenance.c2pa.credentials import Signer, Source
+from flux2_studio.provenance.finish import Finished as File
+from flux2_studio.provenance.finish import Finisher
+from flux2_studio.provenance.watermark import PUBLISHED, Message
 from flux2_studio.record import AS_WRITTEN, COMPILED, Record
 from flux2_studio.references import fit, fit_note, load_reference
 from flux2_studio.regions import Region, load_mask, region_of

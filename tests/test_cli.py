@@ -14,7 +14,7 @@ from flux2_studio import cli
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Notice, Preview, Result, Status, Stopped
-from flux2_studio.outputs import metadata
+from flux2_studio.provenance import metadata
 from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request
 from tests.command_line import FOX, Home

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from flux2_studio import cli_inspect
-from flux2_studio.outputs import watermark
-from flux2_studio.outputs.credentials import Signer
-from flux2_studio.outputs.metadata import encode
-from flux2_studio.outputs.watermark import PUBLISHED, Message
+from flux2_studio.provenance import watermark
+from flux2_studio.provenance.c2pa.credentials import Signer
+from flux2_studio.provenance.metadata import encode
+from flux2_studio.provenance.watermark import PUBLISHED, Message
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from tests.command_line import Done, Home

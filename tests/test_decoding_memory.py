@@ -14,7 +14,7 @@ from flux2_studio.events import Event, Notice, Preview, Result
 from flux2_studio.models.hub.repositories import Hub, Progress
 from flux2_studio.models.manager import ModelManager, Session
 from flux2_studio.models.memory.plan import DECODING, Stage
-from flux2_studio.outputs import metadata
+from flux2_studio.provenance import metadata
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio

@@ -21,10 +21,10 @@ from flux2_studio.errors import ClassifierError, CredentialsError, SafetyError, 
 from flux2_studio.events import Event, Notice, Preview, Ready, Result, Saved, Stopped, Upsampled, Withheld, Writing
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.outputs import metadata, watermark
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.pictures import pixels_from_image
 from flux2_studio.prompts import instructions
+from flux2_studio.provenance import metadata, watermark
 from flux2_studio.record import Record
 from flux2_studio.references import fit, load_reference
 from flux2_studio.request import Request, Upsampling

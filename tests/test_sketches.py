@@ -15,11 +15,11 @@ from PIL import Image
 from flux2_studio.errors import SafetyError, SaveError, StudioError
 from flux2_studio.events import FINAL, Event, Failed, Preview, Result, Saved, Stopped, Withheld
 from flux2_studio.jobs import UNFINISHED, JobQueue
-from flux2_studio.outputs import metadata
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import History
-from flux2_studio.outputs.inspect import inspect, setting_rows
 from flux2_studio.outputs.save import Library
+from flux2_studio.provenance import metadata
+from flux2_studio.provenance.inspect import inspect, setting_rows
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.safety.guard import Guard

@@ -29,7 +29,7 @@ from sqlite3 import Connection, Row
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
 from flux2_studio.outputs.database import Database
-from flux2_studio.outputs.metadata import as_dict, from_json
+from flux2_studio.provenance.metadata import as_dict, from_json
 from flux2_studio.record import Record
 
 DAY = 24 * 3600  # seconds that the trash keeps a picture

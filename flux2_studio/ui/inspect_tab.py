@@ -1,6 +1,6 @@
 """The Inspect tab: what a picture says of how it was made, and one click that puts its settings back.
 
-What is looked at and what it amounts to is `outputs/inspect.py`'s. A file may come from anybody: all of its texts are
+What is looked at and what it amounts to is `provenance/inspect.py`'s. A file may come from anybody: all of its texts are
 escaped here, and none is ever rendered as HTML or Markdown.
 """
 
@@ -17,11 +17,11 @@ import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError
-from flux2_studio.outputs.credentials import Signer
-from flux2_studio.outputs.inspect import Inspection, credential_rows, inspect, setting_rows
 from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.outputs.metadata import run_again
-from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.provenance.c2pa.credentials import Signer
+from flux2_studio.provenance.inspect import Inspection, credential_rows, inspect, setting_rows
+from flux2_studio.provenance.metadata import run_again
+from flux2_studio.provenance.watermark import Detection, Message
 from flux2_studio.record import AS_WRITTEN, Record
 from flux2_studio.regions import load_mask
 from flux2_studio.request import LoraChoice, Request

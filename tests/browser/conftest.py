@@ -14,8 +14,8 @@ from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Saved
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import History
-from flux2_studio.outputs.metadata import encode
 from flux2_studio.outputs.save import Library
+from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from tests.browser.pages.history import FOX, OWL, tiles

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from flux2_studio.outputs import metadata
+from flux2_studio.provenance import metadata
 from tests.browser.steps import choose_checkpoint, open_tab, set_number, set_size, write
 from tests.browser.studio import App
 

@@ -25,8 +25,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from flux2_studio import __version__
 from flux2_studio.errors import CredentialsError
-from flux2_studio.outputs.credentials import MAX_BYTES, ManifestReader, Signer, Source
-from flux2_studio.outputs.identity import load_identity
+from flux2_studio.provenance.c2pa.credentials import MAX_BYTES, ManifestReader, Signer, Source
+from flux2_studio.provenance.identity import load_identity
 from tests import certificates
 
 ROOT = Path(__file__).resolve().parents[2]

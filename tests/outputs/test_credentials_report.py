@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux2_studio.outputs.credentials_report import Credentials, from_report
+from flux2_studio.provenance.c2pa.report import Credentials, from_report
 
 SUCCESS = [{"code": "claimSignature.validated"}, {"code": "assertion.dataHash.match"}]
 UNTRUSTED = {"code": "signingCredential.untrusted", "explanation": "signing certificate untrusted"}

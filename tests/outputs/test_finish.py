@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from flux2_studio.errors import CredentialsError, RequestError
-from flux2_studio.outputs import metadata, watermark
-from flux2_studio.outputs.credentials import Signer
-from flux2_studio.outputs.finish import Finished, Finisher
-from flux2_studio.outputs.watermark import PUBLISHED, Message
+from flux2_studio.provenance import metadata, watermark
+from flux2_studio.provenance.c2pa.credentials import Signer
+from flux2_studio.provenance.finish import Finished, Finisher
+from flux2_studio.provenance.watermark import PUBLISHED, Message
 from flux2_studio.record import Record
 from flux2_studio.request import ImageFormat, Request
 from tests import certificates

@@ -17,8 +17,8 @@ from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import DAY, MOST, History, Search
-from flux2_studio.outputs.metadata import encode
 from flux2_studio.outputs.thumbnails import SIDE, Thumbnails, read_saved
+from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from flux2_studio.errors import CredentialsError
-from flux2_studio.outputs.identity import LIFETIME, Identity, known_identity, load_identity
+from flux2_studio.provenance.identity import LIFETIME, Identity, known_identity, load_identity
 from tests import certificates
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,8 +19,8 @@ from PIL import Image
 
 import flux2_studio
 from flux2_studio.errors import RequestError
-from flux2_studio.outputs import metadata
-from flux2_studio.outputs.metadata import Found, encode, read
+from flux2_studio.provenance import metadata
+from flux2_studio.provenance.metadata import Found, encode, read
 from flux2_studio.record import Record
 from flux2_studio.request import ImageFormat, LoraChoice, Request
 

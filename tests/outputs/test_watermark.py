@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.watermark import encoded, flat, icons, landscape, photographs, psnr
 from flux2_studio.errors import StudioError
-from flux2_studio.outputs.watermark import PUBLISHED, Detection, Message, _bits, _u, detect, embed
+from flux2_studio.provenance.watermark import PUBLISHED, Detection, Message, _bits, _u, detect, embed
 
 GREY = [it.convert("L").convert("RGB") for it in photographs()]
 PHOTOGRAPHS = [*photographs(), *GREY, landscape(0, 256), landscape(1, 512)]

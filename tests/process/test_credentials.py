@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flux2_studio.outputs.credentials import ManifestReader, Signer
-from flux2_studio.outputs.identity import load_identity
+from flux2_studio.provenance.c2pa.credentials import ManifestReader, Signer
+from flux2_studio.provenance.identity import load_identity
 from tests.command_line import DEADLINE, ROOT
 
 
@@ -49,7 +49,7 @@ def test_a_reader_that_dies_or_hangs_is_told(tmp_path: Path, script: str, second
     ("work", "outcome"), [("while True: pass", -9), ("bytearray(1 << 30)", 1)], ids=["time", "memory"]
 )
 def test_the_reading_process_is_bounded(work: str, outcome: int) -> None:
-    code = f"from flux2_studio.outputs.credentials_reader import limit; limit(1 << 29, 1)\n{work}"
+    code = f"from flux2_studio.provenance.c2pa.reader import limit; limit(1 << 29, 1)\n{work}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE
     )
@@ -59,7 +59,7 @@ def test_the_reading_process_is_bounded(work: str, outcome: int) -> None:
 
 def test_processes_that_start_at_once_agree(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from flux2_studio.outputs.identity import load_identity; "
+        "import sys; from pathlib import Path; from flux2_studio.provenance.identity import load_identity; "
         "import cryptography.x509; print('ready', flush=True); sys.stdin.readline(); "
         "print(load_identity(Path(sys.argv[1])).serial)"
     )

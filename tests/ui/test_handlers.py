@@ -34,8 +34,8 @@ from flux2_studio.models.hub.library import Shelf
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.loras import LoraEntry, Loras
 from flux2_studio.models.writers import WriterOffer
-from flux2_studio.outputs.credentials import Signer
-from flux2_studio.outputs.watermark import PUBLISHED
+from flux2_studio.provenance.c2pa.credentials import Signer
+from flux2_studio.provenance.watermark import PUBLISHED
 from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request, Upsampling
 from flux2_studio.safety.guard import Guard

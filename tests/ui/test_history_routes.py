@@ -20,8 +20,8 @@ from flux2_studio.events import Saved
 from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.history import MOST, History
 from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.outputs.metadata import encode
 from flux2_studio.outputs.thumbnails import Thumbnails
+from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.ui.history_routes import MAX_BODY, HistoryRoutes

@@ -17,11 +17,11 @@ from PIL import Image
 from flux2_studio.checkpoints import DEV, KLEIN_BASE_4B, NANO, Checkpoint
 from flux2_studio.errors import RequestError, WeightsError
 from flux2_studio.models.loras import LoraEntry
-from flux2_studio.outputs.credentials import Signer
-from flux2_studio.outputs.inspect import Inspection, inspect
 from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.outputs.metadata import encode, run_again
-from flux2_studio.outputs.watermark import PUBLISHED
+from flux2_studio.provenance.c2pa.credentials import Signer
+from flux2_studio.provenance.inspect import Inspection, inspect
+from flux2_studio.provenance.metadata import encode, run_again
+from flux2_studio.provenance.watermark import PUBLISHED
 from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.settings import Settings

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, expect
 
 from flux2_studio.checkpoints import NANO
-from flux2_studio.outputs import metadata
+from flux2_studio.provenance import metadata
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from tests.browser.steps import open_tab

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
-from flux2_studio.outputs import metadata
+from flux2_studio.provenance import metadata
 from tests.browser.studio import App
 
 PROMPT = "a 3D owl on a green background"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from flux2_studio.outputs import metadata
+from flux2_studio.provenance import metadata
 from tests.browser.pages.loras import add, draw, panel, row, title, unfold
 from tests.browser.steps import (
     choose_checkpoint,

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from flux2_studio.outputs import metadata, watermark
-from flux2_studio.outputs.credentials import Signer, Source
-from flux2_studio.outputs.watermark import Detection, Message
+from flux2_studio.provenance import metadata, watermark
+from flux2_studio.provenance.c2pa.credentials import Signer, Source
+from flux2_studio.provenance.watermark import Detection, Message
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 

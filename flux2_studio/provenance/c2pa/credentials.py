@@ -29,8 +29,8 @@ from typing import Any
 
 from flux2_studio import __version__
 from flux2_studio.errors import CredentialsError
-from flux2_studio.outputs.credentials_report import Credentials, from_report, unreadable, without
-from flux2_studio.outputs.identity import Identity, known_identity, load_identity
+from flux2_studio.provenance.c2pa.report import Credentials, from_report, unreadable, without
+from flux2_studio.provenance.identity import Identity, known_identity, load_identity
 
 MAX_BYTES = 200 * 10**6  # of a picture to be read, as for references
 MAX_MANIFESTS = 16 * 10**6  # bytes that the references' credentials may add to a picture
