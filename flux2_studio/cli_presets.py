@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flux2_studio.errors import PresetError
-from flux2_studio.presets import FormName, Preset, Presets, applied, form_for, read_preset
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
+from flux2_studio.storage.presets import FormName, Preset, Presets, applied, form_for, read_preset
 from flux2_studio.terminal import one_line, print_lines
 
 NEEDS: Mapping[FormName, str] = {

@@ -49,7 +49,6 @@ from flux2_studio.models.worker_thread import Cancelled, check, with_status
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.pace import Pace, Way
-from flux2_studio.outputs.save import Library
 from flux2_studio.provenance.c2pa.credentials import Signer, Source
 from flux2_studio.provenance.finish import Finished as File
 from flux2_studio.provenance.finish import Finisher
@@ -61,6 +60,7 @@ from flux2_studio.request import Request, Upsampling, changes
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import decide
 from flux2_studio.settings import Settings
+from flux2_studio.storage.library import Library
 from flux2_studio.timing import Outlook, Stopwatch, foresee, learn, way_of
 from flux2_studio.upsample import ApiKey
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from flux2_studio import cli, cli_presets
 from flux2_studio.errors import RequestError
-from flux2_studio.presets import Presets
 from flux2_studio.provenance import metadata
 from flux2_studio.request import LoraChoice
 from flux2_studio.settings import PRESETS, Settings
+from flux2_studio.storage.presets import Presets
 from tests.command_line import ROOT, Home
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from flux2_studio.checkpoints import CHECKPOINTS, DEV, KLEIN_4B, KLEIN_BASE_4B, NANO, Checkpoint
 from flux2_studio.errors import PresetError, RequestError
-from flux2_studio.presets import (
+from flux2_studio.request import Request
+from flux2_studio.settings import PRESETS
+from flux2_studio.storage.presets import (
     MAX_BYTES,
     Preset,
     Presets,
@@ -23,8 +25,6 @@ from flux2_studio.presets import (
     parse_preset,
     read_preset,
 )
-from flux2_studio.request import Request
-from flux2_studio.settings import PRESETS
 from tools.presets.examples import REFERENCES
 
 SHIPPED = Presets.load(PRESETS)

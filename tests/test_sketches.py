@@ -15,9 +15,6 @@ from PIL import Image
 from flux2_studio.errors import SafetyError, SaveError, StudioError
 from flux2_studio.events import FINAL, Event, Failed, Preview, Result, Saved, Stopped, Withheld
 from flux2_studio.jobs import UNFINISHED, JobQueue
-from flux2_studio.outputs.database import Database
-from flux2_studio.outputs.history import History
-from flux2_studio.outputs.save import Library
 from flux2_studio.provenance import metadata
 from flux2_studio.provenance.inspect import inspect, setting_rows
 from flux2_studio.record import Record
@@ -26,6 +23,9 @@ from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import Verdict
 from flux2_studio.settings import Settings
 from flux2_studio.sketches import Sketches
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.history import History
+from flux2_studio.storage.library import Library
 from flux2_studio.studio import Studio
 from flux2_studio.tasks import Job
 from flux2_studio.ui.inspect_tab import restoration

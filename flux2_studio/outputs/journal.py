@@ -25,8 +25,8 @@ from typing import Literal
 
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Event, Failed, Result, Saved, Stopped, Upsampled, Withheld
-from flux2_studio.outputs.database import Database, hold
 from flux2_studio.request import Request, Upsampling
+from flux2_studio.storage.database import Database, hold
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from sqlite3 import Row
 
 import numpy as np
 
-from flux2_studio.outputs.database import Database
+from flux2_studio.storage.database import Database
 
 EACH_WAY = 60  # times that are kept of one way to draw
 IN_ALL = 3000  # and of all

@@ -22,14 +22,14 @@ from flux2_studio.explore.running import Explorations
 from flux2_studio.explore.variants import Wildcards
 from flux2_studio.jobs import JobQueue
 from flux2_studio.models.hub.library import Shelf
-from flux2_studio.outputs.database import Database
-from flux2_studio.outputs.history import History
 from flux2_studio.outputs.journal import Journal
-from flux2_studio.outputs.own_presets import OwnPresets
 from flux2_studio.outputs.thumbnails import Thumbnails
-from flux2_studio.presets import Presets
 from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.history import History
+from flux2_studio.storage.own_presets import OwnPresets
+from flux2_studio.storage.presets import Presets
 from flux2_studio.ui import (
     compare,
     explore_tab,

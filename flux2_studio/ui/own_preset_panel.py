@@ -18,8 +18,8 @@ from gradio.utils import get_upload_folder
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import PresetError, StudioError
-from flux2_studio.outputs.own_presets import NameTaken
-from flux2_studio.presets import HELD, FormName, Preset, holding, read_preset
+from flux2_studio.storage.own_presets import NameTaken
+from flux2_studio.storage.presets import HELD, FormName, Preset, holding, read_preset
 from flux2_studio.ui import show
 from flux2_studio.ui.language import say, t
 from flux2_studio.ui.lora_panel import choices

@@ -13,8 +13,8 @@ from html import escape
 import gradio as gr
 
 from flux2_studio.errors import PresetError
-from flux2_studio.outputs.own_presets import OwnPresets
-from flux2_studio.presets import SUBJECT, Preset, Presets
+from flux2_studio.storage.own_presets import OwnPresets
+from flux2_studio.storage.presets import SUBJECT, Preset, Presets
 from flux2_studio.ui.language import say, t
 
 SHIPPED, OWN = "shipped:", "own:"  # what a choice begins with; then the file's name, or the id

@@ -14,7 +14,7 @@ import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
-from flux2_studio.presets import HELD, Preset, applied, field_names
+from flux2_studio.storage.presets import HELD, Preset, applied, field_names
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.language import say, told
 from flux2_studio.ui.lora_panel import kept

@@ -12,12 +12,12 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Saved
-from flux2_studio.outputs.database import Database
-from flux2_studio.outputs.history import History
-from flux2_studio.outputs.save import Library
 from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Request
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.history import History
+from flux2_studio.storage.library import Library
 from tests.browser.pages.history import FOX, OWL, tiles
 from tests.browser.pages.masks import SIZE
 from tests.browser.steps import end_runs, open_tab

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import SaveError
-from flux2_studio.outputs.database import Database
+from flux2_studio.storage.database import Database
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from PIL import Image
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
-from flux2_studio.outputs.database import Database
-from flux2_studio.outputs.history import DAY, MOST, History, Search
 from flux2_studio.outputs.thumbnails import SIDE, Thumbnails, read_saved
 from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Request
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.history import DAY, MOST, History, Search
 
 ME, YOU = "browser:me", "user:you"
 

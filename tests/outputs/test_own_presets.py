@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import PresetError
-from flux2_studio.outputs import own_presets
-from flux2_studio.outputs.database import Database
-from flux2_studio.outputs.own_presets import NameTaken, OwnPresets
-from flux2_studio.presets import FormName, Preset, holding
+from flux2_studio.storage import own_presets
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.own_presets import NameTaken, OwnPresets
+from flux2_studio.storage.presets import FormName, Preset, holding
 
 ANN, BOB = "browser:ann", "browser:bob"
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from flux2_studio.errors import SaveError
-from flux2_studio.outputs.save import Library
 from flux2_studio.request import ImageFormat, Request
+from flux2_studio.storage.library import Library
 
 REQUEST = Request(prompt="a fox", negative_prompt="", checkpoint="klein-4b", width=64, height=64, seed=6)
 NOON = datetime(2026, 2, 3, 12, 30, 59)

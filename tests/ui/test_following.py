@@ -15,10 +15,10 @@ import pytest
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Event, Failed, Preview, Result, Upsampled
 from flux2_studio.jobs import JobQueue
-from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.journal import CUT_SHORT, Journal
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
+from flux2_studio.storage.database import Database
 from flux2_studio.ui import fields, queue_panel, tabs, wiring
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.following import MEANWHILE, Follower, Watch, form_of

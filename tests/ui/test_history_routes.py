@@ -17,13 +17,13 @@ from starlette.testclient import TestClient
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Saved
-from flux2_studio.outputs.database import Database
-from flux2_studio.outputs.history import MOST, History
 from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.thumbnails import Thumbnails
 from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Request
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.history import MOST, History
 from flux2_studio.ui.history_routes import MAX_BODY, HistoryRoutes
 from flux2_studio.ui.visitors import COOKIE, Visitors
 

@@ -10,10 +10,10 @@ import pytest
 
 from flux2_studio.checkpoints import KLEIN_BASE_4B, NANO
 from flux2_studio.errors import PresetError, RequestError
-from flux2_studio.outputs.database import Database
-from flux2_studio.outputs.own_presets import OwnPresets
-from flux2_studio.presets import Preset, Presets, holding, parse_preset
 from flux2_studio.settings import PRESETS, Settings
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.own_presets import OwnPresets
+from flux2_studio.storage.presets import Preset, Presets, holding, parse_preset
 from flux2_studio.ui import fields, own_preset_panel, preset_panel, preset_use, tabs
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.preset_panel import Shelf

@@ -19,11 +19,11 @@ from PIL import Image
 from flux2_studio.events import Result
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.outputs.database import Database
 from flux2_studio.outputs.pace import Pace
 from flux2_studio.references import fit_size
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
+from flux2_studio.storage.database import Database
 from flux2_studio.studio import Studio
 from flux2_studio.timing import Outlook
 from flux2_studio.ui.page import Page

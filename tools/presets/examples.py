@@ -21,9 +21,9 @@ from PIL import Image
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Result
-from flux2_studio.presets import Preset, Presets, applied
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
+from flux2_studio.storage.presets import Preset, Presets, applied
 from flux2_studio.studio import Studio
 
 SIDE = 128  # pixels of each picture of an example

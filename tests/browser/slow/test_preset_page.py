@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from flux2_studio.presets import read_preset
+from flux2_studio.storage.presets import read_preset
 from tests.browser.pages.presets import choose, options, prompt, save
 from tests.browser.steps import EXAMPLES as PICTURES
 from tests.browser.steps import (

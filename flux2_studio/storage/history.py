@@ -28,9 +28,9 @@ from sqlite3 import Connection, Row
 
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
-from flux2_studio.outputs.database import Database
 from flux2_studio.provenance.metadata import as_dict, from_json
 from flux2_studio.record import Record
+from flux2_studio.storage.database import Database
 
 DAY = 24 * 3600  # seconds that the trash keeps a picture
 PAGE = 60  # pictures of a page, unless asked otherwise

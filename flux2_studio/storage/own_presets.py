@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flux2_studio.errors import PresetError
-from flux2_studio.outputs.database import Database
-from flux2_studio.presets import Preset, parse_preset
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.presets import Preset, parse_preset
 
 MAX_EACH = 100  # presets of one owner
 MAX_TOTAL = 200_000_000  # bytes of all owners' together: browsers without end may come by a shared studio
