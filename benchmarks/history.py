@@ -24,7 +24,7 @@ from starlette.testclient import TestClient
 from benchmarks.measuring import Arm, interleave, machine, summary, write
 from flux2_studio.checkpoints import KLEIN_4B, KLEIN_9B, KLEIN_BASE_4B
 from flux2_studio.events import Saved
-from flux2_studio.outputs.thumbnails import Thumbnails, read_saved
+from flux2_studio.images.thumbnails import Thumbnails, read_saved
 from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Request

@@ -40,10 +40,10 @@ from benchmarks.synthetic import Written
 from flux2_studio.checkpoints import GB
 from flux2_studio.engine.flux.latents import noise
 from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.images.tensors import images_from_pixels
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.choices import choose_device
 from flux2_studio.models.memory.plan import DRAWING, Plan
-from flux2_studio.pictures import images_from_pixels
 from flux2_studio.settings import Quantize
 
 PACKAGES = ("torch", "transformers", "diffusers", "safetensors")

@@ -232,7 +232,7 @@ def run_generate(options: argparse.Namespace) -> int:
     request = replace(request, seed=resolved.seed)  # chosen here, to know which picture is which
     assert request.seed is not None
     settings.prepare_process()
-    from flux2_studio.outputs.kept import KeptReferences
+    from flux2_studio.images.reference_store import KeptReferences
     from flux2_studio.outputs.pace import Pace
     from flux2_studio.storage.database import Database
     from flux2_studio.studio import Studio

@@ -18,16 +18,16 @@ from flux2_studio.engine.flux.latents import noise
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.errors import ClassifierError, DeviceError, SafetyError
 from flux2_studio.events import Event, Notice, Preview, Status, Upsampled
+from flux2_studio.images.masks import Region, composite, match_colours
+from flux2_studio.images.references import padded
+from flux2_studio.images.tensors import images_from_pixels
 from flux2_studio.models.hub.repositories import Progress
 from flux2_studio.models.manager import Drawn, Session
 from flux2_studio.models.memory.available import is_out_of_memory
 from flux2_studio.models.memory.plan import Plan, Workload
 from flux2_studio.models.worker_thread import check, with_status
-from flux2_studio.pictures import images_from_pixels
 from flux2_studio.provenance.c2pa.credentials import Source
 from flux2_studio.record import Record
-from flux2_studio.references import padded
-from flux2_studio.regions import Region, composite, match_colours
 from flux2_studio.request import Request, drawn_size
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.questions import Ask, asking

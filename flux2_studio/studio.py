@@ -37,6 +37,9 @@ from flux2_studio.engine.weights.quantize import multiplies
 from flux2_studio.enrichment import TRY, check_choice, enrich
 from flux2_studio.errors import CredentialsError, OutOfMemory, SafetyError, UpsampleError
 from flux2_studio.events import Drafted, Event, Notice, Ready, Result, Saved, Stopped, Upsampled, Withheld
+from flux2_studio.images.masks import Region, load_mask, region_of
+from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.references import fit, fit_note, load_reference
 from flux2_studio.models.hub.classifier import find_classifier
 from flux2_studio.models.hub.hub_errors import amount
 from flux2_studio.models.hub.repositories import Hub, Progress
@@ -47,15 +50,12 @@ from flux2_studio.models.memory.choices import choose_dtype, choose_storage
 from flux2_studio.models.memory.plan import Plan
 from flux2_studio.models.worker_thread import Cancelled, check, with_status
 from flux2_studio.models.writers import WriterOffer
-from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.outputs.pace import Pace, Way
 from flux2_studio.provenance.c2pa.credentials import Signer, Source
 from flux2_studio.provenance.finish import Finished as File
 from flux2_studio.provenance.finish import Finisher
 from flux2_studio.provenance.watermark import PUBLISHED, Message
 from flux2_studio.record import AS_WRITTEN, COMPILED, Record
-from flux2_studio.references import fit, fit_note, load_reference
-from flux2_studio.regions import Region, load_mask, region_of
 from flux2_studio.request import Request, Upsampling, changes
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import decide

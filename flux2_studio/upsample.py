@@ -200,7 +200,7 @@ class Local:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Generator[str, None, None]:
         """See `Upsampler`."""
-        from flux2_studio.pictures import pixels_from_image  # imports torch
+        from flux2_studio.images.tensors import pixels_from_image  # imports torch
 
         ended = yield from self._writer.write(
             instructions(mode, len(references), seen=self.sees),

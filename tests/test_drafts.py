@@ -12,9 +12,9 @@ from PIL import Image
 
 from flux2_studio.errors import RequestError, SafetyError, StudioError
 from flux2_studio.events import FINAL, Drafted, Event, Preview, Queued, Result, Stopped
+from flux2_studio.images.reference_store import KeptReferences
 from flux2_studio.jobs import ALL_WAITING, KEPT, JobQueue
 from flux2_studio.outputs.journal import Journal
-from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import Verdict

@@ -16,14 +16,14 @@ from flux2_studio.checkpoints import NANO
 from flux2_studio.engine.weights.loading import load_autoencoder
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.events import Event, Notice, Preview, Result, Saved
-from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.pictures import images_from_pixels, pixels_from_image
+from flux2_studio.images.masks import load_mask
+from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.references import fit, padded
+from flux2_studio.images.tensors import images_from_pixels, pixels_from_image
 from flux2_studio.provenance import metadata
 from flux2_studio.provenance.inspect import inspect
 from flux2_studio.provenance.metadata import run_again
 from flux2_studio.record import Record
-from flux2_studio.references import fit, padded
-from flux2_studio.regions import load_mask
 from flux2_studio.request import Outpaint, Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio

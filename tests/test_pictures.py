@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2_studio.pictures import images_from_pixels, pixels_from_image
+from flux2_studio.images.tensors import images_from_pixels, pixels_from_image
 
 
 def test_every_level_survives_the_round_trip() -> None:

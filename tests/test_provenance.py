@@ -19,14 +19,14 @@ from PIL import Image
 from flux2_studio.checkpoints import LOCAL_WRITERS
 from flux2_studio.errors import ClassifierError, CredentialsError, SafetyError, StudioError, UpsampleError
 from flux2_studio.events import Event, Notice, Preview, Ready, Result, Saved, Stopped, Upsampled, Withheld, Writing
+from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.references import fit, load_reference
+from flux2_studio.images.tensors import pixels_from_image
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.pictures import pixels_from_image
 from flux2_studio.prompts import instructions
 from flux2_studio.provenance import metadata, watermark
 from flux2_studio.record import Record
-from flux2_studio.references import fit, load_reference
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import Policy, Verdict

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.references import MAX_BYTES, reference_size
+from flux2_studio.images.references import MAX_BYTES, reference_size
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "gif", "bmp"])

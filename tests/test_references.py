@@ -16,7 +16,16 @@ import pytest
 from PIL import Image, ImageCms, ImageFilter
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.references import FORMATS, Loaded, fit, fit_note, fit_size, load_reference, padded, reference_size
+from flux2_studio.images.references import (
+    FORMATS,
+    Loaded,
+    fit,
+    fit_note,
+    fit_size,
+    load_reference,
+    padded,
+    reference_size,
+)
 
 # What Pillow murmurs about damaged files, before we say it in words.
 pytestmark = pytest.mark.filterwarnings(

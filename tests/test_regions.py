@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.references import MAX_PIXELS
-from flux2_studio.regions import composite, feather, load_mask, match_colours, region_of
+from flux2_studio.images.masks import composite, feather, load_mask, match_colours, region_of
+from flux2_studio.images.references import MAX_PIXELS
 from flux2_studio.request import Outpaint, Request
 
 SIZE = (157, 211)

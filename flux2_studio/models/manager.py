@@ -30,6 +30,7 @@ from flux2_studio.engine.text.writer import CheckedWriter, Writer
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
 from flux2_studio.errors import OutOfMemory, StudioError, WeightsError
+from flux2_studio.images.tensors import pixels_from_image
 from flux2_studio.models.checkpoint_files import SUBFOLDERS, TOKENS, Key, Opened, Opener, draws_itself
 from flux2_studio.models.compiled import CompiledBlocks
 from flux2_studio.models.hub.fingerprint import Fingerprints
@@ -54,7 +55,6 @@ from flux2_studio.models.prompt_cache import RememberingReferences, RememberingT
 from flux2_studio.models.remote_text import RemoteText
 from flux2_studio.models.replayed import ReplayedRuns
 from flux2_studio.models.writers import WriterOffer, Writing, make_place, offers, writer_of
-from flux2_studio.pictures import pixels_from_image
 from flux2_studio.request import LoraChoice
 from flux2_studio.settings import Settings
 

@@ -19,13 +19,13 @@ from typing import Any
 from PIL import Image
 
 from flux2_studio.errors import RequestError, StudioError
+from flux2_studio.images.references import MAX_PIXELS, opening, shown_name
 from flux2_studio.provenance import metadata, watermark
 from flux2_studio.provenance.c2pa.credentials import MAX_BYTES, Signer
 from flux2_studio.provenance.c2pa.report import Credentials, unreadable
 from flux2_studio.provenance.metadata import Found
 from flux2_studio.provenance.watermark import Detection, Message
 from flux2_studio.record import Record
-from flux2_studio.references import MAX_PIXELS, opening, shown_name
 from flux2_studio.request import Request
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels

@@ -60,7 +60,7 @@ def asking(writer: Writer) -> Ask:
     yes, no = yes_and_no(writer.tokens)
 
     def ask(system: str, message: str, images: Sequence[Image.Image]) -> float:
-        from flux2_studio.pictures import pixels_from_image  # imports torch
+        from flux2_studio.images.tensors import pixels_from_image  # imports torch
 
         pixels = [pixels_from_image(_shrunk(image)) for image in images]
         return probability_of_yes(writer.next_logits(system, message, pixels), yes, no)

@@ -20,11 +20,11 @@ from starlette.middleware import Middleware
 from flux2_studio.errors import StudioError
 from flux2_studio.explore.running import Explorations
 from flux2_studio.explore.variants import Wildcards
+from flux2_studio.images.references import MAX_BYTES
+from flux2_studio.images.thumbnails import Thumbnails
 from flux2_studio.jobs import JobQueue
 from flux2_studio.models.hub.library import Shelf
 from flux2_studio.outputs.journal import Journal
-from flux2_studio.outputs.thumbnails import Thumbnails
-from flux2_studio.references import MAX_BYTES
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
@@ -167,9 +167,9 @@ def serve(
     """
     settings.prepare_process()
     # These load torch, which only a started page needs.
+    from flux2_studio.images.reference_store import KeptReferences
     from flux2_studio.models.hub.repositories import Hub
     from flux2_studio.models.manager import ModelManager
-    from flux2_studio.outputs.kept import KeptReferences
     from flux2_studio.outputs.pace import Pace
     from flux2_studio.studio import Studio, guard_of
 

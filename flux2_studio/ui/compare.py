@@ -12,7 +12,7 @@ from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.references import fit, load_reference
+from flux2_studio.images.references import fit, load_reference
 from flux2_studio.request import Request
 from flux2_studio.ui.language import t
 

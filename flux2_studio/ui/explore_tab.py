@@ -19,7 +19,7 @@ from flux2_studio.explore.batch import read_batch
 from flux2_studio.explore.plan import Plan, fixed, grid, listing, seeds
 from flux2_studio.explore.running import Exploration, Explorations
 from flux2_studio.explore.variants import Wildcards
-from flux2_studio.outputs.sheet import Layout
+from flux2_studio.images.contact_sheet import Layout
 from flux2_studio.request import Request
 from flux2_studio.ui import show
 from flux2_studio.ui.language import say, t, told

@@ -25,10 +25,10 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from flux2_studio.errors import ReferenceImageError, RequestError, StudioError
-from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.outputs.thumbnails import Thumbnails, read_saved
+from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.references import load_reference
+from flux2_studio.images.thumbnails import Thumbnails, read_saved
 from flux2_studio.provenance.inspect import setting_rows
-from flux2_studio.references import load_reference
 from flux2_studio.storage.history import MOST, PAGE, Details, Entry, History, Page, Search
 from flux2_studio.ui.history_before import Befores
 from flux2_studio.ui.visitors import owner_of

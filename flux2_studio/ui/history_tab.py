@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from flux2_studio.errors import StudioError
-from flux2_studio.outputs.kept import KeptReferences
+from flux2_studio.images.reference_store import KeptReferences
 from flux2_studio.storage.history import History
 from flux2_studio.ui.inspect_tab import GO_TO_FORM, fillable, filled, restoration
 from flux2_studio.ui.language import say, t, told

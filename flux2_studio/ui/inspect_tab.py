@@ -17,13 +17,13 @@ import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError
-from flux2_studio.outputs.kept import KeptReferences
+from flux2_studio.images.masks import load_mask
+from flux2_studio.images.reference_store import KeptReferences
 from flux2_studio.provenance.c2pa.credentials import Signer
 from flux2_studio.provenance.inspect import Inspection, credential_rows, inspect, setting_rows
 from flux2_studio.provenance.metadata import run_again
 from flux2_studio.provenance.watermark import Detection, Message
 from flux2_studio.record import AS_WRITTEN, Record
-from flux2_studio.regions import load_mask
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.ui import fields, show
 from flux2_studio.ui.language import say, t, told

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
-from flux2_studio.references import fit_size, load_reference
+from flux2_studio.images.references import fit_size, load_reference
 from flux2_studio.ui import fields, mask_panel, show
 from flux2_studio.ui.language import say
 from flux2_studio.ui.names import names_in, renamed

@@ -22,8 +22,8 @@ from flux2_studio.engine.text.encoder import TextEncoder, load_text_encoder
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.weights.loading import load_autoencoder, load_transformer
 from flux2_studio.events import Result
-from flux2_studio.pictures import images_from_pixels, pixels_from_image
-from flux2_studio.references import fit
+from flux2_studio.images.references import fit
+from flux2_studio.images.tensors import images_from_pixels, pixels_from_image
 from flux2_studio.request import Request
 from flux2_studio.studio import Studio
 from tests import oracle, tiny

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.tiling import Strips
 from flux2_studio.engine.weights.loading import load_autoencoder
-from flux2_studio.pictures import images_from_pixels, pixels_from_image
+from flux2_studio.images.tensors import images_from_pixels, pixels_from_image
 from flux2_studio.settings import ASSETS
 from tests import oracle
 from tests.tiny import Toys

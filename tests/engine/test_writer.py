@@ -26,8 +26,8 @@ from flux2_studio.engine.text.encoder import load_text_encoder
 from flux2_studio.engine.text.writer import CheckedWriter, Writer, choose, open_writer, without
 from flux2_studio.engine.weights.quantize import QuantizedLinear, StoredEmbedding
 from flux2_studio.errors import DeviceError, WeightsError
+from flux2_studio.images.tensors import pixels_from_image
 from flux2_studio.models.memory.residency import Residency
-from flux2_studio.pictures import pixels_from_image
 from tests import oracle, tiny
 from tests.tiny import Text
 

@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from flux2_studio.engine.flux.latents import noise
 from flux2_studio.engine.flux.sampling import denoise
+from flux2_studio.images.tensors import images_from_pixels
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager, Session
 from flux2_studio.models.memory.plan import DECODING, DRAWING, PROMPT, REFERENCES, Workload
-from flux2_studio.pictures import images_from_pixels
 from flux2_studio.settings import Settings
 
 SIDE = 256

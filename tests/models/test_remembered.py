@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from flux2_studio.engine.text.encoder import Encoded
+from flux2_studio.images.tensors import pixels_from_image
 from flux2_studio.models.prompt_cache import Recent, RememberingReferences, RememberingText
-from flux2_studio.pictures import pixels_from_image
 from flux2_studio.request import Request
 from flux2_studio.studio import Studio
 from tests.tiny import Toys

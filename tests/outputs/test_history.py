@@ -15,7 +15,7 @@ from PIL import Image
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
-from flux2_studio.outputs.thumbnails import SIDE, Thumbnails, read_saved
+from flux2_studio.images.thumbnails import SIDE, Thumbnails, read_saved
 from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Request

@@ -18,13 +18,13 @@ from PIL import Image
 
 from benchmarks.watermark import landscape
 from flux2_studio.errors import RequestError
+from flux2_studio.images.references import FORMATS
 from flux2_studio.provenance import watermark
 from flux2_studio.provenance.c2pa.credentials import MAX_BYTES, Signer
 from flux2_studio.provenance.inspect import Inspection, credential_rows, inspect, setting_rows
 from flux2_studio.provenance.metadata import OTHER_PROGRAM, encode
 from flux2_studio.provenance.watermark import PUBLISHED, Message
 from flux2_studio.record import Record
-from flux2_studio.references import FORMATS
 from flux2_studio.request import ImageFormat, LoraChoice, Request
 
 OWN = Message.parse("studio 1")

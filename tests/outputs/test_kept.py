@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from flux2_studio.errors import SaveError
-from flux2_studio.outputs import kept
-from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.references import FORMATS
+from flux2_studio.images import reference_store as kept
+from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.references import FORMATS
 
 
 def picture(format: str = "PNG", colour: str = "teal") -> bytes:

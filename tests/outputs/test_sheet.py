@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from flux2_studio.outputs.sheet import BLANK, PAPER, SIDE, Layout, draw
+from flux2_studio.images.contact_sheet import BLANK, PAPER, SIDE, Layout, draw
 
 RED, BLUE = Image.new("RGB", (128, 96), "#ff0000"), Image.new("RGB", (96, 128), "#0000ff")
 

@@ -17,8 +17,8 @@ from starlette.testclient import TestClient
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Saved
-from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.outputs.thumbnails import Thumbnails
+from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.thumbnails import Thumbnails
 from flux2_studio.provenance.metadata import encode
 from flux2_studio.record import Record
 from flux2_studio.request import Outpaint, Request

@@ -16,8 +16,8 @@ from PIL import Image
 
 from flux2_studio.checkpoints import DEV, KLEIN_BASE_4B, NANO, Checkpoint
 from flux2_studio.errors import RequestError, WeightsError
+from flux2_studio.images.reference_store import KeptReferences
 from flux2_studio.models.loras import LoraEntry
-from flux2_studio.outputs.kept import KeptReferences
 from flux2_studio.provenance.c2pa.credentials import Signer
 from flux2_studio.provenance.inspect import Inspection, inspect
 from flux2_studio.provenance.metadata import encode, run_again

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from flux2_studio.events import Result
+from flux2_studio.images.references import fit_size
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.outputs.pace import Pace
-from flux2_studio.references import fit_size
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database

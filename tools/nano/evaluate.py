@@ -29,10 +29,10 @@ from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.text.encoder import TextEncoder
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.errors import StudioError
+from flux2_studio.images.tensors import images_from_pixels, pixels_from_image
 from flux2_studio.models.checkpoint_files import Opener
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.memory.choices import choose_device
-from flux2_studio.pictures import images_from_pixels, pixels_from_image
 from flux2_studio.settings import ASSETS, Settings
 from tools.nano.classifier import Classifier, trained
 from tools.nano.judge import TOLD_ONLY, Judge

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flux2_studio.errors import SaveError
 
-# Of a picture's first bytes: offset, bytes, ending. Enough for those formats that `references.py` reads.
+# Of a picture's first bytes: offset, bytes, ending. Enough for those formats that `images/references.py` reads.
 ENDINGS = (
     (0, b"\x89PNG\r\n\x1a\n", ".png"),
     (0, b"\xff\xd8\xff", ".jpg"),

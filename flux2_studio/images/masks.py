@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.references import extended, load_reference, shown_name
+from flux2_studio.images.references import extended, load_reference, shown_name
 from flux2_studio.request import MULTIPLE, Request, drawn_size
 
 Bools = NDArray[np.bool_]
