@@ -20,11 +20,11 @@ from flux2_studio import line
 from flux2_studio.errors import SaveError, StudioError, UpsampleError
 from flux2_studio.events import Drafted, Event, Failed, Notice, Preview, Queued, Ready, Result, Saved, Stopped
 from flux2_studio.outputs.journal import Entry, Journal
+from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import Request, changes
 from flux2_studio.sketches import GONE, Kept
 from flux2_studio.storage.history import History
 from flux2_studio.tasks import Draft, Enrichment, Job, Preparation, Task
-from flux2_studio.upsample import ApiKey
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from flux2_studio import __version__
-from flux2_studio.answers import OR_WITHOUT
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.drawing import (
     WHOLE,
@@ -34,7 +33,6 @@ from flux2_studio.drawing import (
     workload_of,
 )
 from flux2_studio.engine.weights.quantize import multiplies
-from flux2_studio.enrichment import TRY, check_choice, enrich
 from flux2_studio.errors import CredentialsError, OutOfMemory, SafetyError, UpsampleError
 from flux2_studio.events import Drafted, Event, Notice, Ready, Result, Saved, Stopped, Upsampled, Withheld
 from flux2_studio.images.masks import Region, load_mask, region_of
@@ -51,6 +49,9 @@ from flux2_studio.models.memory.plan import Plan
 from flux2_studio.models.worker_thread import Cancelled, check, with_status
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.outputs.pace import Pace, Way
+from flux2_studio.prompting.enhance import TRY, check_choice, enrich
+from flux2_studio.prompting.openai_server import ApiKey
+from flux2_studio.prompting.replies import OR_WITHOUT
 from flux2_studio.provenance.c2pa.credentials import Signer, Source
 from flux2_studio.provenance.finish import Finished as File
 from flux2_studio.provenance.finish import Finisher
@@ -62,7 +63,6 @@ from flux2_studio.safety.policy import decide
 from flux2_studio.settings import Settings
 from flux2_studio.storage.library import Library
 from flux2_studio.timing import Outlook, Stopwatch, foresee, learn, way_of
-from flux2_studio.upsample import ApiKey
 
 DRAFTED = 0.3  # seconds between two previews of a draft: drawing those of a quick one would take as long as its steps
 

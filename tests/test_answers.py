@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flux2_studio.answers import MOST, most_characters, read_answer, too_long
 from flux2_studio.errors import UpsampleError
+from flux2_studio.prompting.replies import MOST, most_characters, read_answer, too_long
 from flux2_studio.request import MAX_PROMPT
 
 PROMPT = "A red fox sleeps on a mossy log, soft morning light from the left, oil painting."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flux2_studio.chat_server import ChatServer
+from flux2_studio.prompting.server_errors import ChatServer
 
 
 def server(url: str) -> ChatServer:

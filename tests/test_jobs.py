@@ -27,12 +27,12 @@ from flux2_studio.events import (
 )
 from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, JobQueue
 from flux2_studio.line import PASSED
+from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
 from flux2_studio.tasks import Enrichment, Job
-from flux2_studio.upsample import ApiKey
 from tests.scripted_studio import PATIENCE, Gate, Script, ScriptedStudio, endless, follow, four_steps, preview, result
 
 

@@ -24,7 +24,8 @@ from flux2_studio.images.references import fit, load_reference
 from flux2_studio.images.tensors import pixels_from_image
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.prompts import instructions
+from flux2_studio.prompting.instructions import instructions
+from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.provenance import metadata, watermark
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
@@ -33,7 +34,6 @@ from flux2_studio.safety.policy import Policy, Verdict
 from flux2_studio.safety.questions import asking, check_by_asking
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
-from flux2_studio.upsample import ApiKey
 from tests.fake_openai import FakeOpenAI, refuses, says, silent
 from tests.tiny import Toys
 

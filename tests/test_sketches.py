@@ -15,6 +15,7 @@ from PIL import Image
 from flux2_studio.errors import SafetyError, SaveError, StudioError
 from flux2_studio.events import FINAL, Event, Failed, Preview, Result, Saved, Stopped, Withheld
 from flux2_studio.jobs import UNFINISHED, JobQueue
+from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.provenance import metadata
 from flux2_studio.provenance.inspect import inspect, setting_rows
 from flux2_studio.record import Record
@@ -29,7 +30,6 @@ from flux2_studio.storage.library import Library
 from flux2_studio.studio import Studio
 from flux2_studio.tasks import Job
 from flux2_studio.ui.inspect_tab import restoration
-from flux2_studio.upsample import ApiKey
 
 NOBODY: Callable[[Saved], str | None] = lambda saved: None  # noqa: E731 - remembers nothing, and is fine with that
 

@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from flux2_studio.answers import Answer
 from flux2_studio.checkpoints import CHECKPOINTS, DEV, KLEIN_4B, LOCAL_WRITERS, NANO, LocalWriter, local_writers
 from flux2_studio.errors import StudioError, UpsampleError
-from flux2_studio.prompts import EDIT, GENERATE, Mode, instructions
-from flux2_studio.settings import Settings
-from flux2_studio.upsample import (
+from flux2_studio.prompting.instructions import EDIT, GENERATE, Mode, instructions
+from flux2_studio.prompting.openai_server import (
     ONE,
     REMOTE_MODELS,
     SEVERAL,
@@ -38,6 +36,8 @@ from flux2_studio.upsample import (
     unseen,
     upsample,
 )
+from flux2_studio.prompting.replies import Answer
+from flux2_studio.settings import Settings
 from tests.fake_openai import FakeOpenAI, Reply, breaks_off, chunk, fails_inside, gives, refuses, says, silent
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError, UpsampleError
 from flux2_studio.events import Status
 from flux2_studio.jobs import JobQueue
+from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
 from flux2_studio.tasks import Job
 from flux2_studio.ui import compare, fields, keep_preview, names, queue_panel, show
@@ -35,7 +36,6 @@ from flux2_studio.ui.tabs import Form, Stage
 from flux2_studio.ui.upsample_panel import DRAWN, INPUTS, begun, ended, read_choice, read_key, shown, wire_upsampling
 from flux2_studio.ui.visitors import owner_of
 from flux2_studio.ui.wiring import Update, listen, stopper, tab_of
-from flux2_studio.upsample import ApiKey
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

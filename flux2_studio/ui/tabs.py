@@ -12,13 +12,13 @@ from typing import Any
 import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.prompts import Mode, instructions
+from flux2_studio.prompting.instructions import Mode, instructions
+from flux2_studio.prompting.openai_server import REMOTE_MODELS
 from flux2_studio.settings import Settings
 from flux2_studio.ui import compare, fields, mask_panel, picker, preset_panel
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.language import t
 from flux2_studio.ui.preset_panel import PresetPanel
-from flux2_studio.upsample import REMOTE_MODELS
 
 UPSAMPLING = "Enrich the prompt"
 

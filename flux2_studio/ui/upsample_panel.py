@@ -14,13 +14,13 @@ from flux2_studio.errors import StudioError, UpsampleError
 from flux2_studio.events import Failed, Notice, Queued, Stopped, Upsampled, Writing
 from flux2_studio.events import Status as StatusEvent
 from flux2_studio.jobs import JobQueue
+from flux2_studio.prompting.openai_server import ApiKey, no_writers
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
 from flux2_studio.ui import show
 from flux2_studio.ui.language import say, t, told
 from flux2_studio.ui.tabs import UPSAMPLING, Form, UpsamplingPanel
 from flux2_studio.ui.wiring import Update, follow, listen, stopper, tab_of
-from flux2_studio.upsample import ApiKey, no_writers
 
 if TYPE_CHECKING:
     from flux2_studio.models.writers import WriterOffer

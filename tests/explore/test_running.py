@@ -18,10 +18,10 @@ from flux2_studio.explore.plan import Plan, listing
 from flux2_studio.explore.running import FAILURES, FORGOTTEN, Exploration, Explorations
 from flux2_studio.jobs import JobQueue
 from flux2_studio.outputs.journal import Journal
+from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.storage.database import Database
-from flux2_studio.upsample import ApiKey
 
 PATIENCE = 60.0
 

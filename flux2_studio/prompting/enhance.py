@@ -12,17 +12,26 @@ from typing import Any
 
 from PIL import Image
 
-from flux2_studio.answers import OR_WITHOUT, Answer
 from flux2_studio.checkpoints import Checkpoint, LocalWriter, local_writers
 from flux2_studio.errors import DeviceError, UpsampleError, WeightsError
 from flux2_studio.events import Event, Notice, Status, Upsampled, Writing
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.available import is_out_of_memory
 from flux2_studio.models.worker_thread import Cancelled, check, with_status
-from flux2_studio.prompts import Mode
+from flux2_studio.prompting.instructions import Mode
+from flux2_studio.prompting.openai_server import (
+    ApiKey,
+    Local,
+    OpenRouter,
+    Sampling,
+    Upsampler,
+    no_writers,
+    shrunk,
+    upsample,
+)
+from flux2_studio.prompting.replies import OR_WITHOUT, Answer
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
-from flux2_studio.upsample import ApiKey, Local, OpenRouter, Sampling, Upsampler, no_writers, shrunk, upsample
 
 TRY = "use fewer or smaller references, or try again later"
 INSTRUCTIONS = 1024  # tokens, and more than the longest of them has, with the conversation's own marks

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 from PIL import Image
 
-from flux2_studio.answers import OR_WITHOUT, Answer, most_characters, read_answer, too_long
-from flux2_studio.chat_server import ChatServer, Trouble
 from flux2_studio.checkpoints import Checkpoint, LocalWriter
 from flux2_studio.errors import UpsampleError
-from flux2_studio.prompts import Mode, instructions
+from flux2_studio.prompting.instructions import Mode, instructions
+from flux2_studio.prompting.replies import OR_WITHOUT, Answer, most_characters, read_answer, too_long
+from flux2_studio.prompting.server_errors import ChatServer, Trouble
 from flux2_studio.request import SAMPLING
 from flux2_studio.settings import Settings
 

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from socket import gaierror
 from urllib.parse import urlsplit
 
-from flux2_studio.answers import OR_WITHOUT
+from flux2_studio.prompting.replies import OR_WITHOUT
 
 
 class Trouble(Exception):
