@@ -9,11 +9,11 @@ from pathlib import Path
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError
 from flux2_studio.events import FINAL, Event, Preview, Ready, Result, Status, Stopped
-from flux2_studio.outputs.journal import Journal
+from flux2_studio.jobs.journal import Journal
+from flux2_studio.jobs.tasks import Task
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import Request
 from flux2_studio.storage.database import Database
-from flux2_studio.tasks import Task
 
 PATIENCE = 60.0  # seconds until what a test waits for counts as never coming
 Script = Callable[[Request, Callable[[], bool]], Iterator[Event]]

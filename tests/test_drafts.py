@@ -13,15 +13,15 @@ from PIL import Image
 from flux2_studio.errors import RequestError, SafetyError, StudioError
 from flux2_studio.events import FINAL, Drafted, Event, Preview, Queued, Result, Stopped
 from flux2_studio.images.reference_store import KeptReferences
-from flux2_studio.jobs import ALL_WAITING, KEPT, JobQueue
-from flux2_studio.outputs.journal import Journal
+from flux2_studio.jobs.journal import Journal
+from flux2_studio.jobs.queue import ALL_WAITING, KEPT, JobQueue
+from flux2_studio.jobs.tasks import Task
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import Verdict
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database
 from flux2_studio.studio import DRAFTED, Studio
-from flux2_studio.tasks import Task
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, endless, four_steps
 
 

@@ -25,14 +25,14 @@ from flux2_studio.events import (
     Upsampled,
     Writing,
 )
-from flux2_studio.jobs import DEFECT, ENRICHMENTS, KEPT, JobQueue
-from flux2_studio.line import PASSED
+from flux2_studio.jobs.queue import DEFECT, ENRICHMENTS, KEPT, JobQueue
+from flux2_studio.jobs.scheduler import PASSED
+from flux2_studio.jobs.tasks import Enrichment, Job
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
-from flux2_studio.tasks import Enrichment, Job
 from tests.scripted_studio import PATIENCE, Gate, Script, ScriptedStudio, endless, follow, four_steps, preview, result
 
 
@@ -205,12 +205,12 @@ def test_a_studio_error_is_told_and_the_worker_lives(start: Start) -> None:
 
 def test_a_defect_is_logged_whole_and_told_in_words(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     jobs, _ = start(defect=defect, fox=four_steps)
-    with caplog.at_level(logging.ERROR, logger="flux2_studio.jobs"):
+    with caplog.at_level(logging.ERROR, logger="flux2_studio.jobs.queue"):
         job = jobs.submit(Request(prompt="defect"))
         events = follow(job)
     assert events[-1] == Failed(message=DEFECT)
     assert "secret detail" not in DEFECT
-    (record,) = [record for record in caplog.records if record.name == "flux2_studio.jobs"]
+    (record,) = [record for record in caplog.records if record.name == "flux2_studio.jobs.queue"]
     assert job.id in record.getMessage()
     assert record.exc_info is not None and record.exc_info[0] is ZeroDivisionError
     assert isinstance(follow(jobs.submit(Request(prompt="fox")))[-1], Result)

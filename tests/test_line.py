@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flux2_studio import line
+from flux2_studio.jobs import scheduler as line
 
 
 class Run:

@@ -8,7 +8,7 @@ import pytest
 
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Event, Failed, Queued, Ready, Status, Stopped
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, follow, four_steps, preview
 

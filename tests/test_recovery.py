@@ -10,11 +10,11 @@ import pytest
 from flux2_studio.checkpoints import NANO
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Event, Queued, Result, Saved, Status, Stopped
-from flux2_studio.jobs import ALL_WAITING, OWN_WAITING, JobQueue
+from flux2_studio.jobs.queue import ALL_WAITING, OWN_WAITING, JobQueue
+from flux2_studio.jobs.tasks import Job
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
-from flux2_studio.tasks import Job
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, endless, follow, four_steps, journal_of
 
 Open = Callable[..., tuple[JobQueue, ScriptedStudio]]

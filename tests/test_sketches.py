@@ -14,7 +14,9 @@ from PIL import Image
 
 from flux2_studio.errors import SafetyError, SaveError, StudioError
 from flux2_studio.events import FINAL, Event, Failed, Preview, Result, Saved, Stopped, Withheld
-from flux2_studio.jobs import UNFINISHED, JobQueue
+from flux2_studio.jobs.queue import UNFINISHED, JobQueue
+from flux2_studio.jobs.tasks import Job
+from flux2_studio.jobs.unfinished import Sketches
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.provenance import metadata
 from flux2_studio.provenance.inspect import inspect, setting_rows
@@ -23,12 +25,10 @@ from flux2_studio.request import Request
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import Verdict
 from flux2_studio.settings import Settings
-from flux2_studio.sketches import Sketches
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
 from flux2_studio.storage.library import Library
 from flux2_studio.studio import Studio
-from flux2_studio.tasks import Job
 from flux2_studio.ui.inspect_tab import restoration
 
 NOBODY: Callable[[Saved], str | None] = lambda saved: None  # noqa: E731 - remembers nothing, and is fine with that

@@ -28,10 +28,10 @@ from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Failed, Saved
 from flux2_studio.explore.plan import Cell, Plan
 from flux2_studio.images.contact_sheet import Layout, draw
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Job
 from flux2_studio.request import Request
 from flux2_studio.storage.database import hold
-from flux2_studio.tasks import Job
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from flux2_studio.explore.running import Explorations
 from flux2_studio.explore.variants import Wildcards
 from flux2_studio.images.references import MAX_BYTES
 from flux2_studio.images.thumbnails import Thumbnails
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.journal import Journal
+from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.models.hub.library import Shelf
-from flux2_studio.outputs.journal import Journal
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History

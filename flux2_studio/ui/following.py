@@ -15,10 +15,10 @@ import gradio as gr
 
 from flux2_studio.errors import StudioError
 from flux2_studio.events import FINAL, Event, Notice, Queued, Upsampled
-from flux2_studio.jobs import JobQueue
-from flux2_studio.outputs.journal import Entry
+from flux2_studio.jobs.journal import Entry
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Job
 from flux2_studio.request import Request
-from flux2_studio.tasks import Job
 from flux2_studio.ui.language import told
 from flux2_studio.ui.tabs import Form, Stage
 from flux2_studio.ui.visitors import owner_of

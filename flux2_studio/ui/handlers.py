@@ -18,10 +18,10 @@ from PIL import Image
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError, UpsampleError
 from flux2_studio.events import Status
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Job
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
-from flux2_studio.tasks import Job
 from flux2_studio.ui import compare, fields, keep_preview, names, queue_panel, show
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.following import Follower, View, Watch, form_of

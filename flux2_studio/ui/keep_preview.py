@@ -9,8 +9,8 @@ from collections.abc import Callable
 import gradio as gr
 
 from flux2_studio.errors import StudioError
-from flux2_studio.jobs import JobQueue
-from flux2_studio.tasks import Job
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Job
 from flux2_studio.ui.run_view import RunView
 from flux2_studio.ui.tabs import Stage
 from flux2_studio.ui.visitors import owner_of

@@ -17,9 +17,9 @@ import gradio as gr
 
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Drafted, Failed, Notice, Preview, Queued, Status
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Draft
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request
-from flux2_studio.tasks import Draft
 from flux2_studio.ui import compare, fields, show
 from flux2_studio.ui.following import Watch
 from flux2_studio.ui.language import say, told

@@ -20,9 +20,9 @@ from starlette.routing import Route
 
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Preview, Status
-from flux2_studio.jobs import JobQueue, Standing
-from flux2_studio.outputs.journal import Entry
-from flux2_studio.tasks import Job
+from flux2_studio.jobs.journal import Entry
+from flux2_studio.jobs.queue import JobQueue, Standing
+from flux2_studio.jobs.tasks import Job
 from flux2_studio.ui import show
 from flux2_studio.ui.following import Follower, Watch, form_of
 from flux2_studio.ui.history_routes import PRIVATE, asked

@@ -13,7 +13,7 @@ import gradio as gr
 from flux2_studio.errors import OutOfMemory, StudioError
 from flux2_studio.events import Failed, Queued, Status
 from flux2_studio.images.references import fit_size, reference_size
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
 from flux2_studio.ui import show
 from flux2_studio.ui.lora_panel import choices

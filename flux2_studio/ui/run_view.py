@@ -24,10 +24,10 @@ from flux2_studio.events import (
     Withheld,
     Writing,
 )
-from flux2_studio.outputs.journal import Entry
+from flux2_studio.jobs.journal import Entry
+from flux2_studio.jobs.tasks import Job
+from flux2_studio.jobs.unfinished import Kept
 from flux2_studio.request import Request, Upsampling
-from flux2_studio.sketches import Kept
-from flux2_studio.tasks import Job
 from flux2_studio.ui import compare, show
 from flux2_studio.ui.language import say, t
 from flux2_studio.ui.tabs import EMPTY, Stage, UpsamplingPanel

@@ -13,7 +13,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError, UpsampleError
 from flux2_studio.events import Failed, Notice, Queued, Stopped, Upsampled, Writing
 from flux2_studio.events import Status as StatusEvent
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.prompting.openai_server import ApiKey, no_writers
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings

@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 
 from flux2_studio.events import FINAL, Event
-from flux2_studio.jobs import JobQueue
-from flux2_studio.tasks import Task
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Task
 from flux2_studio.ui.language import t
 from flux2_studio.ui.visitors import owner_of
 

@@ -16,8 +16,8 @@ from flux2_studio.errors import OutOfMemory, RequestError
 from flux2_studio.events import Event, Preview, Ready, Result, Saved, Stopped
 from flux2_studio.explore.plan import Plan, listing
 from flux2_studio.explore.running import FAILURES, FORGOTTEN, Exploration, Explorations
-from flux2_studio.jobs import JobQueue
-from flux2_studio.outputs.journal import Journal
+from flux2_studio.jobs.journal import Journal
+from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.record import Record
 from flux2_studio.request import Request

@@ -12,8 +12,8 @@ import pytest
 from flux2_studio.checkpoints import NANO
 from flux2_studio.errors import SaveError
 from flux2_studio.events import Failed, Preview, Result, Saved, Status, Stopped, Upsampled, Withheld
-from flux2_studio.outputs import journal as journals
-from flux2_studio.outputs.journal import CUT_SHORT, KEY_LOST, Journal
+from flux2_studio.jobs import journal as journals
+from flux2_studio.jobs.journal import CUT_SHORT, KEY_LOST, Journal
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.storage.database import Database

@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from flux2_studio.events import Event, Result
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Job
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
-from flux2_studio.tasks import Job
 from tests.command_line import DEADLINE, ROOT
 from tests.scripted_studio import journal_of
 

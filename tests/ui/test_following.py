@@ -14,8 +14,8 @@ import pytest
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Event, Failed, Preview, Result, Upsampled
-from flux2_studio.jobs import JobQueue
-from flux2_studio.outputs.journal import CUT_SHORT, Journal
+from flux2_studio.jobs.journal import CUT_SHORT, Journal
+from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database

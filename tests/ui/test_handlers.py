@@ -29,7 +29,8 @@ from flux2_studio.events import (
     Withheld,
     Writing,
 )
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Job
 from flux2_studio.models.hub.library import Shelf
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.loras import LoraEntry, Loras
@@ -40,7 +41,6 @@ from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.settings import Settings
-from flux2_studio.tasks import Job
 from flux2_studio.ui import build, fields, handlers, lora_panel, reference_panel, tabs, upsample_panel, wiring
 from flux2_studio.ui.examples import Examples
 from flux2_studio.ui.run_view import RunView

@@ -11,11 +11,11 @@ from PIL import Image
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Failed, Preview, Result, Saved, Stopped
+from flux2_studio.jobs.tasks import Job
+from flux2_studio.jobs.unfinished import Kept
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
-from flux2_studio.sketches import Kept
-from flux2_studio.tasks import Job
 from flux2_studio.ui import tabs
 from flux2_studio.ui.language import t
 from flux2_studio.ui.run_view import RunView

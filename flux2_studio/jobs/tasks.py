@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flux2_studio.events import FINAL, Event, Preview, Queued, Status, Stopped, Writing
+from flux2_studio.jobs.unfinished import Sketches
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import Request
-from flux2_studio.sketches import Sketches
 
 PASSING = (Queued, Status, Writing, Preview)  # what a later event of the same kind makes worthless
 

@@ -1,7 +1,7 @@
 """Runs belong to the server, not to the browser tab: a job goes on when nobody looks, and anyone may come back to it.
 
 `submit` checks the request at once, so a mistake is told to the one who made it; a worker thread per device runs
-the jobs, in the order of `line.py`. A checkpoint that somebody has merely chosen is loaded when nothing else is to be
+the jobs, in the order of `jobs/scheduler.py`. A checkpoint that somebody has merely chosen is loaded when nothing else is to be
 done. With a journal, runs belong to no process either: what a killed studio left is taken up by the next one.
 
 Cancelling takes effect between two denoising steps. Of an owner's drafts only the newest goes on.
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from flux2_studio import line
 from flux2_studio.errors import SaveError, StudioError, UpsampleError
 from flux2_studio.events import Drafted, Event, Failed, Notice, Preview, Queued, Ready, Result, Saved, Stopped
-from flux2_studio.outputs.journal import Entry, Journal
+from flux2_studio.jobs import scheduler as line
+from flux2_studio.jobs.journal import Entry, Journal
+from flux2_studio.jobs.tasks import Draft, Enrichment, Job, Preparation, Task
+from flux2_studio.jobs.unfinished import GONE, Kept
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import Request, changes
-from flux2_studio.sketches import GONE, Kept
 from flux2_studio.storage.history import History
-from flux2_studio.tasks import Draft, Enrichment, Job, Preparation, Task
 
 log = logging.getLogger(__name__)
 
