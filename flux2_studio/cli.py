@@ -233,7 +233,7 @@ def run_generate(options: argparse.Namespace) -> int:
     assert request.seed is not None
     settings.prepare_process()
     from flux2_studio.images.reference_store import KeptReferences
-    from flux2_studio.outputs.pace import Pace
+    from flux2_studio.stages.durations import Pace
     from flux2_studio.storage.database import Database
     from flux2_studio.studio import Studio
 

@@ -18,20 +18,6 @@ from PIL import Image
 
 from flux2_studio import __version__
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.drawing import (
-    WHOLE,
-    Finished,
-    Reference,
-    Run,
-    Sketch,
-    Timer,
-    asking_of,
-    draw,
-    encode,
-    settled,
-    strips,
-    workload_of,
-)
 from flux2_studio.engine.weights.quantize import multiplies
 from flux2_studio.errors import CredentialsError, OutOfMemory, SafetyError, UpsampleError
 from flux2_studio.events import Drafted, Event, Notice, Ready, Result, Saved, Stopped, Upsampled, Withheld
@@ -48,7 +34,6 @@ from flux2_studio.models.memory.choices import choose_dtype, choose_storage
 from flux2_studio.models.memory.plan import Plan
 from flux2_studio.models.worker_thread import Cancelled, check, with_status
 from flux2_studio.models.writers import WriterOffer
-from flux2_studio.outputs.pace import Pace, Way
 from flux2_studio.prompting.enhance import TRY, check_choice, enrich
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.prompting.replies import OR_WITHOUT
@@ -61,8 +46,23 @@ from flux2_studio.request import Request, Upsampling, changes
 from flux2_studio.safety.guard import Guard
 from flux2_studio.safety.policy import decide
 from flux2_studio.settings import Settings
+from flux2_studio.stages.drawing import (
+    WHOLE,
+    Finished,
+    Reference,
+    Run,
+    Sketch,
+    Timer,
+    asking_of,
+    draw,
+    encode,
+    settled,
+    strips,
+    workload_of,
+)
+from flux2_studio.stages.durations import Pace, Way
+from flux2_studio.stages.estimates import Outlook, Stopwatch, foresee, learn, way_of
 from flux2_studio.storage.library import Library
-from flux2_studio.timing import Outlook, Stopwatch, foresee, learn, way_of
 
 DRAFTED = 0.3  # seconds between two previews of a draft: drawing those of a quick one would take as long as its steps
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from flux2_studio.errors import SaveError
 from flux2_studio.events import Notice, Result
-from flux2_studio.outputs.pace import Batch, Pace, Timed, Way
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
+from flux2_studio.stages.durations import Batch, Pace, Timed, Way
+from flux2_studio.stages.estimates import Outlook
 from flux2_studio.storage.database import Database
 from flux2_studio.studio import Studio
-from flux2_studio.timing import Outlook
 
 TEXT = 32  # tokens that nano reads of a prompt
 

@@ -170,7 +170,7 @@ def serve(
     from flux2_studio.images.reference_store import KeptReferences
     from flux2_studio.models.hub.repositories import Hub
     from flux2_studio.models.manager import ModelManager
-    from flux2_studio.outputs.pace import Pace
+    from flux2_studio.stages.durations import Pace
     from flux2_studio.studio import Studio, guard_of
 
     if settings.on_space:

@@ -22,7 +22,7 @@ from flux2_studio.request import Request
 from flux2_studio.ui.language import say, told
 
 if TYPE_CHECKING:
-    from flux2_studio.timing import Outlook
+    from flux2_studio.stages.estimates import Outlook
 
 ADDRESS = re.compile(r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])")  # a comma or full stop behind it is the sentence's
 SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be larger than the screen shows it

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import SaveError
-from flux2_studio.outputs.pace import EACH_WAY, Batch, Features, Pace, Timed, Way, estimate
+from flux2_studio.stages.durations import EACH_WAY, Batch, Features, Pace, Timed, Way, estimate
 from flux2_studio.storage.database import Database
 
 WAY = Way(device="a card", checkpoint="klein-4b", how="bfloat16")

@@ -20,12 +20,12 @@ from flux2_studio.events import Result
 from flux2_studio.images.references import fit_size
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.outputs.pace import Pace
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
+from flux2_studio.stages.durations import Pace
+from flux2_studio.stages.estimates import Outlook
 from flux2_studio.storage.database import Database
 from flux2_studio.studio import Studio
-from flux2_studio.timing import Outlook
 from flux2_studio.ui.page import Page
 from flux2_studio.ui.readiness import outlook, wire_outlook
 from flux2_studio.ui.tabs import Form

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.drawing import Run, Timer, strips
 from flux2_studio.errors import SaveError
 from flux2_studio.models.manager import Session
 from flux2_studio.models.memory.plan import DRAWING, Plan, Workload
-from flux2_studio.outputs.pace import Batch, Pace, Timed, Way
 from flux2_studio.request import MULTIPLE, Request
+from flux2_studio.stages.drawing import Run, Timer, strips
+from flux2_studio.stages.durations import Batch, Pace, Timed, Way
 
 log = logging.getLogger(__name__)
 

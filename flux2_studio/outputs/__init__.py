@@ -1,1 +1,0 @@
-"""What happens to a finished picture: its metadata and its file."""
