@@ -1,5 +1,5 @@
 import sys
 
-from flux2_studio.cli import main
+from flux2_studio.cli.main import main
 
 sys.exit(main())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from flux2_studio import cli
+from flux2_studio.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 FOX = ("--model", "nano", "--prompt", "a fox on a pink background", "--seed", "1")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux2_studio import cli
 from flux2_studio.checkpoints import CHECKPOINTS
+from flux2_studio.cli import main as cli
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Notice, Preview, Result, Status, Stopped
 from flux2_studio.provenance import metadata

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux2_studio import cli_inspect
+from flux2_studio.cli import inspect as cli_inspect
 from flux2_studio.provenance import watermark
 from flux2_studio.provenance.c2pa.credentials import Signer
 from flux2_studio.provenance.metadata import encode

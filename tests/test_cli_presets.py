@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flux2_studio import cli, cli_presets
+from flux2_studio.cli import main as cli
+from flux2_studio.cli import presets as cli_presets
 from flux2_studio.errors import RequestError
 from flux2_studio.provenance import metadata
 from flux2_studio.request import LoraChoice

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from flux2_studio.checkpoints import DEV
-from flux2_studio.cli import main
+from flux2_studio.cli.main import main
 from flux2_studio.encode_server import (
     COME_BACK,
     CONNECTIONS,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flux2_studio import cli
 from flux2_studio.checkpoints import CHECKPOINTS, GB
+from flux2_studio.cli import main as cli
 from flux2_studio.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

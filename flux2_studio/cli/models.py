@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flux2_studio.checkpoints import KIND_NAMES, Checkpoint
+from flux2_studio.cli.terminal import INTERRUPTED, PROGRAM, Progress, one_line, print_lines
 from flux2_studio.errors import WeightsError
 from flux2_studio.models.hub.local_checkpoints import with_own_files
 from flux2_studio.models.loras import Loras
 from flux2_studio.settings import Settings
-from flux2_studio.terminal import INTERRUPTED, PROGRAM, Progress, one_line, print_lines
 
 if TYPE_CHECKING:
     from flux2_studio.models.hub.repositories import Hub

@@ -20,14 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from flux2_studio import __version__, cli_inspect, cli_models, cli_presets
+from flux2_studio import __version__
 from flux2_studio.checkpoints import CHECKPOINTS
+from flux2_studio.cli import inspect as cli_inspect
+from flux2_studio.cli import models as cli_models
+from flux2_studio.cli import presets as cli_presets
+from flux2_studio.cli.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped, Upsampled, Writing
 from flux2_studio.models.hub.local_checkpoints import with_own_files
 from flux2_studio.request import MAX_LORA_WEIGHT, Enricher, ImageFormat, LoraChoice, Outpaint, Request, Upsampling
 from flux2_studio.settings import DtypeName, Settings
-from flux2_studio.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line
 
 ENDINGS: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 

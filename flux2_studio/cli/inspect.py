@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux2_studio.cli.terminal import print_lines
 from flux2_studio.errors import RequestError
 from flux2_studio.settings import Settings
-from flux2_studio.terminal import print_lines
 
 if TYPE_CHECKING:
     from flux2_studio.provenance.inspect import Inspection

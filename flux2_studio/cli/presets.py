@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flux2_studio.cli.terminal import one_line, print_lines
 from flux2_studio.errors import PresetError
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.storage.presets import FormName, Preset, Presets, applied, form_for, read_preset
-from flux2_studio.terminal import one_line, print_lines
 
 NEEDS: Mapping[FormName, str] = {
     "generate": "makes a picture from words: leave --image out",
