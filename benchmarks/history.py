@@ -30,8 +30,8 @@ from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
-from flux2_studio.ui.history_routes import HistoryRoutes
-from flux2_studio.ui.visitors import COOKIE, Visitors
+from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors
+from flux2_studio.ui.history.routes import HistoryRoutes
 
 SIDE = 1024  # pixels of each picture
 PACKAGES = ("gradio", "starlette", "pillow", "numpy")

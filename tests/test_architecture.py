@@ -41,7 +41,7 @@ LAYERS = [
 
 
 def module_of(path: Path) -> str:
-    """ "app", "flux2_studio.engine.flux.latents", "flux2_studio.ui" for its __init__.py, and so on."""
+    """ "app", "flux2_studio.engine.flux.latents", "flux2_studio.ui.app" for its __init__.py, and so on."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 

@@ -175,7 +175,7 @@ def parser() -> Parser:
 def run_ui(options: argparse.Namespace) -> int:
     """`ui`: the page, until it is stopped."""
     settings, notes = _settings(options)
-    from flux2_studio.ui import serve
+    from flux2_studio.ui.app import serve
 
     serve(settings, host=options.host, port=options.port, share=options.share, notes=notes)
     return 0

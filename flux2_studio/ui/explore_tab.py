@@ -21,12 +21,12 @@ from flux2_studio.explore.running import Exploration, Explorations
 from flux2_studio.explore.variants import Wildcards
 from flux2_studio.images.contact_sheet import Layout
 from flux2_studio.request import Request
-from flux2_studio.ui import show
-from flux2_studio.ui.language import say, t, told
-from flux2_studio.ui.tabs import Form
-from flux2_studio.ui.upsample_panel import INPUTS
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms.tabs import Form
+from flux2_studio.ui.forms.upsample_panel import INPUTS
+from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.stage import show
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

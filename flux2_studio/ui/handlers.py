@@ -22,20 +22,31 @@ from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, round_side
-from flux2_studio.ui import compare, fields, keep_preview, names, queue_panel, show
-from flux2_studio.ui.examples import Examples
-from flux2_studio.ui.following import Follower, View, Watch, form_of
-from flux2_studio.ui.language import say, told
-from flux2_studio.ui.live import wire_live
-from flux2_studio.ui.lora_panel import choices, wire_loras
-from flux2_studio.ui.mask_panel import read_mask, read_outpaint
-from flux2_studio.ui.readiness import wire_outlook, wire_preparation
-from flux2_studio.ui.reference_panel import offer, offered_to, paths, wire_references
-from flux2_studio.ui.run_view import RunView, download, use_label
-from flux2_studio.ui.tabs import Form, Stage
-from flux2_studio.ui.upsample_panel import DRAWN, INPUTS, begun, ended, read_choice, read_key, shown, wire_upsampling
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, listen, stopper, tab_of
+from flux2_studio.ui.forms import fields
+from flux2_studio.ui.forms import reference_names as names
+from flux2_studio.ui.forms.examples import Examples
+from flux2_studio.ui.forms.live import wire_live
+from flux2_studio.ui.forms.lora_panel import choices, wire_loras
+from flux2_studio.ui.forms.mask_panel import read_mask, read_outpaint
+from flux2_studio.ui.forms.readiness import wire_outlook, wire_preparation
+from flux2_studio.ui.forms.reference_panel import offer, offered_to, paths, wire_references
+from flux2_studio.ui.forms.tabs import Form, Stage
+from flux2_studio.ui.forms.upsample_panel import (
+    DRAWN,
+    INPUTS,
+    begun,
+    ended,
+    read_choice,
+    read_key,
+    shown,
+    wire_upsampling,
+)
+from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, listen, stopper, tab_of
+from flux2_studio.ui.stage import compare, keep_preview, queue_panel, show
+from flux2_studio.ui.stage.following import Follower, View, Watch, form_of
+from flux2_studio.ui.stage.run_view import RunView, download, use_label
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

@@ -25,12 +25,13 @@ from flux2_studio.provenance.metadata import run_again
 from flux2_studio.provenance.watermark import Detection, Message
 from flux2_studio.record import AS_WRITTEN, Record
 from flux2_studio.request import LoraChoice, Request
-from flux2_studio.ui import fields, show
-from flux2_studio.ui.language import say, t, told
-from flux2_studio.ui.mask_panel import restored
-from flux2_studio.ui.reference_panel import examine, offer, offered_to, paths
-from flux2_studio.ui.tabs import Form
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms import fields
+from flux2_studio.ui.forms.mask_panel import restored
+from flux2_studio.ui.forms.reference_panel import examine, offer, offered_to, paths
+from flux2_studio.ui.forms.tabs import Form
+from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.stage import show
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

@@ -16,9 +16,10 @@ from flux2_studio.checkpoints import MB, Checkpoint
 from flux2_studio.errors import StudioError
 from flux2_studio.models.hub.hub_errors import amount
 from flux2_studio.models.hub.library import Entry, Shelf
-from flux2_studio.ui import fields, show
-from flux2_studio.ui.language import say, t, told
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms import fields
+from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.stage import show
 
 Needs = Callable[[Checkpoint], str]  # what a checkpoint asks of this machine's memory, as a sentence
 

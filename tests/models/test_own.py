@@ -118,7 +118,7 @@ ODD_NAMES = {
 
 
 def test_odd_names_do_not_keep_the_page_from_starting(tmp_path: Path) -> None:
-    from flux2_studio.ui import fields
+    from flux2_studio.ui.forms import fields
 
     whole = flow(tmp_path / "elsewhere", "whole", 576).read_bytes()
     folder = tmp_path / "mine"

@@ -13,8 +13,8 @@ from PIL import Image
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, reference_panel, tabs
-from flux2_studio.ui.examples import Examples
+from flux2_studio.ui.forms import fields, reference_panel, tabs
+from flux2_studio.ui.forms.examples import Examples
 
 Items = list[tuple[str, str | None]]
 

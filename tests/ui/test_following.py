@@ -19,12 +19,14 @@ from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database
-from flux2_studio.ui import fields, queue_panel, tabs, wiring
-from flux2_studio.ui.examples import Examples
-from flux2_studio.ui.following import MEANWHILE, Follower, Watch, form_of
-from flux2_studio.ui.run_view import RunView
-from flux2_studio.ui.visitors import COOKIE, owner_of
-from flux2_studio.ui.wiring import Update
+from flux2_studio.ui.forms import fields, tabs
+from flux2_studio.ui.forms.examples import Examples
+from flux2_studio.ui.gradio_compat import wiring
+from flux2_studio.ui.gradio_compat.visitors import COOKIE, owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update
+from flux2_studio.ui.stage import queue_panel
+from flux2_studio.ui.stage.following import MEANWHILE, Follower, Watch, form_of
+from flux2_studio.ui.stage.run_view import RunView
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, endless, four_steps, preview
 
 ME = SimpleNamespace(username=None, cookies={COOKIE: "m" * 40}, session_hash="tab")

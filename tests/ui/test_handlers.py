@@ -41,9 +41,12 @@ from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request, Upsampling
 from flux2_studio.safety.guard import Guard
 from flux2_studio.settings import Settings
-from flux2_studio.ui import build, fields, handlers, lora_panel, reference_panel, tabs, upsample_panel, wiring
-from flux2_studio.ui.examples import Examples
-from flux2_studio.ui.run_view import RunView
+from flux2_studio.ui import handlers
+from flux2_studio.ui.app import build
+from flux2_studio.ui.forms import fields, lora_panel, reference_panel, tabs, upsample_panel
+from flux2_studio.ui.forms.examples import Examples
+from flux2_studio.ui.gradio_compat import wiring
+from flux2_studio.ui.stage.run_view import RunView
 
 
 class Scripted:

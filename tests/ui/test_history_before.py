@@ -25,9 +25,9 @@ from flux2_studio.request import Outpaint, Request
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
-from flux2_studio.ui.history_before import Befores
-from flux2_studio.ui.history_routes import HistoryRoutes
-from flux2_studio.ui.visitors import COOKIE, Visitors
+from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors
+from flux2_studio.ui.history.original import Befores
+from flux2_studio.ui.history.routes import HistoryRoutes
 
 MINE, YOURS = "m" * 43, "y" * 43
 ME, YOU = f"browser:{MINE}", f"browser:{YOURS}"

@@ -24,8 +24,8 @@ from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import MOST, History
-from flux2_studio.ui.history_routes import MAX_BODY, HistoryRoutes
-from flux2_studio.ui.visitors import COOKIE, Visitors
+from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors
+from flux2_studio.ui.history.routes import MAX_BODY, HistoryRoutes
 
 MINE, YOURS = "m" * 43, "y" * 43
 ME, YOU = f"browser:{MINE}", f"browser:{YOURS}"

@@ -25,8 +25,9 @@ from flux2_studio.provenance.watermark import PUBLISHED
 from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, handlers, inspect_tab, tabs
-from flux2_studio.ui.examples import Examples
+from flux2_studio.ui import handlers, inspect_tab
+from flux2_studio.ui.forms import fields, tabs
+from flux2_studio.ui.forms.examples import Examples
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 INK, GRAIN = "1f" * 32, "2f" * 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from flux2_studio.ui import keys
+from flux2_studio.ui.gradio_compat import keys
 
 ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
 

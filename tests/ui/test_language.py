@@ -16,8 +16,9 @@ from gradio.context import LocalContext
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Preview, Queued, Result, Status
 from flux2_studio.request import Request
-from flux2_studio.ui import keys, language, show
-from flux2_studio.ui.language import LANGUAGES, PREFIX, Words, language_of, say, t, told
+from flux2_studio.ui.gradio_compat import keys, language
+from flux2_studio.ui.gradio_compat.language import LANGUAGES, PREFIX, Words, language_of, say, t, told
+from flux2_studio.ui.stage import show
 from tests.ui.wording import called, constants, in_html, in_scripts
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "assets" / "languages"

@@ -15,7 +15,9 @@ from flux2_studio.checkpoints import DEV, GB, KLEIN_4B, KLEIN_BASE_4B, MB, NANO,
 from flux2_studio.errors import WeightsError
 from flux2_studio.models.hub.library import Entry, Shared, State
 from flux2_studio.settings import Settings
-from flux2_studio.ui import fields, for_guests, models_tab
+from flux2_studio.ui import models_tab
+from flux2_studio.ui.app import for_guests
+from flux2_studio.ui.forms import fields
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import RequestError
-from flux2_studio.ui.fields import numbered
-from flux2_studio.ui.names import LONGEST, name_from, names_in, renamed, spelled_out, unknown
+from flux2_studio.ui.forms.fields import numbered
+from flux2_studio.ui.forms.reference_names import LONGEST, name_from, names_in, renamed, spelled_out, unknown
 
 FOX, CAR, HAT = Path("/up/fox.png"), Path("/up/car.png"), Path("/up/hat.png")
 ITEMS = numbered([FOX, CAR, HAT], {FOX: "fox", HAT: "red-hat"})

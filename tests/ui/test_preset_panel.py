@@ -14,9 +14,9 @@ from flux2_studio.settings import PRESETS, Settings
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.own_presets import OwnPresets
 from flux2_studio.storage.presets import Preset, Presets, holding, parse_preset
-from flux2_studio.ui import fields, own_preset_panel, preset_panel, preset_use, tabs
-from flux2_studio.ui.examples import Examples
-from flux2_studio.ui.preset_panel import Shelf
+from flux2_studio.ui.forms import fields, own_preset_panel, preset_panel, preset_use, tabs
+from flux2_studio.ui.forms.examples import Examples
+from flux2_studio.ui.forms.preset_panel import Shelf
 
 ANN, BOB = "browser:ann", "browser:bob"
 FLAT = Presets.load(PRESETS).found["icon-flat"]

@@ -16,9 +16,9 @@ from starlette.testclient import TestClient
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
-from flux2_studio.ui import queue_panel
-from flux2_studio.ui.page import Page
-from flux2_studio.ui.visitors import COOKIE, Visitors
+from flux2_studio.ui.gradio_compat.page import Page
+from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors
+from flux2_studio.ui.stage import queue_panel
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, four_steps
 
 MINE, YOURS = "m" * 43, "y" * 43

@@ -26,9 +26,9 @@ from flux2_studio.stages.durations import Pace
 from flux2_studio.stages.estimates import Outlook
 from flux2_studio.storage.database import Database
 from flux2_studio.studio import Studio
-from flux2_studio.ui.page import Page
-from flux2_studio.ui.readiness import outlook, wire_outlook
-from flux2_studio.ui.tabs import Form
+from flux2_studio.ui.forms.readiness import outlook, wire_outlook
+from flux2_studio.ui.forms.tabs import Form
+from flux2_studio.ui.gradio_compat.page import Page
 
 FORM: dict[str, Any] = {"checkpoint": "nano", "width": 128, "height": 128, "count": 1, "guidance": 1.0}
 

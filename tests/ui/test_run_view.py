@@ -16,9 +16,9 @@ from flux2_studio.jobs.unfinished import Kept
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
-from flux2_studio.ui import tabs
-from flux2_studio.ui.language import t
-from flux2_studio.ui.run_view import RunView
+from flux2_studio.ui.forms import tabs
+from flux2_studio.ui.gradio_compat.language import t
+from flux2_studio.ui.stage.run_view import RunView
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from flux2_studio.checkpoints import CHECKPOINTS, KLEIN_9B, KLEIN_BASE_4B, NANO
 from flux2_studio.events import Preview
 from flux2_studio.request import MAX_COUNT, LoraChoice, Request
 from flux2_studio.settings import ASSETS
-from flux2_studio.ui import fields, show
-from flux2_studio.ui.examples import Examples
-from flux2_studio.ui.theme import StudioTheme
+from flux2_studio.ui.forms import fields
+from flux2_studio.ui.forms.examples import Examples
+from flux2_studio.ui.gradio_compat.theme import StudioTheme
+from flux2_studio.ui.stage import show
 
 
 @pytest.mark.parametrize(

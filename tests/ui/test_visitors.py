@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from flux2_studio.ui.visitors import COOKIE, Visitors, owner_of
+from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors, owner_of
 
 TOKEN = "t" * 43
 

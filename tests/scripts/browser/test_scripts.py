@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.checkpoints import CHECKPOINTS
-from flux2_studio.ui import compare, handlers, history_tab, inspect_tab, keys, picker, reference_panel
+from flux2_studio.ui import handlers, inspect_tab
+from flux2_studio.ui.forms import reference_panel
+from flux2_studio.ui.gradio_compat import keys
+from flux2_studio.ui.history import picker
+from flux2_studio.ui.history import tab as history_tab
+from flux2_studio.ui.stage import compare
 from tests.scripts.node import Results, listed_in
 
 HERE = Path(__file__).resolve().parent

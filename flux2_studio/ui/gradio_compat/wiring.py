@@ -13,8 +13,8 @@ import gradio as gr
 from flux2_studio.events import FINAL, Event
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Task
-from flux2_studio.ui.language import t
-from flux2_studio.ui.visitors import owner_of
+from flux2_studio.ui.gradio_compat.language import t
+from flux2_studio.ui.gradio_compat.visitors import owner_of
 
 POLL = 0.08  # seconds between two looks at a task
 Update = dict[Any, Any]  # components to what becomes of them

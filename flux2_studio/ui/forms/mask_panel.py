@@ -24,8 +24,8 @@ from PIL import Image
 
 from flux2_studio.errors import RequestError
 from flux2_studio.request import Outpaint
-from flux2_studio.ui import fields
-from flux2_studio.ui.language import t
+from flux2_studio.ui.forms import fields
+from flux2_studio.ui.gradio_compat.language import t
 
 TITLE = "Mask and outpainting"
 SHOWN = 1024  # pixels along a side of the picture to paint on

@@ -15,11 +15,12 @@ from PIL import Image
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
 from flux2_studio.images.references import fit_size, load_reference
-from flux2_studio.ui import fields, mask_panel, show
-from flux2_studio.ui.language import say
-from flux2_studio.ui.names import names_in, renamed
-from flux2_studio.ui.tabs import Form, ReferencePanel, ReferenceTools
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms import fields, mask_panel
+from flux2_studio.ui.forms.reference_names import names_in, renamed
+from flux2_studio.ui.forms.tabs import Form, ReferencePanel, ReferenceTools
+from flux2_studio.ui.gradio_compat.language import say
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.stage import show
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

@@ -11,9 +11,10 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError
 from flux2_studio.models.loras import LoraEntry, Loras
 from flux2_studio.request import LoraChoice
-from flux2_studio.ui import fields, show
-from flux2_studio.ui.tabs import Form
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms import fields
+from flux2_studio.ui.forms.tabs import Form
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.stage import show
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

@@ -30,8 +30,8 @@ from flux2_studio.images.references import load_reference
 from flux2_studio.images.thumbnails import Thumbnails, read_saved
 from flux2_studio.provenance.inspect import setting_rows
 from flux2_studio.storage.history import MOST, PAGE, Details, Entry, History, Page, Search
-from flux2_studio.ui.history_before import Befores
-from flux2_studio.ui.visitors import owner_of
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.history.original import Befores
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 SHOWN = 300  # characters of a prompt in a list; one picture's own page has all of it

@@ -18,9 +18,9 @@ import gradio as gr
 from flux2_studio.checkpoints import CHECKPOINTS, GB, MB, Checkpoint, Part
 from flux2_studio.models.loras import LoraEntry
 from flux2_studio.request import MAX_COUNT, SAMPLING, size_for_aspect
-from flux2_studio.ui.examples import Example
-from flux2_studio.ui.language import say, t, told
-from flux2_studio.ui.names import caption
+from flux2_studio.ui.forms.examples import Example
+from flux2_studio.ui.forms.reference_names import caption
+from flux2_studio.ui.gradio_compat.language import say, t, told
 
 ASPECTS: dict[str, tuple[int, int]] = {
     "1:1": (1, 1),

@@ -15,10 +15,12 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.prompting.instructions import Mode, instructions
 from flux2_studio.prompting.openai_server import REMOTE_MODELS
 from flux2_studio.settings import Settings
-from flux2_studio.ui import compare, fields, mask_panel, picker, preset_panel
-from flux2_studio.ui.examples import Examples
-from flux2_studio.ui.language import t
-from flux2_studio.ui.preset_panel import PresetPanel
+from flux2_studio.ui.forms import fields, mask_panel, preset_panel
+from flux2_studio.ui.forms.examples import Examples
+from flux2_studio.ui.forms.preset_panel import PresetPanel
+from flux2_studio.ui.gradio_compat.language import t
+from flux2_studio.ui.history import picker
+from flux2_studio.ui.stage import compare
 
 UPSAMPLING = "Enrich the prompt"
 

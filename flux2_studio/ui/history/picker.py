@@ -9,8 +9,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from flux2_studio.ui.language import t
-from flux2_studio.ui.wiring import listen
+from flux2_studio.ui.gradio_compat.language import t
+from flux2_studio.ui.gradio_compat.wiring import listen
 
 MARKUP = """<dialog id="picker" aria-labelledby="picker-title">
 <button type="button" class="close" data-i18n aria-label="Close (Escape)">✕</button>

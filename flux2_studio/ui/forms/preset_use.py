@@ -15,13 +15,14 @@ import gradio as gr
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
 from flux2_studio.storage.presets import HELD, Preset, applied, field_names
-from flux2_studio.ui import fields, show
-from flux2_studio.ui.language import say, told
-from flux2_studio.ui.lora_panel import kept
-from flux2_studio.ui.preset_panel import Shelf
-from flux2_studio.ui.tabs import Form
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms import fields
+from flux2_studio.ui.forms.lora_panel import kept
+from flux2_studio.ui.forms.preset_panel import Shelf
+from flux2_studio.ui.forms.tabs import Form
+from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.stage import show
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

@@ -23,13 +23,13 @@ from flux2_studio.events import Preview, Status
 from flux2_studio.jobs.journal import Entry
 from flux2_studio.jobs.queue import JobQueue, Standing
 from flux2_studio.jobs.tasks import Job
-from flux2_studio.ui import show
-from flux2_studio.ui.following import Follower, Watch, form_of
-from flux2_studio.ui.history_routes import PRIVATE, asked
-from flux2_studio.ui.language import say, told
-from flux2_studio.ui.tabs import Stage
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms.tabs import Stage
+from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.history.routes import PRIVATE, asked
+from flux2_studio.ui.stage import show
+from flux2_studio.ui.stage.following import Follower, Watch, form_of
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

@@ -28,11 +28,11 @@ from flux2_studio.jobs.journal import Entry
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.jobs.unfinished import Kept
 from flux2_studio.request import Request, Upsampling
-from flux2_studio.ui import compare, show
-from flux2_studio.ui.language import say, t
-from flux2_studio.ui.tabs import EMPTY, Stage, UpsamplingPanel
-from flux2_studio.ui.upsample_panel import DRAWN, enriched, writing
-from flux2_studio.ui.wiring import Update
+from flux2_studio.ui.forms.tabs import EMPTY, Stage, UpsamplingPanel
+from flux2_studio.ui.forms.upsample_panel import DRAWN, enriched, writing
+from flux2_studio.ui.gradio_compat.language import say, t
+from flux2_studio.ui.gradio_compat.wiring import Update
+from flux2_studio.ui.stage import compare, show
 
 
 class RunView:

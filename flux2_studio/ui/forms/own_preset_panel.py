@@ -20,13 +20,13 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import PresetError, StudioError
 from flux2_studio.storage.own_presets import NameTaken
 from flux2_studio.storage.presets import HELD, FormName, Preset, holding, read_preset
-from flux2_studio.ui import show
-from flux2_studio.ui.language import say, t
-from flux2_studio.ui.lora_panel import choices
-from flux2_studio.ui.preset_panel import OWN, PARTS, PresetPanel, Shelf, card
-from flux2_studio.ui.tabs import Form
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms.lora_panel import choices
+from flux2_studio.ui.forms.preset_panel import OWN, PARTS, PresetPanel, Shelf, card
+from flux2_studio.ui.forms.tabs import Form
+from flux2_studio.ui.gradio_compat.language import say, t
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.stage import show
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

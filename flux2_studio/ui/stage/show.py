@@ -19,7 +19,7 @@ from PIL import Image
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.events import Drafted, Preview, Queued, Result, Status, Upsampled
 from flux2_studio.request import Request
-from flux2_studio.ui.language import say, told
+from flux2_studio.ui.gradio_compat.language import say, told
 
 if TYPE_CHECKING:
     from flux2_studio.stages.estimates import Outlook

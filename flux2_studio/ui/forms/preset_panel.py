@@ -15,7 +15,7 @@ import gradio as gr
 from flux2_studio.errors import PresetError
 from flux2_studio.storage.own_presets import OwnPresets
 from flux2_studio.storage.presets import SUBJECT, Preset, Presets
-from flux2_studio.ui.language import say, t
+from flux2_studio.ui.gradio_compat.language import say, t
 
 SHIPPED, OWN = "shipped:", "own:"  # what a choice begins with; then the file's name, or the id
 PARTS: Mapping[str, tuple[str, ...]] = {  # of a form, as they are offered to be saved

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flux2_studio.errors import RequestError
-from flux2_studio.ui.language import say
+from flux2_studio.ui.gradio_compat.language import say
 
 LONGEST = 24  # characters of a name
 MOST_TOLD = 5  # names that no picture has, in one message

@@ -20,12 +20,13 @@ from flux2_studio.events import Drafted, Failed, Notice, Preview, Queued, Status
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Draft
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request
-from flux2_studio.ui import compare, fields, show
-from flux2_studio.ui.following import Watch
-from flux2_studio.ui.language import say, told
-from flux2_studio.ui.tabs import Form, LivePanel, Stage
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, follow, listen
+from flux2_studio.ui.forms import fields
+from flux2_studio.ui.forms.tabs import Form, LivePanel, Stage
+from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, follow, listen
+from flux2_studio.ui.stage import compare, show
+from flux2_studio.ui.stage.following import Watch
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

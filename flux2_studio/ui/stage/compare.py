@@ -14,7 +14,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.images.references import fit, load_reference
 from flux2_studio.request import Request
-from flux2_studio.ui.language import t
+from flux2_studio.ui.gradio_compat.language import t
 
 GREY = (128, 128, 128)  # where the original had nothing
 

@@ -11,10 +11,10 @@ import gradio as gr
 from flux2_studio.errors import StudioError
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Job
-from flux2_studio.ui.run_view import RunView
-from flux2_studio.ui.tabs import Stage
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, listen
+from flux2_studio.ui.forms.tabs import Stage
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
+from flux2_studio.ui.stage.run_view import RunView
 
 
 def wire(jobs: JobQueue, stage: Stage, view_of: Callable[[Job], RunView]) -> None:

@@ -19,10 +19,10 @@ from flux2_studio.jobs.journal import Entry
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.request import Request
-from flux2_studio.ui.language import told
-from flux2_studio.ui.tabs import Form, Stage
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, follow
+from flux2_studio.ui.forms.tabs import Form, Stage
+from flux2_studio.ui.gradio_compat.language import told
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, follow
 
 MEANWHILE = "This run ended while the page was closed."
 

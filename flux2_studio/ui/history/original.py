@@ -11,7 +11,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError
 from flux2_studio.images.reference_store import KeptReferences
 from flux2_studio.storage.history import Details, History
-from flux2_studio.ui.compare import is_edit, original
+from flux2_studio.ui.stage.compare import is_edit, original
 
 
 class Befores:

@@ -1,6 +1,6 @@
 """The History tab: everything that somebody has made, and the way back from a picture to a form.
 
-What one sees is drawn by assets/history.js from what `history_routes.py` serves. Where Python has to fill a form, the
+What one sees is drawn by assets/history.js from what `routes.py` serves. Where Python has to fill a form, the
 script clicks one of the hidden buttons laid out here, which send the picture's id along; an id is never trusted.
 """
 
@@ -17,13 +17,13 @@ import gradio as gr
 from flux2_studio.errors import StudioError
 from flux2_studio.images.reference_store import KeptReferences
 from flux2_studio.storage.history import History
+from flux2_studio.ui.forms.reference_names import names_in
+from flux2_studio.ui.forms.reference_panel import offer, offered_to, paths
+from flux2_studio.ui.forms.tabs import Form
+from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, listen
 from flux2_studio.ui.inspect_tab import GO_TO_FORM, fillable, filled, restoration
-from flux2_studio.ui.language import say, t, told
-from flux2_studio.ui.names import names_in
-from flux2_studio.ui.reference_panel import offer, offered_to, paths
-from flux2_studio.ui.tabs import Form
-from flux2_studio.ui.visitors import owner_of
-from flux2_studio.ui.wiring import Update, listen
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

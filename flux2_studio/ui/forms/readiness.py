@@ -15,12 +15,12 @@ from flux2_studio.events import Failed, Queued, Status
 from flux2_studio.images.references import fit_size, reference_size
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
-from flux2_studio.ui import show
-from flux2_studio.ui.lora_panel import choices
-from flux2_studio.ui.mask_panel import read_outpaint
-from flux2_studio.ui.reference_panel import paths
-from flux2_studio.ui.tabs import Form
-from flux2_studio.ui.wiring import follow, listen
+from flux2_studio.ui.forms.lora_panel import choices
+from flux2_studio.ui.forms.mask_panel import read_outpaint
+from flux2_studio.ui.forms.reference_panel import paths
+from flux2_studio.ui.forms.tabs import Form
+from flux2_studio.ui.gradio_compat.wiring import follow, listen
+from flux2_studio.ui.stage import show
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio

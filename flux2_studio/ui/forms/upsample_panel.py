@@ -17,10 +17,10 @@ from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.prompting.openai_server import ApiKey, no_writers
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
-from flux2_studio.ui import show
-from flux2_studio.ui.language import say, t, told
-from flux2_studio.ui.tabs import UPSAMPLING, Form, UpsamplingPanel
-from flux2_studio.ui.wiring import Update, follow, listen, stopper, tab_of
+from flux2_studio.ui.forms.tabs import UPSAMPLING, Form, UpsamplingPanel
+from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.gradio_compat.wiring import Update, follow, listen, stopper, tab_of
+from flux2_studio.ui.stage import show
 
 if TYPE_CHECKING:
     from flux2_studio.models.writers import WriterOffer

@@ -1,0 +1,292 @@
+"""The page in the browser. With app.py the only place that knows Gradio; it never touches torch."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from html import escape
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
+
+from flux2_studio.errors import StudioError
+from flux2_studio.explore.running import Explorations
+from flux2_studio.explore.variants import Wildcards
+from flux2_studio.images.references import MAX_BYTES
+from flux2_studio.images.thumbnails import Thumbnails
+from flux2_studio.jobs.journal import Journal
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.models.hub.library import Shelf
+from flux2_studio.settings import Settings
+from flux2_studio.storage.database import Database
+from flux2_studio.storage.history import History
+from flux2_studio.storage.own_presets import OwnPresets
+from flux2_studio.storage.presets import Presets
+from flux2_studio.ui import explore_tab, handlers, inspect_tab, models_tab
+from flux2_studio.ui.forms import fields, own_preset_panel, preset_panel, preset_use, tabs
+from flux2_studio.ui.forms.examples import Examples
+from flux2_studio.ui.gradio_compat import keys, language, wiring
+from flux2_studio.ui.gradio_compat.page import Page
+from flux2_studio.ui.gradio_compat.theme import StudioTheme
+from flux2_studio.ui.gradio_compat.visitors import Visitors
+from flux2_studio.ui.history import picker
+from flux2_studio.ui.history import tab as history_tab
+from flux2_studio.ui.history.original import Befores
+from flux2_studio.ui.history.routes import HistoryRoutes
+from flux2_studio.ui.stage import compare, queue_panel
+
+if TYPE_CHECKING:
+    from flux2_studio.studio import Studio
+
+SPACE_HOST, SPACE_PORT = "0.0.0.0", 7860  # where a Hugging Face Space looks for its app
+HOUR = 3600  # seconds
+UPLOADS_KEPT = 24 * HOUR
+
+TITLE = """<h1><span class="mark" aria-hidden="true"></span>flux2-studio</h1>
+<p data-i18n>Pictures with the FLUX.2 open models, made on this machine.</p>
+<div class="switches"><button id="keys" type="button" data-i18n aria-label="Keys" title="Keys (?)">?</button>
+<button id="look" type="button" data-i18n aria-label="Switch between light and dark">◐</button></div>"""
+
+
+def build(
+    studio: Studio,
+    jobs: JobQueue,
+    shelf: Shelf,
+    needs: models_tab.Needs = lambda _: "",
+    *,
+    may_change: bool = True,
+    history: History | None = None,
+    explorations: Explorations | None = None,
+) -> gr.Blocks:
+    """The page of `studio`, whose runs go through `jobs`; not launched yet.
+
+    needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether checkpoints of `shelf`
+    can be downloaded and deleted there. history: what its History tab shows; None for a page without one. explorations:
+    those of its Explore tab; None for new ones.
+    """
+    settings = studio.settings
+    default = settings.checkpoint(None)
+    examples = Examples.load(settings.assets / "examples")
+    with Page(
+        title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, UPLOADS_KEPT), fill_width=True
+    ) as page:
+        title = gr.HTML(f'{TITLE}<p id="policy" data-i18n>{escape(studio.guard.meaning)}</p>', elem_id="title")
+        keys.layout()
+        picker.layout()
+        with gr.Row(elem_id="desk"):
+            with gr.Column(scale=5, min_width=320, elem_id="forms"):
+                with gr.Column(elem_id="choice"):
+                    chosen = fields.checkpoint(settings.checkpoints, default.name)
+                    about = gr.HTML(fields.about(default, studio.on_disk(default)), elem_id="about")
+                    loading = gr.HTML(elem_id="loading")
+                with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabbed:
+                    forms = [
+                        layout(chosen, default, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)
+                    ]
+                    exploring = explore_tab.layout(forms)
+                    remembered = history_tab.layout() if history is not None else None
+                    inspection = inspect_tab.layout()
+                    models = models_tab.layout(shelf, needs, may_change=may_change)
+            with gr.Column(scale=7, min_width=320, elem_id="stage"):
+                queue = queue_panel.layout()
+                stage = tabs.stage(queue)
+        handlers.wire(
+            studio,
+            jobs,
+            examples,
+            page=page,
+            chosen=chosen,
+            about=about,
+            loading=loading,
+            tabs=tabbed,
+            forms=forms,
+            stage=stage,
+            queue=queue,
+        )
+        explore_tab.wire(
+            exploring,
+            studio,
+            explorations or explorations_of(settings, jobs),
+            Wildcards(settings.wildcards),
+            forms,
+            handlers.read_form,
+        )
+        presets = preset_panel.Shelf(Presets.load(settings.presets), OwnPresets(Database(settings.database)))
+        preset_use.wire_presets(studio, presets, forms)
+        own_preset_panel.wire_own_presets(studio, presets, forms)
+        models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
+        inspect_tab.wire(
+            inspection,
+            studio,
+            studio.signer,
+            studio.messages,
+            forms=forms,
+            chosen=chosen,
+            tabs=tabbed,
+            references=studio.kept,
+        )
+        if history is not None and remembered is not None:
+            history_tab.wire(
+                remembered, studio, history, forms=forms, chosen=chosen, tabs=tabbed, references=studio.kept
+            )
+    page.keep_status_at(title)
+    return page
+
+
+def serve(
+    settings: Settings,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    notes: Sequence[str] = (),
+) -> None:
+    """Show the page until it is interrupted, at http://127.0.0.1:7860 or the next free port unless told otherwise.
+
+    notes: a sentence about each file of the user's own folder that is no checkpoint.
+    Raises `StudioError` where the page cannot be started.
+    """
+    settings.prepare_process()
+    # These load torch, which only a started page needs.
+    from flux2_studio.images.reference_store import KeptReferences
+    from flux2_studio.models.hub.repositories import Hub
+    from flux2_studio.models.manager import ModelManager
+    from flux2_studio.stages.durations import Pace
+    from flux2_studio.studio import Studio, guard_of
+
+    if settings.on_space:
+        host, port = host or SPACE_HOST, port or SPACE_PORT
+    host = host or "127.0.0.1"
+    _check_host(host)
+    if port is not None and not 1 <= port <= 65535:
+        raise StudioError(f"There is no port {port}: choose one from 1 to 65535.")
+    hub = Hub(settings)  # one for runs and for the Models tab, so that they share downloads
+    guests = for_guests(settings, share)
+    exposed = guests or not _is_loopback(host)
+    database = Database(settings.database)
+    studio = Studio(
+        settings,
+        ModelManager(settings, hub),
+        guard=guard_of(settings, shared=exposed),
+        # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
+        kept=None if exposed else KeptReferences(settings.references),
+        pace=Pace(database),
+    )
+    thumbnails = Thumbnails(settings.thumbnails)
+    history = History(database, settings.outputs, settings.trash, forget=thumbnails.forget)
+    jobs = JobQueue(studio, Journal(database, settings.queue), history)
+    explorations = explorations_of(settings, jobs)
+    words = language.Words.load(settings.assets / "languages")
+    page = build(
+        studio,
+        jobs,
+        Shelf(settings, hub, notes),
+        studio.needs,
+        may_change=not guests,
+        history=history,
+        explorations=explorations,
+    )
+    if Path(get_upload_folder()) == settings.home / "uploads":
+        forget_uploads(settings.home / "uploads")
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            theme=StudioTheme(),
+            css_paths=[settings.assets / "style.css", settings.assets / "history.css"],
+            head=wiring.script(settings.assets)
+            + language.script(settings.assets)
+            + keys.scripts(settings.assets)
+            + compare.script(settings.assets)
+            + history_tab.script(settings.assets)
+            + picker.script(settings.assets),
+            allowed_paths=[
+                str(settings.outputs),
+                str(settings.assets / "examples"),
+                *([] if exposed else [str(settings.references)]),
+            ],
+            max_file_size=MAX_BYTES,
+            i18n=words,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            app_kwargs={
+                "middleware": [Middleware(Visitors)],
+                "routes": [
+                    *HistoryRoutes(
+                        history, thumbnails, studio.kept, Befores(history, studio.kept, settings.checkpoint)
+                    ).routes(),
+                    *queue_panel.routes(studio, jobs),
+                ],
+            },
+        )
+    except OSError as error:
+        where = f"Port {port}" if port else "Every port from 7860 on"
+        raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
+    # As Ctrl+C: Gradio then deletes its files. Before anybody is told that the page is open, and may want to end it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    jobs.resume()  # only now: a studio that cannot be opened leaves all as it was
+    explorations.go_on()
+    try:
+        sys.stdout.write(f"flux2-studio is open at {url}\n")
+        sys.stdout.flush()
+        page.block_thread()
+    except KeyboardInterrupt:  # before block_thread, which has an ear of its own for it
+        page.close()
+
+
+def explorations_of(settings: Settings, jobs: JobQueue) -> Explorations:
+    return Explorations(jobs, settings.home / "explorations", settings.outputs / "explore")
+
+
+def for_guests(settings: Settings, share: bool) -> bool:
+    """Whether anybody may come by: to a Space, or through a public link. They may not fill a disk, nor empty it.
+
+    The owner of such a link is none the better for it: Gradio's tunnel ends on this machine, so a guest looks the same.
+    """
+    return settings.on_space or share
+
+
+def forget_uploads(folder: Path) -> None:
+    """Delete the files in `folder` that are older than a day: those that a killed server left behind.
+
+    Gradio deletes only what its own process took in.
+    """
+    oldest = time.time() - UPLOADS_KEPT
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it
+        with suppress(OSError):  # another server's, or one that is not empty: it keeps
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif path.lstat().st_mtime < oldest:
+                path.unlink()
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`, one of its own addresses or names."""
+    address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0][4][0]
+    return ip_address(str(address).partition("%")[0]).is_loopback
+
+
+def _check_host(host: str) -> None:
+    """Whether this machine has that address at all; Gradio would try every port there."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise StudioError(
+            f"{host} is not an address of this machine: choose 127.0.0.1, 0.0.0.0 or one of its own with --host."
+        ) from error
