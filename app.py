@@ -22,9 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, notes = with_own_files(Settings.from_environment())
         for note in notes:
             sys.stderr.write(f"{note}\n")
-        from flux2_studio.ui import (
-            app as ui,  # Gradio takes seconds to import; help and a wrong setting need not wait for it
-        )
+        from flux2_studio.ui import app as ui
 
         ui.serve(settings, options.host, options.port, options.share, notes)
     except StudioError as error:

@@ -20,7 +20,11 @@ import torch
 
 from flux2_studio.checkpoints import DEV
 from flux2_studio.cli.main import main
-from flux2_studio.encode_server import (
+from flux2_studio.engine.text.encoder import Encoded, load_text_encoder
+from flux2_studio.errors import OutOfMemory, RemoteTextError, StudioError
+from flux2_studio.models import tensor_codec as wire
+from flux2_studio.models.remote_text import RemoteText
+from flux2_studio.remote.text_server import (
     COME_BACK,
     CONNECTIONS,
     MAX_BODY,
@@ -30,10 +34,6 @@ from flux2_studio.encode_server import (
     Handler,
     open_server,
 )
-from flux2_studio.engine.text.encoder import Encoded, load_text_encoder
-from flux2_studio.errors import OutOfMemory, RemoteTextError, StudioError
-from flux2_studio.models import wire
-from flux2_studio.models.remote_text import RemoteText
 from flux2_studio.request import MAX_PROMPT
 from flux2_studio.settings import Settings
 from tests.tiny import Toys

@@ -186,7 +186,7 @@ def run_encode_server(options: argparse.Namespace) -> int:
     settings, _ = _settings(options)
     settings.checkpoint(options.model)  # an unknown name is said before torch loads
     settings.prepare_process()
-    from flux2_studio.encode_server import open_server, serve
+    from flux2_studio.remote.text_server import open_server, serve
 
     with Progress(sys.stderr) as progress:
         server = open_server(settings, options.model, options.host, options.port, progress.show)

@@ -2,7 +2,7 @@
 
 It is asked as the service is that Hugging Face runs for FLUX.2 dev (diffusers' `Flux2RemoteTextEncoderStep` is its
 reference): POST {"prompt": [...]} with a bearer token, and a tensor [B, L, W] comes back as torch.save writes it. Our
-own `encode_server.py` gives safetensors instead, which we prefer, and tells how much of a prompt it left out.
+own `remote/text_server.py` gives safetensors instead, which we prefer, and tells how much of a prompt it left out.
 
 The other side may be slow, gone, someone else's, or hostile. Its answer is read up to the size that a context can have,
 looked at before it is used, and not followed anywhere: a redirect would take the token along. Nothing of its words, nor
@@ -34,7 +34,7 @@ from flux2_studio import __version__
 from flux2_studio.engine.params import TextRecipe
 from flux2_studio.engine.text.encoder import Encoded
 from flux2_studio.errors import RemoteTextError
-from flux2_studio.models import wire
+from flux2_studio.models import tensor_codec as wire
 
 if TYPE_CHECKING:
     from flux2_studio.models.hub.repositories import Progress

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flux2_studio.engine.params import TextRecipe
 from flux2_studio.errors import RemoteTextError
-from flux2_studio.models import wire
+from flux2_studio.models import tensor_codec as wire
 from flux2_studio.models.remote_text import LONGEST_WAIT, POLL, WAITS, RemoteText
 
 TOKEN = "secret-abcdefghijklmnop"

@@ -9,7 +9,7 @@ What cannot be done is answered with a status and {"error": "a sentence"}. Promp
 ones stay in memory with their contexts, for whoever asks again. One request is encoded at a time, a few wait, and who
 comes then is told to come back (503, Retry-After).
 
-`models/remote_text.py` is the client; `models/wire.py` has the formats.
+`models/remote_text.py` is the client; `models/tensor_codec.py` has the formats.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.engine.text.encoder import Encoded, open_text_encoder
 from flux2_studio.errors import OutOfMemory, StudioError
-from flux2_studio.models import wire
+from flux2_studio.models import tensor_codec as wire
 from flux2_studio.models.checkpoint_files import only_ever_replaced
 from flux2_studio.models.hub.repositories import Hub, Progress
 from flux2_studio.models.memory.available import is_out_of_memory
