@@ -6,6 +6,7 @@ That light modules load nothing heavy is tested in tests/process/test_imports.py
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,27 +18,26 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / PACKAGE).rglob("*.py"))]
 
 # Anyone may import these; they import only each other, and the plain sizes in engine/params.
 FOUNDATION = {"__init__", "errors", "events", "record", "request", "checkpoints", "settings"}
-# Everything else, from the bottom up: a module imports only what stands before it, or its own package.
-LAYERS = [
-    {"engine"},
-    {"answers"},
-    {"references", "pictures", "prompts", "chat_server", "presets"},
-    {"regions"},
-    {"models", "outputs", "safety", "upsample"},
-    {"working"},
-    {"enrichment", "drawing"},
-    {"timing"},
-    {"studio", "encode_server"},
-    {"sketches"},
-    {"line", "tasks"},
-    {"jobs"},
-    {"explore"},
-    {"ui"},
-    {"terminal"},
-    {"cli_models", "cli_inspect", "cli_presets"},
-    {"cli"},
-    {"__main__", "app"},
+# The folders, and the modules beside them, from the bottom up: each imports only what stands before it, or itself.
+ORDER = [
+    "engine",
+    "images",
+    "provenance",
+    "storage",
+    "models",
+    "safety",
+    "prompting",
+    "remote",
+    "stages",
+    "studio",
+    "jobs",
+    "explore",
+    "ui",
+    "cli",
+    "__main__",
+    "app",
 ]
+MODULES_IN_A_FOLDER = 13  # more have more than one subject
 
 
 def module_of(path: Path) -> str:
@@ -76,11 +76,9 @@ def importers(library: str) -> set[str]:
     return {module_of(path) for path in SOURCES if any(name.split(".")[0] == library for name in imports(path))}
 
 
-def layer(room: str) -> int:
-    for number, rooms in enumerate(LAYERS):
-        if room in rooms:
-            return number
-    pytest.fail(f"{room} has no place in LAYERS: decide what it may import, and add it")
+def place(room: str) -> int:
+    assert room in ORDER, f"{room} has no place in ORDER: decide what it may import, and add it"
+    return ORDER.index(room)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -93,7 +91,7 @@ def test_imports_point_down(path: Path) -> None:
         if here in FOUNDATION:
             assert there in FOUNDATION or name == f"{PACKAGE}.engine.params", f"{here} must not import {name}"
         elif there not in FOUNDATION and there != here:
-            assert layer(there) < layer(here), f"{here} must not import {name}"
+            assert place(there) < place(here), f"{here} must not import {name}"
 
 
 def test_gradio_only_in_the_page() -> None:
@@ -109,12 +107,12 @@ def test_hub_only_in_models() -> None:
     assert {room_of(module) for module in importers("huggingface_hub")} == {"models"}
 
 
-def test_openai_only_in_upsample() -> None:
-    assert importers("openai") == {f"{PACKAGE}.upsample"}
+def test_openai_only_where_prompts_are_enhanced() -> None:
+    assert importers("openai") == {f"{PACKAGE}.prompting.openai_server"}
 
 
 def test_c2pa_only_where_pictures_are_signed_and_read() -> None:
-    rooms = {f"{PACKAGE}.outputs.credentials", f"{PACKAGE}.outputs.credentials_reader"}
+    rooms = {f"{PACKAGE}.provenance.c2pa.credentials", f"{PACKAGE}.provenance.c2pa.reader"}
     assert importers("c2pa") == rooms, "untrusted pictures are parsed in a process of their own"
 
 
@@ -148,6 +146,13 @@ def test_environment_only_in_settings() -> None:
             if attribute or (name and {"environ", "getenv", "putenv"} & {alias.name for alias in node.names}):
                 readers.add(module_of(path))
     assert readers == {f"{PACKAGE}.settings"}
+
+
+def test_folders_are_small() -> None:
+    counts = Counter(path.parent for path in SOURCES if path.stem != "__init__")
+    beside = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
+    assert beside == FOUNDATION | {"studio", "__main__"}
+    assert {folder.name: count for folder, count in counts.items() if count > MODULES_IN_A_FOLDER} == {}
 
 
 def test_no_room_for_odds_and_ends() -> None:

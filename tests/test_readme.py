@@ -95,19 +95,6 @@ def test_variables_are_documented_and_exist() -> None:
     assert {name for name in documented if not name.startswith("HF_")} == overrides | own
 
 
-def test_tree_names_every_module() -> None:
-    tree = section("How it is built").split("```")[1]
-    listed = set(re.findall(r"^\s*([a-z0-9_]+\.py)\b", tree, re.MULTILINE))
-    modules = {path.name for path in (ROOT / "flux2_studio").rglob("*.py") if not path.name.startswith("__")}
-    assert listed == modules | {"app.py"}
-
-
-def test_files_to_edit_exist() -> None:
-    table = section("How it is built").split("| to change | edit |")[1]
-    for name in re.findall(r"`([a-z0-9_/]+\.(?:py|css))`", table):
-        assert (ROOT / name).is_file() or (ROOT / "flux2_studio" / name).is_file(), name
-
-
 def test_checkpoint_table() -> None:
     rows = re.findall(r"^\| `([a-z0-9-]+)` \|(.+)\|$", section("Checkpoints and hardware"), re.MULTILINE)
     assert [name for name, _ in rows] == [checkpoint.name for checkpoint in CHECKPOINTS]

@@ -2,7 +2,7 @@
 
 The models are diffusers' and transformers' own classes, so their folders are official by construction. The single-file
 layouts of Black Forest Labs are written by the mappings below, from the key names as published; they know nothing of
-`flux2_studio.engine.weights.loading`, which reads them. Weights are scaled so that activations stay of order one and every
+the engine's loader, which reads them. Weights are scaled so that activations stay of order one and every
 gate, scale, shift and norm leaves a trace in the output: a forgotten or swapped tensor cannot hide.
 """
 

@@ -1,8 +1,8 @@
 """Runs belong to the server, not to the browser tab: a job goes on when nobody looks, and anyone may come back to it.
 
 `submit` checks the request at once, so a mistake is told to the one who made it; a worker thread per device runs
-the jobs, in the order of `jobs/scheduler.py`. A checkpoint that somebody has merely chosen is loaded when nothing else is to be
-done. With a journal, runs belong to no process either: what a killed studio left is taken up by the next one.
+the jobs, in the order of `scheduler.py`. A checkpoint that somebody has merely chosen is loaded when nothing else is to
+be done. With a journal, runs belong to no process either: what a killed studio left is taken up by the next one.
 
 Cancelling takes effect between two denoising steps. Of an owner's drafts only the newest goes on.
 """

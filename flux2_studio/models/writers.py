@@ -1,7 +1,8 @@
 """Language models that write on this machine: a place in memory for one, and what the page says of each.
 
 Does: plans the memory of a language model that is to write, by itself: whole on the device, else with as few of its
-layers streamed as will do. Does not know: how it gets there (`manager.py`), what it writes (`prompting/openai_server.py`).
+layers streamed as will do. Does not know: how it gets there (`manager.py`), what it writes
+(`prompting/openai_server.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the stages of a run take, told to `outputs.pace`, and what that says of the next run: before the click."""
+"""What a run takes, learnt by `durations.py` from those that were done, and what that says of the next one."""
 
 from __future__ import annotations
 

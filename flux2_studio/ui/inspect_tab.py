@@ -1,7 +1,7 @@
 """The Inspect tab: what a picture says of how it was made, and one click that puts its settings back.
 
-What is looked at and what it amounts to is `provenance/inspect.py`'s. A file may come from anybody: all of its texts are
-escaped here, and none is ever rendered as HTML or Markdown.
+What is looked at and what it amounts to is `provenance/inspect.py`'s. A file may come from anybody: all of its texts
+are escaped here, and none is ever rendered as HTML or Markdown.
 """
 
 from __future__ import annotations

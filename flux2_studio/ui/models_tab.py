@@ -1,4 +1,4 @@
-"""The Models tab: every checkpoint as a card, with its download and its deletion. What is done is `models/hub/library.py`'s.
+"""The Models tab: every checkpoint as a card, with its download and its deletion, which `models/hub/library.py` does.
 
 The page looks at the shelf when the tab is opened, after every click, and once a second as long as something moves;
 nobody waits for a download. Every text that may come from a file or from the hub is escaped here or in `show`.

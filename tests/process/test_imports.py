@@ -12,21 +12,21 @@ HEAVY = ("torch", "transformers", "gradio", "huggingface_hub", "openai", "onnxru
 # In this order: what is imported once is there for all that follow, so the strictest come first.
 # Behind a module: what it must not import either.
 LIGHT = {
-    "outputs.credentials": ("c2pa", "cryptography", "PIL"),
-    "outputs.watermark": (),
+    "provenance.c2pa.credentials": ("c2pa", "cryptography", "PIL"),
+    "provenance.watermark": (),
     "errors": (),
     "events": (),
     "request": (),
     "checkpoints": (),
     "settings": (),
-    "jobs": (),
-    "tasks": (),
-    "references": (),
-    "presets": (),
-    "outputs.own_presets": (),
+    "jobs.queue": (),
+    "jobs.tasks": (),
+    "images.references": (),
+    "storage.presets": (),
+    "storage.own_presets": (),
     "safety.guard": (),
-    "upsample": (),
-    "cli": (),
+    "prompting.openai_server": (),
+    "cli.main": (),
 }
 HELP = (
     ["--help"],
@@ -63,7 +63,7 @@ for step, more in light.items():
     unwanted = (*heavy, *more)
     importlib.import_module(f"flux2_studio.{step}")
 unwanted = heavy
-from flux2_studio.cli import main
+from flux2_studio.cli.main import main
 
 for arguments in helps:
     step = " ".join(arguments)

@@ -1,9 +1,9 @@
 """The decoder of a Qwen3 or Mistral language model: cut after the last layer that is read, or whole.
 
 Does: token ids to hidden states at a few depths, joined per token; further tokens after those that are in a cache, to
-where the head begins; `TowerParams` from a config.json. Does not know: files, chat templates, padding (`encoder.py`), or
-how to write (`writer.py`). Our own, because transformers' models take
-five seconds of a core to import, before the first picture, and keep every layer's output where three are read.
+where the head begins; `TowerParams` from a config.json. Does not know: files, chat templates, padding
+(`encoder.py`), or how to write (`writer.py`). Our own, because transformers' models take five seconds of a core to
+import, before the first picture, and keep every layer's output where three are read.
 
     x [B, L, W] -> x + attention(norm(x)) -> x + mlp(norm(x)), for each layer
 

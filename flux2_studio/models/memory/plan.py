@@ -1,8 +1,8 @@
 """The memory plan: before anything is loaded, what a request will take at each stage, and how it is made to fit.
 
-Does: predicts each stage's peak (weights from the files' headers, activations from `engine/runtime/footprint.py`) and takes
-the quickest way that stays within a budget. Does not know: how memory is moved (`residency.py`), how much there is
-(`available.py`).
+Does: predicts each stage's peak (weights from the files' headers, activations from the engine's `footprint.py`) and
+takes the quickest way that stays within a budget. Does not know: how memory is moved (`residency.py`), how much there
+is (`available.py`).
 
 From quick to slow: all parts stay on the device; the text encoder leaves after the prompt and the rest stays; the same
 with blocks streamed, that is, with as many as must be waiting in main memory and passing through two buffers at every
