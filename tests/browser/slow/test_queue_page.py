@@ -22,7 +22,7 @@ def test_a_run_that_ended_meanwhile_is_shown(open_page: Callable[[], Page], cont
     first = open_page()
     write(first, "generate", "a sunflower")
     set_size(first, "generate", 256, 256)
-    set_count(first, "generate", 16)  # it is not over before its page is closed
+    set_count(first, "generate", 5)  # it is not over before its page is closed
     run(first, "generate")
     expect(first.locator("#generate .seed input")).not_to_have_value("")  # it has begun
     first.close()
@@ -31,7 +31,7 @@ def test_a_run_that_ended_meanwhile_is_shown(open_page: Callable[[], Page], cont
         assert time.monotonic() < deadline, "the run does not end"
         time.sleep(0.2)
     second = open_page()
-    expect_finished(second, 16)
+    expect_finished(second, 5)
     expect(second.locator("#notices")).to_contain_text("This run ended while the page was closed.")
     assert settings(second)["Prompt"] == "a sunflower"
     second.reload()
