@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,3 +93,11 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
 
     torch.set_num_threads(1)  # toys are too small for more: threads would only wait for each other
     return Toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gradio_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Gradio copies files into a folder of this run: its own is shared by all users of a machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        yield
