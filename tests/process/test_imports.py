@@ -95,5 +95,5 @@ def test_light_modules_and_help_import_nothing_heavy() -> None:
 
 
 def test_a_heavy_import_is_reported_with_its_importer() -> None:
-    (found,) = run({"outputs.watermark": ("numpy",)})
-    assert found.startswith("outputs.watermark: numpy, by ") and "/flux2_studio/outputs/watermark.py:" in found
+    (found,) = run({"provenance.watermark": ("numpy",)})
+    assert found.startswith("provenance.watermark: numpy, by ") and "/flux2_studio/provenance/watermark.py:" in found

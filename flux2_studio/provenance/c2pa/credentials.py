@@ -34,7 +34,7 @@ from flux2_studio.provenance.identity import Identity, known_identity, load_iden
 
 MAX_BYTES = 200 * 10**6  # of a picture to be read, as for references
 MAX_MANIFESTS = 16 * 10**6  # bytes that the references' credentials may add to a picture
-READER = Path(__file__).with_name("credentials_reader.py")
+READER = Path(__file__).with_name("reader.py")
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 USAGES = "\n".join(  # the extended key usages that C2PA allows; the library, left alone, knows only the first
