@@ -16,7 +16,8 @@ from tests.command_line import DEADLINE, ROOT
 def test_a_missing_library_is_told(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['c2pa'] = None; from pathlib import Path; "
-        "from flux2_studio.errors import CredentialsError; from flux2_studio.provenance.c2pa import credentials, reader\n"
+        "from flux2_studio.errors import CredentialsError; "
+        "from flux2_studio.provenance.c2pa import credentials, reader\n"
         "try: credentials.Signer(Path(sys.argv[1])).identity\n"
         "except CredentialsError as error: print(error)\n"
         "print(reader.read(b'', {}))"
