@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from flux2_studio.checkpoints import NANO
 from flux2_studio.settings import Settings
-from flux2_studio.ui import serve
+from flux2_studio.ui.app import serve
 from tests.models.fake_hub import CHECKPOINT, OTHER
 _, home, port = sys.argv
 settings = Settings(home=Path(home), checkpoints=(NANO, CHECKPOINT, OTHER), device="cpu", preview="off")

@@ -86,7 +86,7 @@ def test_ctrl_c_stops_between_steps(home: Home) -> None:
 SLEEPS = """
 import time
 from concurrent.futures import ThreadPoolExecutor
-from flux2_studio import cli
+from flux2_studio.cli import main as cli
 with cli.stop_on_interrupt(), ThreadPoolExecutor(1) as pool:
     print("ready", flush=True)
     pool.submit(time.sleep, 3600).result()

@@ -14,8 +14,8 @@ PROGRAM = """
 import resource, sys
 from pathlib import Path
 from flux2_studio.errors import SaveError
-from flux2_studio.outputs.kept import KeptReferences
-from flux2_studio.outputs.save import Library
+from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.storage.library import Library
 from flux2_studio.request import Request
 
 folder, most = Path(sys.argv[1]), int(sys.argv[2])

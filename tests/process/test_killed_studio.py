@@ -22,7 +22,7 @@ DRAWS = """
 import os, signal, sys
 from pathlib import Path
 from flux2_studio.events import Saved
-from flux2_studio.jobs import JobQueue
+from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio

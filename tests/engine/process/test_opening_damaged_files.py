@@ -20,8 +20,8 @@ OPEN_ALL = """
 import resource, sys, time
 from pathlib import Path
 import torch
-from flux2_studio.engine.lora_file import open_lora
-from flux2_studio.engine.weights import open_autoencoder, open_transformer
+from flux2_studio.engine.lora.file import open_lora
+from flux2_studio.engine.weights.loading import open_autoencoder, open_transformer
 from flux2_studio.errors import StudioError
 
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -31,7 +31,7 @@ def test_a_killed_program_loses_nothing(fake: FakeHub, tmp_path: Path) -> None:
     fake.hold_at = HELD
     program = f"""
 from pathlib import Path
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, settings, silent
 there = Path({str(tmp_path)!r})
 Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}).locate(FLOW, silent)
@@ -57,7 +57,7 @@ def test_two_programs_take_turns(fake: FakeHub, tmp_path: Path) -> None:
     fake.hold_at = HELD
     program = f"""
 from pathlib import Path
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, settings, silent
 there = Path({str(tmp_path)!r})
 print(Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}).locate(FLOW, silent))

@@ -22,7 +22,7 @@ def test_the_hubs_own_variables_are_honoured(fake: FakeHub, tmp_path: Path) -> N
     program = f"""
 from pathlib import Path
 from flux2_studio.errors import DownloadError
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, VAE, settings, silent
 ours = Hub(settings(Path({str(tmp_path)!r})))
 print(ours.on_disk(VAE), ours.locate(VAE, silent).weights)
@@ -52,7 +52,7 @@ def test_a_drive_that_fills_up(fake: FakeHub, tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 from flux2_studio.errors import DownloadError
-from flux2_studio.models.hub import Hub
+from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, settings, silent
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 try:

@@ -17,8 +17,8 @@ def test_a_killed_server_leaves_a_paused_download(fake: FakeHub, tmp_path: Path)
 import time
 from pathlib import Path
 from dataclasses import replace
-from flux2_studio.models.hub import Hub
-from flux2_studio.models.shelf import Shelf
+from flux2_studio.models.hub.repositories import Hub
+from flux2_studio.models.hub.library import Shelf
 from tests.models.fake_hub import CHECKPOINT, settings
 there = Path({str(tmp_path)!r})
 known = replace(settings(there), checkpoints=(CHECKPOINT,), default_checkpoint={NAME!r})

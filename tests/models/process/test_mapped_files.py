@@ -35,8 +35,8 @@ USE = """
 import hashlib, json, os, sys
 from pathlib import Path
 import torch
-from flux2_studio.models.hub import Hub
-from flux2_studio.models.opened import Opener
+from flux2_studio.models.hub.repositories import Hub
+from flux2_studio.models.checkpoint_files import Opener
 from flux2_studio.settings import Settings
 
 home, copies = Path(sys.argv[1]), json.loads(sys.argv[2])
