@@ -220,7 +220,9 @@ def _product(codes: Tensor, scale: Tensor, part: StoredMatrix, kind: EightBit, s
     of_outputs = part.scale if len(part.scale) == 1 else part.scale[start:stop]
     columns = of_outputs.t().expand(1, stop - start)
     if kind == "int8":
-        return torch._int_mm(codes, matrix).float() * scale * columns
+        # On a processor without VNNI, torch._int_mm adds pairs of products in 16 bits, which overflow.
+        product = torch._int_mm(codes, matrix) if codes.is_cuda else codes.int() @ matrix.int()
+        return product.float() * scale * columns
     # bfloat16 is the only result that the row-wise kernels give
     return torch._scaled_mm(codes, matrix, scale_a=scale, scale_b=columns.contiguous(), out_dtype=torch.bfloat16)
 
