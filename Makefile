@@ -51,7 +51,7 @@ test-processors: $(VENV)/installed-tests
 	done
 
 test-times: $(VENV)/installed-tests
-	@$(BIN)/python -m tests.times
+	@$(BIN)/python -m tests.times $(ARGS)
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .

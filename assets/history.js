@@ -10,6 +10,7 @@
   let entries = [];  // as /history/page gives them, newest first
   let more = null;  // the cursor of the next page
   let asking = 0;  // the number of the last question: an older one's answer is not shown
+  let listed = 0;  // the number of the question that the list answers
   let loading = false;
   let changes = 0;  // made here: a list that was asked for before one of them is out of date
   let shown = null;  // the id of the picture that is open, or about to be
@@ -152,6 +153,7 @@
     if (mine !== asking) return;
     entries = page.entries;
     more = page.more;
+    listed = mine;
     picked.clear();
     opened(page);
     part('.grid').replaceChildren(...entries.map(tile));
@@ -159,7 +161,8 @@
     fill();  // not awaited: the first page is there
   });
   const extend = told(async () => {
-    if (!more || loading) return;
+    // While another question is on its way, `more` is the end of the list before it.
+    if (!more || loading || listed !== asking) return;
     loading = true;
     const mine = asking;
     try {

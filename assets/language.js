@@ -5,7 +5,7 @@
   const PREFIX = 'flux2-studio: ';
   const tables = () => window.gradio_config?.i18n_translations ?? {};
   const first = navigator.language || navigator.languages[0] || 'en';
-  // As Gradio's page chooses, and language_of in ui/language.py.
+  // As Gradio's page chooses, and language_of in ui/gradio_compat/language.py.
   const language = () => [first, first.split('-')[0]].find((name) => Object.hasOwn(tables(), name)) ?? 'en';
 
   // `text` (English) in the reader's language, with its {placeholders} filled: for textContent and attributes.

@@ -57,7 +57,7 @@ Safety = Literal["auto", "on", "warn", "off"]
 
 # In a repository both folders stand beside the package, in an installed wheel inside it.
 _PACKAGE = Path(__file__).resolve().parent
-ASSETS = next(folder for folder in (_PACKAGE / "assets", _PACKAGE.parent / "assets") if folder.is_dir())
+ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent / "assets"
 PRESETS = ASSETS.parent / "presets"
 
 

@@ -280,7 +280,7 @@ class Studio:
             pictures = yield from draw(run, drawn, [record], 1, conditions, Timer())
             assert pictures is not None, "one picture is not made in parts"
             ask, told = asking_of(run)
-            picture, kept = settled(pictures[0], resolved, region, run.first)
+            picture, kept = settled(pictures[0][0], resolved, region, run.first)
             yield from finished.fresh([*told, *kept, *self.guard.output(picture, ask)])
             yield Drafted(request=resolved, image=picture, seconds=time.monotonic() - began)
         except Cancelled:
@@ -453,6 +453,7 @@ class Studio:
             drawn = yield from run.working(partial(run.session.draw, pictures=together))
             yield from finished.fresh([*(lora.report.text for lora in drawn.applied), *drawn.notes])
             watch.lap()
+            planned = run.session.plan
             records = [self._record(run, drawn, fingerprint, seed, i, together) for i, seed in enumerate(seeds)]
             pictures = yield from draw(run, drawn, records, len(waiting), conditions, timer)
             if pictures is None:
@@ -460,10 +461,11 @@ class Studio:
                 self._models.release_scratch()
                 yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
                 continue
-            decoded = {"autoencoder": strips(run.session.plan)}  # known only now: memory may have run out
-            for picture, record in zip(pictures, records, strict=True):
-                yield from self._finish(run, picture, replace(record, computed={**record.computed, **decoded}))
-            if self._pace is not None:
+            for (picture, decoded), record in zip(pictures, records, strict=True):  # memory may have run out meanwhile
+                yield from self._finish(
+                    run, picture, replace(record, computed={**record.computed, "autoencoder": decoded})
+                )
+            if self._pace is not None and run.session.plan is planned:  # else it took some tries
                 way = self._way(run.request, run.session.checkpoint, run.session.plan)
                 finishing = max(0.0, watch.lap() - sum(timer.batch))
                 learn(self._pace, way, run, timer, pictures=len(seeds), finishing=finishing, once=once)

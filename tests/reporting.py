@@ -67,12 +67,12 @@ class Report:
         outcome: str = report.outcome  # pytest-rerunfailures adds "rerun"
         if outcome == "rerun":
             self._repeats.append((report.nodeid, report.longreprtext))
-            self._print(f"REPEATED {report.nodeid}: {last_line(report)}")
+            self._print(f"REPEATED {report.nodeid}: {reason(report)}")
             return
         if outcome == "failed":
             outcomes["failed"] += 1
-            self._failures.append((report.nodeid, last_line(report)))
-            self._print(f"FAILED {report.nodeid}: {last_line(report)}", red=True)
+            self._failures.append((report.nodeid, reason(report)))
+            self._print(f"FAILED {report.nodeid}: {reason(report)}", red=True)
         elif outcome == "skipped":
             outcomes["skipped"] += 1
             if isinstance(report.longrepr, tuple):
@@ -165,8 +165,10 @@ def minutes(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
-def last_line(report: pytest.TestReport) -> str:
+def reason(report: pytest.TestReport) -> str:
     """Why a test failed, in one line."""
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = str(crash.message if crash else report.longreprtext).strip()
-    return text.splitlines()[0][:200] if text else report.when or ""
+    lines = [line for line in (crash.message if crash else report.longreprtext).splitlines() if line.strip()]
+    if not lines:
+        return report.when or ""
+    return str(lines[0] if crash else lines[-1]).strip()[:200]  # a traceback without a summary ends with the error

@@ -54,6 +54,38 @@ def test_a_checkpoint_that_a_run_still_loads_is_not_ready() -> None:
     jobs.close()
 
 
+def test_what_another_checkpoint_displaces_is_not_loaded() -> None:
+    studio = ScriptedStudio(fox=four_steps)
+    jobs = JobQueue(studio)
+    follow(jobs.submit(Request(prompt="fox")))
+    other = jobs.prepare("nano-base")  # takes for ever
+    for _, event in other.events(timeout=PATIENCE):
+        if isinstance(event, Status):
+            break
+    again = jobs.prepare("nano")
+    assert not isinstance(again.newest(), Ready) or studio.ran[-1] == "prepare nano"
+    assert follow(again)[-1] == Ready(checkpoint="nano")
+    jobs.close()
+    assert studio.ran == ["fox", "prepare nano-base", "prepare nano"]
+
+
+def test_choosing_what_is_loaded_again_drops_what_was_to_be_loaded() -> None:
+    studio = ScriptedStudio(fox=four_steps)
+    jobs = JobQueue(studio)
+    follow(jobs.submit(Request(prompt="fox")))
+    gate = Gate()
+    studio.scripts["gate"] = gate
+    job = jobs.submit(Request(prompt="gate"))
+    assert gate.begun.wait(PATIENCE)
+    other = jobs.prepare("nano-base")
+    assert jobs.prepare("nano").newest() == Ready(checkpoint="nano")
+    assert isinstance(other.newest(), Stopped)
+    gate.go.set()
+    follow(job)
+    jobs.close()
+    assert studio.ran == ["fox", "gate"]
+
+
 def test_a_preparation_that_was_stopped_has_loaded_nothing() -> None:
     studio = ScriptedStudio(fox=four_steps)
     jobs = JobQueue(studio)

@@ -1,9 +1,14 @@
-"""Prints, as a table in Markdown, where the last run of the tests spent its time: `python -m tests.times`."""
+"""Prints, as a table in Markdown, where a run of the tests spent its time: `python -m tests.times [FOLDER]`.
+
+FOLDER is where the run kept its times; without it, that of the last run but those of `make test-all`.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from pathlib import Path
 
 from tests.reporting import RESULTS, file_of, minutes, seconds_by_file
 
@@ -27,7 +32,10 @@ def table(tests: dict[str, float]) -> str:
 
 
 def main() -> None:
-    run = json.loads((RESULTS / "times.json").read_text(encoding="utf-8"))
+    file = Path(sys.argv[1] if len(sys.argv) > 1 else RESULTS) / "times.json"
+    if not file.is_file():
+        sys.exit(f"{file} is not there: run the tests first.")
+    run = json.loads(file.read_text(encoding="utf-8"))
     print(table(run["tests"]))
     print(f"\n{minutes(run['wall'])} on {run['workers']} workers.")
 

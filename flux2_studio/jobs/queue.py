@@ -215,14 +215,15 @@ class JobQueue:
         """Have `checkpoint` loaded as soon as no run is to be done. Whatever was to be prepared before is not."""
         wanted = Preparation(checkpoint, owner)
         with self._changed:
-            if self._loaded == checkpoint and not self._closed:
-                wanted.add(Ready(checkpoint=checkpoint))
-                return wanted
             for earlier in (self._wanted, self._running):
                 if isinstance(earlier, Preparation):
                     if earlier.checkpoint == checkpoint and not earlier.cancelled:
                         return earlier
                     earlier.cancel()
+            self._wanted = None
+            if self._loaded == checkpoint and not self._closed:
+                wanted.add(Ready(checkpoint=checkpoint))
+                return wanted
             if self._closed:
                 wanted.cancel()
             elif isinstance(self._running, Job):
@@ -342,13 +343,15 @@ class JobQueue:
                 if self._waiting:
                     job = line.take(self._waiting, self._loaded)
                     self._running = job
-                    if job.leaves != self._loaded:
-                        self._loaded = None  # until the run shows that its own is
+                    if job.leaves != self._loaded or job.request.upsampling.by == "local":
+                        self._loaded = None  # until the run shows that its own is: a language model may take its place
                     self._tell_places()
                     return job
                 if self._closed:
                     return None
                 if self._wanted is not None:
+                    if self._wanted.checkpoint != self._loaded:
+                        self._loaded = None  # it makes room for the other
                     self._running, self._wanted = self._wanted, None
                     return self._running
                 self._changed.wait()

@@ -315,6 +315,7 @@ class ModelManager:
             latents=self._latents,
             compiled=self.compiled,
             replayed=self.replayed,
+            streaming=self._streaming,
         )
 
     def _strip(self, model: Any) -> None:
@@ -359,6 +360,7 @@ class Session:
         latents: RememberingReferences,
         compiled: CompiledBlocks,
         replayed: ReplayedRuns,
+        streaming: bool,
     ) -> None:
         self.checkpoint = opened.checkpoint
         self.plan = plan
@@ -376,6 +378,7 @@ class Session:
         self._workload = workload
         self._compiled = compiled
         self._replayed = replayed
+        self._streaming = streaming
 
     def encode(self, prompts: Sequence[str], progress: Progress) -> Encoded:
         """The contexts of `prompts`; only those that are not remembered are read."""
@@ -462,7 +465,7 @@ class Session:
 
     def decode_leaner(self) -> bool:
         """Have `decode` take less memory from now on, after it ran out. False where it cannot."""
-        leaner = leaner_decoding(self.plan, self._workload.height, self._residency.device)
+        leaner = leaner_decoding(self.plan, self._workload.height, streaming=self._streaming)
         if leaner is None:
             return False
         self.plan = leaner

@@ -275,8 +275,9 @@ def draw(
     waiting: int,
     conditions: Conditions,
     timer: Timer,
-) -> Generator[Event, None, list[Image.Image] | None]:
-    """The pictures of `records`, drawn as one batch with a Preview per step; None if they do not fit into memory.
+) -> Generator[Event, None, list[tuple[Image.Image, str]] | None]:
+    """The pictures of `records`, drawn as one batch with a Preview per step, and how each was decoded (see `strips`);
+    None if they do not fit into memory.
 
     waiting: how many pictures of the request are not done yet, these included.
     """
@@ -289,8 +290,8 @@ def draw(
             )
         pictures = []
         for latent in latents.split(1):
-            pixels = yield from decode(run, latent)
-            pictures += [visible(image, run.request) for image in images_from_pixels(pixels)]
+            (image,) = images_from_pixels((yield from decode(run, latent)))
+            pictures.append((visible(image, run.request), strips(run.session.plan)))
         return pictures
     except (RuntimeError, MemoryError) as error:
         if len(records) == 1 or not is_out_of_memory(error):

@@ -190,13 +190,14 @@ class Plan:
         return " ".join(told)
 
 
-def leaner_decoding(plan: Plan, height: int, device: torch.device) -> Plan | None:
+def leaner_decoding(plan: Plan, height: int, *, streaming: bool) -> Plan | None:
     """`plan`, for a picture `height` pixels high, with a decoding that takes less memory: first with the autoencoder
-    alone on the device, then in lower and lower strips. None where it cannot take less."""
+    alone on the device, then in lower and lower strips. None where it cannot take less. streaming: as in `make_plan`.
+    """
     stage = plan.stage(DECODING)
     alone = replace(stage, together=stage.parts, activations=max(stage.activations, plan.limit - stage.weights))
     if alone == stage:
-        ways = _strips(height, apart=device.type == "cuda")
+        ways = _strips(height, apart=streaming)
         lower = ways[ways.index((stage.rows, stage.store)) + 1 :]
         if not lower:
             return None

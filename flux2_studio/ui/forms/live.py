@@ -102,6 +102,8 @@ def wire_live(
                 return {stage.progress: show.hint(say(EMPTY))}
             try:
                 asked = await asyncio.to_thread(read, locked, laid_out_for, aspect, values)  # a mask is decoded
+                if watch.following:  # a run began meanwhile
+                    return gr.skip()
                 latest.draft = jobs.draft(asked, owner_of(request))
             except StudioError as error:
                 return {stage.progress: show.hint(say("Live: {problem}", problem=told(str(error))))}

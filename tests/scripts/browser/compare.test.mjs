@@ -9,7 +9,7 @@ const STYLE = `body { margin: 0; } figure { position: relative; margin: 0; width
   .comparison:not([hidden]) { position: absolute; bottom: 0; left: 0; } [hidden] { display: none !important; }
   dialog { margin: 0; padding: 0; border: 0; }`;
 
-// On the stage: what HOLDING of ui/compare.py connects.
+// On the stage: what HOLDING of ui/stage/compare.py connects.
 const stage = async (t, options = {}) => {
   const markup = `<div id="compare">${MARKUP.hold}</div>`;
   const it = await open(t, {scripts: ['compare.js'], markup, style: STYLE, ...options});
