@@ -96,13 +96,16 @@ def wire_live(
             aspect: str,
             **values: Any,
         ) -> Any:
-            if not on or watch.following or not studio.settings.checkpoint(values["checkpoint"]).quick:
+            def runs() -> bool:
+                return watch.following
+
+            if not on or runs() or not studio.settings.checkpoint(values["checkpoint"]).quick:
                 return gr.skip()
             if not str(values["prompt"]).strip():
                 return {stage.progress: show.hint(say(EMPTY))}
             try:
                 asked = await asyncio.to_thread(read, locked, laid_out_for, aspect, values)  # a mask is decoded
-                if watch.following:  # a run began meanwhile
+                if runs():  # one began meanwhile
                     return gr.skip()
                 latest.draft = jobs.draft(asked, owner_of(request))
             except StudioError as error:
