@@ -15,13 +15,13 @@ from flux2_studio.checkpoints import DEV, KLEIN_4B
 from flux2_studio.engine.flux.transformer import ReferenceCache, Rope, Transformer
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
 from flux2_studio.engine.runtime import footprint
+from flux2_studio.engine.runtime.processor import has_bfloat16
 from flux2_studio.engine.text.encoder import open_text_encoder
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
 from flux2_studio.engine.weights.gguf import BLOCKS, GGUFMatrix
 from flux2_studio.engine.weights.loading import Storage
 from flux2_studio.engine.weights.quantize import CHUNK, QuantizedLinear, quantize
-from flux2_studio.models.memory.choices import has_bfloat16
 from tests.tiny import Toys
 
 CPU = torch.device("cpu")
@@ -161,13 +161,14 @@ def test_the_transformer(
         references=references,
         reference_cache=reference_cache,
         quantized=bool(held),
+        on_cpu=True,
     )
     agree(predicted, evaluated(params, dtype, batch, tokens, 64, references, reference_cache, held))
 
 
 def test_what_the_thirstiest_format_takes_beyond_the_one_that_stands_for_all() -> None:
     """Under 2.5 bytes for each value that is restored at a time: beside a real model's activations, next to nothing."""
-    predicted = footprint.transformer_bytes(WIDE, HALF, batch=1, tokens=128, text=64, quantized=True)
+    predicted = footprint.transformer_bytes(WIDE, HALF, batch=1, tokens=128, text=64, quantized=True, on_cpu=True)
     found = evaluated(WIDE, HALF, 1, 128, 64, 0, False, "Q6_K")
     restored = WIDE.hidden * (3 * WIDE.hidden + 2 * WIDE.mlp)
     assert restored < CHUNK and 0 < found - predicted < 2.5 * restored

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flux2_studio.checkpoints import DEV, GB, KLEIN_4B, KLEIN_BASE_4B, NANO, Checkpoint, Part
+from flux2_studio.engine.runtime.processor import has_bfloat16
 from flux2_studio.engine.vae.preview import AutoencoderPreview, LinearPreview, TinyPreview
 from flux2_studio.engine.weights.loading import open_autoencoder, open_transformer
 from flux2_studio.engine.weights.quantize import QuantizedLinear
@@ -22,7 +23,7 @@ from flux2_studio.errors import DeviceError, OutOfMemory, WeightsError
 from flux2_studio.models.checkpoint_files import check_fit
 from flux2_studio.models.hub.repositories import Hub, PartFiles, Progress
 from flux2_studio.models.manager import ModelManager, Session
-from flux2_studio.models.memory.choices import choose_device, choose_dtype, choose_storage, has_bfloat16
+from flux2_studio.models.memory.choices import choose_device, choose_dtype, choose_storage
 from flux2_studio.models.memory.plan import DRAWING, ORDER, PROMPT, Workload
 from flux2_studio.settings import Settings
 from tests.tiny import Toys

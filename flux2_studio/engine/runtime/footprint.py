@@ -17,6 +17,8 @@ The layouts depend on the processor, see `_channel_block`. Channels in blocks of
 Where channels come last (processors with matrix units, AMX) nothing is padded, but torch's `mkldnn_to_dense` copies the
 result twice: step 2 has three of them. A 1x1 convolution in bfloat16 with blocks also sums into a float32 result.
 Without oneDNN, torch writes out the input once for each position of the kernel (im2col), and nothing for a 1x1 kernel.
+Linear layers in bfloat16 sum into a float32 result where oneDNN takes bfloat16 and the processor has no instructions
+for it.
 Not counted: a buffer for each thread, of about 0.2 MB.
 """
 
@@ -37,6 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from flux2_studio.engine.flux.transformer import ReferenceCache, Rope, Transformer
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
+from flux2_studio.engine.runtime.processor import has_bfloat16
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
 from flux2_studio.engine.weights.quantize import QuantizedLinear, quantize
@@ -44,6 +47,7 @@ from flux2_studio.engine.weights.quantize import QuantizedLinear, quantize
 META = torch.device("meta")
 HOST = torch.device("cpu")
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
+_PRODUCTS = (torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 SEEN = 256  # stages whose figure is remembered: a page asks for the same ones again and again
 
 
@@ -58,11 +62,13 @@ def transformer_bytes(
     references: int = 0,
     reference_cache: bool = False,
     quantized: bool = False,
+    on_cpu: bool = False,
 ) -> int:
     """Peak of one evaluation of the transformer, with the keys and values that a reference cache keeps after it.
 
     batch: rows (twice the pictures under classifier-free guidance). tokens, text, references: of each row. quantized:
-    whether the blocks' weights are held in few bits, and restored layer by layer.
+    whether the blocks' weights are held in few bits, and restored layer by layer. on_cpu: whether this machine's
+    processor computes it.
     """
     shallow = replace(params, double_blocks=min(2, params.double_blocks), single_blocks=min(2, params.single_blocks))
     cached = references if reference_cache else 0
@@ -81,7 +87,11 @@ def transformer_bytes(
         guidance = torch.empty(batch) if params.guidance_embedding else None
     cache = ReferenceCache(cached) if cached else None
     peak = peak_bytes(
-        lambda: model(*inputs, Rope(angles, angles), guidance, outputs=tokens, cache=cache), *inputs, angles, angles
+        lambda: model(*inputs, Rope(angles, angles), guidance, outputs=tokens, cache=cache),
+        *inputs,
+        angles,
+        angles,
+        on_cpu=on_cpu,
     )
     return peak + kept_bytes(params, dtype, batch, cached) - kept_bytes(shallow, dtype, batch, cached)
 
@@ -147,7 +157,7 @@ def tiny_decode_bytes(dtype: torch.dtype, batch: int, width: int, height: int, *
 def peak_bytes(run: Callable[[], Any], *inputs: Tensor, on_cpu: bool = False) -> int:
     """The bytes alive at once, at most, while `run` works on meta tensors; `inputs` are those alive before it.
 
-    on_cpu: whether convolutions are those of this machine's processor.
+    on_cpu: whether convolutions and linear layers are those of this machine's processor.
     """
     counter = _Counter(inputs, on_cpu)
     with torch.inference_mode(), _LeanAttention(), counter:
@@ -169,7 +179,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, inputs: tuple[Tensor, ...], on_cpu: bool) -> None:
         super().__init__()
-        self._workspace = _cpu_workspace if on_cpu else _gpu_workspace
+        self._on_cpu = on_cpu
         self._alive: dict[int, int] = {}
         self._live = self.peak = sum(tensor.nbytes for tensor in inputs)
 
@@ -181,7 +191,11 @@ class _Counter(TorchDispatchMode):
         known = {
             tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
         }
-        workspace = self._workspace(args[0], args[1], out) if func in _CONVOLUTIONS else 0
+        workspace = 0
+        if func in _CONVOLUTIONS:
+            workspace = (_cpu_workspace if self._on_cpu else _gpu_workspace)(args[0], args[1], out)
+        elif func in _PRODUCTS and self._on_cpu and out.dtype is torch.bfloat16 and _converts_bfloat16():
+            workspace = 4 * out.numel()
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device == META:
                 storage = tensor.untyped_storage()
@@ -233,6 +247,10 @@ def _channel_block(dtype: torch.dtype) -> int | None:
     with torch.inference_mode():
         out = F.conv2d(x.to_mkldnn(dtype), weight.to_mkldnn(dtype), padding=1)  # [1, 1, 8, 8]
     return int(torch.ops.mkldnn._nbytes(out)) // (out.numel() * dtype.itemsize)
+
+
+def _converts_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not has_bfloat16()
 
 
 class _LeanAttention(TorchFunctionMode):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from flux2_studio.checkpoints import Checkpoint, Part
+from flux2_studio.engine.runtime.processor import has_bfloat16
 from flux2_studio.engine.weights.loading import Storage
 from flux2_studio.errors import DeviceError
 
@@ -61,11 +62,6 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
     if name == "float16" and part.kind != "flow":
         name = "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def has_bfloat16() -> bool:
-    """Whether this machine's processor has fast products and convolutions in bfloat16 (AVX-512, say)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_storage(quantize: str, dtype: str, device: torch.device, part: Part) -> Storage:

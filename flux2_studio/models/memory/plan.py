@@ -430,6 +430,7 @@ def _drawing(needs: Needs, workload: Workload, batch: int, device: torch.device,
             references=kept,
             reference_cache=needs.reference_cache,
             quantized=needs.flow_quantized,
+            on_cpu=on_cpu,
         )
         if not needs.previews:
             return state + evaluation
