@@ -46,7 +46,7 @@ class Falconsai:
         import torch
 
         model, nsfw = self._model
-        side = int(model.config.image_size)  # type: ignore[arg-type]  # for others of its kind it may be a pair
+        side = int(model.config.image_size)  # for others of its kind it may be a pair
         # As its preprocessor_config.json has it: bilinear, whatever the aspect, then to -1..1.
         pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 127.5 - 1
         with torch.inference_mode():
