@@ -23,6 +23,9 @@ PROCESSORS := default:AVX2 avx2:AVX2 avx512:AVX512_CORE
 # idle machine a few per cent.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Tests start dozens of programs: each would translate the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 

@@ -9,7 +9,7 @@ import pytest
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Event, Failed, Queued, Ready, Status, Stopped
 from flux2_studio.jobs.queue import JobQueue
-from flux2_studio.request import Request
+from flux2_studio.request import Request, Upsampling
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, follow, four_steps, preview
 
 
@@ -96,4 +96,19 @@ def test_a_preparation_that_was_stopped_has_loaded_nothing() -> None:
     assert isinstance(first.newest(), Stopped)
     again = jobs.prepare("nano-base")
     assert not isinstance(again.newest(), Ready | Failed)
+    jobs.close()
+
+
+def test_a_language_model_may_displace_the_checkpoint_in_memory() -> None:
+    gate = Gate()
+    studio = ScriptedStudio(fox=four_steps, gate=gate)
+    jobs = JobQueue(studio)
+    follow(jobs.submit(Request(prompt="fox")))
+    job = jobs.submit(Request(prompt="gate", upsampling=Upsampling(by="local")))
+    assert gate.begun.wait(PATIENCE)  # it has shown no preview: its checkpoint need not be there any more
+    chosen = jobs.prepare("nano")
+    assert isinstance(chosen.newest(), Queued) and not chosen.finished
+    gate.go.set()
+    follow(job)
+    assert follow(chosen)[-1] == Ready(checkpoint="nano")
     jobs.close()

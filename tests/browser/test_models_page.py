@@ -14,7 +14,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 from tests.browser.studio import started
 from tests.models.fake_hub import CHECKPOINT, OTHER, TOY, FakeHub, serve
 
-PACE = 2.0  # seconds for each 50 kB, of which the toy has sixty: no download ends before a test lets it
+PACE = 0.7  # seconds for each 50 kB, of which the toy has sixty: no download ends before a test lets it
 # Beside the toy on board, the two of the tests' own hub. The port is the last argument.
 PROGRAM = """
 import sys

@@ -62,6 +62,11 @@ def test_mistral3_equals_diffusers_in_both_key_layouts(toys: Toys, name: str) ->
         assert oracle.relative_error(ours, theirs) <= 1e-5
 
 
+def test_no_special_token_is_put_together_from_what_others_leave(toys: Toys) -> None:
+    nested, plain = load(toys.mistral).encode(["a cat [IM[IMG]G]and a dog", "a cat and a dog"]).context
+    assert torch.equal(nested, plain)
+
+
 def test_the_two_key_layouts_really_differ(toys: Toys) -> None:
     new = load_file(toys.new_mistral.folder / "model.safetensors").keys()
     old = {key for file in toys.mistral.folder.glob("*.safetensors") for key in load_file(file)}

@@ -23,7 +23,8 @@ from flux2_studio.engine.params import TextRecipe
 from flux2_studio.engine.runtime.streaming import stream
 from flux2_studio.engine.text.decoder import Past
 from flux2_studio.engine.text.encoder import load_text_encoder
-from flux2_studio.engine.text.writer import CheckedWriter, Writer, choose, open_writer, without
+from flux2_studio.engine.text.special_tokens import remove_tokens
+from flux2_studio.engine.text.writer import CheckedWriter, Writer, choose, open_writer
 from flux2_studio.engine.weights.quantize import QuantizedLinear, StoredEmbedding
 from flux2_studio.errors import DeviceError, WeightsError
 from flux2_studio.images.tensors import pixels_from_image
@@ -475,8 +476,8 @@ def test_special_tokens_in_a_message_are_taken_out(mistral: Writer, writer: Writ
     assert ids.count(writer._tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
 
 
-def test_what_is_left_over_is_taken_out_as_well() -> None:
-    assert without("a<|<|x|>x|>b", ["<|x|>"]) == "ab"
+def test_what_is_left_over_is_removed_as_well() -> None:
+    assert remove_tokens("a<|<|x|>x|>b", ["<|x|>"]) == "ab"
 
 
 # --- files that cannot be used ---

@@ -24,6 +24,7 @@ from torch import Tensor
 from flux2_studio.engine.params import TextRecipe
 from flux2_studio.engine.runtime.footprint import META, hold_small, peak_bytes
 from flux2_studio.engine.text.decoder import Tower, seen, tower_params
+from flux2_studio.engine.text.special_tokens import remove_tokens
 from flux2_studio.engine.weights.formats import Contents, open_contents
 from flux2_studio.engine.weights.layouts import Plan, Source, put
 from flux2_studio.engine.weights.loading import Checked, Storage, checked
@@ -71,8 +72,7 @@ class TextEncoder:
     def _tokens(self, prompt: str) -> tuple[list[int], list[int], int]:
         """Token ids and mask, both of the recipe's length, and how many tokens of the prompt were cut."""
         recipe = self.recipe
-        for token in recipe.removed:
-            prompt = prompt.replace(token, "")
+        prompt = remove_tokens(prompt, recipe.removed)
         text = render(self._tokenizer, prompt, recipe)
         # The template writes every special token itself.
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -32,6 +32,7 @@ from flux2_studio.engine.params import TextRecipe
 from flux2_studio.engine.runtime.footprint import META, hold_small, peak_bytes
 from flux2_studio.engine.text.decoder import Decoder, Past, tower_params
 from flux2_studio.engine.text.encoder import CheckedText, TextEncoder, decoder_fields, open_text_encoder
+from flux2_studio.engine.text.special_tokens import remove_tokens
 from flux2_studio.engine.weights.formats import Contents, open_contents
 from flux2_studio.engine.weights.layouts import Plan, Source, put
 from flux2_studio.engine.weights.loading import Checked, Storage, checked
@@ -220,7 +221,7 @@ class Writer:
     def _read(self, system: str, message: str, images: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
         """Token ids of the whole conversation, and the pictures as the vision tower takes them."""
         assert self.sees or not images, "this model reads text only"
-        message = without(message, self._special)
+        message = remove_tokens(message, self._special)
         pixels, rows = [], []
         for image in images:
             pixels.append(self._normalised(image))
@@ -409,24 +410,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     chances = torch.where(before < top_p, chances, 0)
     chances[0] = chances[0].clamp(min=torch.finfo(chances.dtype).tiny)  # top_p 0: one is always left
     return int(tokens[torch.multinomial(chances, 1, generator=generator)])
-
-
-def without(text: str, tokens: Sequence[str]) -> str:
-    """`text` without any of `tokens`, nor what would become one once another is gone.
-
-    Each is taken out where its last character comes, so that one pass will do: what is kept so far never holds any.
-    """
-    by_end: dict[str, list[str]] = {}
-    for token in sorted(tokens, key=len, reverse=True):
-        by_end.setdefault(token[-1:], []).append(token)
-    kept: list[str] = []
-    for character in text:
-        kept.append(character)
-        for token in by_end.get(character, ()):
-            if "".join(kept[-len(token) :]) == token:
-                del kept[-len(token) :]
-                break
-    return "".join(kept)
 
 
 def render(tokenizer: Any, system: str, message: str, images: int, recipe: TextRecipe) -> str:

@@ -201,6 +201,20 @@ test('older pictures come when one scrolls to their end, each once', async (t) =
   assert.equal(new Set(await it.ids()).size, 90);
 });
 
+test('while a search is on its way, scrolling asks for no older pictures of the list before it', async (t) => {
+  const studio = new Studio(entries(...Array.from({length: 90}, (_, number) => 90 - number)), 60);
+  const it = await opened(t, studio);
+  const release = studio.held(asks('page'));
+  await it.search('picture 1');
+  await it.tick(200);
+  await eventually(() => it.asked.at(-1).query.words, 'picture 1');
+  await it.run(() => scrollTo(0, document.body.scrollHeight));
+  await it.run(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+  release();
+  await eventually(async () => (await it.ids()).length, 11);
+  assert.deepEqual(it.asked.filter(({query}) => query.before), []);
+});
+
 test('a screen that has room for more than one page of pictures gets more', async (t) => {
   const studio = new Studio(entries(...Array.from({length: 20}, (_, number) => 20 - number)), 4);
   const it = await opened(t, studio, {unfilled: true});

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.tiny import Toys
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def test_files_of_ones_own_may_shrink_and_change_while_they_are_used(toys: Toys, tmp_path: Path) -> None:
