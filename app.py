@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from flux2_studio.errors import StudioError
-from flux2_studio.models.hub.local_checkpoints import with_own_files
+from flux2_studio.models.hub.local_checkpoints import add_local_checkpoints
 from flux2_studio.settings import Settings
 
 
@@ -19,12 +19,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's servers")
     options = parser.parse_args(arguments)
     try:
-        settings, notes = with_own_files(Settings.from_environment())
+        settings, notes = add_local_checkpoints(Settings.from_environment())
         for note in notes:
             sys.stderr.write(f"{note}\n")
         from flux2_studio.ui import app as ui
 
-        ui.serve(settings, options.host, options.port, options.share, notes)
+        ui.serve_page(settings, options.host, options.port, options.share, notes)
     except StudioError as error:
         sys.stderr.write(f"{error}\n")
         return 2

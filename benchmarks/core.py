@@ -36,7 +36,7 @@ from benchmarks.transformer_arms import HOLDINGS, TEXT, Case, Way
 from flux2_studio.checkpoints import GB
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.runtime.compiling import Compiler
-from flux2_studio.models.memory.residency import release
+from flux2_studio.models.memory.residency import collect_and_empty_cache
 
 PACKAGES = ("torch", "transformers", "diffusers")
 DTYPE = torch.bfloat16
@@ -86,7 +86,7 @@ class Run:
         """Bytes that weights may still take on the device, beside what computing takes."""
         if self.device.type != "cuda":
             return float("inf")
-        release(self.device)
+        collect_and_empty_cache(self.device)
         return torch.cuda.mem_get_info(self.device)[0] - HEADROOM
 
     def begin(self, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
@@ -192,7 +192,7 @@ def time_text(run: Run) -> None:
     size, device = run.model.text, run.device
     assert size is not None
     at = text_arms.depth(size, run.chosen.blocks)
-    release(device)
+    collect_and_empty_cache(device)
     rates = (
         matrices(TEXT, size.width, 2 * size.mlp, device, DTYPE)
         | attention(TEXT, size.heads, size.head_width, device, DTYPE)
@@ -216,7 +216,7 @@ def time_decoder(run: Run) -> None:
     params, device = run.model.autoencoder, run.device
     inner = params.decoder_channels[-1]
     sides = sorted({case.side for case in run.cases})
-    release(device)
+    collect_and_empty_cache(device)
     rates = matrices((sides[-1] // 8) ** 2, 9 * inner, inner, device, DTYPE)
     show_rates(rates)
     autoencoder = decoder_arms.made(params, device, DTYPE)

@@ -14,7 +14,7 @@ from benchmarks.measuring import installed, time_on
 from benchmarks.synthetic import fill, shapes_of
 from benchmarks.transformer_arms import OURS, THEIRS
 from flux2_studio.engine.params import AutoencoderParams
-from flux2_studio.engine.vae.autoencoder import Autoencoder, unpack
+from flux2_studio.engine.vae.autoencoder import Autoencoder, unpack_latent
 from flux2_studio.engine.weights.layouts import autoencoder_plan
 
 DECODING = "decoding"
@@ -115,7 +115,7 @@ def theirs(model: Any) -> Decode:
             tensor[None, :, None, None].to(latent) for tensor in (model.bn.running_mean, model.bn.running_var)
         )
         latent = latent * torch.sqrt(variance + model.config.batch_norm_eps) + mean
-        pixels: Tensor = model.decode(unpack(latent).to(model.dtype), return_dict=False)[0]
+        pixels: Tensor = model.decode(unpack_latent(latent).to(model.dtype), return_dict=False)[0]
         return pixels
 
     return decode

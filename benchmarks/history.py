@@ -24,13 +24,13 @@ from starlette.testclient import TestClient
 from benchmarks.measuring import Arm, interleave, machine, summary, write
 from flux2_studio.checkpoints import KLEIN_4B, KLEIN_9B, KLEIN_BASE_4B
 from flux2_studio.events import Saved
-from flux2_studio.images.thumbnails import Thumbnails, read_saved
-from flux2_studio.provenance.metadata import encode
+from flux2_studio.images.thumbnails import ThumbnailCache, read_saved
+from flux2_studio.provenance.metadata import encode_picture
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
-from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors
+from flux2_studio.ui.gradio_compat.visitors import VISITOR_COOKIE, VisitorCookieMiddleware
 from flux2_studio.ui.history.routes import HistoryRoutes
 
 SIDE = 1024  # pixels of each picture
@@ -57,8 +57,8 @@ def fill(history: History, outputs: Path, pictures: int) -> list[str]:
         record = Record(request=request, label=checkpoint.label, versions={"torch": "2"}, computed={"device": "cpu"})
         path = outputs / f"{number}.png"
         if number == 0:
-            path.write_bytes(encode(image, "png", record).data)
-            small.write_bytes(encode(image.resize((64, 64)), "png", record).data)
+            path.write_bytes(encode_picture(image, "png", record).data)
+            small.write_bytes(encode_picture(image.resize((64, 64)), "png", record).data)
         else:
             path.hardlink_to(small)
         ids.append(history.add(f"browser:{TOKEN}", "job", Saved(index=0, image=path, seed=number, record=record)))
@@ -72,17 +72,19 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        thumbnails = Thumbnails(home / "thumbnails")
+        thumbnails = ThumbnailCache(home / "thumbnails")
         database = Database(home / "studio.sqlite3")
         history = History(database, home / "outputs", home / "trash")
-        with database.reading():  # while somebody reads, not each picture has to reach the disk: it fills faster
+        with (
+            database.read_transaction()
+        ):  # while somebody reads, not each picture has to reach the disk: it fills faster
             ids = fill(history, home / "outputs", options.pictures)
         with gr.Blocks() as page:
             gr.HTML()
         routes = HistoryRoutes(history, thumbnails, None).routes()
-        app = App.create_app(page, app_kwargs={"middleware": [Middleware(Visitors)], "routes": routes})
-        client = TestClient(app, cookies={COOKIE: TOKEN})
-        picture = history.file(f"browser:{TOKEN}", ids[0])
+        app = App.create_app(page, app_kwargs={"middleware": [Middleware(VisitorCookieMiddleware)], "routes": routes})
+        client = TestClient(app, cookies={VISITOR_COOKIE: TOKEN})
+        picture = history.find_file(f"browser:{TOKEN}", ids[0])
         assert picture is not None
 
         def get(**query: str) -> Arm:
@@ -99,7 +101,8 @@ def main() -> None:
             "one picture with its settings": Arm(run=lambda: client.get(f"/history/entry/{ids[0]}").raise_for_status()),
             "a thumbnail": Arm(run=lambda: client.get(f"/history/thumbnail/{ids[0]}").raise_for_status()),
             "making one thumbnail": Arm(
-                run=lambda: thumbnails.get("ab", lambda: read_saved(picture)), prepare=lambda: thumbnails.forget("ab")
+                run=lambda: thumbnails.get_or_create("ab", lambda: read_saved(picture)),
+                prepare=lambda: thumbnails.delete("ab"),
             ),
         }
         report: dict[str, Any] = {

@@ -20,9 +20,15 @@ from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import AutoencoderParams
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.models.memory.plan import CUDA_WORKSPACE, DRAWING, OVERHEAD, Plan, Workload
-from flux2_studio.models.memory.residency import release
-from flux2_studio.settings import Quantize, Settings
+from flux2_studio.models.memory.plan import (
+    ALLOCATOR_OVERHEAD,
+    CUDA_WORKSPACE_BYTES,
+    DENOISING_STAGE,
+    MemoryPlan,
+    RequestShape,
+)
+from flux2_studio.models.memory.residency import collect_and_empty_cache
+from flux2_studio.settings import QuantizeMode, Settings
 
 PAGE = 4096  # bytes
 
@@ -78,11 +84,11 @@ class Bench:
     autoencoder: Path
     settings: Settings
     device: torch.device
-    workload: Workload
+    workload: RequestShape
 
-    def manager(self, *, memory: float | None = None, quantize: Quantize = "off", **fields: Any) -> ModelManager:
+    def manager(self, *, memory: float | None = None, quantize: QuantizeMode = "off", **fields: Any) -> ModelManager:
         """memory: gigabytes of the device. fields: further ones of `ModelManager`."""
-        settings = replace(self.settings, memory=memory, quantize=quantize)
+        settings = replace(self.settings, memory_limit_gb=memory, quantize=quantize)
         return ModelManager(settings, Hub(settings), **fields)
 
     def other(self, written: Written) -> Written:
@@ -94,21 +100,21 @@ class Bench:
         return self.device.type == "cuda"
 
     @cached_property
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, MemoryPlan]:
         """Of each checkpoint, with all the memory."""
         models = self.manager()
-        return {it.checkpoint.name: models.outlook(it.checkpoint, self.workload) for it in self.pair}
+        return {it.checkpoint.name: models.predict_plan(it.checkpoint, self.workload) for it in self.pair}
 
     @property
     def tight(self) -> float:
         """Gigabytes in which the transformer of either can draw, but not with that of the other beside it."""
         return self.gigabytes(
-            max(it.flow_bytes + self.plans[it.checkpoint.name].stage(DRAWING).activations for it in self.pair)
+            max(it.flow_bytes + self.plans[it.checkpoint.name].stage(DENOISING_STAGE).activations for it in self.pair)
         )
 
     def gigabytes(self, size: int) -> float:
         """The setting under which a plan of `size` bytes fits, with a hundredth to spare."""
-        return (1.01 * OVERHEAD * size + (CUDA_WORKSPACE if self.apart else 0)) / GB
+        return (1.01 * ALLOCATOR_OVERHEAD * size + (CUDA_WORKSPACE_BYTES if self.apart else 0)) / GB
 
     def settle(self, module: nn.Module) -> None:
         """Return when all weights of `module` are where they belong."""
@@ -123,7 +129,7 @@ class Bench:
         is not so, what was timed is not what it is called."""
         told: list[str] = []
         session = models.open(written.checkpoint, self.workload, lambda text, _: told.append(text))
-        transformer = session.draw(lambda text, _: told.append(text)).transformer
+        transformer = session.prepare_transformer(lambda text, _: told.append(text)).transformer
         if moves:
             self.settle(transformer)
         if any(text.startswith("Loading") for text in told) != moves:
@@ -134,7 +140,7 @@ class Bench:
         """The same without minding where they were."""
         for written in wanted:
             session = models.open(written.checkpoint, self.workload, silent)
-            self.settle(session.draw(silent).transformer)
+            self.settle(session.prepare_transformer(silent).transformer)
 
 
 def prepare(size: Size, folder: Path, device: torch.device, *, baseline: bool) -> Bench:
@@ -152,14 +158,14 @@ def prepare(size: Size, folder: Path, device: torch.device, *, baseline: bool) -
         for seed, (checkpoint, it) in enumerate(chosen.items())
     )
     autoencoder = write_autoencoder(folder / "ae.safetensors", size.autoencoder, seed=2, device=device)
-    release(device)
+    collect_and_empty_cache(device)
     overrides: dict[str, Path] = {}
     for it in (first, second):
         parts = zip(it.checkpoint.parts, (it.text, it.flow, autoencoder), strict=True)
-        overrides |= {part.override: path for part, path in parts if part.override}
+        overrides |= {part.path_variable: path for part, path in parts if part.path_variable}
     settings = Settings(
         home=folder / "home",
-        overrides=overrides,
+        path_overrides=overrides,
         default_checkpoint=first.checkpoint.name,
         device=str(device),
         dtype="bfloat16",
@@ -170,7 +176,7 @@ def prepare(size: Size, folder: Path, device: torch.device, *, baseline: bool) -
         autoencoder=autoencoder,
         settings=settings,
         device=device,
-        workload=Workload(width=size.side, height=size.side),
+        workload=RequestShape(width=size.side, height=size.side),
     )
 
 

@@ -21,8 +21,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.measuring import Arm, interleave, machine, summary, write
 from flux2_studio.safety.falconsai import Falconsai
-from flux2_studio.safety.nudity import AGAIN, NudeNet
-from flux2_studio.safety.prompt_rules import check_prompt
+from flux2_studio.safety.nudity import SECOND_PASS_PIXELS, NudeNet
+from flux2_studio.safety.prompt_rules import apply_prompt_rules
 from flux2_studio.settings import ASSETS
 
 SIDE = 1024
@@ -48,9 +48,9 @@ def main() -> None:
     arms = {
         "NudeNet, a drawing": Arm(run=lambda: nudenet(picture)),
         "NudeNet, noise": Arm(run=lambda: nudenet(noise)),
-        "NudeNet, both looks": Arm(run=lambda: (nudenet.detect(picture), nudenet.detect(picture, AGAIN))),
+        "NudeNet, both looks": Arm(run=lambda: (nudenet.detect(picture), nudenet.detect(picture, SECOND_PASS_PIXELS))),
         "Falconsai": Arm(run=lambda: falconsai(picture)),
-        "a prompt of 300 words": Arm(run=lambda: check_prompt(PROMPT)),
+        "a prompt of 300 words": Arm(run=lambda: apply_prompt_rules(PROMPT)),
     }
     report: dict[str, Any] = {"machine": machine("cpu", PACKAGES), "seconds": {}}
     for name, seconds in interleave(arms, options.runs, 3).items():

@@ -38,13 +38,13 @@ from benchmarks.measuring import Arm, interleave, machine, summary, wait, write
 from benchmarks.pair import SIZES, Bench, Size, prepare, silent
 from benchmarks.synthetic import Written
 from flux2_studio.checkpoints import GB
-from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.latents import initial_noise
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.images.tensors import images_from_pixels
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.choices import choose_device
-from flux2_studio.models.memory.plan import DRAWING, Plan
-from flux2_studio.settings import Quantize
+from flux2_studio.models.memory.plan import DENOISING_STAGE, MemoryPlan
+from flux2_studio.settings import QuantizeMode
 
 PACKAGES = ("torch", "transformers", "diffusers", "safetensors")
 CEILING = 2**30  # bytes copied at a time: far beyond any cache, and no burden to a small device
@@ -65,7 +65,7 @@ BESIDE: dict[str, tuple[str, ...]] = {  # what a level is told as a multiple of
 ALL_MEMORY, LITTLE = "all the memory", "little memory"
 SAME, FRESH = "the same prompt", "a new prompt"
 # How weights are held, and for what share of the transformer's bytes in bfloat16 little memory has room: part of it.
-KINDS: tuple[tuple[str, Quantize, float], ...] = (("bfloat16", "off", 0.55), ("int8", "int8", 0.31))
+KINDS: tuple[tuple[str, QuantizeMode, float], ...] = (("bfloat16", "off", 0.55), ("int8", "int8", 0.31))
 NOTES = (
     "Weights are random and scaled so that every layer counts. Arms take turns, forwards and backwards.",
     "A swap: the other checkpoint can draw; how long until this one can, its prompt having been read before.",
@@ -235,7 +235,7 @@ def both_fit(bench: Bench) -> bool:
     """Whether either can draw while the transformer of the other stays."""
     for it in bench.pair:
         plan = bench.plans[it.checkpoint.name]
-        if bench.other(it).flow_bytes + plan.stage(DRAWING).peak > plan.budget:
+        if bench.other(it).flow_bytes + plan.stage(DENOISING_STAGE).peak > plan.budget:
             return False
     return True
 
@@ -278,7 +278,7 @@ def time_runs(bench: Bench, budget: float | None, rounds: int, warmups: int) -> 
     models: dict[tuple[str, str], ModelManager] = {}
     for kind, quantize, share in KINDS:
         models[kind, ALL_MEMORY] = bench.manager(quantize=quantize)
-        drawing = models[kind, ALL_MEMORY].outlook(it.checkpoint, bench.workload).stage(DRAWING)
+        drawing = models[kind, ALL_MEMORY].predict_plan(it.checkpoint, bench.workload).stage(DENOISING_STAGE)
         little = budget or bench.gigabytes(drawing.activations + int(share * it.flow_bytes))
         # Blocks wait in main memory; a device without one of its own has them copied within it.
         models[kind, LITTLE] = bench.manager(
@@ -304,20 +304,20 @@ def time_runs(bench: Bench, budget: float | None, rounds: int, warmups: int) -> 
     return {"checkpoint": it.checkpoint.name, "steps": it.checkpoint.steps, "seconds": seconds, "memory": plans}
 
 
-def _draw(bench: Bench, models: ModelManager, prompts: str) -> Plan:
+def _draw(bench: Bench, models: ModelManager, prompts: str) -> MemoryPlan:
     """One picture; the plan it was drawn by."""
     checkpoint = bench.pair[0].checkpoint
     session = models.open(checkpoint, bench.workload, silent)
     prompt = SAME if prompts == SAME else f"{FRESH} {uuid.uuid4()}"
-    context = session.encode([prompt], silent).context
-    transformer = session.draw(silent).transformer
+    context = session.encode_prompts([prompt], silent).context
+    transformer = session.prepare_transformer(silent).transformer
     for step in denoise(
         transformer,
-        noise([1], bench.workload.width, bench.workload.height),
+        initial_noise([1], bench.workload.width, bench.workload.height),
         context,
         steps=checkpoint.steps,
         guidance=checkpoint.guidance,
-        guiding=checkpoint.guiding,
+        guidance_mode=checkpoint.guidance_mode,
     ):
         latents = step.latents
     if not bool(torch.isfinite(latents).all()):
@@ -336,8 +336,8 @@ def _peak(bench: Bench, models: ModelManager) -> dict[str, Any]:
         "budget": plan.budget,
         "planned peak": plan.peak,
         "measured peak": torch.cuda.max_memory_allocated(bench.device) if bench.apart else None,
-        "together": plan.together,
-        "blocks streamed": {part: [number, plan.blocks[part]] for part, number in streamed.items()},
+        "together": plan.resident_parts,
+        "blocks streamed": {part: [number, plan.block_counts[part]] for part, number in streamed.items()},
     }
 
 
@@ -350,7 +350,7 @@ def measure(size: Size, folder: Path, device: torch.device, *, baseline: bool) -
     opening = {}
     for it in bench.pair:
         began = time.perf_counter()
-        bench.manager().outlook(it.checkpoint, bench.workload)
+        bench.manager().predict_plan(it.checkpoint, bench.workload)
         opening[it.checkpoint.name] = time.perf_counter() - began
     return {
         "transformers, bytes": {it.checkpoint.name: it.flow_bytes for it in bench.pair},

@@ -30,7 +30,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
 from flux2_studio.engine.vae.autoencoder import Autoencoder
-from flux2_studio.engine.weights.layouts import Source, transformer_plan
+from flux2_studio.engine.weights.layouts import TensorSource, transformer_plan
 from flux2_studio.settings import ASSETS
 
 CHUNK = 2**24  # values made at a time
@@ -303,7 +303,7 @@ def _write_diffusers(folder: Path, flow: Path, params: TransformerParams) -> Pat
 def _translated(shapes: Mapping[str, tuple[int, ...]], opened: Any) -> Iterator[Entry]:
     """Entries under diffusers' names of `shapes`; the loader's own plan, read backwards, says which rows they are."""
 
-    def rows(target: str, source: Source, start: int, stop: int) -> Callable[[], list[Tensor]]:
+    def rows(target: str, source: TensorSource, start: int, stop: int) -> Callable[[], list[Tensor]]:
         def values() -> list[Tensor]:
             if not source.swap_halves:
                 return [opened.get_slice(target)[start:stop]]

@@ -19,7 +19,7 @@ from benchmarks.measuring import installed, time_on
 from benchmarks.synthetic import TextSize, fill, qwen3_config
 from benchmarks.transformer_arms import OURS, REPLAYED, TEXT, THEIRS, replaying
 from flux2_studio.checkpoints import KLEIN_4B
-from flux2_studio.engine.text.decoder import Tower, TowerParams, seen, tower_params
+from flux2_studio.engine.text.decoder import TextDecoder, TextDecoderParams, causal_attention_mask, text_decoder_params
 
 WORDS = 64  # tokens of a prompt that are no padding
 ENCODING = "encoding"
@@ -41,7 +41,7 @@ class Depth:
 
 def depth(size: TextSize, most: int | None = None) -> Depth:
     """As klein reads it. most: no more layers than that are read, for a slow machine; as many of all are."""
-    taps, layers = KLEIN_4B.recipe.taps, size.layers
+    taps, layers = KLEIN_4B.recipe.hidden_layers, size.layers
     if most is not None and most < max(taps):
         # No tap is the last layer: transformers norms that.
         layers = most + max(1, most * (layers - max(taps)) // max(taps))
@@ -61,7 +61,7 @@ class Prompt:
 # --- the floor ---
 
 
-def work(params: TowerParams, tokens: int = TEXT) -> tuple[float, float, float]:
+def work(params: TextDecoderParams, tokens: int = TEXT) -> tuple[float, float, float]:
     """Operations in linear layers, those in attention of each token to those before it, and bytes of the layers'
     weights in bfloat16, which are read once."""
     p = params
@@ -70,7 +70,7 @@ def work(params: TowerParams, tokens: int = TEXT) -> tuple[float, float, float]:
     return 2 * tokens * weights, p.layers * 2 * tokens**2 * q, 2 * weights
 
 
-def floor(params: TowerParams, rates: Mapping[str, float]) -> float:
+def floor(params: TextDecoderParams, rates: Mapping[str, float]) -> float:
     linear, attention, size = work(params)
     return max(linear / rates[LINEAR] + attention / rates[ATTENTION], size / rates[COPY])
 
@@ -78,13 +78,13 @@ def floor(params: TowerParams, rates: Mapping[str, float]) -> float:
 # --- the arms ---
 
 
-def made(size: TextSize, at: Depth, device: torch.device, dtype: torch.dtype) -> tuple[Tower, Any]:
+def made(size: TextSize, at: Depth, device: torch.device, dtype: torch.dtype) -> tuple[TextDecoder, Any]:
     """Ours and transformers' over the same random weights."""
     qwen3 = importlib.import_module("transformers.models.qwen3.modeling_qwen3")  # takes seconds
     config = qwen3_config(replace(size, layers=at.layers))
     with torch.device("meta"):
         model = qwen3.Qwen3ForCausalLM(config)
-        tower = Tower(tower_params(config.to_dict(), at.read, TEXT))
+        tower = TextDecoder(text_decoder_params(config.to_dict(), at.read, TEXT))
     fill(model, seed=1, device=device, dtype=dtype)
     if size.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -96,13 +96,13 @@ def made(size: TextSize, at: Depth, device: torch.device, dtype: torch.dtype) ->
     return tower.eval().requires_grad_(False), model.eval()
 
 
-def our_ways(tower: Tower, taps: tuple[int, ...]) -> dict[str, Encode]:
+def our_ways(tower: TextDecoder, taps: tuple[int, ...]) -> dict[str, Encode]:
     """As it is written; on a GPU of NVIDIA's also recorded as a CUDA graph."""
     ways = {OURS: ours(tower, taps)}
     if tower.embed_tokens.weight.device.type != "cuda":
         return ways
     # Another over the same modules, for what is attached to one is not to be the other's.
-    return ways | {REPLAYED: ours(replaying(tower.cut(len(tower.layers))), taps)}
+    return ways | {REPLAYED: ours(replaying(tower.truncated_to(len(tower.layers))), taps)}
 
 
 def their_ways(model: Any, taps: tuple[int, ...]) -> dict[str, Encode]:
@@ -110,10 +110,10 @@ def their_ways(model: Any, taps: tuple[int, ...]) -> dict[str, Encode]:
     return {THEIRS: theirs(model, taps)} if installed("diffusers") else {}
 
 
-def ours(tower: Tower, taps: tuple[int, ...]) -> Encode:
+def ours(tower: TextDecoder, taps: tuple[int, ...]) -> Encode:
     @torch.inference_mode()
     def encode(prompt: Prompt) -> Tensor:
-        context: Tensor = tower(prompt.ids, seen(prompt.mask), taps)
+        context: Tensor = tower(prompt.ids, causal_attention_mask(prompt.mask), taps)
         return context
 
     return encode
@@ -139,7 +139,7 @@ def theirs(model: Any, taps: tuple[int, ...]) -> Encode:
 
 def time_text(
     ways: Mapping[str, Encode],
-    params: TowerParams,
+    params: TextDecoderParams,
     rates: Mapping[str, float],
     *,
     device: torch.device,
@@ -163,11 +163,11 @@ def _bound(encode: Encode, prompt: Prompt) -> Callable[[], Tensor]:
     return lambda: encode(prompt)
 
 
-def errors(ways: Mapping[str, Encode], tower: Tower, taps: tuple[int, ...]) -> dict[str, float]:
+def errors(ways: Mapping[str, Encode], tower: TextDecoder, taps: tuple[int, ...]) -> dict[str, float]:
     """The relative L2 error of each way's context against the same weights in float32."""
     prompt = Prompt(tower.params.vocabulary, tower.embed_tokens.weight.device)
     with torch.device("meta"):
-        exact = Tower(tower.params)
+        exact = TextDecoder(tower.params)
     exact.load_state_dict({name: value.float() for name, value in tower.state_dict().items()}, assign=True)
     reference = ours(exact.eval().requires_grad_(False), taps)(prompt).double()
     return {

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from benchmarks.ceilings import ATTENTION, FP8, INT8, LINEAR
 from benchmarks.measuring import FEWEST, installed, longest_kernels, time_on
 from benchmarks.synthetic import fill, flow_shapes, sharing
-from flux2_studio.engine.flux.latents import from_tokens, noise, sequence_ids, to_tokens
-from flux2_studio.engine.flux.sampling import denoise, schedule
+from flux2_studio.engine.flux.latents import from_tokens, initial_noise, sequence_position_ids, to_tokens
+from flux2_studio.engine.flux.sampling import denoise, timestep_schedule
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.runtime.compiling import Compiler, Variant, shadow
-from flux2_studio.engine.runtime.graphs import LARGEST, CudaRecorder, Replays
-from flux2_studio.engine.text.decoder import Tower
-from flux2_studio.engine.weights.quantize import HalfMatrix, QuantizedLinear, multiplies, quantize
+from flux2_studio.engine.runtime.compiling import CompileKey, Compiler, clone_sharing_weights
+from flux2_studio.engine.runtime.graphs import MAX_GRAPH_TOKENS, CudaGraphCapture, GraphRunner
+from flux2_studio.engine.text.decoder import TextDecoder
+from flux2_studio.engine.weights.quantize import BFloat16Matrix, QuantizedLinear, has_8bit_matmul, quantize
 
 TEXT = 512  # tokens of a prompt, padded
 STEPS = 4
@@ -35,7 +35,7 @@ OURS, THEIRS = "ours", "diffusers"
 REPLAYED = "ours, replayed"  # as a CUDA graph, where the case is small enough for one
 REGIONAL, WHOLE = "diffusers, blocks compiled", "diffusers, compiled"
 EVALUATION, PICTURE = "evaluation", "picture"
-ModelT = TypeVar("ModelT", Transformer, Tower)
+ModelT = TypeVar("ModelT", Transformer, TextDecoder)
 HOLDINGS = ("bfloat16", "fp8", "int8")  # how the blocks' weights may be held
 
 
@@ -121,7 +121,7 @@ class Inputs:
             return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
         side = case.latent
-        self.noise = noise([0], case.side, case.side, params.in_channels)
+        self.noise = initial_noise([0], case.side, case.side, params.in_channels)
         self.references = [
             made(1, params.in_channels, side, side, seed=10 + number) for number in range(case.references)
         ]
@@ -130,7 +130,7 @@ class Inputs:
         # 1000 t is exact in bfloat16: diffusers rounds it to that, which would be all that one sees of its error.
         self.t = torch.tensor([0.5], device=device)
         self.guidance = torch.tensor([4.0], device=device) if params.guidance_embedding else None
-        self.ids = sequence_ids(TEXT, side, side, self.references).to(device)
+        self.ids = sequence_position_ids(TEXT, side, side, self.references).to(device)
 
 
 Velocity = Callable[[Inputs, Case], Tensor]  # [1, tokens, 128]
@@ -163,14 +163,15 @@ def our_ways(model: Transformer, compiler: Compiler | None = None) -> dict[str, 
         if compiler:
             models[f"{REPLAYED}, blocks compiled"] = replaying(_compiled(model, compiler))
     return {
-        name: ours(each, longest=LARGEST if name.startswith(REPLAYED) else math.inf) for name, each in models.items()
+        name: ours(each, longest=MAX_GRAPH_TOKENS if name.startswith(REPLAYED) else math.inf)
+        for name, each in models.items()
     }
 
 
 def held_way(model: Transformer, how: str, compiler: Compiler | None = None) -> dict[str, Way]:
     """The way with the weights of `model` held as `how`, one of `HOLDINGS`. compiler: as for `our_ways`."""
     products = LINEAR
-    if how != "bfloat16" and multiplies(model.device, how):  # type: ignore[arg-type]
+    if how != "bfloat16" and has_8bit_matmul(model.device, how):  # type: ignore[arg-type]
         products = FP8 if how == "fp8" else INT8
     small = held(model, how, _computing(model))
     name = f"{OURS}, held in {how}"
@@ -181,23 +182,23 @@ def held_way(model: Transformer, how: str, compiler: Compiler | None = None) -> 
 def _compiled(model: Transformer, compiler: Compiler) -> Transformer:
     """Another over the very weights of `model`, whose blocks run compiled."""
     other = another(model)
-    compiler.compile(compiler.order(other, Variant()))
-    if not compiler.attach(other, Variant()):
+    compiler.compile(compiler.make_job(other, CompileKey()))
+    if not compiler.attach(other, CompileKey()):
         raise RuntimeError("the blocks were compiled and are not used")
     return other
 
 
 def another(model: Transformer) -> Transformer:
     """Another over the very weights of `model`."""
-    other = shadow(model)
+    other = clone_sharing_weights(model)
     assert isinstance(other, Transformer)
     return other
 
 
-def replaying(model: ModelT, replays: Replays | None = None) -> ModelT:
+def replaying(model: ModelT, replays: GraphRunner | None = None) -> ModelT:
     """`model`, whose runs are recorded as CUDA graphs when they come again: do not change it any more."""
     device = next(model.parameters()).device
-    (replays or Replays(lambda: CudaRecorder(device))).attach(model)
+    (replays or GraphRunner(lambda: CudaGraphCapture(device))).attach(model)
     return model
 
 
@@ -234,7 +235,7 @@ def ours(model: Transformer, *, products: str = LINEAR, compiled: bool = False, 
             given.ctx,
             steps=STEPS,
             guidance=4.0,
-            guiding=guiding,  # type: ignore[arg-type]
+            guidance_mode=guiding,  # type: ignore[arg-type]
             references=given.references,
         )
         return last.latents
@@ -263,7 +264,7 @@ def theirs(model: Any, *, compiled: bool = False) -> Way:
         x = given.x[:, : case.tokens].float()
         rest = given.x[:, case.tokens :]
         step = copy.copy(given)
-        for t, following in pairwise(schedule(case.tokens, STEPS)):
+        for t, following in pairwise(timestep_schedule(case.tokens, STEPS)):
             step.x = torch.cat((x.to(rest.dtype), rest), 1)
             step.t = torch.full_like(given.t, t)
             x = x + (following - t) * velocity(step, case).float()
@@ -282,9 +283,9 @@ def held(model: Transformer, how: str, dtype: torch.dtype) -> Transformer:
         if "blocks." not in name:
             continue
         if isinstance(layer, nn.Linear):
-            matrix = HalfMatrix(layer.weight) if how == "bfloat16" else quantize(layer.weight, how)  # type: ignore[arg-type]
+            matrix = BFloat16Matrix(layer.weight) if how == "bfloat16" else quantize(layer.weight, how)  # type: ignore[arg-type]
             other.set_submodule(name, small := QuantizedLinear(matrix))
-            small.coarse = True
+            small.allow_int8_activations = True
             state |= {f"{name}.{key}": value for key, value in other.get_submodule(name).state_dict().items()}
         else:
             own = dict(layer.named_parameters(name, recurse=False))

@@ -22,7 +22,13 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measuring import ROOT, machine, summary, write
-from flux2_studio.provenance.watermark import PUBLISHED, SMALLEST, Message, detect, embed
+from flux2_studio.provenance.watermark import (
+    MIN_MARKED_SIDE_PIXELS,
+    PUBLISHED_MESSAGE,
+    WatermarkMessage,
+    detect_watermark,
+    embed_watermark,
+)
 
 PACKAGES = ("invisible-watermark", "opencv-python", "opencv-python-headless", "numpy", "pillow")
 Pictures = list[Image.Image]
@@ -34,7 +40,7 @@ def photographs() -> Pictures:
     assert spec and spec.origin
     folder = Path(spec.origin).parent / "media_assets" / "images"
     found = [opened(path) for path in sorted(folder.glob("*.jp*g"))]
-    return [image for image in found if min(image.size) >= SMALLEST]
+    return [image for image in found if min(image.size) >= MIN_MARKED_SIDE_PIXELS]
 
 
 def landscape(seed: int, side: int) -> Image.Image:
@@ -112,7 +118,7 @@ HAPPENINGS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def measure(pictures: Sequence[Image.Image], message: Message) -> dict[str, Any]:
+def measure(pictures: Sequence[Image.Image], message: WatermarkMessage) -> dict[str, Any]:
     """Match after each happening (worst, median; none where all are too small then to be read), PSNR, and the highest
     match among the pictures without a mark."""
     matches: dict[str, list[float]] = {name: [] for name in HAPPENINGS}
@@ -120,7 +126,7 @@ def measure(pictures: Sequence[Image.Image], message: Message) -> dict[str, Any]
     decibels, refused = [], 0
     for picture in pictures:
         unmarked += match(picture, message)
-        marked = embed(picture, message)
+        marked = embed_watermark(picture, message)
         refused += marked.detection is None
         decibels.append(psnr(picture, marked.image))
         for name, happen in HAPPENINGS.items():
@@ -135,10 +141,10 @@ def measure(pictures: Sequence[Image.Image], message: Message) -> dict[str, Any]
     }
 
 
-def match(image: Image.Image, message: Message) -> list[float]:
+def match(image: Image.Image, message: WatermarkMessage) -> list[float]:
     """One share of the bits, or none for a picture too small to be read."""
-    found = detect(image, message)
-    return [found.match] if found else []
+    found = detect_watermark(image, message)
+    return [found.match_ratio] if found else []
 
 
 def timed(rounds: int) -> dict[str, float]:
@@ -146,7 +152,7 @@ def timed(rounds: int) -> dict[str, float]:
     seconds = []
     for number in range(rounds + 1):
         began = time.perf_counter()
-        embed(picture, PUBLISHED)
+        embed_watermark(picture, PUBLISHED_MESSAGE)
         if number:  # the first imports OpenCV
             seconds.append(time.perf_counter() - began)
     return summary(seconds)
@@ -162,7 +168,7 @@ def groups(seeds: int, folders: Sequence[Path]) -> Iterator[tuple[str, Pictures]
     yield "one colour 256", flat(256)
     for folder in folders:
         found = [opened(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        yield folder.name, [image for image in found if min(image.size) >= SMALLEST]
+        yield folder.name, [image for image in found if min(image.size) >= MIN_MARKED_SIDE_PIXELS]
 
 
 def main() -> None:
@@ -177,7 +183,7 @@ def main() -> None:
     print(f"{'':22}{'n':>4}{'PSNR dB':>13}", *(f"{name:>16}" for name in names), f"{'unmarked':>10}")
     report: dict[str, Any] = {"machine": machine("cpu", PACKAGES), "groups": {}}
     for name, pictures in groups(options.seeds, options.folders):
-        result = report["groups"][name] = measure(pictures, PUBLISHED)
+        result = report["groups"][name] = measure(pictures, PUBLISHED_MESSAGE)
         cells = [f"{it[0]:.2f} / {it[1]:.2f}" if it else "-" for it in result["match"].values()]
         decibels = f"{result['PSNR, lowest']:.1f} / {result['PSNR, median']:.1f}"
         print(f"{name:22}{result['pictures']:>4}{decibels:>13}", *(f"{cell:>16}" for cell in cells), end=" ")

@@ -12,10 +12,10 @@ from typing import Literal
 
 from flux2_studio.engine.params import TextRecipe
 
-Kind = Literal["flow", "text", "autoencoder", "tiny autoencoder"]
-Guiding = Literal["none", "cfg", "embedded"]
+PartKind = Literal["flow", "text", "autoencoder", "tiny autoencoder"]
+GuidanceMode = Literal["none", "cfg", "embedded"]
 
-KIND_NAMES: dict[Kind, str] = {  # as users call them
+PART_LABELS: dict[PartKind, str] = {  # as users call them
     "flow": "transformer",
     "text": "text encoder",
     "autoencoder": "autoencoder",
@@ -28,14 +28,14 @@ class Part:
     """One set of weights, and the key under which it stays in memory.
 
     A part ships with the studio (`repo` is None, `path` is relative to assets/) or comes from hub repository `repo`.
-    `path` is a file, or for text encoders a folder. `override` is the environment variable that names a local copy.
+    `path` is a file, or for text encoders a folder. `path_variable` is the environment variable that names a local copy.
     """
 
-    kind: Kind
+    kind: PartKind
     repo: str | None
     path: str
     size: int  # bytes to download, for the page; about right is enough
-    override: str | None = None
+    path_variable: str | None = None
     tokenizer: tuple[str | None, str] | None = None  # (repo, folder) of a text part's tokenizer
     gated: bool = False  # its repository asks for a licence to be accepted and a token
 
@@ -45,7 +45,7 @@ class Checkpoint:
     """One model that a user can choose, with its defaults and limits.
 
     `steps_fixed` and `guidance_fixed` mark values that distillation has burnt in: they are shown, not offered.
-    Pixel numbers are areas (width x height). `context_width` and `marks` tell whose a user's own file is: its tensors
+    Pixel numbers are areas (width x height). `context_width` and `name_keywords` tell whose a user's own file is: its tensors
     have the width, and its name has the words (no tensor tells a Base checkpoint from a distilled one). `hidden_width`
     tells which LoRAs it takes.
     """
@@ -60,23 +60,23 @@ class Checkpoint:
     tiny_autoencoder: Part  # draws the previews; may be the autoencoder itself
     steps: int
     guidance: float
-    guiding: Guiding
+    guidance_mode: GuidanceMode
     licence: str
     licence_url: str
     context_width: int  # of one text token, as the transformer reads it
     hidden_width: int  # of the transformer
-    marks: tuple[str, ...] = ()
+    name_keywords: tuple[str, ...] = ()
     steps_fixed: bool = False
     guidance_fixed: bool = False
-    reference_cache: bool = False  # trained so that reference keys and values can be kept between steps
+    caches_reference_kv: bool = False  # trained so that reference keys and values can be kept between steps
     max_steps: int = 100
     max_guidance: float = 10.0
     max_references: int = 10
     default_pixels: int = 1024 * 1024
     max_pixels: int = 2048 * 2048
-    reference_pixels: int = 2024 * 2024  # cap of a single reference
-    references_pixels: int = 1024 * 1024  # cap of each of several
-    toy: bool = False
+    single_reference_pixels: int = 2024 * 2024  # cap of a single reference
+    multi_reference_pixels: int = 1024 * 1024  # cap of each of several
+    is_toy: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -87,24 +87,24 @@ class Checkpoint:
         return any(part.gated for part in self.parts)
 
     @property
-    def quick(self) -> bool:
+    def supports_live(self) -> bool:
         """Whether a picture can follow the typing: distilled to so few steps that nobody waits for them."""
         return self.steps_fixed and self.steps <= 4
 
     @property
-    def takes_negative_prompt(self) -> bool:
-        return self.guiding == "cfg"
+    def supports_negative_prompt(self) -> bool:
+        return self.guidance_mode == "cfg"
 
-    def reference_cap(self, references: int) -> int:
+    def max_pixels_per_reference(self, references: int) -> int:
         """The pixel area to which each of `references` pictures is scaled down."""
-        return self.reference_pixels if references <= 1 else self.references_pixels
+        return self.single_reference_pixels if references <= 1 else self.multi_reference_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWriter:
     """A text encoder that can also write, and so enrich prompts, when all of its layers are kept.
 
-    `part` and `recipe` are those of the checkpoints that read with it. `sees`: whether it looks at references.
+    `part` and `recipe` are those of the checkpoints that read with it. `has_vision`: whether it looks at references.
     `temperature` and `top_p` are what its makers advise.
     """
 
@@ -112,7 +112,7 @@ class LocalWriter:
     label: str
     part: Part
     recipe: TextRecipe
-    sees: bool
+    has_vision: bool
     temperature: float
     top_p: float
 
@@ -127,14 +127,14 @@ _AUTOENCODER = Part(
     repo="black-forest-labs/FLUX.2-klein-4B",  # the same weights as FLUX.2-dev's ae.safetensors, but not gated
     path="vae/diffusion_pytorch_model.safetensors",
     size=336 * MB,
-    override="AE_MODEL_PATH",
+    path_variable="AE_MODEL_PATH",
 )
 _TAEF2 = Part(
     kind="tiny autoencoder",
     repo="madebyollin/taef2",
     path="taef2.safetensors",
     size=5 * MB,
-    override="TAEF2_MODEL_PATH",
+    path_variable="TAEF2_MODEL_PATH",
 )
 _QWEN3_4B = Part(
     kind="text",
@@ -142,7 +142,7 @@ _QWEN3_4B = Part(
     path="text_encoder",
     tokenizer=("black-forest-labs/FLUX.2-klein-4B", "tokenizer"),
     size=8 * GB,
-    override="QWEN3_4B_MODEL_PATH",
+    path_variable="QWEN3_4B_MODEL_PATH",
 )
 _QWEN3_8B = Part(
     kind="text",
@@ -150,7 +150,7 @@ _QWEN3_8B = Part(
     path="",
     tokenizer=("Qwen/Qwen3-8B", ""),
     size=16 * GB,
-    override="QWEN3_8B_MODEL_PATH",
+    path_variable="QWEN3_8B_MODEL_PATH",
 )
 _MISTRAL = Part(
     kind="text",
@@ -159,32 +159,34 @@ _MISTRAL = Part(
     # 3.2 publishes no processor in the transformers layout; the official code uses that of 3.1
     tokenizer=("mistralai/Mistral-Small-3.1-24B-Instruct-2503", ""),
     size=48 * GB,
-    override="MISTRAL_MODEL_PATH",
+    path_variable="MISTRAL_MODEL_PATH",
 )
 _NANO_AUTOENCODER = Part(kind="autoencoder", repo=None, path="nano/ae.safetensors", size=4 * MB)
 
-_QWEN3_RECIPE = TextRecipe(taps=(9, 18, 27), length=512, padding_side="right", generation_prompt=True)
+_QWEN3_RECIPE = TextRecipe(hidden_layers=(9, 18, 27), length=512, padding_side="right", generation_prompt=True)
 _MISTRAL_RECIPE = TextRecipe(
-    taps=(10, 20, 30),
+    hidden_layers=(10, 20, 30),
     length=512,
     padding_side="left",
     generation_prompt=False,
     # The system message that FLUX.2-dev was trained with: a constant of the weights, line break included.
-    system=(
+    system_prompt=(
         "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
         "relationships, object\nattribution and actions without speculation."
     ),
     content_as_parts=True,
-    removed=("[IMG]",),
+    removed_tokens=("[IMG]",),
 )
 
 
 def _flow(repo: str, file: str, size: int, override: str, *, gated: bool) -> Part:
-    return Part(kind="flow", repo=f"black-forest-labs/{repo}", path=file, size=size, override=override, gated=gated)
+    return Part(
+        kind="flow", repo=f"black-forest-labs/{repo}", path=file, size=size, path_variable=override, gated=gated
+    )
 
 
 # 32 tokens are a short paragraph in nano's own vocabulary, and what it was trained with.
-_NANO_RECIPE = TextRecipe(taps=(1, 2, 3), length=32, padding_side="right", generation_prompt=False)
+_NANO_RECIPE = TextRecipe(hidden_layers=(1, 2, 3), length=32, padding_side="right", generation_prompt=False)
 _NANO_TEXT = Part(kind="text", repo=None, path="nano/text_encoder", tokenizer=(None, "nano/text_encoder"), size=5 * MB)
 
 NANO = Checkpoint(
@@ -201,7 +203,7 @@ NANO = Checkpoint(
     tiny_autoencoder=_NANO_AUTOENCODER,
     steps=4,
     guidance=1.0,
-    guiding="none",
+    guidance_mode="none",
     steps_fixed=True,
     guidance_fixed=True,
     licence="Apache 2.0",
@@ -211,9 +213,9 @@ NANO = Checkpoint(
     max_references=10,
     default_pixels=128 * 128,
     max_pixels=512 * 512,
-    reference_pixels=256 * 256,
-    references_pixels=128 * 128,
-    toy=True,
+    single_reference_pixels=256 * 256,
+    multi_reference_pixels=128 * 128,
+    is_toy=True,
 )
 
 NANO_BASE = Checkpoint(
@@ -227,18 +229,18 @@ NANO_BASE = Checkpoint(
     tiny_autoencoder=_NANO_AUTOENCODER,
     steps=20,
     guidance=2.0,
-    guiding="cfg",
+    guidance_mode="cfg",
     licence="Apache 2.0",
     licence_url=_APACHE[1],
     context_width=576,
     hidden_width=256,
-    marks=("base",),
+    name_keywords=("base",),
     max_references=10,
     default_pixels=128 * 128,
     max_pixels=512 * 512,
-    reference_pixels=256 * 256,
-    references_pixels=128 * 128,
-    toy=True,
+    single_reference_pixels=256 * 256,
+    multi_reference_pixels=128 * 128,
+    is_toy=True,
 )
 
 KLEIN_4B = Checkpoint(
@@ -252,7 +254,7 @@ KLEIN_4B = Checkpoint(
     tiny_autoencoder=_TAEF2,
     steps=4,
     guidance=1.0,
-    guiding="none",
+    guidance_mode="none",
     steps_fixed=True,
     guidance_fixed=True,
     licence=_APACHE[0],
@@ -272,7 +274,7 @@ KLEIN_9B = Checkpoint(
     tiny_autoencoder=_TAEF2,
     steps=4,
     guidance=1.0,
-    guiding="none",
+    guidance_mode="none",
     steps_fixed=True,
     guidance_fixed=True,
     licence=_NON_COMMERCIAL,
@@ -294,15 +296,15 @@ KLEIN_9B_KV = Checkpoint(
     tiny_autoencoder=_TAEF2,
     steps=4,
     guidance=1.0,
-    guiding="none",
+    guidance_mode="none",
     steps_fixed=True,
     guidance_fixed=True,
-    reference_cache=True,
+    caches_reference_kv=True,
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-9b-kv",
     context_width=12288,
     hidden_width=4096,
-    marks=("kv",),
+    name_keywords=("kv",),
 )
 
 KLEIN_BASE_4B = Checkpoint(
@@ -318,12 +320,12 @@ KLEIN_BASE_4B = Checkpoint(
     tiny_autoencoder=_TAEF2,
     steps=50,
     guidance=4.0,
-    guiding="cfg",
+    guidance_mode="cfg",
     licence=_APACHE[0],
     licence_url=_APACHE[1],
     context_width=7680,
     hidden_width=3072,
-    marks=("base",),
+    name_keywords=("base",),
 )
 
 KLEIN_BASE_9B = Checkpoint(
@@ -339,12 +341,12 @@ KLEIN_BASE_9B = Checkpoint(
     tiny_autoencoder=_TAEF2,
     steps=50,
     guidance=4.0,
-    guiding="cfg",
+    guidance_mode="cfg",
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B",
     context_width=12288,
     hidden_width=4096,
-    marks=("base",),
+    name_keywords=("base",),
 )
 
 DEV = Checkpoint(
@@ -358,7 +360,7 @@ DEV = Checkpoint(
     tiny_autoencoder=_TAEF2,
     steps=50,
     guidance=4.0,
-    guiding="embedded",
+    guidance_mode="embedded",
     licence=_NON_COMMERCIAL,
     licence_url="https://huggingface.co/black-forest-labs/FLUX.2-dev",
     context_width=15360,
@@ -382,7 +384,7 @@ LOCAL_WRITERS: tuple[LocalWriter, ...] = (
         label="Qwen3 4B",
         part=_QWEN3_4B,
         recipe=_QWEN3_RECIPE,
-        sees=False,
+        has_vision=False,
         temperature=0.7,
         top_p=0.8,
     ),
@@ -391,7 +393,7 @@ LOCAL_WRITERS: tuple[LocalWriter, ...] = (
         label="Qwen3 8B",
         part=_QWEN3_8B,
         recipe=_QWEN3_RECIPE,
-        sees=False,
+        has_vision=False,
         temperature=0.7,
         top_p=0.8,
     ),
@@ -400,16 +402,16 @@ LOCAL_WRITERS: tuple[LocalWriter, ...] = (
         label="Mistral Small 3.2 24B",
         part=_MISTRAL,
         recipe=_MISTRAL_RECIPE,
-        sees=True,
+        has_vision=True,
         temperature=0.15,
         top_p=1.0,
     ),
 )
 
 
-def local_writers(checkpoint: Checkpoint) -> tuple[LocalWriter, ...]:
+def list_local_writers(checkpoint: Checkpoint) -> tuple[LocalWriter, ...]:
     """Those to offer beside `checkpoint`: its own text encoder first, which is there anyway, then those that see."""
-    if checkpoint.toy:
+    if checkpoint.is_toy:
         return ()
     own = [writer for writer in LOCAL_WRITERS if writer.part == checkpoint.text]
-    return (*own, *(writer for writer in LOCAL_WRITERS if writer.sees and writer not in own))
+    return (*own, *(writer for writer in LOCAL_WRITERS if writer.has_vision and writer not in own))

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Queued:
-    """The run waits; `ahead` runs come first."""
+    """The run waits; `runs_ahead` runs come first."""
 
-    ahead: int
+    runs_ahead: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,14 @@ class Notice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class PromptProgress:
     """A language model is enriching the prompt: `text` is all that it has written so far."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upsampled:
+class PromptEnhanced:
     """The language model called `by` is done: `prompt` is what it made of `original`, and what is drawn if the run
     goes on."""
 
@@ -67,19 +67,19 @@ class Upsampled:
 class Preview:
     """Step `step` (1-based) of `steps` is done; `images` is what the pictures would be by now.
 
-    A run of many pictures may be made in several batches: `images` are pictures `first`, `first + 1`, ... (0-based)
+    A run of many pictures may be made in several batches: `images` are pictures `first_index`, `first + 1`, ... (0-based)
     of `count`, and `step` and `steps` count within this batch. `images` is empty where previews are switched off.
-    `seconds_left` is the estimate for the rest of the run, None before the first step was timed. `sketches` is what the
+    `seconds_left` is the estimate for the rest of the run, None before the first step was timed. `unfinished` is what the
     studio needs to make a file of each picture as it is by now, should the run end here.
     """
 
     step: int
     steps: int
     images: tuple[Image, ...]
-    first: int
+    first_index: int
     count: int
     seconds_left: float | None
-    sketches: tuple[Any, ...] = ()
+    unfinished: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,19 +141,19 @@ class Stopped:
 class Failed:
     """The run ended with an error; `message` is written for the user.
 
-    `upsampling`: what failed was enriching the prompt, and the run would go on without it.
+    `in_prompt_enhancement`: what failed was enriching the prompt, and the run would go on without it.
     """
 
     message: str
-    upsampling: bool = False
+    in_prompt_enhancement: bool = False
 
 
 Event = (
     Queued
     | Status
     | Notice
-    | Writing
-    | Upsampled
+    | PromptProgress
+    | PromptEnhanced
     | Preview
     | Saved
     | Withheld
@@ -163,4 +163,4 @@ Event = (
     | Stopped
     | Failed
 )
-FINAL = (Result, Drafted, Ready, Stopped, Failed)
+FINAL_EVENTS = (Result, Drafted, Ready, Stopped, Failed)

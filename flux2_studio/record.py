@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flux2_studio.request import Request
 
-AS_WRITTEN, COMPILED = "as written", "compiled"  # how the transformer's blocks ran, in `computed`
+EAGER_BLOCKS, COMPILED_BLOCKS = "as written", "compiled"  # how the transformer's blocks ran, in `computed`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError
 
-MULTIPLE = 16  # pixels along one side of a latent token
+SIZE_MULTIPLE = 16  # pixels along one side of a latent token
 MIN_SIDE = 64
 MAX_COUNT = 16
 MAX_SEED = 2**32 - 1
@@ -24,10 +24,10 @@ MAX_MARGIN = 8192  # pixels that outpainting adds to one side; what a checkpoint
 MAX_NAME = 250  # characters of the name of a LoRA or of a language model
 
 ImageFormat = Literal["png", "jpeg", "webp"]
-Enricher = Literal["none", "local", "openrouter"]
+UpsamplingBackend = Literal["none", "local", "openrouter"]
 # How a language model may choose its words, as servers take it: temperature 0 takes the likeliest each time; top_p
 # keeps those that make up so much of the probability.
-SAMPLING: Mapping[str, tuple[float, float]] = {
+SAMPLING_LIMITS: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.01, 1.0),
     "max_tokens": (16, 8192),
@@ -70,20 +70,22 @@ class Upsampling:
     what is advised. Raises `RequestError` for what no model takes.
     """
 
-    by: Enricher = "none"
+    by: UpsamplingBackend = "none"
     model: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.by not in get_args(Enricher):
-            raise RequestError(f"Upsample with one of {', '.join(get_args(Enricher))}, not {str(self.by)[:50]!r}.")
+        if self.by not in get_args(UpsamplingBackend):
+            raise RequestError(
+                f"Upsample with one of {', '.join(get_args(UpsamplingBackend))}, not {str(self.by)[:50]!r}."
+            )
         if self.model is not None and not (
             isinstance(self.model, str) and 0 < len(self.model.strip()) <= MAX_NAME and self.model.isprintable()
         ):
             raise RequestError("Choose a language model or type its name, or generate without enriching.")
-        for name, (low, high) in SAMPLING.items():
+        for name, (low, high) in SAMPLING_LIMITS.items():
             value = getattr(self, name)
             number = isinstance(value, int if name == "max_tokens" else int | float) and not isinstance(value, bool)
             if value is not None and not (number and low <= value <= high):
@@ -209,14 +211,14 @@ class Request:
                 f"{len(self.references)}: remove some."
             )
         width, height = self._size(checkpoint, reference_sizes)
-        across, down = drawn_size(width, height)
+        across, down = padded_size(width, height)
         if across * down > checkpoint.max_pixels:
             raise RequestError(
                 f"{width} x {height} is too large for {checkpoint.label}: it goes up to "
                 f"{checkpoint.max_pixels / 1e6:.1f} megapixels (for example "
                 f"{math.isqrt(checkpoint.max_pixels)} x {math.isqrt(checkpoint.max_pixels)})."
             )
-        if self.negative_prompt and not checkpoint.takes_negative_prompt:
+        if self.negative_prompt and not checkpoint.supports_negative_prompt:
             raise RequestError(
                 f"{checkpoint.label} does not use a negative prompt: leave it empty, or choose a Base checkpoint."
             )
@@ -251,10 +253,10 @@ class Request:
         return round_side(asked[0], "width"), round_side(asked[1], "height")
 
     @property
-    def drawn_size(self) -> tuple[int, int]:
+    def padded_size(self) -> tuple[int, int]:
         """The (width, height) that the engine draws, of which the picture is the upper left; needs a resolved one."""
         assert self.width and self.height, "resolve the request first"
-        return drawn_size(self.width, self.height)
+        return padded_size(self.width, self.height)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -298,29 +300,31 @@ def round_side(pixels: int, name: str) -> int:
     """`pixels` as the nearest multiple of 16. Raises `RequestError` below 64."""
     if pixels < MIN_SIDE:
         raise RequestError(f"The {name} must be at least {MIN_SIDE} pixels, not {pixels}.")
-    return max(MIN_SIDE, (pixels + MULTIPLE // 2) // MULTIPLE * MULTIPLE)
+    return max(MIN_SIDE, (pixels + SIZE_MULTIPLE // 2) // SIZE_MULTIPLE * SIZE_MULTIPLE)
 
 
-def drawn_size(width: int, height: int) -> tuple[int, int]:
+def padded_size(width: int, height: int) -> tuple[int, int]:
     """The sides as the next multiples of 16: what the engine takes and draws for a picture of that size."""
-    return -(-width // MULTIPLE) * MULTIPLE, -(-height // MULTIPLE) * MULTIPLE
+    return -(-width // SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-height // SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 
 def size_for_aspect(across: float, down: float, pixels: int) -> tuple[int, int]:
     """The (width, height) in multiples of 16 with aspect ratio across:down whose area is nearest to `pixels`."""
     height = math.sqrt(pixels * down / across)
     width = height * across / down
-    width, height = (max(MIN_SIDE, round(side / MULTIPLE) * MULTIPLE) for side in (width, height))
+    width, height = (max(MIN_SIDE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in (width, height))
     return width, height
 
 
-def changes(asked: Request, resolved: Request) -> tuple[str, ...]:
+def describe_changes(asked: Request, resolved: Request) -> tuple[str, ...]:
     """What resolving altered of what was asked, in sentences for the user; () if nothing."""
     notes = []
     for name in ("width", "height"):
         before, after = getattr(asked, name), getattr(resolved, name)
         if before is not None and before != after:
-            notes.append(f"The {name} was rounded from {before} to {after}: FLUX.2 draws in multiples of {MULTIPLE}.")
+            notes.append(
+                f"The {name} was rounded from {before} to {after}: FLUX.2 draws in multiples of {SIZE_MULTIPLE}."
+            )
     return tuple(notes)
 
 

@@ -9,8 +9,8 @@
 | FLUX2_DEVICE | auto, cuda, cuda:1, mps or cpu |
 | FLUX2_DTYPE | auto, float32, bfloat16 or float16 |
 | FLUX2_QUANTIZE | off, fp8 or int8: hold transformer and text encoder in 8 bits, made when they are loaded |
-| FLUX2_COMPILE | auto, on or off: compile the transformer's blocks, see `models/compiled.py` |
-| FLUX2_GRAPHS | on or off: record small runs as CUDA graphs, see `models/replayed.py` |
+| FLUX2_COMPILE | auto, on or off: compile the transformer's blocks, see `models/background_compiler.py` |
+| FLUX2_GRAPHS | on or off: record small runs as CUDA graphs, see `models/graph_runs.py` |
 | FLUX2_MEMORY | gigabytes of the device's memory that the studio may take (default: what is free) |
 | FLUX2_PREVIEW | tiny (a small decoder), linear (rough colours, no extra weights) or off |
 | FLUX2_TEXT_ENCODER_URL | the address of a text encoder on another machine, see `models/remote_text.py` |
@@ -45,15 +45,15 @@ import platformdirs
 
 from flux2_studio.checkpoints import CHECKPOINTS, Checkpoint
 from flux2_studio.errors import RequestError, StudioError
-from flux2_studio.request import Enricher
+from flux2_studio.request import UpsamplingBackend
 
-Device = str
+DeviceName = str
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["off", "fp8", "int8"]
-Compile = Literal["auto", "on", "off"]
-Graphs = Literal["on", "off"]
+QuantizeMode = Literal["off", "fp8", "int8"]
+CompileMode = Literal["auto", "on", "off"]
+GraphsMode = Literal["on", "off"]
 PreviewKind = Literal["tiny", "linear", "off"]
-Safety = Literal["auto", "on", "warn", "off"]
+SafetyMode = Literal["auto", "on", "warn", "off"]
 
 # In a repository both folders stand beside the package, in an installed wheel inside it.
 _PACKAGE = Path(__file__).resolve().parent
@@ -72,26 +72,26 @@ class Settings:
     default_checkpoint: str = "nano"
     checkpoints_dir: Path | None = None  # whose files `models.own` adds to `checkpoints`
     loras_dir: Path | None = None  # None: `home`/loras
-    overrides: Mapping[str, Path] = field(default_factory=dict)  # variable -> local file or folder
-    device: Device = "auto"
+    path_overrides: Mapping[str, Path] = field(default_factory=dict)  # variable -> local file or folder
+    device: DeviceName = "auto"
     dtype: DtypeName = "auto"
-    quantize: Quantize = "off"
-    compile: Compile = "auto"
-    graphs: Graphs = "off"
-    memory: float | None = None  # gigabytes
+    quantize: QuantizeMode = "off"
+    compile: CompileMode = "auto"
+    graphs: GraphsMode = "off"
+    memory_limit_gb: float | None = None  # gigabytes
     preview: PreviewKind = "tiny"
     text_encoder_url: str | None = None
     text_encoder_token: str | None = field(default=None, repr=False)
     text_encoder_for: str = "dev"
     encode_token: str | None = field(default=None, repr=False)
-    upsample: Enricher = "none"
+    upsample: UpsamplingBackend = "none"
     openrouter_url: str = "https://openrouter.ai/api/v1"
     openrouter_model: str | None = None
     openrouter_key: str | None = field(default=None, repr=False)
     c2pa_certificate: Path | None = None  # None: the local identity in `identity`
     c2pa_key: Path | None = None
     watermark_message: str | None = None  # None: Black Forest Labs' published one
-    safety: Safety = "auto"
+    safety: SafetyMode = "auto"
     nsfw_model: Path | None = None
     on_space: bool = False  # running as a Hugging Face Space
 
@@ -103,10 +103,10 @@ class Settings:
         """
         env = os.environ if environ is None else environ
         variables = {
-            part.override
+            part.path_variable
             for checkpoint in CHECKPOINTS
             for part in (*checkpoint.parts, checkpoint.tiny_autoencoder)
-            if part.override
+            if part.path_variable
         }
         home = _path(env, "FLUX2_HOME")
         overrides = {name: path for name in sorted(variables) if (path := _path(env, name))}
@@ -115,13 +115,13 @@ class Settings:
             default_checkpoint=env.get("FLUX2_CHECKPOINT") or cls.default_checkpoint,
             checkpoints_dir=_path(env, "FLUX2_CHECKPOINTS_DIR"),
             loras_dir=_path(env, "FLUX2_LORAS_DIR"),
-            overrides=overrides,
+            path_overrides=overrides,
             device=env.get("FLUX2_DEVICE") or cls.device,
             dtype=_choice(env, "FLUX2_DTYPE", cls.dtype, get_args(DtypeName)),  # type: ignore[arg-type]
-            quantize=_choice(env, "FLUX2_QUANTIZE", cls.quantize, get_args(Quantize)),  # type: ignore[arg-type]
-            compile=_choice(env, "FLUX2_COMPILE", cls.compile, get_args(Compile)),  # type: ignore[arg-type]
-            graphs=_choice(env, "FLUX2_GRAPHS", cls.graphs, get_args(Graphs)),  # type: ignore[arg-type]
-            memory=_gigabytes(env, "FLUX2_MEMORY"),
+            quantize=_choice(env, "FLUX2_QUANTIZE", cls.quantize, get_args(QuantizeMode)),  # type: ignore[arg-type]
+            compile=_choice(env, "FLUX2_COMPILE", cls.compile, get_args(CompileMode)),  # type: ignore[arg-type]
+            graphs=_choice(env, "FLUX2_GRAPHS", cls.graphs, get_args(GraphsMode)),  # type: ignore[arg-type]
+            memory_limit_gb=_gigabytes(env, "FLUX2_MEMORY"),
             preview=_choice(env, "FLUX2_PREVIEW", cls.preview, get_args(PreviewKind)),  # type: ignore[arg-type]
             text_encoder_url=_url(env, "FLUX2_TEXT_ENCODER_URL"),
             text_encoder_token=_token(env, "FLUX2_TEXT_ENCODER_TOKEN"),
@@ -129,14 +129,14 @@ class Settings:
                 env, "FLUX2_TEXT_ENCODER_FOR", cls.text_encoder_for, tuple(it.name for it in CHECKPOINTS)
             ),
             encode_token=_token(env, "FLUX2_ENCODE_TOKEN"),
-            upsample=_choice(env, "FLUX2_UPSAMPLE", cls.upsample, get_args(Enricher)),  # type: ignore[arg-type]
+            upsample=_choice(env, "FLUX2_UPSAMPLE", cls.upsample, get_args(UpsamplingBackend)),  # type: ignore[arg-type]
             openrouter_url=_url(env, "FLUX2_OPENROUTER_URL") or cls.openrouter_url,
             openrouter_model=env.get("FLUX2_OPENROUTER_MODEL") or None,
             openrouter_key=_token(env, "OPENROUTER_API_KEY"),
             c2pa_certificate=_path(env, "FLUX2_C2PA_CERTIFICATE"),
             c2pa_key=_path(env, "FLUX2_C2PA_KEY"),
             watermark_message=env.get("FLUX2_WATERMARK_MESSAGE") or None,
-            safety=_choice(env, "FLUX2_SAFETY", cls.safety, get_args(Safety)),  # type: ignore[arg-type]
+            safety=_choice(env, "FLUX2_SAFETY", cls.safety, get_args(SafetyMode)),  # type: ignore[arg-type]
             nsfw_model=_path(env, "FLUX2_NSFW_MODEL_PATH"),
             on_space="SPACE_ID" in env,
         )
@@ -175,7 +175,7 @@ class Settings:
         return self.home / "references"
 
     @property
-    def compiled(self) -> Path:
+    def compile_cache(self) -> Path:
         """The folder where torch keeps what it compiled, from one start to the next."""
         return self.home / "compiled"
 
@@ -184,7 +184,7 @@ class Settings:
         """The folder of the identity that signs pictures where the user has none of their own."""
         return self.home / "identity"
 
-    def reads_remotely(self, checkpoint: Checkpoint) -> bool:
+    def uses_remote_text_encoder(self, checkpoint: Checkpoint) -> bool:
         """Whether the prompts of `checkpoint` go to the text encoder at `text_encoder_url`.
 
         They do where it has the same text encoder as `text_encoder_for`: a user's own quantised file of dev, too.
@@ -204,14 +204,14 @@ class Settings:
         """The folder of the lists that prompts may name."""
         return self.home / "wildcards"
 
-    def prepare_process(self) -> None:
+    def set_environment_defaults(self) -> None:
         """Set what libraries read from the environment, where the user has not; call it before torch is imported.
 
         Gradio keeps uploads, and copies of what it shows, under `home`; torch what it compiles. OpenMP's threads sleep
         while they wait: spinning, they starve each other as soon as another program wants a core.
         """
         os.environ.setdefault("GRADIO_TEMP_DIR", str(self.home / "uploads"))
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.compiled))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.compile_cache))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def checkpoint(self, name: str | None) -> Checkpoint:

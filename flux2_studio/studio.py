@@ -18,65 +18,67 @@ from PIL import Image
 
 from flux2_studio import __version__
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.engine.weights.quantize import multiplies
+from flux2_studio.engine.weights.quantize import has_8bit_matmul
 from flux2_studio.errors import CredentialsError, OutOfMemory, SafetyError, UpsampleError
-from flux2_studio.events import Drafted, Event, Notice, Ready, Result, Saved, Stopped, Upsampled, Withheld
-from flux2_studio.images.masks import Region, load_mask, region_of
-from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.events import Drafted, Event, Notice, PromptEnhanced, Ready, Result, Saved, Stopped, Withheld
+from flux2_studio.images.masks import EditRegion, load_mask, make_edit_region
+from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.images.references import fit, fit_note, load_reference
 from flux2_studio.models.hub.classifier import find_classifier
-from flux2_studio.models.hub.hub_errors import amount
-from flux2_studio.models.hub.repositories import Hub, Progress
-from flux2_studio.models.loras import Loras
-from flux2_studio.models.manager import Drawn, ModelManager
+from flux2_studio.models.hub.hub_errors import format_size
+from flux2_studio.models.hub.repositories import Hub, ProgressCallback
+from flux2_studio.models.loras import LoraLibrary
+from flux2_studio.models.manager import ModelManager, Sampler
 from flux2_studio.models.memory.available import is_out_of_memory
 from flux2_studio.models.memory.choices import choose_dtype, choose_storage
-from flux2_studio.models.memory.plan import Plan
-from flux2_studio.models.worker_thread import Cancelled, check, with_status
+from flux2_studio.models.memory.plan import MemoryPlan
+from flux2_studio.models.worker_thread import Cancelled, in_worker_thread, raise_if_cancelled
 from flux2_studio.models.writers import WriterOffer
-from flux2_studio.prompting.enhance import TRY, check_choice, enrich
+from flux2_studio.prompting.enhance import SMALLER_REFERENCES_HINT, check_upsampling_choice, enhance_prompt
 from flux2_studio.prompting.openai_server import ApiKey
-from flux2_studio.prompting.replies import OR_WITHOUT
-from flux2_studio.provenance.c2pa.credentials import Signer, Source
-from flux2_studio.provenance.finish import Finished as File
+from flux2_studio.prompting.replies import OR_WITHOUT_ENHANCING
+from flux2_studio.provenance.c2pa.credentials import ReferenceIngredient, Signer
+from flux2_studio.provenance.finish import FinishedFile as File
 from flux2_studio.provenance.finish import Finisher
-from flux2_studio.provenance.watermark import PUBLISHED, Message
-from flux2_studio.record import AS_WRITTEN, COMPILED, Record
-from flux2_studio.request import Request, Upsampling, changes
-from flux2_studio.safety.guard import Guard
-from flux2_studio.safety.policy import decide
+from flux2_studio.provenance.watermark import PUBLISHED_MESSAGE, WatermarkMessage
+from flux2_studio.record import COMPILED_BLOCKS, EAGER_BLOCKS, Record
+from flux2_studio.request import Request, Upsampling, describe_changes
+from flux2_studio.safety.guard import SafetyGuard
+from flux2_studio.safety.policy import decide_policy
 from flux2_studio.settings import Settings
 from flux2_studio.stages.drawing import (
-    WHOLE,
-    Finished,
-    Reference,
-    Run,
-    Sketch,
-    Timer,
-    asking_of,
-    draw,
-    encode,
-    settled,
-    strips,
-    workload_of,
+    UNTILED,
+    PreparedReference,
+    RunContext,
+    RunOutputs,
+    StepTimer,
+    UnfinishedPicture,
+    composite_region,
+    describe_tiling,
+    encode_conditioning,
+    find_yes_no_model,
+    generate_batch,
+    make_request_shape,
 )
-from flux2_studio.stages.durations import Pace, Way
-from flux2_studio.stages.estimates import Outlook, Stopwatch, foresee, learn, way_of
-from flux2_studio.storage.library import Library
+from flux2_studio.stages.durations import DurationModel, RunFeatures
+from flux2_studio.stages.estimates import RunEstimate, StageStopwatch, learn_duration, make_estimate, make_run_features
+from flux2_studio.storage.library import OutputLibrary
 
-DRAFTED = 0.3  # seconds between two previews of a draft: drawing those of a quick one would take as long as its steps
+DRAFT_PREVIEW_SECONDS = (
+    0.3  # seconds between two previews of a draft: drawing those of a quick one would take as long as its steps
+)
 
 
-def guard_of(settings: Settings, *, shared: bool) -> Guard:
+def make_guard(settings: Settings, *, shared: bool) -> SafetyGuard:
     """The safety check of a studio that others reach (`shared`), or its owner alone."""
-    policy = decide(settings.safety, shared=shared, on_space=settings.on_space)
-    return Guard(policy, lambda: find_classifier(settings.nsfw_model))
+    policy = decide_policy(settings.safety, shared=shared, on_space=settings.on_space)
+    return SafetyGuard(policy, lambda: find_classifier(settings.nsfw_model))
 
 
 class Studio:
     """Turns requests into pictures, one at a time. `jobs.JobQueue` puts many callers in line.
 
-    guard: the safety check, by default that of a studio for its owner alone. kept: where references are kept, so that
+    guard: the safety check, by default that of a studio for its owner alone. reference_store: where references are kept, so that
     their pictures can be made again; None keeps none. pace: learns how long runs take; None for nobody. Raises
     `StudioError` for a watermark that cannot be laid.
     """
@@ -85,45 +87,45 @@ class Studio:
         self,
         settings: Settings,
         models: ModelManager | None = None,
-        library: Library | None = None,
+        library: OutputLibrary | None = None,
         *,
-        guard: Guard | None = None,
-        kept: KeptReferences | None = None,
-        pace: Pace | None = None,
+        guard: SafetyGuard | None = None,
+        reference_store: ReferenceStore | None = None,
+        durations: DurationModel | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
-        self.guard = guard or guard_of(settings, shared=False)
+        self.guard = guard or make_guard(settings, shared=False)
         self.signer = Signer(settings.identity, settings.c2pa_certificate, settings.c2pa_key)
         own = settings.watermark_message
-        self.message = Message.parse(own) if own else PUBLISHED
-        self.kept = kept
-        self._pace = pace
+        self.message = WatermarkMessage.parse(own) if own else PUBLISHED_MESSAGE
+        self.reference_store = reference_store
+        self._durations = durations
         self._clock = clock
         self._models = models or ModelManager(settings, Hub(settings))
-        self._library = library or Library(settings.outputs)
+        self._library = library or OutputLibrary(settings.outputs)
         self._finisher = Finisher(self.message, self.signer)
-        self._reading = threading.Lock()
+        self._decode_lock = threading.Lock()
 
     @property
-    def _asks(self) -> bool:
+    def _needs_vision_model(self) -> bool:
         """Whether a language model is worth loading as a whole, to be asked: where strangers use the studio."""
         return self.guard.policy == "on"
 
     @property
-    def loras(self) -> Loras:
+    def loras(self) -> LoraLibrary:
         """The LoRAs that requests may choose."""
         return self._models.loras
 
-    def on_disk(self, checkpoint: Checkpoint) -> bool:
+    def is_on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether `checkpoint` can run without a download."""
-        return self._models.on_disk(checkpoint)
+        return self._models.is_on_disk(checkpoint)
 
-    def resolve(self, request: Request, key: ApiKey | None = None) -> Request:
-        """`request` with nothing left open, its references looked at. key: see `generate`. Raises `RequestError` for
+    def resolve(self, request: Request, api_key: ApiKey | None = None) -> Request:
+        """`request` with nothing left open, its references looked at. api_key: see `generate`. Raises `RequestError` for
         what cannot be done, `UpsampleError` where nobody could enrich the prompt."""
-        checkpoint = self._checked(request)
-        check_choice(request.upsampling, checkpoint, self.settings, key)
+        checkpoint = self._check_request(request)
+        check_upsampling_choice(request.upsampling, checkpoint, self.settings, api_key)
         sizes: list[tuple[int, int]] = []
         for reference, _ in self._references(request):
             if request.mask and not sizes:
@@ -131,7 +133,7 @@ class Studio:
             sizes.append(reference.image.size)
         return request.resolve(checkpoint, sizes)
 
-    def outlook(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> Outlook:
+    def estimate_run(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> RunEstimate:
         """What `request` will take: memory, where its checkpoint is on disk, and time, where that was learnt. Reads
         headers only.
 
@@ -139,126 +141,134 @@ class Studio:
         """
         checkpoint = self.settings.checkpoint(request.checkpoint)
         resolved = request.resolve(checkpoint, references)
-        workload = workload_of(resolved, references, checkpoint)
-        if not self.on_disk(checkpoint):
-            return foresee(resolved, checkpoint, workload, there=False, loaded=False)
-        plan = self._models.outlook(checkpoint, workload, request.loras, whole=self._asks)
-        return foresee(
+        workload = make_request_shape(resolved, references, checkpoint)
+        if not self.is_on_disk(checkpoint):
+            return make_estimate(resolved, checkpoint, workload, is_on_disk=False, is_loaded=False)
+        plan = self._models.predict_plan(
+            checkpoint, workload, request.loras, load_vision_model=self._needs_vision_model
+        )
+        return make_estimate(
             resolved,
             checkpoint,
             workload,
-            fit=plan.text(self._models.place),
-            way=self._way(resolved, checkpoint, plan),
-            batch=plan.batch,
-            pace=self._pace,
-            there=True,
-            loaded=self._models.loaded(checkpoint),
+            memory_fit=plan.describe(self._models.device_label),
+            features=self._run_features(resolved, checkpoint, plan),
+            batch_size=plan.batch_size,
+            durations=self._durations,
+            is_on_disk=True,
+            is_loaded=self._models.is_loaded(checkpoint),
         )
 
-    def _way(self, request: Request, checkpoint: Checkpoint, plan: Plan) -> Way:
-        computed = self.computed(checkpoint)
+    def _run_features(self, request: Request, checkpoint: Checkpoint, plan: MemoryPlan) -> RunFeatures:
+        computed = self.compute_settings(checkpoint)
         precision = f"{computed['precision']}, weights {computed['weights']}"
-        return way_of(self._models.device_name, precision, checkpoint, plan, self.settings.preview, request)
+        return make_run_features(self._models.device_name, precision, checkpoint, plan, self.settings.preview, request)
 
     @property
-    def messages(self) -> tuple[Message, ...]:
+    def messages(self) -> tuple[WatermarkMessage, ...]:
         """What watermarks may say that are looked for: this studio's, and the published one."""
-        return tuple(dict.fromkeys((self.message, PUBLISHED)))
+        return tuple(dict.fromkeys((self.message, PUBLISHED_MESSAGE)))
 
-    def writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
+    def list_writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
         """The language models on this machine that can enrich prompts for `checkpoint`."""
-        return self._models.writers(checkpoint)
+        return self._models.list_writers(checkpoint)
 
     @cached_property
     def versions(self) -> Mapping[str, str]:
         """Of what pictures depend on."""
         return {"flux2-studio": __version__, "torch": torch.__version__, "transformers": version("transformers")}
 
-    def computed(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+    def compute_settings(self, checkpoint: Checkpoint) -> Mapping[str, str]:
         """How `checkpoint` is computed here, as far as pictures depend on it."""
         device, part = self._models.device, checkpoint.flow
         weights: str = choose_storage(self.settings.quantize, self.settings.dtype, device, part)
-        if weights in ("fp8", "int8") and multiplies(device, weights):  # type: ignore[arg-type]
+        if weights in ("fp8", "int8") and has_8bit_matmul(device, weights):  # type: ignore[arg-type]
             weights += " products"
         return {
             "device": device.type,
             "precision": str(choose_dtype(self.settings.dtype, device, checkpoint, part)).removeprefix("torch."),
             "weights": weights,
-            "autoencoder": WHOLE,
-            "blocks": self._models.compiled.outlook(part.size),
+            "autoencoder": UNTILED,
+            "blocks": self._models.background_compiler.expected_mode(part.size),
         }
 
     def checkpoint_hash(self, checkpoint: Checkpoint) -> str | None:
         """SHA-256 of the transformer's file; None where it is not here, or would take long to read."""
-        return self._models.hash_of(checkpoint) if self.on_disk(checkpoint) else None
+        return self._models.quick_hash(checkpoint) if self.is_on_disk(checkpoint) else None
 
-    def needs(self, checkpoint: Checkpoint) -> str:
+    def describe_memory_needs(self, checkpoint: Checkpoint) -> str:
         """What `checkpoint` needs of the memory, in words: by its published sizes, for it may not be here yet."""
         sizes = [part.size for part in checkpoint.parts]
-        there = self._models.capacity
+        there = self._models.memory_capacity
         return (
-            f"Takes about {amount(sum(sizes))} of memory at once, {amount(max(sizes))} when its parts take turns; "
-            f"{self._models.place} has {amount(there)}."
+            f"Takes about {format_size(sum(sizes))} of memory at once, {format_size(max(sizes))} when its parts take turns; "
+            f"{self._models.device_label} has {format_size(there)}."
         )
 
-    def prepare(self, name: str, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    def preload(self, name: str, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Load checkpoint `name`, which must be on disk, as far as it fits, before it is asked for. Yields Status, then
         Ready, or Stopped once `cancelled`. Raises `StudioError`."""
         checkpoint = self.settings.checkpoint(name)
         usual = Request(prompt="any").resolve(checkpoint)
 
-        def load(progress: Progress) -> None:
-            workload = workload_of(usual, [], checkpoint)
-            self._models.open(checkpoint, workload, progress, whole=self._asks).preload(progress)
+        def load(progress: ProgressCallback) -> None:
+            workload = make_request_shape(usual, [], checkpoint)
+            self._models.open(checkpoint, workload, progress, load_vision_model=self._needs_vision_model).preload(
+                progress
+            )
 
         try:
-            yield from with_status(load, cancelled)
+            yield from in_worker_thread(load, cancelled)
             yield Ready(checkpoint=name)
         except Cancelled:
             yield Stopped()
         except (RuntimeError, MemoryError) as error:
             raise self._exhausted(name, error) from error
 
-    def enrich(
-        self, request: Request, cancelled: Callable[[], bool] = lambda: False, key: ApiKey | None = None
+    def enhance_prompt(
+        self, request: Request, cancelled: Callable[[], bool] = lambda: False, api_key: ApiKey | None = None
     ) -> Iterator[Event]:
         """Have the prompt of `request` enriched as its `upsampling` says, and draw nothing: the last events are
-        Upsampled and Ready, or Stopped once `cancelled`. key: see `generate`. Raises `StudioError`."""
+        Upsampled and Ready, or Stopped once `cancelled`. api_key: see `generate`. Raises `StudioError`."""
         try:
-            self.guard.ready()
-            resolved, references, _ = yield from self._examined(request, cancelled, Finished(), with_files=False)
-            done = yield from enrich(
-                resolved, [it.image for it in references], self.settings, self._models, key, cancelled
+            self.guard.check_ready()
+            resolved, references, _ = yield from self._check_inputs(
+                request, cancelled, RunOutputs(), for_generation=False
             )
-            yield from (Notice(text=text) for text in self._passed(done))
+            done = yield from enhance_prompt(
+                resolved, [it.image for it in references], self.settings, self._models, api_key, cancelled
+            )
+            yield from (Notice(text=text) for text in self._check_enhanced_prompt(done))
             yield Ready(checkpoint=resolved.checkpoint or "")
         except Cancelled:
             yield Stopped()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise UpsampleError(f"There is too little main memory left for this: {TRY}.") from error
+            raise UpsampleError(f"There is too little main memory left for this: {SMALLER_REFERENCES_HINT}.") from error
 
-    def _passed(self, done: Upsampled) -> tuple[str, ...]:
+    def _check_enhanced_prompt(self, enhanced: PromptEnhanced) -> tuple[str, ...]:
         """What the safety check says of an enriched prompt. Raises `UpsampleError` where it stops it: the user's own
         prompt has passed."""
         try:
-            return self.guard.prompt(done.prompt)
+            return self.guard.check_prompt(enhanced.prompt)
         except SafetyError as error:
-            raise UpsampleError(f"{done.by} wrote what does not pass: {error} Try again, {OR_WITHOUT}.") from error
+            raise UpsampleError(
+                f"{enhanced.by} wrote what does not pass: {error} Try again, {OR_WITHOUT_ENHANCING}."
+            ) from error
 
     def generate(
-        self, request: Request, cancelled: Callable[[], bool] = lambda: False, key: ApiKey | None = None
+        self, request: Request, cancelled: Callable[[], bool] = lambda: False, api_key: ApiKey | None = None
     ) -> Iterator[Event]:
         """Carry out `request`, yielding events as `events.py` orders them; the last is a Result or, if `cancelled`
-        turned true between two steps, Stopped. key: the user's own for the server that enriches prompts. Raises
+        turned true between two steps, Stopped. api_key: the user's own for the server that enriches prompts. Raises
         `StudioError` for what the user must know.
         """
-        finished = Finished()
+        finished = RunOutputs()
         try:
-            yield from self._run(request, cancelled, key, finished)
+            yield from self._run(request, cancelled, api_key, finished)
         except Cancelled:
-            yield from finished.fresh(finished.named(finished.notes))
+            yield from finished.new_notices(finished.with_seeds(finished.notes))
             yield Stopped(images=tuple(finished.images), seeds=tuple(finished.seeds))
         except (RuntimeError, MemoryError) as error:
             raise self._exhausted(request.checkpoint, error) from error
@@ -268,20 +278,24 @@ class Studio:
         asks wants the next one in a moment. The last event is Drafted or, once `cancelled`, Stopped. Raises
         `StudioError`."""
         began = time.monotonic()
-        finished = Finished()
+        finished = RunOutputs()
         once = replace(request, count=1, upsampling=Upsampling())
         try:
-            self.guard.ready()
-            resolved, references, region = yield from self._examined(once, cancelled, finished, with_files=False)
-            run = yield from self._opened(resolved, references, region, cancelled, finished, pause=DRAFTED)
-            conditions = yield from encode(run)
-            drawn = yield from run.working(run.session.draw)
+            self.guard.check_ready()
+            resolved, references, region = yield from self._check_inputs(
+                once, cancelled, finished, for_generation=False
+            )
+            run = yield from self._open_run(
+                resolved, references, region, cancelled, finished, preview_interval=DRAFT_PREVIEW_SECONDS
+            )
+            conditions = yield from encode_conditioning(run)
+            drawn = yield from run.run_in_worker(run.session.prepare_transformer)
             record = self._record(run, drawn, "", resolved.seeds[0], 0, 1)
-            pictures = yield from draw(run, drawn, [record], 1, conditions, Timer())
+            pictures = yield from generate_batch(run, drawn, [record], 1, conditions, StepTimer())
             assert pictures is not None, "one picture is not made in parts"
-            ask, told = asking_of(run)
-            picture, kept = settled(pictures[0][0], resolved, region, run.first)
-            yield from finished.fresh([*told, *kept, *self.guard.output(picture, ask)])
+            ask, told = find_yes_no_model(run)
+            picture, kept = composite_region(pictures[0][0], resolved, region, run.first_reference)
+            yield from finished.new_notices([*told, *kept, *self.guard.check_output(picture, ask)])
             yield Drafted(request=resolved, image=picture, seconds=time.monotonic() - began)
         except Cancelled:
             yield Stopped()
@@ -299,37 +313,37 @@ class Studio:
         )
 
     def _run(
-        self, asked: Request, cancelled: Callable[[], bool], key: ApiKey | None, finished: Finished
+        self, submitted: Request, cancelled: Callable[[], bool], api_key: ApiKey | None, outputs: RunOutputs
     ) -> Generator[Event, None, None]:
         began = time.monotonic()
-        check(cancelled)
+        raise_if_cancelled(cancelled)
         # Whatever can fail at the end is tried before hours of work.
-        self._library.check()
-        self.guard.ready()
-        request, references, region = yield from self._examined(asked, cancelled, finished, with_files=True)
+        self._library.check_writable()
+        self.guard.check_ready()
+        request, references, region = yield from self._check_inputs(submitted, cancelled, outputs, for_generation=True)
         looking = time.monotonic() - began
         self._finisher.check(request)
-        upsampled: Upsampled | None = None
+        upsampled: PromptEnhanced | None = None
         if request.upsampling.by != "none":
             pictures = [reference.image for reference in references]
-            upsampled = yield from enrich(request, pictures, self.settings, self._models, key, cancelled)
-            yield from finished.fresh(self._passed(upsampled))
+            upsampled = yield from enhance_prompt(request, pictures, self.settings, self._models, api_key, cancelled)
+            yield from outputs.new_notices(self._check_enhanced_prompt(upsampled))
             request = replace(request, prompt=upsampled.prompt, upsampling=Upsampling())
-        exhausted: Plan | None = None  # the plan that turned out to be too much
-        while finished.drawn < request.count:
+        exhausted: MemoryPlan | None = None  # the plan that turned out to be too much
+        while outputs.completed_count < request.count:
             before = exhausted
-            run = yield from self._opened(
+            run = yield from self._open_run(
                 request,
                 references,
                 region,
                 cancelled,
-                finished,
-                upsampled=upsampled,
-                after=before,
-                looking=looking,
+                outputs,
+                enhanced=upsampled,
+                failed_plan=before,
+                check_seconds=looking,
             )
             try:
-                yield from self._make(run)
+                yield from self._generate_pictures(run)
             except (RuntimeError, MemoryError) as error:
                 if before or not is_out_of_memory(error):
                     raise
@@ -338,203 +352,220 @@ class Studio:
                 del run  # and whatever it holds on the device
                 self._models.release_all()
                 yield Notice(text="The memory ran out, in spite of the plan: trying once more, with less of it in use.")
-        if finished.withheld is not None and not finished.images:
-            raise finished.withheld
-        yield from finished.fresh(finished.named(finished.notes))
+        if outputs.withheld is not None and not outputs.images:
+            raise outputs.withheld
+        yield from outputs.new_notices(outputs.with_seeds(outputs.notes))
         yield Result(
             request=request,
-            images=tuple(finished.images),
-            seeds=tuple(finished.seeds),
+            images=tuple(outputs.images),
+            seeds=tuple(outputs.seeds),
             seconds=time.monotonic() - began,
-            provenance=finished.named(finished.provenance),
+            provenance=outputs.with_seeds(outputs.provenance),
         )
 
-    def _opened(
+    def _open_run(
         self,
         request: Request,
-        references: Sequence[Reference],
-        region: Region | None,
+        references: Sequence[PreparedReference],
+        region: EditRegion | None,
         cancelled: Callable[[], bool],
-        finished: Finished,
+        outputs: RunOutputs,
         *,
-        upsampled: Upsampled | None = None,
-        after: Plan | None = None,
-        pause: float = 0.0,
-        looking: float = 0.0,
-    ) -> Generator[Event, None, Run]:
-        """A run of what `_examined` gave, with its checkpoint open. after: the plan that turned out to be too much; the
-        others are as in `Run`."""
+        enhanced: PromptEnhanced | None = None,
+        failed_plan: MemoryPlan | None = None,
+        preview_interval: float = 0.0,
+        check_seconds: float = 0.0,
+    ) -> Generator[Event, None, RunContext]:
+        """A run of what `_check_inputs` gave, with its checkpoint open. failed_plan: the plan that turned out to be too much; the
+        others are as in `RunContext`."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
-        workload = workload_of(request, [reference.image.size for reference in references], checkpoint)
-        session = yield from with_status(
+        workload = make_request_shape(request, [reference.image.size for reference in references], checkpoint)
+        session = yield from in_worker_thread(
             lambda progress: self._models.open(
-                checkpoint, workload, progress, loras=request.loras, after=after, whole=self._asks
+                checkpoint,
+                workload,
+                progress,
+                loras=request.loras,
+                failed_plan=failed_plan,
+                load_vision_model=self._needs_vision_model,
             ),
             cancelled,
         )
-        yield from finished.fresh(session.notes)
-        if not session.plan.resident:
-            yield Notice(text=session.plan.text(self._models.place))
-        return Run(
+        yield from outputs.new_notices(session.notes)
+        if not session.plan.is_resident:
+            yield Notice(text=session.plan.describe(self._models.device_label))
+        return RunContext(
             request=request,
-            upsampled=upsampled,
+            enhanced=enhanced,
             references=references,
             region=region,
             session=session,
-            workload=workload,
+            request_shape=workload,
             guard=self.guard,
             cancelled=cancelled,
-            finished=finished,
-            pause=pause,
+            outputs=outputs,
+            preview_interval=preview_interval,
             clock=self._clock,
-            looking=looking,
+            check_seconds=check_seconds,
         )
 
-    def _examined(
-        self, asked: Request, cancelled: Callable[[], bool], finished: Finished, *, with_files: bool
-    ) -> Generator[Event, None, tuple[Request, list[Reference], Region | None]]:
-        """The resolved request, its references and what of the first may change, all of it checked. with_files: whether
+    def _check_inputs(
+        self, submitted: Request, cancelled: Callable[[], bool], outputs: RunOutputs, *, for_generation: bool
+    ) -> Generator[Event, None, tuple[Request, list[PreparedReference], EditRegion | None]]:
+        """The resolved request, its references and what of the first may change, all of it checked. for_generation: whether
         pictures will be made of the references, which are then kept, and named in the pictures' credentials."""
-        checkpoint = self._checked(asked)
-        yield from finished.fresh(self.guard.prompt(asked.prompt))
+        checkpoint = self._check_request(submitted)
+        yield from outputs.new_notices(self.guard.check_prompt(submitted.prompt))
         references = []
-        for number, (reference, data) in enumerate(self._references(asked), start=1):
-            check(cancelled)
-            yield from finished.fresh(self.guard.reference(number, reference.image))
-            if with_files and asked.metadata and self.kept is not None:
-                self.kept.keep(data)
-            if with_files and asked.sign:
-                source = self.signer.source(number, data)
-                yield from finished.fresh([source.note] if source.note else [])
-                reference = replace(reference, source=source)
+        for number, (reference, data) in enumerate(self._references(submitted), start=1):
+            raise_if_cancelled(cancelled)
+            yield from outputs.new_notices(self.guard.check_reference(number, reference.image))
+            if for_generation and submitted.metadata and self.reference_store is not None:
+                self.reference_store.save(data)
+            if for_generation and submitted.sign:
+                source = self.signer.make_ingredient(number, data)
+                yield from outputs.new_notices([source.note] if source.note else [])
+                reference = replace(reference, ingredient=source)
             references.append(reference)
-        request = asked.resolve(checkpoint, [reference.image.size for reference in references])
-        region = region_of(request, references[0].image) if references else None
-        if with_files and asked.metadata and self.kept is not None and region and region.mask:
-            self.kept.keep(region.mask.data)
-        yield from finished.fresh(changes(asked, request))
+        request = submitted.resolve(checkpoint, [reference.image.size for reference in references])
+        region = make_edit_region(request, references[0].image) if references else None
+        if for_generation and submitted.metadata and self.reference_store is not None and region and region.mask:
+            self.reference_store.save(region.mask.data)
+        yield from outputs.new_notices(describe_changes(submitted, request))
         return request, references, region
 
-    def _checked(self, request: Request) -> Checkpoint:
+    def _check_request(self, request: Request) -> Checkpoint:
         """The checkpoint of `request`. Whatever is wrong with the numbers is said before pictures are opened."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
         request.resolve(checkpoint)
         self.loras.check(request.loras, checkpoint, None)
         return checkpoint
 
-    def _references(self, request: Request) -> Iterator[tuple[Reference, bytes]]:
+    def _references(self, request: Request) -> Iterator[tuple[PreparedReference, bytes]]:
         """Each reference, scaled to its cap, and its file; one at a time, for a photograph takes hundreds of megabytes
         until it is fitted. Raises `ReferenceImageError`."""
-        cap = self.settings.checkpoint(request.checkpoint).reference_cap(len(request.references))
+        cap = self.settings.checkpoint(request.checkpoint).max_pixels_per_reference(len(request.references))
         for number, path in enumerate(request.references, start=1):
-            with self._reading:  # those of one run after the other's, too: runs are submitted from many threads
+            with self._decode_lock:  # those of one run after the other's, too: runs are submitted from many threads
                 whole = load_reference(path)
                 image = fit(whole.image, cap)
             note = fit_note(number, whole.image.size, image.size)
             notes = (*whole.notes, *([note] if note else []))
-            yield Reference(image=image, notes=notes, sha256=whole.sha256), whole.data
+            yield PreparedReference(image=image, notes=notes, sha256=whole.sha256), whole.data
 
-    def _make(self, run: Run) -> Iterator[Event]:
+    def _generate_pictures(self, run: RunContext) -> Iterator[Event]:
         """Draw and save the pictures of `run` that are not finished yet."""
-        watch = Stopwatch(run.session, run.looking)
-        conditions = yield from encode(run)
+        watch = StageStopwatch(run.session, run.check_seconds)
+        conditions = yield from encode_conditioning(run)
         once: float | None = watch.lap()
-        finished = run.finished
+        finished = run.outputs
         fingerprint = ""  # read before the drawing: it may take a minute, be given up, or fail
         if run.request.metadata:
             checkpoint = run.session.checkpoint
-            fingerprint = yield from run.working(lambda progress: self._models.hashing(checkpoint, progress))
-        timer = Timer()
-        most = run.session.plan.batch
-        waiting = list(run.request.seeds[finished.drawn :])
+            fingerprint = yield from run.run_in_worker(lambda progress: self._models.compute_hash(checkpoint, progress))
+        timer = StepTimer()
+        most = run.session.plan.batch_size
+        waiting = list(run.request.seeds[finished.completed_count :])
         while waiting:
             seeds = waiting[:most]
             together = len(seeds)
-            drawn = yield from run.working(partial(run.session.draw, pictures=together))
-            yield from finished.fresh([*(lora.report.text for lora in drawn.applied), *drawn.notes])
+            drawn = yield from run.run_in_worker(partial(run.session.prepare_transformer, batch_size=together))
+            yield from finished.new_notices([*(lora.report.text for lora in drawn.applied_loras), *drawn.notes])
             watch.lap()
             planned = run.session.plan
             records = [self._record(run, drawn, fingerprint, seed, i, together) for i, seed in enumerate(seeds)]
-            pictures = yield from draw(run, drawn, records, len(waiting), conditions, timer)
+            pictures = yield from generate_batch(run, drawn, records, len(waiting), conditions, timer)
             if pictures is None:
                 most = len(seeds) // 2
-                self._models.release_scratch()
+                self._models.release_unused_memory()
                 yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
                 continue
             for (picture, decoded), record in zip(pictures, records, strict=True):  # memory may have run out meanwhile
                 yield from self._finish(
                     run, picture, replace(record, computed={**record.computed, "autoencoder": decoded})
                 )
-            if self._pace is not None and run.session.plan is planned:  # else it took some tries
-                way = self._way(run.request, run.session.checkpoint, run.session.plan)
-                finishing = max(0.0, watch.lap() - sum(timer.batch))
-                learn(self._pace, way, run, timer, pictures=len(seeds), finishing=finishing, once=once)
+            if self._durations is not None and run.session.plan is planned:  # else it took some tries
+                way = self._run_features(run.request, run.session.checkpoint, run.session.plan)
+                finishing = max(0.0, watch.lap() - sum(timer.step_seconds))
+                learn_duration(
+                    self._durations, way, run, timer, pictures=len(seeds), finish_seconds=finishing, setup_seconds=once
+                )
                 once = None  # of the pictures that follow it is no part
             del waiting[: len(seeds)]
 
-    def _finish(self, run: Run, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
+    def _finish(self, run: RunContext, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
         """Check, mark and save one picture; what the check does not let through goes nowhere."""
-        request, finished, index = record.request, run.finished, run.finished.drawn
+        request, finished, index = record.request, run.outputs, run.outputs.completed_count
         assert request.seed is not None
         try:
-            ask, told = asking_of(run)
-            picture, kept = settled(picture, request, run.region, run.first)
-            told += (*kept, *self.guard.output(picture, ask))
+            ask, told = find_yes_no_model(run)
+            picture, kept = composite_region(picture, request, run.region, run.first_reference)
+            told += (*kept, *self.guard.check_output(picture, ask))
         except SafetyError as error:
-            finished.drawn += 1
+            finished.completed_count += 1
             finished.withheld = error
             yield Withheld(index=index)
             if run.request.count > 1:  # of a single one the run's end tells
                 yield Notice(text=f"{error} (Seed {request.seed}.)")
             return
-        change = run.region.change if run.region else None
-        file, unsigned = self._marked(picture, record, run.sources, change)
+        change = run.region.edit_mask if run.region else None
+        file, unsigned = self._encode_file(picture, record, run.ingredients, change)
         path = self._library.save(file.data, request)
-        finished.keep(path, request.seed, [*told, *unsigned, *file.notes], file.provenance)
+        finished.add_picture(path, request.seed, [*told, *unsigned, *file.notes], file.provenance)
         yield Saved(index=index, image=path, seed=request.seed, record=file.record)
 
-    def _marked(
-        self, picture: Image.Image, record: Record, sources: Sequence[Source], change: Image.Image | None
+    def _encode_file(
+        self,
+        picture: Image.Image,
+        record: Record,
+        ingredients: Sequence[ReferenceIngredient],
+        edit_mask: Image.Image | None,
     ) -> tuple[File, tuple[str, ...]]:
         """The finished file of `picture`, and why it is not signed where it was to be."""
         try:
-            return self._finisher.finish(picture, record, sources, change), ()
+            return self._finisher.finish(picture, record, ingredients, edit_mask), ()
         except CredentialsError as error:  # it was there before the work, and so is the picture now
             unsigned = replace(record, request=replace(record.request, sign=False))
-            file = self._finisher.finish(picture, unsigned, change=change)
+            file = self._finisher.finish(picture, unsigned, edit_mask=edit_mask)
             return file, (f"The picture is not signed. {error}",)
 
-    def keep(self, sketch: Sketch) -> tuple[Saved, tuple[str, ...]]:
+    def save_preview(self, unfinished: UnfinishedPicture) -> tuple[Saved, tuple[str, ...]]:
         """Check, mark and save the preview of a run that was not finished, as large as the picture would have been,
         and what the user should know of it. Raises `StudioError`."""
-        request = sketch.record.request
+        request = unfinished.record.request
         assert request.seed is not None and request.width and request.height
         size = request.width, request.height
-        picture = sketch.image if sketch.image.size == size else sketch.image.resize(size, Image.Resampling.LANCZOS)
-        picture, notes = settled(picture, request, sketch.region, sketch.first)
-        told = (*notes, *self.guard.output(picture))
-        change = sketch.region.change if sketch.region else None
-        file, unsigned = self._marked(picture, sketch.record, sketch.sources, change)
+        picture = (
+            unfinished.image
+            if unfinished.image.size == size
+            else unfinished.image.resize(size, Image.Resampling.LANCZOS)
+        )
+        picture, notes = composite_region(picture, request, unfinished.region, unfinished.first_reference)
+        told = (*notes, *self.guard.check_output(picture))
+        change = unfinished.region.edit_mask if unfinished.region else None
+        file, unsigned = self._encode_file(picture, unfinished.record, unfinished.ingredients, change)
         path = self._library.save(file.data, request)
         return Saved(index=0, image=path, seed=request.seed, record=file.record), (*told, *unsigned, *file.notes)
 
-    def _record(self, run: Run, drawn: Drawn, fingerprint: str, seed: int, place: int, together: int) -> Record:
-        upsampled = run.upsampled
+    def _record(
+        self, run: RunContext, sampler: Sampler, fingerprint: str, seed: int, place: int, together: int
+    ) -> Record:
+        upsampled = run.enhanced
         return Record(
             request=replace(run.request, seed=seed, count=1, references=(), mask=None),
             label=run.session.checkpoint.label,
             checkpoint=fingerprint,
             references=tuple(reference.sha256 for reference in run.references),
             mask=run.region.mask.sha256 if run.region and run.region.mask else "",
-            loras=tuple(lora.sha256 for lora in drawn.applied),
+            loras=tuple(lora.sha256 for lora in sampler.applied_loras),
             original_prompt=upsampled.original if upsampled else None,
             upsampled_by=upsampled.by if upsampled else None,
             place=place,
             together=together,
             versions=self.versions,
             computed={
-                **self.computed(run.session.checkpoint),
-                "autoencoder": strips(run.session.plan),
-                "blocks": COMPILED if drawn.compiled else AS_WRITTEN,
+                **self.compute_settings(run.session.checkpoint),
+                "autoencoder": describe_tiling(run.session.plan),
+                "blocks": COMPILED_BLOCKS if sampler.is_compiled else EAGER_BLOCKS,
             },
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError
-from flux2_studio.events import FINAL, Event, Preview, Ready, Result, Status, Stopped
+from flux2_studio.events import FINAL_EVENTS, Event, Preview, Ready, Result, Status, Stopped
 from flux2_studio.jobs.journal import Journal
 from flux2_studio.jobs.tasks import Task
 from flux2_studio.prompting.openai_server import ApiKey
@@ -27,26 +27,30 @@ class ScriptedStudio:
         self.ran: list[str] = []
         self.keys: list[ApiKey | None] = []
 
-    def resolve(self, request: Request, key: ApiKey | None = None) -> Request:
+    def resolve(self, request: Request, api_key: ApiKey | None = None) -> Request:
         if request.prompt not in self.scripts:
             raise RequestError("no such script")
         return request.resolve(next(one for one in CHECKPOINTS if one.name == (request.checkpoint or "nano")))
 
-    def generate(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
+    def generate(
+        self, request: Request, cancelled: Callable[[], bool], api_key: ApiKey | None = None
+    ) -> Iterator[Event]:
         self.ran.append(request.prompt)
-        self.keys.append(key)
+        self.keys.append(api_key)
         return self.scripts[request.prompt](request, cancelled)
 
-    def enrich(self, request: Request, cancelled: Callable[[], bool], key: ApiKey | None = None) -> Iterator[Event]:
+    def enhance_prompt(
+        self, request: Request, cancelled: Callable[[], bool], api_key: ApiKey | None = None
+    ) -> Iterator[Event]:
         self.ran.append(f"enrich {request.prompt}")
-        self.keys.append(key)
+        self.keys.append(api_key)
         return self.scripts[request.prompt](request, cancelled)
 
     def draft(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
         self.ran.append(f"draft {request.prompt}")
         return self.scripts[request.prompt](request, cancelled)
 
-    def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
+    def preload(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
         self.ran.append(f"prepare {name}")
         yield Status(text="loading")
         waited = threading.Event()
@@ -56,7 +60,7 @@ class ScriptedStudio:
 
 
 def preview(step: int, steps: int = 4) -> Preview:
-    return Preview(step=step, steps=steps, images=(), first=0, count=1, seconds_left=None)
+    return Preview(step=step, steps=steps, images=(), first_index=0, count=1, seconds_left=None)
 
 
 def result(request: Request) -> Result:
@@ -101,7 +105,7 @@ class Gate:
 def follow(job: Task, since: int = 0) -> list[Event]:
     """All events until the run ends; fails rather than hangs."""
     events = [event for _, event in job.events(since, timeout=PATIENCE)]
-    assert events and isinstance(events[-1], FINAL), f"the run did not end: {events}"
+    assert events and isinstance(events[-1], FINAL_EVENTS), f"the run did not end: {events}"
     return events
 
 

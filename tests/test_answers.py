@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from flux2_studio.errors import UpsampleError
-from flux2_studio.prompting.replies import MOST, most_characters, read_answer, too_long
+from flux2_studio.prompting.replies import (
+    MAX_PROMPT_REPLY_CHARACTERS,
+    max_reply_characters,
+    parse_reply,
+    reply_too_long_error,
+)
 from flux2_studio.request import MAX_PROMPT
 
 PROMPT = "A red fox sleeps on a mossy log, soft morning light from the left, oil painting."
@@ -38,7 +43,7 @@ PROMPT = "A red fox sleeps on a mossy log, soft morning light from the left, oil
     ],
 )
 def test_prompts_are_left_as_they_are(prompt: str) -> None:
-    answer = read_answer(f"\n {prompt}\n", "a fox")
+    answer = parse_reply(f"\n {prompt}\n", "a fox")
     assert (answer.prompt, answer.notes) == (prompt, ())
 
 
@@ -55,28 +60,28 @@ def test_prompts_are_left_as_they_are(prompt: str) -> None:
     ],
 )
 def test_a_wrapping_is_taken_off_and_told(text: str, told: str) -> None:
-    answer = read_answer(text, "a fox")
+    answer = parse_reply(text, "a fox")
     assert answer.prompt.startswith(PROMPT)
     assert answer.prompt[-1] == "." and answer.prompt[0] == "A"
     assert len(answer.notes) == 1 and told in answer.notes[0]
 
 
 def test_an_empty_block_of_thoughts_is_not_worth_telling() -> None:
-    answer = read_answer(f"<think>\n\n</think>\n\n{PROMPT}", "a fox")
+    answer = parse_reply(f"<think>\n\n</think>\n\n{PROMPT}", "a fox")
     assert (answer.prompt, answer.notes) == (PROMPT, ())
 
 
 def test_several_wrappings() -> None:
-    answer = read_answer(f"<think>fox</think>```\n{PROMPT}\n```", "a fox")
+    answer = parse_reply(f"<think>fox</think>```\n{PROMPT}\n```", "a fox")
     assert answer.prompt == PROMPT
     assert len(answer.notes) == 2
 
 
 def test_json_is_a_prompt_where_the_users_was() -> None:
     text = '{"scene": "a fox on a log", "style": "oil"}'
-    assert read_answer(f"```json\n{text}\n```", '{"scene": "a fox"}').prompt == text
+    assert parse_reply(f"```json\n{text}\n```", '{"scene": "a fox"}').prompt == text
     with pytest.raises(UpsampleError, match="answered with JSON, where sentences were asked for"):
-        read_answer(text, "a fox")
+        parse_reply(text, "a fox")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_json_is_a_prompt_where_the_users_was() -> None:
 )
 def test_everything_else_is_refused(text: str, says: str) -> None:
     with pytest.raises(UpsampleError) as caught:
-        read_answer(text, "a fox")
+        parse_reply(text, "a fox")
     assert says in str(caught.value)
     assert str(caught.value).endswith("or generate without enriching.")
     assert len(str(caught.value)) < 300
@@ -135,15 +140,15 @@ def test_everything_else_is_refused(text: str, says: str) -> None:
 
 def test_a_long_prompt_may_stay_long() -> None:
     asked = "a fox and a cat, " * 400
-    assert len(read_answer(asked, asked).prompt) > MOST
-    assert "13,600 at most" in str(too_long(20_000, asked))
+    assert len(parse_reply(asked, asked).prompt) > MAX_PROMPT_REPLY_CHARACTERS
+    assert "13,600 at most" in str(reply_too_long_error(20_000, asked))
 
 
 def test_what_the_prompt_itself_begins_with_is_no_label() -> None:
     asked = "Prompt: a fox"
-    assert read_answer("Prompt: a red fox", asked).prompt == "Prompt: a red fox"
+    assert parse_reply("Prompt: a red fox", asked).prompt == "Prompt: a red fox"
 
 
 def test_an_answer_is_never_longer_than_a_request_takes() -> None:
-    assert most_characters("a" * 15_000) == MAX_PROMPT
-    assert most_characters("a") == MOST
+    assert max_reply_characters("a" * 15_000) == MAX_PROMPT
+    assert max_reply_characters("a") == MAX_PROMPT_REPLY_CHARACTERS

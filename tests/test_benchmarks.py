@@ -18,7 +18,7 @@ from benchmarks.measuring import Arm, interleave, machine, summary
 from benchmarks.pair import Bench, prepare
 from benchmarks.synthetic import Entry, Written, disk_bytes, write
 from flux2_studio.checkpoints import KLEIN_4B
-from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.latents import sequence_position_ids
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.text.encoder import load_text_encoder
 from flux2_studio.engine.weights.loading import load_transformer
@@ -46,7 +46,7 @@ def inputs(transformer: Transformer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 16, transformer.params.in_channels, generator=generator)
     context = torch.randn(1, 8, transformer.params.context_width, generator=generator)
-    return x, context, torch.tensor([0.6]), sequence_ids(8, 4, 4)
+    return x, context, torch.tensor([0.6]), sequence_position_ids(8, 4, 4)
 
 
 @torch.inference_mode()

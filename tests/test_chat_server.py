@@ -8,7 +8,7 @@ from flux2_studio.prompting.server_errors import ChatServer
 
 
 def server(url: str) -> ChatServer:
-    return ChatServer(url=url, model="toy", keyed=True)
+    return ChatServer(url=url, model="toy", has_key=True)
 
 
 @pytest.mark.parametrize(
@@ -26,14 +26,14 @@ def server(url: str) -> ChatServer:
 def test_names(url: str, name: str) -> None:
     assert server(url).name == name
     assert server(url).is_openrouter == (name == "OpenRouter")
-    assert "secret" not in str(server(url).refused(404)) + str(server(url).foreign())
+    assert "secret" not in str(server(url).status_error(404)) + str(server(url).protocol_error())
 
 
 def test_only_what_passes_is_worth_asking_again() -> None:
-    passing = [status for status in range(300, 600) if server("http://a/v1").refused(status).passing]
+    passing = [status for status in range(300, 600) if server("http://a/v1").status_error(status).is_retryable]
     assert passing == [429, *range(500, 600)]
 
 
 def test_every_status_has_a_sentence_with_a_way_out() -> None:
     for status in range(300, 600):
-        assert str(server("http://a/v1").refused(status)).endswith(", or generate without enriching.")
+        assert str(server("http://a/v1").status_error(status)).endswith(", or generate without enriching.")

@@ -49,47 +49,47 @@ def test_as_published(name: str) -> None:
     repo, file, override, steps, guidance, guiding, text, gated = PUBLISHED[name]
     assert checkpoint.flow.repo == f"black-forest-labs/{repo}"
     assert checkpoint.flow.path == file
-    assert checkpoint.flow.override == override
-    assert (checkpoint.steps, checkpoint.guidance, checkpoint.guiding) == (steps, guidance, guiding)
-    assert checkpoint.text.override == text
+    assert checkpoint.flow.path_variable == override
+    assert (checkpoint.steps, checkpoint.guidance, checkpoint.guidance_mode) == (steps, guidance, guiding)
+    assert checkpoint.text.path_variable == text
     assert checkpoint.gated is gated
     assert checkpoint.flow.gated is gated
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
 def test_distilled_means_fixed(checkpoint: Checkpoint) -> None:
-    distilled = checkpoint.guiding == "none"
+    distilled = checkpoint.guidance_mode == "none"
     assert checkpoint.steps_fixed is checkpoint.guidance_fixed is distilled
-    assert checkpoint.takes_negative_prompt is (checkpoint.guiding == "cfg")
+    assert checkpoint.supports_negative_prompt is (checkpoint.guidance_mode == "cfg")
 
 
 def test_only_the_kv_checkpoint_keeps_references() -> None:
-    assert [checkpoint.name for checkpoint in CHECKPOINTS if checkpoint.reference_cache] == ["klein-9b-kv"]
+    assert [checkpoint.name for checkpoint in CHECKPOINTS if checkpoint.caches_reference_kv] == ["klein-9b-kv"]
 
 
 def test_text_recipes() -> None:
     qwen, mistral = BY_NAME["klein-4b"].recipe, BY_NAME["dev"].recipe
-    assert (qwen.taps, qwen.length, qwen.padding_side, qwen.generation_prompt, qwen.layers) == (
+    assert (qwen.hidden_layers, qwen.length, qwen.padding_side, qwen.generation_prompt, qwen.layer_count) == (
         (9, 18, 27), 512, "right", True, 27,
     )  # fmt: skip
-    assert (mistral.taps, mistral.length, mistral.padding_side, mistral.generation_prompt, mistral.layers) == (
+    assert (mistral.hidden_layers, mistral.length, mistral.padding_side, mistral.generation_prompt, mistral.layer_count) == (
         (10, 20, 30), 512, "left", False, 30,
     )  # fmt: skip
-    assert mistral.removed == ("[IMG]",)
-    assert mistral.system is not None and "object\nattribution" in mistral.system
+    assert mistral.removed_tokens == ("[IMG]",)
+    assert mistral.system_prompt is not None and "object\nattribution" in mistral.system_prompt
     assert all(BY_NAME[name].recipe == qwen for name in PUBLISHED if name != "dev")
 
 
 def test_all_published_share_one_autoencoder_that_needs_no_token() -> None:
     (autoencoder,) = {BY_NAME[name].autoencoder for name in PUBLISHED}
-    assert autoencoder.override == "AE_MODEL_PATH"
+    assert autoencoder.path_variable == "AE_MODEL_PATH"
     assert autoencoder.repo == "black-forest-labs/FLUX.2-klein-4B"
     assert not autoencoder.gated
 
 
 def test_reference_caps() -> None:
     klein = BY_NAME["klein-4b"]
-    assert [klein.reference_cap(n) for n in (0, 1, 2, 10)] == [2024**2, 2024**2, 1024**2, 1024**2]
+    assert [klein.max_pixels_per_reference(n) for n in (0, 1, 2, 10)] == [2024**2, 2024**2, 1024**2, 1024**2]
 
 
 def test_what_is_on_board_is_there_and_shared() -> None:

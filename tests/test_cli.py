@@ -37,7 +37,7 @@ def fox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record_in(path: Path) -> Record:
-    found = metadata.read(path.read_bytes())
+    found = metadata.read_settings(path.read_bytes())
     assert found.record is not None, found.problem
     return found.record
 
@@ -128,7 +128,7 @@ def test_a_wrong_environment_is_a_users_error(home: Home) -> None:
     ],
 )
 def test_a_lora_and_its_weight(text: str, name: str, weight: float) -> None:
-    assert cli.lora_choice(text) == LoraChoice(name=name, weight=weight)
+    assert cli.parse_lora_choice(text) == LoraChoice(name=name, weight=weight)
 
 
 def test_weights_that_are_not_here(home: Home) -> None:
@@ -168,7 +168,7 @@ def test_formats_and_marks(home: Home) -> None:
     bare = home.folder / "fox.jpg"
     home.generate(*FOX, "--no-metadata", "--format", "jpeg", "--out", bare)
     data = bare.read_bytes()
-    assert Image.open(bare).format == "JPEG" and metadata.read(data) == metadata.Found()
+    assert Image.open(bare).format == "JPEG" and metadata.read_settings(data) == metadata.FoundSettings()
     assert b"c2pa" in data and b"pink background" not in data
 
 
@@ -364,7 +364,7 @@ def test_copying_replaces_or_leaves_everything_as_it_was(tmp_path: Path) -> None
 
 def test_off_a_terminal_a_download_is_told_in_large_steps() -> None:
     stream = io.StringIO()
-    with cli.Progress(stream, grain=0.05) as progress:
+    with cli.ProgressLine(stream, min_fraction_step=0.05) as progress:
         progress.show("Downloading a")
         for percent in range(101):
             progress.show(f"Downloading a: {percent} of 100 MB, 1.0 MB/s", percent / 100)
@@ -381,7 +381,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_gets_one_line_that_redraws_itself() -> None:
     terminal = Terminal()
-    with cli.Progress(terminal) as progress:
+    with cli.ProgressLine(terminal) as progress:
         progress.show("Loading")
         progress.show("step 2 of 4", 0.5)
         progress.note("The width was rounded")
@@ -393,10 +393,10 @@ def test_a_terminal_gets_one_line_that_redraws_itself() -> None:
 
 def test_how_a_run_ends() -> None:
     request = Request(prompt="a fox", seed=1).resolve(CHECKPOINTS[0])
-    preview = Preview(step=1, steps=4, images=(), first=1, count=2, seconds_left=2.4)
+    preview = Preview(step=1, steps=4, images=(), first_index=1, count=2, seconds_left=2.4)
     result = Result(request=request, images=(Path("a.png"),), seeds=(1,), seconds=1.0)
     stream = io.StringIO()
     events = [Status(text="Loading"), Status(text="Loading"), Notice(text="cut"), preview, result]
-    assert cli.follow(iter(events), cli.Progress(stream)) == result
+    assert cli.show_events(iter(events), cli.ProgressLine(stream)) == result
     assert stream.getvalue().splitlines() == ["Loading", "note: cut", "picture 2 of 2, step 1 of 4, 2 s left"]
-    assert cli.follow(iter([Stopped()]), cli.Progress(stream)) == Stopped()
+    assert cli.show_events(iter([Stopped()]), cli.ProgressLine(stream)) == Stopped()

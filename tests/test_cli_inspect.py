@@ -11,8 +11,8 @@ from PIL import Image
 from flux2_studio.cli import inspect as cli_inspect
 from flux2_studio.provenance import watermark
 from flux2_studio.provenance.c2pa.credentials import Signer
-from flux2_studio.provenance.metadata import encode
-from flux2_studio.provenance.watermark import PUBLISHED, Message
+from flux2_studio.provenance.metadata import encode_picture
+from flux2_studio.provenance.watermark import PUBLISHED_MESSAGE, WatermarkMessage
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from tests.command_line import Done, Home
@@ -32,11 +32,11 @@ class Studio(Home):
     def inspect(self, *arguments: str | Path, **environment: str) -> Done:
         return self.run("inspect", *arguments, **environment)
 
-    def picture(self, message: Message = PUBLISHED) -> Path:
-        image = watermark.embed(Image.new("RGB", (256, 256), "teal"), message).image
-        data = encode(image, "png", RECORD).data
+    def picture(self, message: WatermarkMessage = PUBLISHED_MESSAGE) -> Path:
+        image = watermark.embed_watermark(Image.new("RGB", (256, 256), "teal"), message).image
+        data = encode_picture(image, "png", RECORD).data
         path = self.folder / "fox.png"
-        path.write_bytes(Signer(self.folder / "home" / "identity").signed(data, "nano", prompt=HOSTILE).data)
+        path.write_bytes(Signer(self.folder / "home" / "identity").sign(data, "nano", prompt=HOSTILE).data)
         return path
 
 
@@ -73,7 +73,7 @@ def test_as_json(home: Studio) -> None:
 
 
 def test_ones_own_message_is_looked_for_too(home: Studio) -> None:
-    picture = home.picture(Message.parse("studio 1"))
+    picture = home.picture(WatermarkMessage.parse("studio 1"))
     assert "Watermark found" in home.inspect(picture, FLUX2_WATERMARK_MESSAGE="studio 1").stdout
     assert "No watermark found" in home.inspect(picture).stdout
 
@@ -103,4 +103,4 @@ def test_no_file_and_no_picture_are_a_users_error(
 
 
 def test_plain_is_one_line() -> None:
-    assert cli_inspect.plain("a\x1b[0m\n\u202eb\x9bc 狐") == "a [0m  b c 狐"
+    assert cli_inspect.strip_control_characters("a\x1b[0m\n\u202eb\x9bc 狐") == "a [0m  b c 狐"

@@ -25,7 +25,7 @@ def home(tmp_path: Path) -> Home:
 
 
 def completed(name: str, images: int = 0, **given: Any) -> dict[str, Any]:
-    return cli_presets.completed(given, name, images, Settings(home=Path("/nonexistent")))
+    return cli_presets.complete_from_preset(given, name, images, Settings(home=Path("/nonexistent")))
 
 
 def write(folder: Path, **request: Any) -> str:
@@ -38,7 +38,7 @@ def write(folder: Path, **request: Any) -> str:
 def test_the_list_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["presets"]) == 0
     out, err = capsys.readouterr()
-    shipped = Presets.load(PRESETS).found
+    shipped = Presets.load(PRESETS).by_slug
     for slug, preset in shipped.items():
         assert f"  {slug}" in out
         assert preset.description in out
@@ -102,7 +102,7 @@ def test_drawing_with_a_preset(home: Home, tmp_path: Path) -> None:
         "--preset", "Line icon", "--prompt", "a cactus", "--seed", "3", "--no-check", "--out", out
     )
     assert printed.splitlines() == [str(out)]
-    record = metadata.read(out.read_bytes()).record
+    record = metadata.read_settings(out.read_bytes()).record
     assert record is not None
     assert record.request.prompt == "a line drawing of a cactus on a white background"
     grey = tmp_path / "grey.webp"

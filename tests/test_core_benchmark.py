@@ -28,8 +28,8 @@ from benchmarks.transformer_arms import (
     work,
 )
 from flux2_studio.engine.flux.transformer import Transformer
-from flux2_studio.engine.runtime.graphs import Replays
-from flux2_studio.engine.text.decoder import tower_params
+from flux2_studio.engine.runtime.graphs import GraphRunner
+from flux2_studio.engine.text.decoder import text_decoder_params
 from tests.graphs import Tape
 from tests.oracle import relative_error
 from tests.toy_benchmarks import AUTOENCODER, FLOW, RATES, TEXT
@@ -70,7 +70,10 @@ def test_both_sides_compute_the_same_from_the_same_weights(what: str) -> None:
 
 def test_a_replayed_way_computes_the_same_and_is_timed_where_it_is_one() -> None:
     flow, tape = made(FLOW.params, CPU, torch.float32), Tape()
-    ways = {"ours": ours(flow), "replayed": ours(replaying(another(flow), Replays(lambda: tape)), longest=TOKENS + 16)}
+    ways = {
+        "ours": ours(flow),
+        "replayed": ours(replaying(another(flow), GraphRunner(lambda: tape)), longest=TOKENS + 16),
+    }
     small, large = Case(side=64), Case(side=80)
     given = Inputs(flow.params, small, CPU, torch.float32)
     for _ in range(3):
@@ -175,7 +178,7 @@ def test_published_floors() -> None:
         text = sizes.MODELS[name].text
         assert text is not None
         config = qwen3_config(text).to_dict()
-        assert 1e3 * text_arms.floor(tower_params(config, 27, 512), rates) == pytest.approx(least, rel=0.02)
+        assert 1e3 * text_arms.floor(text_decoder_params(config, 27, 512), rates) == pytest.approx(least, rel=0.02)
 
 
 # --- time ---

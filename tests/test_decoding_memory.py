@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from flux2_studio.events import Event, Notice, Preview, Result
-from flux2_studio.models.hub.repositories import Hub, Progress
+from flux2_studio.models.hub.repositories import Hub, ProgressCallback
 from flux2_studio.models.manager import ModelManager, Session
-from flux2_studio.models.memory.plan import DECODING, Stage
+from flux2_studio.models.memory.plan import DECODING_STAGE, PlannedStage
 from flux2_studio.provenance import metadata
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
@@ -29,7 +29,7 @@ class Cramped(ModelManager):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings, Hub(settings))
         self.settings = settings
-        self.tried: list[Stage] = []
+        self.tried: list[PlannedStage] = []
         self.opened = 0
 
     def open(self, *args: Any, **kwargs: Any) -> Session:
@@ -37,8 +37,8 @@ class Cramped(ModelManager):
         self.opened += 1
         decode = session.decode
 
-        def cramped(latent: torch.Tensor, progress: Progress) -> torch.Tensor:
-            self.tried.append(session.plan.stage(DECODING))
+        def cramped(latent: torch.Tensor, progress: ProgressCallback) -> torch.Tensor:
+            self.tried.append(session.plan.stage(DECODING_STAGE))
             if len(self.tried) <= self.failures or len(self.tried) in self.fails_at:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return decode(latent, progress)
@@ -68,10 +68,14 @@ def test_it_is_decoded_again_in_lower_strips(models: Cramped) -> None:
     steps = [event.step for event in events if isinstance(event, Preview)]
     assert steps == [1, 2, 3, 4] and models.opened == 1
     first, alone, strips = models.tried
-    assert (first.rows, alone.rows, strips.rows) == (None, None, 128) and alone.together == ("autoencoder",)
+    assert (first.strip_height, alone.strip_height, strips.strip_height) == (
+        None,
+        None,
+        128,
+    ) and alone.resident_parts == ("autoencoder",)
     assert sum("decoding it again" in event.text for event in events if isinstance(event, Notice)) == 2
     assert isinstance(events[-1], Result)
-    record = metadata.read(events[-1].images[0].read_bytes()).record
+    record = metadata.read_settings(events[-1].images[0].read_bytes()).record
     assert record is not None and record.computed["autoencoder"] == "in strips of 128 rows"
     models.failures = 0
     (whole,), (found,) = pictures(run(models)[-1]), pictures(events[-1])
@@ -89,5 +93,5 @@ def test_each_picture_says_how_it_was_decoded(models: Cramped) -> None:
     models.fails_at = (2, 3)  # both ways to decode the second picture whole
     events = run(models, count=2)
     assert isinstance(events[-1], Result)
-    records = [metadata.read(path.read_bytes()).record for path in events[-1].images]
+    records = [metadata.read_settings(path.read_bytes()).record for path in events[-1].images]
     assert [record.computed["autoencoder"] for record in records if record] == ["whole", "in strips of 128 rows"]

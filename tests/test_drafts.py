@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 
 from flux2_studio.errors import RequestError, SafetyError, StudioError
-from flux2_studio.events import FINAL, Drafted, Event, Preview, Queued, Result, Stopped
-from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.events import FINAL_EVENTS, Drafted, Event, Preview, Queued, Result, Stopped
+from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.jobs.journal import Journal
-from flux2_studio.jobs.queue import ALL_WAITING, KEPT, JobQueue
+from flux2_studio.jobs.queue import MAX_FINISHED_JOBS, MAX_WAITING_RUNS, JobQueue
 from flux2_studio.jobs.tasks import Task
 from flux2_studio.request import Request, Upsampling
-from flux2_studio.safety.guard import Guard
+from flux2_studio.safety.guard import SafetyGuard
 from flux2_studio.safety.policy import Verdict
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database
-from flux2_studio.studio import DRAFTED, Studio
+from flux2_studio.studio import DRAFT_PREVIEW_SECONDS, Studio
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, endless, four_steps
 
 
@@ -43,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nano(home: Path) -> Studio:
-    return Studio(Settings(home=home, device="cpu"), kept=KeptReferences(home / "references"))
+    return Studio(Settings(home=home, device="cpu"), reference_store=ReferenceStore(home / "references"))
 
 
 def end(events: Iterator[Event]) -> Event:
@@ -88,7 +88,9 @@ def test_the_prompt_is_drawn_as_it_is(nano: Studio) -> None:
     assert isinstance(draft, Drafted) and draft.request.prompt == "a frog"
 
 
-@pytest.mark.parametrize(("tick", "shown"), [(0.0, []), (DRAFTED / 2.5, [3]), (2 * DRAFTED, [1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("tick", "shown"), [(0.0, []), (DRAFT_PREVIEW_SECONDS / 2.5, [3]), (2 * DRAFT_PREVIEW_SECONDS, [1, 2, 3, 4])]
+)
 def test_a_draft_shows_previews_only_when_time_has_passed(home: Path, tick: float, shown: list[int]) -> None:
     """tick: seconds between two looks at the clock."""
     times = count()
@@ -114,7 +116,7 @@ def test_mistakes_are_told(nano: Studio) -> None:
 
 
 def test_what_is_flagged_is_not_shown(home: Path) -> None:
-    studio = Studio(Settings(home=home, device="cpu"), guard=Guard("on", classifier=Flags()))
+    studio = Studio(Settings(home=home, device="cpu"), guard=SafetyGuard("on", classifier=Flags()))
     assert isinstance(end(studio.draft(Request(prompt="a flat frog on a blue background", seed=1))), Drafted)
     with pytest.raises(SafetyError, match="red"):
         end(studio.draft(Request(prompt="a flat red apple on a red background", seed=3)))
@@ -134,7 +136,7 @@ def test_the_newest_of_an_owner_takes_the_place_of_their_others() -> None:
         assert ended(first) == Stopped() and not first.started
         gate.go.set()
         assert isinstance(ended(held), Result)
-        assert isinstance(ended(other), FINAL) and not other.cancelled
+        assert isinstance(ended(other), FINAL_EVENTS) and not other.cancelled
         ended(second)
         assert not second.cancelled
         running = jobs.draft(Request(prompt="slow", checkpoint="nano"), "me")
@@ -154,11 +156,11 @@ def test_a_draft_that_makes_room_is_no_place_in_the_line() -> None:
         replaced = jobs.draft(Request(prompt="gate", checkpoint="nano"), "me")
         assert gate.begun.wait(PATIENCE)
         newest = jobs.draft(Request(prompt="quick", checkpoint="nano"), "me")
-        assert replaced.cancelled and newest.newest() is None, "it is next, as far as anybody can tell"
+        assert replaced.cancelled and newest.latest_event() is None, "it is next, as far as anybody can tell"
         other = jobs.draft(Request(prompt="quick", checkpoint="nano"), "you")
-        assert other.newest() == Queued(ahead=1)
+        assert other.latest_event() == Queued(runs_ahead=1)
         gate.go.set()
-        assert isinstance(ended(newest), FINAL)
+        assert isinstance(ended(newest), FINAL_EVENTS)
     finally:
         gate.go.set()
         jobs.close()
@@ -185,15 +187,15 @@ def test_drafts_are_no_runs(tmp_path: Path) -> None:
     try:
         held = jobs.submit(Request(prompt="gate"), "me")
         draft = jobs.draft(Request(prompt="quick", checkpoint="nano"), "me")
-        assert [standing.job for standing in jobs.standing("me")] == [held]
+        assert [standing.job for standing in jobs.queue_positions("me")] == [held]
         assert journal.entry(draft.id, "me") is None
         gate.go.set()
         ended(held)
         ended(draft)
-        for _ in range(KEPT + 1):
+        for _ in range(MAX_FINISHED_JOBS + 1):
             ended(jobs.draft(Request(prompt="quick", checkpoint="nano"), "me"))
         assert jobs.get(held.id, "me") is held, "however much is typed, what was run can be asked for"
-        assert jobs.unseen("me") is not None
+        assert jobs.latest_unseen("me") is not None
     finally:
         jobs.close()
 
@@ -204,7 +206,7 @@ def test_there_is_an_end_to_drafts_too() -> None:
     try:
         jobs.submit(Request(prompt="gate"), "somebody")
         assert gate.begun.wait(PATIENCE)
-        for number in range(ALL_WAITING):
+        for number in range(MAX_WAITING_RUNS):
             jobs.draft(Request(prompt="quick", checkpoint="nano"), f"visitor {number}")
         with pytest.raises(StudioError, match="try again"):
             jobs.draft(Request(prompt="quick", checkpoint="nano"), "one too many")

@@ -17,17 +17,17 @@ from flux2_studio.engine.weights.loading import load_autoencoder
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.events import Event, Notice, Preview, Result, Saved
 from flux2_studio.images.masks import load_mask
-from flux2_studio.images.reference_store import KeptReferences
-from flux2_studio.images.references import fit, padded
+from flux2_studio.images.reference_store import ReferenceStore
+from flux2_studio.images.references import fit, pad_to_multiple
 from flux2_studio.images.tensors import images_from_pixels, pixels_from_image
 from flux2_studio.provenance import metadata
-from flux2_studio.provenance.inspect import inspect
-from flux2_studio.provenance.metadata import run_again
+from flux2_studio.provenance.inspect import inspect_picture
+from flux2_studio.provenance.metadata import request_to_reproduce
 from flux2_studio.record import Record
 from flux2_studio.request import Outpaint, Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
-from flux2_studio.ui.inspect_tab import restoration
+from flux2_studio.ui.inspect_tab import plan_restoration
 from tests.test_regions import rectangle
 from tests.tiny import Toys
 
@@ -42,7 +42,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="module")
 def studio(settings: Settings) -> Studio:
-    return Studio(settings, kept=KeptReferences(settings.references))
+    return Studio(settings, reference_store=ReferenceStore(settings.references))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def record_in(path: Path) -> Record:
-    found = metadata.read(path.read_bytes())
+    found = metadata.read_settings(path.read_bytes())
     assert found.record is not None, found.problem
     return found.record
 
@@ -94,7 +94,7 @@ def test_through_the_autoencoder_and_back_nothing_moves(settings: Settings, size
     image = Image.open(FOX).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     weights = settings.assets / "nano" / "ae.safetensors"
     autoencoder = load_autoencoder(weights, device=torch.device("cpu"), dtype=torch.float32)
-    (back,) = images_from_pixels(autoencoder.decode(autoencoder.encode(pixels_from_image(padded(image)))))
+    (back,) = images_from_pixels(autoencoder.decode(autoencoder.encode(pixels_from_image(pad_to_multiple(image)))))
     before, after = np.asarray(image), np.asarray(back.crop((0, 0, *size)))
     assert shift(before, after) == (0, 0)
     assert shift(before, np.roll(after, (3, -5), (0, 1))) == (3, -5), "the test would see it"
@@ -104,7 +104,7 @@ def test_an_edit_has_the_size_of_its_reference(studio: Studio, fox: Path) -> Non
     events, result = run(studio, references=(fox,))
     assert Image.open(result.images[0]).size == SIZE == (result.request.width, result.request.height)
     assert "rounded" not in notices(events) and "cropped" not in notices(events)
-    assert inspect(result.images[0], studio.signer, studio.messages).width == 157
+    assert inspect_picture(result.images[0], studio.signer, studio.messages).width == 157
 
 
 def test_a_reference_over_the_cap_is_scaled_once_and_the_size_is_told(studio: Studio, tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_previews_are_cropped_too(settings: Settings, fox: Path) -> None:
 def test_outside_the_mask_every_pixel_stays(studio: Studio, fox: Path, mask: Path, references: int) -> None:
     events, result = run(studio, references=(fox, FOX)[:references], mask=mask, count=2)
     # Several references have a smaller cap: what stays are the pixels of the first as it was scaled, once.
-    before = np.asarray(fit(Image.open(fox).convert("RGB"), NANO.reference_cap(references)))
-    inside = np.asarray(load_mask(mask, before.shape[1::-1]).change) > 0
+    before = np.asarray(fit(Image.open(fox).convert("RGB"), NANO.max_pixels_per_reference(references)))
+    inside = np.asarray(load_mask(mask, before.shape[1::-1]).edit_mask) > 0
     assert len(result.images) == 2
     for path in result.images:
         after = pixels(path)
@@ -193,10 +193,10 @@ def test_restoring_gives_the_same_bits(
     record = record_in(path)
     assert [event.record for event in events if isinstance(event, Saved)][-1] == record
     assert record.mask == (hashlib.sha256(mask.read_bytes()).hexdigest() if "mask" in fields else "")
-    assert run_again(record).mask is None
+    assert request_to_reproduce(record).mask is None
     fox.unlink()
     mask.unlink()
-    plan = restoration(record, studio, studio.kept)
+    plan = plan_restoration(record, studio, studio.reference_store)
     assert (plan.request is not None and plan.notes == ()) or "drawn together" in plan.notes[0]
     assert plan.request is not None and plan.checkpoint is not None
     assert (plan.request.width, plan.request.height) == Image.open(path).size
@@ -209,7 +209,10 @@ def test_restoring_gives_the_same_bits(
 def test_a_mask_that_is_not_kept_is_named(studio: Studio, fox: Path, mask: Path) -> None:
     _, result = run(studio, references=(fox,), mask=mask)
     record = replace(record_in(result.images[0]), mask="0" * 64)
-    assert "Its mask is not kept here: paint or load it again." in restoration(record, studio, studio.kept).notes
+    assert (
+        "Its mask is not kept here: paint or load it again."
+        in plan_restoration(record, studio, studio.reference_store).notes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +232,9 @@ def test_the_watermark_lies_in_what_was_edited(klein: Studio, tmp_path: Path, bo
     path = result.images[0]
     inside = np.asarray(Image.open(mask)) > 0
     assert (pixels(path)[~inside] == pixels(picture)[~inside]).all()
-    record, seen = record_in(path), inspect(path, klein.signer, klein.messages)
+    record, seen = record_in(path), inspect_picture(path, klein.signer, klein.messages)
     whole = box == (0, 0, *size)
-    assert record.marked == (None if whole else box) == seen.marked
+    assert record.marked == (None if whole else box) == seen.watermark_box
     assert seen.watermark is not None and seen.watermark.found
     assert any("in the part that was edited" in finding for finding in seen.findings) is not whole
     told = next(text for text in result.provenance if text.startswith("Invisible watermark"))

@@ -20,18 +20,18 @@ import torch
 
 from flux2_studio.checkpoints import DEV
 from flux2_studio.cli.main import main
-from flux2_studio.engine.text.encoder import Encoded, load_text_encoder
+from flux2_studio.engine.text.encoder import EncodedPrompts, load_text_encoder
 from flux2_studio.errors import OutOfMemory, RemoteTextError, StudioError
-from flux2_studio.models import tensor_codec as wire
-from flux2_studio.models.remote_text import RemoteText
+from flux2_studio.models import tensor_codec
+from flux2_studio.models.remote_text import RemoteTextEncoder
 from flux2_studio.remote.text_server import (
-    COME_BACK,
-    CONNECTIONS,
-    MAX_BODY,
+    MAX_CONNECTIONS,
+    MAX_ENCODE_REQUEST_BYTES,
     MAX_PROMPTS,
-    WAITING,
+    MAX_WAITING_REQUESTS,
+    RETRY_AFTER_SECONDS,
+    EncodeRequestHandler,
     EncodeServer,
-    Handler,
     open_server,
 )
 from flux2_studio.request import MAX_PROMPT
@@ -68,13 +68,13 @@ class Lengths:
         self.calls: list[list[str]] = []
         self.failure: Exception | None = None
 
-    def encode(self, prompts: Sequence[str]) -> Encoded:
+    def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
         self.calls.append(list(prompts))
         self.begun.release()
         assert self.go.wait(60)
         if self.failure:
             raise self.failure
-        return Encoded(
+        return EncodedPrompts(
             torch.tensor([float(len(prompt)) for prompt in prompts]).reshape(-1, 1, 1).expand(-1, 512, 2),
             tuple(len(prompt) % 7 for prompt in prompts),
         )
@@ -83,7 +83,7 @@ class Lengths:
 @contextmanager
 def serving(encoder: Lengths, token: str | None = TOKEN) -> Iterator[EncodeServer]:
     server = EncodeServer("127.0.0.1", 0, token)
-    server.open(encoder, DEV, 2)
+    server.accept_connections(encoder, DEV, 2)
     with running(server):
         yield server
 
@@ -128,8 +128,10 @@ def error_of(answer: Answer) -> str:
     return str(said["error"])
 
 
-def client(server: EncodeServer, width: int, token: str | None = TOKEN, recipe: object = DEV.recipe) -> RemoteText:
-    return RemoteText(server.url, token, recipe, width, "FLUX.2 dev", pause=lambda seconds: None)  # type: ignore[arg-type]
+def client(
+    server: EncodeServer, width: int, token: str | None = TOKEN, recipe: object = DEV.recipe
+) -> RemoteTextEncoder:
+    return RemoteTextEncoder(server.url, token, recipe, width, "FLUX.2 dev", sleep=lambda seconds: None)  # type: ignore[arg-type]
 
 
 # --- what the studio gets --------------------------------------------------------------------------------------------
@@ -147,14 +149,14 @@ def test_contexts_are_those_of_the_encoder_itself_bit_by_bit(toys: Toys, tmp_pat
         text.folder, text.folder, checkpoint.recipe, device=torch.device("cpu"), dtype=torch.float32
     )
     expected = encoder.encode(PROMPTS)
-    assert expected.cut[3] > 0 and not any(expected.cut[:3])
+    assert expected.truncated_tokens[3] > 0 and not any(expected.truncated_tokens[:3])
     with running(server):
         remote = client(server, expected.context.shape[2], recipe=checkpoint.recipe)
         for _ in range(2):  # the second is remembered
             encoded = remote.encode(PROMPTS)
             assert encoded.context.dtype == torch.float32 and encoded.context.equal(expected.context)
-            assert encoded.cut == expected.cut
-        status, headers, body = ask(server, prompts(*PROMPTS), Accept=wire.SAVED)
+            assert encoded.truncated_tokens == expected.truncated_tokens
+        status, headers, body = ask(server, prompts(*PROMPTS), Accept=tensor_codec.TORCH_MEDIA_TYPE)
         assert (status, headers["Content-Type"]) == (200, "application/octet-stream")
         assert torch.load(io.BytesIO(body), weights_only=True).equal(expected.context)
         with pytest.raises(RemoteTextError, match="it gave width"):
@@ -172,7 +174,7 @@ def test_the_precision_is_that_of_the_settings(toys: Toys, tmp_path: Path) -> No
 def test_the_same_prompts_are_read_once(server: EncodeServer, lengths: Lengths) -> None:
     remote = client(server, 2)
     assert remote.encode(["a fox", "an owl"]).context[:, 0, 0].tolist() == [5.0, 6.0]
-    assert remote.encode(["an owl", "a newt"]).cut == (6, 6)
+    assert remote.encode(["an owl", "a newt"]).truncated_tokens == (6, 6)
     assert lengths.calls == [["a fox", "an owl"], ["a newt"]]
 
 
@@ -185,18 +187,18 @@ def test_health_tells_what_is_served(server: EncodeServer) -> None:
 @pytest.mark.parametrize(
     ("accept", "format_"),
     [
-        (None, wire.SAFETENSORS),
-        ("*/*", wire.SAFETENSORS),
-        ("application/x-safetensors, application/octet-stream;q=0.5", wire.SAFETENSORS),
-        ("application/octet-stream", wire.SAVED),
-        ("Application/Octet-Stream;q=0.9, */*;q=0.1", wire.SAVED),
+        (None, tensor_codec.SAFETENSORS_MEDIA_TYPE),
+        ("*/*", tensor_codec.SAFETENSORS_MEDIA_TYPE),
+        ("application/x-safetensors, application/octet-stream;q=0.5", tensor_codec.SAFETENSORS_MEDIA_TYPE),
+        ("application/octet-stream", tensor_codec.TORCH_MEDIA_TYPE),
+        ("Application/Octet-Stream;q=0.9, */*;q=0.1", tensor_codec.TORCH_MEDIA_TYPE),
     ],
 )
 def test_the_format_is_the_clients_choice(server: EncodeServer, accept: str | None, format_: str) -> None:
     status, headers, body = ask(server, json.dumps({"prompt": "a fox"}), Accept=accept)
-    assert (status, headers["Content-Type"], headers[wire.CUT]) == (200, format_, "5")
-    assert body.startswith(b"PK") is (format_ == wire.SAVED)
-    assert wire.unpack(body).equal(torch.full((1, 512, 2), 5.0))
+    assert (status, headers["Content-Type"], headers[tensor_codec.TRUNCATED_TOKENS_HEADER]) == (200, format_, "5")
+    assert body.startswith(b"PK") is (format_ == tensor_codec.TORCH_MEDIA_TYPE)
+    assert tensor_codec.unpack_tensor(body).equal(torch.full((1, 512, 2), 5.0))
 
 
 # --- what others get -------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_no_token_is_asked_for_where_none_is_set(lengths: Lengths) -> None:
         (prompts(*"abcdefghi"), 400, "between 1 and 8 prompts at once, not 9"),
         (prompts("x" * (MAX_PROMPT + 1)), 400, "has 20,001 characters; shorten it to 20,000"),
         ('{"prompt": "\\ud83e"}', 400, "lone surrogates"),
-        (b" " * (MAX_BODY + 1), 413, "too long"),
+        (b" " * (MAX_ENCODE_REQUEST_BYTES + 1), 413, "too long"),
     ],
     ids=lambda value: repr(value)[:24],
 )
@@ -295,25 +297,25 @@ def test_one_at_a_time_a_few_wait_and_the_rest_come_back(server: EncodeServer, l
     statuses: list[int] = []
     waiting = [
         threading.Thread(target=lambda n=n: statuses.append(ask(server, prompts(f"{n}"))[0]))
-        for n in range(1 + WAITING)
+        for n in range(1 + MAX_WAITING_REQUESTS)
     ]
     for thread in waiting:
         thread.start()
     assert lengths.begun.acquire(timeout=60)
-    while server.places._value:  # taking one to see whether there is one would turn somebody away
+    while server.request_slots._value:  # taking one to see whether there is one would turn somebody away
         time.sleep(0.01)
     answer = ask(server, prompts("one too many"))
-    assert answer[0] == 503 and answer[1]["Retry-After"] == f"{COME_BACK}" and "come back" in error_of(answer)
+    assert answer[0] == 503 and answer[1]["Retry-After"] == f"{RETRY_AFTER_SECONDS}" and "come back" in error_of(answer)
     assert len(lengths.calls) == 1, "the others wait"
     lengths.go.set()
     for thread in waiting:
         thread.join()
-    assert statuses == [200] * (1 + WAITING)
+    assert statuses == [200] * (1 + MAX_WAITING_REQUESTS)
     assert ask(server, prompts("after that"))[0] == 200
 
 
 def test_whoever_goes_leaves_the_place_to_others(server: EncodeServer, lengths: Lengths) -> None:
-    for _ in range(WAITING + 2):
+    for _ in range(MAX_WAITING_REQUESTS + 2):
         with socket.create_connection(address(server), timeout=60) as connection:
             body = prompts("a fox").encode()
             head = f"POST / HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
@@ -323,7 +325,7 @@ def test_whoever_goes_leaves_the_place_to_others(server: EncodeServer, lengths: 
 
 @pytest.mark.parametrize("part", ["request line", "headers", "body"])
 def test_whoever_sends_byte_by_byte_is_cut_off(server: EncodeServer, lengths: Lengths, part: str) -> None:
-    class Hasty(Handler):
+    class Hasty(EncodeRequestHandler):
         timeout = 0.5  # of which each byte takes a tenth
 
     server.RequestHandlerClass = Hasty
@@ -343,7 +345,7 @@ def test_whoever_sends_byte_by_byte_is_cut_off(server: EncodeServer, lengths: Le
                 time.sleep(0.05)
                 connection.sendall(b"x")
     assert lengths.calls == []
-    server.RequestHandlerClass = Handler
+    server.RequestHandlerClass = EncodeRequestHandler
     assert ask(server, prompts("a fox"))[0] == 200
 
 
@@ -352,7 +354,7 @@ def test_an_answer_has_time_of_its_own(server: EncodeServer) -> None:
 
     timeouts: list[float | None] = []
 
-    class Patient(Handler):
+    class Patient(EncodeRequestHandler):
         timeout = 3600.0
 
         def send_response(self, code: int, message: str | None = None) -> None:
@@ -360,8 +362,10 @@ def test_an_answer_has_time_of_its_own(server: EncodeServer) -> None:
             super().send_response(code, message)
 
     class Wide(Lengths):
-        def encode(self, prompts: Sequence[str]) -> Encoded:
-            return Encoded(torch.zeros(len(prompts), 512, 8192), (0,) * len(prompts))  # more than a connection holds
+        def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
+            return EncodedPrompts(
+                torch.zeros(len(prompts), 512, 8192), (0,) * len(prompts)
+            )  # more than a connection holds
 
     server.RequestHandlerClass, server.encoder = Patient, Wide()
     body = prompts("a fox").encode()
@@ -442,7 +446,7 @@ def test_an_address_that_cannot_be_had(host: str, port: int, says: str) -> None:
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
-    settings = Settings(home=tmp_path, overrides={"MISTRAL_MODEL_PATH": tmp_path / "nothing"})
+    settings = Settings(home=tmp_path, path_overrides={"MISTRAL_MODEL_PATH": tmp_path / "nothing"})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StudioError, match=f"Port {port} at 127.0.0.1 cannot be used"):
@@ -516,11 +520,11 @@ def test_a_users_error_is_one_line(
 def test_other_threads_of_the_process_take_no_connections(server: EncodeServer) -> None:
     """And connections that have ended make room for others."""
     rest = threading.Event()
-    others = [threading.Thread(target=rest.wait) for _ in range(CONNECTIONS + 8)]
+    others = [threading.Thread(target=rest.wait) for _ in range(MAX_CONNECTIONS + 8)]
     for thread in others:
         thread.start()
     try:
-        for _ in range(CONNECTIONS + 8):
+        for _ in range(MAX_CONNECTIONS + 8):
             assert ask(server, "", method="GET", path="/health")[0] == 200
     finally:
         rest.set()

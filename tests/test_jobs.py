@@ -16,18 +16,18 @@ from flux2_studio.events import (
     Failed,
     Notice,
     Preview,
+    PromptEnhanced,
+    PromptProgress,
     Queued,
     Ready,
     Result,
     Saved,
     Status,
     Stopped,
-    Upsampled,
-    Writing,
 )
-from flux2_studio.jobs.queue import DEFECT, ENRICHMENTS, KEPT, JobQueue
-from flux2_studio.jobs.scheduler import PASSED
-from flux2_studio.jobs.tasks import Enrichment, Job
+from flux2_studio.jobs.queue import INTERNAL_ERROR_MESSAGE, MAX_ENHANCE_JOBS, MAX_FINISHED_JOBS, JobQueue
+from flux2_studio.jobs.scheduler import MAX_SKIPS
+from flux2_studio.jobs.tasks import EnhanceJob, Job
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
@@ -112,10 +112,10 @@ def test_a_late_follower_gets_what_stays_true(start: Start) -> None:
 
 def test_a_slow_follower_gets_only_the_newest_preview() -> None:
     job = Job(Request(prompt="fox").resolve(CHECKPOINTS[0]), "")
-    job.add(Status(text="drawing"))
+    job.add_event(Status(text="drawing"))
     for step in (1, 2, 3):
-        job.add(preview(step))
-        job.add(Notice(text=f"kept {step}"))
+        job.add_event(preview(step))
+        job.add_event(Notice(text=f"kept {step}"))
     seen = [event for _, event in job.events(timeout=0.01)]
     notices = [Notice(text=f"kept {step}") for step in (1, 2, 3)]
     assert seen == [Status(text="drawing"), *notices[:2], preview(3), notices[2]]
@@ -130,7 +130,7 @@ def test_events_that_come_while_following(start: Start) -> None:
     got: list[Event] = []
     reader = threading.Thread(target=lambda: got.extend(follow(job)), daemon=True)
     reader.start()
-    job.add(Notice(text="while you wait"))
+    job.add_event(Notice(text="while you wait"))
     gate.go.set()
     reader.join(PATIENCE)
     assert got == [Notice(text="while you wait"), result(job.request)]
@@ -169,8 +169,8 @@ def test_a_run_cancelled_while_it_waits_draws_nothing(start: Start) -> None:
 def test_nothing_comes_after_the_last_event() -> None:
     job = Job(Request(prompt="fox"), "")
     job.cancel()
-    job.add(Queued(ahead=1))  # the queue may have counted places just before
-    job.add(Preview(step=1, steps=4, images=(), first=0, count=1, seconds_left=None))
+    job.add_event(Queued(runs_ahead=1))  # the queue may have counted places just before
+    job.add_event(Preview(step=1, steps=4, images=(), first_index=0, count=1, seconds_left=None))
     assert job.finished
     assert [event for _, event in job.events()] == [Stopped()]
 
@@ -188,8 +188,8 @@ def test_places_in_the_queue(start: Start) -> None:
     running = jobs.submit(Request(prompt="gate"))
     assert gate.begun.wait(PATIENCE)
     second, third = jobs.submit(Request(prompt="fox")), jobs.submit(Request(prompt="owl"))
-    assert [event for _, event in second.events(timeout=0.01)] == [Queued(ahead=1)]
-    assert [event for _, event in third.events(timeout=0.01)] == [Queued(ahead=2)]
+    assert [event for _, event in second.events(timeout=0.01)] == [Queued(runs_ahead=1)]
+    assert [event for _, event in third.events(timeout=0.01)] == [Queued(runs_ahead=2)]
     assert [event for _, event in running.events(timeout=0.01)] == []
     gate.go.set()
     assert isinstance(follow(third)[-1], Result)
@@ -208,8 +208,8 @@ def test_a_defect_is_logged_whole_and_told_in_words(start: Start, caplog: pytest
     with caplog.at_level(logging.ERROR, logger="flux2_studio.jobs.queue"):
         job = jobs.submit(Request(prompt="defect"))
         events = follow(job)
-    assert events[-1] == Failed(message=DEFECT)
-    assert "secret detail" not in DEFECT
+    assert events[-1] == Failed(message=INTERNAL_ERROR_MESSAGE)
+    assert "secret detail" not in INTERNAL_ERROR_MESSAGE
     (record,) = [record for record in caplog.records if record.name == "flux2_studio.jobs.queue"]
     assert job.id in record.getMessage()
     assert record.exc_info is not None and record.exc_info[0] is ZeroDivisionError
@@ -229,12 +229,12 @@ def test_a_job_belongs_to_its_owner(start: Start) -> None:
 def test_old_jobs_are_forgotten(start: Start) -> None:
     jobs, _ = start(fox=four_steps)
     made = []
-    for _ in range(KEPT + 3):
+    for _ in range(MAX_FINISHED_JOBS + 3):
         made.append(jobs.submit(Request(prompt="fox")))
         follow(made[-1])
     assert jobs.get(made[0].id) is None
     assert jobs.get(made[-1].id) is made[-1]
-    assert sum(jobs.get(job.id) is not None for job in made) <= KEPT + 1
+    assert sum(jobs.get(job.id) is not None for job in made) <= MAX_FINISHED_JOBS + 1
 
 
 def test_close_ends_what_runs_and_what_waits() -> None:
@@ -258,7 +258,7 @@ def test_runs_of_the_loaded_checkpoint_go_before_others(start: Start) -> None:
         for prompt, checkpoint in (("bob", "klein-9b"), ("ann", "klein-4b")) * 2
     ]
     told = [[event for _, event in job.events(timeout=0.01)][-1] for job in waiting]
-    assert told == [Queued(ahead=ahead) for ahead in (3, 1, 4, 2)]
+    assert told == [Queued(runs_ahead=ahead) for ahead in (3, 1, 4, 2)]
     gate.go.set()
     for job in waiting:
         follow(job)
@@ -271,10 +271,10 @@ def test_nobody_is_passed_over_for_ever(start: Start) -> None:
     jobs.submit(Request(prompt="gate", checkpoint="klein-4b"))
     assert gate.begun.wait(PATIENCE)
     jobs.submit(Request(prompt="bob", checkpoint="klein-9b"))
-    for job in [jobs.submit(Request(prompt="ann", checkpoint="klein-4b")) for _ in range(PASSED + 3)]:
+    for job in [jobs.submit(Request(prompt="ann", checkpoint="klein-4b")) for _ in range(MAX_SKIPS + 3)]:
         gate.go.set()
         follow(job)
-    assert studio.ran.index("bob") == 1 + PASSED
+    assert studio.ran.index("bob") == 1 + MAX_SKIPS
 
 
 def test_a_chosen_checkpoint_is_loaded_once_the_run_is_done(start: Start) -> None:
@@ -282,8 +282,8 @@ def test_a_chosen_checkpoint_is_loaded_once_the_run_is_done(start: Start) -> Non
     jobs, studio = start(gate=gate)
     job = jobs.submit(Request(prompt="gate"))
     assert gate.begun.wait(PATIENCE)
-    wanted = jobs.prepare("klein-4b")
-    assert [event for _, event in wanted.events(timeout=0.01)] == [Queued(ahead=1)]
+    wanted = jobs.preload("klein-4b")
+    assert [event for _, event in wanted.events(timeout=0.01)] == [Queued(runs_ahead=1)]
     gate.go.set()
     assert follow(wanted)[-1] == Ready(checkpoint="klein-4b")
     assert isinstance(follow(job)[-1], Result)
@@ -292,7 +292,7 @@ def test_a_chosen_checkpoint_is_loaded_once_the_run_is_done(start: Start) -> Non
 
 def test_a_run_does_not_wait_for_what_was_merely_chosen(start: Start) -> None:
     jobs, _ = start(fox=four_steps)
-    chosen = jobs.prepare("nano-base")
+    chosen = jobs.preload("nano-base")
     assert next(chosen.events(timeout=PATIENCE))[1] == Status(text="loading")
     assert isinstance(follow(jobs.submit(Request(prompt="fox")))[-1], Result)
     assert follow(chosen)[-1] == Stopped()
@@ -300,7 +300,7 @@ def test_a_run_does_not_wait_for_what_was_merely_chosen(start: Start) -> None:
 
 def test_a_run_lets_its_own_checkpoint_be_loaded_to_the_end(start: Start) -> None:
     jobs, _ = start(fox=four_steps)
-    chosen = jobs.prepare("nano-base")
+    chosen = jobs.preload("nano-base")
     assert next(chosen.events(timeout=PATIENCE))[1] == Status(text="loading")
     job = jobs.submit(Request(prompt="fox", checkpoint="nano-base"))
     assert not chosen.cancelled
@@ -311,9 +311,9 @@ def test_a_run_lets_its_own_checkpoint_be_loaded_to_the_end(start: Start) -> Non
 
 def test_the_last_choice_counts(start: Start) -> None:
     jobs, studio = start()
-    first = jobs.prepare("nano-base")
+    first = jobs.preload("nano-base")
     assert next(first.events(timeout=PATIENCE))[1] == Status(text="loading")
-    second = jobs.prepare("klein-9b")
+    second = jobs.preload("klein-9b")
     assert follow(first)[-1] == Stopped()
     assert follow(second)[-1] == Ready(checkpoint="klein-9b")
     assert studio.ran == ["prepare nano-base", "prepare klein-9b"]
@@ -321,23 +321,23 @@ def test_the_last_choice_counts(start: Start) -> None:
 
 def test_the_same_choice_again_changes_nothing(start: Start) -> None:
     jobs, studio = start(fox=four_steps)
-    first = jobs.prepare("nano-base", "ann")
+    first = jobs.preload("nano-base", "ann")
     assert next(first.events(timeout=PATIENCE))[1] == Status(text="loading")
-    assert jobs.prepare("nano-base", "bob") is first and not first.cancelled
+    assert jobs.preload("nano-base", "bob") is first and not first.cancelled
     follow(jobs.submit(Request(prompt="fox", checkpoint="nano")))
     assert follow(first)[-1] == Stopped()
-    assert follow(jobs.prepare("nano")) == [Ready(checkpoint="nano")], "it was used last"
+    assert follow(jobs.preload("nano")) == [Ready(checkpoint="nano")], "it was used last"
     assert studio.ran == ["prepare nano-base", "fox"]
 
 
 def test_a_choice_that_cannot_be_loaded_is_told(start: Start) -> None:
     class Broken(ScriptedStudio):
-        def prepare(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        def preload(self, name: str, cancelled: Callable[[], bool]) -> Iterator[Event]:
             raise WeightsError("klein.safetensors is damaged: download it again.")
 
     jobs = JobQueue(Broken(fox=four_steps))
     try:
-        assert follow(jobs.prepare("klein-4b"))[-1] == Failed(
+        assert follow(jobs.preload("klein-4b"))[-1] == Failed(
             message="klein.safetensors is damaged: download it again."
         )
         assert isinstance(follow(jobs.submit(Request(prompt="fox")))[-1], Result)
@@ -347,8 +347,8 @@ def test_a_choice_that_cannot_be_loaded_is_told(start: Start) -> None:
 
 def writes(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
     for text in ("A red", "A red fox"):
-        yield Writing(text=text)
-    yield Upsampled(original=request.prompt, prompt="A red fox.", by="somebody")
+        yield PromptProgress(text=text)
+    yield PromptEnhanced(original=request.prompt, prompt="A red fox.", by="somebody")
     yield Ready(checkpoint="nano")
 
 
@@ -359,11 +359,11 @@ def no_credit(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event
 
 def test_of_what_a_model_writes_only_the_newest_is_kept(start: Start) -> None:
     jobs, _ = start(writes=writes)
-    job = jobs.enrich(Request(prompt="writes", upsampling=Upsampling(by="openrouter")))
-    assert isinstance(job, Enrichment)
+    job = jobs.enhance_prompt(Request(prompt="writes", upsampling=Upsampling(by="openrouter")))
+    assert isinstance(job, EnhanceJob)
     follow(job)
     kinds = [type(event) for event in follow(job)]
-    assert kinds == [Upsampled, Ready]
+    assert kinds == [PromptEnhanced, Ready]
 
 
 def test_another_machine_enriches_while_a_run_goes_on(start: Start) -> None:
@@ -371,7 +371,9 @@ def test_another_machine_enriches_while_a_run_goes_on(start: Start) -> None:
     jobs, studio = start(gate=gate, writes=writes)
     running = jobs.submit(Request(prompt="gate"))
     assert gate.begun.wait(PATIENCE)
-    assert isinstance(follow(jobs.enrich(Request(prompt="writes", upsampling=Upsampling(by="openrouter"))))[-1], Ready)
+    assert isinstance(
+        follow(jobs.enhance_prompt(Request(prompt="writes", upsampling=Upsampling(by="openrouter"))))[-1], Ready
+    )
     gate.go.set()
     follow(running)
     assert studio.ran == ["gate", "enrich writes"]
@@ -382,8 +384,8 @@ def test_a_model_of_this_machine_waits_for_the_run_under_way(start: Start) -> No
     jobs, studio = start(gate=gate, writes=writes)
     jobs.submit(Request(prompt="gate"))
     assert gate.begun.wait(PATIENCE)
-    waiting = jobs.enrich(Request(prompt="writes", upsampling=Upsampling(by="local")))
-    assert [event for _, event in waiting.events(timeout=0)] == [Queued(ahead=1)] and studio.ran == ["gate"]
+    waiting = jobs.enhance_prompt(Request(prompt="writes", upsampling=Upsampling(by="local")))
+    assert [event for _, event in waiting.events(timeout=0)] == [Queued(runs_ahead=1)] and studio.ran == ["gate"]
     gate.go.set()
     assert isinstance(follow(waiting)[-1], Ready)
 
@@ -391,28 +393,28 @@ def test_a_model_of_this_machine_waits_for_the_run_under_way(start: Start) -> No
 def test_a_model_that_wrote_may_have_taken_the_checkpoints_place(start: Start) -> None:
     jobs, studio = start(four=four_steps, writes=writes)
     follow(jobs.submit(Request(prompt="four")))
-    follow(jobs.enrich(Request(prompt="writes", upsampling=Upsampling(by="local"))))
-    follow(jobs.prepare("nano"))
+    follow(jobs.enhance_prompt(Request(prompt="writes", upsampling=Upsampling(by="local"))))
+    follow(jobs.preload("nano"))
     assert studio.ran[-1] == "prepare nano"
 
 
 def test_there_is_an_end_to_how_many_prompts_are_enriched_at_once(start: Start) -> None:
     jobs, _ = start(endless=endless)
     asked = Request(prompt="endless", upsampling=Upsampling(by="openrouter"))
-    for number in range(ENRICHMENTS):
-        jobs.enrich(asked, f"somebody {number}")
+    for number in range(MAX_ENHANCE_JOBS):
+        jobs.enhance_prompt(asked, f"somebody {number}")
     with pytest.raises(UpsampleError, match="try again in a minute"):
-        jobs.enrich(asked, "one more")
-    assert not jobs.enrich(asked, "somebody 0").finished, "in place of one's own there is room"
+        jobs.enhance_prompt(asked, "one more")
+    assert not jobs.enhance_prompt(asked, "somebody 0").finished, "in place of one's own there is room"
 
 
 def test_a_failed_enrichment_says_that_the_run_would_go_on_without(start: Start) -> None:
     jobs, _ = start(no_credit=no_credit, bad=bad_weights)
     assert follow(jobs.submit(Request(prompt="no_credit")))[-1] == Failed(
-        message="There is no credit left.", upsampling=True
+        message="There is no credit left.", in_prompt_enhancement=True
     )
     end = follow(jobs.submit(Request(prompt="bad")))[-1]
-    assert isinstance(end, Failed) and not end.upsampling
+    assert isinstance(end, Failed) and not end.in_prompt_enhancement
 
 
 @pytest.mark.parametrize("script", [four_steps, no_credit, defect])
@@ -422,7 +424,7 @@ def test_a_key_reaches_the_run_and_is_forgotten_with_its_end(start: Start, scrip
     follow(job)
     (key,) = studio.keys
     assert key is not None and key.reveal() == "sk-secret"
-    assert job.key is None and jobs.get(job.id, "me") is job
+    assert job.api_key is None and jobs.get(job.id, "me") is job
 
 
 def test_a_run_that_is_cancelled_in_the_queue_forgets_its_key_too(start: Start) -> None:
@@ -432,25 +434,27 @@ def test_a_run_that_is_cancelled_in_the_queue_forgets_its_key_too(start: Start) 
     assert gate.begun.wait(PATIENCE)
     job = jobs.submit(Request(prompt="four"), "me", ApiKey("sk-secret"))
     job.cancel()
-    assert job.finished and job.key is None
+    assert job.finished and job.api_key is None
     gate.go.set()
 
 
 def test_a_new_enrichment_takes_the_place_of_its_owners_earlier_one(start: Start) -> None:
     jobs, _ = start(endless=endless, writes=writes)
     remote = Upsampling(by="openrouter")
-    mine, theirs = (jobs.enrich(Request(prompt="endless", upsampling=remote), owner) for owner in ("me", "them"))
-    assert isinstance(follow(jobs.enrich(Request(prompt="writes", upsampling=remote), "me"))[-1], Ready)
+    mine, theirs = (
+        jobs.enhance_prompt(Request(prompt="endless", upsampling=remote), owner) for owner in ("me", "them")
+    )
+    assert isinstance(follow(jobs.enhance_prompt(Request(prompt="writes", upsampling=remote), "me"))[-1], Ready)
     assert isinstance(follow(mine)[-1], Stopped) and not theirs.finished
 
 
 def test_enrichments_end_with_the_studio(start: Start) -> None:
     jobs, _ = start(endless=endless)
-    job = jobs.enrich(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))
+    job = jobs.enhance_prompt(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))
     jobs.close()
     assert isinstance(follow(job)[-1], Stopped)
     with pytest.raises(StudioError, match="shutting down"):
-        jobs.enrich(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))
+        jobs.enhance_prompt(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))
 
 
 # --- history ----------------------------------------------------------------------------------------------------
@@ -476,7 +480,7 @@ def test_a_picture_is_in_its_owners_history_before_anybody_is_told(tmp_path: Pat
         for _, event in job.events():
             if isinstance(event, Saved):
                 (entry,) = history.page("me").entries
-                assert (entry.prompt, entry.seed, history.file("me", entry.id)) == ("fox", 7, image)
+                assert (entry.prompt, entry.seed, history.find_file("me", entry.id)) == ("fox", 7, image)
         assert len(history.page("me").entries) == 1 and history.page("you").entries == ()
     finally:
         jobs.close()

@@ -35,7 +35,7 @@ def test_after_a_run_that_did_not_end_well_its_checkpoint_is_loaded_when_chosen(
     studio = ScriptedStudio(run=script)
     jobs = JobQueue(studio)
     follow(jobs.submit(Request(prompt="run")))
-    assert follow(jobs.prepare("nano"))[-1] == Ready(checkpoint="nano")
+    assert follow(jobs.preload("nano"))[-1] == Ready(checkpoint="nano")
     jobs.close()
     assert studio.ran == ["run", "prepare nano"]
 
@@ -46,8 +46,8 @@ def test_a_checkpoint_that_a_run_still_loads_is_not_ready() -> None:
     jobs = JobQueue(studio)
     job = jobs.submit(Request(prompt="gate"))
     assert gate.begun.wait(PATIENCE)
-    chosen = jobs.prepare("nano")
-    assert isinstance(chosen.newest(), Queued) and not chosen.finished
+    chosen = jobs.preload("nano")
+    assert isinstance(chosen.latest_event(), Queued) and not chosen.finished
     gate.go.set()
     follow(job)
     assert follow(chosen)[-1] == Ready(checkpoint="nano")
@@ -58,12 +58,12 @@ def test_what_another_checkpoint_displaces_is_not_loaded() -> None:
     studio = ScriptedStudio(fox=four_steps)
     jobs = JobQueue(studio)
     follow(jobs.submit(Request(prompt="fox")))
-    other = jobs.prepare("nano-base")  # takes for ever
+    other = jobs.preload("nano-base")  # takes for ever
     for _, event in other.events(timeout=PATIENCE):
         if isinstance(event, Status):
             break
-    again = jobs.prepare("nano")
-    assert not isinstance(again.newest(), Ready) or studio.ran[-1] == "prepare nano"
+    again = jobs.preload("nano")
+    assert not isinstance(again.latest_event(), Ready) or studio.ran[-1] == "prepare nano"
     assert follow(again)[-1] == Ready(checkpoint="nano")
     jobs.close()
     assert studio.ran == ["fox", "prepare nano-base", "prepare nano"]
@@ -77,9 +77,9 @@ def test_choosing_what_is_loaded_again_drops_what_was_to_be_loaded() -> None:
     studio.scripts["gate"] = gate
     job = jobs.submit(Request(prompt="gate"))
     assert gate.begun.wait(PATIENCE)
-    other = jobs.prepare("nano-base")
-    assert jobs.prepare("nano").newest() == Ready(checkpoint="nano")
-    assert isinstance(other.newest(), Stopped)
+    other = jobs.preload("nano-base")
+    assert jobs.preload("nano").latest_event() == Ready(checkpoint="nano")
+    assert isinstance(other.latest_event(), Stopped)
     gate.go.set()
     follow(job)
     jobs.close()
@@ -89,13 +89,13 @@ def test_choosing_what_is_loaded_again_drops_what_was_to_be_loaded() -> None:
 def test_a_preparation_that_was_stopped_has_loaded_nothing() -> None:
     studio = ScriptedStudio(fox=four_steps)
     jobs = JobQueue(studio)
-    first = jobs.prepare("nano-base")  # takes for ever
+    first = jobs.preload("nano-base")  # takes for ever
     for _, event in first.events(timeout=PATIENCE):
         if isinstance(event, Status):
             first.cancel()
-    assert isinstance(first.newest(), Stopped)
-    again = jobs.prepare("nano-base")
-    assert not isinstance(again.newest(), Ready | Failed)
+    assert isinstance(first.latest_event(), Stopped)
+    again = jobs.preload("nano-base")
+    assert not isinstance(again.latest_event(), Ready | Failed)
     jobs.close()
 
 
@@ -106,8 +106,8 @@ def test_a_language_model_may_displace_the_checkpoint_in_memory() -> None:
     follow(jobs.submit(Request(prompt="fox")))
     job = jobs.submit(Request(prompt="gate", upsampling=Upsampling(by="local")))
     assert gate.begun.wait(PATIENCE)  # it has shown no preview: its checkpoint need not be there any more
-    chosen = jobs.prepare("nano")
-    assert isinstance(chosen.newest(), Queued) and not chosen.finished
+    chosen = jobs.preload("nano")
+    assert isinstance(chosen.latest_event(), Queued) and not chosen.finished
     gate.go.set()
     follow(job)
     assert follow(chosen)[-1] == Ready(checkpoint="nano")

@@ -15,13 +15,13 @@ from flux2_studio.errors import PresetError, RequestError
 from flux2_studio.request import Request
 from flux2_studio.settings import PRESETS
 from flux2_studio.storage.presets import (
-    MAX_BYTES,
+    MAX_PRESET_BYTES,
     Preset,
     Presets,
-    applied,
-    field_names,
+    apply_preset,
+    describe_fields,
     form_for,
-    holding,
+    make_preset,
     parse_preset,
     read_preset,
 )
@@ -52,21 +52,21 @@ def asking(**request: Any) -> Preset:
 
 def test_many_ship_for_every_form_and_all_can_be_read() -> None:
     assert SHIPPED.problems == ()
-    assert len(SHIPPED.found) == len(list(PRESETS.glob("*.json")))
-    assert len(SHIPPED.of("generate")) >= 24
-    assert len(SHIPPED.of("edit")) >= 10
-    assert len(SHIPPED.of("multi")) >= 5
+    assert len(SHIPPED.by_slug) == len(list(PRESETS.glob("*.json")))
+    assert len(SHIPPED.for_form("generate")) >= 24
+    assert len(SHIPPED.for_form("edit")) >= 10
+    assert len(SHIPPED.for_form("multi")) >= 5
 
 
 def test_no_two_are_alike() -> None:
     for of in ("name", "description", "template"):
-        said = [getattr(it, of).casefold() for it in SHIPPED.found.values()]
+        said = [getattr(it, of).casefold() for it in SHIPPED.by_slug.values()]
         assert len(said) == len(set(said)), of
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda it: it.name)
 def test_each_runs_with_every_checkpoint(checkpoint: Checkpoint) -> None:
-    for slug, it in SHIPPED.found.items():
+    for slug, it in SHIPPED.by_slug.items():
         try:
             check_runs(it, checkpoint)
         except Exception as error:
@@ -79,7 +79,7 @@ def check_runs(it: Preset, checkpoint: Checkpoint) -> None:
         return
     references = {"generate": 0, "edit": 1, "multi": 2}[it.form]
     for words in ("", "a red kite"):
-        made = applied(it, words, checkpoint)
+        made = apply_preset(it, words, checkpoint)
         request = Request.from_dict(
             {**made.values, "checkpoint": checkpoint.name, "references": ["a.png"] * references}
         ).resolve(checkpoint, [(128, 128)] * references)
@@ -87,11 +87,11 @@ def check_runs(it: Preset, checkpoint: Checkpoint) -> None:
         assert ("a red kite" in request.prompt) is (it.takes_subject and bool(words))
         # Only a size may be too large; nothing that a checkpoint cannot do at all is asked of it.
         assert all("nearly the same shape" in note for note in made.notes)
-        assert not made.notes or checkpoint.toy
+        assert not made.notes or checkpoint.is_toy
 
 
 def test_each_shows_what_comes_out() -> None:
-    for slug, it in SHIPPED.found.items():
+    for slug, it in SHIPPED.by_slug.items():
         if it.picture is None:
             assert it.shows, slug
             continue
@@ -106,7 +106,7 @@ def test_each_shows_what_comes_out() -> None:
 
 def test_every_example_is_some_presets() -> None:
     assert {path.stem for path in (PRESETS / "examples").iterdir()} == {
-        slug for slug, it in SHIPPED.found.items() if it.picture
+        slug for slug, it in SHIPPED.by_slug.items() if it.picture
     }
 
 
@@ -115,36 +115,36 @@ def test_every_example_is_some_presets() -> None:
 
 def test_the_words_take_the_subjects_place_and_are_found_again() -> None:
     ink = preset()
-    assert ink.prompt("a fox ") == "An ink drawing of a fox, bold."
-    assert ink.prompt(" ") == "An ink drawing of a heron, bold."
-    assert ink.words("An ink drawing of a fox, bold.") == "a fox"
-    assert ink.words("An ink drawing of a heron, bold.") == ""
-    assert ink.words("a fox") is None
+    assert ink.fill_prompt("a fox ") == "An ink drawing of a fox, bold."
+    assert ink.fill_prompt(" ") == "An ink drawing of a heron, bold."
+    assert ink.extract_subject("An ink drawing of a fox, bold.") == "a fox"
+    assert ink.extract_subject("An ink drawing of a heron, bold.") == ""
+    assert ink.extract_subject("a fox") is None
     # A template that somebody is writing is no subject, and words that look like a pattern are only words.
-    assert ink.prompt("{subject} in snow") == "An ink drawing of a heron, bold."
-    assert ink.prompt(r"\1 {0} %s") == r"An ink drawing of \1 {0} %s, bold."
+    assert ink.fill_prompt("{subject} in snow") == "An ink drawing of a heron, bold."
+    assert ink.fill_prompt(r"\1 {0} %s") == r"An ink drawing of \1 {0} %s, bold."
     # Where beginning and end overlap, there are no words between them.
-    assert asking(prompt="aa {subject} aa").words("aa aa") is None
+    assert asking(prompt="aa {subject} aa").extract_subject("aa aa") is None
 
 
 def test_without_a_subject_the_user_is_asked_for_one() -> None:
     with pytest.raises(PresetError, match="write in the prompt what it should be about"):
-        asking(prompt="A photograph of {subject}.").prompt("")
-    assert asking(steps=9).prompt("a fox") is None
+        asking(prompt="A photograph of {subject}.").fill_prompt("")
+    assert asking(steps=9).fill_prompt("a fox") is None
 
 
 def test_a_size_beyond_a_checkpoint_keeps_its_shape() -> None:
-    made = applied(preset(), "", NANO)
+    made = apply_preset(preset(), "", NANO)
     assert (made.values["width"], made.values["height"]) == (144, 112)
     assert "does not draw 1024 x 768" in made.notes[0]
-    made = applied(preset(), "", DEV)
+    made = apply_preset(preset(), "", DEV)
     assert (made.values["width"], made.values["height"], made.notes) == (1024, 768, ())
 
 
 def test_what_a_checkpoint_has_fixed_is_told_and_left_out() -> None:
     it = asking(prompt="x", steps=30, guidance=5, negative_prompt="blur")
-    assert applied(it, "", KLEIN_BASE_4B).values == it.request
-    made = applied(it, "", KLEIN_4B)
+    assert apply_preset(it, "", KLEIN_BASE_4B).values == it.request
+    made = apply_preset(it, "", KLEIN_4B)
     assert dict(made.values) == {"prompt": "x"}
     assert [note.partition(".")[0] for note in made.notes] == [
         "Left out of the preset: steps",
@@ -154,22 +154,22 @@ def test_what_a_checkpoint_has_fixed_is_told_and_left_out() -> None:
 
 
 def test_what_is_given_already_is_left_alone() -> None:
-    made = applied(asking(prompt="x", steps=30, count=2), "", KLEIN_4B, given={"steps", "prompt"})
+    made = apply_preset(asking(prompt="x", steps=30, count=2), "", KLEIN_4B, given={"steps", "prompt"})
     assert (dict(made.values), made.notes) == ({"count": 2}, ())
 
 
 def test_a_lora_without_a_weight_counts_fully() -> None:
-    assert applied(asking(loras=[{"name": "ink"}]), "", NANO).values == {"loras": [{"name": "ink", "weight": 1.0}]}
+    assert apply_preset(asking(loras=[{"name": "ink"}]), "", NANO).values == {"loras": [{"name": "ink", "weight": 1.0}]}
 
 
 def test_saying_what_is_set() -> None:
-    names = field_names({"width": 1, "height": 2, "prompt": "", "loras": [], "count": 2})
+    names = describe_fields({"width": 1, "height": 2, "prompt": "", "loras": [], "count": 2})
     assert names == ["prompt", "pictures", "LoRAs", "size"]
     assert [form_for(number) for number in (0, 1, 2, 9)] == ["generate", "edit", "multi", "multi"]
 
 
 def test_holding_keeps_what_says_something_and_nothing_secret() -> None:
-    kept = holding(" Mine ", "edit", {"prompt": "p {subject}", "negative_prompt": "", "steps": None, "seed": 7})
+    kept = make_preset(" Mine ", "edit", {"prompt": "p {subject}", "negative_prompt": "", "steps": None, "seed": 7})
     assert kept.as_dict() == {
         "name": "Mine",
         "group": "Yours",
@@ -178,12 +178,12 @@ def test_holding_keeps_what_says_something_and_nothing_secret() -> None:
         "request": {"prompt": "p {subject}"},
     }
     with pytest.raises(PresetError, match="The request is empty"):
-        holding("Mine", "edit", {"prompt": ""})
+        make_preset("Mine", "edit", {"prompt": ""})
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     for number, it in enumerate(
-        [*SHIPPED.found.values(), asking(loras=[{"name": "ö/b", "weight": -1}], format="webp")]
+        [*SHIPPED.by_slug.values(), asking(loras=[{"name": "ö/b", "weight": -1}], format="webp")]
     ):
         file = tmp_path / f"{number}.json"
         file.write_text(it.as_json(), encoding="utf-8")
@@ -258,7 +258,7 @@ def test_what_is_missing_is_told(missing: str) -> None:
         (b'{"request": {"steps": ' + b"9" * 5000 + b"}}", "no JSON"),
         (b"[" * 90_000, "no JSON"),
         (b'{"name": ' + b"[" * 6 + b"]" * 6 + b"}", "deep"),
-        (b" " * (MAX_BYTES + 1), "larger than"),
+        (b" " * (MAX_PRESET_BYTES + 1), "larger than"),
         (b'{"\\u001b[31m' + b"x" * 500 + b'": 1}', "has no field '?[31mxxx"),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_broken_file_hides_no_other(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "link.json").symlink_to("/etc/passwd")
     read = Presets.load(tmp_path)
-    assert list(read.found) == ["good"]
+    assert list(read.by_slug) == ["good"]
     assert [problem.partition(":")[0] for problem in read.problems] == [
         "Odd name.json",
         "broken.json",
@@ -311,7 +311,7 @@ def test_a_picture_is_one_of_the_examples(tmp_path: Path, picture: object) -> No
     (tmp_path / "examples" / "link.webp").symlink_to(tmp_path / "a.webp")
     (tmp_path / "it.json").write_text(json.dumps({**CARD, "picture": picture}), encoding="utf-8")
     read = Presets.load(tmp_path)
-    assert not read.found
+    assert not read.by_slug
     assert "picture" in read.problems[0] or "examples/" in read.problems[0]
 
 

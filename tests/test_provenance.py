@@ -18,20 +18,31 @@ from PIL import Image
 
 from flux2_studio.checkpoints import LOCAL_WRITERS
 from flux2_studio.errors import ClassifierError, CredentialsError, SafetyError, StudioError, UpsampleError
-from flux2_studio.events import Event, Notice, Preview, Ready, Result, Saved, Stopped, Upsampled, Withheld, Writing
-from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.events import (
+    Event,
+    Notice,
+    Preview,
+    PromptEnhanced,
+    PromptProgress,
+    Ready,
+    Result,
+    Saved,
+    Stopped,
+    Withheld,
+)
+from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.images.references import fit, load_reference
 from flux2_studio.images.tensors import pixels_from_image
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.prompting.instructions import instructions
+from flux2_studio.prompting.instructions import build_instructions
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.provenance import metadata, watermark
 from flux2_studio.record import Record
 from flux2_studio.request import Request, Upsampling
-from flux2_studio.safety.guard import Guard
+from flux2_studio.safety.guard import SafetyGuard
 from flux2_studio.safety.policy import Policy, Verdict
-from flux2_studio.safety.questions import asking, check_by_asking
+from flux2_studio.safety.questions import judge_with_model, make_yes_no_model
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
 from tests.fake_openai import FakeOpenAI, refuses, says, silent
@@ -54,11 +65,11 @@ def settings(home: Path) -> Settings:
 
 @pytest.fixture(scope="module")
 def studio(settings: Settings) -> Studio:
-    return Studio(settings, kept=KeptReferences(settings.references))
+    return Studio(settings, reference_store=ReferenceStore(settings.references))
 
 
 def run(studio: Studio, key: ApiKey | None = None, **fields: Any) -> tuple[list[Event], Result]:
-    events = list(studio.generate(Request(**fields), key=key))
+    events = list(studio.generate(Request(**fields), api_key=key))
     assert isinstance(events[-1], Result)
     return events, events[-1]
 
@@ -68,7 +79,7 @@ def notices(events: Sequence[Event]) -> str:
 
 
 def record_in(path: Path) -> Record:
-    found = metadata.read(path.read_bytes())
+    found = metadata.read_settings(path.read_bytes())
     assert found.record is not None, found.problem
     return found.record
 
@@ -84,9 +95,9 @@ def test_what_the_model_wrote_is_drawn_and_written_down(settings: Settings) -> N
     with FakeOpenAI(says("A flat icon of a red fox ", "that sits on a pink background.")) as server:
         studio = Studio(replace(settings, openrouter_url=server.url))
         events, result = run(studio, prompt="fox", upsampling=REMOTE, seed=2)
-    assert [event.text for event in events if isinstance(event, Writing)] == ["A flat icon of a red fox ", RICH]
-    assert [event for event in events if isinstance(event, Upsampled)] == [
-        Upsampled(original="fox", prompt=RICH, by="toy/model")
+    assert [event.text for event in events if isinstance(event, PromptProgress)] == ["A flat icon of a red fox ", RICH]
+    assert [event for event in events if isinstance(event, PromptEnhanced)] == [
+        PromptEnhanced(original="fox", prompt=RICH, by="toy/model")
     ]
     assert (result.request.prompt, result.request.upsampling) == (RICH, Upsampling())
     record = record_in(result.images[0])
@@ -147,15 +158,15 @@ def test_what_cannot_be_asked_is_refused_when_it_is_submitted(
 def test_a_prompt_can_be_enriched_without_drawing(settings: Settings) -> None:
     with FakeOpenAI(says(RICH)) as server:
         studio = Studio(replace(settings, openrouter_url=server.url))
-        events = list(studio.enrich(Request(prompt="fox", upsampling=REMOTE)))
-    assert events[-2:] == [Upsampled(original="fox", prompt=RICH, by="toy/model"), Ready(checkpoint="nano")]
+        events = list(studio.enhance_prompt(Request(prompt="fox", upsampling=REMOTE)))
+    assert events[-2:] == [PromptEnhanced(original="fox", prompt=RICH, by="toy/model"), Ready(checkpoint="nano")]
 
 
 def test_stopping_while_the_model_writes(settings: Settings) -> None:
     with FakeOpenAI(silent("A red ")) as server:
         studio = Studio(replace(settings, openrouter_url=server.url))
         events: list[Event] = []
-        begun = lambda: any(isinstance(event, Writing) for event in events)  # noqa: E731
+        begun = lambda: any(isinstance(event, PromptProgress) for event in events)  # noqa: E731
         for event in studio.generate(Request(prompt="fox", upsampling=REMOTE), begun):
             events.append(event)
         assert server.gone.wait(60), "the connection is closed"
@@ -167,9 +178,9 @@ def test_the_key_is_nowhere_but_in_the_request(settings: Settings, tmp_path: Pat
     events: list[Event] = []
     with FakeOpenAI(says(RICH), refuses(402)) as server:
         studio = Studio(replace(settings, home=tmp_path, openrouter_url=server.url, openrouter_key="sk-of-the-studio"))
-        events.extend(studio.generate(Request(prompt="fox", upsampling=REMOTE), key=ApiKey(KEY)))
+        events.extend(studio.generate(Request(prompt="fox", upsampling=REMOTE), api_key=ApiKey(KEY)))
         with pytest.raises(UpsampleError) as failed:
-            events.extend(studio.generate(Request(prompt="fox", upsampling=REMOTE), key=ApiKey(KEY)))
+            events.extend(studio.generate(Request(prompt="fox", upsampling=REMOTE), api_key=ApiKey(KEY)))
     assert [asked.headers["authorization"] for asked in server.asked] == [f"Bearer {KEY}"] * 2
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 2  # a picture, and the identity
@@ -191,20 +202,20 @@ def test_a_model_of_this_machine_writes_and_then_reads(
         for event in studio.generate(asked):
             events.append(event)
     assert "generate without enriching" in str(failed.value)
-    (offer,) = (it for it in studio.writers(studio.settings.checkpoint(name)) if it.name == writer)
-    assert offer.own and offer.on_disk
-    wrote = [event.text for event in events if isinstance(event, Writing)]
+    (offer,) = (it for it in studio.list_writers(studio.settings.checkpoint(name)) if it.name == writer)
+    assert offer.is_text_encoder and offer.is_on_disk
+    wrote = [event.text for event in events if isinstance(event, PromptProgress)]
     assert wrote and all(later.startswith(earlier) for earlier, later in itertools.pairwise(wrote))
     models = ModelManager(studio.settings, Hub(studio.settings))
     model = next(it for it in LOCAL_WRITERS if it.name == writer)
     image = fit(load_reference(apple).image, 10**6)
-    sizes = [(image.height, image.width)] if model.sees else []
-    whole = models.writer(model, lambda *_: None, sizes).writer
+    sizes = [(image.height, image.width)] if model.has_vision else []
+    whole = models.acquire_writer(model, lambda *_: None, sizes).writer
     expected = "".join(
         whole.write(
-            instructions("edit", 1, seen=model.sees),
+            build_instructions("edit", 1, seen=model.has_vision),
             "fox",
-            [pixels_from_image(image)] if model.sees else [],
+            [pixels_from_image(image)] if model.has_vision else [],
             seed=3,
             max_tokens=16,
             temperature=0.7,
@@ -215,7 +226,7 @@ def test_a_model_of_this_machine_writes_and_then_reads(
 
 
 def test_a_writer_that_does_not_fit_is_told_with_a_way_out(toys: Toys, tmp_path: Path) -> None:
-    studio = Studio(toys.settings(tmp_path, ["klein-4b"], safety="off", memory=0.0001))
+    studio = Studio(toys.settings(tmp_path, ["klein-4b"], safety="off", memory_limit_gb=0.0001))
     with pytest.raises(UpsampleError, match=r"could not be enriched\. .*needs about .*generate without enriching"):
         list(studio.generate(Request(prompt="fox", upsampling=Upsampling(by="local"), width=64, height=64)))
 
@@ -250,7 +261,7 @@ class Broken:
 
 
 def guarded(settings: Settings, policy: Policy, classifier: Any, tmp_path: Path, **changes: Any) -> Studio:
-    return Studio(replace(settings, home=tmp_path, **changes), guard=Guard(policy, classifier=classifier))
+    return Studio(replace(settings, home=tmp_path, **changes), guard=SafetyGuard(policy, classifier=classifier))
 
 
 def written(folder: Path) -> list[Path]:
@@ -293,8 +304,10 @@ def test_a_warning_is_told_and_the_picture_kept(settings: Settings, tmp_path: Pa
 
 
 def test_a_flagged_reference_stops_the_run_before_it_begins(settings: Settings, tmp_path: Path, apple: Path) -> None:
-    kept = KeptReferences(tmp_path / "references")
-    studio = Studio(replace(settings, home=tmp_path), guard=Guard("on", classifier=Flags(0)), kept=kept)
+    kept = ReferenceStore(tmp_path / "references")
+    studio = Studio(
+        replace(settings, home=tmp_path), guard=SafetyGuard("on", classifier=Flags(0)), reference_store=kept
+    )
     events: list[Event] = []
     with pytest.raises(SafetyError, match="Image 1 was stopped"):
         events.extend(studio.generate(Request(prompt="make it blue", references=(apple,))))
@@ -310,7 +323,7 @@ def test_prompts_are_checked_before_anything_is_sent_and_what_comes_back_too(
         with pytest.raises(SafetyError, match="pornography"):
             list(studio.generate(Request(prompt="hardcore porn", upsampling=REMOTE)))
         assert server.asked == []
-        for run_it in (studio.generate, studio.enrich):
+        for run_it in (studio.generate, studio.enhance_prompt):
             with pytest.raises(UpsampleError, match=r"wrote what does not pass.*pornography.*without enriching"):
                 list(run_it(Request(prompt="a couple", upsampling=REMOTE)))
         assert len(server.asked) == 2
@@ -348,15 +361,15 @@ def test_off_looks_at_nothing(settings: Settings, tmp_path: Path) -> None:
 def test_where_guests_are_the_language_model_is_asked_too(toys: Toys, tmp_path: Path, apple: Path) -> None:
     settings = toys.settings(tmp_path, ["dev"])
     models = ModelManager(settings, Hub(settings))
-    mistral = next(it for it in LOCAL_WRITERS if it.sees)
-    ask = asking(models.writer(mistral, lambda *_: None, [(128, 128)]).writer)
+    mistral = next(it for it in LOCAL_WRITERS if it.has_vision)
+    ask = make_yes_no_model(models.acquire_writer(mistral, lambda *_: None, [(128, 128)]).writer)
     picture = fit(load_reference(apple).image, 10**6)
-    verdicts = [check_by_asking(ask, "a red house"), check_by_asking(ask, "", [picture])]
-    reasons = [verdict.text for verdict in verdicts if not verdict.allowed]
+    verdicts = [judge_with_model(ask, "a red house"), judge_with_model(ask, "", [picture])]
+    reasons = [verdict.reason_text for verdict in verdicts if not verdict.allowed]
     fields: dict[str, Any] = {"prompt": "a red house", "references": (apple,), "steps": 1, "width": 64, "height": 64}
-    events, _ = run(Studio(settings, guard=Guard("warn", classifier=Flags())), **fields)
+    events, _ = run(Studio(settings, guard=SafetyGuard("warn", classifier=Flags())), **fields)
     assert "seems to show" not in notices(events), "not where its owner is alone, and the model is not whole"
-    studio = Studio(settings, guard=Guard("on", classifier=Flags()))
+    studio = Studio(settings, guard=SafetyGuard("on", classifier=Flags()))
     if reasons:
         with pytest.raises(SafetyError, match=re.escape(reasons[0])):
             run(studio, **fields)
@@ -375,8 +388,8 @@ def test_a_file_says_how_it_was_made(studio: Studio) -> None:
     assert record.checkpoint == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (record.label, record.request) == (studio.settings.checkpoint("nano").label, result.request)
     assert record.versions == studio.versions and record.computed["device"] == "cpu"
-    mark = watermark.detect(Image.open(path), studio.message)
-    assert mark is not None and mark.match >= 0.95
+    mark = watermark.detect_watermark(Image.open(path), studio.message)
+    assert mark is not None and mark.match_ratio >= 0.95
     assert studio.signer.read(path).own
     assert len(result.provenance) == 3 and "signed with this installation's own identity" in result.provenance[-1]
     assert "atermark" not in notices(events)
@@ -422,7 +435,7 @@ def test_a_changed_reference_is_told(studio: Studio, tmp_path: Path) -> None:
     assert "Image 1: Not intact" in notices(events)
 
 
-def again(studio: Studio, record: Record, kept: KeptReferences) -> list[Path]:
+def again(studio: Studio, record: Record, kept: ReferenceStore) -> list[Path]:
     """The pictures of a run that does what `record` says."""
     references = tuple(path for sha256 in record.references if (path := kept.find(sha256)))
     assert len(references) == len(record.references)
@@ -448,7 +461,7 @@ def again(studio: Studio, record: Record, kept: KeptReferences) -> list[Path]:
 def test_a_picture_is_made_again_to_the_last_bit(
     studio: Studio, settings: Settings, tmp_path: Path, apple: Path, fields: dict[str, Any]
 ) -> None:
-    assert studio.kept is not None
+    assert studio.reference_store is not None
     fields["references"] = (apple,) * fields.get("references", 0)
     if "width" in fields:
         fields["height"] = 128
@@ -456,18 +469,18 @@ def test_a_picture_is_made_again_to_the_last_bit(
     apple.unlink()
     path = result.images[-1]
     record = record_in(path)
-    made = again(Studio(replace(settings, home=tmp_path)), record, studio.kept)[record.place]
+    made = again(Studio(replace(settings, home=tmp_path)), record, studio.reference_store)[record.place]
     np.testing.assert_array_equal(pixels(path), pixels(made))
 
 
 def test_references_are_not_kept_without_settings_or_a_place(studio: Studio, settings: Settings, apple: Path) -> None:
-    assert studio.kept is not None
+    assert studio.reference_store is not None
     sha256 = hashlib.sha256(apple.read_bytes()).hexdigest()
-    before = studio.kept.find(sha256)
+    before = studio.reference_store.find(sha256)
     run(studio, prompt="make it blue", references=(apple,), metadata=False)
-    assert studio.kept.find(sha256) == before
+    assert studio.reference_store.find(sha256) == before
     _, result = run(Studio(settings), prompt="make it blue", references=(apple,))
-    assert studio.kept.find(sha256) == before and record_in(result.images[0]).references == (sha256,)
+    assert studio.reference_store.find(sha256) == before and record_in(result.images[0]).references == (sha256,)
 
 
 def test_an_identity_that_cannot_sign_is_told_before_any_work(settings: Settings, tmp_path: Path) -> None:
@@ -494,11 +507,11 @@ def test_a_picture_outlives_an_identity_that_fails_after_the_work(settings: Sett
 
 
 def test_strips_are_written_down_for_they_change_a_shade(settings: Settings, tmp_path: Path) -> None:
-    short = Studio(replace(settings, home=tmp_path, memory=0.2))
+    short = Studio(replace(settings, home=tmp_path, memory_limit_gb=0.2))
     _, result = run(short, prompt="a fox", width=512, height=512, watermark=False, sign=False)
     assert record_in(result.images[0]).computed["autoencoder"].startswith("in strips of")
     _, result = run(short, prompt="a fox", watermark=False, sign=False)
-    assert record_in(result.images[0]).computed == short.computed(short.settings.checkpoint("nano"))
+    assert record_in(result.images[0]).computed == short.compute_settings(short.settings.checkpoint("nano"))
 
 
 def test_a_watermark_that_cannot_be_laid_is_told_at_once(settings: Settings) -> None:

@@ -31,7 +31,7 @@ def requirements() -> dict[str, str]:
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    (found,) = [action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (found,) = [action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(found.choices)
 
 
@@ -75,7 +75,7 @@ def test_example_commands_can_be_run() -> None:
     lines = re.findall(r"^\.venv/bin/python -m flux2_studio (.+)$", section("Command line"), re.MULTILINE)
     assert len(lines) >= 4
     for line in lines:
-        options = cli.parser().parse_args(shlex.split(line))
+        options = cli.build_parser().parse_args(shlex.split(line))
         if options.run is cli.run_generate:
             Settings(home=ROOT).checkpoint(options.model)
 
@@ -84,10 +84,10 @@ def test_variables_are_documented_and_exist() -> None:
     text = section("Settings")
     documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", text))
     overrides = {
-        part.override
+        part.path_variable
         for checkpoint in CHECKPOINTS
         for part in (*checkpoint.parts, checkpoint.tiny_autoencoder)
-        if part.override
+        if part.path_variable
     }
     source = (ROOT / "flux2_studio" / "settings.py").read_text(encoding="utf-8")
     own = set(re.findall(r'"((?:FLUX2|OPENROUTER)_[A-Z0-9_]+)"', source))

@@ -10,7 +10,7 @@ import pytest
 from flux2_studio.checkpoints import NANO
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Event, Queued, Result, Saved, Status, Stopped
-from flux2_studio.jobs.queue import ALL_WAITING, OWN_WAITING, JobQueue
+from flux2_studio.jobs.queue import MAX_WAITING_PER_OWNER, MAX_WAITING_RUNS, JobQueue
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.record import Record
@@ -35,9 +35,11 @@ def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
 
 def test_followers_hear_of_nothing_that_is_not_written_down(tmp_path: Path) -> None:
     heard: list[tuple[Event, Event | None]] = []
-    job = Job(Request(prompt="fox").resolve(NANO), "me", told=lambda job, event: heard.append((event, job.newest())))
+    job = Job(
+        Request(prompt="fox").resolve(NANO), "me", on_event=lambda job, event: heard.append((event, job.latest_event()))
+    )
     for event in (Status(text="one"), Stopped(), Status(text="too late")):
-        job.add(event)
+        job.add_event(event)
     assert heard == [(Status(text="one"), None), (Stopped(), Status(text="one"))]
 
 
@@ -58,7 +60,7 @@ def test_what_waited_goes_on_in_the_next_studio_and_what_ran_on_one_click(opened
     jobs.move(waiting[2].id, "me", later=False)
     jobs.close()
     again, studio = opened(endless=four_steps)
-    again.resume()
+    again.restore_waiting()
     resumed = [again.get(job.id, "me") for job in waiting]
     for job in resumed:
         assert job is not None
@@ -66,12 +68,12 @@ def test_what_waited_goes_on_in_the_next_studio_and_what_ran_on_one_click(opened
     assert studio.ran == ["fox", "cat", "owl"]
     (cut,) = again.interrupted("me")
     with pytest.raises(StudioError, match="not there any more"):
-        again.renew(cut.id, "somebody else")
-    renewed = again.renew(cut.id, "me")
+        again.resume_interrupted(cut.id, "somebody else")
+    renewed = again.resume_interrupted(cut.id, "me")
     assert isinstance(follow(renewed)[-1], Result) and renewed.request.seed == 5
     assert again.interrupted("me") == ()
     with pytest.raises(StudioError, match="not there any more"):
-        again.renew(cut.id, "me")
+        again.resume_interrupted(cut.id, "me")
 
 
 def test_a_run_that_cannot_be_renewed_stays(opened: Open) -> None:
@@ -79,10 +81,10 @@ def test_a_run_that_cannot_be_renewed_stays(opened: Open) -> None:
     next(jobs.submit(Request(prompt="endless"), "me").events(timeout=PATIENCE))
     jobs.close()
     again, _ = opened()  # which has no such script
-    again.resume()
+    again.restore_waiting()
     (cut,) = again.interrupted("me")
     with pytest.raises(StudioError, match="no such script"):
-        again.renew(cut.id, "me")
+        again.resume_interrupted(cut.id, "me")
     again.discard(cut.id, "somebody else")
     assert again.interrupted("me") == (cut,)
     again.discard(cut.id, "me")
@@ -104,40 +106,40 @@ def test_what_is_cancelled_does_not_come_back(opened: Open) -> None:
     gate.go.set()
     jobs.close()
     again, _ = opened()
-    again.resume()
-    assert again.get(job.id, "me") is None and again.interrupted("me") == () and again.unseen("me") is None
+    again.restore_waiting()
+    assert again.get(job.id, "me") is None and again.interrupted("me") == () and again.latest_unseen("me") is None
 
 
 def test_the_end_is_news_until_it_was_shown(opened: Open) -> None:
     jobs, _ = opened()
     job = jobs.submit(Request(prompt="fox"), "me")
     follow(job)
-    entry = jobs.unseen("me")
+    entry = jobs.latest_unseen("me")
     assert entry is not None and entry.id == job.id
-    assert jobs.unseen("somebody") is None
-    jobs.saw(job.id)
-    assert jobs.unseen("me") is None
+    assert jobs.latest_unseen("somebody") is None
+    jobs.mark_seen(job.id)
+    assert jobs.latest_unseen("me") is None
 
 
 def test_an_owner_sees_and_moves_only_their_own(opened: Open) -> None:
     jobs, studio, gate = busy(opened)
     order = (("fox", "me"), ("owl", "you"), ("cat", "me"))
     fox, owl, cat = (jobs.submit(Request(prompt=prompt), owner) for prompt, owner in order)
-    assert [(it.job, it.ahead, it.others) for it in jobs.standing("me")] == [(fox, 1, 1), (cat, 3, 2)]
-    assert [(it.job, it.ahead, it.others) for it in jobs.standing("you")] == [(owl, 2, 2)]
+    assert [(it.job, it.runs_ahead, it.others_ahead) for it in jobs.queue_positions("me")] == [(fox, 1, 1), (cat, 3, 2)]
+    assert [(it.job, it.runs_ahead, it.others_ahead) for it in jobs.queue_positions("you")] == [(owl, 2, 2)]
     jobs.move(owl.id, "me", later=False)
     jobs.move(cat.id, "you", later=False)
     jobs.move("nothing", "me", later=True)
-    assert [it.job for it in jobs.standing("me")] == [fox, cat]
+    assert [it.job for it in jobs.queue_positions("me")] == [fox, cat]
     jobs.move(cat.id, "me", later=False)
-    assert [(it.job, it.ahead) for it in jobs.standing("me")] == [(cat, 1), (fox, 3)]
-    assert [(it.job, it.ahead) for it in jobs.standing("you")] == [(owl, 2)]
-    assert [job.newest() for job in (cat, owl, fox)] == [Queued(ahead=ahead) for ahead in (1, 2, 3)]
+    assert [(it.job, it.runs_ahead) for it in jobs.queue_positions("me")] == [(cat, 1), (fox, 3)]
+    assert [(it.job, it.runs_ahead) for it in jobs.queue_positions("you")] == [(owl, 2)]
+    assert [job.latest_event() for job in (cat, owl, fox)] == [Queued(runs_ahead=ahead) for ahead in (1, 2, 3)]
     gate.go.set()
     for job in (fox, owl, cat):
         follow(job)
     assert studio.ran == ["gate", "cat", "owl", "fox"]
-    assert jobs.standing("me") == ()
+    assert jobs.queue_positions("me") == ()
 
 
 def test_there_is_an_end_to_what_may_wait(opened: Open, tmp_path: Path) -> None:
@@ -146,12 +148,12 @@ def test_there_is_an_end_to_what_may_wait(opened: Open, tmp_path: Path) -> None:
     try:
         jobs.submit(Request(prompt="gate"), "me")
         assert gate.begun.wait(PATIENCE)
-        mine = [jobs.submit(Request(prompt="fox"), "me") for _ in range(OWN_WAITING)]
+        mine = [jobs.submit(Request(prompt="fox"), "me") for _ in range(MAX_WAITING_PER_OWNER)]
         with pytest.raises(StudioError, match="take one off the queue"):
             jobs.submit(Request(prompt="fox"), "me")
         mine[0].cancel()
         jobs.submit(Request(prompt="fox"), "me")
-        for number in range(ALL_WAITING - OWN_WAITING):
+        for number in range(MAX_WAITING_RUNS - MAX_WAITING_PER_OWNER):
             jobs.submit(Request(prompt="fox"), f"somebody {number}")
         with pytest.raises(StudioError, match="of all who use this studio"):
             jobs.submit(Request(prompt="fox"), "one more")
@@ -163,7 +165,7 @@ def test_there_is_an_end_to_what_may_wait(opened: Open, tmp_path: Path) -> None:
 def test_a_run_shows_what_it_enriches_where_the_tab_did(opened: Open) -> None:
     jobs, _ = opened(endless=endless)
     remote = Upsampling(by="openrouter")
-    here, there = (jobs.enrich(Request(prompt="endless", upsampling=remote), tab) for tab in ("tab:1", "tab:2"))
+    here, there = (jobs.enhance_prompt(Request(prompt="endless", upsampling=remote), tab) for tab in ("tab:1", "tab:2"))
     jobs.submit(Request(prompt="fox", upsampling=remote), "me", tab="tab:1")
     assert isinstance(follow(here)[-1], Stopped) and not there.finished
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.images.references import MAX_BYTES, reference_size
+from flux2_studio.images.references import MAX_REFERENCE_BYTES, reference_size
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "gif", "bmp"])
@@ -17,7 +17,7 @@ def test_a_large_file_is_not_read(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"large.{ending}"
     Image.new("RGB", (160, 96), "teal").save(path)
     with path.open("ab") as file:
-        file.truncate(MAX_BYTES)  # sparse: no room is taken on disk
+        file.truncate(MAX_REFERENCE_BYTES)  # sparse: no room is taken on disk
     tracemalloc.start()
     try:
         assert reference_size(path) == (160, 96)
@@ -31,7 +31,7 @@ def test_what_is_no_file_or_too_large_is_refused(tmp_path: Path) -> None:
     empty.touch()
     Image.new("RGB", (64, 64)).save(large)
     with large.open("ab") as file:
-        file.truncate(MAX_BYTES + 1)
+        file.truncate(MAX_REFERENCE_BYTES + 1)
     for path, why in ((large, "larger than 200 MB"), (empty, "is empty"), (tmp_path, "is a folder")):
         with pytest.raises(ReferenceImageError, match=why):
             reference_size(path)

@@ -17,13 +17,13 @@ from PIL import Image, ImageCms, ImageFilter
 
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.images.references import (
-    FORMATS,
-    Loaded,
+    READABLE_FORMATS,
+    LoadedReference,
     fit,
     fit_note,
     fit_size,
     load_reference,
-    padded,
+    pad_to_multiple,
     reference_size,
 )
 
@@ -59,7 +59,7 @@ def corners(image: Image.Image) -> list[tuple[int, ...]]:
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-def load(tmp_path: Path, image: Image.Image, name: str = "picture.png", **options: object) -> Loaded:
+def load(tmp_path: Path, image: Image.Image, name: str = "picture.png", **options: object) -> LoadedReference:
     path = tmp_path / name
     image.save(path, **options)  # type: ignore[arg-type]
     loaded = load_reference(path)
@@ -103,7 +103,7 @@ def test_fit_equals_diffusers_pixel_for_pixel(size: tuple[int, int]) -> None:
     left, top = (whole.width - width) // 2, (whole.height - height) // 2
     ours = whole.crop((left, top, left + width, top + height))
     if whole.size == (width, height):
-        assert padded(whole) is whole, "at multiples of 16 the engine reads what theirs does"
+        assert pad_to_multiple(whole) is whole, "at multiples of 16 the engine reads what theirs does"
     np.testing.assert_array_equal(np.asarray(ours), ((pixels[0].permute(1, 2, 0).numpy() + 1) * 127.5).round())
 
 
@@ -119,7 +119,7 @@ def test_an_ordinary_file_is_loaded_as_pillow_reads_it(tmp_path: Path) -> None:
 
 
 def test_every_format_that_we_promise_is_read(tmp_path: Path) -> None:
-    for format_ in FORMATS:
+    for format_ in READABLE_FORMATS:
         (tmp_path / "any").write_bytes(b"")
         quadrants().save(tmp_path / "any", format=format_, **({"quality": 95} if format_ in ("AVIF", "WEBP") else {}))
         got = corners(load_reference(tmp_path / "any").image)
@@ -138,7 +138,7 @@ def test_a_large_picture_is_scaled_to_the_cap_and_the_user_is_told() -> None:
 @pytest.mark.parametrize("size", [(157, 211), (64, 65), (95, 130), (128, 96)])
 def test_padding_repeats_the_last_pixels_and_moves_nothing(size: tuple[int, int]) -> None:
     image = photo(*size)
-    whole = padded(image)
+    whole = pad_to_multiple(image)
     assert whole.width % 16 == whole.height % 16 == 0
     assert whole.crop((0, 0, *size)).tobytes() == image.tobytes()
     pixels = np.asarray(whole)
@@ -433,7 +433,7 @@ def test_no_damage_escapes_as_another_error(tmp_path: Path) -> None:
     rng = random.Random(0)
     path = tmp_path / "fuzzed"
     refusals = 0
-    for format_ in FORMATS:
+    for format_ in READABLE_FORMATS:
         buffer = io.BytesIO()
         exif = Image.Exif()
         exif[0x0112] = 6

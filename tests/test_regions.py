@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.images.masks import composite, feather, load_mask, match_colours, region_of
-from flux2_studio.images.references import MAX_PIXELS
+from flux2_studio.images.masks import composite_within, feather_weights, load_mask, make_edit_region, match_colours
+from flux2_studio.images.references import MAX_REFERENCE_PIXELS
 from flux2_studio.request import Outpaint, Request
 
 SIZE = (157, 211)
@@ -39,16 +39,16 @@ def test_white_changes_in_whatever_mode_a_mask_comes(tmp_path: Path) -> None:
     white_on_nothing = Image.new("RGBA", SIZE, (255, 255, 255, 0))
     white_on_nothing.paste((255, 255, 255, 255), box)
     for image in (grey, grey.convert("1"), grey.convert("RGB"), grey.convert("P"), white_on_nothing):
-        assert load_mask(saved(tmp_path, image), SIZE).change.tobytes() == grey.tobytes(), image.mode
+        assert load_mask(saved(tmp_path, image), SIZE).edit_mask.tobytes() == grey.tobytes(), image.mode
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    assert load_mask(saved(tmp_path, deep), SIZE).change.tobytes() == grey.tobytes()
+    assert load_mask(saved(tmp_path, deep), SIZE).edit_mask.tobytes() == grey.tobytes()
 
 
 def test_a_mask_of_the_same_shape_is_scaled(tmp_path: Path) -> None:
-    large = load_mask(saved(tmp_path, rectangle((471, 633), (90, 90, 300, 300))), SIZE).change
+    large = load_mask(saved(tmp_path, rectangle((471, 633), (90, 90, 300, 300))), SIZE).edit_mask
     assert large.size == SIZE and large.getbbox() == (30, 30, 100, 100)
     # As large as the picture was before it was scaled to a cap, which cuts sides to whole pixels.
-    assert load_mask(saved(tmp_path, rectangle((4000, 3000), (0, 0, 2000, 3000))), (1182, 886)).change.size == (
+    assert load_mask(saved(tmp_path, rectangle((4000, 3000), (0, 0, 2000, 3000))), (1182, 886)).edit_mask.size == (
         1182,
         886,
     )
@@ -63,7 +63,7 @@ def test_a_mask_of_another_shape_is_refused_in_words(tmp_path: Path, size: tuple
 def test_hostile_masks_are_refused_in_words(tmp_path: Path) -> None:
     rubbish = tmp_path / "rubbish.png"
     rubbish.write_bytes(b"\x89PNG\r\n\x1a\n" + b"rubbish" * 99)
-    bomb = saved(tmp_path, Image.new("1", (10_000, MAX_PIXELS // 10_000 + 1)), "bomb.png")
+    bomb = saved(tmp_path, Image.new("1", (10_000, MAX_REFERENCE_PIXELS // 10_000 + 1)), "bomb.png")
     for path, said in (
         (rubbish, "rubbish.png"),
         (bomb, "megapixels: scale it down"),
@@ -77,14 +77,14 @@ def test_hostile_masks_are_refused_in_words(tmp_path: Path) -> None:
 
 def test_the_latents_mask_loses_no_pixel(tmp_path: Path) -> None:
     path = saved(tmp_path, rectangle(SIZE, (31, 16, 33, 17)))
-    region = region_of(Request(prompt="a", references=(path,), mask=path), speckle(SIZE))
+    region = make_edit_region(Request(prompt="a", references=(path,), mask=path), speckle(SIZE))
     assert region is not None
-    tokens = region.tokens
+    tokens = region.token_mask
     assert tokens.shape == (14, 10)
     assert sorted(zip(*np.nonzero(tokens), strict=True)) == [(1, 1), (1, 2)]
     at_the_end = saved(tmp_path, rectangle(SIZE, (156, 210, 157, 211)))
-    region = region_of(Request(prompt="a", references=(path,), mask=at_the_end), speckle(SIZE))
-    assert region is not None and region.tokens.sum() == 1 and region.tokens[-1, -1]
+    region = make_edit_region(Request(prompt="a", references=(path,), mask=at_the_end), speckle(SIZE))
+    assert region is not None and region.token_mask.sum() == 1 and region.token_mask[-1, -1]
 
 
 @pytest.mark.parametrize("shape", ["rectangle", "scattered", "whole"])
@@ -96,9 +96,9 @@ def test_outside_every_byte_is_the_pictures(tmp_path: Path, shape: str) -> None:
     if shape == "whole":
         mask = Image.new("L", SIZE, 255)
     path = saved(tmp_path, mask)
-    region = region_of(Request(prompt="a", references=(path,), mask=path), before)
+    region = make_edit_region(Request(prompt="a", references=(path,), mask=path), before)
     assert region is not None
-    result, old, new = (np.asarray(image) for image in (composite(drawn, region), before, drawn))
+    result, old, new = (np.asarray(image) for image in (composite_within(drawn, region), before, drawn))
     inside = np.asarray(mask) > 0
     assert (result[~inside] == old[~inside]).all()
     if shape == "rectangle":
@@ -111,7 +111,7 @@ def test_a_thin_stroke_changes_in_its_middle() -> None:
     inside = np.zeros((40, 40), dtype=bool)
     inside[10:13] = True
     inside[20:40] = True
-    share = feather(inside, 8)
+    share = feather_weights(inside, 8)
     assert (share[~inside] == 0).all() and (share[inside] > 0).all()
     assert (share[11] == 1).all()
     assert (np.diff(share[20:28, 5]) >= 0).all() and share[20, 5] < 0.2 and share[39, 5] == 1
@@ -121,15 +121,15 @@ def test_outpainting_keeps_the_picture_and_what_its_mask_allows(tmp_path: Path) 
     before = speckle(SIZE)
     path = saved(tmp_path, rectangle(SIZE, (0, 0, 20, 20)))
     request = Request(prompt="a", references=(path,), mask=path, outpaint=Outpaint(left=30, bottom=9))
-    region = region_of(request, before)
+    region = make_edit_region(request, before)
     assert region is not None
-    assert region.picture.size == region.change.size == (187, 220)
-    assert region.picture.crop((30, 0, 187, 211)).tobytes() == before.tobytes()
-    pixels, change = np.asarray(region.picture), np.asarray(region.change)
+    assert region.original.size == region.edit_mask.size == (187, 220)
+    assert region.original.crop((30, 0, 187, 211)).tobytes() == before.tobytes()
+    pixels, change = np.asarray(region.original), np.asarray(region.edit_mask)
     assert (pixels[:211, :30] == np.asarray(before)[:, :1]).all()
     assert change[:, :30].all() and change[211:].all() and change[:20, 30:50].all()
     assert not change[20:211, 50:].any()
-    result = np.asarray(composite(speckle((187, 220), 5), region))
+    result = np.asarray(composite_within(speckle((187, 220), 5), region))
     assert (result[change == 0] == pixels[change == 0]).all()
 
 

@@ -21,7 +21,7 @@ from flux2_studio.request import (
     Outpaint,
     Request,
     Upsampling,
-    changes,
+    describe_changes,
     round_side,
     size_for_aspect,
 )
@@ -85,8 +85,8 @@ def test_an_edit_has_its_references_size_to_the_pixel(size: tuple[int, int]) -> 
     request = Request(prompt="a fox", references=(Path("a.png"),))
     resolved = request.resolve(DISTILLED, [size])
     assert (resolved.width, resolved.height) == size
-    assert resolved.resolve(DISTILLED, [size]) == resolved and changes(request, resolved) == ()
-    across, down = resolved.drawn_size
+    assert resolved.resolve(DISTILLED, [size]) == resolved and describe_changes(request, resolved) == ()
+    across, down = resolved.padded_size
     assert across % 16 == down % 16 == 0 and 0 <= across - size[0] < 16 and 0 <= down - size[1] < 16
     other = replace(resolved, width=size[0] + 1).resolve(DISTILLED, [size])
     assert (other.width, other.height) == (round_side(size[0] + 1, "width"), round_side(size[1], "height"))
@@ -128,9 +128,9 @@ def test_rounding_is_told() -> None:
     asked = Request(prompt="a fox", width=1000, height=512)
     resolved = asked.resolve(DISTILLED)
     assert (resolved.width, resolved.height) == (1008, 512)
-    (note,) = changes(asked, resolved)
+    (note,) = describe_changes(asked, resolved)
     assert "width" in note and "1000" in note and "1008" in note
-    assert changes(Request(prompt="a fox"), resolved) == ()
+    assert describe_changes(Request(prompt="a fox"), resolved) == ()
 
 
 def test_too_small_and_too_large() -> None:

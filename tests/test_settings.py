@@ -21,9 +21,9 @@ def test_defaults() -> None:
     assert settings.loras == settings.home / "loras"
     assert (settings.device, settings.dtype, settings.preview) == ("auto", "auto", "tiny")
     assert settings.default_checkpoint == "nano"
-    assert settings.memory is None, "what is free"
+    assert settings.memory_limit_gb is None, "what is free"
     assert (settings.safety, settings.nsfw_model) == ("auto", None)
-    assert settings.overrides == {}
+    assert settings.path_overrides == {}
     assert not settings.on_space
     assert settings.assets.is_dir()
 
@@ -48,7 +48,7 @@ def test_variables(tmp_path: Path) -> None:
     assert settings.checkpoint(None).name == "klein-4b"
     assert settings.loras == tmp_path / "models" / "loras"
     assert (settings.device, settings.dtype, settings.preview) == ("cuda:1", "bfloat16", "off")
-    assert settings.memory == 7.5
+    assert settings.memory_limit_gb == 7.5
     assert (settings.safety, settings.nsfw_model) == ("on", tmp_path / "nsfw")
     assert settings.upsample == "local"
     assert settings.on_space
@@ -89,8 +89,8 @@ def test_home_may_start_with_a_tilde() -> None:
 )
 def test_path_overrides_have_the_official_names(variable: str) -> None:
     settings = Settings.from_environment({variable: "~/weights/file.safetensors", "OTHER_MODEL_PATH": "/nowhere"})
-    assert settings.overrides == {variable: Path.home() / "weights/file.safetensors"}
-    assert Settings.from_environment({variable: ""}).overrides == {}
+    assert settings.path_overrides == {variable: Path.home() / "weights/file.safetensors"}
+    assert Settings.from_environment({variable: ""}).path_overrides == {}
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
@@ -182,13 +182,13 @@ def test_who_enriches_prompts() -> None:
 def test_who_has_the_same_text_encoder_reads_remotely() -> None:
     def remote(**more: str) -> set[str]:
         settings = Settings.from_environment({**ENCODER, **more})
-        return {it.name for it in settings.checkpoints if settings.reads_remotely(it)}
+        return {it.name for it in settings.checkpoints if settings.uses_remote_text_encoder(it)}
 
     assert remote() == {"dev"}
     assert remote(FLUX2_TEXT_ENCODER_FOR="klein-9b") == {"klein-9b", "klein-9b-kv", "klein-base-9b"}
     assert remote(FLUX2_TEXT_ENCODER_URL="") == set()
     own = replace(DEV, name="my-dev-q4", flow=replace(DEV.flow, repo=None, path="/files/my-dev-q4.gguf"))
-    assert Settings.from_environment(ENCODER).reads_remotely(own)
+    assert Settings.from_environment(ENCODER).uses_remote_text_encoder(own)
 
 
 @pytest.mark.parametrize(

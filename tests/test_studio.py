@@ -18,9 +18,9 @@ from PIL import Image
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.errors import DeviceError, OutOfMemory, RequestError, SaveError, StudioError, WeightsError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
-from flux2_studio.models.hub.repositories import Hub, Progress
-from flux2_studio.models.manager import Drawn, ModelManager, Session
-from flux2_studio.models.memory.plan import Plan
+from flux2_studio.models.hub.repositories import Hub, ProgressCallback
+from flux2_studio.models.manager import ModelManager, Sampler, Session
+from flux2_studio.models.memory.plan import MemoryPlan
 from flux2_studio.provenance import metadata
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
@@ -48,7 +48,7 @@ def of(kind: type, events: list[Event]) -> list[Event]:
 
 
 def seed_in(path: Path) -> int | None:
-    found = metadata.read(path.read_bytes())
+    found = metadata.read_settings(path.read_bytes())
     assert found.record is not None, found.problem
     return found.record.request.seed
 
@@ -155,13 +155,13 @@ class Watched:
     def __init__(self, session: Session, most: int, happens: Callable[[Transformer], Transformer]) -> None:
         self._session = session
         self._happens = happens
-        self.plan = replace(session.plan, batch=min(session.plan.batch, most))
+        self.plan = replace(session.plan, batch_size=min(session.plan.batch_size, most))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def draw(self, progress: Progress, pictures: int = 1) -> Drawn:
-        drawn = self._session.draw(progress, pictures)
+    def prepare_transformer(self, progress: ProgressCallback, batch_size: int = 1) -> Sampler:
+        drawn = self._session.prepare_transformer(progress, batch_size)
         return replace(drawn, transformer=self._happens(drawn.transformer))
 
 
@@ -173,7 +173,7 @@ class Watching(ModelManager):
     def __init__(self, settings: Settings, happens: Callable[[Transformer], Transformer]) -> None:
         super().__init__(settings, Hub(settings))
         self.happens = happens
-        self.plans: list[Plan] = []
+        self.plans: list[MemoryPlan] = []
 
     def open(self, *args: Any, **kwargs: Any) -> Session:
         session = super().open(*args, **kwargs)
@@ -206,12 +206,12 @@ def test_stopping_between_steps_keeps_what_was_finished(small: tuple[Studio, Sma
     seen: list[Event] = []
 
     def cancelled() -> bool:
-        return any(isinstance(event, Preview) and event.first == 1 and event.step == 2 for event in seen)
+        return any(isinstance(event, Preview) and event.first_index == 1 and event.step == 2 for event in seen)
 
     for event in studio.generate(Request(prompt="a cat", seed=4, count=3), cancelled):
         seen.append(event)
     assert isinstance(seen[-1], Stopped) and seen[-1].seeds == (4,) and seen[-1].images[0].is_file()
-    assert [(event.first, event.step) for event in seen if isinstance(event, Preview)][-1] == (1, 2)
+    assert [(event.first_index, event.step) for event in seen if isinstance(event, Preview)][-1] == (1, 2)
 
 
 def test_a_run_that_is_cancelled_before_it_begins_stops(tmp_path: Path) -> None:
@@ -250,12 +250,12 @@ def test_pictures_that_are_finished_are_not_drawn_again(small: tuple[Studio, Sma
     models.believed = 1
     seen: list[Event] = []
     for event in studio.generate(Request(prompt="a cat", seed=4, count=2)):
-        if isinstance(event, Preview) and event.first == 0:
+        if isinstance(event, Preview) and event.first_index == 0:
             models.tight = 1  # the second one's first try
         seen.append(event)
     assert isinstance(seen[-1], Result) and seen[-1].seeds == (4, 5) and len(set(seen[-1].images)) == 2
     assert len(models.plans) == 2
-    steps = [(event.first, event.step) for event in of(Preview, seen)]
+    steps = [(event.first_index, event.step) for event in of(Preview, seen)]
     assert steps == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2), (1, 3), (1, 4)]
 
 
@@ -288,22 +288,22 @@ def test_memory_that_runs_out_while_loading_is_told_in_words(nano: Studio) -> No
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(nano: Studio) -> None:
-    studio = Studio(replace(nano.settings, memory=0.06))
+    studio = Studio(replace(nano.settings, memory_limit_gb=0.06))
     seen: list[Event] = []
     with pytest.raises(OutOfMemory, match=r"at 256 x 256 needs about .* GB.* would fit"):
         seen.extend(studio.generate(Request(prompt="a cat", width=256, height=256)))
     assert not [event for event in seen if "Loading" in getattr(event, "text", "")]
     with pytest.raises(OutOfMemory):
-        studio.outlook(Request(prompt="a cat", width=256, height=256))
+        studio.estimate_run(Request(prompt="a cat", width=256, height=256))
 
 
 def test_how_a_request_will_fit_can_be_asked_before(nano: Studio) -> None:
-    plain = nano.outlook(Request(prompt="a cat"))
-    assert plain.fit.startswith("Fits: ")
-    assert nano.outlook(Request(prompt="a cat"), [(512, 512)] * 2).fit != plain.fit
-    elsewhere = Studio(replace(nano.settings, overrides={"KLEIN_4B_MODEL_PATH": Path("nowhere")}))
-    missing = elsewhere.outlook(Request(prompt="a cat", checkpoint="klein-4b"))
-    assert (missing.fit, missing.seconds, missing.there) == ("", None, False)
+    plain = nano.estimate_run(Request(prompt="a cat"))
+    assert plain.memory_fit.startswith("Fits: ")
+    assert nano.estimate_run(Request(prompt="a cat"), [(512, 512)] * 2).memory_fit != plain.memory_fit
+    elsewhere = Studio(replace(nano.settings, path_overrides={"KLEIN_4B_MODEL_PATH": Path("nowhere")}))
+    missing = elsewhere.estimate_run(Request(prompt="a cat", checkpoint="klein-4b"))
+    assert (missing.memory_fit, missing.seconds, missing.is_on_disk) == ("", None, False)
 
 
 def test_a_failed_load_keeps_nothing_alive(nano: Studio) -> None:
@@ -362,7 +362,7 @@ def test_every_kind_of_checkpoint_runs(toys: Toys, tmp_path: Path, name: str) ->
     studio = Studio(toys.settings(tmp_path, [name]))
     checkpoint = studio.settings.checkpoint(name)
     fields: dict[str, object] = {} if checkpoint.steps_fixed else {"steps": 2}
-    if checkpoint.takes_negative_prompt:
+    if checkpoint.supports_negative_prompt:
         fields["negative_prompt"] = "blue"
     source = tmp_path / "source.png"
     Image.linear_gradient("L").convert("RGB").resize((80, 64)).save(source)
@@ -391,10 +391,10 @@ def test_a_swap_moves_only_what_differs(toys: Toys, tmp_path: Path) -> None:
 
 def test_a_preview_that_cannot_be_had_is_told_and_the_picture_made_all_the_same(toys: Toys, tmp_path: Path) -> None:
     settings = toys.settings(tmp_path, ["klein-4b"])
-    missing = {**settings.overrides, "TAEF2_MODEL_PATH": tmp_path / "nowhere.safetensors"}
+    missing = {**settings.path_overrides, "TAEF2_MODEL_PATH": tmp_path / "nowhere.safetensors"}
     pictures = []
-    for number, overrides in enumerate((settings.overrides, missing)):
-        studio = Studio(Settings(home=tmp_path / str(number), overrides=overrides, device="cpu", dtype="float32"))
+    for number, overrides in enumerate((settings.path_overrides, missing)):
+        studio = Studio(Settings(home=tmp_path / str(number), path_overrides=overrides, device="cpu", dtype="float32"))
         events, result = run(studio, prompt="a house", checkpoint="klein-4b", width=64, height=64, seed=1)
         told = [event.text for event in of(Notice, events) if "rough colours" in event.text]
         assert bool(told) == (overrides is missing)
@@ -424,11 +424,11 @@ def test_the_files_of_another_checkpoint_are_refused_in_words(toys: Toys, tmp_pa
         "AE_MODEL_PATH": (toys.klein.file, "not a FLUX.2 autoencoder"),
     }
     for variable, (path, hint) in wrong.items():
-        overrides = {**settings.overrides, variable: path}
-        studio = Studio(Settings(home=tmp_path, overrides=overrides, device="cpu"))
+        overrides = {**settings.path_overrides, variable: path}
+        studio = Studio(Settings(home=tmp_path, path_overrides=overrides, device="cpu"))
         with pytest.raises(StudioError, match=hint) as refused:
             list(studio.generate(Request(prompt="a house", checkpoint="klein-4b")))
         assert path.name in str(refused.value)
-    dev = {**settings.overrides, "KLEIN_4B_MODEL_PATH": toys.dev.file}
+    dev = {**settings.path_overrides, "KLEIN_4B_MODEL_PATH": toys.dev.file}
     with pytest.raises(StudioError):
-        list(Studio(Settings(home=tmp_path, overrides=dev)).generate(Request(prompt="a", checkpoint="klein-4b")))
+        list(Studio(Settings(home=tmp_path, path_overrides=dev)).generate(Request(prompt="a", checkpoint="klein-4b")))

@@ -47,7 +47,7 @@ def stopped_and_kept(home: Path, **fields: Any) -> Saved:
         if isinstance(event, Preview):
             preview = event
     assert isinstance(event, Stopped) and preview is not None
-    saved, _ = studio.keep(preview.sketches[0])
+    saved, _ = studio.save_preview(preview.unfinished[0])
     return saved
 
 

@@ -20,23 +20,23 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from flux2_studio.checkpoints import CHECKPOINTS, DEV, KLEIN_4B, LOCAL_WRITERS, NANO, LocalWriter, local_writers
+from flux2_studio.checkpoints import CHECKPOINTS, DEV, KLEIN_4B, LOCAL_WRITERS, NANO, LocalWriter, list_local_writers
 from flux2_studio.errors import StudioError, UpsampleError
-from flux2_studio.prompting.instructions import EDIT, GENERATE, Mode, instructions
+from flux2_studio.prompting.instructions import EDIT, GENERATE, PromptMode, build_instructions
 from flux2_studio.prompting.openai_server import (
-    ONE,
+    CHAT_RETRY_DELAYS_SECONDS,
+    MULTI_REFERENCE_SIDE,
     REMOTE_MODELS,
-    SEVERAL,
-    WAITS,
+    SINGLE_REFERENCE_SIDE,
     ApiKey,
-    Local,
-    OpenRouter,
-    Sampling,
-    Upsampler,
-    unseen,
-    upsample,
+    ChatServerUpsampler,
+    LocalUpsampler,
+    PromptUpsampler,
+    SamplingParams,
+    unseen_references_note,
+    upsample_prompt,
 )
-from flux2_studio.prompting.replies import Answer
+from flux2_studio.prompting.replies import ParsedReply
 from flux2_studio.settings import Settings
 from tests.fake_openai import FakeOpenAI, Reply, breaks_off, chunk, fails_inside, gives, refuses, says, silent
 
@@ -54,7 +54,7 @@ class Told:
     """What a run gave: the pieces, and the answer (None once cancelled) or the error."""
 
     pieces: list[str] = field(default_factory=list)
-    answer: Answer | None = None
+    answer: ParsedReply | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -77,16 +77,16 @@ def never() -> bool:
 
 
 def run(
-    upsampler: Upsampler,
+    upsampler: PromptUpsampler,
     prompt: str = "a fox",
     references: Sequence[Image.Image] = (),
-    mode: Mode = "generate",
+    mode: PromptMode = "generate",
     *,
     seed: int = 7,
     cancelled: Callable[[], bool] = never,
 ) -> Told:
     told = Told()
-    pieces = upsample(upsampler, prompt, references, mode, seed=seed, cancelled=cancelled)
+    pieces = upsample_prompt(upsampler, prompt, references, mode, seed=seed, cancelled=cancelled)
     while True:
         try:
             told.pieces.append(next(pieces))
@@ -105,9 +105,9 @@ class Slept:
         self.seconds.append(seconds)
 
 
-def router(server: FakeOpenAI, *, key: str | None = KEY, model: str = "toy/model", **more: Any) -> OpenRouter:
+def router(server: FakeOpenAI, *, key: str | None = KEY, model: str = "toy/model", **more: Any) -> ChatServerUpsampler:
     more.setdefault("sleep", Slept())
-    return OpenRouter(server.url, model, ApiKey(key) if key else None, **more)
+    return ChatServerUpsampler(server.url, model, ApiKey(key) if key else None, **more)
 
 
 def failure(*replies: Reply, **more: Any) -> str:
@@ -130,12 +130,12 @@ def test_pieces_come_one_by_one_and_the_whole_is_the_prompt() -> None:
     with FakeOpenAI(says("A red fox", " sleeps on", " a mossy log.")) as server:
         told = run(router(server))
     assert told.pieces == ["A red fox", " sleeps on", " a mossy log."]
-    assert told.answer == Answer(prompt=PROMPT)
+    assert told.answer == ParsedReply(prompt=PROMPT)
 
 
 def test_what_a_server_is_asked() -> None:
     with FakeOpenAI(says(PROMPT)) as server:
-        run(router(server, sampling=Sampling(temperature=0.6, top_p=0.9, max_tokens=300)), seed=2**32 - 1)
+        run(router(server, sampling=SamplingParams(temperature=0.6, top_p=0.9, max_tokens=300)), seed=2**32 - 1)
     (asked,) = server.asked
     assert asked.path == "/v1/chat/completions"
     assert asked.headers["authorization"] == f"Bearer {KEY}"
@@ -171,7 +171,12 @@ def test_references_are_sent_small_and_bare() -> None:
         run(router(server), "green", [picture()], "edit")
         run(router(server), "green", [picture(), picture(300, 600)], "edit")
     for asked, sizes in zip(
-        server.asked, ([(ONE, ONE // 2)], [(SEVERAL, SEVERAL // 2), (SEVERAL // 2, SEVERAL)]), strict=True
+        server.asked,
+        (
+            [(SINGLE_REFERENCE_SIDE, SINGLE_REFERENCE_SIDE // 2)],
+            [(MULTI_REFERENCE_SIDE, MULTI_REFERENCE_SIDE // 2), (MULTI_REFERENCE_SIDE // 2, MULTI_REFERENCE_SIDE)],
+        ),
+        strict=True,
     ):
         system, user = asked.body["messages"]
         assert system["content"].startswith(EDIT)
@@ -210,7 +215,7 @@ def test_a_small_reference_is_not_blown_up() -> None:
 )
 def test_what_servers_add_and_leave_out(reply: Reply) -> None:
     with FakeOpenAI(reply) as server:
-        assert run(router(server)).answer == Answer(prompt=PROMPT)
+        assert run(router(server)).answer == ParsedReply(prompt=PROMPT)
 
 
 def test_what_was_taken_off_is_told() -> None:
@@ -227,12 +232,12 @@ def test_what_was_taken_off_is_told() -> None:
 def test_settings_say_whom_to_ask(tmp_path: Path) -> None:
     with FakeOpenAI(says(PROMPT)) as server:
         settings = Settings(home=tmp_path, openrouter_url=server.url, openrouter_key=KEY, openrouter_model="mine:8b")
-        run(OpenRouter.of(settings))
-        run(OpenRouter.of(settings, "typed/model", ApiKey("sk-typed")))
+        run(ChatServerUpsampler.from_settings(settings))
+        run(ChatServerUpsampler.from_settings(settings, "typed/model", ApiKey("sk-typed")))
     first, second = server.asked
     assert (first.body["model"], first.headers["authorization"]) == ("mine:8b", f"Bearer {KEY}")
     assert (second.body["model"], second.headers["authorization"]) == ("typed/model", "Bearer sk-typed")
-    assert OpenRouter.of(Settings(home=tmp_path, openrouter_key=KEY)).label == REMOTE_MODELS[0].name
+    assert ChatServerUpsampler.from_settings(Settings(home=tmp_path, openrouter_key=KEY)).label == REMOTE_MODELS[0].name
 
 
 def test_models_are_named_once() -> None:
@@ -243,16 +248,16 @@ def test_models_are_named_once() -> None:
 
 def test_openrouter_needs_a_key_and_others_may_not(tmp_path: Path) -> None:
     with pytest.raises(UpsampleError, match=r"OpenRouter needs an API key: get one at .* or set OPENROUTER_API_KEY"):
-        OpenRouter.of(Settings(home=tmp_path))
+        ChatServerUpsampler.from_settings(Settings(home=tmp_path))
     with FakeOpenAI(says(PROMPT)) as server:
-        run(OpenRouter.of(Settings(home=tmp_path, openrouter_url=server.url)))
+        run(ChatServerUpsampler.from_settings(Settings(home=tmp_path, openrouter_url=server.url)))
     assert "authorization" not in server.asked[0].headers
 
 
 @pytest.mark.parametrize("model", ["  ", "a\nb", "m" * 201])
 def test_a_model_has_a_name(model: str) -> None:
     with pytest.raises(UpsampleError, match="Choose a language model"):
-        OpenRouter("http://127.0.0.1:1/v1", model, None)
+        ChatServerUpsampler("http://127.0.0.1:1/v1", model, None)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +265,7 @@ def test_a_model_has_a_name(model: str) -> None:
 )
 def test_sampling_has_limits(values: dict[str, float]) -> None:
     with pytest.raises(UpsampleError, match=f"Set {next(iter(values))} to a number from"):
-        Sampling(**values)  # type: ignore[arg-type]
+        SamplingParams(**values)  # type: ignore[arg-type]
 
 
 # --- what goes wrong ---
@@ -307,8 +312,8 @@ def test_redirects_are_not_followed() -> None:
 def test_a_busy_server_is_asked_again(status: int) -> None:
     slept = Slept()
     with FakeOpenAI(refuses(status), fails_inside(status), says(PROMPT)) as server:
-        assert run(router(server, sleep=slept)).answer == Answer(prompt=PROMPT)
-    assert slept.seconds == list(WAITS)
+        assert run(router(server, sleep=slept)).answer == ParsedReply(prompt=PROMPT)
+    assert slept.seconds == list(CHAT_RETRY_DELAYS_SECONDS)
     assert len({json.dumps(asked.body) for asked in server.asked}) == 1 and len(server.asked) == 3
 
 
@@ -323,16 +328,16 @@ def test_nobody_else_is(status: int) -> None:
 def test_it_is_given_up_in_the_end() -> None:
     slept = Slept()
     failure(refuses(503), sleep=slept)
-    assert slept.seconds == list(WAITS)
+    assert slept.seconds == list(CHAT_RETRY_DELAYS_SECONDS)
 
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [
-        ("3", [3.0, WAITS[1]]),
-        ("0.5", [0.5, WAITS[1]]),
-        ("soon", list(WAITS)),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", [0.0, WAITS[1]]),
+        ("3", [3.0, CHAT_RETRY_DELAYS_SECONDS[1]]),
+        ("0.5", [0.5, CHAT_RETRY_DELAYS_SECONDS[1]]),
+        ("soon", list(CHAT_RETRY_DELAYS_SECONDS)),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", [0.0, CHAT_RETRY_DELAYS_SECONDS[1]]),
     ],
 )
 def test_a_server_says_when_to_come_back(header: str, seconds: list[float]) -> None:
@@ -362,7 +367,7 @@ def test_failures_without_a_status(code: Any) -> None:
 
 @pytest.mark.parametrize("reply", [silent(begins=False), silent(), silent("A red")])
 def test_a_silent_server(reply: Reply) -> None:
-    assert "did not answer within 0 s: try again, choose a faster model" in failure(reply, patience=0.2)
+    assert "did not answer within 0 s: try again, choose a faster model" in failure(reply, idle_timeout=0.2)
 
 
 def test_a_server_that_drips() -> None:
@@ -373,7 +378,7 @@ def test_a_server_that_drips() -> None:
         while not handler.fake.closing.wait(0.02):
             handler.say(chunk("."))
 
-    assert "did not answer within" in failure(drips, longest=0.2)
+    assert "did not answer within" in failure(drips, total_timeout=0.2)
 
 
 def test_nobody_there() -> None:
@@ -385,13 +390,13 @@ def test_nobody_there() -> None:
         ("http://no-such-host.invalid/v1", "The server at no-such-host.invalid cannot be found"),
     ):
         with pytest.raises(UpsampleError) as caught:
-            run(OpenRouter(url, "toy", None))
+            run(ChatServerUpsampler(url, "toy", None))
         assert says_ in str(caught.value) and str(caught.value).endswith(WAY_OUT)
 
 
 def test_plain_http_behind_https() -> None:
     with FakeOpenAI(says(PROMPT)) as server, pytest.raises(UpsampleError, match="does not speak HTTPS"):
-        run(OpenRouter(server.url.replace("http:", "https:"), "toy", None))
+        run(ChatServerUpsampler(server.url.replace("http:", "https:"), "toy", None))
 
 
 @pytest.mark.parametrize(
@@ -438,7 +443,7 @@ def test_each_piece_may_be_asked_for_by_another_thread() -> None:
     """As web servers do, which read a generator from a pool."""
     got: list[str] = []
     with FakeOpenAI(says("A red fox", " sleeps on", " a mossy log.")) as server:
-        pieces = upsample(router(server), "a fox", seed=1)
+        pieces = upsample_prompt(router(server), "a fox", seed=1)
         while True:
             thread = threading.Thread(target=lambda: got.append(next(pieces, "")))
             thread.start()
@@ -452,7 +457,7 @@ def test_whoever_asks_may_run_an_event_loop() -> None:
     """As a notebook does."""
 
     async def ask(server: FakeOpenAI) -> str:
-        return "".join(upsample(router(server), "a fox", seed=1))
+        return "".join(upsample_prompt(router(server), "a fox", seed=1))
 
     with FakeOpenAI(says("A red fox", " sleeps on", " a mossy log.")) as server:
         assert asyncio.run(ask(server)) == PROMPT
@@ -484,7 +489,7 @@ def test_a_silent_server_does_not_keep_us(reply: Reply) -> None:
 
 def test_a_busy_server_does_not_keep_us() -> None:
     with FakeOpenAI(refuses(503, Retry_After="25")) as server:
-        upsampler = OpenRouter(server.url, "toy", None)  # which really waits
+        upsampler = ChatServerUpsampler(server.url, "toy", None)  # which really waits
         assert run(upsampler, cancelled=After(4)).answer is None
     assert len(server.asked) == 1
 
@@ -497,7 +502,7 @@ def test_who_stops_first_asks_nobody() -> None:
 
 def test_leaving_closes_the_connection() -> None:
     with FakeOpenAI(silent("A red")) as server:
-        pieces = upsample(router(server), "a fox", seed=1)
+        pieces = upsample_prompt(router(server), "a fox", seed=1)
         assert next(pieces) == "A red"
         pieces.close()
         assert server.gone.wait(60)
@@ -538,7 +543,7 @@ def test_the_key_is_nowhere(reply: Reply, caplog: pytest.LogCaptureFixture, capf
         caplog.set_level(logging.DEBUG, name)
     shown: list[Any] = []
     with FakeOpenAI(reply) as server:
-        upsampler = router(server, patience=0.3)
+        upsampler = router(server, idle_timeout=0.3)
         try:
             shown.append(run(upsampler))
         except StudioError as error:
@@ -578,8 +583,8 @@ def test_what_is_no_key(text: str) -> None:
 class Scripted:
     """Stands where an engine.writer.Writer would, and remembers what it was told."""
 
-    def __init__(self, *pieces: str, sees: bool = True, ends: bool = True) -> None:
-        self.pieces, self.sees, self.ends = pieces, sees, ends
+    def __init__(self, *pieces: str, has_vision: bool = True, ends: bool = True) -> None:
+        self.pieces, self.has_vision, self.ends = pieces, has_vision, ends
         self.told: list[tuple[Any, ...]] = []
 
     def write(self, system: str, message: str, images: Sequence[Any] = (), **how: Any) -> Generator[str, None, bool]:
@@ -591,14 +596,14 @@ class Scripted:
         return self.ends
 
 
-def local(writer: Scripted, **more: Any) -> Local:
-    return Local(writer, QWEN3, **more)  # type: ignore[arg-type]
+def local(writer: Scripted, **more: Any) -> LocalUpsampler:
+    return LocalUpsampler(writer, QWEN3, **more)  # type: ignore[arg-type]
 
 
 def test_a_local_model_is_told_the_same() -> None:
     writer = Scripted("A red fox ", "sleeps on a mossy log.")
-    told = run(local(writer, sampling=Sampling(temperature=0.7, top_p=0.8, max_tokens=200)), seed=3)
-    assert told == Told(["A red fox ", "sleeps on a mossy log."], Answer(prompt=PROMPT))
+    told = run(local(writer, sampling=SamplingParams(temperature=0.7, top_p=0.8, max_tokens=200)), seed=3)
+    assert told == Told(["A red fox ", "sleeps on a mossy log."], ParsedReply(prompt=PROMPT))
     ((system, message, images, how),) = writer.told
     assert (system, message, images) == (GENERATE, "a fox", [])
     assert how.pop("cancelled") is never
@@ -608,38 +613,41 @@ def test_a_local_model_is_told_the_same() -> None:
 def test_each_local_model_is_sampled_as_its_makers_advise() -> None:
     for model in (QWEN3, MISTRAL):
         writer = Scripted(PROMPT)
-        run(Local(writer, model))  # type: ignore[arg-type]
+        run(LocalUpsampler(writer, model))  # type: ignore[arg-type]
         how = writer.told[0][3]
         assert (how["temperature"], how["top_p"]) == (model.temperature, model.top_p)
 
 
 def test_what_is_offered_beside_a_checkpoint() -> None:
-    assert [it.name for it in local_writers(KLEIN_4B)] == ["qwen3-4b", "mistral"]
-    assert [it.name for it in local_writers(DEV)] == ["mistral"]
-    assert local_writers(NANO) == (), "its text encoder cannot write"
+    assert [it.name for it in list_local_writers(KLEIN_4B)] == ["qwen3-4b", "mistral"]
+    assert [it.name for it in list_local_writers(DEV)] == ["mistral"]
+    assert list_local_writers(NANO) == (), "its text encoder cannot write"
     for checkpoint in CHECKPOINTS:
-        own = local_writers(checkpoint)[:1]
+        own = list_local_writers(checkpoint)[:1]
         assert [(it.part, it.recipe) for it in own] == (
-            [] if checkpoint.toy else [(checkpoint.text, checkpoint.recipe)]
+            [] if checkpoint.is_toy else [(checkpoint.text, checkpoint.recipe)]
         )
 
 
 def test_a_local_model_with_eyes_gets_the_references_small() -> None:
     writer = Scripted(PROMPT)
     told = run(local(writer), "green", [picture()], "edit")
-    assert writer.told[0][0] == instructions("edit", 1, seen=True)
-    assert writer.told[0][2] == [(1, 3, ONE // 2, ONE)]
-    assert told.answer == Answer(prompt=PROMPT)
+    assert writer.told[0][0] == build_instructions("edit", 1, seen=True)
+    assert writer.told[0][2] == [(1, 3, SINGLE_REFERENCE_SIDE // 2, SINGLE_REFERENCE_SIDE)]
+    assert told.answer == ParsedReply(prompt=PROMPT)
 
 
 def test_a_local_model_without_eyes_says_so() -> None:
-    writer = Scripted(PROMPT, sees=False)
+    writer = Scripted(PROMPT, has_vision=False)
     upsampler = local(writer)
     told = run(upsampler, "green", [picture(), picture()], "edit")
-    assert writer.told[0][0] == instructions("edit", 2, seen=False)
+    assert writer.told[0][0] == build_instructions("edit", 2, seen=False)
     assert writer.told[0][2] == []
-    assert told.answer == Answer(prompt=PROMPT, notes=(unseen(upsampler),))
-    assert unseen(upsampler) == "Qwen3 4B reads text only: it enriched the prompt without seeing the references."
+    assert told.answer == ParsedReply(prompt=PROMPT, notes=(unseen_references_note(upsampler),))
+    assert (
+        unseen_references_note(upsampler)
+        == "Qwen3 4B reads text only: it enriched the prompt without seeing the references."
+    )
 
 
 def test_a_local_answer_that_does_not_end() -> None:
@@ -661,13 +669,13 @@ def test_a_seed_decides_what_a_model_writes(toys: Toys, name: str, model: LocalW
 
     folder: Path = getattr(toys, name).folder
     writer = open_writer(folder, folder, model.recipe).load(device=torch.device("cpu"), dtype=torch.float32)
-    upsampler = Local(writer, model, Sampling(temperature=2.0, max_tokens=16))
-    assert upsampler.sees == model.sees
+    upsampler = LocalUpsampler(writer, model, SamplingParams(temperature=2.0, max_tokens=16))
+    assert upsampler.has_vision == model.has_vision
 
     def told(seed: int) -> list[str]:
         pieces = []
         with contextlib.suppress(UpsampleError):
-            for piece in upsample(upsampler, "a fox", [picture(64, 48)], "edit", seed=seed):
+            for piece in upsample_prompt(upsampler, "a fox", [picture(64, 48)], "edit", seed=seed):
                 pieces.append(piece)
         return pieces
 
@@ -681,9 +689,9 @@ def test_a_seed_decides_what_a_model_writes(toys: Toys, name: str, model: LocalW
 
 
 def test_instructions_differ_and_fit() -> None:
-    assert instructions("generate", 0, seen=True) == GENERATE != EDIT == instructions("edit", 0, seen=False)
-    assert "image 1 to image 3. Look at them" in instructions("edit", 3, seen=True)
-    assert "cannot see the reference pictures, image 1." in instructions("edit", 1, seen=False)
+    assert build_instructions("generate", 0, seen=True) == GENERATE != EDIT == build_instructions("edit", 0, seen=False)
+    assert "image 1 to image 3. Look at them" in build_instructions("edit", 3, seen=True)
+    assert "cannot see the reference pictures, image 1." in build_instructions("edit", 1, seen=False)
     for text in (GENERATE, EDIT):
         assert 1000 < len(text) < 2600
         assert "{" not in text, "everything was filled in"

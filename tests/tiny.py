@@ -642,7 +642,7 @@ class Toys:
         for name in names:
             overrides.update({variable: file() for variable, file in files[name].items()})
         fields: dict[str, Any] = {"device": "cpu", "dtype": "float32", "default_checkpoint": names[0], **changes}
-        return Settings(home=home, overrides=overrides, **fields)
+        return Settings(home=home, path_overrides=overrides, **fields)
 
     def _flow(self, name: str, size: FlowSize, seed: int) -> Flow:
         model = flow_model(size, seed)

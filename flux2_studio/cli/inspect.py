@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from flux2_studio.provenance.inspect import Inspection
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add `inspect` to the command line, with its function as its `run` default."""
+def add_inspect_command(commands: argparse._SubParsersAction) -> None:
+    """Add `inspect_picture` to the command line, with its function as its `run` default."""
     command = commands.add_parser(
         "inspect",
         allow_abbrev=False,
@@ -39,21 +39,23 @@ def run_inspect(options: argparse.Namespace) -> int:
     from PIL import Image
 
     from flux2_studio.provenance.c2pa.credentials import Signer
-    from flux2_studio.provenance.inspect import inspect
-    from flux2_studio.provenance.watermark import PUBLISHED, Message
+    from flux2_studio.provenance.inspect import inspect_picture
+    from flux2_studio.provenance.watermark import PUBLISHED_MESSAGE, WatermarkMessage
 
     settings = Settings.from_environment()
-    own = [Message.parse(settings.watermark_message)] if settings.watermark_message else []
+    own = [WatermarkMessage.parse(settings.watermark_message)] if settings.watermark_message else []
     signer = Signer(settings.identity, settings.c2pa_certificate, settings.c2pa_key)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is told in our words
-    seen = inspect(options.file, signer, [*own, PUBLISHED])
+    seen = inspect_picture(options.file, signer, [*own, PUBLISHED_MESSAGE])
     if not seen.is_picture:
         raise RequestError(seen.problem or "This is not a picture.")
-    print_lines([json.dumps(seen.as_dict(), indent=2)] if options.json else map(plain, report(seen)))
+    print_lines(
+        [json.dumps(seen.as_dict(), indent=2)] if options.json else map(strip_control_characters, report_lines(seen))
+    )
     return 0
 
 
-def report(seen: Inspection) -> Iterator[str]:
+def report_lines(seen: Inspection) -> Iterator[str]:
     """What is told of a picture, line by line; texts of the file are still as they are in it."""
     from flux2_studio.provenance.inspect import credential_rows, setting_rows
 
@@ -72,6 +74,6 @@ def report(seen: Inspection) -> Iterator[str]:
         yield from (f"  {name}: {text}" for name, text in credentials)
 
 
-def plain(line: str) -> str:
+def strip_control_characters(line: str) -> str:
     """`line` without what would move the cursor of a terminal, or change the order in which it is read."""
     return "".join(it if it.isprintable() else " " for it in line)

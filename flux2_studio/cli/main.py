@@ -25,43 +25,59 @@ from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.cli import inspect as cli_inspect
 from flux2_studio.cli import models as cli_models
 from flux2_studio.cli import presets as cli_presets
-from flux2_studio.cli.terminal import INTERRUPTED, PROGRAM, UNREAD, USER_ERROR, Progress, discard, one_line
+from flux2_studio.cli.terminal import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    PROGRAM,
+    ProgressLine,
+    discard_output,
+    one_line,
+)
 from flux2_studio.errors import RequestError, SaveError, StudioError
-from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped, Upsampled, Writing
-from flux2_studio.models.hub.local_checkpoints import with_own_files
-from flux2_studio.request import MAX_LORA_WEIGHT, Enricher, ImageFormat, LoraChoice, Outpaint, Request, Upsampling
+from flux2_studio.events import Event, Notice, Preview, PromptEnhanced, PromptProgress, Result, Status, Stopped
+from flux2_studio.models.hub.local_checkpoints import add_local_checkpoints
+from flux2_studio.request import (
+    MAX_LORA_WEIGHT,
+    ImageFormat,
+    LoraChoice,
+    Outpaint,
+    Request,
+    Upsampling,
+    UpsamplingBackend,
+)
 from flux2_studio.settings import DtypeName, Settings
 
-ENDINGS: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+SUFFIX_FORMATS: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; argparse's own exits are `SystemExit`, as usual."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold what cannot be encoded
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         try:
             return options.run(options)
         except StudioError as error:
             print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr)
-            return USER_ERROR
+            return EXIT_USER_ERROR
         except KeyboardInterrupt:
             print(f"{PROGRAM}: stopped", file=sys.stderr)
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
     except BrokenPipeError:  # of `2>&1 | head`, say: nobody is left to be told
-        discard(sys.stderr)
-        return UNREAD
+        discard_output(sys.stderr)
+        return EXIT_BROKEN_PIPE
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{PROGRAM}: {one_line(message)} (see {self.prog} --help)\n")
+        self.exit(EXIT_USER_ERROR, f"{PROGRAM}: {one_line(message)} (see {self.prog} --help)\n")
 
 
-def parser() -> Parser:
+def build_parser() -> Parser:
     """The options of every command. Each command's function is its `run` default."""
     top = Parser(prog=PROGRAM, description="Make and edit images with the FLUX.2 open models.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -97,7 +113,7 @@ def parser() -> Parser:
     generate.add_argument(
         "--outpaint",
         metavar="L,T,R,B",
-        type=margins,
+        type=parse_outpaint,
         default=Outpaint(),
         help="pixels by which the first --image grows to the left, top, right and bottom",
     )
@@ -112,7 +128,7 @@ def parser() -> Parser:
     generate.add_argument(
         "--lora",
         metavar="NAME[:WEIGHT]",
-        type=lora_choice,
+        type=parse_lora_choice,
         action="append",
         default=[],
         help=f"a LoRA as `models loras` calls it, with a weight of {-MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g} "
@@ -122,7 +138,7 @@ def parser() -> Parser:
     generate.add_argument("--count", metavar="N", type=int, help="pictures, of seeds S, S+1, ... (default 1)")
     generate.add_argument(
         "--upsample",
-        choices=get_args(Enricher),
+        choices=get_args(UpsamplingBackend),
         help="have a language model enrich the prompt (default: FLUX2_UPSAMPLE, or none; none with --image)",
     )
     generate.add_argument("--upsample-model", metavar="NAME", help="which one (default: the first that is offered)")
@@ -166,18 +182,18 @@ def parser() -> Parser:
     encode.add_argument("--port", metavar="N", type=int, help="the port (default: 7870)")
     encode.set_defaults(run=run_encode_server)
 
-    cli_models.add_to(commands)
-    cli_inspect.add_to(commands)
-    cli_presets.add_to(commands)
+    cli_models.add_models_command(commands)
+    cli_inspect.add_inspect_command(commands)
+    cli_presets.add_presets_command(commands)
     return top
 
 
 def run_ui(options: argparse.Namespace) -> int:
     """`ui`: the page, until it is stopped."""
     settings, notes = _settings(options)
-    from flux2_studio.ui.app import serve
+    from flux2_studio.ui.app import serve_page
 
-    serve(settings, host=options.host, port=options.port, share=options.share, notes=notes)
+    serve_page(settings, host=options.host, port=options.port, share=options.share, notes=notes)
     return 0
 
 
@@ -185,12 +201,12 @@ def run_encode_server(options: argparse.Namespace) -> int:
     """`encode-server`: a text encoder for others, until it is stopped."""
     settings, _ = _settings(options)
     settings.checkpoint(options.model)  # an unknown name is said before torch loads
-    settings.prepare_process()
-    from flux2_studio.remote.text_server import open_server, serve
+    settings.set_environment_defaults()
+    from flux2_studio.remote.text_server import open_server, serve_until_interrupted
 
-    with Progress(sys.stderr) as progress:
+    with ProgressLine(sys.stderr) as progress:
         server = open_server(settings, options.model, options.host, options.port, progress.show)
-    serve(server)
+    serve_until_interrupted(server)
     return 0
 
 
@@ -208,11 +224,11 @@ def run_generate(options: argparse.Namespace) -> int:
         "guidance": options.guidance,
         "count": options.count,
         "loras": tuple(options.lora) or None,
-        "format": format_of(options.out, options.format),
+        "format": output_format(options.out, options.format),
     }
     given = {name: value for name, value in asked.items() if value is not None}
     if options.preset is not None:
-        given = cli_presets.completed(given, options.preset, len(options.image), settings)
+        given = cli_presets.complete_from_preset(given, options.preset, len(options.image), settings)
     if "prompt" not in given:
         raise RequestError("There is no prompt: say with --prompt what to draw, or start from a --preset that has one.")
     request = Request(
@@ -234,15 +250,19 @@ def run_generate(options: argparse.Namespace) -> int:
     resolved = request.resolve(settings.checkpoint(request.checkpoint))
     request = replace(request, seed=resolved.seed)  # chosen here, to know which picture is which
     assert request.seed is not None
-    settings.prepare_process()
-    from flux2_studio.images.reference_store import KeptReferences
-    from flux2_studio.stages.durations import Pace
+    settings.set_environment_defaults()
+    from flux2_studio.images.reference_store import ReferenceStore
+    from flux2_studio.stages.durations import DurationModel
     from flux2_studio.storage.database import Database
     from flux2_studio.studio import Studio
 
-    studio = Studio(settings, kept=KeptReferences(settings.references), pace=Pace(Database(settings.database)))
-    with stop_on_interrupt() as cancelled, Progress(sys.stderr) as progress:
-        end = follow(studio.generate(request, cancelled), progress)
+    studio = Studio(
+        settings,
+        reference_store=ReferenceStore(settings.references),
+        durations=DurationModel(Database(settings.database)),
+    )
+    with stop_on_interrupt() as cancelled, ProgressLine(sys.stderr) as progress:
+        end = show_events(studio.generate(request, cancelled), progress)
     # A stopped run has fewer, and one of which the safety check withheld some has gaps.
     made = [targets[seed - request.seed] for seed in end.seeds]
     for source, target in zip(end.images, made, strict=True):
@@ -250,14 +270,14 @@ def run_generate(options: argparse.Namespace) -> int:
     print_paths(made)
     if isinstance(end, Stopped):
         print(f"{PROGRAM}: stopped, with {len(end.images)} of {request.count} done", file=sys.stderr)
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     for text in end.provenance:
         print(text, file=sys.stderr)
     print(f"{_seeds(end.seeds)}, {end.seconds:.1f} s", file=sys.stderr)
     return 0
 
 
-def lora_choice(text: str) -> LoraChoice:
+def parse_lora_choice(text: str) -> LoraChoice:
     """`NAME` or `NAME:WEIGHT`. A number behind the last colon is the weight, so a name that ends in one needs both."""
     name, colon, number = text.rpartition(":")
     try:
@@ -267,7 +287,7 @@ def lora_choice(text: str) -> LoraChoice:
     return choice
 
 
-def margins(text: str) -> Outpaint:
+def parse_outpaint(text: str) -> Outpaint:
     """`L,T,R,B`, in pixels."""
     try:
         left, top, right, bottom = map(int, text.split(","))
@@ -288,9 +308,9 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def format_of(out: Path, wanted: ImageFormat | None) -> ImageFormat:
+def output_format(out: Path, wanted: ImageFormat | None) -> ImageFormat:
     """The format that --out ends in. Raises `RequestError` where that is none, or not the one that is `wanted`."""
-    found = ENDINGS.get(out.suffix.lower())
+    found = SUFFIX_FORMATS.get(out.suffix.lower())
     if found is None:
         raise RequestError(f"--out must end in .png, .jpg, .jpeg or .webp, not {out.name!r}.")
     if wanted not in (None, found):
@@ -333,7 +353,7 @@ def print_paths(paths: Sequence[Path]) -> None:
         for path in paths:
             print(path, flush=True)
     except OSError as error:
-        discard(sys.stdout)
+        discard_output(sys.stdout)
         raise SaveError(
             f"Everything is saved, to {paths[0]}{' and so on' if len(paths) > 1 else ''}, but the names could not be "
             f"printed ({error.strerror})."
@@ -348,7 +368,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     def on_interrupt(*_: object) -> None:
         if pressed.is_set():
             tell(f"\n{PROGRAM}: stopped\n")
-            os._exit(INTERRUPTED)  # an exception would first wait for the thread that loads weights
+            os._exit(EXIT_INTERRUPTED)  # an exception would first wait for the thread that loads weights
         pressed.set()
         tell("\nstopping after this step; Ctrl-C again stops at once\n")
 
@@ -363,7 +383,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def follow(events: Iterator[Event], progress: Progress) -> Result | Stopped:
+def show_events(events: Iterator[Event], progress: ProgressLine) -> Result | Stopped:
     """Show a run's events as they come, and return how it ended."""
     for event in events:
         match event:
@@ -371,11 +391,11 @@ def follow(events: Iterator[Event], progress: Progress) -> Result | Stopped:
                 progress.show(text, fraction)
             case Notice(text=text):
                 progress.note(text)
-            case Writing(text=text):
-                progress.glimpse(text)
-            case Upsampled(prompt=prompt, by=by):
+            case PromptProgress(text=text):
+                progress.show_tail(text)
+            case PromptEnhanced(prompt=prompt, by=by):
                 progress.note(f"Enriched by {by}: {prompt}")
-            case Preview(step=step, steps=steps, first=first, count=count, seconds_left=left):
+            case Preview(step=step, steps=steps, first_index=first, count=count, seconds_left=left):
                 picture = f"picture {first + 1} of {count}, " if count > 1 else ""
                 remaining = "" if left is None else f", {left:.0f} s left"
                 progress.show(f"{picture}step {step} of {steps}{remaining}", step / steps)
@@ -397,7 +417,7 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, list[str]]:
     With a sentence about each file of the user's folder that is no checkpoint.
     """
     chosen = {name: value for name in ("dtype", "device") if (value := getattr(options, name, None)) is not None}
-    settings, notes = with_own_files(Settings.from_environment())
+    settings, notes = add_local_checkpoints(Settings.from_environment())
     if settings.compile == "auto":  # a single run is over before it could be any quicker
         chosen["compile"] = "off"
     return replace(settings, **chosen), notes

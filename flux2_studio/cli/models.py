@@ -10,18 +10,18 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flux2_studio.checkpoints import KIND_NAMES, Checkpoint
-from flux2_studio.cli.terminal import INTERRUPTED, PROGRAM, Progress, one_line, print_lines
+from flux2_studio.checkpoints import PART_LABELS, Checkpoint
+from flux2_studio.cli.terminal import EXIT_INTERRUPTED, PROGRAM, ProgressLine, one_line, print_lines
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.hub.local_checkpoints import with_own_files
-from flux2_studio.models.loras import Loras
+from flux2_studio.models.hub.local_checkpoints import add_local_checkpoints
+from flux2_studio.models.loras import LoraLibrary
 from flux2_studio.settings import Settings
 
 if TYPE_CHECKING:
     from flux2_studio.models.hub.repositories import Hub
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_models_command(commands: argparse._SubParsersAction) -> None:
     """Add `models` and what it can do to the command line. Each one's function is its `run` default."""
     models = commands.add_parser(
         "models",
@@ -45,11 +45,15 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run_models_list(options: argparse.Namespace) -> int:
     """`models list`: a few lines for every checkpoint, to stdout."""
-    settings, notes = with_own_files(Settings.from_environment())
+    settings, notes = add_local_checkpoints(Settings.from_environment())
     from flux2_studio.models.hub.repositories import Hub
 
     hub = Hub(settings)
-    print_lines(line for checkpoint in settings.checkpoints for line in about(checkpoint, settings.checkpoints, hub))
+    print_lines(
+        line
+        for checkpoint in settings.checkpoints
+        for line in describe_checkpoint(checkpoint, settings.checkpoints, hub)
+    )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return 0
@@ -57,34 +61,34 @@ def run_models_list(options: argparse.Namespace) -> int:
 
 def run_models_download(options: argparse.Namespace) -> int:
     """`models download NAME`: with its progress on stderr; Ctrl-C pauses it."""
-    settings, _ = with_own_files(Settings.from_environment())
+    settings, _ = add_local_checkpoints(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
     from flux2_studio.models.hub.repositories import Hub
 
     preview = (checkpoint.tiny_autoencoder,) if settings.preview == "tiny" else ()
     try:
-        with Progress(sys.stderr, grain=0.05) as progress:
+        with ProgressLine(sys.stderr, min_fraction_step=0.05) as progress:
             Hub(settings).download(checkpoint, (*checkpoint.parts, *preview), progress.show)
     except KeyboardInterrupt:
         again = f"{PROGRAM} models download {checkpoint.name}"
         print(f"{PROGRAM}: paused; what has arrived is kept, and `{again}` goes on from there", file=sys.stderr)
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     print(f"{checkpoint.label} is on this machine", file=sys.stderr)
     return 0
 
 
 def run_models_remove(options: argparse.Namespace) -> int:
     """`models remove NAME`: what was freed and what was kept goes to stderr."""
-    settings, _ = with_own_files(Settings.from_environment())
+    settings, _ = add_local_checkpoints(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
-    from flux2_studio.models.hub.hub_errors import amount
+    from flux2_studio.models.hub.hub_errors import format_size
     from flux2_studio.models.hub.repositories import Hub
 
     removed = Hub(settings).remove(checkpoint)
-    for part, others in removed.kept:
-        print(f"kept the {KIND_NAMES[part.kind]}: {_names(others)} on this machine needs it", file=sys.stderr)
-    if removed.freed:
-        print(f"{amount(removed.freed)} freed", file=sys.stderr)
+    for part, others in removed.kept_parts:
+        print(f"kept the {PART_LABELS[part.kind]}: {_names(others)} on this machine needs it", file=sys.stderr)
+    if removed.freed_bytes:
+        print(f"{format_size(removed.freed_bytes)} freed", file=sys.stderr)
     else:
         print(f"there is nothing to remove of {checkpoint.name} alone", file=sys.stderr)
     return 0
@@ -92,9 +96,9 @@ def run_models_remove(options: argparse.Namespace) -> int:
 
 def run_models_loras(options: argparse.Namespace) -> int:
     """`models loras`: each LoRA's name, a tab and what it is, to stdout; files that are none go to stderr."""
-    settings, _ = with_own_files(Settings.from_environment())
-    loras = Loras(settings)
-    entries, problems = loras.look()
+    settings, _ = add_local_checkpoints(Settings.from_environment())
+    loras = LoraLibrary(settings)
+    entries, problems = loras.scan()
     print_lines(f"{entry.name}\t{entry.kind} for {entry.family}" for entry in entries)
     for problem in problems:
         print(f"note: {one_line(problem)}", file=sys.stderr)
@@ -105,7 +109,7 @@ def run_models_loras(options: argparse.Namespace) -> int:
 
 def run_models_path(options: argparse.Namespace) -> int:
     """`models path NAME`: each part's kind, a tab and its place, to stdout. Raises `WeightsError` if one is missing."""
-    settings, _ = with_own_files(Settings.from_environment())
+    settings, _ = add_local_checkpoints(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
     from flux2_studio.models.hub.repositories import Hub
 
@@ -114,10 +118,10 @@ def run_models_path(options: argparse.Namespace) -> int:
     places = []
     for kind, files in found.items():
         if files:
-            places.append(f"{KIND_NAMES[kind]}\t{files.weights}")
+            places.append(f"{PART_LABELS[kind]}\t{files.weights}")
             places += [f"tokenizer\t{files.tokenizer}"] if files.tokenizer else []
     print_lines(places)
-    if missing := [f"the {KIND_NAMES[kind]}" for kind, files in found.items() if files is None]:
+    if missing := [f"the {PART_LABELS[kind]}" for kind, files in found.items() if files is None]:
         *most, last = missing
         raise WeightsError(
             f"Of {checkpoint.label}, {', '.join(most) + ' and ' if most else ''}{last} must be downloaded first: "
@@ -126,19 +130,19 @@ def run_models_path(options: argparse.Namespace) -> int:
     return 0
 
 
-def about(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint], hub: Hub) -> Iterator[str]:
+def describe_checkpoint(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint], hub: Hub) -> Iterator[str]:
     """What `models list` says of `checkpoint`, line by line."""
     yield f"{checkpoint.name}: {checkpoint.label}"
-    yield f"  {where(checkpoint, hub)}"
+    yield f"  {describe_disk_state(checkpoint, hub)}"
     gate = f"gated: accept it at {checkpoint.licence_url}, then set HF_TOKEN" if checkpoint.gated else "not gated"
     yield f"  {checkpoint.licence}, {gate}"
-    if shared := sharing(checkpoint, checkpoints):
+    if shared := describe_sharing(checkpoint, checkpoints):
         yield f"  shares {shared}"
 
 
-def where(checkpoint: Checkpoint, hub: Hub) -> str:
+def describe_disk_state(checkpoint: Checkpoint, hub: Hub) -> str:
     """Whether `checkpoint` is on this machine, and how much of it is still to download."""
-    from flux2_studio.models.hub.hub_errors import amount
+    from flux2_studio.models.hub.hub_errors import format_size
 
     try:
         missing = [part for part in checkpoint.parts if hub.find(part) is None]
@@ -147,15 +151,15 @@ def where(checkpoint: Checkpoint, hub: Hub) -> str:
     here = sum(hub.size_on_disk(part) for part in checkpoint.parts)
     to_come = sum(max(part.size - hub.size_on_disk(part), 0) for part in missing)
     if missing:
-        state = f"partly on disk ({amount(here)})" if here else "not on disk"
-        return f"{state}, {amount(to_come)} to download"
-    return f"on disk, {amount(here)} downloaded" if here else "on board" if checkpoint.toy else "on disk"
+        state = f"partly on disk ({format_size(here)})" if here else "not on disk"
+        return f"{state}, {format_size(to_come)} to download"
+    return f"on disk, {format_size(here)} downloaded" if here else "on board" if checkpoint.is_toy else "on disk"
 
 
-def sharing(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str:
+def describe_sharing(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str:
     """'the text encoder with a, b; the autoencoder with b': what `checkpoint` has in common with others."""
     shared = {
-        KIND_NAMES[part.kind]: [other for other in checkpoints if other != checkpoint and part in other.parts]
+        PART_LABELS[part.kind]: [other for other in checkpoints if other != checkpoint and part in other.parts]
         for part in checkpoint.parts
     }
     return "; ".join(f"the {kind} with {_names(others)}" for kind, others in shared.items() if others)

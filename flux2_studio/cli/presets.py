@@ -13,16 +13,16 @@ from flux2_studio.cli.terminal import one_line, print_lines
 from flux2_studio.errors import PresetError
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
-from flux2_studio.storage.presets import FormName, Preset, Presets, applied, form_for, read_preset
+from flux2_studio.storage.presets import FormName, Preset, Presets, apply_preset, form_for, read_preset
 
-NEEDS: Mapping[FormName, str] = {
+FORM_REQUIREMENTS: Mapping[FormName, str] = {
     "generate": "makes a picture from words: leave --image out",
     "edit": "changes one picture: give it with --image",
     "multi": "combines pictures: give two or more with --image",
 }
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_presets_command(commands: argparse._SubParsersAction) -> None:
     """Add `presets` to the command line, with its function as its `run` default."""
     command = commands.add_parser(
         "presets",
@@ -38,7 +38,7 @@ def run_presets(options: argparse.Namespace) -> int:
     """`presets`: all that come with the studio, to stdout; files that are none, to stderr."""
     presets = Presets.load(Settings.from_environment().presets)
     if options.json:
-        listed = [{"preset": slug, **preset.as_dict()} for slug, preset in presets.found.items()]
+        listed = [{"preset": slug, **preset.as_dict()} for slug, preset in presets.by_slug.items()]
         print_lines([json.dumps(listed, indent=2, ensure_ascii=False)])
     else:
         print_lines(_lines(presets))
@@ -49,7 +49,7 @@ def run_presets(options: argparse.Namespace) -> int:
 
 def _lines(presets: Presets) -> Iterator[str]:
     group = ""
-    for slug, preset in presets.found.items():
+    for slug, preset in presets.by_slug.items():
         if preset.group != group:
             yield f"{chr(10) if group else ''}{preset.group}"
             group = preset.group
@@ -60,7 +60,7 @@ def _lines(presets: Presets) -> Iterator[str]:
             yield f'    Subject, as in: "{preset.subject}"'
 
 
-def completed(given: Mapping[str, Any], name: str, images: int, settings: Settings) -> dict[str, Any]:
+def complete_from_preset(given: Mapping[str, Any], name: str, images: int, settings: Settings) -> dict[str, Any]:
     """The fields of a request that are `given`, and of the others those that the preset `name` sets.
 
     A given prompt is the preset's subject, where it takes one. What the checkpoint cannot take is told on stderr.
@@ -68,13 +68,13 @@ def completed(given: Mapping[str, Any], name: str, images: int, settings: Settin
     """
     preset = _find(name, settings)
     if form_for(images) != preset.form:
-        raise PresetError(f"The preset {preset.name} {NEEDS[preset.form]}.")
+        raise PresetError(f"The preset {preset.name} {FORM_REQUIREMENTS[preset.form]}.")
     subject = str(given.get("prompt", "")) if preset.takes_subject else ""
     kept = {field: value for field, value in given.items() if field != "prompt" or not preset.takes_subject}
     # Half of a size says nothing of a shape.
     sized = {"width", "height"} if {"width", "height"} & kept.keys() else set()
     checkpoint = settings.checkpoint(given.get("checkpoint") or preset.request.get("checkpoint"))
-    made = applied(preset, subject, checkpoint, kept.keys() | sized)
+    made = apply_preset(preset, subject, checkpoint, kept.keys() | sized)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     read = Request.from_dict({"prompt": "a preset", **made.values})  # for its LoRAs as a request has them

@@ -9,25 +9,25 @@ from collections.abc import Iterable
 from typing import TextIO
 
 PROGRAM = "flux2-studio"
-USER_ERROR = 2
-INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
-UNREAD = 141  # and of one whose reader went away
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+EXIT_BROKEN_PIPE = 141  # and of one whose reader went away
 BAR_WIDTH = 24  # characters
 
 
-class Progress:
+class ProgressLine:
     """What a run is doing: one line that redraws itself on a terminal, plain lines elsewhere.
 
     grain: off a terminal, how much more (0..1) must be done before the same thing is told again; 0: every change is.
     """
 
-    def __init__(self, stream: TextIO, grain: float = 0.0) -> None:
+    def __init__(self, stream: TextIO, min_fraction_step: float = 0.0) -> None:
         self._stream = stream
-        self._grain = grain
+        self._grain = min_fraction_step
         self._terminal = stream.isatty()
         self._last: object = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,7 +49,7 @@ class Progress:
             print(text, file=self._stream)
         self._last = told
 
-    def glimpse(self, text: str) -> None:
+    def show_tail(self, text: str) -> None:
         """The end of a growing text that anybody may have written; only where the line redraws itself."""
         if self._terminal:
             self.show("".join(it if it.isprintable() else " " for it in text[-200:])[-60:])
@@ -72,11 +72,11 @@ def print_lines(lines: Iterable[str]) -> None:
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:
-        discard(sys.stdout)
+        discard_output(sys.stdout)
         raise
 
 
-def discard(stream: TextIO) -> None:
+def discard_output(stream: TextIO) -> None:
     """Let go of what `stream` still holds: at exit it would be written once more, and fail once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

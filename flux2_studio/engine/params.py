@@ -48,18 +48,18 @@ class AutoencoderParams:
 class TextRecipe:
     """How a prompt becomes the context: chat template, padding, and the hidden states that are read.
 
-    `taps` index hidden states as transformers counts them: 0 is the token embedding, n the output of layer n.
+    `hidden_layers` index hidden states as transformers counts them: 0 is the token embedding, n the output of layer n.
     """
 
-    taps: tuple[int, ...]
+    hidden_layers: tuple[int, ...]
     length: int  # tokens, padded; every one of them takes part in attention
     padding_side: str  # "left" | "right"
     generation_prompt: bool  # add_generation_prompt of the chat template
-    system: str | None = None
+    system_prompt: str | None = None
     content_as_parts: bool = False  # the template expects [{"type": "text", ...}] instead of a string
-    removed: tuple[str, ...] = ()  # special tokens a user could type and the encoder must not see
+    removed_tokens: tuple[str, ...] = ()  # special tokens a user could type and the encoder must not see
 
     @property
-    def layers(self) -> int:
+    def layer_count(self) -> int:
         """How many decoder layers the taps need."""
-        return max(self.taps)
+        return max(self.hidden_layers)

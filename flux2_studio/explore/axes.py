@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError
-from flux2_studio.explore.variants import MAX_CELLS, Wildcards, expand
+from flux2_studio.explore.variants import MAX_CELLS, Wildcards, expand_prompt
 from flux2_studio.request import MAX_SEED, LoraChoice, Request
 
-LORA = "lora:"  # and its name: that LoRA's weight
+LORA_PREFIX = "lora:"  # and its name: that LoRA's weight
 # Field -> how it is called, and how its values are written.
-FIELDS: Mapping[str, tuple[str, str]] = {
+AXIS_FIELDS: Mapping[str, tuple[str, str]] = {
     "seed": ("Seed", "1, 2, 3 or 1..8"),
     "prompt": ("Prompt", "A prompt a line; {a|b} and __lists__ count"),
     "words": ("Prompt words", "Words of the prompt, then what takes their place: red, green, blue"),
@@ -28,7 +28,7 @@ _RANGE = re.compile(r"(-?[\d.]+)\s*\.\.\s*(-?[\d.]+?)(?:\s*(?:by|step)\s*([\d.]+
 
 
 @dataclass(frozen=True, kw_only=True)
-class Value:
+class AxisValue:
     """One value: how it is called on the sheet, and what it makes of a request."""
 
     label: str
@@ -40,15 +40,17 @@ class Axis:
     """One side of a grid; `title` is the field's name for users."""
 
     title: str
-    values: tuple[Value, ...]
+    values: tuple[AxisValue, ...]
 
 
-SINGLE = Axis(title="", values=(Value(label="", apply=lambda request: request),))  # a side along which nothing varies
+UNVARIED_AXIS = Axis(
+    title="", values=(AxisValue(label="", apply=lambda request: request),)
+)  # a side along which nothing varies
 
 
 def read_axis(field: str, text: str, checkpoints: Sequence[Checkpoint], wildcards: Wildcards) -> Axis:
-    """The axis over `field` (of `FIELDS`, or "lora:NAME") with the values in `text`. Raises `RequestError`."""
-    title = FIELDS[field][0] if field in FIELDS else field.removeprefix(LORA)
+    """The axis over `field` (of `AXIS_FIELDS`, or "lora:NAME") with the values in `text`. Raises `RequestError`."""
+    title = AXIS_FIELDS[field][0] if field in AXIS_FIELDS else field.removeprefix(LORA_PREFIX)
     if not text.strip():
         raise RequestError(f"{title}: write its values, or choose Nothing.")
     values = tuple(_values(field, text, checkpoints, wildcards))
@@ -60,17 +62,17 @@ def read_axis(field: str, text: str, checkpoints: Sequence[Checkpoint], wildcard
     return Axis(title=title, values=values)
 
 
-def prompts(texts: Sequence[str]) -> Axis:
+def prompt_axis(texts: Sequence[str]) -> Axis:
     """An axis of whole prompts."""
-    return Axis(title="Prompt", values=tuple(Value(label=text, apply=_setting(prompt=text)) for text in texts))
+    return Axis(title="Prompt", values=tuple(AxisValue(label=text, apply=_setting(prompt=text)) for text in texts))
 
 
-def _values(field: str, text: str, checkpoints: Sequence[Checkpoint], wildcards: Wildcards) -> list[Value]:
+def _values(field: str, text: str, checkpoints: Sequence[Checkpoint], wildcards: Wildcards) -> list[AxisValue]:
     if field == "prompt":
-        lines = [found for line in _lines(text) for found in expand(line, wildcards)]
-        return list(prompts(lines).values)
+        lines = [found for line in _lines(text) for found in expand_prompt(line, wildcards)]
+        return list(prompt_axis(lines).values)
     if field == "negative_prompt":
-        return [Value(label=line, apply=_setting(negative_prompt=line)) for line in _lines(text)]
+        return [AxisValue(label=line, apply=_setting(negative_prompt=line)) for line in _lines(text)]
     if field == "words":
         return _words([part.strip() for part in text.split(",")])
     if field == "checkpoint":
@@ -81,19 +83,19 @@ def _values(field: str, text: str, checkpoints: Sequence[Checkpoint], wildcards:
                 raise RequestError(f"There is no checkpoint called {name[:100]!r}. Choose of: {', '.join(known)}.")
             # What the one before was set to is left to this one.
             apply = _setting(checkpoint=known[name].name, steps=None, guidance=None)
-            found.append(Value(label=known[name].label, apply=apply))
+            found.append(AxisValue(label=known[name].label, apply=apply))
         return found
     if field == "size":
         return [_size(part) for part in re.split(r"[,\n;]", text) if part.strip()]
-    if field.startswith(LORA):
-        return [_weight(field.removeprefix(LORA), number) for number in _numbers(field, text)]
+    if field.startswith(LORA_PREFIX):
+        return [_weight(field.removeprefix(LORA_PREFIX), number) for number in _numbers(field, text)]
     if field == "guidance":
-        return [Value(label=f"{number:g}", apply=_setting(guidance=number)) for number in _numbers(field, text)]
+        return [AxisValue(label=f"{number:g}", apply=_setting(guidance=number)) for number in _numbers(field, text)]
     if field in ("seed", "steps"):
         numbers = _numbers(field, text)
         if any(number != int(number) or not 0 <= number <= MAX_SEED for number in numbers):
-            raise RequestError(f"{FIELDS[field][0]}: write whole numbers from 0 on.")
-        return [Value(label=f"{int(number)}", apply=_setting(**{field: int(number)})) for number in numbers]
+            raise RequestError(f"{AXIS_FIELDS[field][0]}: write whole numbers from 0 on.")
+        return [AxisValue(label=f"{int(number)}", apply=_setting(**{field: int(number)})) for number in numbers]
     raise RequestError(f"{field[:100]!r} cannot vary: choose one of the list.")
 
 
@@ -105,7 +107,7 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _words(parts: Sequence[str]) -> list[Value]:
+def _words(parts: Sequence[str]) -> list[AxisValue]:
     if len(parts) < 2 or not parts[0]:
         raise RequestError("Prompt words: write at least two, the first of which the prompt has.")
     first = parts[0]
@@ -118,18 +120,18 @@ def _words(parts: Sequence[str]) -> list[Value]:
 
         return apply
 
-    return [Value(label=new or "(nothing)", apply=swap(new)) for new in parts]
+    return [AxisValue(label=new or "(nothing)", apply=swap(new)) for new in parts]
 
 
-def _size(text: str) -> Value:
+def _size(text: str) -> AxisValue:
     found = re.fullmatch(r"\s*(\d{2,5})\s*[x\u00d7*]\s*(\d{2,5})\s*", text)
     if found is None:
         raise RequestError(f"Size: {text.strip()[:50]!r} is none; write it as 1024x768.")
     width, height = map(int, found.groups())
-    return Value(label=f"{width} x {height}", apply=_setting(width=width, height=height))
+    return AxisValue(label=f"{width} x {height}", apply=_setting(width=width, height=height))
 
 
-def _weight(name: str, weight: float) -> Value:
+def _weight(name: str, weight: float) -> AxisValue:
     def apply(request: Request) -> Request:
         others = tuple(choice for choice in request.loras if choice.name != name)
         # In its place, for the order of LoRAs may count.
@@ -137,12 +139,12 @@ def _weight(name: str, weight: float) -> Value:
         chosen = LoraChoice(name=name, weight=weight)
         return replace(request, loras=(*others[:place], chosen, *others[place:]))
 
-    return Value(label=f"{weight:g}", apply=apply)
+    return AxisValue(label=f"{weight:g}", apply=apply)
 
 
 def _numbers(field: str, text: str) -> list[float]:
     """`1, 2, 5` and `1..9 by 2`, in any mixture."""
-    title = FIELDS[field][0] if field in FIELDS else field.removeprefix(LORA)
+    title = AXIS_FIELDS[field][0] if field in AXIS_FIELDS else field.removeprefix(LORA_PREFIX)
     numbers: list[float] = []
     for part in (part.strip() for part in re.split(r"[,\n;]", text) if part.strip()):
         try:

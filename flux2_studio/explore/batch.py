@@ -13,11 +13,11 @@ from flux2_studio.errors import RequestError
 from flux2_studio.explore.variants import MAX_CELLS
 from flux2_studio.request import Request
 
-MAX_BYTES = 2_000_000
+MAX_BATCH_FILE_BYTES = 2_000_000
 # What a row may set: nothing that names a file of this machine, and one picture a row.
-TEXTS = ("prompt", "negative_prompt", "checkpoint", "format")
-WHOLE = ("width", "height", "steps", "seed")
-COLUMNS = (*TEXTS, *WHOLE, "guidance")
+TEXT_COLUMNS = ("prompt", "negative_prompt", "checkpoint", "format")
+INTEGER_COLUMNS = ("width", "height", "steps", "seed")
+COLUMNS = (*TEXT_COLUMNS, *INTEGER_COLUMNS, "guidance")
 
 
 def read_batch(file: Path, base: Request) -> tuple[Request, ...]:
@@ -26,7 +26,7 @@ def read_batch(file: Path, base: Request) -> tuple[Request, ...]:
     Raises `RequestError`, with the number of the row that is wrong.
     """
     try:
-        if file.stat().st_size > MAX_BYTES:
+        if file.stat().st_size > MAX_BATCH_FILE_BYTES:
             raise RequestError("The file is larger than 2 MB: split it.")
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -97,7 +97,7 @@ def _typed(row: Mapping[str, str], number: int) -> dict[str, Any]:
     typed: dict[str, Any] = dict(row)
     for name, text in row.items():
         try:
-            if name in WHOLE:
+            if name in INTEGER_COLUMNS:
                 typed[name] = int(text)
             elif name == "guidance":
                 typed[name] = float(text)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from flux2_studio.errors import RequestError
-from flux2_studio.explore.axes import SINGLE, Axis, prompts
-from flux2_studio.explore.variants import MAX_CELLS, Wildcards, expand
+from flux2_studio.explore.axes import UNVARIED_AXIS, Axis, prompt_axis
+from flux2_studio.explore.variants import MAX_CELLS, Wildcards, expand_prompt
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request, Upsampling
 
 MAX_LABEL = 200  # characters
@@ -25,7 +25,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ExplorationPlan:
     """`cells` in the order in which they are drawn. The labels of the columns, rows and tables; () where nothing varies
     along that side. `titles` say what does."""
 
@@ -36,36 +36,36 @@ class Plan:
     titles: tuple[str, str, str]
 
     @property
-    def prompts(self) -> int:
+    def prompt_count(self) -> int:
         """How many prompts have to be read."""
         return len({(cell.request.checkpoint, cell.request.prompt) for cell in self.cells})
 
 
-def grid(
+def plan_grid(
     base: Request,
     axes: Sequence[Axis | None],
     wildcards: Wildcards,
     check: Callable[[Request], object],
-) -> Plan:
+) -> ExplorationPlan:
     """The cells of `base` over up to three axes: columns, rows, tables; None for a side along which nothing varies.
 
     A prompt that stands for several varies along the first side that is free. All cells share one seed, unless seeds
     vary. check: raises `RequestError` for a request that cannot be carried out.
     """
     sides = [*axes, None, None, None][:3]
-    texts = expand(base.prompt, wildcards)
+    texts = expand_prompt(base.prompt, wildcards)
     if len(texts) > 1 or texts[0] != base.prompt:
         if len(texts) > 1:
             if None not in sides:
                 raise RequestError("The prompt stands for several, and all three sides vary already: free one.")
-            sides[sides.index(None)] = prompts(texts)
+            sides[sides.index(None)] = prompt_axis(texts)
         else:
             base = replace(base, prompt=texts[0])
-    columns, rows, tables = (side or SINGLE for side in sides)
+    columns, rows, tables = (side or UNVARIED_AXIS for side in sides)
     count = len(columns.values) * len(rows.values) * len(tables.values)
     if count > MAX_CELLS:
         raise RequestError(f"That makes {count} pictures; {MAX_CELLS} is the most: leave some values out.")
-    base = fixed(base)
+    base = single_picture_request(base)
     cells = []
     for table, third in enumerate(tables.values):
         for row, second in enumerate(rows.values):
@@ -73,7 +73,7 @@ def grid(
                 request = first.apply(second.apply(third.apply(base)))
                 check(request)
                 cells.append(Cell(request=request, column=column, row=row, table=table))
-    return Plan(
+    return ExplorationPlan(
         cells=_ordered(cells),
         columns=_labels(columns),
         rows=_labels(rows),
@@ -82,24 +82,26 @@ def grid(
     )
 
 
-def seeds(base: Request, count: int, across: int, check: Callable[[Request], object]) -> Plan:
-    """`count` pictures of `base` that differ by their seeds, `across` of them side by side. check: see `grid`."""
+def plan_seeds(base: Request, count: int, across: int, check: Callable[[Request], object]) -> ExplorationPlan:
+    """`count` pictures of `base` that differ by their seeds, `across` of them side by side. check: see `plan_grid`."""
     if not 1 <= count <= MAX_CELLS:
         raise RequestError(f"Choose between 1 and {MAX_CELLS} seeds, not {count}.")
-    base = fixed(base)
+    base = single_picture_request(base)
     first = base.seed
     assert first is not None
     if first + count - 1 > MAX_SEED:
         raise RequestError(f"Choose a first seed of {MAX_SEED - count + 1} at most.")
     requests = [replace(base, seed=first + i) for i in range(count)]
     check(requests[0])
-    return listing(requests, across, [f"{request.seed}" for request in requests], "Seed")
+    return plan_list(requests, across, [f"{request.seed}" for request in requests], "Seed")
 
 
-def listing(requests: Sequence[Request], across: int, labels: Sequence[str], title: str) -> Plan:
+def plan_list(requests: Sequence[Request], across: int, labels: Sequence[str], title: str) -> ExplorationPlan:
     """`requests` one after another, `across` of them side by side, a label each."""
-    cells = [Cell(request=fixed(it), column=i % across, row=i // across) for i, it in enumerate(requests)]
-    return Plan(
+    cells = [
+        Cell(request=single_picture_request(it), column=i % across, row=i // across) for i, it in enumerate(requests)
+    ]
+    return ExplorationPlan(
         cells=_ordered(cells),
         columns=tuple(label[:MAX_LABEL] for label in labels),
         rows=(),
@@ -108,7 +110,7 @@ def listing(requests: Sequence[Request], across: int, labels: Sequence[str], tit
     )
 
 
-def fixed(base: Request) -> Request:
+def single_picture_request(base: Request) -> Request:
     """`base` for one cell: a single picture, with a seed, of the prompt as it is written. Nothing but what varies is to
     make two cells differ."""
     seed = secrets.randbelow(MAX_SEED - MAX_COUNT) if base.seed is None else base.seed
@@ -116,7 +118,7 @@ def fixed(base: Request) -> Request:
 
 
 def _labels(axis: Axis) -> tuple[str, ...]:
-    return () if axis is SINGLE else tuple(value.label[:MAX_LABEL] for value in axis.values)
+    return () if axis is UNVARIED_AXIS else tuple(value.label[:MAX_LABEL] for value in axis.values)
 
 
 def _ordered(cells: Sequence[Cell]) -> tuple[Cell, ...]:

@@ -26,29 +26,29 @@ from PIL import Image
 
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Failed, Saved
-from flux2_studio.explore.plan import Cell, Plan
-from flux2_studio.images.contact_sheet import Layout, draw
+from flux2_studio.explore.plan import Cell, ExplorationPlan
+from flux2_studio.images.contact_sheet import SheetLayout, draw_sheet
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.request import Request
-from flux2_studio.storage.database import hold
+from flux2_studio.storage.database import acquire_file_lock
 
 log = logging.getLogger(__name__)
 
-State = Literal["running", "stopped", "done"]
-THUMBNAIL = 320  # pixels along the longer side
-KEPT = 20  # explorations of one owner that can be looked at again
-FORGOTTEN = 30 * 24 * 3600  # seconds until one is, whose owner did not come by; its pictures stay
-FAILURES = 3  # cells that fail one after another before the rest is not tried
-VERSION = 1
+ExplorationState = Literal["running", "stopped", "done"]
+CELL_THUMBNAIL_PIXELS = 320  # pixels along the longer side
+MAX_EXPLORATIONS_PER_OWNER = 20  # explorations of one owner that can be looked at again
+ABANDONED_AFTER_SECONDS = 30 * 24 * 3600  # seconds until one is, whose owner did not come by; its pictures stay
+MAX_CONSECUTIVE_FAILURES = 3  # cells that fail one after another before the rest is not tried
+FILE_FORMAT_VERSION = 1
 
 
 @dataclass
-class Progress:
+class ExplorationProgress:
     """How far an exploration is. `done` and `failed` are by the cell's number in `plan.cells`: the picture's file, and
     why there is none. `version` rises with every change."""
 
-    state: State = "running"
+    state: ExplorationState = "running"
     done: dict[int, Path] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     version: int = 0
@@ -61,29 +61,29 @@ class Exploration:
         self,
         id_: str,
         owner: str,
-        plan: Plan,
+        plan: ExplorationPlan,
         folder: Path,
-        progress: Progress | None = None,
-        began: float | None = None,
+        progress: ExplorationProgress | None = None,
+        started_at: float | None = None,
     ) -> None:
         self.id = id_
-        self.began = time.time() if began is None else began
+        self.started_at = time.time() if started_at is None else started_at
         self.owner = owner
         self.plan = plan
         self.folder = folder  # of its small pictures and sheets
-        self.progress = progress or Progress()
-        self.stopping = threading.Event()
-        self.at = 0  # the cell under way
-        self.job: Job | None = None  # and its job
-        self.going = False  # when it was read: whether the studio ended before it did
-        self.begun: tuple[int, str] | None = None  # and the cell that was under way then, and its job's id
+        self.progress = progress or ExplorationProgress()
+        self.stop_requested = threading.Event()
+        self.current_cell = 0  # the cell under way
+        self.current_job: Job | None = None  # and its job
+        self.was_running = False  # when it was read: whether the studio ended before it did
+        self.interrupted_cell: tuple[int, str] | None = None  # and the cell that was under way then, and its job's id
 
     def thumbnail(self, number: int) -> Path:
         """The file of cell `number`'s small picture, once that is done."""
         return self.folder / f"{number}.webp"
 
     @property
-    def left(self) -> list[int]:
+    def remaining_cells(self) -> list[int]:
         """The cells that are still to be made, in order."""
         return [number for number in range(len(self.plan.cells)) if number not in self.progress.done]
 
@@ -99,45 +99,45 @@ class Exploration:
                         pictures[cell.column, cell.row] = file.convert("RGB")
                 except OSError:
                     continue
-        return draw(self.layout(table), pictures)
+        return draw_sheet(self.layout(table), pictures)
 
-    def layout(self, table: int) -> Layout:
+    def layout(self, table: int) -> SheetLayout:
         plan = self.plan
         columns = 1 + max(cell.column for cell in plan.cells)
         rows = 1 + max(cell.row for cell in plan.cells)
         listed = not plan.rows and rows > 1  # a label for each picture, not for each column
         title = f"{plan.titles[2]}: {plan.tables[table]}" if plan.tables else ""
-        return Layout(
+        return SheetLayout(
             columns=columns,
             rows=rows,
             title=title,
-            above=() if listed else plan.columns,
-            beside=plan.rows,
-            under=plan.columns if listed else (),
+            column_labels=() if listed else plan.columns,
+            row_labels=plan.rows,
+            captions=plan.columns if listed else (),
         )
 
 
-class Explorations:
+class ExplorationManager:
     """All explorations of this studio.
 
     notebooks: the folder of what is written down, which is nobody's business. pictures: that of small pictures and
     sheets, which the page shows to whoever knows their names.
     """
 
-    def __init__(self, jobs: JobQueue, notebooks: Path, pictures: Path) -> None:
+    def __init__(self, jobs: JobQueue, state_folder: Path, pictures_folder: Path) -> None:
         self._jobs = jobs
-        self._notebooks = notebooks
-        self._pictures = pictures
+        self._notebooks = state_folder
+        self._pictures = pictures_folder
         self._known: dict[str, Exploration] = {}
         self._owners: dict[str, tuple[str, float]] = {}  # of each notebook that was read, and when it was begun
-        self._held: dict[str, sqlite3.Connection] = {}
+        self._locks: dict[str, sqlite3.Connection] = {}
         self._lock = threading.Lock()
 
-    def start(self, plan: Plan, owner: str) -> Exploration:
+    def start(self, plan: ExplorationPlan, owner: str) -> Exploration:
         """Begin `plan`. Raises `RequestError` while another one of `owner` is under way, `SaveError` where nothing can
         be written."""
         with self._lock:
-            self._only_one(owner)
+            self._check_none_running(owner)
             id_ = secrets.token_hex(16)
             exploration = Exploration(id_, owner, plan, self._pictures / id_)
             try:
@@ -154,15 +154,15 @@ class Explorations:
             self._begin(exploration)
         return exploration
 
-    def go_on(self) -> None:
+    def resume_interrupted(self) -> None:
         """Go on with those that were under way when their studio ended, and forget those of owners who stay away.
 
         Once, when the studio opens, and after the queue has taken up its runs again.
         """
         with self._lock:
-            self._forget_vanished()
+            self._delete_abandoned()
             for path in sorted(self._notebooks.glob("*.json")):
-                if path.stem in self._known or (read := self._read(path.stem)) is None or not read.going:
+                if path.stem in self._known or (read := self._read(path.stem)) is None or not read.was_running:
                     continue
                 try:
                     ours = self._hold(read)
@@ -176,42 +176,42 @@ class Explorations:
     def resume(self, id_: str, owner: str) -> Exploration:
         """Make the cells that are still missing of the one that was stopped. Raises `RequestError`."""
         with self._lock:
-            found = self._found(id_, owner)
+            found = self._lookup(id_, owner)
             if found is None:
                 raise RequestError("That exploration is gone: start it again.")
             if found.progress.state == "running":
                 return found
-            self._only_one(owner)
+            self._check_none_running(owner)
             if not self._hold(found):
                 raise RequestError("Another studio on this machine is at this exploration: look for it there.")
             found.progress.failed.clear()
-            found.stopping.clear()
+            found.stop_requested.clear()
             self._begin(found)
         return found
 
     def get(self, id_: str, owner: str) -> Exploration | None:
         """The exploration of that id, if it is `owner`'s."""
         with self._lock:
-            return self._found(id_, owner)
+            return self._lookup(id_, owner)
 
-    def newest(self, owner: str) -> Exploration | None:
+    def latest(self, owner: str) -> Exploration | None:
         """The one of `owner` that was begun last."""
         with self._lock:
-            mine = self._of(owner)
+            mine = self._state_files(owner)
             for path in mine:
                 with suppress(OSError):
                     os.utime(path)  # its owner is still there
-            return self._found(mine[-1].stem, owner) if mine else None
+            return self._lookup(mine[-1].stem, owner) if mine else None
 
     def stop(self, exploration: Exploration) -> None:
         """End it after the step under way. What is done is kept."""
-        exploration.stopping.set()
-        if (job := exploration.job) is not None:
+        exploration.stop_requested.set()
+        if (job := exploration.current_job) is not None:
             job.cancel()
 
     # --- under the lock ------------------------------------------------------------------------------------------
 
-    def _only_one(self, owner: str) -> None:
+    def _check_none_running(self, owner: str) -> None:
         if any(it.owner == owner and it.progress.state == "running" for it in self._known.values()):
             raise RequestError("An exploration of yours is under way: stop it first, or wait for its end.")
 
@@ -221,7 +221,7 @@ class Explorations:
         self._known[exploration.id] = exploration
         threading.Thread(target=self._run, args=(exploration,), name="flux2-exploring", daemon=True).start()
 
-    def _found(self, id_: str, owner: str) -> Exploration | None:
+    def _lookup(self, id_: str, owner: str) -> Exploration | None:
         if not re.fullmatch("[0-9a-f]{32}", id_):
             return None
         if id_ not in self._known:
@@ -232,28 +232,28 @@ class Explorations:
         found = self._known[id_]
         return found if found.owner == owner else None
 
-    def _of(self, owner: str) -> list[Path]:
+    def _state_files(self, owner: str) -> list[Path]:
         """The notebooks of `owner`, oldest first."""
         found = []
         for path in self._notebooks.glob("*.json"):
             if path.stem not in self._owners and (read := self._read(path.stem)) is not None:
-                self._owners[path.stem] = read.owner, read.began
+                self._owners[path.stem] = read.owner, read.started_at
             whose, began = self._owners.get(path.stem, ("", 0.0))
             if path.stem in self._owners and whose == owner:
                 found.append((began, path))
         return [path for _, path in sorted(found)]
 
     def _forget_old(self, owner: str) -> None:
-        for path in self._of(owner)[:-KEPT]:
+        for path in self._state_files(owner)[:-MAX_EXPLORATIONS_PER_OWNER]:
             self._forget(path)
 
-    def _forget_vanished(self) -> None:
+    def _delete_abandoned(self) -> None:
         """Forget those that nobody looked at, or went on with, for a month."""
         for path in self._notebooks.glob("*.json"):
             with suppress(OSError, sqlite3.Error):  # tried again when the studio is opened the next time
-                if time.time() - path.stat().st_mtime < FORGOTTEN:
+                if time.time() - path.stat().st_mtime < ABANDONED_AFTER_SECONDS:
                     continue
-                lock = hold(self._lock_of(path.stem))
+                lock = acquire_file_lock(self._lock_of(path.stem))
                 if lock is not None:
                     lock.close()
                     self._forget(path)
@@ -269,13 +269,13 @@ class Explorations:
     def _hold(self, exploration: Exploration) -> bool:
         """Whether this studio may go on with it, which none other may then. Raises `SaveError`."""
         try:
-            lock = hold(self._lock_of(exploration.id))
+            lock = acquire_file_lock(self._lock_of(exploration.id))
         except sqlite3.Error as error:
             raise SaveError(
                 f"The folder {self._notebooks} cannot be used ({error}): allow writing there and free some space."
             ) from error
         if lock is not None:
-            self._held[exploration.id] = lock
+            self._locks[exploration.id] = lock
         return lock is not None
 
     def _lock_of(self, id_: str) -> Path:
@@ -288,15 +288,15 @@ class Explorations:
             self._cells(exploration)
         finally:  # whatever happens, nobody waits for it for ever
             with self._lock:
-                self._held.pop(exploration.id).close()
-            exploration.progress.state = "stopped" if exploration.left else "done"
+                self._locks.pop(exploration.id).close()
+            exploration.progress.state = "stopped" if exploration.remaining_cells else "done"
             if not self._jobs.closed:  # else it is under way still, and the next studio goes on with it
                 self._changed(exploration)
 
     def _cells(self, exploration: Exploration) -> None:
         in_a_row = 0
-        for number in exploration.left:
-            if exploration.stopping.is_set() or in_a_row == FAILURES:
+        for number in exploration.remaining_cells:
+            if exploration.stop_requested.is_set() or in_a_row == MAX_CONSECUTIVE_FAILURES:
                 break
             problem = self._cell(exploration, number)
             if self._jobs.closed and number not in exploration.progress.done:
@@ -312,9 +312,9 @@ class Explorations:
             job = self._job_of(exploration, number)
         except StudioError as error:
             return str(error)
-        exploration.at, exploration.job = number, job
+        exploration.current_cell, exploration.current_job = number, job
         self._note(exploration)
-        if exploration.stopping.is_set():  # since the loop looked
+        if exploration.stop_requested.is_set():  # since the loop looked
             job.cancel()
         problem = None
         for _, event in job.events():
@@ -325,14 +325,14 @@ class Explorations:
                         exploration.progress.done[number] = event.image
                 case Failed():
                     problem = event.message
-        exploration.job = None
-        self._jobs.saw(job.id)  # its sheet tells of it, of a failure too
+        exploration.current_job = None
+        self._jobs.mark_seen(job.id)  # its sheet tells of it, of a failure too
         return problem
 
     def _job_of(self, exploration: Exploration, number: int) -> Job:
         """The run of cell `number`: one that the studio before had begun, or a new one. Raises `StudioError`."""
-        if exploration.begun is not None and exploration.begun[0] == number:
-            (_, id_), exploration.begun = exploration.begun, None
+        if exploration.interrupted_cell is not None and exploration.interrupted_cell[0] == number:
+            (_, id_), exploration.interrupted_cell = exploration.interrupted_cell, None
             job = self._jobs.get(id_, exploration.owner)  # it waited, and is in the queue again
             if job is not None and (not job.finished or any(isinstance(it, Saved) for _, it in job.events())):
                 return job
@@ -348,15 +348,17 @@ class Explorations:
         try:
             self._write(exploration)
         except SaveError as error:
-            exploration.stopping.set()
-            exploration.progress.failed[exploration.left[0] if exploration.left else 0] = str(error)
+            exploration.stop_requested.set()
+            exploration.progress.failed[exploration.remaining_cells[0] if exploration.remaining_cells else 0] = str(
+                error
+            )
 
     def _write(self, exploration: Exploration) -> None:
         plan, progress = exploration.plan, exploration.progress
         told = {
-            "version": VERSION,
+            "version": FILE_FORMAT_VERSION,
             "owner": exploration.owner,
-            "began": exploration.began,
+            "began": exploration.started_at,
             "plan": {
                 "cells": [{**asdict(cell), "request": cell.request.as_dict()} for cell in plan.cells],
                 "columns": plan.columns,
@@ -367,7 +369,9 @@ class Explorations:
             "done": {str(number): str(path) for number, path in progress.done.items()},
             "failed": {str(number): why for number, why in progress.failed.items()},
             "going": progress.state == "running",
-            "job": [exploration.at, exploration.job.id] if exploration.job is not None else None,
+            "job": [exploration.current_cell, exploration.current_job.id]
+            if exploration.current_job is not None
+            else None,
         }
         target = self._notebooks / f"{exploration.id}.json"
         part = target.with_suffix(".part")
@@ -387,7 +391,7 @@ def _read(notebook: Path, folder: Path) -> Exploration | None:
     """What an earlier studio wrote; None where there is nothing that can be read."""
     try:
         told: Mapping[str, Any] = json.loads(notebook.read_text(encoding="utf-8"))
-        if told["version"] != VERSION:
+        if told["version"] != FILE_FORMAT_VERSION:
             return None
         plan = told["plan"]
         cells = tuple(
@@ -400,7 +404,7 @@ def _read(notebook: Path, folder: Path) -> Exploration | None:
             for cell in plan["cells"]
         )
         titles = plan["titles"]
-        progress = Progress(
+        progress = ExplorationProgress(
             state="stopped",
             done={int(number): Path(path) for number, path in told["done"].items() if Path(path).is_file()},
             failed={int(number): str(why) for number, why in told["failed"].items()},
@@ -410,7 +414,7 @@ def _read(notebook: Path, folder: Path) -> Exploration | None:
         read = Exploration(
             notebook.stem,
             str(told["owner"]),
-            Plan(
+            ExplorationPlan(
                 cells=cells,
                 columns=tuple(plan["columns"]),
                 rows=tuple(plan["rows"]),
@@ -419,10 +423,10 @@ def _read(notebook: Path, folder: Path) -> Exploration | None:
             ),
             folder,
             progress,
-            began=float(told["began"]),
+            started_at=float(told["began"]),
         )
-        read.going = told.get("going") is True and progress.state != "done"
-        read.begun = (int(told["job"][0]), str(told["job"][1])) if told.get("job") else None
+        read.was_running = told.get("going") is True and progress.state != "done"
+        read.interrupted_cell = (int(told["job"][0]), str(told["job"][1])) if told.get("job") else None
         return read
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StudioError):
         return None
@@ -433,7 +437,7 @@ def _shrink(picture: Path, target: Path) -> str | None:
     try:
         with Image.open(picture) as file:
             small = file.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.thumbnail((CELL_THUMBNAIL_PIXELS, CELL_THUMBNAIL_PIXELS))
             small.save(target, "WEBP", quality=85)
     except OSError as error:
         return f"A small picture for the sheet could not be written ({error}): free some space and go on."

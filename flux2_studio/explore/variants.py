@@ -15,8 +15,8 @@ from pathlib import Path
 from flux2_studio.errors import RequestError
 
 MAX_CELLS = 400  # pictures of one exploration, and prompts of one text
-MAX_BYTES = 1_000_000  # of a wildcards file
-MAX_DEPTH = 20  # braces in braces
+MAX_WILDCARD_FILE_BYTES = 1_000_000  # of a wildcards file
+MAX_BRACE_DEPTH = 20  # braces in braces
 
 _TOKEN = re.compile(r"\\[{}|_\\]|[{}|]|__[\w-]+(?:/[\w-]+)*__|[^\\{}|_]+|.", re.DOTALL)
 Choices = list[tuple[str, ...]]  # the parts of a text in order, each with what it may be
@@ -44,7 +44,7 @@ class Wildcards:
         try:
             if not path.is_file():
                 return None
-            if path.stat().st_size > MAX_BYTES:
+            if path.stat().st_size > MAX_WILDCARD_FILE_BYTES:
                 raise RequestError(f"The wildcards file {name}.txt is larger than 1 MB: shorten it.")
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -55,7 +55,7 @@ class Wildcards:
         return entries
 
 
-def expand(text: str, wildcards: Wildcards, most: int = MAX_CELLS) -> tuple[str, ...]:
+def expand_prompt(text: str, wildcards: Wildcards, most: int = MAX_CELLS) -> tuple[str, ...]:
     """All prompts that `text` stands for, the last part varying fastest; `text` alone where it stands for itself.
 
     Entries of wildcards are taken as they are. Raises `RequestError` where there are more than `most`.
@@ -72,8 +72,8 @@ def _alternatives(
     tokens: Sequence[str], position: int, wildcards: Wildcards, most: int, depth: int
 ) -> tuple[tuple[str, ...], int]:
     """What the tokens from `position` to the `}` of this depth, or to the end, may be; and where that is."""
-    if depth > MAX_DEPTH:
-        raise RequestError(f"The prompt has more than {MAX_DEPTH} braces inside each other: take some out.")
+    if depth > MAX_BRACE_DEPTH:
+        raise RequestError(f"The prompt has more than {MAX_BRACE_DEPTH} braces inside each other: take some out.")
     branches: list[Choices] = [[]]
     while position < len(tokens) and tokens[position] != "}":
         token = tokens[position]

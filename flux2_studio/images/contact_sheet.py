@@ -7,63 +7,75 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 8192  # pixels along a side of the sheet, at most
-TILE = 512  # pixels along the longer side of a picture on it, at most
-MARGIN = 16
-GAP = 8
+MAX_SHEET_PIXELS = 8192  # pixels along a side of the sheet, at most
+TILE_PIXELS = 512  # pixels along the longer side of a picture on it, at most
+MARGIN_PIXELS = 16
+GAP_PIXELS = 8
 PAPER, INK, BLANK = "#f7f7f7", "#262626", "#e0e0e0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class SheetLayout:
     """`columns` x `rows` places. Labels above the columns and beside the rows, and under each picture (by its place,
     row by row); empty where there are none. `title` stands above all of it."""
 
     columns: int
     rows: int
     title: str = ""
-    above: Sequence[str] = ()
-    beside: Sequence[str] = ()
-    under: Sequence[str] = ()
+    column_labels: Sequence[str] = ()
+    row_labels: Sequence[str] = ()
+    captions: Sequence[str] = ()
 
 
-def draw(layout: Layout, pictures: Mapping[tuple[int, int], Image.Image]) -> Image.Image:
+def draw_sheet(layout: SheetLayout, pictures: Mapping[tuple[int, int], Image.Image]) -> Image.Image:
     """The sheet of `pictures`, by (column, row); a place without one stays blank.
 
-    Pictures are scaled down to `TILE`, and further where the sheet would be larger than `SIDE`; never up.
+    Pictures are scaled down to `TILE_PIXELS`, and further where the sheet would be larger than `MAX_SHEET_PIXELS`; never up.
     """
-    width = max((it.width for it in pictures.values()), default=TILE)
-    height = max((it.height for it in pictures.values()), default=TILE)
-    room_across = (SIDE - 2 * MARGIN) // layout.columns - GAP
-    room_down = (SIDE - 2 * MARGIN) // layout.rows - GAP - 40
-    scale = min(1.0, TILE / max(width, height), room_across / width, room_down / height)
+    width = max((it.width for it in pictures.values()), default=TILE_PIXELS)
+    height = max((it.height for it in pictures.values()), default=TILE_PIXELS)
+    room_across = (MAX_SHEET_PIXELS - 2 * MARGIN_PIXELS) // layout.columns - GAP_PIXELS
+    room_down = (MAX_SHEET_PIXELS - 2 * MARGIN_PIXELS) // layout.rows - GAP_PIXELS - 40
+    scale = min(1.0, TILE_PIXELS / max(width, height), room_across / width, room_down / height)
     across, down = max(16, round(width * scale)), max(16, round(height * scale))
     font = ImageFont.load_default(max(10, min(18, across // 10)))
     assert isinstance(font, ImageFont.FreeTypeFont), "Pillow comes with FreeType, and a font"
     line = round(font.size * 1.35)
-    left = MARGIN + (max(_width(font, it, across) for it in layout.beside) + GAP if layout.beside else 0)
-    above = [_wrapped(font, label, across, 3) for label in layout.above]
-    title = _wrapped(font, layout.title, layout.columns * (across + GAP), 4) if layout.title else []
-    top = MARGIN + (len(title) * line + GAP if title else 0) + max((len(it) for it in above), default=0) * line
-    foot = 2 * line if layout.under else 0
+    left = MARGIN_PIXELS + (
+        max(_width(font, it, across) for it in layout.row_labels) + GAP_PIXELS if layout.row_labels else 0
+    )
+    above = [_wrapped(font, label, across, 3) for label in layout.column_labels]
+    title = _wrapped(font, layout.title, layout.columns * (across + GAP_PIXELS), 4) if layout.title else []
+    top = (
+        MARGIN_PIXELS
+        + (len(title) * line + GAP_PIXELS if title else 0)
+        + max((len(it) for it in above), default=0) * line
+    )
+    foot = 2 * line if layout.captions else 0
     sheet = Image.new(
         "RGB",
         (
-            left + layout.columns * (across + GAP) - GAP + MARGIN,
-            top + layout.rows * (down + foot + GAP) - GAP + MARGIN,
+            left + layout.columns * (across + GAP_PIXELS) - GAP_PIXELS + MARGIN_PIXELS,
+            top + layout.rows * (down + foot + GAP_PIXELS) - GAP_PIXELS + MARGIN_PIXELS,
         ),
         PAPER,
     )
     pen = ImageDraw.Draw(sheet)
-    _write(pen, (MARGIN, MARGIN), title, font, line)
+    _write(pen, (MARGIN_PIXELS, MARGIN_PIXELS), title, font, line)
     for column, lines in enumerate(above):
-        _write(pen, (left + column * (across + GAP), top - len(lines) * line), lines, font, line)
-    for row, label in enumerate(layout.beside):
-        y = top + row * (down + foot + GAP)
-        _write(pen, (MARGIN, y), _wrapped(font, label, left - MARGIN - GAP, max(1, down // line)), font, line)
+        _write(pen, (left + column * (across + GAP_PIXELS), top - len(lines) * line), lines, font, line)
+    for row, label in enumerate(layout.row_labels):
+        y = top + row * (down + foot + GAP_PIXELS)
+        _write(
+            pen,
+            (MARGIN_PIXELS, y),
+            _wrapped(font, label, left - MARGIN_PIXELS - GAP_PIXELS, max(1, down // line)),
+            font,
+            line,
+        )
     for row in range(layout.rows):
         for column in range(layout.columns):
-            x, y = left + column * (across + GAP), top + row * (down + foot + GAP)
+            x, y = left + column * (across + GAP_PIXELS), top + row * (down + foot + GAP_PIXELS)
             if (picture := pictures.get((column, row))) is None:
                 pen.rectangle((x, y, x + across - 1, y + down - 1), fill=BLANK)
             else:
@@ -71,8 +83,8 @@ def draw(layout: Layout, pictures: Mapping[tuple[int, int], Image.Image]) -> Ima
                 tile.thumbnail((across, down), Image.Resampling.LANCZOS)
                 sheet.paste(tile, (x + (across - tile.width) // 2, y + (down - tile.height) // 2))
             place = row * layout.columns + column
-            if place < len(layout.under):
-                _write(pen, (x, y + down + 2), _wrapped(font, layout.under[place], across, 2), font, line)
+            if place < len(layout.captions):
+                _write(pen, (x, y + down + 2), _wrapped(font, layout.captions[place], across, 2), font, line)
     return sheet
 
 

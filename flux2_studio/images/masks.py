@@ -15,18 +15,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.images.references import extended, load_reference, shown_name
-from flux2_studio.request import MULTIPLE, Request, drawn_size
+from flux2_studio.images.references import display_name, load_reference, pad_edges
+from flux2_studio.request import SIZE_MULTIPLE, Request, padded_size
 
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+Float64Array = NDArray[np.float64]
 T = TypeVar("T", bound=np.generic)
 
-WHITE = 128  # grey from which a mask is white
-SOFT, SOFTER = 32, 16  # the shorter side divided by this is a mask's feather, and that of what outpainting adds
-HARDEST, SOFTEST = 4, 32  # pixels of a feather, at least and at most
-FEWEST = 256  # pixels from which colours can be told
-STRETCH = 3.0  # by how much a channel's contrast may be multiplied or divided
+MASK_THRESHOLD = 128  # grey from which a mask is white
+MASK_FEATHER_DIVISOR, OUTPAINT_FEATHER_DIVISOR = (
+    32,
+    16,
+)  # the shorter side divided by this is a mask's feather, and that of what outpainting adds
+MIN_FEATHER_PIXELS, MAX_FEATHER_PIXELS = 4, 32  # pixels of a feather, at least and at most
+MIN_COLOUR_SAMPLES = 256  # pixels from which colours can be told
+MAX_CONTRAST_FACTOR = 3.0  # by how much a channel's contrast may be multiplied or divided
 
 # Ottosson's Oklab (bottosson.github.io/posts/oklab): from linear sRGB to cones, from their cube roots to lightness and
 # two colour axes. Steps of equal size look about equal in it, so means and deviations of its channels mean something.
@@ -48,30 +51,30 @@ TO_LAB = np.array(
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """change: L, 255 where a picture of its size may change, else 0. data: the file, and sha256 that of its bytes."""
+    """edit_mask: L, 255 where a picture of its size may change, else 0. data: the file, and sha256 that of its bytes."""
 
-    change: Image.Image
+    edit_mask: Image.Image
     data: bytes = field(repr=False)
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Region:
-    """Of a result, what may change. picture: RGB, what is kept, its edge pixels repeated into what is new. change: L,
+class EditRegion:
+    """Of a result, what may change. original: RGB, what is kept, its edge pixels repeated into what is new. edit_mask: L,
     of the same size, 255 where anything may change, else 0. mask: the mask's file, where there is one."""
 
-    picture: Image.Image
-    change: Image.Image
-    feather: int  # pixels over which the new fades in
+    original: Image.Image
+    edit_mask: Image.Image
+    feather_pixels: int  # pixels over which the new fades in
     mask: Mask | None = None
 
     @property
-    def tokens(self) -> Bools:
+    def token_mask(self) -> BoolArray:
         """[h, w] for the latent of the picture as it is drawn: true where any pixel of the square may change."""
-        pixels = np.asarray(self.change) > 0
-        (across, down), (rows, columns) = drawn_size(*self.change.size), pixels.shape
+        pixels = np.asarray(self.edit_mask) > 0
+        (across, down), (rows, columns) = padded_size(*self.edit_mask.size), pixels.shape
         pixels = np.pad(pixels, ((0, down - rows), (0, across - columns)), mode="edge")
-        squares = pixels.reshape(down // MULTIPLE, MULTIPLE, across // MULTIPLE, MULTIPLE)
+        squares = pixels.reshape(down // SIZE_MULTIPLE, SIZE_MULTIPLE, across // SIZE_MULTIPLE, SIZE_MULTIPLE)
         return np.asarray(squares.any(axis=(1, 3)))
 
 
@@ -81,7 +84,7 @@ def load_mask(path: Path, size: tuple[int, int]) -> Mask:
     It is scaled to `size` if it has the same shape. Raises `ReferenceImageError` for anything that cannot serve.
     """
     loaded = load_reference(path, background="black")
-    name, (across, down), (width, height) = shown_name(path), loaded.image.size, size
+    name, (across, down), (width, height) = display_name(path), loaded.image.size, size
     # Of one shape, but for a pixel to which either picture was rounded.
     if abs(down * width / across - height) > max(1, width / across) and abs(across * height / down - width) > max(
         1, height / down
@@ -93,15 +96,15 @@ def load_mask(path: Path, size: tuple[int, int]) -> Mask:
     grey = loaded.image.convert("L")
     if grey.size != size:
         grey = grey.resize(size, Image.Resampling.BILINEAR)
-    change = grey.point(lambda value: 255 if value >= WHITE else 0)
+    change = grey.point(lambda value: 255 if value >= MASK_THRESHOLD else 0)
     if change.getbbox() is None:
         raise ReferenceImageError(
             f"The mask {name} has no white, so nothing could change: paint white what may, or leave the mask out."
         )
-    return Mask(change=change, data=loaded.data, sha256=loaded.sha256)
+    return Mask(edit_mask=change, data=loaded.data, sha256=loaded.sha256)
 
 
-def region_of(request: Request, picture: Image.Image) -> Region | None:
+def make_edit_region(request: Request, picture: Image.Image) -> EditRegion | None:
     """What of the result `request` lets change; None for all of it. picture: the first reference, scaled to its cap.
 
     Raises `ReferenceImageError` for a mask that cannot serve.
@@ -110,42 +113,47 @@ def region_of(request: Request, picture: Image.Image) -> Region | None:
     margins = request.outpaint
     if not margins:
         return (
-            Region(picture=picture, change=mask.change, feather=softness(picture.size, SOFT), mask=mask)
+            EditRegion(
+                original=picture,
+                edit_mask=mask.edit_mask,
+                feather_pixels=feather_width(picture.size, MASK_FEATHER_DIVISOR),
+                mask=mask,
+            )
             if mask
             else None
         )
     width, height = margins.grown(picture.size)
     change = Image.new("L", (width, height), 255)
-    change.paste(mask.change if mask else Image.new("L", picture.size, 0), (margins.left, margins.top))
-    return Region(
-        picture=extended(picture, margins.left, margins.top, width, height),
-        change=change,
-        feather=softness(picture.size, SOFTER),
+    change.paste(mask.edit_mask if mask else Image.new("L", picture.size, 0), (margins.left, margins.top))
+    return EditRegion(
+        original=pad_edges(picture, margins.left, margins.top, width, height),
+        edit_mask=change,
+        feather_pixels=feather_width(picture.size, OUTPAINT_FEATHER_DIVISOR),
         mask=mask,
     )
 
 
-def composite(drawn: Image.Image, region: Region) -> Image.Image:
+def composite_within(drawn: Image.Image, region: EditRegion) -> Image.Image:
     """`drawn` (RGB, of the region's size) where it may show, fading in from the edge; elsewhere the picture's bytes."""
-    box = region.change.getbbox()
+    box = region.edit_mask.getbbox()
     assert box is not None, "a region has some pixel that may change"
-    inside = np.asarray(region.change) > 0
-    near = _widened(box, 1, region.change.size)  # a ring of what stays, by which the edge is known
+    inside = np.asarray(region.edit_mask) > 0
+    near = _widened(box, 1, region.edit_mask.size)  # a ring of what stays, by which the edge is known
     left, top, right, bottom = near
-    share = feather(inside[top:bottom, left:right], region.feather)[..., None]
-    old, new = (np.asarray(image.crop(near)).astype(np.float32) for image in (region.picture, drawn))
+    share = feather_weights(inside[top:bottom, left:right], region.feather_pixels)[..., None]
+    old, new = (np.asarray(image.crop(near)).astype(np.float32) for image in (region.original, drawn))
     mixed = np.where(share > 0, np.rint(old + share * (new - old)), old).astype(np.uint8)
-    result = region.picture.copy()
+    result = region.original.copy()
     result.paste(Image.fromarray(mixed), near)
     return result
 
 
-def softness(size: tuple[int, int], part: int) -> int:
+def feather_width(size: tuple[int, int], part: int) -> int:
     """The feather's width in pixels: one `part`-th of the shorter side of `size`."""
-    return max(HARDEST, min(SOFTEST, min(size) // part))
+    return max(MIN_FEATHER_PIXELS, min(MAX_FEATHER_PIXELS, min(size) // part))
 
 
-def feather(inside: Bools, width: int) -> NDArray[np.float32]:
+def feather_weights(inside: BoolArray, width: int) -> NDArray[np.float32]:
     """[H, W], how much of the new shows: 0 outside, rising to 1 over `width` pixels from the edge inwards.
 
     Where the region is too narrow for that, over half of what it has there. The picture's own edge is none.
@@ -156,44 +164,44 @@ def feather(inside: Bools, width: int) -> NDArray[np.float32]:
         if not left.any():
             break
         depth += left
-        left = ~_spread(~left)
+        left = ~_dilate(~left)
     around = depth
     for _ in range(2 * width):
-        around = _spread(around) * inside  # within what hangs together
+        around = _dilate(around) * inside  # within what hangs together
     reach = np.clip(around.astype(np.float32) / 2, 1, width)
     return np.minimum(depth / reach, 1).astype(np.float32)
 
 
-def match_colours(image: Image.Image, like: Image.Image, change: Image.Image | None = None) -> Image.Image | None:
-    """`image` with the mean and standard deviation that `like` has in each channel of Oklab; both RGB.
+def match_colours(image: Image.Image, target: Image.Image, edit_mask: Image.Image | None = None) -> Image.Image | None:
+    """`image` with the mean and standard deviation that `target` has in each channel of Oklab; both RGB.
 
-    change: where the two (of one size then) may differ, which is not looked at. None where too little is left to look
+    edit_mask: where the two (of one size then) may differ, which is not looked at. None where too little is left to look
     at.
     """
-    now, wanted = _oklab(image), _oklab(like)
-    stays = None if change is None else np.asarray(change) == 0
-    if stays is not None and int(stays.sum()) < FEWEST:
+    now, wanted = _oklab(image), _oklab(target)
+    stays = None if edit_mask is None else np.asarray(edit_mask) == 0
+    if stays is not None and int(stays.sum()) < MIN_COLOUR_SAMPLES:
         return None
     here, there = (pixels.reshape(-1, 3) if stays is None else pixels[stays] for pixels in (now, wanted))
     deviation = np.maximum(here.std(axis=0), 1e-4)
-    stretch = np.clip(there.std(axis=0) / deviation, 1 / STRETCH, STRETCH)
+    stretch = np.clip(there.std(axis=0) / deviation, 1 / MAX_CONTRAST_FACTOR, MAX_CONTRAST_FACTOR)
     return _picture((now - here.mean(axis=0)) * stretch + there.mean(axis=0))
 
 
-def _oklab(image: Image.Image) -> Floats:
+def _oklab(image: Image.Image) -> Float64Array:
     values = np.arange(256) / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    lab: Floats = np.cbrt(linear[np.asarray(image)] @ TO_CONES.T) @ TO_LAB.T
+    lab: Float64Array = np.cbrt(linear[np.asarray(image)] @ TO_CONES.T) @ TO_LAB.T
     return lab
 
 
-def _picture(lab: Floats) -> Image.Image:
+def _picture(lab: Float64Array) -> Image.Image:
     linear = ((lab @ np.linalg.inv(TO_LAB).T) ** 3 @ np.linalg.inv(TO_CONES).T).clip(0, 1)
     values = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     return Image.fromarray(np.rint(values * 255).astype(np.uint8))
 
 
-def _spread(values: NDArray[T]) -> NDArray[T]:
+def _dilate(values: NDArray[T]) -> NDArray[T]:
     """[H, W], each the largest of the 3 x 3 around it."""
     tall = values.copy()
     np.maximum(tall[1:], values[:-1], out=tall[1:])

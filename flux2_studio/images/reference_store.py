@@ -16,7 +16,7 @@ from pathlib import Path
 from flux2_studio.errors import SaveError
 
 # Of a picture's first bytes: offset, bytes, ending. Enough for those formats that `images/references.py` reads.
-ENDINGS = (
+IMAGE_SIGNATURES = (
     (0, b"\x89PNG\r\n\x1a\n", ".png"),
     (0, b"\xff\xd8\xff", ".jpg"),
     (8, b"WEBP", ".webp"),
@@ -26,11 +26,11 @@ ENDINGS = (
     (0, b"II", ".tif"),
     (0, b"MM", ".tif"),
 )
-OTHER = ".bin"
-CHUNK = 1 << 20  # bytes
+UNKNOWN_SUFFIX = ".bin"
+HASH_CHUNK_BYTES = 1 << 20  # bytes
 
 
-class KeptReferences:
+class ReferenceStore:
     """The references below `folder`: `ab/<sha256>.png`, under the first two digits of their hash.
 
     A file is there whole or not at all, and never changes. Several threads and processes may keep at once.
@@ -39,7 +39,7 @@ class KeptReferences:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def keep(self, data: bytes) -> str:
+    def save(self, data: bytes) -> str:
         """Keep the file with these bytes, and return its SHA-256 in hexadecimal.
 
         Raises `SaveError` where it cannot be written; nothing is left behind then.
@@ -67,7 +67,7 @@ class KeptReferences:
         """The kept file with this hash, which comes from anywhere; None where there is none, or it was altered."""
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             return None
-        for ending in (*dict.fromkeys(ending for _, _, ending in ENDINGS), OTHER):
+        for ending in (*dict.fromkeys(ending for _, _, ending in IMAGE_SIGNATURES), UNKNOWN_SUFFIX):
             path = self.folder / sha256[:2] / f"{sha256}{ending}"
             if path.is_file() and _sha256(path) == sha256:
                 return path
@@ -86,7 +86,9 @@ class KeptReferences:
 
 
 def _ending(data: bytes) -> str:
-    return next((ending for offset, start, ending in ENDINGS if data.startswith(start, offset)), OTHER)
+    return next(
+        (ending for offset, start, ending in IMAGE_SIGNATURES if data.startswith(start, offset)), UNKNOWN_SUFFIX
+    )
 
 
 def _sha256(path: Path) -> str:
@@ -94,7 +96,7 @@ def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
+            while chunk := file.read(HASH_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError:
         return ""

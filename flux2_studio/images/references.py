@@ -27,18 +27,18 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.request import MIN_SIDE, drawn_size
+from flux2_studio.request import MIN_SIDE, padded_size
 
-MAX_BYTES = 200 * 10**6
-MAX_PIXELS = 89 * 10**6  # just under the size from which Pillow itself warns of a decompression bomb
+MAX_REFERENCE_BYTES = 200 * 10**6
+MAX_REFERENCE_PIXELS = 89 * 10**6  # just under the size from which Pillow itself warns of a decompression bomb
 MAX_ASPECT = 8
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # never a format that runs code (EPS, PDF)
+READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # never a format that runs code (EPS, PDF)
 SRGB = ("sRGB IEC61966", "sRGB built-in")  # how the usual sRGB profiles, and the one made here, describe themselves
 READABLE = "PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadedReference:
     """One reference: `image` is RGB at its full size, upright; `notes` say what was done to it, for the user; `data` is
     the file."""
 
@@ -48,13 +48,13 @@ class Loaded:
     sha256: str  # of the file's bytes, which names the reference in a saved picture's metadata
 
 
-def load_reference(path: Path, background: str = "white") -> Loaded:
+def load_reference(path: Path, background: str = "white") -> LoadedReference:
     """Read the picture at `path`, what is transparent on `background`. Raises `ReferenceImageError` for anything that
     cannot serve as a reference."""
-    name = shown_name(path)
+    name = display_name(path)
     data = _read(path, name)
     notes: list[str] = []
-    with opening(data, name) as file:
+    with open_image(data, name) as file:
         # (A phone's MPO holds a photo and its depth map or the like: nothing worth a note.)
         if file.format != "MPO" and getattr(file, "is_animated", False):
             notes.append(f"{name} holds several pictures or frames: the first one is used.")
@@ -62,7 +62,7 @@ def load_reference(path: Path, background: str = "white") -> Loaded:
         _check_size(file.size, name)  # a decoder may find another size than the header told
         image = _flatten(_to_srgb(_to_8_bit(_upright(file, name, notes)), name, notes), background)
     image.info.clear()  # an orientation or a colour profile left here would no longer be true
-    return Loaded(image=image, notes=tuple(notes), data=data, sha256=hashlib.sha256(data).hexdigest())
+    return LoadedReference(image=image, notes=tuple(notes), data=data, sha256=hashlib.sha256(data).hexdigest())
 
 
 def reference_size(path: Path) -> tuple[int, int]:
@@ -71,8 +71,8 @@ def reference_size(path: Path) -> tuple[int, int]:
 
     Raises `ReferenceImageError` for what the header shows to be of no use.
     """
-    name = shown_name(path)
-    with _file(path, name) as stream, opening(stream, name) as picture:
+    name = display_name(path)
+    with _file(path, name) as stream, open_image(stream, name) as picture:
         return picture.size
 
 
@@ -80,22 +80,22 @@ def fit(image: Image.Image, cap_pixels: int) -> Image.Image:
     """`image` scaled down to an area of at most `cap_pixels`, to the sides that `fit_size` gives; else as it is.
 
     Exactly as Black Forest Labs' code and diffusers scale (LANCZOS, sides cut to whole pixels). What they do next, cut
-    the centre out to multiples of 16, would move an edit by up to 7 pixels against its reference: see `padded`.
+    the centre out to multiples of 16, would move an edit by up to 7 pixels against its reference: see `pad_to_multiple`.
     """
     size = fit_size(image.size, cap_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def padded(image: Image.Image) -> Image.Image:
+def pad_to_multiple(image: Image.Image) -> Image.Image:
     """`image` (RGB) as the engine takes it: its last column and row repeated up to multiples of 16.
 
     Nothing moves, and what is drawn beyond the picture is cut off again. At multiples of 16 nothing happens, and the
     reference is encoded to the same latent as by the official code.
     """
-    return extended(image, 0, 0, *drawn_size(*image.size))
+    return pad_edges(image, 0, 0, *padded_size(*image.size))
 
 
-def extended(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
+def pad_edges(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
     """`image` (RGB) at (left, top) of a picture of width x height pixels, its edge pixels repeated outwards."""
     if (left, top, width, height) == (0, 0, *image.size):
         return image
@@ -130,14 +130,14 @@ def fit_size(size: tuple[int, int], cap_pixels: int) -> tuple[int, int]:
 
 
 @contextmanager
-def opening(data: bytes | BinaryIO, name: str, *, any_size: bool = False) -> Iterator[ImageFile.ImageFile]:
+def open_image(data: bytes | BinaryIO, name: str, *, any_size: bool = False) -> Iterator[ImageFile.ImageFile]:
     """The picture in `data`, its header read; whatever goes wrong with it, in the `with` too, is a
     `ReferenceImageError` that calls it `name`.
 
     any_size: it need not serve as a reference; how many pixels it has is then for the caller to check.
     """
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as file:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=READABLE_FORMATS) as file:
             if not any_size:
                 _check_size(file.size, name)
             yield file
@@ -169,9 +169,9 @@ def _file(path: Path, name: str) -> Iterator[BinaryIO]:
         size = os.fstat(stream.fileno()).st_size
         if not size:
             raise ReferenceImageError(f"{name} is empty: choose another picture.")
-        if size > MAX_BYTES:
+        if size > MAX_REFERENCE_BYTES:
             raise ReferenceImageError(
-                f"{name} is larger than {MAX_BYTES // 10**6} MB: make it smaller, or save it as JPEG or PNG."
+                f"{name} is larger than {MAX_REFERENCE_BYTES // 10**6} MB: make it smaller, or save it as JPEG or PNG."
             )
         yield stream
 
@@ -179,14 +179,14 @@ def _file(path: Path, name: str) -> Iterator[BinaryIO]:
 def _read(path: Path, name: str) -> bytes:
     with _file(path, name) as stream:
         try:
-            return stream.read(MAX_BYTES + 1)
+            return stream.read(MAX_REFERENCE_BYTES + 1)
         except OSError as error:
             raise ReferenceImageError(f"{name} cannot be read: choose it again, or another.") from error
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_REFERENCE_PIXELS:
         raise ReferenceImageError(_too_large(name))
     if min(size) < MIN_SIDE:
         raise ReferenceImageError(_too_small(name, size))
@@ -201,10 +201,10 @@ def _too_small(name: str, size: tuple[int, int]) -> str:
 
 
 def _too_large(name: str) -> str:
-    return f"{name} has more than {MAX_PIXELS // 10**6} megapixels: scale it down first."
+    return f"{name} has more than {MAX_REFERENCE_PIXELS // 10**6} megapixels: scale it down first."
 
 
-def shown_name(path: Path) -> str:
+def display_name(path: Path) -> str:
     """The file's name, fit for a message: no folders, nothing unprintable, not too long."""
     name = "".join(c if c.isprintable() else "?" for c in path.name) or "The reference"
     return name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"

@@ -12,18 +12,18 @@ from PIL import Image
 
 from flux2_studio.errors import SaveError
 
-SIDE = 320  # pixels of the longer one
-QUALITY = 80
+THUMBNAIL_PIXELS = 320  # pixels of the longer one
+THUMBNAIL_QUALITY = 80
 
 
-class Thumbnails:
+class ThumbnailCache:
     """WebP files below `folder`: `ab/<name>.webp`, under the first two letters of their name, which must be safe as
     one. A file is there whole or not at all; any number of threads and processes may ask at once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, name: str, picture: Callable[[], Image.Image]) -> Path:
+    def get_or_create(self, name: str, picture: Callable[[], Image.Image]) -> Path:
         """The thumbnail called `name`, of what `picture` gives where it has to be made.
 
         Raises `SaveError` where it cannot be written, and whatever `picture` raises.
@@ -32,14 +32,14 @@ class Thumbnails:
         if target.is_file():
             return target
         small = picture().convert("RGB")
-        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
         small.info.clear()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, hidden = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
             try:
                 with os.fdopen(handle, "wb") as file:
-                    small.save(file, "WEBP", quality=QUALITY)
+                    small.save(file, "WEBP", quality=THUMBNAIL_QUALITY)
                 Path(hidden).replace(target)
             except BaseException:
                 with suppress(OSError):
@@ -52,7 +52,7 @@ class Thumbnails:
             ) from error
         return target
 
-    def forget(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """Remove the thumbnail called `name`, if there is one."""
         with suppress(OSError):  # what stays is found by nobody without its picture
             self._path(name).unlink()
@@ -65,6 +65,6 @@ def read_saved(path: Path) -> Image.Image:
     """One of our own pictures. Raises `OSError`, `ValueError` or `Image.DecompressionBombError` for a file that has
     become something else."""
     with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
-        file.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded no larger than needed
+        file.draft("RGB", (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))  # a JPEG is decoded no larger than needed
         file.load()
         return file.copy()

@@ -24,25 +24,27 @@ from pathlib import Path
 from typing import Literal
 
 from flux2_studio.errors import RequestError, SaveError
-from flux2_studio.events import Event, Failed, Result, Saved, Stopped, Upsampled, Withheld
+from flux2_studio.events import Event, Failed, PromptEnhanced, Result, Saved, Stopped, Withheld
 from flux2_studio.request import Request, Upsampling
-from flux2_studio.storage.database import Database, hold
+from flux2_studio.storage.database import Database, acquire_file_lock
 
 log = logging.getLogger(__name__)
 
-State = Literal["queued", "running", "done", "stopped", "failed", "interrupted"]
-KEPT = 1000  # runs that are over and can still be looked up
+JournalState = Literal["queued", "running", "done", "stopped", "failed", "interrupted"]
+MAX_FINISHED_RUNS = 1000  # runs that are over and can still be looked up
 HOUR = 3600.0  # seconds
-FORGOTTEN = 30 * 24 * HOUR  # until an interrupted run that nobody runs again is given up, with its references
+INTERRUPTED_RUN_SECONDS = (
+    30 * 24 * HOUR
+)  # until an interrupted run that nobody runs again is given up, with its references
 
 KEY_LOST = (
     "The studio ended before it was done, and the key that was typed for it is kept nowhere: run it without enriching, "
     "or start it anew from its form, with the key."
 )
-CUT_SHORT = "The studio ended before it was done: run it again."
-UNFINISHED = "('queued', 'running', 'interrupted')"  # what still needs its references
+INTERRUPTED_MESSAGE = "The studio ended before it was done: run it again."
+UNFINISHED_STATES_SQL = "('queued', 'running', 'interrupted')"  # what still needs its references
 
-TABLE = """
+CREATE_RUNS_TABLE = """
 CREATE TABLE IF NOT EXISTS runs (
     id TEXT PRIMARY KEY,
     owner TEXT NOT NULL,
@@ -63,16 +65,16 @@ CREATE TABLE IF NOT EXISTS runs (
     seen INTEGER NOT NULL DEFAULT 0             -- whether its end was shown to its owner
 )
 """
-INDEX = "CREATE INDEX IF NOT EXISTS runs_of_owner ON runs (owner, state)"
+CREATE_RUNS_INDEX = "CREATE INDEX IF NOT EXISTS runs_of_owner ON runs (owner, state)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class JournalEntry:
     """One run as it stands in the journal. `pictures` were saved with `seeds`, and `drawn` counts withheld ones too."""
 
     id: str
     owner: str
-    state: State
+    state: JournalState
     request: Request
     keyed: bool
     seconds: float
@@ -80,7 +82,7 @@ class Entry:
     drawn: int
     pictures: tuple[Path, ...]
     seeds: tuple[int, ...]
-    upsampled: Upsampled | None
+    upsampled: PromptEnhanced | None
     provenance: tuple[str, ...]
     seen: bool
 
@@ -90,22 +92,22 @@ class Entry:
         return self.keyed and self.upsampled is None
 
     @property
-    def drawn_as(self) -> Request:
+    def effective_request(self) -> Request:
         """The request as it is drawn: its prompt enriched where that is done, and never once more."""
         if self.upsampled is not None:
             return replace(self.request, prompt=self.upsampled.prompt, upsampling=Upsampling())
         return self.request
 
-    def rest(self) -> Request:
+    def remaining_request(self) -> Request:
         """What is left to do of it: the pictures that are not drawn yet, of the prompt that the others have; without
         enriching where the key for that is gone."""
-        request = replace(self.request, upsampling=Upsampling()) if self.needs_key else self.drawn_as
+        request = replace(self.request, upsampling=Upsampling()) if self.needs_key else self.effective_request
         if self.drawn < request.count:
             assert request.seed is not None, "a run is resolved before it is written down"
             request = replace(request, seed=request.seed + self.drawn, count=request.count - self.drawn)
         return request
 
-    def events(self) -> tuple[Event, ...]:
+    def final_events(self) -> tuple[Event, ...]:
         """How it ended, as whoever followed it was told. Of its pictures those that are still there."""
         there = [(path, seed) for path, seed in zip(self.pictures, self.seeds, strict=True) if path.is_file()]
         images, seeds = tuple(path for path, _ in there), tuple(seed for _, seed in there)
@@ -113,7 +115,11 @@ class Entry:
         match self.state:
             case "done" if images:
                 end = Result(
-                    request=self.drawn_as, images=images, seeds=seeds, seconds=self.seconds, provenance=self.provenance
+                    request=self.effective_request,
+                    images=images,
+                    seeds=seeds,
+                    seconds=self.seconds,
+                    provenance=self.provenance,
                 )
                 return (*told, end)
             case "failed":
@@ -139,17 +145,17 @@ class Journal:
         self._id = uuid.uuid4().hex
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held = hold(self._lock_of(self._id))
+            held = acquire_file_lock(self._lock_of(self._id))
         except (OSError, sqlite3.Error) as error:
             raise self._trouble(error) from error
         assert held is not None, "a new name is nobody else's"
-        self._held = held
+        self._lock = held
         with database.transaction() as connection:
-            connection.execute(TABLE)
-            connection.execute(INDEX)
+            connection.execute(CREATE_RUNS_TABLE)
+            connection.execute(CREATE_RUNS_INDEX)
 
     def close(self) -> None:
-        self._held.close()
+        self._lock.close()
         with suppress(OSError):
             self._lock_of(self._id).unlink()
 
@@ -158,7 +164,7 @@ class Journal:
     def add(self, id_: str, owner: str, request: Request, *, keyed: bool = False) -> Request:
         """Write down that `request` (resolved) waits as run `id_`; `keyed`: with a key of its owner's. Returns the
         request with its references and its mask at a place where they stay until the run is over."""
-        files = self._keep(id_, [*request.references, *([request.mask] if request.mask else [])])
+        files = self._copy_inputs(id_, [*request.references, *([request.mask] if request.mask else [])])
         count = len(request.references)
         kept = replace(request, references=files[:count], mask=files[count] if request.mask else None)
         with self._database.transaction() as connection:
@@ -174,7 +180,7 @@ class Journal:
         """Run `id_` is being done."""
         self._set(id_, state="running", started=self._now())
 
-    def note(self, id_: str, event: Event) -> None:
+    def record_event(self, id_: str, event: Event) -> None:
         """Write down what `event` says of run `id_` that is worth keeping."""
         match event:
             case Saved(image=image, seed=seed):
@@ -187,7 +193,7 @@ class Journal:
             case Withheld():
                 with self._database.transaction() as connection:
                     connection.execute("UPDATE runs SET drawn = drawn + 1 WHERE id = ?", (id_,))
-            case Upsampled():
+            case PromptEnhanced():
                 self._set(id_, upsampled=json.dumps(asdict(event)))
             case Result(seconds=seconds, provenance=provenance):
                 self._end(id_, "done", seconds=seconds, provenance=json.dumps(provenance))
@@ -198,7 +204,7 @@ class Journal:
             case _:
                 pass
 
-    def arrange(self, ids: Sequence[str]) -> None:
+    def reorder(self, ids: Sequence[str]) -> None:
         """Runs `ids`, which wait, are to be taken in this order by a later studio."""
         with self._database.transaction() as connection:
             marks = ", ".join("?" * len(ids))
@@ -206,7 +212,7 @@ class Journal:
             places = [row["place"] for row in rows]
             connection.executemany("UPDATE runs SET place = ? WHERE id = ?", list(zip(places, ids, strict=True)))
 
-    def saw(self, id_: str) -> None:
+    def mark_seen(self, id_: str) -> None:
         """The owner of run `id_` was shown how it ended."""
         self._set(id_, seen=1)
 
@@ -214,31 +220,31 @@ class Journal:
         """Forget run `id_`. The pictures that it saved stay."""
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM runs WHERE id = ?", (id_,))
-        self._release(id_)
+        self._delete_inputs(id_)
 
-    def clear(self, owner: str) -> None:
+    def discard_interrupted(self, owner: str) -> None:
         """Forget the interrupted runs of `owner`. The pictures that they saved stay."""
         for entry in self.interrupted(owner):
             self.discard(entry.id)
 
     # --- looking it up ------------------------------------------------------------------------------------------
 
-    def entry(self, id_: str, owner: str) -> Entry | None:
+    def entry(self, id_: str, owner: str) -> JournalEntry | None:
         """Run `id_`, if it is `owner`'s and still known."""
         found = self._select("WHERE id = ? AND owner = ?", id_, owner)
         return found[0] if found else None
 
-    def interrupted(self, owner: str) -> tuple[Entry, ...]:
+    def interrupted(self, owner: str) -> tuple[JournalEntry, ...]:
         """The runs of `owner` that an earlier studio left undone, oldest first."""
         return self._select("WHERE owner = ? AND state = 'interrupted' ORDER BY place", owner)
 
-    def unseen(self, owner: str) -> Entry | None:
+    def latest_unseen(self, owner: str) -> JournalEntry | None:
         """The run of `owner` that ended last, well or not, unless its end was shown already."""
         found = self._select("WHERE owner = ? AND state IN ('done', 'failed') ORDER BY ended DESC LIMIT 1", owner)
         return found[0] if found and not found[0].seen else None
 
-    def _select(self, where: str, *values: str) -> tuple[Entry, ...]:
-        with self._database.reading() as connection:
+    def _select(self, where: str, *values: str) -> tuple[JournalEntry, ...]:
+        with self._database.read_transaction() as connection:
             rows = connection.execute(f"SELECT * FROM runs {where}", values).fetchall()
         entries = []
         for row in rows:
@@ -250,7 +256,7 @@ class Journal:
 
     # --- after a studio has ended -------------------------------------------------------------------------------
 
-    def adopt(self) -> tuple[Entry, ...]:
+    def take_over_orphaned(self) -> tuple[JournalEntry, ...]:
         """Take over what studios that are no more have left: the runs that waited, in their order.
 
         Whatever ran is interrupted from now on, and so is what waited with a key.
@@ -278,19 +284,23 @@ class Journal:
                 connection.execute(
                     "UPDATE runs SET state = 'interrupted', ended = ?, message = ? WHERE studio = ? AND "
                     "state = 'running'",
-                    (now, CUT_SHORT, studio),
+                    (now, INTERRUPTED_MESSAGE, studio),
                 )
                 connection.execute(
                     "UPDATE runs SET studio = ? WHERE studio = ? AND state = 'queued'", (self._id, studio)
                 )
-            connection.execute("DELETE FROM runs WHERE state = 'interrupted' AND ended < ?", (now - FORGOTTEN,))
-            known = {row["id"] for row in connection.execute("SELECT id FROM runs WHERE state IN " + UNFINISHED)}
+            connection.execute(
+                "DELETE FROM runs WHERE state = 'interrupted' AND ended < ?", (now - INTERRUPTED_RUN_SECONDS,)
+            )
+            known = {
+                row["id"] for row in connection.execute("SELECT id FROM runs WHERE state IN " + UNFINISHED_STATES_SQL)
+            }
         self._sweep(known)
         return self._select("WHERE studio = ? AND state = 'queued' ORDER BY place", self._id)
 
     def _is_gone(self, studio: str) -> bool:
         try:
-            if (lock := hold(self._lock_of(studio))) is not None:
+            if (lock := acquire_file_lock(self._lock_of(studio))) is not None:
                 lock.close()
         except sqlite3.Error as error:
             raise self._trouble(error) from error
@@ -314,16 +324,17 @@ class Journal:
         with self._database.transaction() as connection:
             connection.execute(f"UPDATE runs SET {columns} WHERE id = ?", (*values.values(), id_))
 
-    def _end(self, id_: str, state: State, **values: str | float) -> None:
+    def _end(self, id_: str, state: JournalState, **values: str | float) -> None:
         self._set(id_, state=state, ended=self._now(), **values)
         with self._database.transaction() as connection:
             rows = connection.execute(
-                f"SELECT id FROM runs WHERE state NOT IN {UNFINISHED} ORDER BY ended DESC LIMIT -1 OFFSET ?", (KEPT,)
+                f"SELECT id FROM runs WHERE state NOT IN {UNFINISHED_STATES_SQL} ORDER BY ended DESC LIMIT -1 OFFSET ?",
+                (MAX_FINISHED_RUNS,),
             ).fetchall()
             connection.executemany("DELETE FROM runs WHERE id = ?", [(row["id"],) for row in rows])
-        self._release(id_)
+        self._delete_inputs(id_)
 
-    def _keep(self, id_: str, files: Sequence[Path]) -> tuple[Path, ...]:
+    def _copy_inputs(self, id_: str, files: Sequence[Path]) -> tuple[Path, ...]:
         """Copies of `files`, under their own names, which their owner knows them by."""
         kept = []
         try:
@@ -336,11 +347,11 @@ class Journal:
                     shutil.copyfile(path, folder / path.name)
                 kept.append(folder / path.name)
         except OSError as error:
-            self._release(id_)
+            self._delete_inputs(id_)
             raise self._trouble(error) from error
         return tuple(kept)
 
-    def _release(self, id_: str) -> None:
+    def _delete_inputs(self, id_: str) -> None:
         shutil.rmtree(self._folder / id_, ignore_errors=True)  # the next studio sweeps up what is in use
 
     def _lock_of(self, studio: str) -> Path:
@@ -353,10 +364,10 @@ class Journal:
         )
 
 
-def _entry(row: sqlite3.Row) -> Entry:
+def _entry(row: sqlite3.Row) -> JournalEntry:
     """Raises `RequestError` for a run that this version cannot read."""
     pictures = json.loads(row["pictures"])
-    return Entry(
+    return JournalEntry(
         id=row["id"],
         owner=row["owner"],
         state=row["state"],
@@ -367,7 +378,7 @@ def _entry(row: sqlite3.Row) -> Entry:
         drawn=row["drawn"],
         pictures=tuple(Path(path) for path, _ in pictures),
         seeds=tuple(seed for _, seed in pictures),
-        upsampled=Upsampled(**json.loads(row["upsampled"])) if row["upsampled"] else None,
+        upsampled=PromptEnhanced(**json.loads(row["upsampled"])) if row["upsampled"] else None,
         provenance=tuple(json.loads(row["provenance"])),
         seen=bool(row["seen"]),
     )

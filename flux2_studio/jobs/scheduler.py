@@ -10,80 +10,80 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-PASSED = 3  # runs of the loaded checkpoint that may go before an older one of another
+MAX_SKIPS = 3  # runs of the loaded checkpoint that may go before an older one of another
 
 
-class Waiting(Protocol):
-    """A run that waits. needs: the checkpoint that it runs with; leaves: the one that is loaded when it is done.
+class WaitingRun(Protocol):
+    """A run that waits. required_checkpoint: the checkpoint that it runs with; checkpoint_after: the one that is loaded when it is done.
 
-    passed: how many younger ones were taken before it. behind: those that its owner put before it.
+    skipped: how many younger ones were taken before it. predecessors: those that its owner put before it.
     """
 
-    passed: int
+    skipped: int
 
     @property
     def owner(self) -> str: ...
 
     @property
-    def needs(self) -> str | None: ...
+    def required_checkpoint(self) -> str | None: ...
 
     @property
-    def leaves(self) -> str | None: ...
+    def checkpoint_after(self) -> str | None: ...
 
     @property
-    def behind(self) -> set[Waiting]: ...
+    def predecessors(self) -> set[WaitingRun]: ...
 
 
-W = TypeVar("W", bound=Waiting)
+RunT = TypeVar("RunT", bound=WaitingRun)
 
 
-def take(waiting: list[W], loaded: str | None) -> W:
+def take_next(waiting: list[RunT], loaded: str | None) -> RunT:
     """Remove from `waiting`, oldest first, the one to run now, and count which older ones it goes before."""
-    passed = {id(job): job.passed for job in waiting}
-    chosen = _pick(waiting, loaded, passed)
+    passed = {id(job): job.skipped for job in waiting}
+    chosen = _choose_next(waiting, loaded, passed)
     for job in waiting:
-        job.passed = passed[id(job)]
+        job.skipped = passed[id(job)]
     waiting.remove(chosen)
     return chosen
 
 
-def order(waiting: Sequence[W], loaded: str | None) -> list[W]:
+def predict_order(waiting: Sequence[RunT], loaded: str | None) -> list[RunT]:
     """`waiting`, oldest first, in the order in which they will be taken unless others come."""
-    left, passed, ordered = list(waiting), {id(job): job.passed for job in waiting}, []
+    left, passed, ordered = list(waiting), {id(job): job.skipped for job in waiting}, []
     while left:
-        chosen = _pick(left, loaded, passed)
+        chosen = _choose_next(left, loaded, passed)
         left.remove(chosen)
-        loaded = chosen.leaves
+        loaded = chosen.checkpoint_after
         ordered.append(chosen)
     return ordered
 
 
-def move(waiting: list[W], job: W, loaded: str | None, *, later: bool) -> bool:
+def move_run(waiting: list[RunT], job: RunT, loaded: str | None, *, later: bool) -> bool:
     """Have `job` taken before the one of its owner's that would go just before it, or, `later`, after the next one.
 
     The two change places in `waiting`, where nobody else's changes. False where there is no such other.
     """
-    own = [other for other in order(waiting, loaded) if other.owner == job.owner]
+    own = [other for other in predict_order(waiting, loaded) if other.owner == job.owner]
     place = own.index(job) + (1 if later else -1)
     if not 0 <= place < len(own):
         return False
     other = own[place]
     first, second = (other, job) if later else (job, other)
-    first.behind.discard(second)
-    second.behind.add(first)
+    first.predecessors.discard(second)
+    second.predecessors.add(first)
     here, there = waiting.index(first), waiting.index(second)
     if there < here:
         waiting[here], waiting[there] = second, first
-        first.passed, second.passed = second.passed, first.passed  # it is the place that has waited
+        first.skipped, second.skipped = second.skipped, first.skipped  # it is the place that has waited
     return True
 
 
-def _pick(waiting: Sequence[W], loaded: str | None, passed: dict[int, int]) -> W:
-    """The one of `waiting` to run now; counts in `passed`, by identity, which older ones it goes before."""
-    free = [job for job in waiting if not any(other in job.behind for other in waiting)]
+def _choose_next(waiting: Sequence[RunT], loaded: str | None, skipped: dict[int, int]) -> RunT:
+    """The one of `waiting` to run now; counts in `skipped`, by identity, which older ones it goes before."""
+    free = [job for job in waiting if not any(other in job.predecessors for other in waiting)]
     chosen = free[0]
-    if passed[id(chosen)] < PASSED:
-        chosen = next((job for job in free if job.needs == loaded), chosen)
+    if skipped[id(chosen)] < MAX_SKIPS:
+        chosen = next((job for job in free if job.required_checkpoint == loaded), chosen)
     for older in free[: free.index(chosen)]:
-        passed[id(older)] += 1
+        skipped[id(older)] += 1
     return chosen

@@ -10,12 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flux2_studio.events import FINAL, Event, Preview, Queued, Status, Stopped, Writing
-from flux2_studio.jobs.unfinished import Sketches
+from flux2_studio.events import FINAL_EVENTS, Event, Preview, PromptProgress, Queued, Status, Stopped
+from flux2_studio.jobs.unfinished import UnfinishedPictures
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import Request
 
-PASSING = (Queued, Status, Writing, Preview)  # what a later event of the same kind makes worthless
+TRANSIENT_EVENTS = (Queued, Status, PromptProgress, Preview)  # what a later event of the same kind makes worthless
 
 
 class Task:
@@ -30,21 +30,21 @@ class Task:
         self._started = False
         self._cancelled = False
 
-    def add(self, event: Event) -> bool:
+    def add_event(self, event: Event) -> bool:
         """Append an event and wake the followers; nothing, and False, after the last one. Of passing events the newest
         is kept."""
         with self._changed:
             if self.finished:  # whatever comes late (a place in the queue, say) would reopen it
                 return False
-            passing = PASSING if isinstance(event, FINAL) else type(event)
-            if isinstance(event, PASSING + FINAL):
+            passing = TRANSIENT_EVENTS if isinstance(event, FINAL_EVENTS) else type(event)
+            if isinstance(event, TRANSIENT_EVENTS + FINAL_EVENTS):
                 self._events = [(n, e) for n, e in self._events if not isinstance(e, passing)]
             self._events.append((self._next, event))
             self._next += 1
             self._changed.notify_all()
             return True
 
-    def newest(self) -> Event | None:
+    def latest_event(self) -> Event | None:
         """The last event so far."""
         with self._changed:
             return self._events[-1][1] if self._events else None
@@ -70,7 +70,7 @@ class Task:
         with self._changed:
             self._cancelled = True
             if not self._started and not self.finished:
-                self.add(Stopped())
+                self.add_event(Stopped())
 
     def start(self) -> bool:
         """Mark the run as begun; False if it was cancelled before."""
@@ -89,71 +89,73 @@ class Task:
     @property
     def finished(self) -> bool:
         with self._changed:
-            return bool(self._events) and isinstance(self._events[-1][1], FINAL)
+            return bool(self._events) and isinstance(self._events[-1][1], FINAL_EVENTS)
 
 
 class Job(Task):
-    """One submitted run, with its resolved request. key: its owner's, for the server that enriches prompts; forgotten
-    when the run has ended. told: hears of each event, before its followers do. passed, behind, needs, leaves: its place
-    in the line. lasting: whether it is written down, and stands in its owner's queue."""
+    """One submitted run, with its resolved request. api_key: its owner's, for the server that enriches prompts; forgotten
+    when the run has ended. told: hears of each event, before its followers do. skipped, behind, needs, leaves: its place
+    in the line. is_persistent: whether it is written down, and stands in its owner's queue."""
 
-    lasting = True
+    is_persistent = True
 
     def __init__(
         self,
         request: Request,
         owner: str,
-        key: ApiKey | None = None,
+        api_key: ApiKey | None = None,
         *,
         id_: str | None = None,
-        told: Callable[[Job, Event], None] = lambda job, event: None,
+        on_event: Callable[[Job, Event], None] = lambda job, event: None,
     ) -> None:
         super().__init__(owner, id_)
         self.request = request
-        self.asked = request  # with its references where they came from: what the journal keeps goes when the run ends
-        self.key = key
-        self.passed = 0
-        self.behind: set[Any] = set()
-        self.sketches = Sketches()
-        self._told = told
+        self.submitted_request = (
+            request  # with its references where they came from: what the journal keeps goes when the run ends
+        )
+        self.api_key = api_key
+        self.skipped = 0
+        self.predecessors: set[Any] = set()
+        self.unfinished = UnfinishedPictures()
+        self._on_event = on_event
 
     @property
-    def needs(self) -> str | None:
+    def required_checkpoint(self) -> str | None:
         return self.request.checkpoint
 
     @property
-    def leaves(self) -> str | None:
+    def checkpoint_after(self) -> str | None:
         return self.request.checkpoint
 
-    def add(self, event: Event) -> bool:
+    def add_event(self, event: Event) -> bool:
         if not self.finished:
-            self._told(self, event)  # first: what its followers know must be written down
-        added = super().add(event)
+            self._on_event(self, event)  # first: what its followers know must be written down
+        added = super().add_event(event)
         if added:
-            self.sketches.hear(event)
-        if isinstance(event, FINAL):
-            self.key = None
+            self.unfinished.on_event(event)
+        if isinstance(event, FINAL_EVENTS):
+            self.api_key = None
         return added
 
 
-class Enrichment(Job):
+class EnhanceJob(Job):
     """Having a prompt enriched, and nothing drawn."""
 
-    lasting = False
+    is_persistent = False
 
     @property
-    def leaves(self) -> str | None:
+    def checkpoint_after(self) -> str | None:
         """None: a language model that writes may have taken the place of whatever was loaded."""
         return None
 
 
-class Draft(Job):
+class DraftJob(Job):
     """Having a picture drawn for a look while its owner still types: nothing of it is kept."""
 
-    lasting = False
+    is_persistent = False
 
 
-class Preparation(Task):
+class PreloadTask(Task):
     """Loading a checkpoint before it is needed."""
 
     def __init__(self, checkpoint: str, owner: str) -> None:
@@ -161,5 +163,5 @@ class Preparation(Task):
         self.checkpoint = checkpoint
 
     @property
-    def leaves(self) -> str:
+    def checkpoint_after(self) -> str:
         return self.checkpoint

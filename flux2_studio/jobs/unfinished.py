@@ -13,24 +13,26 @@ from typing import Any, Protocol
 from flux2_studio.errors import SafetyError, StudioError
 from flux2_studio.events import Event, Preview, Result, Saved, Withheld
 
-GONE = "That preview is not there any more: only those of the last few stopped runs are. Run it again to see it."
+PREVIEW_GONE_MESSAGE = (
+    "That preview is not there any more: only those of the last few stopped runs are. Run it again to see it."
+)
 
 
-class Keeper(Protocol):
+class PreviewSaver(Protocol):
     """What it takes to keep a sketch: a studio."""
 
-    def keep(self, sketch: Any) -> tuple[Saved, tuple[str, ...]]: ...
+    def save_preview(self, unfinished: Any) -> tuple[Saved, tuple[str, ...]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class SavedPreview:
     """Sketches that are files now. notes: what the user should know of them."""
 
     pictures: tuple[Saved, ...]
     notes: tuple[str, ...]
 
 
-class Sketches:
+class UnfinishedPictures:
     """Those of one run, by the picture's index. Safe to use from any thread."""
 
     def __init__(self) -> None:
@@ -41,12 +43,12 @@ class Sketches:
         with self._lock:
             return len(self._found)
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """What `event` of the run says of them."""
         with self._lock:
             match event:
                 case Preview():
-                    self._found = dict(enumerate(event.sketches, event.first))
+                    self._found = dict(enumerate(event.unfinished, event.first_index))
                 case Saved(index=index) | Withheld(index=index):
                     self._found.pop(index, None)
                 case Result():
@@ -54,7 +56,7 @@ class Sketches:
                 case _:
                     pass
 
-    def take(self) -> dict[int, Any]:
+    def take_all(self) -> dict[int, Any]:
         """All of them; there are none afterwards."""
         with self._lock:
             found, self._found = self._found, {}
@@ -64,18 +66,18 @@ class Sketches:
         with self._lock:
             self._found = {**found, **self._found}
 
-    def keep(self, keeper: Keeper, remember: Callable[[Saved], str | None]) -> Kept:
-        """Have `keeper` make files of them. remember: puts one where its owner finds it; what is wrong with that, if
+    def save_all(self, saver: PreviewSaver, add_to_history: Callable[[Saved], str | None]) -> SavedPreview:
+        """Have `saver` make files of them. add_to_history: puts one where its owner finds it; what is wrong with that, if
         anything is. Raises `StudioError`: what can be tried again is still there then."""
-        left = self.take()
+        left = self.take_all()
         if not left:
-            raise StudioError(GONE)
+            raise StudioError(PREVIEW_GONE_MESSAGE)
         pictures: list[Saved] = []
         notes: list[str] = []
         refused: SafetyError | None = None
         for index in sorted(left):
             try:
-                saved, told = keeper.keep(left[index])
+                saved, told = saver.save_preview(left[index])
             except SafetyError as error:  # this one goes nowhere, and the others are none the worse for it
                 refused = error
                 notes.append(str(error))
@@ -83,9 +85,9 @@ class Sketches:
             except StudioError:
                 self._give_back({number: sketch for number, sketch in left.items() if number >= index})
                 raise
-            trouble = remember(saved)
+            trouble = add_to_history(saved)
             pictures.append(saved)
             notes += [*told, *([trouble] if trouble else [])]
         if refused is not None and not pictures:
             raise refused
-        return Kept(pictures=tuple(pictures), notes=tuple(dict.fromkeys(notes)))
+        return SavedPreview(pictures=tuple(pictures), notes=tuple(dict.fromkeys(notes)))

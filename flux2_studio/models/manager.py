@@ -22,51 +22,64 @@ from torch import Tensor, nn
 from flux2_studio.checkpoints import GB, Checkpoint, LocalWriter
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.lora import adapters as lora
-from flux2_studio.engine.runtime.compiling import Compiler, variants
-from flux2_studio.engine.runtime.graphs import Record
-from flux2_studio.engine.text.decoder import Tower
-from flux2_studio.engine.text.encoder import Encoded, TextEncoder
-from flux2_studio.engine.text.writer import CheckedWriter, Writer
+from flux2_studio.engine.runtime.compiling import Compiler, compile_keys_for
+from flux2_studio.engine.runtime.graphs import CaptureFn
+from flux2_studio.engine.text.decoder import TextDecoder
+from flux2_studio.engine.text.encoder import EncodedPrompts, TextEncoder
+from flux2_studio.engine.text.writer import Writer, WriterFile
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.preview import AutoencoderPreview, LinearPreview, Previewer, TinyPreview
 from flux2_studio.errors import OutOfMemory, StudioError, WeightsError
 from flux2_studio.images.tensors import pixels_from_image
-from flux2_studio.models.checkpoint_files import SUBFOLDERS, TOKENS, Key, Opened, Opener, draws_itself
-from flux2_studio.models.compiled import CompiledBlocks
-from flux2_studio.models.hub.fingerprint import Fingerprints
-from flux2_studio.models.hub.repositories import Hub, Progress
-from flux2_studio.models.loras import Applied, Loras
+from flux2_studio.models.background_compiler import BackgroundCompiler
+from flux2_studio.models.checkpoint_files import (
+    MAX_CONVERSATION_TOKENS,
+    PART_SUBFOLDERS,
+    CheckpointFiles,
+    CheckpointOpener,
+    PartKey,
+    decodes_own_previews,
+)
+from flux2_studio.models.cuda_graphs import CudaGraphPolicy
+from flux2_studio.models.hub.fingerprint import WeightHashes
+from flux2_studio.models.hub.repositories import Hub, ProgressCallback
+from flux2_studio.models.loras import AppliedLora, LoraLibrary
 from flux2_studio.models.memory import available as memory
 from flux2_studio.models.memory.choices import choose_device
+from flux2_studio.models.memory.cpu_quota import limit_torch_threads, read_cpu_quota
 from flux2_studio.models.memory.plan import (
-    DECODING,
-    DRAWING,
-    PROMPT,
-    REFERENCES,
-    Plan,
-    Workload,
-    leaner_decoding,
+    DECODING_STAGE,
+    DENOISING_STAGE,
+    PROMPT_STAGE,
+    REFERENCES_STAGE,
+    MemoryPlan,
+    RequestShape,
     make_plan,
-    spread,
+    reduce_decoding_memory,
+    spread_evenly,
 )
-from flux2_studio.models.memory.processors import keep_to_quota, quota
-from flux2_studio.models.memory.residency import Residency, empty_cache, release
-from flux2_studio.models.prompt_cache import RememberingReferences, RememberingText
-from flux2_studio.models.remote_text import RemoteText
-from flux2_studio.models.replayed import ReplayedRuns
-from flux2_studio.models.writers import WriterOffer, Writing, make_place, offers, writer_of
+from flux2_studio.models.memory.residency import Residency, collect_and_empty_cache, empty_cache
+from flux2_studio.models.prompt_cache import PromptCache, ReferenceLatentCache
+from flux2_studio.models.remote_text import RemoteTextEncoder
+from flux2_studio.models.writers import (
+    LoadedWriter,
+    WriterOffer,
+    find_text_encoder_writer,
+    list_writer_offers,
+    plan_writer,
+)
 from flux2_studio.request import LoraChoice
 from flux2_studio.settings import Settings
 
-HOST = torch.device("cpu")
-RAN_OUT = "memory ran out"
-HOST_SHARE = 0.5  # of main memory, for weights that have left the device
-LEANER = 0.75  # of what a plan was to take that turned out to be too much
+CPU_DEVICE = torch.device("cpu")
+OUT_OF_MEMORY_REASON = "memory ran out"
+HOST_MEMORY_SHARE = 0.5  # of main memory, for weights that have left the device
+RETRY_MEMORY_FACTOR = 0.75  # of what a plan was to take that turned out to be too much
 _LABELS = {"text": "text encoder", "flow": "transformer", "autoencoder": "autoencoder", "tiny": "preview decoder"}
 
 
 class ModelManager:
-    """Opens checkpoints. One run at a time: sessions are not made for concurrent use; `outlook` may be asked any time.
+    """Opens checkpoints. One run at a time: sessions are not made for concurrent use; `predict_plan` may be asked any time.
 
     host_budget: bytes of main memory for weights that have left the device. streaming: whether blocks may wait there;
     both by default only where the device has a memory of its own. compiler: torch's by default.
@@ -80,126 +93,137 @@ class ModelManager:
         host_budget: int | None = None,
         streaming: bool | None = None,
         compiler: Compiler | None = None,
-        record: Record | None = None,
+        capture: CaptureFn | None = None,
     ) -> None:
         self._settings = settings
         self._hub = hub
         self.device = choose_device(settings.device)
-        keep_to_quota(quota())
+        limit_torch_threads(read_cpu_quota())
         apart = self.device.type == "cuda"
         if host_budget is None:
-            host_budget = int(HOST_SHARE * memory.whole_memory(HOST)) if apart else 0
+            host_budget = int(HOST_MEMORY_SHARE * memory.total_memory(CPU_DEVICE)) if apart else 0
         self._streaming = apart if streaming is None else streaming
-        self.loras = Loras(settings)
-        self._opener = Opener(settings, hub, self.device)
-        self._residency: Residency[Key] = Residency(self.device, host_budget, leaving=self._strip)
-        self._too_much: dict[tuple[str, Workload], int] = {}  # peaks of plans that ran out of memory all the same
-        self._contexts = RememberingText()
-        self._latents = RememberingReferences()
-        self.compiled = CompiledBlocks(settings.compile, self.device, compiler or Compiler(cache=settings.compiled))
-        self.replayed = ReplayedRuns(settings.graphs, self.device, record)
-        self._fingerprints = Fingerprints(settings.home / "hashes.json")
+        self.loras = LoraLibrary(settings)
+        self._opener = CheckpointOpener(settings, hub, self.device)
+        self._residency: Residency[PartKey] = Residency(self.device, host_budget, on_evict=self._detach_extras)
+        self._failed_peak_bytes: dict[
+            tuple[str, RequestShape], int
+        ] = {}  # peaks of plans that ran out of memory all the same
+        self._prompt_cache = PromptCache()
+        self._reference_cache = ReferenceLatentCache()
+        self.background_compiler = BackgroundCompiler(
+            settings.compile, self.device, compiler or Compiler(cache_folder=settings.compile_cache)
+        )
+        self.cuda_graphs = CudaGraphPolicy(settings.graphs, self.device, capture)
+        self._fingerprints = WeightHashes(settings.home / "hashes.json")
 
-    def on_disk(self, checkpoint: Checkpoint) -> bool:
+    def is_on_disk(self, checkpoint: Checkpoint) -> bool:
         """Whether `checkpoint` can be loaded without a download."""
-        return all(self._hub.on_disk(part) for part in self._opener.parts(checkpoint))
+        return all(self._hub.is_on_disk(part) for part in self._opener.parts(checkpoint))
 
     def open(
         self,
         checkpoint: Checkpoint,
-        workload: Workload,
-        progress: Progress,
+        shape: RequestShape,
+        progress: ProgressCallback,
         *,
         loras: Sequence[LoraChoice] = (),
-        after: Plan | None = None,
-        whole: bool = False,
+        failed_plan: MemoryPlan | None = None,
+        load_vision_model: bool = False,
     ) -> Session:
-        """`checkpoint` for a request of `workload`, from disk or the hub. `progress` may raise to give up.
+        """`checkpoint` for a request of `shape`, from disk or the hub. `progress` may raise to give up.
 
-        after: the plan that ran out of memory, to be leaner than. whole: whether to load all of the text encoder's
+        failed_plan: the plan that ran out of memory, to be leaner than. load_vision_model: whether to load all of the text encoder's
         language model in place of the encoder where that sees pictures, so that it can be asked about them; where that
         cannot be, the session's notes say so. Without it, too, prompts are read with the whole model while it is on
-        the device, having written, unless drawing would be slower for that. So `writer` goes before `open`.
+        the device, having written, unless drawing would be slower for that. So `acquire_writer` goes before `open`.
 
         Raises `WeightsError` for files that are missing, damaged or not of this checkpoint, and LoRAs that are not;
         `OutOfMemory` where no plan fits.
         """
         opened = self._opener.open(checkpoint, progress)
         self.loras.check(loras, checkpoint, opened.flow.params)
-        opened, plan = self._planned(opened, workload, loras, after, whole, progress)
-        return self._session(opened, plan, workload, loras)
+        opened, plan = self._choose_text_model(opened, shape, loras, failed_plan, load_vision_model, progress)
+        return self._session(opened, plan, shape, loras)
 
-    def outlook(
-        self, checkpoint: Checkpoint, workload: Workload, loras: Sequence[LoraChoice] = (), *, whole: bool = False
-    ) -> Plan:
+    def predict_plan(
+        self,
+        checkpoint: Checkpoint,
+        shape: RequestShape,
+        loras: Sequence[LoraChoice] = (),
+        *,
+        load_vision_model: bool = False,
+    ) -> MemoryPlan:
         """The plan for a request, of a checkpoint that is on disk. Arguments and errors as for `open`."""
-        opened = self._opener.open(checkpoint, _silent, fetch=False)
-        return self._planned(opened, workload, loras, None, whole, _silent)[1]
+        opened = self._opener.open(checkpoint, _ignore_progress, fetch_preview_decoder=False)
+        return self._choose_text_model(opened, shape, loras, None, load_vision_model, _ignore_progress)[1]
 
-    def writer(
+    def acquire_writer(
         self,
         model: LocalWriter,
-        progress: Progress,
-        pictures: Sequence[tuple[int, int]] = (),
+        progress: ProgressCallback,
+        image_sizes: Sequence[tuple[int, int]] = (),
         *,
-        tokens: int = TOKENS,
-    ) -> Writing:
+        tokens: int = MAX_CONVERSATION_TOKENS,
+    ) -> LoadedWriter:
         """`model` on the device, from disk or the hub, with room for what writing takes; other parts leave for it.
 
-        pictures: (height, width) in pixels of each that it is to see, as it will be shown. tokens: of the whole
+        image_sizes: (height, width) in pixels of each that it is to see, as it will be shown. tokens: of the whole
         conversation, the answer included. `progress` may raise to give up. The writer is the device's until another
         part needs its room: have it write before anything else is opened.
 
         Raises `WeightsError` for files that are missing, damaged or cannot write, `OutOfMemory` where nothing fits.
         """
         opened = self._opener.writer(model, progress)
-        place = make_place(
+        place = plan_writer(
             opened,
             self._budget(),
             self.device,
             tokens=tokens,
-            pictures=pictures,
-            host=self._host(),
+            image_sizes=image_sizes,
+            free_host_bytes=self._free_host_bytes(),
             streaming=self._streaming,
         )
         key, words = opened.key, f"Loading {model.label}"
-        _part_from_twin(self._residency, key)
-        self._residency.make_room(place.peak - self._residency.on_device(key), place.limit, keep=[key])
-        if not self._residency.on_device(key):
+        _offload_shared_weights(self._residency, key)
+        self._residency.evict_until(place.peak - self._residency.device_bytes_of(key), place.limit, keep=[key])
+        if not self._residency.device_bytes_of(key):
             progress(words, None)
-        writer: Writer = self._residency.bring(
+        writer: Writer = self._residency.acquire(
             key,
-            partial(opened.load, told=partial(progress, words)),
+            partial(opened.load, on_progress=partial(progress, words)),
             _module_of,
-            blocks=_blocks(place.streamed),
+            get_streamed_blocks=_select_streamed_blocks(place.streamed),
         )
-        return Writing(writer=writer, notes=place.notes(model.label))
+        return LoadedWriter(writer=writer, notes=place.make_notes(model.label))
 
-    def writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
+    def list_writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
         """The language models on this machine that may enrich prompts for `checkpoint`, its own first. Uses no network.
 
         There are none for the toys.
         """
-        return offers(checkpoint, self._settings, self._hub, self._opener)
+        return list_writer_offers(checkpoint, self._settings, self._hub, self._opener)
 
-    def hash_of(self, checkpoint: Checkpoint) -> str | None:
-        """The SHA-256 of the transformer's weights if it is known or read in a moment, see `hashing`; None otherwise,
+    def quick_hash(self, checkpoint: Checkpoint) -> str | None:
+        """The SHA-256 of the transformer's weights if it is known or read in a moment, see `compute_hash`; None otherwise,
         and where they are not on this machine. Uses no network. Raises `WeightsError` for files that cannot be read.
         """
-        if not self._hub.on_disk(checkpoint.flow):
+        if not self._hub.is_on_disk(checkpoint.flow):
             return None
         files = self._hub.find(checkpoint.flow)
-        return self._fingerprints.known(files.weights, SUBFOLDERS["flow"]) if files else None
+        return self._fingerprints.get_quick(files.weights, PART_SUBFOLDERS["flow"]) if files else None
 
-    def hashing(self, checkpoint: Checkpoint, progress: Progress) -> str:
+    def compute_hash(self, checkpoint: Checkpoint, progress: ProgressCallback) -> str:
         """The SHA-256 of the transformer's weights; of a folder's, that of its files' lines "name hash", sorted. What
         is not known by now is read whole, once. `progress` may raise to give up. Raises `WeightsError`."""
-        files = self._hub.locate(checkpoint.flow, progress)
-        return self._fingerprints.read(files.weights, progress, SUBFOLDERS["flow"])
+        files = self._hub.find_or_download(checkpoint.flow, progress)
+        return self._fingerprints.compute(files.weights, progress, PART_SUBFOLDERS["flow"])
 
-    def loaded(self, checkpoint: Checkpoint) -> bool:
+    def is_loaded(self, checkpoint: Checkpoint) -> bool:
         """Whether the transformer of `checkpoint`, which is on disk, is in memory. Raises `WeightsError`."""
-        return self._residency.holds(self._opener.open(checkpoint, _silent, fetch=False).keys["flow"])
+        return self._residency.is_loaded(
+            self._opener.open(checkpoint, _ignore_progress, fetch_preview_decoder=False).keys["flow"]
+        )
 
     @property
     def device_name(self) -> str:
@@ -209,131 +233,141 @@ class ModelManager:
         return f"{self.device.type} of {platform.machine()} with {torch.get_num_threads()} threads"
 
     @property
-    def place(self) -> str:
+    def device_label(self) -> str:
         """What the memory belongs to, in words."""
         return "the card" if self.device.type == "cuda" else "this machine"
 
     @property
-    def capacity(self) -> int:
+    def memory_capacity(self) -> int:
         """Bytes of the device's memory that there are, or that the studio may take."""
-        limit = self._settings.memory
-        whole = memory.whole_memory(self.device)
+        limit = self._settings.memory_limit_gb
+        whole = memory.total_memory(self.device)
         return whole if limit is None else min(whole, int(limit * GB))
 
-    def release_scratch(self) -> None:
+    def release_unused_memory(self) -> None:
         """Give memory that no weight occupies back to the device, which ran out of it."""
-        self.replayed.give_up(RAN_OUT)
-        release(self.device)
+        self.cuda_graphs.disable(OUT_OF_MEMORY_REASON)
+        collect_and_empty_cache(self.device)
 
     def release_all(self) -> None:
         """Forget all weights."""
-        self.replayed.clear()
+        self.cuda_graphs.clear()
         self._residency.clear()
 
-    def _planned(
+    def _choose_text_model(
         self,
-        opened: Opened,
-        workload: Workload,
+        files: CheckpointFiles,
+        shape: RequestShape,
         loras: Sequence[LoraChoice],
-        after: Plan | None,
-        whole: bool,
-        progress: Progress,
-    ) -> tuple[Opened, Plan]:
+        failed_plan: MemoryPlan | None,
+        load_vision_model: bool,
+        progress: ProgressCallback,
+    ) -> tuple[CheckpointFiles, MemoryPlan]:
         """The plan, and what to read prompts with: the text encoder, or the whole language model that it is part of.
 
         The latter where it is asked for and fits. If it just is on the device, it is used as long as drawing is no
         slower for it: to load the encoder beside it would take longer than anything that its size costs the prompt.
         """
-        model = writer_of(opened.checkpoint) if "text" in opened.keys else None
-        there = model is not None and self._residency.on_device(replace(opened.keys["text"], whole=True)) > 0
-        wanted = model is not None and model.sees and whole
+        model = find_text_encoder_writer(files.checkpoint) if "text" in files.keys else None
+        there = (
+            model is not None and self._residency.device_bytes_of(replace(files.keys["text"], is_whole_model=True)) > 0
+        )
+        wanted = model is not None and model.has_vision and load_vision_model
         if model is None or not (there or wanted):
-            return opened, self._plan(opened, workload, loras, after)
+            return files, self._make_plan(files, shape, loras, failed_plan)
         try:
-            entire = self._opener.whole(opened, model, progress)
-            plan = self._plan(entire, workload, loras, after)
+            entire = self._opener.with_whole_model(files, model, progress)
+            plan = self._make_plan(entire, shape, loras, failed_plan)
         except (OutOfMemory, WeightsError) as error:
-            plain = self._plan(opened, workload, loras, after)  # which raises where that does not fit either
-            return replace(opened, notes=(*opened.notes, _unasked(model, error))) if wanted else opened, plain
+            plain = self._make_plan(files, shape, loras, failed_plan)  # which raises where that does not fit either
+            return replace(
+                files, notes=(*files.notes, _vision_model_unavailable_note(model, error))
+            ) if wanted else files, plain
         if wanted:
             return entire, plan
         with contextlib.suppress(OutOfMemory):
-            plain = self._plan(opened, workload, loras, after)
-            if not plan.draws_like(plain):
-                return opened, plain
+            plain = self._make_plan(files, shape, loras, failed_plan)
+            if not plan.same_after_prompt(plain):
+                return files, plain
         return entire, plan
 
-    def _plan(self, opened: Opened, workload: Workload, loras: Sequence[LoraChoice], after: Plan | None) -> Plan:
-        needs = replace(opened.needs, loras=self.loras.size(loras, opened.needs.flow_dtype.itemsize))
-        host = self._host()
-        asked = opened.checkpoint.name, workload
-        if after is not None:
-            self._too_much[asked] = after.peak
-            self.replayed.give_up(RAN_OUT)
+    def _make_plan(
+        self, files: CheckpointFiles, shape: RequestShape, loras: Sequence[LoraChoice], failed_plan: MemoryPlan | None
+    ) -> MemoryPlan:
+        needs = replace(files.footprint, lora_bytes=self.loras.memory_bytes(loras, files.footprint.flow_dtype.itemsize))
+        host = self._free_host_bytes()
+        asked = files.checkpoint.name, shape
+        if failed_plan is not None:
+            self._failed_peak_bytes[asked] = failed_plan.peak
+            self.cuda_graphs.disable(OUT_OF_MEMORY_REASON)
 
-        def plan(within: int | None) -> Plan:
+        def plan(within: int | None) -> MemoryPlan:
             budget = self._budget()
-            return make_plan(needs, workload, budget, self.device, within=within, host=host, streaming=self._streaming)
+            return make_plan(
+                needs, shape, budget, self.device, max_bytes=within, free_host_bytes=host, streaming=self._streaming
+            )
 
-        too_much = self._too_much.get(asked)
+        too_much = self._failed_peak_bytes.get(asked)
         if too_much is None:
             return plan(None)
         with contextlib.suppress(OutOfMemory):
-            return plan(int(LEANER * too_much))
+            return plan(int(RETRY_MEMORY_FACTOR * too_much))
         return plan(too_much - 1)  # then anything leaner will do
 
     def _budget(self) -> int:
         """Bytes of the device's memory that weights and activations may take, all in all."""
-        held = memory.returnable(self.device, self._residency.device_bytes)
-        return min(memory.free_memory(self.device) + held, self.capacity)
+        held = memory.reclaimable_bytes(self.device, self._residency.device_bytes)
+        return min(memory.free_memory(self.device) + held, self.memory_capacity)
 
-    def _host(self) -> int | None:
+    def _free_host_bytes(self) -> int | None:
         """Bytes of main memory for parts whose blocks are streamed; None where the device has no memory of its own."""
         return memory.free_host_memory() + self._residency.host_bytes if self.device.type == "cuda" else None
 
-    def _session(self, opened: Opened, plan: Plan, workload: Workload, loras: Sequence[LoraChoice]) -> Session:
+    def _session(
+        self, files: CheckpointFiles, plan: MemoryPlan, shape: RequestShape, loras: Sequence[LoraChoice]
+    ) -> Session:
         remote = None
-        if opened.text is None:
+        if files.text is None:
             assert self._settings.text_encoder_url is not None
-            remote = RemoteText(
+            remote = RemoteTextEncoder(
                 self._settings.text_encoder_url,
                 self._settings.text_encoder_token,
-                opened.checkpoint.recipe,
-                opened.flow.params.context_width,
-                opened.checkpoint.label,
+                files.checkpoint.recipe,
+                files.flow.params.context_width,
+                files.checkpoint.label,
             )
         return Session(
-            opened=opened,
+            files=files,
             plan=plan,
-            workload=workload,
+            shape=shape,
             preview=self._settings.preview,
             loras=self.loras,
-            chosen=tuple(loras),
-            remote=remote,
+            lora_choices=tuple(loras),
+            remote_encoder=remote,
             residency=self._residency,
-            contexts=self._contexts,
-            latents=self._latents,
-            compiled=self.compiled,
-            replayed=self.replayed,
+            prompt_cache=self._prompt_cache,
+            reference_cache=self._reference_cache,
+            background_compiler=self.background_compiler,
+            cuda_graphs=self.cuda_graphs,
             streaming=self._streaming,
         )
 
-    def _strip(self, model: Any) -> None:
+    def _detach_extras(self, model: Any) -> None:
         """Take off a part that leaves the device what is not its own."""
-        self.replayed.forget(model)
+        self.cuda_graphs.forget(model)
         if isinstance(model, Transformer):
-            lora.apply(model, [])
+            lora.set_loras(model, [])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """What a picture is drawn with, on the device. `applied`: the LoRAs on the transformer. `previewer` is None where
-    previews are off. `compiled`: whether the blocks run compiled. `notes`: what the user should know of that."""
+class Sampler:
+    """What a picture is drawn with, on the device. `applied_loras`: the LoRAs on the transformer. `previewer` is None where
+    previews are off. `background_compiler`: whether the blocks run compiled. `take_notes`: what the user should know of that."""
 
     transformer: Transformer
     previewer: Previewer | None
-    applied: tuple[Applied, ...]
-    compiled: bool
+    applied_loras: tuple[AppliedLora, ...]
+    is_compiled: bool
     notes: tuple[str, ...]
 
 
@@ -341,220 +375,229 @@ class Session:
     """A checkpoint under a plan. Each method brings what it needs to the device, telling `progress`, which may raise
     to give up. Build it with `ModelManager.open`.
 
-    loading: seconds that went into reading weights from their files so far. remembered: whether a prompt or a reference
+    loading_seconds: seconds that went into reading weights from their files so far. used_cache: whether a prompt or a reference
     needed no reading, for it was known.
     """
 
     def __init__(
         self,
         *,
-        opened: Opened,
-        plan: Plan,
-        workload: Workload,
+        files: CheckpointFiles,
+        plan: MemoryPlan,
+        shape: RequestShape,
         preview: str,
-        loras: Loras,
-        chosen: Sequence[LoraChoice],
-        remote: RemoteText | None,
-        residency: Residency[Key],
-        contexts: RememberingText,
-        latents: RememberingReferences,
-        compiled: CompiledBlocks,
-        replayed: ReplayedRuns,
+        loras: LoraLibrary,
+        lora_choices: Sequence[LoraChoice],
+        remote_encoder: RemoteTextEncoder | None,
+        residency: Residency[PartKey],
+        prompt_cache: PromptCache,
+        reference_cache: ReferenceLatentCache,
+        background_compiler: BackgroundCompiler,
+        cuda_graphs: CudaGraphPolicy,
         streaming: bool,
     ) -> None:
-        self.checkpoint = opened.checkpoint
+        self.checkpoint = files.checkpoint
         self.plan = plan
-        self.notes = opened.notes
-        self.loading = 0.0
-        self.remembered = False
-        self._opened = opened
+        self.notes = files.notes
+        self.loading_seconds = 0.0
+        self.used_cache = False
+        self._files = files
         self._preview = preview
         self._loras = loras
-        self._chosen = chosen
-        self._remote = remote
+        self._lora_choices = lora_choices
+        self._remote_encoder = remote_encoder
         self._residency = residency
-        self._contexts = contexts
-        self._latents = latents
-        self._workload = workload
-        self._compiled = compiled
-        self._replayed = replayed
+        self._prompt_cache = prompt_cache
+        self._reference_cache = reference_cache
+        self._shape = shape
+        self._background_compiler = background_compiler
+        self._cuda_graphs = cuda_graphs
         self._streaming = streaming
 
-    def encode(self, prompts: Sequence[str], progress: Progress) -> Encoded:
+    def encode_prompts(self, prompts: Sequence[str], progress: ProgressCallback) -> EncodedPrompts:
         """The contexts of `prompts`; only those that are not remembered are read."""
         known = True
 
-        def read(missing: Sequence[str]) -> Encoded:
+        def read(missing: Sequence[str]) -> EncodedPrompts:
             nonlocal known
             known = False
-            if self._remote is not None:
+            if self._remote_encoder is not None:
                 progress("Sending the prompt to the text encoder", None)
-                return self._remote.encode(missing, progress)
-            text: TextEncoder | Writer = self._bring(PROMPT, progress)["text"]
+                return self._remote_encoder.encode(missing, progress)
+            text: TextEncoder | Writer = self._acquire_stage(PROMPT_STAGE, progress)["text"]
             progress("Reading the prompt", None)
             encoder = text.encoder if isinstance(text, Writer) else text
-            self._replay(encoder.tower)
+            self._prepare_graphs(encoder.text_decoder)
             return encoder.encode(missing)
 
-        key = self._opened.keys.get("text")
-        encoded = self._contexts.encode(key.reading if key else self._remote, prompts, read)
-        self.remembered |= known
+        key = self._files.keys.get("text")
+        encoded = self._prompt_cache.get_or_encode(key.context_key if key else self._remote_encoder, prompts, read)
+        self.used_cache |= known
         return encoded
 
-    def asking(self, progress: Progress | None = None) -> Writer | None:
+    def acquire_vision_model(self, progress: ProgressCallback | None = None) -> Writer | None:
         """The language model that the prompts are read with, to be asked about what it sees, with room for that; None
         where it is not whole or has no eyes, or is not on the device.
 
         progress: brings it to the device as the prompt's stage would, which is worth it before that stage; without,
         nothing is loaded. Nothing else must be computing meanwhile.
         """
-        key = self._opened.keys.get("text")
-        if key is None or not key.whole or not isinstance(text := self._opened.text, CheckedWriter) or not text.sees:
+        key = self._files.keys.get("text")
+        if (
+            key is None
+            or not key.is_whole_model
+            or not isinstance(text := self._files.text, WriterFile)
+            or not text.has_vision
+        ):
             return None
         if progress is not None:
-            brought: Writer = self._bring(PROMPT, progress)["text"]
+            brought: Writer = self._acquire_stage(PROMPT_STAGE, progress)["text"]
             return brought
-        writer: Writer | None = self._residency.held(key)
+        writer: Writer | None = self._residency.get_on_device(key)
         if writer is not None:
-            stage = self.plan.stage(PROMPT)
-            self._residency.make_room(stage.activations, self.plan.limit, keep=list(self._opened.keys.values()))
+            stage = self.plan.stage(PROMPT_STAGE)
+            self._residency.evict_until(stage.activations, self.plan.limit, keep=list(self._files.keys.values()))
         return writer
 
-    def encode_reference(self, image: Image.Image, progress: Progress) -> Tensor:
+    def encode_reference(self, image: Image.Image, progress: ProgressCallback) -> Tensor:
         """The latent [1, 128, h, w] of `image`, whose sides are multiples of 16, unless it is remembered."""
         known = True
 
         def read(picture: Image.Image) -> Tensor:
             nonlocal known
             known = False
-            autoencoder: Autoencoder = self._bring(REFERENCES, progress)["autoencoder"]
-            stage = self.plan.stage(REFERENCES)
-            return autoencoder.encode(pixels_from_image(picture), stage.rows, HOST if stage.store else None)
+            autoencoder: Autoencoder = self._acquire_stage(REFERENCES_STAGE, progress)["autoencoder"]
+            stage = self.plan.stage(REFERENCES_STAGE)
+            return autoencoder.encode(
+                pixels_from_image(picture), stage.strip_height, CPU_DEVICE if stage.offload_activations else None
+            )
 
-        latent = self._latents.encode(self._opened.keys["autoencoder"], image, read)
-        self.remembered |= known
+        latent = self._reference_cache.get_or_encode(self._files.keys["autoencoder"], image, read)
+        self.used_cache |= known
         return latent
 
-    def draw(self, progress: Progress, pictures: int = 1) -> Drawn:
-        """Transformer and previews' decoder, and the LoRAs that the request chose on the former. pictures: how many are
+    def prepare_transformer(self, progress: ProgressCallback, batch_size: int = 1) -> Sampler:
+        """Transformer and previews' decoder, and the LoRAs that the request chose on the former. batch_size: how many are
         drawn together."""
-        parts = self._bring(DRAWING, progress)
+        parts = self._acquire_stage(DENOISING_STAGE, progress)
         transformer: Transformer = parts["flow"]
-        applied = self._loras.put_on(transformer, self._chosen)
-        cached = self.checkpoint.reference_cache and bool(self._workload.references)
-        needed = variants(pictures * (2 if self._workload.guided else 1), reference_cache=cached)
-        compiled = self._compiled.use(transformer, self.checkpoint.flow.size, needed)
-        self._replay(transformer)
-        return Drawn(
+        applied = self._loras.apply_to(transformer, self._lora_choices)
+        cached = self.checkpoint.caches_reference_kv and bool(self._shape.references)
+        needed = compile_keys_for(batch_size * (2 if self._shape.use_cfg else 1), reference_cache=cached)
+        compiled = self._background_compiler.try_use(transformer, self.checkpoint.flow.size, needed)
+        self._prepare_graphs(transformer)
+        return Sampler(
             transformer=transformer,
             previewer=self._previewer(parts),
-            applied=tuple(applied),
-            compiled=compiled,
-            notes=(*self._compiled.notes(), *self._replayed.notes()),
+            applied_loras=tuple(applied),
+            is_compiled=compiled,
+            notes=(*self._background_compiler.take_notes(), *self._cuda_graphs.take_notes()),
         )
 
-    def _replay(self, model: Transformer | Tower) -> None:
-        self._replayed.use(model, resident=self.plan.resident, compiling=self._compiled.busy)
+    def _prepare_graphs(self, model: Transformer | TextDecoder) -> None:
+        self._cuda_graphs.prepare(
+            model, resident=self.plan.is_resident, compiling=self._background_compiler.is_compiling
+        )
 
-    def decode(self, latent: Tensor, progress: Progress) -> Tensor:
+    def decode(self, latent: Tensor, progress: ProgressCallback) -> Tensor:
         """Pixels [1, 3, H, W] of a latent [1, 128, h, w]."""
-        autoencoder: Autoencoder = self._bring(DECODING, progress)["autoencoder"]
+        autoencoder: Autoencoder = self._acquire_stage(DECODING_STAGE, progress)["autoencoder"]
         progress("Decoding", None)
-        stage = self.plan.stage(DECODING)
-        return autoencoder.decode(latent, stage.rows, HOST if stage.store else None)
+        stage = self.plan.stage(DECODING_STAGE)
+        return autoencoder.decode(latent, stage.strip_height, CPU_DEVICE if stage.offload_activations else None)
 
-    def decode_leaner(self) -> bool:
+    def reduce_decoding_memory(self) -> bool:
         """Have `decode` take less memory from now on, after it ran out. False where it cannot."""
-        leaner = leaner_decoding(self.plan, self._workload.height, streaming=self._streaming)
+        leaner = reduce_decoding_memory(self.plan, self._shape.height, streaming=self._streaming)
         if leaner is None:
             return False
         self.plan = leaner
-        self._replayed.give_up(RAN_OUT)
-        release(self._residency.device)
+        self._cuda_graphs.disable(OUT_OF_MEMORY_REASON)
+        collect_and_empty_cache(self._residency.device)
         return True
 
-    def preload(self, progress: Progress) -> None:
+    def preload(self, progress: ProgressCallback) -> None:
         """Bring in what fits at once: all, or what the first stage needs."""
-        for stage in self.plan.stages if self.plan.resident else self.plan.stages[:1]:
-            if stage.name != REFERENCES:
-                self._bring(stage.name, progress)
+        for stage in self.plan.stages if self.plan.is_resident else self.plan.stages[:1]:
+            if stage.name != REFERENCES_STAGE:
+                self._acquire_stage(stage.name, progress)
 
     def _previewer(self, parts: dict[str, Any]) -> Previewer | None:
         if self._preview == "off":
             return None
-        if draws_itself(self.checkpoint):
+        if decodes_own_previews(self.checkpoint):
             return AutoencoderPreview(parts["autoencoder"])
         return TinyPreview(parts["tiny"]) if "tiny" in parts else LinearPreview()
 
-    def _bring(self, name: str, progress: Progress) -> dict[str, Any]:
+    def _acquire_stage(self, name: str, progress: ProgressCallback) -> dict[str, Any]:
         """The parts of a stage on the device, by kind, and room beside them for what it computes."""
         stage = self.plan.stage(name)
-        together = [self._opened.keys[kind] for kind in stage.together]
+        together = [self._files.keys[kind] for kind in stage.resident_parts]
         for kind in stage.parts:
-            _part_from_twin(self._residency, self._opened.keys[kind])
-        there = sum(self._residency.on_device(key) for key in together)
-        self._residency.make_room(stage.peak - there, self.plan.limit, keep=together)
+            _offload_shared_weights(self._residency, self._files.keys[kind])
+        there = sum(self._residency.device_bytes_of(key) for key in together)
+        self._residency.evict_until(stage.peak - there, self.plan.limit, keep=together)
         found = {}
         for kind in stage.parts:
-            key, words = self._opened.keys[kind], f"Loading {self.checkpoint.label}: {_LABELS[kind]}"
-            if not self._residency.on_device(key):
+            key, words = self._files.keys[kind], f"Loading {self.checkpoint.label}: {_LABELS[kind]}"
+            if not self._residency.device_bytes_of(key):
                 progress(words, None)
-            found[kind] = self._residency.bring(
+            found[kind] = self._residency.acquire(
                 key,
-                partial(self._load, kind, told=partial(progress, words)),
+                partial(self._load_part, kind, on_progress=partial(progress, words)),
                 _module_of,
-                blocks=_blocks(stage.streamed) if kind == stage.parts[0] else None,
+                get_streamed_blocks=_select_streamed_blocks(stage.streamed) if kind == stage.parts[0] else None,
             )
         return found
 
-    def _load(self, kind: str, device: torch.device, told: Callable[[float], None]) -> Any:
+    def _load_part(self, kind: str, device: torch.device, on_progress: Callable[[float], None]) -> Any:
         began = time.monotonic()
         try:
-            return self._opened.load(kind, device, told)
+            return self._files.load(kind, device, on_progress)
         finally:
-            self.loading += time.monotonic() - began
+            self.loading_seconds += time.monotonic() - began
 
 
-def _part_from_twin(residency: Residency[Key], key: Key) -> None:
+def _offload_shared_weights(residency: Residency[PartKey], key: PartKey) -> None:
     """Before the part under `key` comes to the device: if it is a text encoder and the whole language model with the
     same weights is there, or the other way round, the latter leaves. No weights are held twice: the whole model
     replaces the encoder wherever that is; it waits in main memory itself, where there is room, to write again."""
-    if (twin := key.twin) is not None:
-        if not key.whole:
-            residency.leave(twin)
+    if (twin := key.shared_with) is not None:
+        if not key.is_whole_model:
+            residency.offload(twin)
         elif residency.drop(twin):
             empty_cache(residency.device)
 
 
 def _module_of(model: Any) -> nn.Module:
     if isinstance(model, TextEncoder):
-        return model.tower
+        return model.text_decoder
     module: nn.Module = model.model if isinstance(model, Writer) else model
     return module
 
 
-def _blocks(streamed: int) -> Callable[[Any], list[nn.Module]] | None:
+def _select_streamed_blocks(count: int) -> Callable[[Any], list[nn.Module]] | None:
     """Which blocks of a part are streamed, so many of them; None for none."""
-    if not streamed:
+    if not count:
         return None
 
     def chosen(model: Any) -> list[nn.Module]:
         if isinstance(model, TextEncoder | Writer):
-            tower: Any = model.tower if isinstance(model, TextEncoder) else model.model.decoder
+            tower: Any = model.text_decoder if isinstance(model, TextEncoder) else model.model.decoder
             blocks = list(tower.layers)
         else:
             blocks = [*model.double_blocks, *model.single_blocks]
-        return [blocks[i] for i in spread(streamed, len(blocks))]
+        return [blocks[i] for i in spread_evenly(count, len(blocks))]
 
     return chosen
 
 
-def _unasked(model: LocalWriter, error: StudioError) -> str:
+def _vision_model_unavailable_note(model: LocalWriter, error: StudioError) -> str:
     return (
         f"{model.label} is not loaded as a whole, so it is not asked about protected characters, logos and public "
         f"figures: {error}"
     )
 
 
-def _silent(text: str, fraction: float | None) -> None:
+def _ignore_progress(text: str, fraction: float | None) -> None:
     pass

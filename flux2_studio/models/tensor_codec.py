@@ -16,12 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-SAFETENSORS = "application/x-safetensors"
-SAVED = "application/octet-stream"  # torch.save's format; it has no media type of its own
-CUT = "X-Cut-Tokens"  # header of our own server: for each prompt, how many tokens did not fit, as "0,12"
+SAFETENSORS_MEDIA_TYPE = "application/x-safetensors"
+TORCH_MEDIA_TYPE = "application/octet-stream"  # torch.save's format; it has no media type of its own
+TRUNCATED_TOKENS_HEADER = (
+    "X-Cut-Tokens"  # header of our own server: for each prompt, how many tokens did not fit, as "0,12"
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AROUND = 2**16  # bytes of an answer that are not the tensor's numbers, at most
+ALLOWED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_FORMAT_OVERHEAD_BYTES = 2**16  # bytes of an answer that are not the tensor's numbers, at most
 # All that the pickle of a tensor names.
 _NAMES = {
     *("torch._utils _rebuild_tensor_v2", "collections OrderedDict"),
@@ -30,30 +32,30 @@ _NAMES = {
 _ZIP = b"PK\x03\x04"
 
 
-class Unreadable(Exception):
-    """The bytes are no tensor of one of `DTYPES`."""
+class UnreadableTensor(Exception):
+    """The bytes are no tensor of one of `ALLOWED_DTYPES`."""
 
 
-def most_bytes(prompts: int, length: int, width: int) -> int:
+def max_packed_bytes(prompts: int, length: int, width: int) -> int:
     """The size of the largest context [prompts, length, width], in float32, in either format."""
-    return prompts * length * width * 4 + AROUND
+    return prompts * length * width * 4 + MAX_FORMAT_OVERHEAD_BYTES
 
 
-def pack(context: Tensor, media_type: str) -> bytes:
+def pack_tensor(context: Tensor, media_type: str) -> bytes:
     """`context` in the format `media_type`."""
     context = context.detach().cpu().contiguous()
-    if media_type == SAFETENSORS:
+    if media_type == SAFETENSORS_MEDIA_TYPE:
         return save({"context": context})
     out = io.BytesIO()
     torch.save(context, out)
     return out.getvalue()
 
 
-def unpack(body: bytes) -> Tensor:
-    """The tensor in `body`, of any shape; which format it is, its first bytes tell. Raises `Unreadable`."""
-    context = _saved(body) if body.startswith(_ZIP) else _safetensors(body)
-    if context.dtype not in DTYPES:
-        raise Unreadable(f"numbers of type {str(context.dtype).removeprefix('torch.')}")
+def unpack_tensor(body: bytes) -> Tensor:
+    """The tensor in `body`, of any shape; which format it is, its first bytes tell. Raises `UnreadableTensor`."""
+    context = _load_torch_archive(body) if body.startswith(_ZIP) else _safetensors(body)
+    if context.dtype not in ALLOWED_DTYPES:
+        raise UnreadableTensor(f"numbers of type {str(context.dtype).removeprefix('torch.')}")
     return context
 
 
@@ -61,47 +63,47 @@ def _safetensors(body: bytes) -> Tensor:
     try:
         tensors = load(body)
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type of numbers that torch lacks
-        raise Unreadable("no tensor") from error
+        raise UnreadableTensor("no tensor") from error
     if len(tensors) != 1:
-        raise Unreadable(f"{len(tensors)} tensors instead of one")
+        raise UnreadableTensor(f"{len(tensors)} tensors instead of one")
     (context,) = tensors.values()
     return context
 
 
-def _saved(body: bytes) -> Tensor:
+def _load_torch_archive(body: bytes) -> Tensor:
     try:
-        context = torch.load(_plain(body), map_location="cpu", weights_only=True)
-    except Unreadable:
+        context = torch.load(_sanitise_archive(body), map_location="cpu", weights_only=True)
+    except UnreadableTensor:
         raise
     except Exception as error:
         # A damaged archive or pickle raises nearly anything: BadZipFile, UnpicklingError, RuntimeError, IndexError, ...
-        raise Unreadable("a damaged tensor") from error
+        raise UnreadableTensor("a damaged tensor") from error
     if type(context) is not Tensor:
-        raise Unreadable("no tensor")
+        raise UnreadableTensor("no tensor")
     return context
 
 
-def _plain(body: bytes) -> io.BytesIO:
+def _sanitise_archive(body: bytes) -> io.BytesIO:
     """The archive `body` written anew, so that what was looked at here is what torch reads.
 
-    Raises `Unreadable` where it unpacks to more than it is, or its pickle names anything but a tensor's parts.
+    Raises `UnreadableTensor` where it unpacks to more than it is, or its pickle names anything but a tensor's parts.
     """
     plain = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(body)) as archive, zipfile.ZipFile(plain, "w") as copy:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > len(body):
-            raise Unreadable("a packed archive")
+            raise UnreadableTensor("a packed archive")
         for entry in entries:
             content = archive.read(entry)
             # torch finds data.pkl in whichever case it is written.
-            if entry.filename.lower().endswith(".pkl") and not _names(content) <= _NAMES:
-                raise Unreadable("more than a tensor")
+            if entry.filename.lower().endswith(".pkl") and not _list_pickle_names(content) <= _NAMES:
+                raise UnreadableTensor("more than a tensor")
             copy.writestr(entry.filename, content)
     plain.seek(0)
     return plain
 
 
-def _names(pickle: bytes) -> set[str]:
+def _list_pickle_names(pickle: bytes) -> set[str]:
     """What `pickle` would import, as 'module name'; nothing of it is run."""
     names = set()
     for opcode, argument, _ in pickletools.genops(pickle):

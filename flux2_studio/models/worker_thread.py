@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from flux2_studio.events import Event, Status
-from flux2_studio.models.hub.repositories import Progress
+from flux2_studio.models.hub.repositories import ProgressCallback
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ class Cancelled(Exception):
     """The owner wants no more of this run."""
 
 
-def with_status(work: Callable[[Progress], T], cancelled: Callable[[], bool]) -> Generator[Event, None, T]:
+def in_worker_thread(work: Callable[[ProgressCallback], T], cancelled: Callable[[], bool]) -> Generator[Event, None, T]:
     """Run `work` in a thread of its own, yielding what it tells as Status; cancelling ends it at its next word."""
     told: queue.SimpleQueue[Status | None] = queue.SimpleQueue()
     abandoned = threading.Event()
@@ -44,6 +44,6 @@ def with_status(work: Callable[[Progress], T], cancelled: Callable[[], bool]) ->
             del future
 
 
-def check(cancelled: Callable[[], bool]) -> None:
+def raise_if_cancelled(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise Cancelled

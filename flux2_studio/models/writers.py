@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 import torch
 
-from flux2_studio.checkpoints import LOCAL_WRITERS, Checkpoint, LocalWriter, local_writers
+from flux2_studio.checkpoints import LOCAL_WRITERS, Checkpoint, LocalWriter, list_local_writers
 from flux2_studio.engine.text.writer import Writer
 from flux2_studio.errors import OutOfMemory, WeightsError
-from flux2_studio.models.checkpoint_files import OpenedWriter, Opener
-from flux2_studio.models.hub.hub_errors import amount
+from flux2_studio.models.checkpoint_files import CheckpointOpener, LocalWriterFiles
+from flux2_studio.models.hub.hub_errors import format_size
 from flux2_studio.models.hub.repositories import Hub
-from flux2_studio.models.memory.plan import gigabytes, needed_for, usable
+from flux2_studio.models.memory.plan import format_gigabytes, required_budget, usable_bytes
 from flux2_studio.settings import Settings
 
-OR_ELSE = "Choose a smaller language model, OpenRouter, or draw without enriching"
+OTHER_WRITER_HINT = "Choose a smaller language model, OpenRouter, or draw without enriching"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class LoadedWriter:
     """A language model on the device, ready to write. notes: what the user should know of how it got there."""
 
     writer: Writer
@@ -33,16 +33,16 @@ class Writing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class WriterPlan:
     """How a language model fits: `peak` bytes of the `limit` that there are while it writes, with `streamed` of its
-    `blocks` layers waiting in main memory."""
+    `bytes_per_block` layers waiting in main memory."""
 
     peak: int
     limit: int
     streamed: int
     blocks: int
 
-    def notes(self, label: str) -> tuple[str, ...]:
+    def make_notes(self, label: str) -> tuple[str, ...]:
         if not self.streamed:
             return ()
         return (
@@ -56,43 +56,45 @@ class Place:
 class WriterOffer:
     """A language model that can enrich prompts beside a checkpoint, as it is now.
 
-    own: whether it is the checkpoint's text encoder, which is on this machine for reading anyway. on_disk: whether it
+    is_text_encoder: whether it is the checkpoint's text encoder, which is on this machine for reading anyway. is_on_disk: whether it
     can be loaded without a download; download: bytes still to come. memory: bytes that it takes beside what the
-    checkpoint does; by its published size where it is not on disk, an upper bound for an own one. text: all of that
+    checkpoint does; by its published size where it is not on disk, an upper bound for an own one. description: all of that
     in a sentence, or what is wrong with its files.
     """
 
     name: str
     label: str
-    sees: bool
-    own: bool
-    on_disk: bool
+    has_vision: bool
+    is_text_encoder: bool
+    is_on_disk: bool
     download: int
     memory: int
-    text: str
+    description: str
 
 
-def writer_of(checkpoint: Checkpoint) -> LocalWriter | None:
+def find_text_encoder_writer(checkpoint: Checkpoint) -> LocalWriter | None:
     """The language model that the text encoder of `checkpoint` is made of, None where that cannot write."""
     return next((it for it in LOCAL_WRITERS if (it.part, it.recipe) == (checkpoint.text, checkpoint.recipe)), None)
 
 
-def offers(checkpoint: Checkpoint, settings: Settings, hub: Hub, opener: Opener) -> tuple[WriterOffer, ...]:
+def list_writer_offers(
+    checkpoint: Checkpoint, settings: Settings, hub: Hub, opener: CheckpointOpener
+) -> tuple[WriterOffer, ...]:
     """See `ModelManager.writers`."""
-    here = not settings.reads_remotely(checkpoint)
-    own = writer_of(checkpoint) if here else None
-    return tuple(_offer(model, model == own, hub, opener) for model in local_writers(checkpoint))
+    here = not settings.uses_remote_text_encoder(checkpoint)
+    own = find_text_encoder_writer(checkpoint) if here else None
+    return tuple(_offer(model, model == own, hub, opener) for model in list_local_writers(checkpoint))
 
 
-def _offer(model: LocalWriter, own: bool, hub: Hub, opener: Opener) -> WriterOffer:
+def _offer(model: LocalWriter, is_text_encoder: bool, hub: Hub, opener: CheckpointOpener) -> WriterOffer:
     part = model.part
     memory, download, text = part.size, 0, ""
-    on_disk = hub.on_disk(part)
+    on_disk = hub.is_on_disk(part)
     try:
         if on_disk:
-            opened = opener.writer(model, _silent)
-            memory = opened.beside if own else opened.weights.total
-        elif hub.from_hub(part):
+            opened = opener.writer(model, _ignore_progress)
+            memory = opened.extra_bytes if is_text_encoder else opened.weights.total
+        elif hub.is_from_hub(part):
             download = max(part.size - hub.size_on_disk(part), 0)
         else:
             hub.find(part)  # which says what is wrong with a copy that is not there
@@ -101,58 +103,58 @@ def _offer(model: LocalWriter, own: bool, hub: Hub, opener: Opener) -> WriterOff
     return WriterOffer(
         name=model.name,
         label=model.label,
-        sees=model.sees,
-        own=own,
-        on_disk=on_disk,
+        has_vision=model.has_vision,
+        is_text_encoder=is_text_encoder,
+        is_on_disk=on_disk,
         download=download,
         memory=memory,
-        text=text or _sentence(model, own, on_disk, download, memory),
+        description=text or _sentence(model, is_text_encoder, on_disk, download, memory),
     )
 
 
-def _sentence(model: LocalWriter, own: bool, on_disk: bool, download: int, memory: int) -> str:
-    if own:
+def _sentence(model: LocalWriter, is_text_encoder: bool, on_disk: bool, download: int, memory: int) -> str:
+    if is_text_encoder:
         what = "The checkpoint's own text encoder: to write, it loads the layers that reading leaves out"
-        return f"{what}, {amount(memory)} more." if on_disk else f"{what}, less than {amount(memory)} more."
-    coming = f" after a download of {amount(download)}" if download else ""
-    return f"Loads {model.label} ({amount(memory)}){coming}."
+        return f"{what}, {format_size(memory)} more." if on_disk else f"{what}, less than {format_size(memory)} more."
+    coming = f" after a download of {format_size(download)}" if download else ""
+    return f"Loads {model.label} ({format_size(memory)}){coming}."
 
 
-def make_place(
-    opened: OpenedWriter,
+def plan_writer(
+    opened: LocalWriterFiles,
     budget: int,
     device: torch.device,
     *,
     tokens: int,
-    pictures: Sequence[tuple[int, int]],
-    host: int | None,
+    image_sizes: Sequence[tuple[int, int]],
+    free_host_bytes: int | None,
     streaming: bool,
-) -> Place:
+) -> WriterPlan:
     """How `opened` fits into `budget` bytes of the device's memory while it writes. Other parts have left by then.
 
-    tokens: of the conversation, the answer included. pictures: (height, width) of each in pixels. host, streaming: as
+    tokens: of the conversation, the answer included. image_sizes: (height, width) of each in pixels. free_host_bytes, streaming: as
     for `plan.make_plan`. Raises `OutOfMemory`.
     """
-    weights, limit = opened.weights, usable(budget, device)
-    activations = opened.writing(tokens, tuple(pictures))
-    blocks = len(weights.blocks)
-    streams = streaming and (host is None or weights.total <= host)  # it is read there as a whole
+    weights, limit = opened.weights, usable_bytes(budget, device)
+    activations = opened.writing_bytes(tokens, tuple(image_sizes))
+    blocks = len(weights.bytes_per_block)
+    streams = streaming and (free_host_bytes is None or weights.total <= free_host_bytes)  # it is read there as a whole
     for streamed in range(blocks + 1 if streams else 1):
-        if (peak := weights.on_device(streamed) + activations) <= limit:
-            return Place(peak=peak, limit=limit, streamed=streamed, blocks=blocks)
+        if (peak := weights.device_bytes(streamed) + activations) <= limit:
+            return WriterPlan(peak=peak, limit=limit, streamed=streamed, blocks=blocks)
     label = opened.model.label
-    if streaming and host is not None and weights.on_device(blocks) + activations <= limit:
+    if streaming and free_host_bytes is not None and weights.device_bytes(blocks) + activations <= limit:
         raise OutOfMemory(
-            f"{label} takes {gigabytes(weights.total)} GB, too much for this device's memory at once; to send its "
-            f"layers over one by one takes as much main memory, of which {gigabytes(host)} GB are free. {OR_ELSE}, or "
+            f"{label} takes {format_gigabytes(weights.total)} GB, too much for this device's memory at once; to send its "
+            f"layers over one by one takes as much main memory, of which {format_gigabytes(free_host_bytes)} GB are free. {OTHER_WRITER_HINT}, or "
             f"close other programs."
         )
-    least = min(weights.total, weights.on_device(blocks)) if streams else weights.total
+    least = min(weights.total, weights.device_bytes(blocks)) if streams else weights.total
     raise OutOfMemory(
-        f"{label} needs about {gigabytes(needed_for(least + activations, device))} GB of memory to write, and "
-        f"{gigabytes(budget)} GB can be used. {OR_ELSE}; weights in 8 bits (FLUX2_QUANTIZE=int8) need less."
+        f"{label} needs about {format_gigabytes(required_budget(least + activations, device))} GB of memory to write, and "
+        f"{format_gigabytes(budget)} GB can be used. {OTHER_WRITER_HINT}; weights in 8 bits (FLUX2_QUANTIZE=int8) need less."
     )
 
 
-def _silent(text: str, fraction: float | None) -> None:
+def _ignore_progress(text: str, fraction: float | None) -> None:
     pass

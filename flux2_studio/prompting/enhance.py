@@ -12,61 +12,63 @@ from typing import Any
 
 from PIL import Image
 
-from flux2_studio.checkpoints import Checkpoint, LocalWriter, local_writers
+from flux2_studio.checkpoints import Checkpoint, LocalWriter, list_local_writers
 from flux2_studio.errors import DeviceError, UpsampleError, WeightsError
-from flux2_studio.events import Event, Notice, Status, Upsampled, Writing
+from flux2_studio.events import Event, Notice, PromptEnhanced, PromptProgress, Status
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.available import is_out_of_memory
-from flux2_studio.models.worker_thread import Cancelled, check, with_status
-from flux2_studio.prompting.instructions import Mode
+from flux2_studio.models.worker_thread import Cancelled, in_worker_thread, raise_if_cancelled
+from flux2_studio.prompting.instructions import PromptMode
 from flux2_studio.prompting.openai_server import (
     ApiKey,
-    Local,
-    OpenRouter,
-    Sampling,
-    Upsampler,
-    no_writers,
-    shrunk,
-    upsample,
+    ChatServerUpsampler,
+    LocalUpsampler,
+    PromptUpsampler,
+    SamplingParams,
+    no_local_writers_message,
+    shrink_references,
+    upsample_prompt,
 )
-from flux2_studio.prompting.replies import OR_WITHOUT, Answer
+from flux2_studio.prompting.replies import OR_WITHOUT_ENHANCING, ParsedReply
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
 
-TRY = "use fewer or smaller references, or try again later"
-INSTRUCTIONS = 1024  # tokens, and more than the longest of them has, with the conversation's own marks
+SMALLER_REFERENCES_HINT = "use fewer or smaller references, or try again later"
+MAX_INSTRUCTION_TOKENS = 1024  # tokens, and more than the longest of them has, with the conversation's own marks
 
 
-def check_choice(choice: Upsampling, checkpoint: Checkpoint, settings: Settings, key: ApiKey | None) -> None:
+def check_upsampling_choice(choice: Upsampling, checkpoint: Checkpoint, settings: Settings, key: ApiKey | None) -> None:
     """Raises `UpsampleError` where what `choice` names is plainly not to be had: before anything else is done."""
     if choice.by == "openrouter":
-        OpenRouter.of(settings, choice.model, key)
+        ChatServerUpsampler.from_settings(settings, choice.model, key)
     elif choice.by == "local":
-        writer_of(choice, checkpoint)
+        select_local_writer(choice, checkpoint)
 
 
-def writer_of(choice: Upsampling, checkpoint: Checkpoint) -> LocalWriter:
+def select_local_writer(choice: Upsampling, checkpoint: Checkpoint) -> LocalWriter:
     """The local writer that `choice` names, or the first that is offered. Raises `UpsampleError`."""
-    offered = local_writers(checkpoint)
+    offered = list_local_writers(checkpoint)
     if not offered:
-        raise UpsampleError(no_writers(checkpoint))
+        raise UpsampleError(no_local_writers_message(checkpoint))
     for writer in offered:
         if choice.model in (None, writer.name):
             return writer
     names = ", ".join(writer.name for writer in offered)
-    raise UpsampleError(f"{choice.model} cannot write prompts for {checkpoint.label}: choose {names}, {OR_WITHOUT}.")
+    raise UpsampleError(
+        f"{choice.model} cannot write prompts for {checkpoint.label}: choose {names}, {OR_WITHOUT_ENHANCING}."
+    )
 
 
-def enrich(
+def enhance_prompt(
     request: Request,
     references: Sequence[Image.Image],
     settings: Settings,
     models: ModelManager,
     key: ApiKey | None,
     cancelled: Callable[[], bool],
-) -> Generator[Event, None, Upsampled]:
+) -> Generator[Event, None, PromptEnhanced]:
     """The prompt of `request` (resolved), enriched as its `upsampling` says: what was written, piece by piece, then
-    `Upsampled`, which is yielded as well as returned.
+    `PromptEnhanced`, which is yielded as well as returned.
 
     references: as the engine sees them. key: the user's own, which goes before that of `settings`. Raises
     `UpsampleError`; `Cancelled` once `cancelled`.
@@ -75,71 +77,79 @@ def enrich(
     checkpoint = settings.checkpoint(request.checkpoint)
     try:
         if choice.by == "openrouter":
-            upsampler: Upsampler = OpenRouter.of(settings, choice.model, key, _sampling(choice))
+            upsampler: PromptUpsampler = ChatServerUpsampler.from_settings(
+                settings, choice.model, key, _sampling(choice)
+            )
         else:
-            model = writer_of(choice, checkpoint)
-            upsampler = yield from _local(model, choice, request.prompt, references, models, cancelled)
-        answer = yield from _written(upsampler, request, references, cancelled)
+            model = select_local_writer(choice, checkpoint)
+            upsampler = yield from _load_local_upsampler(model, choice, request.prompt, references, models, cancelled)
+        answer = yield from _stream_enhanced_prompt(upsampler, request, references, cancelled)
     except (DeviceError, WeightsError) as error:  # of the model here: it is missing, or too large
-        raise UpsampleError(f"The prompt could not be enriched. {error} Choose another model, {OR_WITHOUT}.") from error
+        raise UpsampleError(
+            f"The prompt could not be enriched. {error} Choose another model, {OR_WITHOUT_ENHANCING}."
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         if choice.by != "local":  # then a run may be under way beside this, with its weights
-            raise UpsampleError(f"There is too little main memory left for this: {TRY}, {OR_WITHOUT}.") from error
+            raise UpsampleError(
+                f"There is too little main memory left for this: {SMALLER_REFERENCES_HINT}, {OR_WITHOUT_ENHANCING}."
+            ) from error
         models.release_all()
         raise UpsampleError(
-            f"The language model does not fit into memory: choose a smaller one, or OpenRouter, {OR_WITHOUT}."
+            f"The language model does not fit into memory: choose a smaller one, or OpenRouter, {OR_WITHOUT_ENHANCING}."
         ) from error
     yield from (Notice(text=note) for note in answer.notes)
-    done = Upsampled(original=request.prompt, prompt=answer.prompt, by=upsampler.label)
+    done = PromptEnhanced(original=request.prompt, prompt=answer.prompt, by=upsampler.label)
     yield done
     return done
 
 
-def _local(
+def _load_local_upsampler(
     model: LocalWriter,
     choice: Upsampling,
     prompt: str,
     references: Sequence[Image.Image],
     models: ModelManager,
     cancelled: Callable[[], bool],
-) -> Generator[Event, None, Local]:
-    check(cancelled)
-    sizes = [(image.height, image.width) for image in shrunk(references)] if model.sees else []
-    sampling = _sampling(choice, Sampling(temperature=model.temperature, top_p=model.top_p))
-    tokens = INSTRUCTIONS + len(prompt.encode()) + sampling.max_tokens  # no text has more tokens than bytes
-    writing = yield from with_status(lambda progress: models.writer(model, progress, sizes, tokens=tokens), cancelled)
+) -> Generator[Event, None, LocalUpsampler]:
+    raise_if_cancelled(cancelled)
+    sizes = [(image.height, image.width) for image in shrink_references(references)] if model.has_vision else []
+    sampling = _sampling(choice, SamplingParams(temperature=model.temperature, top_p=model.top_p))
+    tokens = MAX_INSTRUCTION_TOKENS + len(prompt.encode()) + sampling.max_tokens  # no text has more tokens than bytes
+    writing = yield from in_worker_thread(
+        lambda progress: models.acquire_writer(model, progress, sizes, tokens=tokens), cancelled
+    )
     yield from (Notice(text=note) for note in writing.notes)
-    return Local(writing.writer, model, sampling)
+    return LocalUpsampler(writing.writer, model, sampling)
 
 
-def _written(
-    upsampler: Upsampler, request: Request, references: Sequence[Image.Image], cancelled: Callable[[], bool]
-) -> Generator[Event, None, Answer]:
+def _stream_enhanced_prompt(
+    upsampler: PromptUpsampler, request: Request, references: Sequence[Image.Image], cancelled: Callable[[], bool]
+) -> Generator[Event, None, ParsedReply]:
     assert request.seed is not None, "resolve the request first"
     yield Status(text=f"Enriching the prompt: {upsampler.label}")
-    mode: Mode = "edit" if references else "generate"
+    mode: PromptMode = "edit" if references else "generate"
     text = ""
-    pieces = upsample(upsampler, request.prompt, references, mode, seed=request.seed, cancelled=cancelled)
+    pieces = upsample_prompt(upsampler, request.prompt, references, mode, seed=request.seed, cancelled=cancelled)
     with closing(pieces):
         while True:
-            check(cancelled)
+            raise_if_cancelled(cancelled)
             try:
                 text += next(pieces)
             except StopIteration as end:
                 if end.value is None:
                     raise Cancelled from None
-                answer: Answer = end.value
+                answer: ParsedReply = end.value
                 return answer
-            yield Writing(text=text)
+            yield PromptProgress(text=text)
 
 
-def _sampling(choice: Upsampling, advised: Sampling | None = None) -> Sampling:
+def _sampling(choice: Upsampling, advised: SamplingParams | None = None) -> SamplingParams:
     """How the model chooses its words: as `choice` says, else as `advised`."""
-    advised = advised or Sampling()
+    advised = advised or SamplingParams()
     chosen: dict[str, Any] = {
         name: getattr(advised, name) if getattr(choice, name) is None else getattr(choice, name)
         for name in ("temperature", "top_p", "max_tokens")
     }
-    return Sampling(**chosen)
+    return SamplingParams(**chosen)

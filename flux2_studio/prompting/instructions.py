@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Mode = Literal["generate", "edit"]
+PromptMode = Literal["generate", "edit"]
 
 _ANSWER = """\
 Answer with the {what} alone, in the language of the message: no greeting, no title, no explanation, no alternatives, \
@@ -56,7 +56,7 @@ well as the new where it is replaced.
 {_ANSWER.format(what="instruction", idea="a wish about the pictures")}"""
 
 
-def instructions(mode: Mode, references: int, *, seen: bool) -> str:
+def build_instructions(mode: PromptMode, references: int, *, seen: bool) -> str:
     """The system message. references: how many reference pictures there are; seen: whether the model gets them."""
     text = {"generate": GENERATE, "edit": EDIT}[mode]
     if not references:

@@ -1,8 +1,8 @@
 """Prompts enriched by a language model: one on this machine, or one behind OpenRouter or any server that speaks its
 protocol (vLLM, llama.cpp, Ollama, ...).
 
-`upsample` is the whole of it: pieces of text as they come, then the prompt, or an `UpsampleError`. Nothing falls back
-to the prompt as it was. The other side of `OpenRouter` may be slow, gone or hostile: what it says in its errors is not
+`upsample_prompt` is the whole of it: pieces of text as they come, then the prompt, or an `UpsampleError`. Nothing falls back
+to the prompt as it was. The other side of `ChatServerUpsampler` may be slow, gone or hostile: what it says in its errors is not
 passed on, redirects are not followed, and the key is put on each request at the last moment, out of reach of everything
 that logs or prints.
 """
@@ -25,10 +25,16 @@ from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint, LocalWriter
 from flux2_studio.errors import UpsampleError
-from flux2_studio.prompting.instructions import Mode, instructions
-from flux2_studio.prompting.replies import OR_WITHOUT, Answer, most_characters, read_answer, too_long
-from flux2_studio.prompting.server_errors import ChatServer, Trouble
-from flux2_studio.request import SAMPLING
+from flux2_studio.prompting.instructions import PromptMode, build_instructions
+from flux2_studio.prompting.replies import (
+    OR_WITHOUT_ENHANCING,
+    ParsedReply,
+    max_reply_characters,
+    parse_reply,
+    reply_too_long_error,
+)
+from flux2_studio.prompting.server_errors import ChatServer, ChatServerError
+from flux2_studio.request import SAMPLING_LIMITS
 from flux2_studio.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,17 +42,20 @@ if TYPE_CHECKING:
 
     from flux2_studio.engine.text.writer import Writer
 
-ONE, SEVERAL = 768, 512  # pixels: the long side of one reference, and of each of several, as a model sees them
+SINGLE_REFERENCE_SIDE, MULTI_REFERENCE_SIDE = (
+    768,
+    512,
+)  # pixels: the long side of one reference, and of each of several, as a model sees them
 JPEG_QUALITY = 85
-CONNECT = 15.0  # seconds to reach a server
-PATIENCE = 120.0  # seconds without any sign of life: one's own server may load its model first
-LONGEST = 600.0  # seconds for an answer altogether, waits included
-WAITS = (1.0, 4.0)  # seconds before asking a busy server again, where it does not say itself
-LONGEST_WAIT = 30.0  # seconds; a server that asks for more is not waited for
-POLL = 0.1  # seconds between two looks at whether the run was stopped
+CHAT_CONNECT_TIMEOUT_SECONDS = 15.0  # seconds to reach a server
+CHAT_IDLE_TIMEOUT_SECONDS = 120.0  # seconds without any sign of life: one's own server may load its model first
+CHAT_TOTAL_TIMEOUT_SECONDS = 600.0  # seconds for an answer altogether, waits included
+CHAT_RETRY_DELAYS_SECONDS = (1.0, 4.0)  # seconds before asking a busy server again, where it does not say itself
+MAX_CHAT_RETRY_DELAY_SECONDS = 30.0  # seconds; a server that asks for more is not waited for
+CHAT_POLL_SECONDS = 0.1  # seconds between two looks at whether the run was stopped
 
 _HEADERS = {"host", "accept", "accept-encoding", "connection", "content-length", "content-type", "user-agent"}
-_KEY = re.compile(r"[!-~]+")
+_API_KEY_PATTERN = re.compile(r"[!-~]+")
 
 
 class ApiKey:
@@ -56,8 +65,8 @@ class ApiKey:
 
     def __init__(self, text: str) -> None:
         self._text = text.strip()
-        if not _KEY.fullmatch(self._text):
-            raise UpsampleError(f"That is no API key: copy it again, without blanks, {OR_WITHOUT}.")
+        if not _API_KEY_PATTERN.fullmatch(self._text):
+            raise UpsampleError(f"That is no API key: copy it again, without blanks, {OR_WITHOUT_ENHANCING}.")
 
     def reveal(self) -> str:
         """The key itself, for a request's header and nothing else."""
@@ -95,7 +104,7 @@ REMOTE_MODELS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How a model chooses its words. Temperature 0 takes the likeliest each time; top_p keeps those that make up so
     much of the probability. Raises `UpsampleError` for what no model takes."""
 
@@ -104,30 +113,30 @@ class Sampling:
     max_tokens: int = 768
 
     def __post_init__(self) -> None:
-        for name, (low, high) in SAMPLING.items():
+        for name, (low, high) in SAMPLING_LIMITS.items():
             if not low <= getattr(self, name) <= high:
-                raise UpsampleError(f"Set {name} to a number from {low:g} to {high:g}, {OR_WITHOUT}.")
+                raise UpsampleError(f"Set {name} to a number from {low:g} to {high:g}, {OR_WITHOUT_ENHANCING}.")
 
 
-def no_writers(checkpoint: Checkpoint) -> str:
+def no_local_writers_message(checkpoint: Checkpoint) -> str:
     """Why no language model on this machine is offered for `checkpoint`, and what to do."""
     return (
         f"{checkpoint.label} has no language model on this machine that could enrich prompts: choose OpenRouter or "
-        f"your server, a checkpoint that is no toy, {OR_WITHOUT}."
+        f"your server, a checkpoint that is no toy, {OR_WITHOUT_ENHANCING}."
     )
 
 
-class Upsampler(Protocol):
-    """A language model that enriches prompts. label: what users call it. sees: whether it looks at references."""
+class PromptUpsampler(Protocol):
+    """A language model that enriches prompts. label: what users call it. has_vision: whether it looks at references."""
 
     label: str
-    sees: bool
+    has_vision: bool
 
     def stream(
         self,
         prompt: str,
         references: Sequence[Image.Image],
-        mode: Mode,
+        mode: PromptMode,
         *,
         seed: int,
         cancelled: Callable[[], bool],
@@ -136,15 +145,15 @@ class Upsampler(Protocol):
         ...
 
 
-def upsample(
-    upsampler: Upsampler,
+def upsample_prompt(
+    upsampler: PromptUpsampler,
     prompt: str,
     references: Sequence[Image.Image] = (),
-    mode: Mode = "generate",
+    mode: PromptMode = "generate",
     *,
     seed: int,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Generator[str, None, Answer | None]:
+) -> Generator[str, None, ParsedReply | None]:
     """Yields the answer to `prompt` in pieces, as they come; returns the enriched prompt, or None once `cancelled`.
 
     The pieces together are what the model wrote, of which a wrapping may be taken off. Raises `UpsampleError`.
@@ -153,25 +162,25 @@ def upsample(
     with closing(upsampler.stream(prompt, references, mode, seed=seed, cancelled=cancelled)) as pieces:
         for piece in pieces:
             text += piece
-            if len(text) > most_characters(prompt):
-                raise too_long(len(text), prompt)
+            if len(text) > max_reply_characters(prompt):
+                raise reply_too_long_error(len(text), prompt)
             yield piece
     if cancelled():
         return None
-    answer = read_answer(text, prompt)
-    if references and not upsampler.sees:
-        return replace(answer, notes=(unseen(upsampler), *answer.notes))
+    answer = parse_reply(text, prompt)
+    if references and not upsampler.has_vision:
+        return replace(answer, notes=(unseen_references_note(upsampler), *answer.notes))
     return answer
 
 
-def unseen(upsampler: Upsampler) -> str:
+def unseen_references_note(upsampler: PromptUpsampler) -> str:
     """What users are told where `upsampler` cannot look at their references."""
     return f"{upsampler.label} reads text only: it enriched the prompt without seeing the references."
 
 
-def shrunk(references: Sequence[Image.Image]) -> list[Image.Image]:
+def shrink_references(references: Sequence[Image.Image]) -> list[Image.Image]:
     """`references` at the size at which models see them, in RGB, with nothing but their pixels."""
-    side = ONE if len(references) == 1 else SEVERAL
+    side = SINGLE_REFERENCE_SIDE if len(references) == 1 else MULTI_REFERENCE_SIDE
     small = []
     for reference in references:
         image = reference.convert("RGB")  # a copy
@@ -181,31 +190,31 @@ def shrunk(references: Sequence[Image.Image]) -> list[Image.Image]:
     return small
 
 
-class Local:
+class LocalUpsampler:
     """A language model on this machine: `writer`, loaded from the files of `model`, which also says how to sample."""
 
-    def __init__(self, writer: Writer, model: LocalWriter, sampling: Sampling | None = None) -> None:
+    def __init__(self, writer: Writer, model: LocalWriter, sampling: SamplingParams | None = None) -> None:
         self.label = model.label
-        self.sees = writer.sees
+        self.has_vision = writer.has_vision
         self._writer = writer
-        self._sampling = sampling or Sampling(temperature=model.temperature, top_p=model.top_p)
+        self._sampling = sampling or SamplingParams(temperature=model.temperature, top_p=model.top_p)
 
     def stream(
         self,
         prompt: str,
         references: Sequence[Image.Image],
-        mode: Mode,
+        mode: PromptMode,
         *,
         seed: int,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Generator[str, None, None]:
-        """See `Upsampler`."""
+        """See `PromptUpsampler`."""
         from flux2_studio.images.tensors import pixels_from_image  # imports torch
 
         ended = yield from self._writer.write(
-            instructions(mode, len(references), seen=self.sees),
+            build_instructions(mode, len(references), seen=self.has_vision),
             prompt,
-            [pixels_from_image(image) for image in shrunk(references)] if self.sees else [],
+            [pixels_from_image(image) for image in shrink_references(references)] if self.has_vision else [],
             seed=seed,
             max_tokens=self._sampling.max_tokens,
             temperature=self._sampling.temperature,
@@ -213,10 +222,10 @@ class Local:
             cancelled=cancelled,
         )
         if not ended and not cancelled():
-            raise UpsampleError(_cut(self.label, self._sampling))
+            raise UpsampleError(_cut_off_message(self.label, self._sampling))
 
 
-class OpenRouter:
+class ChatServerUpsampler:
     """A language model at OpenRouter, or at any OpenAI-compatible server. Asks nothing before `stream`.
 
     url: http or https, with the path before /chat/completions. key: None for a server that wants none. patience:
@@ -224,41 +233,41 @@ class OpenRouter:
     again. Not to be used from inside an asyncio event loop. Raises `UpsampleError` for what cannot be asked.
     """
 
-    sees = True  # what a model has no eyes for, its server refuses
+    has_vision = True  # what a model has no eyes for, its server refuses
 
     def __init__(
         self,
         url: str,
         model: str,
         key: ApiKey | None,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
-        patience: float = PATIENCE,
-        longest: float = LONGEST,
+        idle_timeout: float = CHAT_IDLE_TIMEOUT_SECONDS,
+        total_timeout: float = CHAT_TOTAL_TIMEOUT_SECONDS,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.label = model.strip()
-        self._server = ChatServer(url=url, model=self.label, keyed=key is not None)
+        self._server = ChatServer(url=url, model=self.label, has_key=key is not None)
         self._key = key
-        self._sampling = sampling or Sampling()
-        self._patience = patience
-        self._longest = longest
+        self._sampling = sampling or SamplingParams()
+        self._patience = idle_timeout
+        self._longest = total_timeout
         self._sleep = sleep
         if not 0 < len(self.label) <= 200 or not self.label.isprintable():
-            raise UpsampleError(f"Choose a language model or type its name, {OR_WITHOUT}.")
+            raise UpsampleError(f"Choose a language model or type its name, {OR_WITHOUT_ENHANCING}.")
         if key is None and self._server.is_openrouter:
             raise UpsampleError(
                 f"OpenRouter needs an API key: get one at https://openrouter.ai/keys and type it on the page, or set "
-                f"OPENROUTER_API_KEY, {OR_WITHOUT}."
+                f"OPENROUTER_API_KEY, {OR_WITHOUT_ENHANCING}."
             )
 
     @classmethod
-    def of(
+    def from_settings(
         cls,
         settings: Settings,
         model: str | None = None,
         key: ApiKey | None = None,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
     ) -> Self:
         """The server of `settings`. model, key: a user's own, which go before those of `settings`."""
         if key is None and settings.openrouter_key:
@@ -270,47 +279,53 @@ class OpenRouter:
         self,
         prompt: str,
         references: Sequence[Image.Image],
-        mode: Mode,
+        mode: PromptMode,
         *,
         seed: int,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Generator[str, None, None]:
-        """See `Upsampler`."""
+        """See `PromptUpsampler`."""
         messages: list[dict[str, Any]] = [
-            {"role": "system", "content": instructions(mode, len(references), seen=True)},
+            {"role": "system", "content": build_instructions(mode, len(references), seen=True)},
             {"role": "user", "content": _content(prompt, references)},
         ]
         deadline = time.monotonic() + self._longest
-        for piece in _driven(self._pieces(messages, seed), cancelled):
+        for piece in _iterate_async_in_thread(self._stream_with_retries(messages, seed), cancelled):
             if piece:
                 yield piece
             if time.monotonic() > deadline:
-                raise UpsampleError(str(self._server.too_slow(self._longest)))
+                raise UpsampleError(str(self._server.timeout_error(self._longest)))
 
-    async def _pieces(self, messages: list[dict[str, Any]], seed: int) -> AsyncGenerator[str, None]:
+    async def _stream_with_retries(self, messages: list[dict[str, Any]], seed: int) -> AsyncGenerator[str, None]:
         """The answer; a server that is busy or in trouble is asked again, unless it has begun to speak."""
-        for wait in (*WAITS, None):
+        for wait in (*CHAT_RETRY_DELAYS_SECONDS, None):
             spoken = False
-            trouble: Trouble | None = None
+            trouble: ChatServerError | None = None
             try:
-                async with aclosing(self._once(messages, seed)) as pieces:
+                async with aclosing(self._stream_once(messages, seed)) as pieces:
                     async for piece in pieces:
                         spoken = True
                         yield piece
-            except Trouble as error:
+            except ChatServerError as error:
                 trouble = error
             if trouble is None:
                 return
-            pause = wait if trouble.after is None else trouble.after
-            if spoken or not trouble.passing or wait is None or pause is None or pause > LONGEST_WAIT:
+            pause = wait if trouble.retry_delay is None else trouble.retry_delay
+            if (
+                spoken
+                or not trouble.is_retryable
+                or wait is None
+                or pause is None
+                or pause > MAX_CHAT_RETRY_DELAY_SECONDS
+            ):
                 raise UpsampleError(str(trouble))
             await self._sleep(pause)
 
-    async def _once(self, messages: list[dict[str, Any]], seed: int) -> AsyncGenerator[str, None]:
+    async def _stream_once(self, messages: list[dict[str, Any]], seed: int) -> AsyncGenerator[str, None]:
         import openai  # takes a second, and most runs do without
 
         text, reason, kind = "", None, ""
-        trouble: Trouble | None = None
+        trouble: ChatServerError | None = None
         # What the package raises holds its request, with the key on it: nothing of that goes on from here.
         async with self._client() as client:
             try:
@@ -325,26 +340,26 @@ class OpenRouter:
                 )
                 kind = stream.response.headers.get("content-type", "").partition(";")[0].strip().lower()
                 async for chunk in stream:
-                    piece, ending = _read(chunk)
+                    piece, ending = _parse_chunk(chunk)
                     reason = reason or ending
                     text += piece
                     if self._key is not None and self._key.reveal() in text:
-                        trouble = self._server.leaked()
+                        trouble = self._server.key_leak_error()
                         break
                     if piece:
                         yield piece
             except openai.APIStatusError as error:
-                trouble = self._server.refused(error.status_code, error.response.headers.get("retry-after"))
+                trouble = self._server.status_error(error.status_code, error.response.headers.get("retry-after"))
             except openai.APITimeoutError:
-                trouble = self._server.too_slow(self._patience)
+                trouble = self._server.timeout_error(self._patience)
             except openai.APIConnectionError as error:
-                trouble = self._server.broken_off() if kind else self._server.unreachable(error)
+                trouble = self._server.interrupted_error() if kind else self._server.connection_error(error)
             except openai.APIError as error:  # OpenRouter's way to fail once it has said 200
                 code = str(error.body.get("code")) if isinstance(error.body, dict) else ""
-                trouble = self._server.refused(int(code) if re.fullmatch(r"[345]\d\d", code) else 500)
+                trouble = self._server.status_error(int(code) if re.fullmatch(r"[345]\d\d", code) else 500)
             except ValueError:  # no JSON, no UTF-8
-                trouble = self._server.foreign()
-        if trouble := trouble or self._ended(text, reason, kind):
+                trouble = self._server.protocol_error()
+        if trouble := trouble or self._check_ending(text, reason, kind):
             raise trouble
 
     def _client(self) -> AsyncOpenAI:
@@ -359,26 +374,28 @@ class OpenRouter:
                 request.headers["Authorization"] = f"Bearer {self._key.reveal()}"
 
         http = openai.DefaultAsyncHttpxClient(
-            timeout=openai.Timeout(self._patience, connect=min(CONNECT, self._patience)),
+            timeout=openai.Timeout(self._patience, connect=min(CHAT_CONNECT_TIMEOUT_SECONDS, self._patience)),
             follow_redirects=False,
             event_hooks={"request": [address]},
         )
         return openai.AsyncOpenAI(api_key="put on later", base_url=self._server.url, max_retries=0, http_client=http)
 
-    def _ended(self, text: str, reason: str | None, kind: str) -> Trouble | None:
+    def _check_ending(self, text: str, reason: str | None, kind: str) -> ChatServerError | None:
         """What is wrong with an answer that came to its end; None if nothing."""
         if reason == "length":
-            return Trouble(_cut(self.label, self._sampling))
+            return ChatServerError(_cut_off_message(self.label, self._sampling))
         if reason == "content_filter":
-            return self._server.moderated()
+            return self._server.moderation_error()
         if reason == "error":
-            return self._server.refused(502)
+            return self._server.status_error(502)
         if not text and kind != "text/event-stream":
-            return self._server.foreign()
-        return self._server.broken_off() if text and reason is None else None
+            return self._server.protocol_error()
+        return self._server.interrupted_error() if text and reason is None else None
 
 
-def _driven(pieces: AsyncGenerator[str, None], cancelled: Callable[[], bool]) -> Generator[str, None, None]:
+def _iterate_async_in_thread(
+    pieces: AsyncGenerator[str, None], cancelled: Callable[[], bool]
+) -> Generator[str, None, None]:
     """`pieces`, each as soon as it is there, and "" now and then while it is not; it ends once `cancelled`.
 
     The event loop runs in a thread of its own, for the caller's may run one already (a notebook's does). However this
@@ -400,7 +417,7 @@ def _driven(pieces: AsyncGenerator[str, None], cancelled: Callable[[], bool]) ->
             # Generators of the package's that nobody holds any more get a task each to close them.
             loop.run_until_complete(asyncio.sleep(0))
             if rest := asyncio.all_tasks(loop):
-                loop.run_until_complete(asyncio.wait(rest, timeout=POLL))
+                loop.run_until_complete(asyncio.wait(rest, timeout=CHAT_POLL_SECONDS))
         finally:
             loop.close()
             arrived.put(None)
@@ -410,7 +427,7 @@ def _driven(pieces: AsyncGenerator[str, None], cancelled: Callable[[], bool]) ->
     try:
         while not cancelled():
             try:
-                piece = arrived.get(timeout=POLL)
+                piece = arrived.get(timeout=CHAT_POLL_SECONDS)
             except queue.Empty:
                 piece = ""
             if piece is None:
@@ -424,7 +441,7 @@ def _driven(pieces: AsyncGenerator[str, None], cancelled: Callable[[], bool]) ->
         following.result()  # or what it failed with
 
 
-def _read(chunk: Any) -> tuple[str, str | None]:
+def _parse_chunk(chunk: Any) -> tuple[str, str | None]:
     """The text in a chunk of an answer, and why the answer ends if it does. Servers leave out and add all sorts of
     things: usage comes without choices, thoughts come in fields of their own, which are not for us."""
     choices = getattr(chunk, "choices", None)
@@ -441,7 +458,7 @@ def _content(prompt: str, references: Sequence[Image.Image]) -> str | list[dict[
     if not references:
         return prompt  # servers without eyes know nothing else
     parts: list[dict[str, Any]] = []
-    for number, image in enumerate(shrunk(references), start=1):
+    for number, image in enumerate(shrink_references(references), start=1):
         parts.append({"type": "text", "text": f"Image {number}:"})
         parts.append({"type": "image_url", "image_url": {"url": _data_url(image)}})
     return [*parts, {"type": "text", "text": prompt}]
@@ -453,8 +470,8 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _cut(label: str, sampling: Sampling) -> str:
+def _cut_off_message(label: str, sampling: SamplingParams) -> str:
     return (
         f"{label} was not done after {sampling.max_tokens} tokens, so the prompt would end in the middle: allow it "
-        f"more of them, choose another model, {OR_WITHOUT}."
+        f"more of them, choose another model, {OR_WITHOUT_ENHANCING}."
     )

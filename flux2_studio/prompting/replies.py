@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from flux2_studio.errors import UpsampleError
 from flux2_studio.request import MAX_PROMPT
 
-MOST = 4000  # characters of an enriched prompt: about twice what the text encoders read (512 tokens)
-OR_WITHOUT = "or generate without enriching"  # the way out of every error
+MAX_PROMPT_REPLY_CHARACTERS = (
+    4000  # characters of an enriched prompt: about twice what the text encoders read (512 tokens)
+)
+OR_WITHOUT_ENHANCING = "or generate without enriching"  # the way out of every error
 
 _QUOTES = ('""', "“”", "„“", "«»", "»«", "「」", "''", "\u2018\u2019")
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
@@ -58,7 +60,7 @@ _QUESTION = re.compile(
     r"|(?:i (?:do not|don't|cannot|can't) see|i need more|what (?:kind|sort|would you)) ",
     re.IGNORECASE,
 )
-_AFTERWARDS = re.compile(
+_CLOSING_REMARK = re.compile(
     r"(?:let me know\b|feel free\b|would you like\b|do you want\b|i hope (?:this|that)\b|hope this\b"
     r"|if you(?:'d| would) like\b|i can also\b|[*_]*(?:note|explanation|changes|why this works|key changes)[*_]*\s*:)",
     re.IGNORECASE,
@@ -66,28 +68,28 @@ _AFTERWARDS = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class ParsedReply:
     """An enriched prompt, and in sentences for the user what was done to get at it."""
 
     prompt: str
     notes: tuple[str, ...] = ()
 
 
-def most_characters(asked: str) -> int:
-    """How long an answer to the prompt `asked` may be: a long prompt may stay long, as far as a request takes it."""
-    return min(MAX_PROMPT, max(MOST, 2 * len(asked)))
+def max_reply_characters(original_prompt: str) -> int:
+    """How long an answer to the prompt `original_prompt` may be: a long prompt may stay long, as far as a request takes it."""
+    return min(MAX_PROMPT, max(MAX_PROMPT_REPLY_CHARACTERS, 2 * len(original_prompt)))
 
 
-def too_long(count: int, asked: str) -> UpsampleError:
+def reply_too_long_error(count: int, original_prompt: str) -> UpsampleError:
     """The error for an answer of `count` characters and perhaps more to come."""
     return UpsampleError(
-        f"The language model wrote {count:,} characters and more, where a prompt has {most_characters(asked):,} at "
-        f"most. Try again, choose another model, {OR_WITHOUT}."
+        f"The language model wrote {count:,} characters and more, where a prompt has {max_reply_characters(original_prompt):,} at "
+        f"most. Try again, choose another model, {OR_WITHOUT_ENHANCING}."
     )
 
 
-def read_answer(text: str, asked: str) -> Answer:
-    """The prompt in `text`, which a model wrote in answer to the prompt `asked`. Raises `UpsampleError`."""
+def parse_reply(text: str, original_prompt: str) -> ParsedReply:
+    """The prompt in `text`, which a model wrote in answer to the prompt `original_prompt`. Raises `UpsampleError`."""
     prompt, notes = text.strip(), []
     if thoughts := _THOUGHTS.match(prompt):
         prompt = prompt[thoughts.end() :]
@@ -100,11 +102,11 @@ def read_answer(text: str, asked: str) -> Answer:
     elif len(prompt) > 2 and _quoted(prompt):
         prompt = prompt[1:-1].strip()
         notes.append("Quotation marks around the prompt were taken off.")
-    if len(prompt) > most_characters(asked):
-        raise too_long(most_characters(asked), asked)
-    if problem := _problem(prompt, asked):
-        raise UpsampleError(f"{problem} Try again, choose another model, {OR_WITHOUT}.")
-    return Answer(prompt=prompt, notes=tuple(notes))
+    if len(prompt) > max_reply_characters(original_prompt):
+        raise reply_too_long_error(max_reply_characters(original_prompt), original_prompt)
+    if problem := _problem(prompt, original_prompt):
+        raise UpsampleError(f"{problem} Try again, choose another model, {OR_WITHOUT_ENHANCING}.")
+    return ParsedReply(prompt=prompt, notes=tuple(notes))
 
 
 def _quoted(text: str) -> bool:
@@ -119,12 +121,12 @@ def _quoted(text: str) -> bool:
     return False
 
 
-def _problem(text: str, asked: str) -> str:
+def _problem(text: str, original_prompt: str) -> str:
     """Why `text` is no prompt, in a sentence; "" where it is one."""
     plain = text.replace("\u2019", "'")
     if not text:
         return "The language model gave an empty answer."
-    if any(_no_text(character) for character in text) or not any(character.isalpha() for character in text):
+    if any(_is_broken_character(character) for character in text) or not any(character.isalpha() for character in text):
         return "The language model answered with something that is not text."
     if _PAGE.match(text):
         return "The language model's server gave a web page instead of a prompt."
@@ -132,21 +134,21 @@ def _problem(text: str, asked: str) -> str:
         return f"The language model refused: {_start(text)}."
     if _QUESTION.match(plain):
         return f"The language model asked back instead of writing a prompt: {_start(text)}."
-    if _PREAMBLE.match(plain) or (_LABEL.match(plain) and not _LABEL.match(asked.strip())):
+    if _PREAMBLE.match(plain) or (_LABEL.match(plain) and not _LABEL.match(original_prompt.strip())):
         return f"The language model talked about the prompt instead of only writing it: {_start(text)}."
     if _TAG.search(text):
         return "The language model thought aloud, and it cannot be told where its prompt begins."
-    if "```" in text and "```" not in asked:
+    if "```" in text and "```" not in original_prompt:
         return "The language model wrote more than a prompt, with code fences in it."
     last = plain.rpartition("\n")[2].strip()
-    if last != plain and _AFTERWARDS.match(last):
+    if last != plain and _CLOSING_REMARK.match(last):
         return f"The language model talked on after the prompt: {_start(last)}."
-    if _is_json(text) and not asked.lstrip().startswith(("{", "[")):
+    if _is_json(text) and not original_prompt.lstrip().startswith(("{", "[")):
         return "The language model answered with JSON, where sentences were asked for."
     return ""
 
 
-def _no_text(character: str) -> bool:
+def _is_broken_character(character: str) -> bool:
     """Whether it is a control character, half of one, or the sign that stands for damage."""
     return character == "\ufffd" or (
         unicodedata.category(character) in ("Cc", "Cs", "Cn") and character not in "\n\r\t"

@@ -14,25 +14,25 @@ from email.utils import parsedate_to_datetime
 from socket import gaierror
 from urllib.parse import urlsplit
 
-from flux2_studio.prompting.replies import OR_WITHOUT
+from flux2_studio.prompting.replies import OR_WITHOUT_ENHANCING
 
 
-class Trouble(Exception):
-    """What is wrong, in words. passing: whether asking again may help, after so many seconds if the server says so."""
+class ChatServerError(Exception):
+    """What is wrong, in words. is_retryable: whether asking again may help, after so many seconds if the server says so."""
 
-    def __init__(self, text: str, *, passing: bool = False, after: float | None = None) -> None:
+    def __init__(self, text: str, *, is_retryable: bool = False, retry_delay: float | None = None) -> None:
         super().__init__(text)
-        self.passing = passing
-        self.after = after
+        self.is_retryable = is_retryable
+        self.retry_delay = retry_delay
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatServer:
-    """url: up to the path before /chat/completions. model: who is asked there. keyed: whether a key goes along."""
+    """url: up to the path before /chat/completions. model: who is asked there. has_key: whether a key goes along."""
 
     url: str
     model: str
-    keyed: bool
+    has_key: bool
 
     @property
     def is_openrouter(self) -> bool:
@@ -44,89 +44,105 @@ class ChatServer:
         """What users call it: without a path, which may hold what is not for everyone."""
         return "OpenRouter" if self.is_openrouter else f"The server at {urlsplit(self.url).netloc.rpartition('@')[2]}"
 
-    def refused(self, status: int, retry_after: str | None = None) -> Trouble:
+    def status_error(self, status: int, retry_after: str | None = None) -> ChatServerError:
         """Any HTTP status but 200. retry_after: the header of that name."""
-        return Trouble(self._refusal(status), passing=status == 429 or status >= 500, after=_seconds(retry_after))
+        return ChatServerError(
+            self._refusal(status),
+            is_retryable=status == 429 or status >= 500,
+            retry_delay=_parse_retry_after(retry_after),
+        )
 
-    def unreachable(self, error: BaseException) -> Trouble:
+    def connection_error(self, error: BaseException) -> ChatServerError:
         """`error` kept it from being reached."""
-        causes = list(_causes(error))
+        causes = list(_iterate_causes(error))
         if any(isinstance(cause, gaierror | UnicodeError) for cause in causes):
-            return Trouble(f"{self.name} cannot be found: check FLUX2_OPENROUTER_URL and the network, {OR_WITHOUT}.")
+            return ChatServerError(
+                f"{self.name} cannot be found: check FLUX2_OPENROUTER_URL and the network, {OR_WITHOUT_ENHANCING}."
+            )
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
-            return Trouble(
+            return ChatServerError(
                 f"{self.name} cannot be reached safely: its certificate is not valid, or it does not speak HTTPS. "
-                f"Check FLUX2_OPENROUTER_URL, {OR_WITHOUT}."
+                f"Check FLUX2_OPENROUTER_URL, {OR_WITHOUT_ENHANCING}."
             )
         if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
-            return Trouble(f"{self.name} is not running: start it, correct FLUX2_OPENROUTER_URL, {OR_WITHOUT}.")
-        return Trouble(f"{self.name} cannot be reached: check the network and FLUX2_OPENROUTER_URL, {OR_WITHOUT}.")
-
-    def too_slow(self, seconds: float) -> Trouble:
-        return Trouble(
-            f"{self.name} did not answer within {seconds:.0f} s: try again, choose a faster model, {OR_WITHOUT}."
+            return ChatServerError(
+                f"{self.name} is not running: start it, correct FLUX2_OPENROUTER_URL, {OR_WITHOUT_ENHANCING}."
+            )
+        return ChatServerError(
+            f"{self.name} cannot be reached: check the network and FLUX2_OPENROUTER_URL, {OR_WITHOUT_ENHANCING}."
         )
 
-    def broken_off(self) -> Trouble:
-        return Trouble(f"{self.name} broke off in the middle of its answer: try again, {OR_WITHOUT}.")
+    def timeout_error(self, seconds: float) -> ChatServerError:
+        return ChatServerError(
+            f"{self.name} did not answer within {seconds:.0f} s: try again, choose a faster model, {OR_WITHOUT_ENHANCING}."
+        )
 
-    def foreign(self) -> Trouble:
+    def interrupted_error(self) -> ChatServerError:
+        return ChatServerError(f"{self.name} broke off in the middle of its answer: try again, {OR_WITHOUT_ENHANCING}.")
+
+    def protocol_error(self) -> ChatServerError:
         """It speaks something else."""
-        return Trouble(
+        return ChatServerError(
             f"{self.name} does not answer as an OpenAI-compatible server does: set FLUX2_OPENROUTER_URL to the address "
-            f"of one (it usually ends in /v1), {OR_WITHOUT}."
+            f"of one (it usually ends in /v1), {OR_WITHOUT_ENHANCING}."
         )
 
-    def moderated(self) -> Trouble:
-        return Trouble(f"{self.model} refused to answer. Change the prompt, choose another model, {OR_WITHOUT}.")
+    def moderation_error(self) -> ChatServerError:
+        return ChatServerError(
+            f"{self.model} refused to answer. Change the prompt, choose another model, {OR_WITHOUT_ENHANCING}."
+        )
 
-    def leaked(self) -> Trouble:
-        return Trouble(
-            f"{self.name} put your API key into its answer: do not use it any more, and replace the key, {OR_WITHOUT}."
+    def key_leak_error(self) -> ChatServerError:
+        return ChatServerError(
+            f"{self.name} put your API key into its answer: do not use it any more, and replace the key, {OR_WITHOUT_ENHANCING}."
         )
 
     def _refusal(self, status: int) -> str:
         who = self.name
-        if status == 401 and not self.keyed:
-            return f"{who} asks for an API key: type it on the page, or set OPENROUTER_API_KEY to it, {OR_WITHOUT}."
+        if status == 401 and not self.has_key:
+            return f"{who} asks for an API key: type it on the page, or set OPENROUTER_API_KEY to it, {OR_WITHOUT_ENHANCING}."
         if status == 401:
-            return f"{who} does not accept the API key: type the right one, check OPENROUTER_API_KEY, {OR_WITHOUT}."
+            return f"{who} does not accept the API key: type the right one, check OPENROUTER_API_KEY, {OR_WITHOUT_ENHANCING}."
         if status == 402:
             return (
                 f"{who} says that the key has no credit left: add some there (at OpenRouter under "
-                f"https://openrouter.ai/credits), use another key, {OR_WITHOUT}."
+                f"https://openrouter.ai/credits), use another key, {OR_WITHOUT_ENHANCING}."
             )
         if status == 403:
             return (
                 f"{who} does not let this through: its moderation objects to the prompt or a reference, or the key may "
-                f"not use {self.model}. Change the prompt, choose another model, {OR_WITHOUT}."
+                f"not use {self.model}. Change the prompt, choose another model, {OR_WITHOUT_ENHANCING}."
             )
         if status == 404:
             return (
                 f"{who} has no model called {self.model} that can read this, or no such address: check the name and "
                 f"FLUX2_OPENROUTER_URL (it usually ends in /v1), with references choose a model that sees pictures, "
-                f"{OR_WITHOUT}."
+                f"{OR_WITHOUT_ENHANCING}."
             )
         if status == 413:
-            return f"{who} says that the request is too large: use fewer references, {OR_WITHOUT}."
+            return f"{who} says that the request is too large: use fewer references, {OR_WITHOUT_ENHANCING}."
         if status == 429:
-            return f"{who} has too much to do for this key or model (HTTP 429): try again later, {OR_WITHOUT}."
+            return (
+                f"{who} has too much to do for this key or model (HTTP 429): try again later, {OR_WITHOUT_ENHANCING}."
+            )
         if 300 <= status < 400:
             return (
                 f"{who} sends us on to another address, where we do not take the key: look where it leads, and set "
-                f"FLUX2_OPENROUTER_URL to that if you trust it, {OR_WITHOUT}."
+                f"FLUX2_OPENROUTER_URL to that if you trust it, {OR_WITHOUT_ENHANCING}."
             )
         if status in (408, 504):
-            return f"{who} gave up waiting for {self.model} (HTTP {status}): choose another model, {OR_WITHOUT}."
+            return (
+                f"{who} gave up waiting for {self.model} (HTTP {status}): choose another model, {OR_WITHOUT_ENHANCING}."
+            )
         if status >= 500:
-            return f"{who} or {self.model} has trouble (HTTP {status}): try again, choose another model, {OR_WITHOUT}."
+            return f"{who} or {self.model} has trouble (HTTP {status}): try again, choose another model, {OR_WITHOUT_ENHANCING}."
         return (
             f"{who} does not take the request (HTTP {status}): {self.model} may not see pictures, or not know these "
-            f"sampling settings. Choose another model, {OR_WITHOUT}."
+            f"sampling settings. Choose another model, {OR_WITHOUT_ENHANCING}."
         )
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _iterate_causes(error: BaseException) -> Iterator[BaseException]:
     """`error` and all that led to it."""
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -137,7 +153,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             waiting += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
 
 
-def _seconds(retry_after: str | None) -> float | None:
+def _parse_retry_after(retry_after: str | None) -> float | None:
     """Retry-After in seconds: a number or a date (RFC 9110, 10.2.3); None where it is neither."""
     if retry_after is None:
         return None

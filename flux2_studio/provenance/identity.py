@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOCAL_NAME = "flux2-studio, local identity"
 LIFETIME = timedelta(days=3650)
-MAX_BYTES = 1_000_000  # of a PEM file: a chain takes some kilobytes
+MAX_PEM_BYTES = 1_000_000  # of a PEM file: a chain takes some kilobytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class Identity:
     name: str  # whom the certificate names
     serial: str  # of the certificate, in decimal as c2pa's reader shows it
     issuer: str = field(repr=False)  # PEM: the last certificate of the chain
-    usable: tuple[datetime, datetime]  # from, until: outside of it a new one is due
+    valid_between: tuple[datetime, datetime]  # from, until: outside of it a new one is due
     local: bool
 
     @property
-    def proves(self) -> str:
+    def signature_meaning(self) -> str:
         """What a signature by this identity says to others, in a sentence for the page."""
         if self.local:
             return (
@@ -78,7 +78,7 @@ def load_identity(
     if certificate is None or key is None:
         raise CredentialsError("Set both FLUX2_C2PA_CERTIFICATE and FLUX2_C2PA_KEY, or neither of them.")
     identity = _parse(_read(certificate, "FLUX2_C2PA_CERTIFICATE"), _read(key, "FLUX2_C2PA_KEY"), local=False)
-    begin, end = identity.usable
+    begin, end = identity.valid_between
     if not begin <= now() < end:
         raise CredentialsError(
             f"The certificate that FLUX2_C2PA_CERTIFICATE names is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, not "
@@ -92,7 +92,7 @@ def known_identity(folder: Path, certificate: Path | None = None, key: Path | No
     try:
         if certificate is not None and key is not None:
             return _parse(_read(certificate, "FLUX2_C2PA_CERTIFICATE"), _read(key, "FLUX2_C2PA_KEY"), local=False)
-        return _kept(folder / "identity.pem")
+        return _load_local(folder / "identity.pem")
     except (CredentialsError, OSError):
         return None  # signing will say what is wrong; reading a picture does not depend on it
 
@@ -100,13 +100,13 @@ def known_identity(folder: Path, certificate: Path | None = None, key: Path | No
 def _read(path: Path, variable: str) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(MAX_PEM_BYTES + 1)
     except OSError as error:
         raise CredentialsError(
             f"The file that {variable} names cannot be read ({error.strerror or 'unknown reason'}): correct the path, "
             f"or allow reading it."
         ) from error
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_PEM_BYTES:
         raise CredentialsError(f"The file that {variable} names is too large to be a PEM file: correct the path.")
     return data
 
@@ -116,10 +116,10 @@ def _local(folder: Path, today: datetime) -> Identity:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        kept = _kept(path)
-        if kept is None or not kept.usable[0] <= today < kept.usable[1]:
-            _publish(_make(today), path, renewing=kept is not None)
-            kept = _kept(path)
+        kept = _load_local(path)
+        if kept is None or not kept.valid_between[0] <= today < kept.valid_between[1]:
+            _write_atomically(_make(today), path, renewing=kept is not None)
+            kept = _load_local(path)
     except OSError as error:
         raise CredentialsError(
             f"The identity that signs pictures cannot be kept in {folder} ({error.strerror or 'unknown reason'}): "
@@ -130,13 +130,13 @@ def _local(folder: Path, today: datetime) -> Identity:
     return kept
 
 
-def _kept(path: Path) -> Identity | None:
+def _load_local(path: Path) -> Identity | None:
     """The identity in the file at `path`, None where there is no file."""
     try:
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)  # restored from a backup, perhaps
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES)
+            data = file.read(MAX_PEM_BYTES)
     except FileNotFoundError:
         return None
     try:
@@ -148,7 +148,7 @@ def _kept(path: Path) -> Identity | None:
         ) from error
 
 
-def _publish(pem: bytes, path: Path, renewing: bool) -> None:
+def _write_atomically(pem: bytes, path: Path, renewing: bool) -> None:
     """Put `pem` at `path`, whole from the moment it can be seen; a first one never replaces somebody else's."""
     handle, hidden = tempfile.mkstemp(dir=path.parent, prefix=".identity-")  # of mode 0600
     try:
@@ -219,7 +219,7 @@ def _parse(certificates: bytes, key: bytes, local: bool) -> Identity:
         name=_subject(own),
         serial=str(own.serial_number),
         issuer=chain[-1].public_bytes(Encoding.PEM).decode(),
-        usable=(begin, begin + (end - begin) / 2 if local else end),
+        valid_between=(begin, begin + (end - begin) / 2 if local else end),
         local=local,
     )
 

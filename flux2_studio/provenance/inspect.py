@@ -19,19 +19,19 @@ from typing import Any
 from PIL import Image
 
 from flux2_studio.errors import RequestError, StudioError
-from flux2_studio.images.references import MAX_PIXELS, opening, shown_name
+from flux2_studio.images.references import MAX_REFERENCE_PIXELS, display_name, open_image
 from flux2_studio.provenance import metadata, watermark
-from flux2_studio.provenance.c2pa.credentials import MAX_BYTES, Signer
-from flux2_studio.provenance.c2pa.report import Credentials, unreadable
-from flux2_studio.provenance.metadata import Found
-from flux2_studio.provenance.watermark import Detection, Message
+from flux2_studio.provenance.c2pa.credentials import MAX_INSPECTED_BYTES, Signer
+from flux2_studio.provenance.c2pa.report import Credentials, unreadable_credentials
+from flux2_studio.provenance.metadata import FoundSettings
+from flux2_studio.provenance.watermark import WatermarkDetection, WatermarkMessage
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 UNNAMED = "The file"
-MADE_OF = {"MPO": "JPEG", "WEBP": "WebP"}  # formats by Pillow's names, where people have another one
+FORMAT_NAMES = {"MPO": "JPEG", "WEBP": "WebP"}  # formats by Pillow's names, where people have another one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +41,22 @@ class Inspection:
     format: PNG, JPEG, ...; "" for a file that is no picture, or none that can be opened, and then `problem` says why.
     width, height: pixels, as they are stored; 0 where they are not known. bytes: the file's size. sha256: of the whole
     file, "" for one that is too large to be read. watermark: what comes closest to one of the messages; None where it
-    could not be looked for, and then `watermark_problem` says why. marked: where in the picture it was found, if not in
+    could not be looked for, and then `watermark_problem` says why. watermark_box: where in the picture it was found, if not in
     the whole.
     """
 
     name: str
     bytes: int
     sha256: str
-    settings: Found
+    settings: FoundSettings
     credentials: Credentials
     format: str = ""
     width: int = 0
     height: int = 0
     problem: str | None = None
-    watermark: Detection | None = None
+    watermark: WatermarkDetection | None = None
     watermark_problem: str | None = None
-    marked: Box | None = None
+    watermark_box: Box | None = None
 
     @property
     def is_picture(self) -> bool:
@@ -89,16 +89,16 @@ class Inspection:
                 "sha256": self.sha256,
                 "problem": self.problem,
             },
-            "settings": metadata.as_dict(record) if record else None,
+            "settings": metadata.record_to_dict(record) if record else None,
             "settings_problem": self.settings.problem,
             "watermark": {
                 "message": mark.message.label,
                 "found": mark.found,
                 "bits": len(mark.message.bits),
-                "right": mark.right,
-                "match": mark.match,
-                "chance": mark.chance,
-                "box": list(self.marked) if self.marked else None,
+                "right": mark.matching_bits,
+                "match": mark.match_ratio,
+                "chance": mark.chance_probability,
+                "box": list(self.watermark_box) if self.watermark_box else None,
             }
             if mark
             else None,
@@ -108,32 +108,32 @@ class Inspection:
         }
 
 
-def inspect(picture: Path | bytes, signer: Signer, messages: Sequence[Message]) -> Inspection:
+def inspect_picture(picture: Path | bytes, signer: Signer, messages: Sequence[WatermarkMessage]) -> Inspection:
     """Look at `picture`, a file or its bytes, by whomever; whatever is wrong with it is said in the result.
 
     signer: knows which credentials are one's own. messages: what a watermark may say. Raises `RequestError` for a path
     at which there is no file that can be read.
     """
-    name = shown_name(picture) if isinstance(picture, Path) else UNNAMED
+    name = display_name(picture) if isinstance(picture, Path) else UNNAMED
     data, size = _read(picture, name)
-    if len(data) > MAX_BYTES:
-        too_large = f"the file is larger than {MAX_BYTES // 10**6} MB"
+    if len(data) > MAX_INSPECTED_BYTES:
+        too_large = f"the file is larger than {MAX_INSPECTED_BYTES // 10**6} MB"
         return Inspection(
             name=name,
             bytes=size,
             sha256="",
-            settings=Found(),
-            credentials=unreadable(too_large),
+            settings=FoundSettings(),
+            credentials=unreadable_credentials(too_large),
             problem=f"It cannot be looked at: {too_large}.",
         )
-    settings = metadata.read(data)
+    settings = metadata.read_settings(data)
     box = settings.record.marked if settings.record else None
-    seen = _look(data, name, messages, box)
+    seen = _examine_picture(data, name, messages, box)
     return Inspection(
         name=name,
         bytes=size,
         sha256=hashlib.sha256(data).hexdigest(),
-        settings=settings if seen.format else Found(),
+        settings=settings if seen.format else FoundSettings(),
         credentials=signer.read(data),
         **vars(seen),
     )
@@ -159,7 +159,7 @@ def setting_rows(record: Record) -> list[tuple[str, str]]:
         ("Checkpoint's file", record.checkpoint),
         ("References", ", ".join(f"image {number}: {sha}" for number, sha in enumerate(record.references, 1))),
         ("Mask", record.mask),
-        ("Outpainted by", outpainted(request)),
+        ("Outpainted by", describe_outpaint(request)),
         ("Colours", "matched to image 1" if request.match_colours else ""),
         ("LoRAs", ", ".join(f"{lora.name} ({lora.weight:g})" for lora in request.loras)),
         ("Size", size),
@@ -174,7 +174,7 @@ def setting_rows(record: Record) -> list[tuple[str, str]]:
     return [(name, text) for name, text in table if text]
 
 
-def outpainted(request: Request) -> str:
+def describe_outpaint(request: Request) -> str:
     """By how much the picture grew, in words; "" where it did not."""
     return ", ".join(f"{pixels} on the {side}" for side, pixels in vars(request.outpaint).items() if pixels)
 
@@ -201,83 +201,89 @@ def credential_rows(credentials: Credentials) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Seen:
+class _PictureFindings:
     """What the picture itself shows; the fields are those of `Inspection`."""
 
     format: str = ""
     width: int = 0
     height: int = 0
     problem: str | None = None
-    watermark: Detection | None = None
+    watermark: WatermarkDetection | None = None
     watermark_problem: str | None = None
-    marked: Box | None = None
+    watermark_box: Box | None = None
 
 
 def _read(picture: Path | bytes, name: str) -> tuple[bytes, int]:
-    """The bytes of `picture`, one more than `MAX_BYTES` at most, and how many there are in all."""
+    """The bytes of `picture`, one more than `MAX_INSPECTED_BYTES` at most, and how many there are in all."""
     if isinstance(picture, bytes):
         return picture, len(picture)
     try:
         if not picture.is_file():  # missing, a folder, or a device or pipe, which could be read for ever
             raise RequestError(f"There is no file {name} that could be looked at: check its name.")
         with picture.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(MAX_INSPECTED_BYTES + 1)
         return data, picture.stat().st_size
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise RequestError(f"{name} cannot be opened: check that you may read it.") from error
 
 
-def _look(data: bytes, name: str, messages: Sequence[Message], box: Box | None) -> _Seen:
+def _examine_picture(data: bytes, name: str, messages: Sequence[WatermarkMessage], box: Box | None) -> _PictureFindings:
     """box: where the settings say that the watermark lies."""
     if not data:
-        return _Seen(problem="The file is empty.")
+        return _PictureFindings(problem="The file is empty.")
     format, width, height = "", 0, 0
     try:
-        with opening(data, name, any_size=True) as file:
-            format, (width, height) = MADE_OF.get(file.format or "", file.format or ""), file.size
-            if width * height > MAX_PIXELS:
-                return _Seen(
+        with open_image(data, name, any_size=True) as file:
+            format, (width, height) = FORMAT_NAMES.get(file.format or "", file.format or ""), file.size
+            if width * height > MAX_REFERENCE_PIXELS:
+                return _PictureFindings(
                     format=format,
                     width=width,
                     height=height,
-                    watermark_problem=f"More than {MAX_PIXELS // 10**6} megapixels are not read.",
+                    watermark_problem=f"More than {MAX_REFERENCE_PIXELS // 10**6} megapixels are not read.",
                 )
             file.load()
             width, height = file.size
             # No more than a watermark is looked for in: a copy of the whole in RGB may take gigabytes.
-            pixels = file.crop((0, 0, width, max(1, min(height, watermark.READ // width)))).convert("RGB")
+            pixels = file.crop((0, 0, width, max(1, min(height, watermark.MAX_READ_PIXELS // width)))).convert("RGB")
             part = None
             if box is not None and box[2] <= width and box[3] <= height:
-                part = file.crop((*box[:3], min(box[3], box[1] + watermark.READ // (box[2] - box[0])))).convert("RGB")
+                part = file.crop(
+                    (*box[:3], min(box[3], box[1] + watermark.MAX_READ_PIXELS // (box[2] - box[0])))
+                ).convert("RGB")
     except StudioError as error:
         if not format:
-            return _Seen(problem=f"{error}")
-        return _Seen(
+            return _PictureFindings(problem=f"{error}")
+        return _PictureFindings(
             format=format,
             width=width,
             height=height,
             problem="The picture cannot be decoded here: it is damaged or incomplete, or of a rare kind.",
             watermark_problem="The pixels cannot be read.",
         )
-    mark, why = _mark(pixels, (width, height), messages)
-    within = _mark(part, part.size, messages)[0] if part is not None else None
-    marked = box if within is not None and (mark is None or within.chance < mark.chance) else None
+    mark, why = _detect_watermark(pixels, (width, height), messages)
+    within = _detect_watermark(part, part.size, messages)[0] if part is not None else None
+    marked = (
+        box if within is not None and (mark is None or within.chance_probability < mark.chance_probability) else None
+    )
     if marked is not None:
         mark, why = within, None
-    return _Seen(format=format, width=width, height=height, watermark=mark, watermark_problem=why, marked=marked)
+    return _PictureFindings(
+        format=format, width=width, height=height, watermark=mark, watermark_problem=why, watermark_box=marked
+    )
 
 
-def _mark(
-    pixels: Image.Image, size: tuple[int, int], messages: Sequence[Message]
-) -> tuple[Detection | None, str | None]:
+def _detect_watermark(
+    pixels: Image.Image, size: tuple[int, int], messages: Sequence[WatermarkMessage]
+) -> tuple[WatermarkDetection | None, str | None]:
     """Which of `messages` the pixels come closest to saying, or why that cannot be told. size: of the whole picture, of
     which `pixels` may be the upper part."""
-    if min(pixels.size) < watermark.SIDE or pixels.width * watermark.SIDE > watermark.READ:
+    if min(pixels.size) < watermark.BLOCK_PIXELS or pixels.width * watermark.BLOCK_PIXELS > watermark.MAX_READ_PIXELS:
         return None, f"{size[0]} x {size[1]} pixels is no shape in which one is looked for."
-    read = [found for message in messages if (found := watermark.detect(pixels, message)) is not None]
+    read = [found for message in messages if (found := watermark.detect_watermark(pixels, message)) is not None]
     if not read:
         return None, f"{size[0]} x {size[1]} pixels are too few to hold one."
-    return min(read, key=lambda found: found.chance), None
+    return min(read, key=lambda found: found.chance_probability), None
 
 
 # --- what it amounts to -----------------------------------------------------------------------------------------
@@ -327,5 +333,5 @@ def _on_watermark(seen: Inspection) -> str:
         return f"Whether there is a watermark cannot be told. {seen.watermark_problem or ''}".strip()
     if not seen.watermark.found:
         return str(seen.watermark)
-    where = " It lies in the part that was edited, as the settings say." if seen.marked else ""
+    where = " It lies in the part that was edited, as the settings say." if seen.watermark_box else ""
     return f"{seen.watermark}{where} It tells what kind of program made the picture, not who used it."

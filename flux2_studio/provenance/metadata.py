@@ -42,9 +42,13 @@ from flux2_studio.record import Record
 from flux2_studio.request import MAX_COUNT, MAX_NAME, MAX_PROMPT, ImageFormat, Request
 
 SOFTWARE = f"AI generated; flux2-studio {__version__}"
-QUALITY = 95  # of JPEG and WebP; with less, or with colours of half the size, the watermark fades
-MAX_SIDE: Mapping[ImageFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # pixels, by the encoders
-FORMATS = ("PNG", "JPEG", "WEBP")  # whose settings are read
+ENCODING_QUALITY = 95  # of JPEG and WebP; with less, or with colours of half the size, the watermark fades
+MAX_FORMAT_SIDE_PIXELS: Mapping[ImageFormat, int] = {
+    "png": 2**31 - 1,
+    "jpeg": 65_500,
+    "webp": 16_383,
+}  # pixels, by the encoders
+METADATA_FORMATS = ("PNG", "JPEG", "WEBP")  # whose settings are read
 MAX_SEGMENT = 65_533  # bytes of EXIF in a JPEG
 MAX_TEXT = 10**6  # characters; three prompts of the longest kind take less
 MAX_ENTRIES = 32  # of a list or a table in the JSON
@@ -52,7 +56,7 @@ MAX_VALUE = 200  # characters of what `versions` and `computed` hold
 MAX_NUMBER = 10**6  # pixels of a side, steps
 MAX_PROBLEM = 300  # characters
 
-SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+SOURCE_TYPE_URL = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
 <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -71,8 +75,8 @@ MODEL, SOFTWARE_TAG, EXIF_IFD, USER_COMMENT = 0x0110, 0x0131, 0x8769, 0x9286
 ASCII = b"ASCII\0\0\0"  # how a UserComment says that it is plain text
 
 # Fields of a request that stand elsewhere in the JSON, or that are no setting of one picture.
-ELSEWHERE = {"checkpoint", "references", "mask", "outpaint", "loras", "upsampling", "count"}
-PARTS = {
+FIELDS_STORED_ELSEWHERE = {"checkpoint", "references", "mask", "outpaint", "loras", "upsampling", "count"}
+SETTINGS_KEYS = {
     "request",
     "checkpoint",
     "references",
@@ -93,7 +97,7 @@ DAMAGED = "What the file says of itself is damaged, or made to be: it cannot be 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class EncodedPicture:
     """A picture's file. notes: what of it could not be written, for the user; () if nothing."""
 
     data: bytes
@@ -101,7 +105,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class FoundSettings:
     """The settings in a file, where there are any; `problem`, where there is something that cannot be used as such."""
 
     record: Record | None = None
@@ -110,7 +114,7 @@ class Found:
 
 def check_size(width: int, height: int, format: ImageFormat) -> None:
     """Raises `RequestError` where no file of `format` holds so many pixels a side: to be asked before the work."""
-    most = MAX_SIDE[format]
+    most = MAX_FORMAT_SIDE_PIXELS[format]
     if max(width, height) > most:
         raise RequestError(
             f"{width} x {height} pixels do not go into a {_called(format)}, which has at most {most:,} a side: save as "
@@ -118,7 +122,7 @@ def check_size(width: int, height: int, format: ImageFormat) -> None:
         )
 
 
-def encode(image: Image.Image, format: ImageFormat, record: Record | None) -> Encoded:
+def encode_picture(image: Image.Image, format: ImageFormat, record: Record | None) -> EncodedPicture:
     """The file of `image` (RGB, [0, 255]) as `format`, with what `record` says; with pixels only for None.
 
     PNG keeps the pixels as they are. Raises `RequestError` for more pixels a side than `format` has.
@@ -129,7 +133,7 @@ def encode(image: Image.Image, format: ImageFormat, record: Record | None) -> En
     notes: tuple[str, ...] = ()
     extra: dict[str, Any] = {}
     if record is not None:
-        text = json.dumps(as_dict(record))
+        text = json.dumps(record_to_dict(record))
         extra = {"exif": _exif(record, None if format == "png" else text)}
         if format == "jpeg" and len(extra["exif"]) > MAX_SEGMENT:
             extra = {"exif": _exif(record, None)}
@@ -145,19 +149,19 @@ def encode(image: Image.Image, format: ImageFormat, record: Record | None) -> En
         else:
             extra["xmp"] = _xmp(record).encode()
     if format == "jpeg":
-        extra |= {"quality": QUALITY, "subsampling": "4:4:4"}
+        extra |= {"quality": ENCODING_QUALITY, "subsampling": "4:4:4"}
     elif format == "webp":
-        extra |= {"quality": QUALITY, "method": 4}
+        extra |= {"quality": ENCODING_QUALITY, "method": 4}
     out = io.BytesIO()
     plain.save(out, format=format.upper(), **extra)
-    return Encoded(data=out.getvalue(), notes=notes)
+    return EncodedPicture(data=out.getvalue(), notes=notes)
 
 
-def read(data: bytes) -> Found:
+def read_settings(data: bytes) -> FoundSettings:
     """The settings in the bytes of any file, by whomever: never an exception."""
     foreign = False
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        with Image.open(io.BytesIO(data), formats=METADATA_FORMATS) as file:
             if file.format == "PNG":
                 text = file.info.get("parameters")
                 foreign = not {"prompt", "workflow"}.isdisjoint(file.info)  # ComfyUI's
@@ -165,30 +169,32 @@ def read(data: bytes) -> Found:
                 comment = file.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
                 text = _comment(comment) if isinstance(comment, bytes) else None
     except UnidentifiedImageError:
-        return Found(problem="No settings can be read: this is no PNG, JPEG or WebP picture, or a damaged one.")
+        return FoundSettings(problem="No settings can be read: this is no PNG, JPEG or WebP picture, or a damaged one.")
     except Image.DecompressionBombError:
-        return Found(problem="The picture is too large to be looked at.")
+        return FoundSettings(problem="The picture is too large to be looked at.")
     except Exception:  # noqa: BLE001 - decoders raise nearly every exception there is for a file that is made to hurt
-        return Found(problem=DAMAGED)
+        return FoundSettings(problem=DAMAGED)
     if not isinstance(text, str) or not text.strip():
-        return Found(problem=OTHER_PROGRAM) if foreign else Found()
+        return FoundSettings(problem=OTHER_PROGRAM) if foreign else FoundSettings()
     if len(text) > MAX_TEXT:
-        return Found(problem=f"The settings in the file have more than {MAX_TEXT:,} characters: they are not read.")
+        return FoundSettings(
+            problem=f"The settings in the file have more than {MAX_TEXT:,} characters: they are not read."
+        )
     if not text.lstrip().startswith("{"):
-        return Found(problem=OTHER_PROGRAM)
+        return FoundSettings(problem=OTHER_PROGRAM)
     try:
-        return Found(record=_record(_parsed(text)))
-    except _Wrong as wrong:
-        return Found(problem=_shown(str(wrong)))
+        return FoundSettings(record=_record(_parsed(text)))
+    except _InvalidSettings as wrong:
+        return FoundSettings(problem=_shown(str(wrong)))
     except RequestError as error:
-        return Found(problem=_shown(f"The settings in the file cannot be used: {error}"))
+        return FoundSettings(problem=_shown(f"The settings in the file cannot be used: {error}"))
 
 
-def as_dict(record: Record) -> dict[str, Any]:
+def record_to_dict(record: Record) -> dict[str, Any]:
     """`record` as the JSON in a file. Its request must have as many LoRAs as there are hashes of them."""
     request = record.request
     return {
-        "request": {key: value for key, value in request.as_dict().items() if key not in ELSEWHERE},
+        "request": {key: value for key, value in request.as_dict().items() if key not in FIELDS_STORED_ELSEWHERE},
         "checkpoint": {"name": request.checkpoint, "label": record.label, "sha256": record.checkpoint},
         "references": list(record.references),
         "mask": record.mask or None,
@@ -205,15 +211,15 @@ def as_dict(record: Record) -> dict[str, Any]:
     }
 
 
-def from_json(text: str) -> Record:
-    """The record whose `as_dict` is written in `text`. Raises `RequestError` for anything else."""
+def record_from_json(text: str) -> Record:
+    """The record whose `record_to_dict` is written in `text`. Raises `RequestError` for anything else."""
     try:
         return _record(_parsed(text))
-    except _Wrong as wrong:
+    except _InvalidSettings as wrong:
         raise RequestError(_shown(str(wrong))) from wrong
 
 
-def run_again(record: Record) -> Request:
+def request_to_reproduce(record: Record) -> Request:
     """The request whose picture number `record.place` is this one, bit by bit, on the same kind of machine.
 
     Its references are still to be found. Raises `RequestError` where no request can be so.
@@ -240,7 +246,7 @@ def _xmp(record: Record) -> str:
     properties = {
         "xmp:CreatorTool": f"flux2-studio {__version__}",
         "photoshop:Credit": "AI generated",
-        "Iptc4xmpExt:DigitalSourceType": f"{SOURCE_TYPE}{edited}",
+        "Iptc4xmpExt:DigitalSourceType": f"{SOURCE_TYPE_URL}{edited}",
         "Iptc4xmpExt:AISystemUsed": record.label,
     }
     if record.checkpoint:
@@ -262,7 +268,7 @@ def _called(format: ImageFormat) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-class _Wrong(Exception):
+class _InvalidSettings(Exception):
     """The JSON is not what is written here. The message is a sentence for the user."""
 
 
@@ -280,26 +286,28 @@ def _comment(comment: bytes) -> str | None:
 
 def _parsed(text: str) -> dict[str, Any]:
     def refuse(constant: str) -> None:
-        raise _Wrong(f"The settings in the file hold {constant} as a number: they are not read.")
+        raise _InvalidSettings(f"The settings in the file hold {constant} as a number: they are not read.")
 
     try:
         parsed = json.loads(text, parse_constant=refuse)
     except RecursionError as error:
-        raise _Wrong("The settings in the file are nested too deeply: they are not read.") from error
+        raise _InvalidSettings("The settings in the file are nested too deeply: they are not read.") from error
     except ValueError as error:  # the number of more digits than Python converts, too
-        raise _Wrong("The settings in the file are damaged: they are no well-formed JSON.") from error
+        raise _InvalidSettings("The settings in the file are damaged: they are no well-formed JSON.") from error
     if not isinstance(parsed, dict) or not {"request", "checkpoint"} <= parsed.keys():
-        raise _Wrong(OTHER_PROGRAM)
-    if unknown := parsed.keys() - PARTS:
-        raise _Wrong(f"The settings in the file have a part {min(unknown)!r}, which this version does not know.")
+        raise _InvalidSettings(OTHER_PROGRAM)
+    if unknown := parsed.keys() - SETTINGS_KEYS:
+        raise _InvalidSettings(
+            f"The settings in the file have a part {min(unknown)!r}, which this version does not know."
+        )
     return parsed
 
 
 def _record(parsed: Mapping[str, Any]) -> Record:
-    """Raises `_Wrong` or `RequestError`."""
+    """Raises `_InvalidSettings` or `RequestError`."""
     request = _table(parsed["request"], "request")
-    if misplaced := request.keys() & ELSEWHERE:
-        raise _Wrong(f"The settings in the file have {min(misplaced)} in a place where it never stands.")
+    if misplaced := request.keys() & FIELDS_STORED_ELSEWHERE:
+        raise _InvalidSettings(f"The settings in the file have {min(misplaced)} in a place where it never stands.")
     checkpoint = _table(parsed["checkpoint"], "checkpoint")
     loras = [_table(entry, "loras") for entry in _list(parsed, "loras")]
     hashes = tuple(_hash(entry.pop("sha256", None)) for entry in loras)
@@ -336,34 +344,34 @@ def _check_resolved(record: Record) -> None:
     for name in ("width", "height", "steps"):
         _whole(getattr(request, name), name, MAX_NUMBER)
     if request.seed is None or request.negative_prompt is None or type(request.guidance) not in (int, float):
-        raise _Wrong("The settings in the file lack the seed, the guidance or the negative prompt.")
+        raise _InvalidSettings("The settings in the file lack the seed, the guidance or the negative prompt.")
     if record.place >= record.together:
-        raise _Wrong("The settings in the file call the picture one more than were drawn together.")
-    run_again(record)
+        raise _InvalidSettings("The settings in the file call the picture one more than were drawn together.")
+    request_to_reproduce(record)
 
 
 def _table(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict) or any(isinstance(it, dict | list) for it in value.values()):
-        raise _Wrong(f"What the settings in the file have as {name} is of another form than this studio's.")
+        raise _InvalidSettings(f"What the settings in the file have as {name} is of another form than this studio's.")
     return dict(value)
 
 
 def _list(parsed: Mapping[str, Any], name: str) -> list[object]:
     value = parsed.get(name, [])
     if not isinstance(value, list) or len(value) > MAX_ENTRIES:
-        raise _Wrong(f"What the settings in the file have as {name} is no list, or too long a one.")
+        raise _InvalidSettings(f"What the settings in the file have as {name} is no list, or too long a one.")
     return value
 
 
 def _hash(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise _Wrong("The settings in the file name a file by something that is no SHA-256.")
+        raise _InvalidSettings("The settings in the file name a file by something that is no SHA-256.")
     return value
 
 
 def _name(value: object, name: str, longest: int = MAX_NAME) -> str:
     if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= longest:
-        raise _Wrong(f"What the settings in the file have as {name} is no name, or too long a one.")
+        raise _InvalidSettings(f"What the settings in the file have as {name} is no name, or too long a one.")
     return value
 
 
@@ -371,13 +379,13 @@ def _prompt(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or len(value) > MAX_PROMPT or any("\ud800" <= it <= "\udfff" for it in value):
-        raise _Wrong("The original prompt in the file's settings is no text, or too long.")
+        raise _InvalidSettings("The original prompt in the file's settings is no text, or too long.")
     return value
 
 
 def _whole(value: object, name: str, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
-        raise _Wrong(f"What the settings in the file have as {name} is no whole number from 0 to {most:,}.")
+        raise _InvalidSettings(f"What the settings in the file have as {name} is no whole number from 0 to {most:,}.")
     return value
 
 
@@ -385,10 +393,10 @@ def _box(value: object) -> tuple[int, int, int, int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 4:
-        raise _Wrong("What the settings in the file have as marked is no rectangle.")
+        raise _InvalidSettings("What the settings in the file have as marked is no rectangle.")
     left, top, right, bottom = (_whole(it, "marked", MAX_NUMBER) for it in value)
     if left >= right or top >= bottom:
-        raise _Wrong("What the settings in the file have as marked is no rectangle.")
+        raise _InvalidSettings("What the settings in the file have as marked is no rectangle.")
     return left, top, right, bottom
 
 
@@ -396,17 +404,17 @@ def _step(value: object) -> tuple[int, int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2:
-        raise _Wrong("What the settings in the file have as unfinished is no step of so many.")
+        raise _InvalidSettings("What the settings in the file have as unfinished is no step of so many.")
     step, steps = (_whole(it, "unfinished", MAX_NUMBER) for it in value)
     if not 0 < step <= steps:
-        raise _Wrong("What the settings in the file have as unfinished is no step of so many.")
+        raise _InvalidSettings("What the settings in the file have as unfinished is no step of so many.")
     return step, steps
 
 
 def _texts(parsed: Mapping[str, Any], name: str) -> dict[str, str]:
     table = _table(parsed.get(name, {}), name)
     if len(table) > MAX_ENTRIES:
-        raise _Wrong(f"What the settings in the file have as {name} is too long.")
+        raise _InvalidSettings(f"What the settings in the file have as {name} is too long.")
     return {_name(key, name, MAX_VALUE): _name(value, name, MAX_VALUE) for key, value in table.items()}
 
 

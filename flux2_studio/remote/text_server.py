@@ -31,33 +31,33 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.engine.text.encoder import Encoded, open_text_encoder
+from flux2_studio.engine.text.encoder import EncodedPrompts, open_text_encoder
 from flux2_studio.errors import OutOfMemory, StudioError
-from flux2_studio.models import tensor_codec as wire
-from flux2_studio.models.checkpoint_files import only_ever_replaced
-from flux2_studio.models.hub.repositories import Hub, Progress
+from flux2_studio.models import tensor_codec
+from flux2_studio.models.checkpoint_files import is_safe_to_mmap
+from flux2_studio.models.hub.repositories import Hub, ProgressCallback
 from flux2_studio.models.memory.available import is_out_of_memory
 from flux2_studio.models.memory.choices import choose_device, choose_dtype, choose_storage
-from flux2_studio.models.prompt_cache import RememberingText
+from flux2_studio.models.prompt_cache import PromptCache
 from flux2_studio.request import MAX_PROMPT
 from flux2_studio.settings import Settings
 
-HOST, PORT = "127.0.0.1", 7870
+DEFAULT_HOST, PORT = "127.0.0.1", 7870
 MAX_PROMPTS = 8  # of one request; a run of the studio has two
-MAX_BODY = 1024 + MAX_PROMPTS * MAX_PROMPT * 12  # bytes; JSON may write one character as \ud83e\udd8a
-WAITING = 8  # requests that may wait while one is encoded
-COME_BACK = 5  # seconds
-CONNECTIONS = 64  # at once, each with a thread of its own
-WRITE = 2**20  # bytes that a client must take within `Handler.timeout`
+MAX_ENCODE_REQUEST_BYTES = 1024 + MAX_PROMPTS * MAX_PROMPT * 12  # bytes; JSON may write one character as \ud83e\udd8a
+MAX_WAITING_REQUESTS = 8  # requests that may wait while one is encoded
+RETRY_AFTER_SECONDS = 5  # seconds
+MAX_CONNECTIONS = 64  # at once, each with a thread of its own
+WRITE_CHUNK_BYTES = 2**20  # bytes that a client must take within `EncodeRequestHandler.timeout`
 
 
-class Encoder(Protocol):
+class PromptEncoder(Protocol):
     """What a server needs of a text encoder."""
 
-    def encode(self, prompts: Sequence[str]) -> Encoded: ...
+    def encode(self, prompts: Sequence[str]) -> EncodedPrompts: ...
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not carried out."""
 
     def __init__(self, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> None:
@@ -67,10 +67,10 @@ class Refused(Exception):
 
 
 class EncodeServer(ThreadingTCPServer):
-    """Serves `encoder`, the text encoder of `checkpoint` whose contexts have `width`, once `open` was called.
+    """Serves `encoder`, the text encoder of `checkpoint` whose contexts have `width`, once `accept_connections` was called.
 
     The address is taken at once, so that one that cannot be had is told before anything is loaded; connections are
-    only taken from `open` on. Leaving it as a context answers what was begun. Raises `StudioError` for an address that
+    only taken from `accept_connections` on. Leaving it as a context answers what was begun. Raises `StudioError` for an address that
     cannot be used, or that others can reach while no token is set.
     """
 
@@ -85,7 +85,7 @@ class EncodeServer(ThreadingTCPServer):
                 f"Whoever can reach {host} could use this machine's text encoder: set FLUX2_ENCODE_TOKEN to a secret "
                 f"of your own, and FLUX2_TEXT_ENCODER_TOKEN to the same on the machines that ask."
             )
-        super().__init__(address, Handler, bind_and_activate=False)
+        super().__init__(address, EncodeRequestHandler, bind_and_activate=False)
         try:
             self.server_bind()
         except OSError as error:
@@ -95,13 +95,13 @@ class EncodeServer(ThreadingTCPServer):
                 f"machine's own addresses with --host."
             ) from error
         self.token = token
-        self.encoding = threading.Lock()
-        self.remembered = RememberingText()
-        self.places = threading.BoundedSemaphore(1 + WAITING)
+        self.encode_lock = threading.Lock()
+        self.prompt_cache = PromptCache()
+        self.request_slots = threading.BoundedSemaphore(1 + MAX_WAITING_REQUESTS)
         self._counting = threading.Lock()
-        self._open = 0  # connections; other threads of this process are none of its business
+        self._connection_count = 0  # connections; other threads of this process are none of its business
 
-    def open(self, encoder: Encoder, checkpoint: Checkpoint, width: int) -> None:
+    def accept_connections(self, encoder: PromptEncoder, checkpoint: Checkpoint, width: int) -> None:
         """Take connections; they are answered while `serve_forever` runs."""
         self.encoder = encoder
         self.checkpoint = checkpoint
@@ -116,13 +116,13 @@ class EncodeServer(ThreadingTCPServer):
     def verify_request(self, request: object, client_address: object) -> bool:
         """Whether there is a thread for one more connection; it is closed otherwise."""
         with self._counting:
-            self._open += 1
-            return self._open <= CONNECTIONS
+            self._connection_count += 1
+            return self._connection_count <= MAX_CONNECTIONS
 
     def shutdown_request(self, request: Any) -> None:
         """End a connection, answered or refused: each that was taken comes through here once."""
         with self._counting:
-            self._open -= 1
+            self._connection_count -= 1
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -131,7 +131,7 @@ class EncodeServer(ThreadingTCPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
-class _Timed(io.RawIOBase):
+class _DeadlineReader(io.RawIOBase):
     """What a client sends, all of it by `deadline` in the time of `time.monotonic`: with a limit on each piece alone,
     who sends a byte now and then would keep a thread for ever."""
 
@@ -150,14 +150,14 @@ class _Timed(io.RawIOBase):
         return self._connection.recv_into(buffer)
 
 
-class Handler(BaseHTTPRequestHandler):
+class EncodeRequestHandler(BaseHTTPRequestHandler):
     server: EncodeServer
     timeout = 20.0  # seconds for a whole request to come, and for each piece of an answer to go
 
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
-        self.rfile = io.BufferedReader(_Timed(self.connection, time.monotonic() + self.timeout))
+        self.rfile = io.BufferedReader(_DeadlineReader(self.connection, time.monotonic() + self.timeout))
 
     def do_GET(self) -> None:
         if urlsplit(self.path).path != "/health":
@@ -165,76 +165,80 @@ class Handler(BaseHTTPRequestHandler):
             return
         server = self.server
         about = {"model": server.checkpoint.name, "width": server.width, "length": server.checkpoint.recipe.length}
-        self.answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+        self.send_body(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 
     def do_POST(self) -> None:
         try:
             # First of all: whoever is refused while still sending would not get to read why.
-            body = self.body()
-            prompts = self.prompts(body)
-            if not self.server.places.acquire(blocking=False):
-                raise Refused(503, "Too many prompts wait already: come back.", {"Retry-After": f"{COME_BACK}"})
-        except Refused as refused:
+            body = self.read_body()
+            prompts = self.parse_prompts(body)
+            if not self.server.request_slots.acquire(blocking=False):
+                raise RequestRefused(
+                    503, "Too many prompts wait already: come back.", {"Retry-After": f"{RETRY_AFTER_SECONDS}"}
+                )
+        except RequestRefused as refused:
             self.refuse(refused)
             return
         try:
             self.encode(prompts)
         finally:
-            self.server.places.release()
+            self.server.request_slots.release()
 
     def encode(self, prompts: list[str]) -> None:
         server = self.server
         try:
-            with server.encoding:
-                encoded = server.remembered.encode(server.checkpoint.text, prompts, server.encoder.encode)
+            with server.encode_lock:
+                encoded = server.prompt_cache.get_or_encode(server.checkpoint.text, prompts, server.encoder.encode)
             media_type = _media_type(self.headers.get("Accept", ""))
-            packed = wire.pack(encoded.context, media_type)
+            packed = tensor_codec.pack_tensor(encoded.context, media_type)
         except Exception as error:
             why = "its memory does not suffice" if is_out_of_memory(error) else "its log says why"
-            self.refuse(Refused(500, f"The text encoder could not read the prompt: {why}."))
+            self.refuse(RequestRefused(500, f"The text encoder could not read the prompt: {why}."))
             raise  # into the log
-        cut = ",".join(str(count) for count in encoded.cut)
-        self.answer(200, packed, {"Content-Type": media_type, wire.CUT: cut})
+        cut = ",".join(str(count) for count in encoded.truncated_tokens)
+        self.send_body(200, packed, {"Content-Type": media_type, tensor_codec.TRUNCATED_TOKENS_HEADER: cut})
 
-    def body(self) -> bytes:
+    def read_body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdigit() or len(length) > 12:
-            raise Refused(411, "Say in Content-Length how long the request is.")
-        body = self.rfile.read(min(int(length), MAX_BODY))
-        if int(length) > MAX_BODY:
-            raise Refused(413, f"The request is too long: send at most {MAX_BODY:,} bytes.")
+            raise RequestRefused(411, "Say in Content-Length how long the request is.")
+        body = self.rfile.read(min(int(length), MAX_ENCODE_REQUEST_BYTES))
+        if int(length) > MAX_ENCODE_REQUEST_BYTES:
+            raise RequestRefused(413, f"The request is too long: send at most {MAX_ENCODE_REQUEST_BYTES:,} bytes.")
         return body
 
-    def prompts(self, body: bytes) -> list[str]:
+    def parse_prompts(self, body: bytes) -> list[str]:
         """What is to be encoded, of a request that may ask for it."""
         if urlsplit(self.path).path != "/":
-            raise Refused(404, "There is nothing at that path: POST prompts to /.")
-        if not self.may_ask():
-            raise Refused(
+            raise RequestRefused(404, "There is nothing at that path: POST prompts to /.")
+        if not self.is_authorised():
+            raise RequestRefused(
                 401, "Send this server's token, as `Authorization: Bearer ...`.", {"WWW-Authenticate": "Bearer"}
             )
         # Not to be had from another site's page without this server's leave, unlike a form's or plain text.
         if self.headers.get_content_type() != "application/json":
-            raise Refused(415, "Send JSON, with `Content-Type: application/json`.")
+            raise RequestRefused(415, "Send JSON, with `Content-Type: application/json`.")
         try:
             fields = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise Refused(400, "The request is not JSON: it is damaged, or cut off.") from error
+            raise RequestRefused(400, "The request is not JSON: it is damaged, or cut off.") from error
         if not isinstance(fields, dict) or fields.keys() != {"prompt"}:
-            raise Refused(400, 'Send {"prompt": "..."} or {"prompt": ["...", "..."]}, and nothing else.')
+            raise RequestRefused(400, 'Send {"prompt": "..."} or {"prompt": ["...", "..."]}, and nothing else.')
         prompts = [fields["prompt"]] if isinstance(fields["prompt"], str) else fields["prompt"]
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise Refused(400, "A prompt is text, or a list of texts.")
+            raise RequestRefused(400, "A prompt is text, or a list of texts.")
         if not 1 <= len(prompts) <= MAX_PROMPTS:
-            raise Refused(400, f"Send between 1 and {MAX_PROMPTS} prompts at once, not {len(prompts)}.")
+            raise RequestRefused(400, f"Send between 1 and {MAX_PROMPTS} prompts at once, not {len(prompts)}.")
         for prompt in prompts:
             if len(prompt) > MAX_PROMPT:
-                raise Refused(400, f"A prompt has {len(prompt):,} characters; shorten it to {MAX_PROMPT:,} at most.")
+                raise RequestRefused(
+                    400, f"A prompt has {len(prompt):,} characters; shorten it to {MAX_PROMPT:,} at most."
+                )
             if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise Refused(400, "A prompt holds broken characters (lone surrogates): type or paste it again.")
+                raise RequestRefused(400, "A prompt holds broken characters (lone surrogates): type or paste it again.")
         return prompts
 
-    def may_ask(self) -> bool:
+    def is_authorised(self) -> bool:
         token = self.server.token
         if token is None:
             return True
@@ -242,7 +246,7 @@ class Handler(BaseHTTPRequestHandler):
         # In constant time: how long it takes must not tell how much of a guess was right.
         return hmac.compare_digest(shown.strip().encode(), token.encode()) and kind.lower() == "bearer"
 
-    def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    def send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.connection.settimeout(self.timeout)
         with suppress(ConnectionError, TimeoutError):  # who asked has gone
             self.send_response(status)
@@ -250,16 +254,16 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            for start in range(0, len(body), WRITE):
-                self.wfile.write(body[start : start + WRITE])
+            for start in range(0, len(body), WRITE_CHUNK_BYTES):
+                self.wfile.write(body[start : start + WRITE_CHUNK_BYTES])
 
-    def refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: RequestRefused) -> None:
         body = json.dumps({"error": str(refused)}).encode()
-        self.answer(refused.status, body, {"Content-Type": "application/json", **refused.headers})
+        self.send_body(refused.status, body, {"Content-Type": "application/json", **refused.headers})
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """As the base class's, which is called for what is hardly HTTP, but as JSON."""
-        self.refuse(Refused(code, "This server answers POST / and GET /health."))
+        self.refuse(RequestRefused(code, "This server answers POST / and GET /health."))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Who asked and how it ended; not what for, which may hold a secret."""
@@ -267,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def open_server(
-    settings: Settings, name: str | None, host: str | None, port: int | None, progress: Progress
+    settings: Settings, name: str | None, host: str | None, port: int | None, progress: ProgressCallback
 ) -> EncodeServer:
     """The server of the text encoder of checkpoint `name` (None: the default one), loaded and open.
 
@@ -275,19 +279,19 @@ def open_server(
     """
     checkpoint = settings.checkpoint(name)
     device = choose_device(settings.device)
-    server = EncodeServer(host or HOST, PORT if port is None else port, settings.encode_token)
+    server = EncodeServer(host or DEFAULT_HOST, PORT if port is None else port, settings.encode_token)
     try:
         part = checkpoint.text
-        at = Hub(settings).locate(part, progress)
+        at = Hub(settings).find_or_download(part, progress)
         text = open_text_encoder(at.weights, at.tokenizer or at.weights, checkpoint.recipe)
         progress(f"Loading the text encoder of {checkpoint.label}", None)
         encoder = text.load(
             device=device,
             dtype=choose_dtype(settings.dtype, device, checkpoint, part),
             storage=choose_storage(settings.quantize, settings.dtype, device, part),
-            mapped=only_ever_replaced(part, settings),
+            use_mmap=is_safe_to_mmap(part, settings),
         )
-        server.open(encoder, checkpoint, text.width)
+        server.accept_connections(encoder, checkpoint, text.width)
     except BaseException as error:
         server.server_close()
         if is_out_of_memory(error):
@@ -299,7 +303,7 @@ def open_server(
     return server
 
 
-def serve(server: EncodeServer) -> None:
+def serve_until_interrupted(server: EncodeServer) -> None:
     """Answer until Ctrl-C or SIGTERM; what was begun by then is still answered."""
     with server:
         # Before anybody is told that it is open, and may want to end it.
@@ -328,4 +332,8 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int
 def _media_type(accept: str) -> str:
     """The format for a client that accepts `accept`: safetensors, unless it only takes the other."""
     named = {kind.partition(";")[0].strip().lower() for kind in accept.split(",")}
-    return wire.SAVED if wire.SAVED in named and wire.SAFETENSORS not in named else wire.SAFETENSORS
+    return (
+        tensor_codec.TORCH_MEDIA_TYPE
+        if tensor_codec.TORCH_MEDIA_TYPE in named and tensor_codec.SAFETENSORS_MEDIA_TYPE not in named
+        else tensor_codec.SAFETENSORS_MEDIA_TYPE
+    )

@@ -20,7 +20,7 @@ from flux2_studio.safety.policy import Verdict
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification
 
-LIMIT = 0.85  # of the probability of nsfw, as in Black Forest Labs' tools
+NSFW_THRESHOLD = 0.85  # of the probability of nsfw, as in Black Forest Labs' tools
 
 
 class Falconsai:
@@ -37,7 +37,7 @@ class Falconsai:
     def __call__(self, image: Image.Image) -> Verdict:
         """What is to be seen in an RGB picture. Raises `ClassifierError`."""
         score = self.probability(image)
-        if score < LIMIT:
+        if score < NSFW_THRESHOLD:
             return Verdict(allowed=True, scores={"nsfw": score})
         return Verdict(allowed=False, reasons=("seems not to be safe for work",), scores={"nsfw": score})
 

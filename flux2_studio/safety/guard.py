@@ -27,21 +27,21 @@ from PIL import Image
 from flux2_studio.errors import ClassifierError, SafetyError
 from flux2_studio.safety.falconsai import Falconsai
 from flux2_studio.safety.nudity import NudeNet
-from flux2_studio.safety.policy import MEANING, Policy, Verdict
-from flux2_studio.safety.prompt_rules import check_prompt
-from flux2_studio.safety.questions import Ask, check_by_asking
+from flux2_studio.safety.policy import POLICY_DESCRIPTIONS, Policy, Verdict
+from flux2_studio.safety.prompt_rules import apply_prompt_rules
+from flux2_studio.safety.questions import YesNoModel, judge_with_model
 
-MOSAIC = 16  # squares along the longer side of a veiled preview: colours and layout remain, nothing else
+MOSAIC_SQUARES = 16  # squares along the longer side of a veiled preview: colours and layout remain, nothing else
 REWORD, ANOTHER = "Word it differently.", "Choose another picture."
 
 
-class Classifier(Protocol):
+class PictureClassifier(Protocol):
     def load(self) -> None: ...
 
     def __call__(self, image: Image.Image) -> Verdict: ...
 
 
-class Guard:
+class SafetyGuard:
     """The safety check of one studio.
 
     find_weights: where the larger classifier's folder is, None if it is not on this machine.
@@ -52,61 +52,65 @@ class Guard:
         self,
         policy: Policy,
         find_weights: Callable[[], Path | None] = lambda: None,
-        classifier: Classifier | None = None,
+        classifier: PictureClassifier | None = None,
     ) -> None:
         self.policy = policy
         self._find_weights = find_weights
         self._chosen = classifier
 
     @property
-    def meaning(self) -> str:
+    def policy_description(self) -> str:
         """What the page says of it."""
-        return MEANING[self.policy]
+        return POLICY_DESCRIPTIONS[self.policy]
 
-    def ready(self) -> None:
+    def check_ready(self) -> None:
         """Raises `ClassifierError` where pictures have to be checked and cannot be."""
         if self.policy == "on":
             self._classifier().load()
 
-    def prompt(self, text: str) -> tuple[str, ...]:
+    def check_prompt(self, text: str) -> tuple[str, ...]:
         """Raises `SafetyError`."""
-        verdict = check_prompt(text)
-        if verdict.always:
-            raise SafetyError(f"This prompt is refused, under every setting, because it {verdict.text}.")
+        verdict = apply_prompt_rules(text)
+        if verdict.under_every_policy:
+            raise SafetyError(f"This prompt is refused, under every setting, because it {verdict.reason_text}.")
         if self.policy == "off":
             return ()
-        return self._settle(verdict, "The prompt", REWORD)
+        return self._apply_policy(verdict, "The prompt", REWORD)
 
-    def reference(self, number: int, image: Image.Image) -> tuple[str, ...]:
+    def check_reference(self, number: int, image: Image.Image) -> tuple[str, ...]:
         """number: 1-based, as the prompt calls it. Raises `SafetyError` and `ClassifierError`."""
         return self._picture(image, _named(number), ANOTHER)
 
-    def asked(self, ask: Ask, prompt: str, references: Sequence[Image.Image] = ()) -> tuple[str, ...]:
-        """What rules and classifiers cannot know of them, of each by itself. ask: a language model that is there.
+    def check_with_model(
+        self, yes_no_model: YesNoModel, prompt: str, references: Sequence[Image.Image] = ()
+    ) -> tuple[str, ...]:
+        """What rules and classifiers cannot know of them, of each by itself. yes_no_model: a language model that is there.
 
         Raises `SafetyError`.
         """
         if self.policy == "off":
             return ()
-        told = self._settle(check_by_asking(ask, prompt), "The prompt", REWORD)
+        told = self._apply_policy(judge_with_model(yes_no_model, prompt), "The prompt", REWORD)
         for number, image in enumerate(references, start=1):
-            told += self._settle(check_by_asking(ask, "", [image]), _named(number), ANOTHER)
+            told += self._apply_policy(judge_with_model(yes_no_model, "", [image]), _named(number), ANOTHER)
         return told
 
-    def output(self, image: Image.Image, ask: Ask | None = None) -> tuple[str, ...]:
-        """ask: as for `asked`. Raises `SafetyError` and `ClassifierError`: `image` must then go nowhere."""
+    def check_output(self, image: Image.Image, yes_no_model: YesNoModel | None = None) -> tuple[str, ...]:
+        """yes_no_model: as for `check_with_model`. Raises `SafetyError` and `ClassifierError`: `image` must then go nowhere."""
         advice = "It was neither saved nor shown. Change the prompt, or try another seed."
-        return self._picture(image, "A finished picture", advice, ask)
+        return self._picture(image, "A finished picture", advice, yes_no_model)
 
-    def preview(self, image: Image.Image) -> Image.Image:
+    def mosaic_if_flagged(self, image: Image.Image) -> Image.Image:
         """`image`, or a mosaic of it where the policy is on and it is flagged. Raises `ClassifierError`."""
         if self.policy != "on" or self._classifier()(image).allowed:
             return image
-        scale = MOSAIC / max(image.size)
+        scale = MOSAIC_SQUARES / max(image.size)
         small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         return image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
 
-    def _picture(self, image: Image.Image, what: str, advice: str, ask: Ask | None = None) -> tuple[str, ...]:
+    def _picture(
+        self, image: Image.Image, what: str, advice: str, yes_no_model: YesNoModel | None = None
+    ) -> tuple[str, ...]:
         if self.policy == "off":
             return ()
         verdict, told = Verdict(allowed=True), []
@@ -116,18 +120,18 @@ class Guard:
             if self.policy == "on":
                 raise
             told = [f"{what} was not checked. {error}"]
-        if verdict.allowed and ask is not None:
-            verdict = check_by_asking(ask, "", [image])
-        return (*told, *self._settle(verdict, what, advice))
+        if verdict.allowed and yes_no_model is not None:
+            verdict = judge_with_model(yes_no_model, "", [image])
+        return (*told, *self._apply_policy(verdict, what, advice))
 
-    def _settle(self, verdict: Verdict, what: str, advice: str) -> tuple[str, ...]:
+    def _apply_policy(self, verdict: Verdict, what: str, advice: str) -> tuple[str, ...]:
         if verdict.allowed:
             return ()
         if self.policy == "on":
-            raise SafetyError(f"{what} was stopped by the safety check, because it {verdict.text}. {advice}")
-        return (f"{what} was flagged by the safety check, because it {verdict.text}.",)
+            raise SafetyError(f"{what} was stopped by the safety check, because it {verdict.reason_text}. {advice}")
+        return (f"{what} was flagged by the safety check, because it {verdict.reason_text}.",)
 
-    def _classifier(self) -> Classifier:
+    def _classifier(self) -> PictureClassifier:
         """The larger one where its weights are."""
         if self._chosen is None:
             folder = self._find_weights()

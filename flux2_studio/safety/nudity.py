@@ -33,37 +33,43 @@ from flux2_studio.safety.policy import Verdict
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-SIDE = 320  # pixels, at which the model was trained
-AGAIN = 448  # pixels of the second look
-CONFIRMED = 0.4  # the least score of the second look: shapes that fooled the first fall below it, faces do not
-PERSON = 0.3  # from which another part of a body counts as one
-CANDIDATE, KEPT, OVERLAP = 0.2, 0.25, 0.45  # NudeNet's own: scores to look at and to keep, and the IoU of duplicates
+DETECTOR_PIXELS = 320  # pixels, at which the model was trained
+SECOND_PASS_PIXELS = 448  # pixels of the second look
+MIN_SECOND_PASS_SCORE = (
+    0.4  # the least score of the second look: shapes that fooled the first fall below it, faces do not
+)
+MIN_BODY_PART_SCORE = 0.3  # from which another part of a body counts as one
+MIN_CANDIDATE_SCORE, MIN_DETECTION_SCORE, MAX_BOX_IOU = (
+    0.2,
+    0.25,
+    0.45,
+)  # NudeNet's own: scores to look at and to keep, and the IoU of duplicates
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
+class ClassThreshold:
     """From which score a class is flagged: where it is seen alone, and where another part of a body is seen too."""
 
-    words: str
+    description: str
     alone: float
     with_person: float
 
 
-LIMITS: Mapping[str, Limit] = {
+CLASS_THRESHOLDS: Mapping[str, ClassThreshold] = {
     # The clearest sign there is. Links of a chain and a striped square reached 0.47 alone.
-    "FEMALE_GENITALIA_EXPOSED": Limit(words="genitals", alone=0.55, with_person=0.4),
-    "MALE_GENITALIA_EXPOSED": Limit(words="genitals", alone=0.55, with_person=0.4),
-    "ANUS_EXPOSED": Limit(words="an anus", alone=0.55, with_person=0.4),
+    "FEMALE_GENITALIA_EXPOSED": ClassThreshold(description="genitals", alone=0.55, with_person=0.4),
+    "MALE_GENITALIA_EXPOSED": ClassThreshold(description="genitals", alone=0.55, with_person=0.4),
+    "ANUS_EXPOSED": ClassThreshold(description="an anus", alone=0.55, with_person=0.4),
     # Smiling faces and fists of drawings reached 0.45 alone.
-    "FEMALE_BREAST_EXPOSED": Limit(words="bare breasts", alone=0.55, with_person=0.45),
+    "FEMALE_BREAST_EXPOSED": ClassThreshold(description="bare breasts", alone=0.55, with_person=0.45),
     # What the detector sees in hearts, circles, pastries and ears, at up to 0.83.
-    "BUTTOCKS_EXPOSED": Limit(words="bare buttocks", alone=0.8, with_person=0.5),
+    "BUTTOCKS_EXPOSED": ClassThreshold(description="bare buttocks", alone=0.8, with_person=0.5),
 }
 """Bare male breasts, bellies, feet and armpits, and everything covered, are not flagged: beaches are harmless."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detection:
+class BodyPartDetection:
     """One thing seen: `box` is x, y, width, height in pixels of the picture."""
 
     label: str
@@ -84,16 +90,20 @@ class NudeNet:
     def __call__(self, image: Image.Image) -> Verdict:
         """What is to be seen in an RGB picture. Raises `ClassifierError`."""
         seen = self.detect(image)
-        return judge(seen) if judge(seen).allowed else judge(seen, self.detect(image, AGAIN))
+        return (
+            judge_detections(seen)
+            if judge_detections(seen).allowed
+            else judge_detections(seen, self.detect(image, SECOND_PASS_PIXELS))
+        )
 
-    def detect(self, image: Image.Image, side: int = SIDE) -> list[Detection]:
+    def detect(self, image: Image.Image, side: int = DETECTOR_PIXELS) -> list[BodyPartDetection]:
         """All that is seen in an RGB picture that is scaled to `side`, a multiple of 32. Raises `ClassifierError`."""
         session, labels = self._session
         try:
-            (answer,) = session.run(None, {session.get_inputs()[0].name: blob(np.asarray(image), side)})
+            (answer,) = session.run(None, {session.get_inputs()[0].name: to_model_input(np.asarray(image), side)})
         except Exception as error:  # onnxruntime has a class of its own for each of its failures
             raise ClassifierError("The picture classifier of NudeNet failed: install nudenet again.") from error
-        return read(answer[0], image.size, side, labels)
+        return parse_detections(answer[0], image.size, side, labels)
 
     @cached_property
     def _session(self) -> tuple[InferenceSession, list[str]]:
@@ -111,7 +121,7 @@ class NudeNet:
             labels = [names[index] for index in range(len(names))]
         except Exception as error:
             raise ClassifierError(f"{path.name} of nudenet cannot be read: install nudenet again.") from error
-        if missing := LIMITS.keys() - set(labels):
+        if missing := CLASS_THRESHOLDS.keys() - set(labels):
             raise ClassifierError(
                 f"{path.name} of nudenet does not know {', '.join(sorted(missing))}: install the version of nudenet "
                 f"that requirements.txt names."
@@ -119,23 +129,29 @@ class NudeNet:
         return session, labels
 
 
-def judge(seen: Sequence[Detection], again: Sequence[Detection] | None = None) -> Verdict:
-    """The verdict on what was `seen`, by `LIMITS`; of that only what a second look saw `again`, if there was one."""
-    scores = _best(seen)
-    bodily = {label for label, score in scores.items() if score >= PERSON}
+def judge_detections(
+    detections: Sequence[BodyPartDetection], second_pass: Sequence[BodyPartDetection] | None = None
+) -> Verdict:
+    """The verdict on what was `detections`, by `CLASS_THRESHOLDS`; of that only what a second look saw `second_pass`, if there was one."""
+    scores = _best(detections)
+    bodily = {label for label, score in scores.items() if score >= MIN_BODY_PART_SCORE}
     flagged = [
-        limit.words
-        for label, limit in LIMITS.items()
+        limit.description
+        for label, limit in CLASS_THRESHOLDS.items()
         if scores.get(label, 0.0) >= (limit.with_person if bodily - {label} else limit.alone)
     ]
-    if again is not None:
-        confirmed = {LIMITS[it.label].words for it in again if it.label in LIMITS and it.score >= CONFIRMED}
+    if second_pass is not None:
+        confirmed = {
+            CLASS_THRESHOLDS[it.label].description
+            for it in second_pass
+            if it.label in CLASS_THRESHOLDS and it.score >= MIN_SECOND_PASS_SCORE
+        }
         flagged = [words for words in flagged if words in confirmed]
     shown = " and ".join(dict.fromkeys(flagged))
     return Verdict(allowed=not flagged, reasons=(f"seems to show {shown}",) if flagged else (), scores=scores)
 
 
-def blob(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
+def to_model_input(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
     """[H, W, 3] -> [1, 3, side, side] in 0..1: padded to a square with black at the right or below, then scaled.
 
     Bilinear in the fixed-point arithmetic of OpenCV's resize, to the last bit: of two scalings that a person cannot
@@ -159,32 +175,34 @@ def blob(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
     return (scaled.transpose(2, 0, 1)[None] * np.float32(1 / 255)).astype(np.float32)
 
 
-def read(answer: NDArray[np.float32], size: tuple[int, int], side: int, labels: Sequence[str]) -> list[Detection]:
+def parse_detections(
+    answer: NDArray[np.float32], size: tuple[int, int], side: int, labels: Sequence[str]
+) -> list[BodyPartDetection]:
     """What the model's `answer` [4 + classes, N] (centre, width, height, scores) says of a picture of `size`.
 
     Of boxes that overlap the surest is kept, whatever its class; the surest comes first.
     """
     scores = answer[4:].max(0)
-    likely = scores >= CANDIDATE
+    likely = scores >= MIN_CANDIDATE_SCORE
     scores, classes = scores[likely], answer[4:, likely].argmax(0)
     x, y, width, height = answer[:4, likely] * max(size) / side
     left, top = (np.clip(at - length / 2, 0, most) for at, length, most in ((x, width, size[0]), (y, height, size[1])))
     width, height = np.minimum(width, size[0] - left), np.minimum(height, size[1] - top)
-    found: list[Detection] = []
-    waiting = [index for index in np.argsort(-scores, kind="stable") if scores[index] > KEPT]
+    found: list[BodyPartDetection] = []
+    waiting = [index for index in np.argsort(-scores, kind="stable") if scores[index] > MIN_DETECTION_SCORE]
     while waiting:
         best, *waiting = waiting
         box = (int(left[best]), int(top[best]), int(width[best]), int(height[best]))
-        found.append(Detection(label=labels[classes[best]], score=float(scores[best]), box=box))
+        found.append(BodyPartDetection(label=labels[classes[best]], score=float(scores[best]), box=box))
         across = np.minimum(left + width, left[best] + width[best]) - np.maximum(left, left[best])
         along = np.minimum(top + height, top[best] + height[best]) - np.maximum(top, top[best])
         shared = np.maximum(across, 0) * np.maximum(along, 0)
         overlap = shared / np.maximum(width * height + width[best] * height[best] - shared, 1e-9)
-        waiting = [index for index in waiting if overlap[index] <= OVERLAP]
+        waiting = [index for index in waiting if overlap[index] <= MAX_BOX_IOU]
     return found
 
 
-def _best(detections: Sequence[Detection]) -> dict[str, float]:
+def _best(detections: Sequence[BodyPartDetection]) -> dict[str, float]:
     """The highest score of each class, the surest first."""
     best: dict[str, float] = {}
     for detection in sorted(detections, key=lambda it: -it.score):

@@ -14,18 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flux2_studio.settings import Safety
+from flux2_studio.settings import SafetyMode
 
 Policy = Literal["on", "warn", "off"]
 
-MEANING: Mapping[Policy, str] = {
+POLICY_DESCRIPTIONS: Mapping[Policy, str] = {
     "on": "Safety check: on. Prompts and references that it flags are refused, pictures that it flags are withheld.",
     "warn": "Safety check: warnings only. What it flags is told, and shown all the same.",
     "off": "Safety check: off, by this studio's settings.",
 }
 
 
-def decide(setting: Safety, *, shared: bool, on_space: bool) -> Policy:
+def decide_policy(setting: SafetyMode, *, shared: bool, on_space: bool) -> Policy:
     """The policy of a studio that others reach (`shared`), or that runs `on_space`, with FLUX2_SAFETY at `setting`."""
     if setting != "auto":
         return setting
@@ -36,14 +36,14 @@ def decide(setting: Safety, *, shared: bool, on_space: bool) -> Policy:
 class Verdict:
     """What a check found. `reasons`: in words that complete "because it ...". `scores`: 0..1 by what was looked for.
 
-    always: refused whatever the policy.
+    under_every_policy: refused whatever the policy.
     """
 
     allowed: bool
     reasons: tuple[str, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
-    always: bool = False
+    under_every_policy: bool = False
 
     @property
-    def text(self) -> str:
+    def reason_text(self) -> str:
         return " and ".join(self.reasons)

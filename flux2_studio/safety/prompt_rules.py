@@ -27,9 +27,9 @@ from functools import cache
 
 from flux2_studio.safety import lexicon
 from flux2_studio.safety.policy import Verdict
-from flux2_studio.safety.spelling import fold, readings
+from flux2_studio.safety.spelling import fold_accents, spelling_variants
 
-ADULT = 18
+ADULT_AGE = 18
 _NUMBERS = [
     "zero",
     "one",
@@ -86,45 +86,47 @@ _NAMED = re.compile(
 )
 
 
-def check_prompt(text: str) -> Verdict:
+def apply_prompt_rules(text: str) -> Verdict:
     """Whether the rules let the prompt `text` pass."""
     scores: dict[str, float] = {}
-    for reading in readings(text):
+    for reading in spelling_variants(text):
         for reason in _reasons(reading):
             scores[reason] = 1.0
     if _NAMED.search(" ".join(unicodedata.normalize("NFKC", text).split())):
-        scores[REAL] = 1.0
-    reasons = (MINORS,) if MINORS in scores else tuple(scores)
-    return Verdict(allowed=not scores, reasons=reasons, scores=scores, always=MINORS in scores)
+        scores[REAL_PERSON_REASON] = 1.0
+    reasons = (MINORS_REASON,) if MINORS_REASON in scores else tuple(scores)
+    return Verdict(allowed=not scores, reasons=reasons, scores=scores, under_every_policy=MINORS_REASON in scores)
 
 
-MINORS = "combines sexual content with minors"
-VIOLENCE = "asks for sexual violence, or for what somebody did not agree to"
-UNDRESS = "asks for a person to be undressed"
-REAL = "asks for sexual content with somebody who may exist"
-PORN = "asks for pornography"
+MINORS_REASON = "combines sexual content with minors"
+VIOLENCE_REASON = "asks for sexual violence, or for what somebody did not agree to"
+UNDRESS_REASON = "asks for a person to be undressed"
+REAL_PERSON_REASON = "asks for sexual content with somebody who may exist"
+PORN_REASON = "asks for pornography"
 
 
 def _reasons(reading: str) -> Iterable[str]:
     """The rules that one folded reading of a prompt breaks."""
-    text = _concept("HARMLESS").sub(" _ ", reading)
-    explicit, bare = (bool(_concept(name).search(text)) for name in ("EXPLICIT", "NUDE"))
+    text = _term_list_pattern("HARMLESS").sub(" _ ", reading)
+    explicit, bare = (bool(_term_list_pattern(name).search(text)) for name in ("EXPLICIT", "NUDE"))
     if ((explicit or bare) and _minor(text)) or any(
-        _concept("SUGGESTIVE").search(sentence) and _minor(sentence) for sentence in _SENTENCE.split(text)
+        _term_list_pattern("SUGGESTIVE").search(sentence) and _minor(sentence) for sentence in _SENTENCE.split(text)
     ):
-        yield MINORS
-    if _concept("VIOLENT").search(text) or ((explicit or bare) and _concept("FORCED").search(text)):
-        yield VIOLENCE
+        yield MINORS_REASON
+    if _term_list_pattern("VIOLENT").search(text) or ((explicit or bare) and _term_list_pattern("FORCED").search(text)):
+        yield VIOLENCE_REASON
     if _UNDRESSING.search(re.sub(r"[\W_]+", " ", text)):
-        yield UNDRESS
-    if (explicit or bare) and _concept("SOMEBODY").search(text):
-        yield REAL
+        yield UNDRESS_REASON
+    if (explicit or bare) and _term_list_pattern("SOMEBODY").search(text):
+        yield REAL_PERSON_REASON
     if explicit:
-        yield PORN
+        yield PORN_REASON
 
 
 def _minor(text: str) -> bool:
-    return bool(_concept("MINOR").search(text)) or any(_age(match) < ADULT for match in _AGE.finditer(text))
+    return bool(_term_list_pattern("MINOR").search(text)) or any(
+        _age(match) < ADULT_AGE for match in _AGE.finditer(text)
+    )
 
 
 def _age(match: re.Match[str]) -> int:
@@ -133,9 +135,9 @@ def _age(match: re.Match[str]) -> int:
 
 
 @cache
-def _concept(name: str) -> re.Pattern[str]:
+def _term_list_pattern(name: str) -> re.Pattern[str]:
     """The terms of one of the lexicon's lists as a pattern for folded text."""
-    terms = [fold(term.strip()) for term in re.split(r"[,\n]", getattr(lexicon, name)) if term.strip()]
+    terms = [fold_accents(term.strip()) for term in re.split(r"[,\n]", getattr(lexicon, name)) if term.strip()]
     spaced = [term for term in terms if re.match(r"[(a-zß-ÿа-я]", term)]
     anywhere = [re.escape(term) for term in terms if term not in spaced]  # scripts without blanks
     # One look back for all of them: most places of a text are inside a word, and are done with at once.

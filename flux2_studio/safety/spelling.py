@@ -1,4 +1,4 @@
-"""Prompts as they may have been meant: `readings` undoes the usual tricks of spelling.
+"""Prompts as they may have been meant: `spelling_variants` undoes the usual tricks of spelling.
 
 Undone are: letters of other alphabets that look like Latin ones (U+0435 for e), full-width, bold or circled letters,
 accents on anything, invisible characters, words spread out with blanks, dots, dashes or stars, letters repeated many
@@ -27,7 +27,7 @@ _REPEATED = re.compile(r"([^\W\d_])\1{2,}")
 _OTHER_ALPHABET = re.compile(r"[^\W\d_a-zß-ÿ]")
 
 
-def fold(text: str) -> str:
+def fold_accents(text: str) -> str:
     """`text` in small letters, without accents (but for ñ) and invisible characters; other scripts stay themselves.
 
     The words that rules look for are folded too, so that the two agree.
@@ -37,9 +37,9 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFC", "".join(kept))
 
 
-def readings(text: str) -> list[str]:
+def spelling_variants(text: str) -> list[str]:
     """The folded `text`, and what it becomes when tricks of spelling are undone. No two are the same."""
-    plain = re.sub(r"[^\S\n]{2,}", "  ", fold(text))  # two blanks are where "n u d e  c a t" has its gap
+    plain = re.sub(r"[^\S\n]{2,}", "  ", fold_accents(text))  # two blanks are where "n u d e  c a t" has its gap
     closed = _SPREAD.sub(lambda match: re.sub(r"[\W_]", "", match[0]), plain)
     letters = re.sub(r"\w+", lambda match: _latin(match[0]), closed)
     joined = _INNER.sub("", letters)

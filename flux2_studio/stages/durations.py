@@ -34,14 +34,14 @@ import numpy as np
 
 from flux2_studio.storage.database import Database
 
-EACH_WAY = 60  # times that are kept of one way to draw
-IN_ALL = 3000  # and of all
-FADING = 0.5  # what a time counts less than the next newer one of its size
-AGEING = 0.8  # and a size than the one that was drawn after it
+MAX_TIMINGS_PER_FEATURES = 60  # times that are kept of one way to draw
+MAX_TIMINGS = 3000  # and of all
+TIMING_DECAY = 0.5  # what a time counts less than the next newer one of its size
+SIZE_DECAY = 0.8  # and a size than the one that was drawn after it
 
-Features = tuple[float, ...]
+FeatureVector = tuple[float, ...]
 
-TABLE = """
+CREATE_PACES_TABLE = """
 CREATE TABLE IF NOT EXISTS paces (
     id INTEGER PRIMARY KEY,
     device TEXT NOT NULL,
@@ -58,11 +58,11 @@ CREATE TABLE IF NOT EXISTS paces (
     cold INTEGER NOT NULL
 )
 """
-INDEX = "CREATE INDEX IF NOT EXISTS paces_of_way ON paces (device, checkpoint, how)"
+CREATE_PACES_INDEX = "CREATE INDEX IF NOT EXISTS paces_of_way ON paces (device, checkpoint, how)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class RunFeatures:
     """What a time is good for: the device, the checkpoint, and how that is computed (precision, placement, ...)."""
 
     device: str
@@ -71,50 +71,50 @@ class Way:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Pictures that are drawn together. text, image, references: tokens of each. guided: every step for two prompts."""
+class BatchShape:
+    """Pictures that are drawn together. text, image, references: tokens of each. use_cfg: every step for two prompts."""
 
     text: int
     image: int
     references: int = 0
     pictures: int = 1
-    guided: bool = False
+    use_cfg: bool = False
 
     @property
-    def features(self) -> Features:
-        rows = self.pictures * (2 if self.guided else 1)
+    def features(self) -> FeatureVector:
+        rows = self.pictures * (2 if self.use_cfg else 1)
         tokens = self.text + self.image + self.references
         return 1.0, float(rows * tokens), float(rows * tokens * tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed:
-    """What one batch took, in seconds: a `step`, `each` picture after the last one, and `once` before the first; None
-    where that was remembered. cold: it may have been slower than the next will be."""
+class BatchTiming:
+    """What one batch took, in seconds: a `step_seconds`, `picture_seconds` picture after the last one, and `setup_seconds` before the first; None
+    where that was remembered. is_cold: it may have been slower than the next will be."""
 
-    batch: Batch
-    step: float
-    each: float
-    once: float | None = None
-    cold: bool = False
+    batch: BatchShape
+    step_seconds: float
+    picture_seconds: float
+    setup_seconds: float | None = None
+    is_cold: bool = False
 
 
-class Pace:
+class DurationModel:
     """Times in the studio's notebook. Safe to use from any thread; raises `SaveError` where that cannot be used."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._drawn: set[Way] = set()  # in this process
-        self._made = threading.Event()
+        self._drawn: set[RunFeatures] = set()  # in this process
+        self._tables_created = threading.Event()
 
-    def learn(self, way: Way, timed: Timed) -> None:
+    def learn(self, features: RunFeatures, timing: BatchTiming) -> None:
         """Remember what a batch took, and forget what is too old to matter."""
-        batch, cold = timed.batch, timed.cold or way not in self._drawn
-        self._drawn.add(way)
-        mine = way.device, way.checkpoint, way.how
+        batch, cold = timing.batch, timing.is_cold or features not in self._drawn
+        self._drawn.add(features)
+        mine = features.device, features.checkpoint, features.how
         with self._database.transaction() as connection:
-            connection.execute(TABLE)
-            connection.execute(INDEX)
+            connection.execute(CREATE_PACES_TABLE)
+            connection.execute(CREATE_PACES_INDEX)
             connection.execute(
                 "INSERT INTO paces (device, checkpoint, how, text, image, refs, pictures, guided, step, each, once, "
                 "cold) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -124,53 +124,57 @@ class Pace:
                     batch.image,
                     batch.references,
                     batch.pictures,
-                    batch.guided,
-                    timed.step,
-                    timed.each,
-                    timed.once,
+                    batch.use_cfg,
+                    timing.step_seconds,
+                    timing.picture_seconds,
+                    timing.setup_seconds,
                     cold,
                 ),
             )
             connection.execute(
                 "DELETE FROM paces WHERE device = ? AND checkpoint = ? AND how = ? AND id NOT IN "
                 "(SELECT id FROM paces WHERE device = ? AND checkpoint = ? AND how = ? ORDER BY id DESC LIMIT ?)",
-                (*mine, *mine, EACH_WAY),
+                (*mine, *mine, MAX_TIMINGS_PER_FEATURES),
             )
-            connection.execute("DELETE FROM paces WHERE id <= (SELECT max(id) FROM paces) - ?", (IN_ALL,))
-        self._made.set()
+            connection.execute("DELETE FROM paces WHERE id <= (SELECT max(id) FROM paces) - ?", (MAX_TIMINGS,))
+        self._tables_created.set()
 
-    def seconds(self, way: Way, batches: Sequence[Batch], steps: int) -> float | None:
+    def predict_seconds(self, features: RunFeatures, batches: Sequence[BatchShape], steps: int) -> float | None:
         """How long a run of `batches` will take, each in so many steps; None where nothing like it was ever timed."""
-        known = self._known(way)
+        known = self._load_timings(features)
         if not known:
             return None
-        step = [(it.batch.features, it.step, it.cold) for it in known]
-        each = [(_of_picture(it.batch), it.each, it.cold) for it in known]
-        once = [(_of_references(it.batch), it.once, it.cold) for it in known if it.once is not None]
-        total = estimate(once, _of_references(batches[0]), growing=False) if once else 0.0
+        step = [(it.batch.features, it.step_seconds, it.is_cold) for it in known]
+        each = [(_of_picture(it.batch), it.picture_seconds, it.is_cold) for it in known]
+        once = [
+            (_of_references(it.batch), it.setup_seconds, it.is_cold) for it in known if it.setup_seconds is not None
+        ]
+        total = estimate_seconds(once, _of_references(batches[0]), proportional=False) if once else 0.0
         for batch in batches:
-            total += steps * estimate(step, batch.features)
-            total += batch.pictures * estimate(each, _of_picture(batch))
+            total += steps * estimate_seconds(step, batch.features)
+            total += batch.pictures * estimate_seconds(each, _of_picture(batch))
         return total
 
-    def _known(self, way: Way) -> list[Timed]:
-        """What was timed of `way`, newest first."""
-        if not self._made.is_set():
+    def _load_timings(self, features: RunFeatures) -> list[BatchTiming]:
+        """What was timed of `features`, newest first."""
+        if not self._tables_created.is_set():
             with self._database.transaction() as connection:
-                connection.execute(TABLE)
-            self._made.set()
-        with self._database.reading() as connection:
+                connection.execute(CREATE_PACES_TABLE)
+            self._tables_created.set()
+        with self._database.read_transaction() as connection:
             rows = connection.execute(
                 "SELECT * FROM paces WHERE device = ? AND checkpoint = ? AND how = ? ORDER BY id DESC",
-                (way.device, way.checkpoint, way.how),
+                (features.device, features.checkpoint, features.how),
             ).fetchall()
         return [_timed(row) for row in rows]
 
 
-def estimate(known: Sequence[tuple[Features, float, bool]], asked: Features, *, growing: bool = True) -> float:
+def estimate_seconds(
+    known: Sequence[tuple[FeatureVector, float, bool]], asked: FeatureVector, *, proportional: bool = True
+) -> float:
     """Seconds that `asked` will take, by what is `known`, newest first: features, seconds, and whether that was cold.
 
-    The features are 1, a number that time is proportional to where a single size is known and it is `growing`, and any
+    The features are 1, a number that time is proportional to where a single size is known and it is `proportional`, and any
     more. See the head of this file for the formula.
     """
     sizes = _by_size(known)
@@ -178,32 +182,32 @@ def estimate(known: Sequence[tuple[Features, float, bool]], asked: Features, *, 
         return sizes[asked]
     if len(sizes) == 1:
         ((features, seconds),) = sizes.items()
-        return seconds * asked[1] / features[1] if growing else seconds
+        return seconds * asked[1] / features[1] if proportional else seconds
     return float(np.dot(_fit(list(sizes), list(sizes.values())), asked))
 
 
-def _by_size(known: Iterable[tuple[Features, float, bool]]) -> dict[Features, float]:
+def _by_size(known: Iterable[tuple[FeatureVector, float, bool]]) -> dict[FeatureVector, float]:
     """The seconds of each size, the sizes newest first."""
-    times: dict[Features, list[tuple[float, bool]]] = {}
+    times: dict[FeatureVector, list[tuple[float, bool]]] = {}
     for features, seconds, cold in known:
         times.setdefault(features, []).append((seconds, cold))
     found = {}
     for features, all_of_it in times.items():
         warm = [seconds for seconds, cold in all_of_it if not cold] or [seconds for seconds, _ in all_of_it]
-        weights = [FADING**age for age in range(len(warm))]
+        weights = [TIMING_DECAY**age for age in range(len(warm))]
         found[features] = sum(weight * it for weight, it in zip(weights, warm, strict=True)) / sum(weights)
     return found
 
 
-def _fit(sizes: Sequence[Features], seconds: Sequence[float]) -> np.ndarray:
-    """The coefficients, none below 0, whose sums of features come closest to `seconds`, relatively; newest first.
+def _fit(sizes: Sequence[FeatureVector], seconds: Sequence[float]) -> np.ndarray:
+    """The coefficients, none below 0, whose sums of features come closest to `predict_seconds`, relatively; newest first.
 
     Least squares without negative coefficients is ordinary least squares over the right choice of features: there are
     few enough to try each. Of choices that are as good, which two sizes alone allow, the one with the higher powers is
     taken, for it says the more of a larger picture.
     """
     rows, times = np.array(sizes), np.maximum(np.array(seconds), 1e-9)
-    weights = np.sqrt(AGEING ** np.arange(len(sizes)))
+    weights = np.sqrt(SIZE_DECAY ** np.arange(len(sizes)))
     scale = rows.max(0)
     scale[scale == 0] = 1.0
     target, matrix = weights, rows / scale / times[:, None] * weights[:, None]
@@ -225,20 +229,26 @@ def _fit(sizes: Sequence[Features], seconds: Sequence[float]) -> np.ndarray:
     return best
 
 
-def _of_picture(batch: Batch) -> Features:
+def _of_picture(batch: BatchShape) -> FeatureVector:
     return 1.0, float(batch.image)
 
 
-def _of_references(batch: Batch) -> Features:
+def _of_references(batch: BatchShape) -> FeatureVector:
     return 1.0, float(batch.references)
 
 
-def _timed(row: Row) -> Timed:
-    batch = Batch(
+def _timed(row: Row) -> BatchTiming:
+    batch = BatchShape(
         text=row["text"],
         image=row["image"],
         references=row["refs"],
         pictures=row["pictures"],
-        guided=bool(row["guided"]),
+        use_cfg=bool(row["guided"]),
     )
-    return Timed(batch=batch, step=row["step"], each=row["each"], once=row["once"], cold=bool(row["cold"]))
+    return BatchTiming(
+        batch=batch,
+        step_seconds=row["step"],
+        picture_seconds=row["each"],
+        setup_seconds=row["once"],
+        is_cold=bool(row["cold"]),
+    )

@@ -10,133 +10,144 @@ from dataclasses import dataclass
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import SaveError
 from flux2_studio.models.manager import Session
-from flux2_studio.models.memory.plan import DRAWING, Plan, Workload
-from flux2_studio.request import MULTIPLE, Request
-from flux2_studio.stages.drawing import Run, Timer, strips
-from flux2_studio.stages.durations import Batch, Pace, Timed, Way
+from flux2_studio.models.memory.plan import DENOISING_STAGE, MemoryPlan, RequestShape
+from flux2_studio.request import SIZE_MULTIPLE, Request
+from flux2_studio.stages.drawing import RunContext, StepTimer, describe_tiling
+from flux2_studio.stages.durations import BatchShape, BatchTiming, DurationModel, RunFeatures
 
 log = logging.getLogger(__name__)
 
-EIGHTHS = 8  # how exactly it is told how much of a transformer is streamed: free memory varies, and with it that
+STREAMED_FRACTION_STEPS = (
+    8  # how exactly it is told how much of a transformer is streamed: free memory varies, and with it that
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outlook:
-    """What a request will take. fit: how it will fit into memory, "" where that cannot be told; tokens: of the picture
-    and of each reference, in the transformer's sequence; guided: every step is computed twice.
+class RunEstimate:
+    """What a request will take. memory_fit: how it will fit into memory, "" where that cannot be told; tokens: of the picture
+    and of each reference, in the transformer's sequence; use_cfg: every step is computed twice.
 
     seconds: of the run, without what is loaded for it; None where nothing like it was timed on this machine. there,
-    loaded: whether the checkpoint is on disk, and in memory.
+    is_loaded: whether the checkpoint is on disk, and in memory.
     """
 
-    fit: str
+    memory_fit: str
     tokens: int
     reference_tokens: tuple[int, ...]
     steps: int
     pictures: int
-    guided: bool
+    use_cfg: bool
     seconds: float | None
-    there: bool
-    loaded: bool
+    is_on_disk: bool
+    is_loaded: bool
 
 
-def foresee(
+def make_estimate(
     request: Request,
     checkpoint: Checkpoint,
-    workload: Workload,
+    workload: RequestShape,
     *,
-    fit: str = "",
-    way: Way | None = None,
-    batch: int = 1,
-    pace: Pace | None = None,
-    there: bool,
-    loaded: bool,
-) -> Outlook:
-    """The outlook of a resolved request. way, batch: how it would be drawn, and how many pictures at once; None where
+    memory_fit: str = "",
+    features: RunFeatures | None = None,
+    batch_size: int = 1,
+    durations: DurationModel | None = None,
+    is_on_disk: bool,
+    is_loaded: bool,
+) -> RunEstimate:
+    """The outlook of a resolved request. features, batch: how it would be drawn, and how many pictures at once; None where
     that is not known. Raises `SaveError` where what was learnt cannot be read."""
     assert request.steps, "resolve the request first"
     seconds = None
-    if way is not None and pace is not None:
-        sizes = [min(batch, workload.count - first) for first in range(0, workload.count, batch)]
+    if features is not None and durations is not None:
+        sizes = [min(batch_size, workload.count - first) for first in range(0, workload.count, batch_size)]
         batches = [_batch(checkpoint, workload, pictures) for pictures in sizes]
-        seconds = pace.seconds(way, batches, request.steps)
-    return Outlook(
-        fit=fit,
+        seconds = durations.predict_seconds(features, batches, request.steps)
+    return RunEstimate(
+        memory_fit=memory_fit,
         tokens=workload.tokens,
         reference_tokens=_reference_tokens(workload),
         steps=request.steps,
         pictures=workload.count,
-        guided=workload.guided,
+        use_cfg=workload.use_cfg,
         seconds=seconds,
-        there=there,
-        loaded=loaded,
+        is_on_disk=is_on_disk,
+        is_loaded=is_loaded,
     )
 
 
-def way_of(device: str, computed: str, checkpoint: Checkpoint, plan: Plan, preview: str, request: Request) -> Way:
+def make_run_features(
+    device: str, computed: str, checkpoint: Checkpoint, plan: MemoryPlan, preview: str, request: Request
+) -> RunFeatures:
     """What decides how long a step takes beside the size. computed: precision and storage of the weights."""
-    drawing = plan.stage(DRAWING)
-    blocks = plan.blocks.get("flow", 0)
-    streamed = -(-drawing.streamed * EIGHTHS // blocks) if blocks else 0  # rounded up: none is another thing
-    how = [computed, plan.together, f"{streamed}/{EIGHTHS} streamed", f"autoencoder {strips(plan)}"]
+    drawing = plan.stage(DENOISING_STAGE)
+    blocks = plan.block_counts.get("flow", 0)
+    streamed = (
+        -(-drawing.streamed * STREAMED_FRACTION_STEPS // blocks) if blocks else 0
+    )  # rounded up: none is another thing
+    how = [
+        computed,
+        plan.resident_parts,
+        f"{streamed}/{STREAMED_FRACTION_STEPS} streamed",
+        f"autoencoder {describe_tiling(plan)}",
+    ]
     how += [f"preview {preview}"] + (["LoRAs"] if request.loras else [])
-    return Way(device=device, checkpoint=checkpoint.name, how=", ".join(how))
+    return RunFeatures(device=device, checkpoint=checkpoint.name, how=", ".join(how))
 
 
-class Stopwatch:
+class StageStopwatch:
     """Seconds that a session's stages take, without what it loads meanwhile. spent: what came before it."""
 
-    def __init__(self, session: Session, spent: float = 0.0) -> None:
+    def __init__(self, session: Session, initial_seconds: float = 0.0) -> None:
         self._session = session
-        self._spent = spent
-        self._since, self._loaded = time.monotonic(), session.loading
+        self._spent = initial_seconds
+        self._since, self._loaded = time.monotonic(), session.loading_seconds
 
     def lap(self) -> float:
         """Seconds since the last one."""
-        now, loaded = time.monotonic(), self._session.loading
+        now, loaded = time.monotonic(), self._session.loading_seconds
         seconds = self._spent + (now - self._since) - (loaded - self._loaded)
         self._spent, self._since, self._loaded = 0.0, now, loaded
         return max(0.0, seconds)
 
 
-def learn(
-    pace: Pace,
-    way: Way,
-    run: Run,
-    timer: Timer,
+def learn_duration(
+    durations: DurationModel,
+    features: RunFeatures,
+    run: RunContext,
+    timer: StepTimer,
     *,
     pictures: int,
-    finishing: float,
-    once: float | None,
+    finish_seconds: float,
+    setup_seconds: float | None,
 ) -> None:
-    """Have `pace` know what a batch of `run` took. finishing: seconds from the last step on, of all its pictures; once:
+    """Have `durations` know what a batch of `run` took. finish_seconds: seconds from the last step on, of all its pictures; once:
     those before the first step, None after the first batch. A run does not fail for it."""
-    timed = Timed(
-        batch=_batch(run.session.checkpoint, run.workload, pictures),
-        step=sum(timer.batch) / len(timer.batch),
-        each=finishing / pictures,
-        once=None if run.session.remembered else once,
-        cold=run.session.loading > 0,
+    timed = BatchTiming(
+        batch=_batch(run.session.checkpoint, run.request_shape, pictures),
+        step_seconds=sum(timer.step_seconds) / len(timer.step_seconds),
+        picture_seconds=finish_seconds / pictures,
+        setup_seconds=None if run.session.used_cache else setup_seconds,
+        is_cold=run.session.loading_seconds > 0,
     )
     try:
-        pace.learn(way, timed)
+        durations.learn(features, timed)
     except SaveError as error:  # the next estimate will know a run less
         log.error("how long a run took is not written down: %s", error)
 
 
-def _batch(checkpoint: Checkpoint, workload: Workload, pictures: int) -> Batch:
-    return Batch(
+def _batch(checkpoint: Checkpoint, workload: RequestShape, pictures: int) -> BatchShape:
+    return BatchShape(
         text=checkpoint.recipe.length,
         image=workload.tokens,
         references=sum(_reference_tokens(workload)),
         pictures=pictures,
-        guided=workload.guided,
+        use_cfg=workload.use_cfg,
     )
 
 
-def _reference_tokens(workload: Workload) -> tuple[int, ...]:
+def _reference_tokens(workload: RequestShape) -> tuple[int, ...]:
     return tuple(_tokens(size) for size in workload.references)
 
 
 def _tokens(size: Sequence[int]) -> int:
-    return (size[0] // MULTIPLE) * (size[1] // MULTIPLE)
+    return (size[0] // SIZE_MULTIPLE) * (size[1] // SIZE_MULTIPLE)

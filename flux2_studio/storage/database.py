@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flux2_studio.errors import SaveError
 
-BUSY = 10.0  # seconds to wait for another writer
+BUSY_TIMEOUT_SECONDS = 10.0  # seconds to wait for another writer
 
 
 class Database:
@@ -47,7 +47,7 @@ class Database:
             ) from error
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def read_transaction(self) -> Iterator[sqlite3.Connection]:
         """A connection that only reads, one state of everything, and waits for no writer. Raises as `transaction`."""
         try:
             with self._opened() as connection:
@@ -64,13 +64,13 @@ class Database:
     def _opened(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One each: opening takes a tenth of a millisecond, and no thread waits for another's.
-        with closing(sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None)) as connection:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")
             yield connection
 
 
-def hold(path: Path) -> sqlite3.Connection | None:
+def acquire_file_lock(path: Path) -> sqlite3.Connection | None:
     """A hold on the file at `path` that ends with this process, however it ends; None while somebody else has it.
 
     Close it to let go. Raises `sqlite3.Error` where there can be no such file.

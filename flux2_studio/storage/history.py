@@ -28,13 +28,13 @@ from sqlite3 import Connection, Row
 
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
-from flux2_studio.provenance.metadata import as_dict, from_json
+from flux2_studio.provenance.metadata import record_from_json, record_to_dict
 from flux2_studio.record import Record
 from flux2_studio.storage.database import Database
 
-DAY = 24 * 3600  # seconds that the trash keeps a picture
-PAGE = 60  # pictures of a page, unless asked otherwise
-MOST = 200  # pictures of a page, or of one change
+TRASH_SECONDS = 24 * 3600  # seconds that the trash keeps a picture
+DEFAULT_PAGE_SIZE = 60  # pictures of a page, unless asked otherwise
+MAX_PICTURES_PER_CALL = 200  # pictures of a page, or of one change
 MAX_WORDS = 32  # of a search; more narrow nothing down
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -56,11 +56,11 @@ TABLES = (
         PRIMARY KEY (picture, place)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS history_sources_by_hash ON history_sources (sha256)",
 )
-SHORT = "id, created, width, height, seed, checkpoint, label, prompt, favourite, path"
+ENTRY_COLUMNS = "id, created, width, height, seed, checkpoint, label, prompt, favourite, path"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class HistoryEntry:
     """One picture as a list shows it. `created` is in microseconds since 1970, UTC; `missing`: its file is gone."""
 
     id: str
@@ -72,7 +72,7 @@ class Entry:
     label: str
     prompt: str
     favourite: bool
-    ending: str
+    suffix: str
     missing: bool
 
     @property
@@ -82,26 +82,26 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ReferenceOrigin:
     """A reference that a picture was made from: its hash, and the picture of the same owner that it is, if it is."""
 
     sha256: str
-    picture: Entry | None
+    entry: HistoryEntry | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Details:
+class PictureDetails:
     """All that is known of one picture. record: None where what was written is not understood by this version."""
 
-    entry: Entry
+    entry: HistoryEntry
     record: Record | None
-    made_from: tuple[Source, ...]
-    made_into: tuple[Entry, ...]  # newest first
+    made_from: tuple[ReferenceOrigin, ...]
+    made_into: tuple[HistoryEntry, ...]  # newest first
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """What to look for: all of `words` anywhere in the prompt, and what else is given. Times as `Entry.created`, from
+class HistorySearch:
+    """What to look for: all of `words` anywhere in the prompt, and what else is given. Times as `HistoryEntry.created`, from
     `since` to before `until`."""
 
     words: str = ""
@@ -112,33 +112,33 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page:
+class HistoryPage:
     """Some of what was found, and the cursor for more: None at the end."""
 
-    entries: tuple[Entry, ...]
-    more: str | None
+    entries: tuple[HistoryEntry, ...]
+    next_cursor: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening:
+class HistoryOverview:
     """What the history shows when it is opened, or searched anew: the first page, how many pictures were found and how
     many there are, the ids of those in the trash (last deleted first, as many as can be brought back at once), and the
     (name, label) of every checkpoint that there are pictures of."""
 
-    page: Page
+    page: HistoryPage
     found: int
-    all: int
-    trashed: tuple[str, ...]
+    total: int
+    trashed_ids: tuple[str, ...]
     checkpoints: tuple[tuple[str, str], ...]
 
 
-def fold(text: str) -> str:
+def fold_for_search(text: str) -> str:
     """`text` as it is searched: the same for upper and lower case, and for the several spellings of one character."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 class History:
-    """The pictures below `outputs`, by owner. Deleted files wait in `trash`; `forget` is told the id of each picture
+    """The pictures below `outputs`, by owner. Deleted files wait in `trash`; `on_delete` is told the id of each picture
     that is deleted.
 
     now: seconds since 1970. Safe to use from any thread and several processes. Every method raises `SaveError` where
@@ -151,15 +151,15 @@ class History:
         outputs: Path,
         trash: Path,
         *,
-        forget: Callable[[str], None] = lambda _: None,
+        on_delete: Callable[[str], None] = lambda _: None,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._outputs = outputs
         self._trash = trash
-        self._forget = forget
+        self._forget = on_delete
         self._now = now
-        self._made = threading.Event()  # the tables
+        self._tables_created = threading.Event()  # the tables
 
     def add(self, owner: str, job: str, saved: Saved) -> str:
         """Remember the picture of `saved`, made by `owner`'s job. Returns its id. Raises `SaveError` where that cannot
@@ -175,7 +175,7 @@ class History:
             ) from error
         searched = "\n".join(filter(None, (request.prompt, record.original_prompt)))
         id_ = secrets.token_hex(16)
-        with self._changing() as connection:
+        with self._write_transaction() as connection:
             connection.execute(
                 "INSERT INTO history_pictures (id, owner, job, path, created, width, height, seed, checkpoint, label, "
                 "prompt, folded, sha256) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -191,52 +191,56 @@ class History:
                     request.checkpoint,
                     record.label,
                     request.prompt,
-                    fold(searched),
+                    fold_for_search(searched),
                     sha256,
                 ),
             )
-            connection.execute("INSERT INTO history_records VALUES (?, ?)", (id_, json.dumps(as_dict(record))))
+            connection.execute("INSERT INTO history_records VALUES (?, ?)", (id_, json.dumps(record_to_dict(record))))
             connection.executemany(
                 "INSERT INTO history_sources (picture, place, sha256) VALUES (?, ?, ?)",
                 [(id_, place, reference) for place, reference in enumerate(record.references)],
             )
         return id_
 
-    def page(self, owner: str, search: Search | None = None, before: str | None = None, limit: int = PAGE) -> Page:
+    def page(
+        self, owner: str, search: HistorySearch | None = None, before: str | None = None, limit: int = DEFAULT_PAGE_SIZE
+    ) -> HistoryPage:
         """The newest `limit` pictures that `search` finds, of those behind the cursor `before`. Raises `RequestError`
         for a cursor that was never given."""
-        where, values = _condition(owner, search or Search())
+        where, values = _condition(owner, search or HistorySearch())
         if before is not None:
             created, dot, id_ = before.partition(".")
             if not (dot and re.fullmatch(r"\d{1,18}", created) and _ID.fullmatch(id_)):
                 raise RequestError("That is no place in the history: open it anew.")
             where += " AND (created, id) < (?, ?)"
             values += [int(created), id_]
-        limit = max(1, min(MOST, limit))
-        with self._reading() as connection:
+        limit = max(1, min(MAX_PICTURES_PER_CALL, limit))
+        with self._read_transaction() as connection:
             rows = connection.execute(
-                f"SELECT {SHORT} FROM history_pictures WHERE {where} ORDER BY created DESC, id DESC LIMIT ?",
+                f"SELECT {ENTRY_COLUMNS} FROM history_pictures WHERE {where} ORDER BY created DESC, id DESC LIMIT ?",
                 (*values, limit + 1),
             ).fetchall()
         entries = tuple(map(self._entry, rows[:limit]))
-        return Page(entries=entries, more=entries[-1].cursor if len(rows) > limit else None)
+        return HistoryPage(entries=entries, next_cursor=entries[-1].cursor if len(rows) > limit else None)
 
-    def opening(self, owner: str, search: Search | None = None, limit: int = PAGE) -> Opening:
+    def overview(
+        self, owner: str, search: HistorySearch | None = None, limit: int = DEFAULT_PAGE_SIZE
+    ) -> HistoryOverview:
         """What is shown first: all of it as it was at one moment."""
-        where, values = _condition(owner, search or Search())
-        limit = max(1, min(MOST, limit))
-        with self._reading() as connection:
+        where, values = _condition(owner, search or HistorySearch())
+        limit = max(1, min(MAX_PICTURES_PER_CALL, limit))
+        with self._read_transaction() as connection:
             # One pass gives the page and the count.
             found = connection.execute(
                 f"SELECT id FROM history_pictures WHERE {where} ORDER BY created DESC, id DESC", values
             ).fetchall()
-            rows = _rows(connection, owner, [row["id"] for row in found[:limit]], SHORT)
+            rows = _rows(connection, owner, [row["id"] for row in found[:limit]], ENTRY_COLUMNS)
             (everything,) = connection.execute(
                 "SELECT count(*) FROM history_pictures WHERE owner = ? AND deleted IS NULL", (owner,)
             ).fetchone()
             trashed = connection.execute(
                 "SELECT id FROM history_pictures WHERE owner = ? AND deleted IS NOT NULL ORDER BY deleted DESC LIMIT ?",
-                (owner, MOST),
+                (owner, MAX_PICTURES_PER_CALL),
             ).fetchall()
             checkpoints = connection.execute(
                 "SELECT checkpoint, max(label) FROM history_pictures WHERE owner = ? AND deleted IS NULL "
@@ -244,63 +248,63 @@ class History:
                 (owner,),
             ).fetchall()
         entries = tuple(map(self._entry, rows))
-        return Opening(
-            page=Page(entries=entries, more=entries[-1].cursor if len(found) > limit else None),
+        return HistoryOverview(
+            page=HistoryPage(entries=entries, next_cursor=entries[-1].cursor if len(found) > limit else None),
             found=len(found),
-            all=everything,
-            trashed=tuple(row["id"] for row in trashed),
+            total=everything,
+            trashed_ids=tuple(row["id"] for row in trashed),
             checkpoints=tuple((name, label) for name, label in checkpoints),
         )
 
-    def located(self, owner: str, id_: str) -> tuple[Entry, Path | None] | None:
+    def find_with_file(self, owner: str, id_: str) -> tuple[HistoryEntry, Path | None] | None:
         """`owner`'s picture `id_` and its file, None where that is gone; None where there is no such picture."""
-        with self._reading() as connection:
-            rows = _rows(connection, owner, [id_], SHORT)
+        with self._read_transaction() as connection:
+            rows = _rows(connection, owner, [id_], ENTRY_COLUMNS)
         return (self._entry(rows[0]), self._file(rows[0])) if rows else None
 
-    def find(self, owner: str, ids: Iterable[str]) -> list[Entry]:
+    def find(self, owner: str, ids: Iterable[str]) -> list[HistoryEntry]:
         """Those of `ids` that are `owner`'s pictures, in that order."""
-        with self._reading() as connection:
-            return [self._entry(row) for row in _rows(connection, owner, ids, SHORT)]
+        with self._read_transaction() as connection:
+            return [self._entry(row) for row in _rows(connection, owner, ids, ENTRY_COLUMNS)]
 
-    def details(self, owner: str, id_: str) -> Details | None:
+    def details(self, owner: str, id_: str) -> PictureDetails | None:
         """All that is known of `owner`'s picture `id_`; None where there is none."""
-        with self._reading() as connection:
-            rows = _rows(connection, owner, [id_], f"{SHORT}, sha256")
+        with self._read_transaction() as connection:
+            rows = _rows(connection, owner, [id_], f"{ENTRY_COLUMNS}, sha256")
             if not rows:
                 return None
             (written,) = connection.execute("SELECT record FROM history_records WHERE picture = ?", (id_,)).fetchone()
             sources = [
-                Source(sha256=sha256, picture=self._by_hash(connection, owner, sha256))
+                ReferenceOrigin(sha256=sha256, entry=self._by_hash(connection, owner, sha256))
                 for (sha256,) in connection.execute(
                     "SELECT sha256 FROM history_sources WHERE picture = ? ORDER BY place", (id_,)
                 ).fetchall()
             ]
             made = connection.execute(
-                f"SELECT {SHORT} FROM history_pictures WHERE owner = ? AND deleted IS NULL AND id IN "
+                f"SELECT {ENTRY_COLUMNS} FROM history_pictures WHERE owner = ? AND deleted IS NULL AND id IN "
                 "(SELECT picture FROM history_sources WHERE sha256 = ?) ORDER BY created DESC, id DESC LIMIT ?",
-                (owner, rows[0]["sha256"], MOST),
+                (owner, rows[0]["sha256"], MAX_PICTURES_PER_CALL),
             ).fetchall()
         try:
-            record = from_json(written)
+            record = record_from_json(written)
         except RequestError:  # written by a later version: the rest is shown all the same
             record = None
-        return Details(
+        return PictureDetails(
             entry=self._entry(rows[0]),
             record=record,
             made_from=tuple(sources),
             made_into=tuple(map(self._entry, made)),
         )
 
-    def file(self, owner: str, id_: str) -> Path | None:
+    def find_file(self, owner: str, id_: str) -> Path | None:
         """The file of `owner`'s picture `id_`; None where there is no such picture, or its file is gone."""
-        with self._reading() as connection:
+        with self._read_transaction() as connection:
             rows = _rows(connection, owner, [id_], "id, path")
         return self._file(rows[0]) if rows else None
 
-    def file_by_hash(self, owner: str, sha256: str) -> Path | None:
+    def find_file_by_hash(self, owner: str, sha256: str) -> Path | None:
         """The file of a picture of `owner`'s that had this SHA-256 when it was saved, if it still has."""
-        with self._reading() as connection:
+        with self._read_transaction() as connection:
             rows = connection.execute(
                 "SELECT id, path FROM history_pictures WHERE owner = ? AND sha256 = ? AND deleted IS NULL "
                 "ORDER BY created",
@@ -312,9 +316,9 @@ class History:
                     return path
         return None
 
-    def favourite(self, owner: str, ids: Iterable[str], on: bool) -> int:
+    def set_favourite(self, owner: str, ids: Iterable[str], on: bool) -> int:
         """Make `owner`'s pictures `ids` favourites, or no longer. Returns how many there are of them."""
-        with self._changing() as connection:
+        with self._write_transaction() as connection:
             known = [row["id"] for row in _rows(connection, owner, ids, "id")]
             connection.executemany(
                 "UPDATE history_pictures SET favourite = ? WHERE id = ?", [(int(on), id_) for id_ in known]
@@ -324,7 +328,7 @@ class History:
     def delete(self, owner: str, ids: Iterable[str]) -> list[str]:
         """Hide `owner`'s pictures `ids` at once, and put their files into the trash. Returns the ids of those there
         were."""
-        with self._changing() as connection:
+        with self._write_transaction() as connection:
             rows = _rows(connection, owner, ids, "id, path")
             connection.executemany(
                 "UPDATE history_pictures SET deleted = ? WHERE id = ?", [(self._moment(), row["id"]) for row in rows]
@@ -336,7 +340,7 @@ class History:
 
     def restore(self, owner: str, ids: Iterable[str]) -> list[str]:
         """Undo `delete`. Returns the ids of the pictures that are back."""
-        with self._changing() as connection:
+        with self._write_transaction() as connection:
             rows = _rows(connection, owner, ids, "id, path", deleted=True)
             for row in rows:
                 self._move(self._trashed(row), self._outputs / row["path"])
@@ -359,14 +363,14 @@ class History:
     def purge(self) -> int:
         """Really remove what was deleted more than a day ago. Returns how many pictures that were; a file that cannot
         be removed is tried again the next time."""
-        latest = self._moment() - DAY * 10**6
-        with self._reading() as connection:  # which waits for nobody: usually there is nothing to do
+        latest = self._moment() - TRASH_SECONDS * 10**6
+        with self._read_transaction() as connection:  # which waits for nobody: usually there is nothing to do
             due = connection.execute("SELECT 1 FROM history_pictures WHERE deleted < ? LIMIT 1", (latest,)).fetchone()
         return self._remove("deleted < ?", latest)[0] if due else 0
 
     def _remove(self, where: str, value: str | int) -> tuple[int, int]:
         """How many deleted pictures were removed, and how many could not be."""
-        with self._changing() as connection:
+        with self._write_transaction() as connection:
             rows = connection.execute(
                 f"SELECT id, path FROM history_pictures WHERE deleted IS NOT NULL AND {where}", (value,)
             ).fetchall()
@@ -399,18 +403,18 @@ class History:
     def _file(self, row: Row) -> Path | None:
         return next((path for path in (self._outputs / row["path"], self._trashed(row)) if path.is_file()), None)
 
-    def _entry(self, row: Row) -> Entry:
-        values = {name: row[name] for name in SHORT.split(", ") if name not in ("path", "favourite")}
-        return Entry(
+    def _entry(self, row: Row) -> HistoryEntry:
+        values = {name: row[name] for name in ENTRY_COLUMNS.split(", ") if name not in ("path", "favourite")}
+        return HistoryEntry(
             **values,
             favourite=bool(row["favourite"]),
-            ending=Path(row["path"]).suffix,
+            suffix=Path(row["path"]).suffix,
             missing=self._file(row) is None,
         )
 
-    def _by_hash(self, connection: Connection, owner: str, sha256: str) -> Entry | None:
+    def _by_hash(self, connection: Connection, owner: str, sha256: str) -> HistoryEntry | None:
         row = connection.execute(
-            f"SELECT {SHORT} FROM history_pictures WHERE owner = ? AND sha256 = ? AND deleted IS NULL "
+            f"SELECT {ENTRY_COLUMNS} FROM history_pictures WHERE owner = ? AND sha256 = ? AND deleted IS NULL "
             "ORDER BY created LIMIT 1",
             (owner, sha256),
         ).fetchone()
@@ -420,27 +424,27 @@ class History:
         return int(self._now() * 10**6)
 
     @contextmanager
-    def _changing(self) -> Iterator[Connection]:
+    def _write_transaction(self) -> Iterator[Connection]:
         with self._database.transaction() as connection:
-            for table in TABLES if not self._made.is_set() else ():
+            for table in TABLES if not self._tables_created.is_set() else ():
                 connection.execute(table)
             yield connection
-        self._made.set()
+        self._tables_created.set()
 
     @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        if not self._made.is_set():
-            with self._changing():
+    def _read_transaction(self) -> Iterator[Connection]:
+        if not self._tables_created.is_set():
+            with self._write_transaction():
                 pass  # makes the tables
-        with self._database.reading() as connection:
+        with self._database.read_transaction() as connection:
             yield connection
 
 
-def _condition(owner: str, search: Search) -> tuple[str, list[str | int]]:
+def _condition(owner: str, search: HistorySearch) -> tuple[str, list[str | int]]:
     """The part of a query behind WHERE, and its values."""
     where, values = ["owner = ?", "deleted IS NULL"], [owner]
     found: list[str | int] = list(values)
-    for word in fold(search.words).split()[:MAX_WORDS]:
+    for word in fold_for_search(search.words).split()[:MAX_WORDS]:
         where.append("instr(folded, ?) > 0")  # unlike LIKE it takes every character for itself
         found.append(word)
     for condition, value in (

@@ -14,10 +14,10 @@ from tempfile import TemporaryFile
 from flux2_studio.errors import SaveError
 from flux2_studio.request import ImageFormat, Request
 
-ENDINGS: Mapping[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+FORMAT_SUFFIXES: Mapping[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
-class Library:
+class OutputLibrary:
     """The pictures under `folder`: `YYYY-MM-DD/HHMMSS-checkpoint-seed-token.png`, or .jpg or .webp, in local time by
     `now`.
 
@@ -35,7 +35,7 @@ class Library:
         self._now = now
         self._token = token
 
-    def check(self) -> None:
+    def check_writable(self) -> None:
         """Raises `SaveError` where nothing can be saved. Asked before a long run, it spares the run."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class Library:
             day = self.folder / f"{moment:%Y-%m-%d}"
             day.mkdir(parents=True, exist_ok=True)
             while True:  # until a name is free, which the first is but for a wonder
-                target = day / f"{stem}-{self._token()}{ENDINGS[request.format]}"
+                target = day / f"{stem}-{self._token()}{FORMAT_SUFFIXES[request.format]}"
                 with suppress(FileExistsError):
                     _write_new(target, data)
                     return target

@@ -12,8 +12,8 @@ from flux2_studio.errors import PresetError
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.presets import Preset, parse_preset
 
-MAX_EACH = 100  # presets of one owner
-MAX_TOTAL = 200_000_000  # bytes of all owners' together: browsers without end may come by a shared studio
+MAX_PRESETS_PER_OWNER = 100  # presets of one owner
+MAX_OWN_PRESETS_BYTES = 200_000_000  # bytes of all owners' together: browsers without end may come by a shared studio
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS own_presets (
@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS own_presets (
 """
 
 
-class NameTaken(PresetError):
+class PresetNameTaken(PresetError):
     """The owner has another preset of that name in the same form; `name` is how it is written there."""
 
     def __init__(self, name: str) -> None:
@@ -38,12 +38,12 @@ class OwnPresets:
     `SaveError` where the database cannot be used.
     """
 
-    def __init__(self, database: Database, *, most_bytes: int = MAX_TOTAL) -> None:
-        """most_bytes: of all owners' presets together."""
+    def __init__(self, database: Database, *, max_total_bytes: int = MAX_OWN_PRESETS_BYTES) -> None:
+        """max_total_bytes: of all owners' presets together."""
         self._database = database
-        self._most_bytes = most_bytes
+        self._max_total_bytes = max_total_bytes
 
-    def of(self, owner: str, form: str) -> dict[str, Preset]:
+    def for_form(self, owner: str, form: str) -> dict[str, Preset]:
         """Those of `owner` for `form` by their ids, in the order of their names."""
         with self._opened(owner) as connection:
             rows = connection.execute(
@@ -56,14 +56,14 @@ class OwnPresets:
             return _find(connection, owner, id)
 
     def save(self, owner: str, preset: Preset, *, replace: bool = False) -> str:
-        """Keep `preset` and return its id. Raises `NameTaken` where the name is and `replace` is not said."""
+        """Keep `preset` and return its id. Raises `PresetNameTaken` where the name is and `replace` is not said."""
         card = preset.as_json().encode()
         folded = preset.name.casefold()
         with self._opened(owner) as connection:
             there = _named(connection, owner, preset)
             if there is not None:
                 if not replace:
-                    raise NameTaken(parse_preset(there["card"]).name)
+                    raise PresetNameTaken(parse_preset(there["card"]).name)
                 connection.execute("UPDATE own_presets SET card = ? WHERE id = ?", (card, there["id"]))
                 return str(there["id"])
             self._check_room(connection, owner, len(card))
@@ -75,12 +75,12 @@ class OwnPresets:
         return id
 
     def rename(self, owner: str, id: str, name: str) -> Preset:
-        """The preset `id` as it is called now. Raises `NameTaken` where another one is called so."""
+        """The preset `id` as it is called now. Raises `PresetNameTaken` where another one is called so."""
         with self._opened(owner) as connection:
             preset = dataclasses.replace(_find(connection, owner, id), name=name.strip())
             there = _named(connection, owner, preset)
             if there is not None and there["id"] != id:
-                raise NameTaken(parse_preset(there["card"]).name)
+                raise PresetNameTaken(parse_preset(there["card"]).name)
             connection.execute(
                 "UPDATE own_presets SET folded = ?, card = ? WHERE id = ?",
                 (preset.name.casefold(), preset.as_json().encode(), id),
@@ -96,10 +96,10 @@ class OwnPresets:
 
     def _check_room(self, connection: sqlite3.Connection, owner: str, size: int) -> None:
         (count,) = connection.execute("SELECT COUNT(*) FROM own_presets WHERE owner = ?", (owner,)).fetchone()
-        if count >= MAX_EACH:
+        if count >= MAX_PRESETS_PER_OWNER:
             raise PresetError(f"You have {count} presets, the most that are kept: delete one first.")
         (total,) = connection.execute("SELECT TOTAL(LENGTH(card)) FROM own_presets").fetchone()
-        if total + size > self._most_bytes:
+        if total + size > self._max_total_bytes:
             raise PresetError("This studio has no room for more presets: export yours as a file instead.")
 
     @contextmanager

@@ -7,7 +7,7 @@ One JSON file each, from this studio's presets/ folder or from anybody:
      "picture": a file of examples/, or "shows": what comes out, in words,
      "request": {"prompt": "... {subject} ...", "width": ..., "height": ..., ...}}
 
-`request` holds fields of `Request`, those in `HELD`. Not the seed and the references: a preset is a recipe, not one
+`request` holds fields of `Request`, those in `PRESET_FIELDS`. Not the seed and the references: a preset is a recipe, not one
 picture (that is what Inspect restores), and a stranger's file must name no path of this machine. And not who enriches
 the prompt, nor what a finished file says of itself: where a prompt is sent and what is published stays the user's own
 choice, whatever file they took in.
@@ -29,8 +29,8 @@ from flux2_studio.errors import PresetError, RequestError
 from flux2_studio.request import LoraChoice, Request, round_side, size_for_aspect
 
 FormName = Literal["generate", "edit", "multi"]  # for no reference, for one, for more
-SUBJECT = "{subject}"
-HELD = (
+SUBJECT_PLACEHOLDER = "{subject}"
+PRESET_FIELDS = (
     "prompt",
     "negative_prompt",
     "checkpoint",
@@ -42,8 +42,8 @@ HELD = (
     "loras",
     "format",
 )
-MAX_BYTES = 100_000  # of a file; a prompt as long as can be, in any script, fits
-MAX_DEPTH = 4  # brackets within brackets; a LoRA of a request is the deepest there is
+MAX_PRESET_BYTES = 100_000  # of a file; a prompt as long as can be, in any script, fits
+MAX_JSON_DEPTH = 4  # brackets within brackets; a LoRA of a request is the deepest there is
 MAX_FILES = 500  # of a folder
 # Characters of each text on the card, and whether it may be left out.
 CARD: Mapping[str, tuple[int, bool]] = {
@@ -61,7 +61,7 @@ _PICTURE = re.compile(r"[a-z0-9][a-z0-9-]{0,59}\.webp")
 class Preset:
     """A partial request and its card.
 
-    request: of the fields in `HELD` those that it sets, as `Request.as_dict` has them. subject: an example for the
+    request: of the fields in `PRESET_FIELDS` those that it sets, as `Request.as_dict` has them. subject: an example for the
     prompt's `{subject}`. picture: an example of what comes out, where there is one. Raises `PresetError` for what no
     card and no request may hold.
     """
@@ -81,12 +81,14 @@ class Preset:
         if self.form not in get_args(FormName):
             raise PresetError(f"form must be one of {', '.join(get_args(FormName))}, not {str(self.form)[:50]!r}.")
         _check_request(self.request)
-        if self.template.count(SUBJECT) > 1:
-            raise PresetError(f"The prompt may hold {SUBJECT} once: leave one of them.")
-        if self.subject and SUBJECT not in self.template:
-            raise PresetError(f"There is a subject, but no {SUBJECT} in the prompt: add it there, or leave it out.")
-        if SUBJECT in self.subject:
-            raise PresetError(f"The subject itself must not hold {SUBJECT}: write an example.")
+        if self.template.count(SUBJECT_PLACEHOLDER) > 1:
+            raise PresetError(f"The prompt may hold {SUBJECT_PLACEHOLDER} once: leave one of them.")
+        if self.subject and SUBJECT_PLACEHOLDER not in self.template:
+            raise PresetError(
+                f"There is a subject, but no {SUBJECT_PLACEHOLDER} in the prompt: add it there, or leave it out."
+            )
+        if SUBJECT_PLACEHOLDER in self.subject:
+            raise PresetError(f"The subject itself must not hold {SUBJECT_PLACEHOLDER}: write an example.")
 
     @property
     def template(self) -> str:
@@ -95,29 +97,29 @@ class Preset:
 
     @property
     def takes_subject(self) -> bool:
-        return SUBJECT in self.template
+        return SUBJECT_PLACEHOLDER in self.template
 
-    def prompt(self, words: str) -> str | None:
-        """The prompt with the user's `words` in their place, or with the example subject; None where it has none.
+    def fill_prompt(self, subject: str) -> str | None:
+        """The prompt with the user's `subject` in their place, or with the example subject; None where it has none.
 
         Raises `PresetError` where there are neither.
         """
         if not self.template or not self.takes_subject:
             return self.template or None
         # What a user typed may be a template itself, of a preset that they are about to save.
-        said = words.strip() if SUBJECT not in words else ""
+        said = subject.strip() if SUBJECT_PLACEHOLDER not in subject else ""
         if not (said or self.subject):
             raise PresetError(
                 f"{self.name} needs a subject: write in the prompt what it should be about, and apply it again."
             )
-        before, _, after = self.template.partition(SUBJECT)
+        before, _, after = self.template.partition(SUBJECT_PLACEHOLDER)
         return f"{before}{said or self.subject}{after}"
 
-    def words(self, prompt: str) -> str | None:
-        """What the user had said where `prompt` came from this preset ("" for the example); None where it did not."""
+    def extract_subject(self, prompt: str) -> str | None:
+        """What the user had said where `fill_prompt` came from this preset ("" for the example); None where it did not."""
         if not self.takes_subject:
             return "" if self.template and prompt == self.template else None
-        before, _, after = self.template.partition(SUBJECT)
+        before, _, after = self.template.partition(SUBJECT_PLACEHOLDER)
         fits = prompt.startswith(before) and prompt.endswith(after) and len(prompt) >= len(before) + len(after)
         if not fits:
             return None
@@ -134,7 +136,7 @@ class Preset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Applied:
+class AppliedPreset:
     """What a preset sets for one checkpoint, as fields of `Request`; `notes` say what of it that one cannot take."""
 
     values: Mapping[str, Any]
@@ -148,7 +150,7 @@ class Presets:
     problems: a sentence about each file that is none.
     """
 
-    found: Mapping[str, Preset] = field(default_factory=dict)
+    by_slug: Mapping[str, Preset] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @classmethod
@@ -170,15 +172,15 @@ class Presets:
         if len(files) > MAX_FILES:
             problems.append(f"Only the first {MAX_FILES} of {len(files)} presets are read: move some elsewhere.")
         ordered = sorted(found.items(), key=lambda it: (it[1].group.casefold(), it[1].name.casefold()))
-        return cls(found=dict(ordered), problems=tuple(problems))
+        return cls(by_slug=dict(ordered), problems=tuple(problems))
 
-    def of(self, form: str) -> dict[str, Preset]:
-        return {slug: preset for slug, preset in self.found.items() if preset.form == form}
+    def for_form(self, form: str) -> dict[str, Preset]:
+        return {slug: preset for slug, preset in self.by_slug.items() if preset.form == form}
 
     def find(self, name: str) -> Preset:
         """The one that is called so, on its card or by its file. Raises `PresetError`."""
         wanted = name.strip().casefold()
-        for slug, preset in self.found.items():
+        for slug, preset in self.by_slug.items():
             if wanted in (slug, preset.name.casefold()):
                 return preset
         raise PresetError(f"There is no preset called {_shown(name)!r}: the command `presets` lists them.")
@@ -191,7 +193,7 @@ def _key(preset: Preset) -> tuple[str, str]:
 def read_preset(path: Path, *, examples: Path | None = None) -> Preset:
     """The preset in the file `path`, by whomever. examples: the folder of its picture; None where it may have none.
 
-    Raises `PresetError` for anything that is no preset, without having read more than `MAX_BYTES` of it.
+    Raises `PresetError` for anything that is no preset, without having read more than `MAX_PRESET_BYTES` of it.
     """
     try:
         # Whether it is a plain file is asked of what was opened, which nobody can exchange any more; a pipe must not
@@ -200,7 +202,7 @@ def read_preset(path: Path, *, examples: Path | None = None) -> Preset:
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise PresetError("This is no plain file: put the preset itself there.")
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(MAX_PRESET_BYTES + 1)
     except OSError as error:
         raise PresetError(f"The file cannot be read ({error.strerror}): put a plain file there.") from error
     return parse_preset(data, examples=examples)
@@ -208,8 +210,10 @@ def read_preset(path: Path, *, examples: Path | None = None) -> Preset:
 
 def parse_preset(data: bytes, *, examples: Path | None = None) -> Preset:
     """The preset that a file with `data` holds. examples: see `read_preset`. Raises `PresetError`."""
-    if len(data) > MAX_BYTES:
-        raise PresetError(f"The file is larger than the {MAX_BYTES:,} bytes that a preset may have: this is none.")
+    if len(data) > MAX_PRESET_BYTES:
+        raise PresetError(
+            f"The file is larger than the {MAX_PRESET_BYTES:,} bytes that a preset may have: this is none."
+        )
     try:
         read = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except PresetError:
@@ -221,8 +225,8 @@ def parse_preset(data: bytes, *, examples: Path | None = None) -> Preset:
         raise PresetError(f"The file is no JSON{where}: a preset is written as the README has it.") from error
     if not isinstance(read, dict):
         raise PresetError("A preset is a JSON object with a name, a group, a form, a description and a request.")
-    if _depth(read) > MAX_DEPTH:
-        raise PresetError(f"Brackets stand more than {MAX_DEPTH} deep: a preset has no such thing.")
+    if _depth(read) > MAX_JSON_DEPTH:
+        raise PresetError(f"Brackets stand more than {MAX_JSON_DEPTH} deep: a preset has no such thing.")
     return _from_dict(read, examples)
 
 
@@ -247,14 +251,14 @@ def _from_dict(read: Mapping[str, Any], examples: Path | None) -> Preset:
     return Preset(**given, picture=examples / picture if examples and picture else None)
 
 
-def applied(preset: Preset, words: str, checkpoint: Checkpoint, given: Collection[str] = ()) -> Applied:
-    """What `preset` sets where `checkpoint` draws, with `words` as the subject, but for the fields that are `given`.
+def apply_preset(preset: Preset, subject: str, checkpoint: Checkpoint, given: Collection[str] = ()) -> AppliedPreset:
+    """What `preset` sets where `checkpoint` draws, with `subject` as the subject, but for the fields that are `given`.
 
     What that checkpoint cannot do is left to it and told: fixed steps and guidance, a negative prompt. A size beyond
     it becomes its own, in the same shape. Raises `PresetError` where there is no subject.
     """
     values = {name: value for name, value in preset.request.items() if name not in given}
-    if "prompt" in values and (prompt := preset.prompt(words)) is not None:
+    if "prompt" in values and (prompt := preset.fill_prompt(subject)) is not None:
         values["prompt"] = prompt
     if "loras" in values:
         values["loras"] = [asdict(LoraChoice(**entry)) for entry in values["loras"]]
@@ -278,7 +282,7 @@ def applied(preset: Preset, words: str, checkpoint: Checkpoint, given: Collectio
         except RequestError as error:
             notes.append(f"Left out of the preset: {name.replace('_', ' ')}. {error}")
             del values[name]
-    return Applied(values=values, notes=tuple(notes))
+    return AppliedPreset(values=values, notes=tuple(notes))
 
 
 def form_for(references: int) -> FormName:
@@ -287,27 +291,29 @@ def form_for(references: int) -> FormName:
     return form
 
 
-def holding(
+def make_preset(
     name: str, form: FormName, values: Mapping[str, Any], *, description: str = "", group: str = "Yours"
 ) -> Preset:
     """A preset called `name` that sets `values`, of a request as it is. Raises `PresetError`."""
-    held = {key: value for key, value in values.items() if key in HELD and value not in (None, "")}
+    held = {key: value for key, value in values.items() if key in PRESET_FIELDS and value not in (None, "")}
     held = json.loads(json.dumps(held))  # as it will be read again
     preset = Preset(
         name=name.strip(),
         group=group,
         form=form,
-        description=description or f"Sets {', '.join(field_names(held))}.",
+        description=description or f"Sets {', '.join(describe_fields(held))}.",
         request=held,
     )
-    if len(preset.as_json().encode()) > MAX_BYTES:
+    if len(preset.as_json().encode()) > MAX_PRESET_BYTES:
         raise PresetError("This is too much for a preset: shorten the prompt.")
     return preset
 
 
-def field_names(values: Iterable[str]) -> list[str]:
+def describe_fields(values: Iterable[str]) -> list[str]:
     """What the fields that a preset sets are called on the page, in English."""
-    names = [name.replace("_", " ") for name in HELD if name in set(values) and name not in ("width", "height")]
+    names = [
+        name.replace("_", " ") for name in PRESET_FIELDS if name in set(values) and name not in ("width", "height")
+    ]
     if "width" in values:
         names.append("size")
     names = ["LoRAs" if name == "loras" else "pictures" if name == "count" else name for name in names]
@@ -332,7 +338,7 @@ def _check_request(fields: Any) -> None:
     """Whether a request may be made of `fields`, whatever stands for the ones that are missing."""
     if not isinstance(fields, dict):
         raise PresetError("request must be an object with fields of a request.")
-    _no_unknown(fields, HELD, "The request of a preset")
+    _no_unknown(fields, PRESET_FIELDS, "The request of a preset")
     if not fields:
         raise PresetError("The request is empty: let it set something.")
     if ("width" in fields) != ("height" in fields):
@@ -352,8 +358,8 @@ def _check_request(fields: Any) -> None:
                     raise PresetError(f"The {side} is {pixels:,} pixels: no checkpoint draws that.")
     except RequestError as error:
         raise PresetError(str(error)) from error
-    if str(fields.get("prompt", "")).strip() == SUBJECT:
-        raise PresetError(f"The prompt is nothing but {SUBJECT}: write what stands around it.")
+    if str(fields.get("prompt", "")).strip() == SUBJECT_PLACEHOLDER:
+        raise PresetError(f"The prompt is nothing but {SUBJECT_PLACEHOLDER}: write what stands around it.")
 
 
 def _no_unknown(read: Mapping[str, Any], known: Collection[str], what: str) -> None:
@@ -376,7 +382,7 @@ def _no_constant(name: str) -> Any:
 def _depth(value: Any) -> int:
     """How deep the brackets of `value` stand, counted no further than matters."""
     level, deep = [value], 0
-    while level and deep <= MAX_DEPTH:
+    while level and deep <= MAX_JSON_DEPTH:
         inner = [it for it in level if isinstance(it, dict | list)]
         level = [it for box in inner for it in (box.values() if isinstance(box, dict) else box)]
         deep += bool(inner)

@@ -18,28 +18,28 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from flux2_studio.errors import StudioError
-from flux2_studio.explore.running import Explorations
+from flux2_studio.explore.running import ExplorationManager
 from flux2_studio.explore.variants import Wildcards
-from flux2_studio.images.references import MAX_BYTES
-from flux2_studio.images.thumbnails import Thumbnails
+from flux2_studio.images.references import MAX_REFERENCE_BYTES
+from flux2_studio.images.thumbnails import ThumbnailCache
 from flux2_studio.jobs.journal import Journal
 from flux2_studio.jobs.queue import JobQueue
-from flux2_studio.models.hub.library import Shelf
+from flux2_studio.models.hub.library import CheckpointLibrary
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
 from flux2_studio.storage.own_presets import OwnPresets
 from flux2_studio.storage.presets import Presets
 from flux2_studio.ui import explore_tab, handlers, inspect_tab, models_tab
-from flux2_studio.ui.forms import fields, own_preset_panel, preset_panel, preset_use, tabs
+from flux2_studio.ui.forms import fields, own_preset_panel, preset_apply, preset_panel, tabs
 from flux2_studio.ui.forms.examples import Examples
-from flux2_studio.ui.gradio_compat import keys, language, wiring
-from flux2_studio.ui.gradio_compat.page import Page
+from flux2_studio.ui.gradio_compat import language, shortcuts, wiring
+from flux2_studio.ui.gradio_compat.page import StudioBlocks
 from flux2_studio.ui.gradio_compat.theme import StudioTheme
-from flux2_studio.ui.gradio_compat.visitors import Visitors
+from flux2_studio.ui.gradio_compat.visitors import VisitorCookieMiddleware
 from flux2_studio.ui.history import picker
 from flux2_studio.ui.history import tab as history_tab
-from flux2_studio.ui.history.original import Befores
+from flux2_studio.ui.history.original import OriginalLoader
 from flux2_studio.ui.history.routes import HistoryRoutes
 from flux2_studio.ui.stage import compare, queue_panel
 
@@ -47,63 +47,70 @@ if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
 SPACE_HOST, SPACE_PORT = "0.0.0.0", 7860  # where a Hugging Face Space looks for its app
-HOUR = 3600  # seconds
-UPLOADS_KEPT = 24 * HOUR
+SECONDS_PER_HOUR = 3600  # seconds
+UPLOAD_RETENTION_SECONDS = 24 * SECONDS_PER_HOUR
 
-TITLE = """<h1><span class="mark" aria-hidden="true"></span>flux2-studio</h1>
+TITLE_HTML = """<h1><span class="mark" aria-hidden="true"></span>flux2-studio</h1>
 <p data-i18n>Pictures with the FLUX.2 open models, made on this machine.</p>
 <div class="switches"><button id="keys" type="button" data-i18n aria-label="Keys" title="Keys (?)">?</button>
 <button id="look" type="button" data-i18n aria-label="Switch between light and dark">◐</button></div>"""
 
 
-def build(
+def build_page(
     studio: Studio,
     jobs: JobQueue,
-    shelf: Shelf,
-    needs: models_tab.Needs = lambda _: "",
+    library: CheckpointLibrary,
+    describe_memory_needs: models_tab.DescribeMemoryNeeds = lambda _: "",
     *,
     may_change: bool = True,
     history: History | None = None,
-    explorations: Explorations | None = None,
+    explorations: ExplorationManager | None = None,
 ) -> gr.Blocks:
     """The page of `studio`, whose runs go through `jobs`; not launched yet.
 
-    needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether checkpoints of `shelf`
+    describe_memory_needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether checkpoints of `library`
     can be downloaded and deleted there. history: what its History tab shows; None for a page without one. explorations:
     those of its Explore tab; None for new ones.
     """
     settings = studio.settings
     default = settings.checkpoint(None)
     examples = Examples.load(settings.assets / "examples")
-    with Page(
-        title="flux2-studio", analytics_enabled=False, delete_cache=(HOUR, UPLOADS_KEPT), fill_width=True
+    with StudioBlocks(
+        title="flux2-studio",
+        analytics_enabled=False,
+        delete_cache=(SECONDS_PER_HOUR, UPLOAD_RETENTION_SECONDS),
+        fill_width=True,
     ) as page:
-        title = gr.HTML(f'{TITLE}<p id="policy" data-i18n>{escape(studio.guard.meaning)}</p>', elem_id="title")
-        keys.layout()
-        picker.layout()
+        title = gr.HTML(
+            f'{TITLE_HTML}<p id="policy" data-i18n>{escape(studio.guard.policy_description)}</p>', elem_id="title"
+        )
+        shortcuts.build_shortcut_help()
+        picker.build_history_picker()
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=5, min_width=320, elem_id="forms"):
                 with gr.Column(elem_id="choice"):
                     chosen = fields.checkpoint(settings.checkpoints, default.name)
-                    about = gr.HTML(fields.about(default, studio.on_disk(default)), elem_id="about")
+                    about = gr.HTML(
+                        fields.checkpoint_summary_html(default, studio.is_on_disk(default)), elem_id="about"
+                    )
                     loading = gr.HTML(elem_id="loading")
                 with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabbed:
                     forms = [
                         layout(chosen, default, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)
                     ]
-                    exploring = explore_tab.layout(forms)
-                    remembered = history_tab.layout() if history is not None else None
-                    inspection = inspect_tab.layout()
-                    models = models_tab.layout(shelf, needs, may_change=may_change)
+                    exploring = explore_tab.build_explore_tab(forms)
+                    remembered = history_tab.build_history_tab() if history is not None else None
+                    inspection = inspect_tab.build_inspect_tab()
+                    models = models_tab.build_models_tab(library, describe_memory_needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
-                queue = queue_panel.layout()
-                stage = tabs.stage(queue)
-        handlers.wire(
+                queue = queue_panel.build_queue_panel()
+                stage = tabs.build_stage(queue)
+        handlers.wire_page(
             studio,
             jobs,
             examples,
             page=page,
-            chosen=chosen,
+            checkpoint_dropdown=chosen,
             about=about,
             loading=loading,
             tabs=tabbed,
@@ -111,7 +118,7 @@ def build(
             stage=stage,
             queue=queue,
         )
-        explore_tab.wire(
+        explore_tab.wire_explore_tab(
             exploring,
             studio,
             explorations or explorations_of(settings, jobs),
@@ -119,29 +126,35 @@ def build(
             forms,
             handlers.read_form,
         )
-        presets = preset_panel.Shelf(Presets.load(settings.presets), OwnPresets(Database(settings.database)))
-        preset_use.wire_presets(studio, presets, forms)
+        presets = preset_panel.AvailablePresets(Presets.load(settings.presets), OwnPresets(Database(settings.database)))
+        preset_apply.wire_presets(studio, presets, forms)
         own_preset_panel.wire_own_presets(studio, presets, forms)
-        models_tab.wire(models, shelf, needs, chosen=chosen, about=about)
-        inspect_tab.wire(
+        models_tab.wire_models_tab(models, library, describe_memory_needs, checkpoint_dropdown=chosen, about=about)
+        inspect_tab.wire_inspect_tab(
             inspection,
             studio,
             studio.signer,
             studio.messages,
             forms=forms,
-            chosen=chosen,
+            checkpoint_dropdown=chosen,
             tabs=tabbed,
-            references=studio.kept,
+            reference_store=studio.reference_store,
         )
         if history is not None and remembered is not None:
-            history_tab.wire(
-                remembered, studio, history, forms=forms, chosen=chosen, tabs=tabbed, references=studio.kept
+            history_tab.wire_history_tab(
+                remembered,
+                studio,
+                history,
+                forms=forms,
+                checkpoint_dropdown=chosen,
+                tabs=tabbed,
+                reference_store=studio.reference_store,
             )
-    page.keep_status_at(title)
+    page.show_status_only_at(title)
     return page
 
 
-def serve(
+def serve_page(
     settings: Settings,
     host: str | None = None,
     port: int | None = None,
@@ -153,13 +166,13 @@ def serve(
     notes: a sentence about each file of the user's own folder that is no checkpoint.
     Raises `StudioError` where the page cannot be started.
     """
-    settings.prepare_process()
+    settings.set_environment_defaults()
     # These load torch, which only a started page needs.
-    from flux2_studio.images.reference_store import KeptReferences
+    from flux2_studio.images.reference_store import ReferenceStore
     from flux2_studio.models.hub.repositories import Hub
     from flux2_studio.models.manager import ModelManager
-    from flux2_studio.stages.durations import Pace
-    from flux2_studio.studio import Studio, guard_of
+    from flux2_studio.stages.durations import DurationModel
+    from flux2_studio.studio import Studio, make_guard
 
     if settings.on_space:
         host, port = host or SPACE_HOST, port or SPACE_PORT
@@ -174,21 +187,21 @@ def serve(
     studio = Studio(
         settings,
         ModelManager(settings, hub),
-        guard=guard_of(settings, shared=exposed),
+        guard=make_guard(settings, shared=exposed),
         # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
-        kept=None if exposed else KeptReferences(settings.references),
-        pace=Pace(database),
+        reference_store=None if exposed else ReferenceStore(settings.references),
+        durations=DurationModel(database),
     )
-    thumbnails = Thumbnails(settings.thumbnails)
-    history = History(database, settings.outputs, settings.trash, forget=thumbnails.forget)
+    thumbnails = ThumbnailCache(settings.thumbnails)
+    history = History(database, settings.outputs, settings.trash, on_delete=thumbnails.delete)
     jobs = JobQueue(studio, Journal(database, settings.queue), history)
     explorations = explorations_of(settings, jobs)
-    words = language.Words.load(settings.assets / "languages")
-    page = build(
+    words = language.TranslationCatalogue.load(settings.assets / "languages")
+    page = build_page(
         studio,
         jobs,
-        Shelf(settings, hub, notes),
-        studio.needs,
+        CheckpointLibrary(settings, hub, notes),
+        studio.describe_memory_needs,
         may_change=not guests,
         history=history,
         explorations=explorations,
@@ -202,18 +215,18 @@ def serve(
             share=share,
             theme=StudioTheme(),
             css_paths=[settings.assets / "style.css", settings.assets / "history.css"],
-            head=wiring.script(settings.assets)
-            + language.script(settings.assets)
-            + keys.scripts(settings.assets)
-            + compare.script(settings.assets)
-            + history_tab.script(settings.assets)
-            + picker.script(settings.assets),
+            head=wiring.stream_script_tag(settings.assets)
+            + language.language_script_tag(settings.assets)
+            + shortcuts.shortcut_script_tags(settings.assets)
+            + compare.compare_script_tag(settings.assets)
+            + history_tab.history_script_tag(settings.assets)
+            + picker.picker_script_tag(settings.assets),
             allowed_paths=[
                 str(settings.outputs),
                 str(settings.assets / "examples"),
                 *([] if exposed else [str(settings.references)]),
             ],
-            max_file_size=MAX_BYTES,
+            max_file_size=MAX_REFERENCE_BYTES,
             i18n=words,
             footer_links=[],
             run_history=False,
@@ -224,12 +237,15 @@ def serve(
             quiet=True,
             prevent_thread_lock=True,
             app_kwargs={
-                "middleware": [Middleware(Visitors)],
+                "middleware": [Middleware(VisitorCookieMiddleware)],
                 "routes": [
                     *HistoryRoutes(
-                        history, thumbnails, studio.kept, Befores(history, studio.kept, settings.checkpoint)
+                        history,
+                        thumbnails,
+                        studio.reference_store,
+                        OriginalLoader(history, studio.reference_store, settings.checkpoint),
                     ).routes(),
-                    *queue_panel.routes(studio, jobs),
+                    *queue_panel.queue_routes(studio, jobs),
                 ],
             },
         )
@@ -238,8 +254,8 @@ def serve(
         raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
     # As Ctrl+C: Gradio then deletes its files. Before anybody is told that the page is open, and may want to end it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jobs.resume()  # only now: a studio that cannot be opened leaves all as it was
-    explorations.go_on()
+    jobs.restore_waiting()  # only now: a studio that cannot be opened leaves all as it was
+    explorations.resume_interrupted()
     try:
         sys.stdout.write(f"flux2-studio is open at {url}\n")
         sys.stdout.flush()
@@ -248,8 +264,8 @@ def serve(
         page.close()
 
 
-def explorations_of(settings: Settings, jobs: JobQueue) -> Explorations:
-    return Explorations(jobs, settings.home / "explorations", settings.outputs / "explore")
+def explorations_of(settings: Settings, jobs: JobQueue) -> ExplorationManager:
+    return ExplorationManager(jobs, settings.home / "explorations", settings.outputs / "explore")
 
 
 def for_guests(settings: Settings, share: bool) -> bool:
@@ -265,7 +281,7 @@ def forget_uploads(folder: Path) -> None:
 
     Gradio deletes only what its own process took in.
     """
-    oldest = time.time() - UPLOADS_KEPT
+    oldest = time.time() - UPLOAD_RETENTION_SECONDS
     for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it
         with suppress(OSError):  # another server's, or one that is not empty: it keeps
             if path.is_dir() and not path.is_symlink():

@@ -14,33 +14,33 @@ from urllib.parse import quote
 import gradio as gr
 
 from flux2_studio.errors import RequestError, StudioError
-from flux2_studio.explore.axes import FIELDS, LORA, read_axis
+from flux2_studio.explore.axes import AXIS_FIELDS, LORA_PREFIX, read_axis
 from flux2_studio.explore.batch import read_batch
-from flux2_studio.explore.plan import Plan, fixed, grid, listing, seeds
-from flux2_studio.explore.running import Exploration, Explorations
+from flux2_studio.explore.plan import ExplorationPlan, plan_grid, plan_list, plan_seeds, single_picture_request
+from flux2_studio.explore.running import Exploration, ExplorationManager
 from flux2_studio.explore.variants import Wildcards
-from flux2_studio.images.contact_sheet import Layout
+from flux2_studio.images.contact_sheet import SheetLayout
 from flux2_studio.request import Request
 from flux2_studio.ui.forms.tabs import Form
-from flux2_studio.ui.forms.upsample_panel import INPUTS
-from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.forms.upsample_panel import UPSAMPLING_INPUTS
+from flux2_studio.ui.gradio_compat.language import i18n, translate, translate_message
 from flux2_studio.ui.gradio_compat.visitors import owner_of
 from flux2_studio.ui.gradio_compat.wiring import Update, listen
-from flux2_studio.ui.stage import show
+from flux2_studio.ui.stage import render
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-POLL = 0.4  # seconds between two looks at an exploration
-SIDES = ("Columns", "Rows", "Tables")
-NOTHING = "Nothing"
+EXPLORATION_POLL_SECONDS = 0.4  # seconds between two looks at an exploration
+AXIS_TITLES = ("Columns", "Rows", "Tables")
+NO_AXIS = "Nothing"
 SEEDS, GRID, FILE = "Seeds", "Grid", "From a file"
-EMPTY = (
+EMPTY_SHEET_HTML = (
     '<div class="empty"><p class="lead" data-i18n>Your pictures will appear here, side by side.</p>'
     "<p data-i18n>Write a prompt in Generate, choose here what is to change from picture to picture, and press "
     "Explore.</p></div>"
 )
-ABOUT = (
+EXPLORE_INTRO_HTML = (
     "<p data-i18n>Draws the settings of a form many times, with something changed each time. Prompts may hold choices, "
     "<code>a {red|green} fox</code>, and lists, <code>__animal__</code> for each line of the file "
     "<code>animal.txt</code> in the studio's folder <code>wildcards</code>.</p>"
@@ -49,7 +49,7 @@ ABOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExploreTab:
-    """`fields` and `values` are the three sides of a grid; `job` is the exploration that is shown, by its id."""
+    """`fields` and `values` are the three sides of a grid; `exploration_id` is the exploration that is shown, by its id."""
 
     source: gr.Radio
     kind: gr.Radio
@@ -62,28 +62,28 @@ class ExploreTab:
     batch: gr.Column
     start: gr.Button
     stop: gr.Button
-    more: gr.Button
+    resume: gr.Button
     problem: gr.HTML
     progress: gr.HTML
     sheet: gr.HTML
-    job: gr.State
+    exploration_id: gr.State
 
 
-def layout(forms: Sequence[Form]) -> ExploreTab:
+def build_explore_tab(forms: Sequence[Form]) -> ExploreTab:
     names = {"generate": "Generate", "edit": "Edit", "multi": "Multi-reference"}
-    with gr.Tab(t("Explore"), id="explore", elem_id="explore", elem_classes="sheet"), gr.Row(elem_id="explore-desk"):
+    with gr.Tab(i18n("Explore"), id="explore", elem_id="explore", elem_classes="sheet"), gr.Row(elem_id="explore-desk"):
         job = gr.State("")  # in here: Gradio counts what lies between two tabs as one
         with gr.Column(scale=4, min_width=300, elem_id="explore-form"):
-            gr.HTML(ABOUT, elem_classes="note")
+            gr.HTML(EXPLORE_INTRO_HTML, elem_classes="note")
             source = gr.Radio(
-                [(t(names[it.name]), it.name) for it in forms], value=forms[0].name, label=t("Settings of")
+                [(i18n(names[it.name]), it.name) for it in forms], value=forms[0].name, label=i18n("Settings of")
             )
-            kinds = [(t(kind), kind) for kind in (SEEDS, GRID, FILE)]
-            kind = gr.Radio(kinds, value=SEEDS, label=t("What changes"), elem_id="explore-kind")
+            kinds = [(i18n(kind), kind) for kind in (SEEDS, GRID, FILE)]
+            kind = gr.Radio(kinds, value=SEEDS, label=i18n("What changes"), elem_id="explore-kind")
             with gr.Column(elem_id="explore-seeds") as by_seeds:
-                count = gr.Slider(2, 64, value=9, step=1, precision=0, label=t("Pictures"), buttons=[])
+                count = gr.Slider(2, 64, value=9, step=1, precision=0, label=i18n("Pictures"), buttons=[])
             with gr.Column(visible=False, elem_id="explore-grid") as by_grid:
-                sides = [_side(name, number) for number, name in enumerate(SIDES)]
+                sides = [_side(name, number) for number, name in enumerate(AXIS_TITLES)]
             with gr.Column(visible=False, elem_id="explore-file") as by_file:
                 gr.HTML(
                     "<p data-i18n>A prompt a line (.txt), or a table (.csv, .tsv, .jsonl) whose columns are prompt, "
@@ -92,19 +92,21 @@ def layout(forms: Sequence[Form]) -> ExploreTab:
                     elem_classes="note",
                 )
                 file = gr.File(
-                    label=t("File"),
+                    label=i18n("File"),
                     file_types=[".txt", ".csv", ".tsv", ".jsonl", ".ndjson"],
                     type="filepath",
                     height=120,
                 )
             problem = gr.HTML(elem_id="explore-problem", elem_classes="refused")
-            start = gr.Button(t("Explore"), variant="primary", size="lg", elem_classes="run", elem_id="explore-start")
+            start = gr.Button(
+                i18n("Explore"), variant="primary", size="lg", elem_classes="run", elem_id="explore-start"
+            )
             with gr.Row(elem_classes="acts"):
-                stop = gr.Button(t("Stop"), variant="stop", visible=False, elem_id="explore-stop")
-                more = gr.Button(t("Go on"), visible=False, elem_id="explore-more")
+                stop = gr.Button(i18n("Stop"), variant="stop", visible=False, elem_id="explore-stop")
+                more = gr.Button(i18n("Go on"), visible=False, elem_id="explore-more")
         with gr.Column(scale=8, min_width=300, elem_id="explore-stage"):
             progress = gr.HTML(elem_id="explore-progress")
-            sheet = gr.HTML(EMPTY, elem_id="explore-sheet")
+            sheet = gr.HTML(EMPTY_SHEET_HTML, elem_id="explore-sheet")
     return ExploreTab(
         source=source,
         kind=kind,
@@ -117,11 +119,11 @@ def layout(forms: Sequence[Form]) -> ExploreTab:
         batch=by_file,
         start=start,
         stop=stop,
-        more=more,
+        resume=more,
         problem=problem,
         progress=progress,
         sheet=sheet,
-        job=job,
+        exploration_id=job,
     )
 
 
@@ -129,61 +131,65 @@ def _side(name: str, number: int) -> tuple[gr.Dropdown, gr.Textbox]:
     first = ("seed", "1..4") if number == 0 else ("", "")
     with gr.Row(elem_classes="pair"):
         field = gr.Dropdown(
-            _choices(()), value=first[0], label=t(name), min_width=130, scale=2, elem_id=f"explore-{name.lower()}"
+            _choices(()), value=first[0], label=i18n(name), min_width=130, scale=2, elem_id=f"explore-{name.lower()}"
         )
         values = gr.Textbox(
             first[1],
-            label=t("Values"),
+            label=i18n("Values"),
             lines=1,
             max_lines=8,
             min_width=130,
             scale=3,
-            placeholder=t(FIELDS[first[0]][1]) if first[0] else "",
+            placeholder=i18n(AXIS_FIELDS[first[0]][1]) if first[0] else "",
             elem_id=f"explore-{name.lower()}-values",
         )
     return field, values
 
 
 def _choices(loras: Sequence[str]) -> list[tuple[str, str]]:
-    known = [(t(title), field) for field, (title, _) in FIELDS.items()]
-    return [(t(NOTHING), ""), *known, *((say("Weight of {name}", name=name), LORA + name) for name in loras)]
+    known = [(i18n(title), field) for field, (title, _) in AXIS_FIELDS.items()]
+    return [
+        (i18n(NO_AXIS), ""),
+        *known,
+        *((translate("Weight of {name}", name=name), LORA_PREFIX + name) for name in loras),
+    ]
 
 
-def wire(
+def wire_explore_tab(
     tab: ExploreTab,
     studio: Studio,
-    explorations: Explorations,
+    explorations: ExplorationManager,
     wildcards: Wildcards,
     forms: Sequence[Form],
-    read: Callable[..., Request],
+    read_form: Callable[..., Request],
 ) -> None:
-    """Connect the tab. read: `handlers.read_form`."""
+    """Connect the tab. read_form: `handlers.read_form`."""
     inputs: list[Any] = [tab.source, tab.kind, tab.count, *tab.fields, *tab.values, tab.file]
     places: dict[str, slice] = {}
     for form in forms:
         places[form.name] = slice(len(inputs), len(inputs) + 3 + len(form.fields))
-        inputs += [form.lock, form.laid_out_for, form.aspect, *form.fields.values()]
+        inputs += [form.seed_lock, form.form_checkpoint, form.aspect, *form.fields.values()]
 
     def base_of(values: Sequence[Any]) -> Request:
         form = next(form for form in forms if form.name == values[0])
-        locked, laid_out_for, aspect, *typed = values[places[form.name]]
+        locked, form_checkpoint, aspect, *typed = values[places[form.name]]
         shown: dict[str, Any] = dict(zip(form.fields, typed, strict=True))
-        return read(
-            {**dict.fromkeys(INPUTS), **shown, "upsample_by": "none"},
+        return read_form(
+            {**dict.fromkeys(UPSAMPLING_INPUTS), **shown, "upsample_by": "none"},
             locked=locked,
             checkpoint=studio.settings.checkpoint(shown["checkpoint"]),
-            laid_out_for=laid_out_for,
+            form_checkpoint=form_checkpoint,
             aspect=aspect,
         )
 
     def check(request: Request) -> None:
         request.resolve(studio.settings.checkpoint(request.checkpoint))
 
-    def plan_of(values: Sequence[Any]) -> Plan:
-        base = fixed(base_of(values))
+    def plan_of(values: Sequence[Any]) -> ExplorationPlan:
+        base = single_picture_request(base_of(values))
         kind, count, file = values[1], values[2], values[9]
         if kind == SEEDS:
-            return seeds(base, int(count or 0), math.ceil(math.sqrt(int(count or 1))), check)
+            return plan_seeds(base, int(count or 0), math.ceil(math.sqrt(int(count or 1))), check)
         if kind == FILE:
             if not file:
                 raise RequestError("Choose a file first: a prompt a line, or a table.")
@@ -194,12 +200,12 @@ def wire(
                 except RequestError as error:
                     raise RequestError(f"Picture {number}: {error}") from error
             across = min(5, math.ceil(math.sqrt(len(requests))))
-            return listing(requests, across, [request.prompt for request in requests], "Prompt")
+            return plan_list(requests, across, [request.prompt for request in requests], "Prompt")
         axes = [
             read_axis(field, text or "", studio.settings.checkpoints, wildcards) if field else None
             for field, text in zip(values[3:6], values[6:9], strict=True)
         ]
-        return grid(base, axes, wildcards, check)
+        return plan_grid(base, axes, wildcards, check)
 
     async def followed(exploration: Exploration) -> AsyncIterator[Update]:
         seen = -1
@@ -210,7 +216,7 @@ def wire(
                 yield _shown(tab, exploration, await asyncio.to_thread(sheets_of, exploration))
             if state != "running":
                 return
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(EXPLORATION_POLL_SECONDS)
 
     def sheets_of(exploration: Exploration) -> list[Path]:
         """The finished contact sheets, which are drawn once nothing is under way."""
@@ -224,7 +230,7 @@ def wire(
             plan = await asyncio.to_thread(plan_of, values)
             exploration = await asyncio.to_thread(explorations.start, plan, owner_of(request))
         except StudioError as error:
-            yield {tab.problem: show.problem(str(error))}
+            yield {tab.problem: render.problem(str(error))}
             return
         async for update in followed(exploration):
             yield update
@@ -233,15 +239,15 @@ def wire(
         try:
             exploration = await asyncio.to_thread(explorations.resume, job, owner_of(request))
         except StudioError as error:
-            yield {tab.problem: show.problem(str(error))}
+            yield {tab.problem: render.problem(str(error))}
             return
         async for update in followed(exploration):
             yield update
 
     async def opened(request: gr.Request) -> AsyncIterator[Update]:
         """When the page is opened: what was shown when it was left."""
-        yield {field: gr.Dropdown(_choices([it.name for it in studio.loras.look()[0]])) for field in tab.fields}
-        exploration = await asyncio.to_thread(explorations.newest, owner_of(request))
+        yield {field: gr.Dropdown(_choices([it.name for it in studio.loras.scan()[0]])) for field in tab.fields}
+        exploration = await asyncio.to_thread(explorations.latest, owner_of(request))
         if exploration is not None:
             async for update in followed(exploration):
                 yield update
@@ -251,12 +257,12 @@ def wire(
         if exploration is None:
             return gr.Button(visible=False)
         explorations.stop(exploration)
-        return gr.Button(t("Stopping…"), interactive=False)
+        return gr.Button(i18n("Stopping…"), interactive=False)
 
-    shown = [tab.problem, tab.progress, tab.sheet, tab.stop, tab.more, tab.start, tab.job]
+    shown = [tab.problem, tab.progress, tab.sheet, tab.stop, tab.resume, tab.start, tab.exploration_id]
     listen(tab.start.click, start, inputs, shown, concurrency_limit=None)
-    listen(tab.more.click, resume, tab.job, shown, concurrency_limit=None)
-    listen(tab.stop.click, stop, tab.job, tab.stop, queue=False)
+    listen(tab.resume.click, resume, tab.exploration_id, shown, concurrency_limit=None)
+    listen(tab.stop.click, stop, tab.exploration_id, tab.stop, queue=False)
     listen(None, opened, None, [*shown, *tab.fields], concurrency_limit=None)
     listen(
         tab.kind.input,
@@ -269,7 +275,7 @@ def wire(
         listen(
             field.input,
             lambda name: gr.Textbox(
-                placeholder=t(FIELDS[name][1]) if name in FIELDS else t("0..1 by 0.25") if name else ""
+                placeholder=i18n(AXIS_FIELDS[name][1]) if name in AXIS_FIELDS else i18n("0..1 by 0.25") if name else ""
             ),
             field,
             values,
@@ -294,38 +300,39 @@ def _shown(tab: ExploreTab, exploration: Exploration, sheets: Sequence[Path]) ->
     running = progress.state == "running"
     count, done = len(exploration.plan.cells), len(progress.done)
     return {
-        tab.job: exploration.id,
-        tab.progress: _told(exploration, done, count, sheets),
+        tab.exploration_id: exploration.id,
+        tab.progress: _exploration_progress_html(exploration, done, count, sheets),
         tab.sheet: "".join(
             _table(exploration, table) for table in range(1 + max(it.table for it in exploration.plan.cells))
         ),
-        tab.stop: gr.Button(t("Stop"), visible=running, interactive=True),
-        tab.more: gr.Button(
-            say("Go on with the {missing} that are missing", missing=count - done), visible=not running and done < count
+        tab.stop: gr.Button(i18n("Stop"), visible=running, interactive=True),
+        tab.resume: gr.Button(
+            translate("Go on with the {missing} that are missing", missing=count - done),
+            visible=not running and done < count,
         ),
         tab.start: gr.Button(interactive=not running),
     }
 
 
-def _told(exploration: Exploration, done: int, count: int, sheets: Sequence[Path]) -> str:
+def _exploration_progress_html(exploration: Exploration, done: int, count: int, sheets: Sequence[Path]) -> str:
     progress = exploration.progress
-    prompts = exploration.plan.prompts
-    text = say("{done} of {count} pictures", done=done, count=count)
+    prompts = exploration.plan.prompt_count
+    text = translate("{done} of {count} pictures", done=done, count=count)
     if prompts > 1:
-        text += ", " + say("{count} prompts", count=prompts)
+        text += ", " + translate("{count} prompts", count=prompts)
     if progress.state == "stopped":
-        text = say("Stopped: {text}", text=text)
+        text = translate("Stopped: {text}", text=text)
     told = [f'<p role="status">{escape(text)}</p><progress max="1" value="{done / count:.3f}"></progress>']
-    told += [show.problem(why) for why in dict.fromkeys(progress.failed.values())]
+    told += [render.problem(why) for why in dict.fromkeys(progress.failed.values())]
     links = [
-        f'<a class="chip" href="{address(path)}" download>{say("Contact sheet")}'
+        f'<a class="chip" href="{gradio_file_url(path)}" download>{translate("Contact sheet")}'
         f"{f' {number}' if len(sheets) > 1 else ''}</a>"
         for number, path in enumerate(sheets, 1)
     ]
     return "".join(told) + (f'<p class="facts">{"".join(links)}</p>' if links else "")
 
 
-def address(path: Path) -> str:
+def gradio_file_url(path: Path) -> str:
     """Where the page finds a file of the library."""
     return f"gradio_api/file={quote(str(path))}"
 
@@ -336,13 +343,13 @@ def _table(exploration: Exploration, table: int) -> str:
         (cell.column, cell.row): number for number, cell in enumerate(plan.cells) if cell.table == table
     }
     head = ""
-    if layout.above:
-        corner = "<td></td>" if layout.beside else ""
-        cells = "".join(f'<th scope="col">{escape(label)}</th>' for label in layout.above)
+    if layout.column_labels:
+        corner = "<td></td>" if layout.row_labels else ""
+        cells = "".join(f'<th scope="col">{escape(label)}</th>' for label in layout.column_labels)
         head = f"<thead><tr>{corner}{cells}</tr></thead>"
     rows = []
     for row in range(layout.rows):
-        beside = f'<th scope="row">{escape(layout.beside[row])}</th>' if layout.beside else ""
+        beside = f'<th scope="row">{escape(layout.row_labels[row])}</th>' if layout.row_labels else ""
         places = [(column, row) for column in range(layout.columns)]
         cells = "".join(_cell(exploration, at.get(place), layout) for place in places)
         rows.append(f"<tr>{beside}{cells}</tr>")
@@ -350,21 +357,21 @@ def _table(exploration: Exploration, table: int) -> str:
     return f'<div class="sheet-table"><table>{title}{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _cell(exploration: Exploration, number: int | None, layout: Layout) -> str:
+def _cell(exploration: Exploration, number: int | None, layout: SheetLayout) -> str:
     if number is None:
         return "<td></td>"
     progress, cell = exploration.progress, exploration.plan.cells[number]
     place = cell.row * layout.columns + cell.column
-    label = escape(layout.under[place] if layout.under else cell.request.prompt)
+    label = escape(layout.captions[place] if layout.captions else cell.request.prompt)
     if (path := progress.done.get(number)) is not None:
-        small = address(exploration.thumbnail(number))
+        small = gradio_file_url(exploration.thumbnail(number))
         inner = (
-            f'<a href="{address(path)}" target="_blank" rel="noopener">'
+            f'<a href="{gradio_file_url(path)}" target="_blank" rel="noopener">'
             f'<img src="{small}" alt="{label}" loading="lazy"></a>'
         )
     elif number in progress.failed:
-        inner = f'<span class="tile failed" title="{escape(told(progress.failed[number]))}">{say("failed")}</span>'
+        inner = f'<span class="tile failed" title="{escape(translate_message(progress.failed[number]))}">{translate("failed")}</span>'
     else:
         inner = '<span class="tile"></span>'
-    caption = f"<small>{label}</small>" if layout.under else ""
+    caption = f"<small>{label}</small>" if layout.captions else ""
     return f"<td>{inner}{caption}</td>"

@@ -26,44 +26,44 @@ from flux2_studio.ui.forms import fields
 from flux2_studio.ui.forms import reference_names as names
 from flux2_studio.ui.forms.examples import Examples
 from flux2_studio.ui.forms.live import wire_live
-from flux2_studio.ui.forms.lora_panel import choices, wire_loras
+from flux2_studio.ui.forms.lora_panel import read_loras, wire_loras
 from flux2_studio.ui.forms.mask_panel import read_mask, read_outpaint
-from flux2_studio.ui.forms.readiness import wire_outlook, wire_preparation
-from flux2_studio.ui.forms.reference_panel import offer, offered_to, paths, wire_references
-from flux2_studio.ui.forms.tabs import Form, Stage
+from flux2_studio.ui.forms.readiness import wire_estimate, wire_preload
+from flux2_studio.ui.forms.reference_panel import gallery_paths, reference_outputs, set_references, wire_references
+from flux2_studio.ui.forms.tabs import Form, StagePanel
 from flux2_studio.ui.forms.upsample_panel import (
-    DRAWN,
-    INPUTS,
-    begun,
-    ended,
-    read_choice,
-    read_key,
-    shown,
+    DRAWN_INFO,
+    UPSAMPLING_INPUTS,
+    clear_enhanced_prompt,
+    read_api_key,
+    read_upsampling,
+    show_enhancement_end,
+    upsampling_outputs,
     wire_upsampling,
 )
-from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.gradio_compat.language import translate, translate_message
 from flux2_studio.ui.gradio_compat.visitors import owner_of
-from flux2_studio.ui.gradio_compat.wiring import Update, listen, stopper, tab_of
-from flux2_studio.ui.stage import compare, keep_preview, queue_panel, show
-from flux2_studio.ui.stage.following import Follower, View, Watch, form_of
-from flux2_studio.ui.stage.run_view import RunView, download, use_label
+from flux2_studio.ui.gradio_compat.wiring import Update, listen, make_stop_handler, tab_owner_of
+from flux2_studio.ui.stage import compare, keep_preview, queue_panel, render
+from flux2_studio.ui.stage.follower import Follower, RunViewProtocol, TabState, form_name_for
+from flux2_studio.ui.stage.run_view import RunView, download_button, use_in_edit_label
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
 # On a narrow screen the stage lies below the form: go there, where the picture appears, or why there is none.
-GO_TO_STAGE = """() => {
+SCROLL_TO_STAGE_JS = """() => {
   const stage = document.getElementById('stage');
   if (stage && stage.getBoundingClientRect().top > window.innerHeight - 200) stage.scrollIntoView({behavior: 'smooth'});
 }"""
 # And back, where the form that takes the picture lies above it.
-GO_TO_FORM = """() => {
+SCROLL_TO_FORM_JS = """() => {
   const [tabs, stage] = ['tabs', 'stage'].map((id) => document.getElementById(id).getBoundingClientRect());
   if (tabs.bottom <= stage.top) document.getElementById('tabs').scrollIntoView({behavior: 'smooth'});
 }"""
 
 # Which picture is looked at, as the browser knows it when a button is pressed: the server may hear of it later.
-PICKED = """(picked, ...others) => {
+SELECTED_INDEX_JS = """(picked, ...others) => {
   const shown = [...document.querySelectorAll('#gallery .thumbnail-lg')];
   const index = shown.findIndex((item) => item.classList.contains('selected'));
   return [index < 0 ? picked : index, ...others];
@@ -72,49 +72,51 @@ PICKED = """(picked, ...others) => {
 NO_SUCH_NAME = "No picture here is called {names}: it stays in the instruction as it is."
 
 
-def wire(
+def wire_page(
     studio: Studio,
     jobs: JobQueue,
     examples: Examples,
     *,
     page: gr.Blocks,
-    chosen: gr.Dropdown,
+    checkpoint_dropdown: gr.Dropdown,
     about: gr.HTML,
     loading: gr.HTML,
     tabs: gr.Tabs,
     forms: Sequence[Form],
-    stage: Stage,
+    stage: StagePanel,
     queue: gr.HTML,
 ) -> None:
-    """Connect the laid-out components. `chosen` is the checkpoint choice that the forms share."""
-    _wire_checkpoint(studio, examples, chosen, about, forms)
-    loaded = wire_preparation(studio, jobs, chosen, loading)
-    wire_loras(studio, chosen, forms)
+    """Connect the laid-out components. `checkpoint_dropdown` is the checkpoint choice that the forms share."""
+    _wire_checkpoint(studio, examples, checkpoint_dropdown, about, forms)
+    loaded = wire_preload(studio, jobs, checkpoint_dropdown, loading)
+    wire_loras(studio, checkpoint_dropdown, forms)
     turn = asyncio.Lock()
     for form in forms:
         _wire_seed(form)
-        _wire_size(studio, chosen, form)
-        _wire_examples(studio, examples, chosen, form)
-        wire_outlook(studio, form, [loaded, stage.job.change], turn)  # the latter when a run begins and when it ends
-        if form.panel is not None:
-            wire_references(studio, chosen, form, form.panel)
-    _wire_runs(studio, jobs, page, chosen, forms, stage, queue)
+        _wire_size(studio, checkpoint_dropdown, form)
+        _wire_examples(studio, examples, checkpoint_dropdown, form)
+        wire_estimate(
+            studio, form, [loaded, stage.job_id.change], turn
+        )  # the latter when a run begins and when it ends
+        if form.reference_panel is not None:
+            wire_references(studio, checkpoint_dropdown, form, form.reference_panel)
+    _wire_runs(studio, jobs, page, checkpoint_dropdown, forms, stage, queue)
     _wire_identity(studio, forms)
-    _wire_stage(studio, jobs, chosen, tabs, next(form for form in forms if form.name == "edit"), stage)
+    _wire_stage(studio, jobs, checkpoint_dropdown, tabs, next(form for form in forms if form.name == "edit"), stage)
 
 
 def read_form(
-    values: Mapping[str, Any], *, locked: bool, checkpoint: Checkpoint, laid_out_for: str, aspect: str
+    values: Mapping[str, Any], *, locked: bool, checkpoint: Checkpoint, form_checkpoint: str, aspect: str
 ) -> Request:
     """A form's values as a request, without the key that is among them. An unlocked seed is left to chance. Raises
     `StudioError`.
 
-    Whoever chooses a checkpoint and runs at once sends the numbers that were `laid_out_for` the one before: then they
+    Whoever chooses a checkpoint and runs at once sends the numbers that were `form_checkpoint` the one before: then they
     are left to `checkpoint`, and so is the size unless it was typed.
     """
-    read = {name: value for name, value in values.items() if name not in INPUTS}
-    read["upsampling"] = read_choice(values)
-    if laid_out_for != checkpoint.name:
+    read = {name: value for name, value in values.items() if name not in UPSAMPLING_INPUTS}
+    read["upsampling"] = read_upsampling(values)
+    if form_checkpoint != checkpoint.name:
         read |= {"steps": None, "guidance": None, "negative_prompt": None}
         if aspect in fields.ASPECTS:
             read["width"], read["height"] = fields.size_of(aspect, checkpoint)
@@ -122,10 +124,10 @@ def read_form(
         _check_typed(read["width"], read["height"])
     if not locked:
         read["seed"] = None
-    read["loras"] = choices(read.get("loras"))
+    read["loras"] = read_loras(read.get("loras"))
     if "references" in read:
-        read["prompt"] = names.spelled_out(read["prompt"], read["references"])
-        read["references"] = paths(read["references"])
+        read["prompt"] = names.expand_names(read["prompt"], read["references"])
+        read["references"] = gallery_paths(read["references"])
         if not read["references"]:
             raise RequestError("Add a picture first: drop one above the instruction, or choose an example.")
         read["mask"] = read_mask(read.get("mask"))
@@ -146,96 +148,102 @@ def _wire_runs(
     studio: Studio,
     jobs: JobQueue,
     page: gr.Blocks,
-    chosen: gr.Dropdown,
+    checkpoint_dropdown: gr.Dropdown,
     forms: Sequence[Form],
-    stage: Stage,
+    stage: StagePanel,
     queue: gr.HTML,
 ) -> None:
-    def read(locked: bool, laid_out_for: str, aspect: str, values: Mapping[str, Any]) -> Request:
+    def read(locked: bool, form_checkpoint: str, aspect: str, values: Mapping[str, Any]) -> Request:
         checkpoint = studio.settings.checkpoint(values["checkpoint"])
-        return read_form(values, locked=locked, checkpoint=checkpoint, laid_out_for=laid_out_for, aspect=aspect)
+        return read_form(values, locked=locked, checkpoint=checkpoint, form_checkpoint=form_checkpoint, aspect=aspect)
 
-    def ended_with(view: View, form: Form, request: Request) -> Update:
+    def ended_with(view: RunViewProtocol, form: Form, request: Request) -> Update:
         enriching = request.upsampling.by != "none"
         return {
-            **(ended(form.upsampling, view.upsampled, DRAWN) if enriching else {}),
+            **(show_enhancement_end(form.upsampling, view.upsampled, DRAWN_INFO) if enriching else {}),
             stage.stop: gr.Button(visible=False),
-            **_without(stage, form if view.upsampling_failed else None),
+            **_offer_unenhanced_run(stage, form if view.upsampling_failed else None),
         }
 
     def view_of(request: Request, form: Form) -> RunView:
         return RunView(stage, form.upsampling, studio.settings.checkpoint(request.checkpoint))
 
     def begun_view(job: Job) -> RunView:
-        view = view_of(job.request, next(form for form in forms if form.name == form_of(job.request)))
+        view = view_of(job.request, next(form for form in forms if form.name == form_name_for(job.request)))
         view.begin(job)
         return view
 
     async def started(
-        form: Form, watch: Watch, request: gr.Request, ask: Callable[[], Request], key_of: Callable[[], ApiKey | None]
+        form: Form,
+        tab_state: TabState,
+        request: gr.Request,
+        ask: Callable[[], Request],
+        key_of: Callable[[], ApiKey | None],
     ) -> AsyncIterator[Update]:
         """Queue a run of `form`, from the request that `ask` gives. Raises `gr.Error` where it cannot be done."""
         # Large references take their time before the job is there to tell of it.
-        checking = form.panel and not watch.following
-        first = {stage.progress: show.status(Status(text="Checking the pictures"))} if checking else {}
-        yield {**_runs(forms, can_start=False), **first, **_without(stage, None)}
+        checking = form.reference_panel and not tab_state.is_following
+        first = {stage.progress: render.status(Status(text="Checking the pictures"))} if checking else {}
+        yield {**_set_run_buttons(forms, can_start=False), **first, **_offer_unenhanced_run(stage, None)}
         asked: Request | None = None
         try:
             asked = await asyncio.to_thread(ask)  # a mask is decoded and written
             if asked.upsampling.by != "none":
-                yield begun(form.upsampling)
-            job = await asyncio.to_thread(jobs.submit, asked, owner_of(request), key_of(), tab=tab_of(request))
+                yield clear_enhanced_prompt(form.upsampling)
+            job = await asyncio.to_thread(jobs.submit, asked, owner_of(request), key_of(), tab=tab_owner_of(request))
         except StudioError as error:
             enriching = asked is not None and asked.upsampling.by != "none"
             yield {
-                **_runs(forms, can_start=True),
-                **(ended(form.upsampling, None, DRAWN) if enriching else {}),
-                **({} if watch.following else {stage.progress: ""}),
-                stage.message: show.problem(str(error)),
-                **_without(stage, form if isinstance(error, UpsampleError) and asked is not None else None),
+                **_set_run_buttons(forms, can_start=True),
+                **(show_enhancement_end(form.upsampling, None, DRAWN_INFO) if enriching else {}),
+                **({} if tab_state.is_following else {stage.progress: ""}),
+                stage.message: render.problem(str(error)),
+                **_offer_unenhanced_run(
+                    stage, form if isinstance(error, UpsampleError) and asked is not None else None
+                ),
             }
-            raise gr.Error(told(str(error)), print_exception=False) from error
+            raise gr.Error(translate_message(str(error)), print_exception=False) from error
         yield {
-            **_runs(forms, can_start=True),
-            **follower.begin(watch, job, form.name),
+            **_set_run_buttons(forms, can_start=True),
+            **follower.begin(tab_state, job, form.name),
             form.fields["seed"]: job.request.seed,
         }
 
     follower = Follower(jobs, forms, stage, view_of, ended_with)
-    watch = gr.State(Watch())
-    followed = [*stage.parts, *(part for form in forms for part in shown(form.upsampling))]
+    watch = gr.State(TabState())
+    followed = [*stage.components, *(part for form in forms for part in upsampling_outputs(form.upsampling))]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
 
     def followed_after(event: Any, follows: Any = follower.follow) -> None:
         """Have the tab follow its runs after `event`, and say when it has had all of it."""
         done = event(follows, watch, followed, concurrency_limit=None, **private)
-        done.then(follower.confirm, watch, None, queue=False, **private)
+        done.then(follower.confirm_shown, watch, None, queue=False, **private)
 
     followed_after(page.load, follower.attach)  # once more when the connection was lost and is back
     for form in forms:
-        around = [form.lock, form.laid_out_for, form.aspect]
+        around = [form.seed_lock, form.form_checkpoint, form.aspect]
 
         async def run(
-            request: gr.Request, watch: Watch, *around: Any, form: Form = form, **values: Any
+            request: gr.Request, tab_state: TabState, *around: Any, form: Form = form, **values: Any
         ) -> AsyncIterator[Update]:
             def ask() -> Request:
-                locked, laid_out_for, aspect = around
-                asked = read(locked, laid_out_for, aspect, values)
-                if form.panel and form.panel.tools and (left := names.unknown(asked.prompt)):
-                    gr.Warning(say(NO_SUCH_NAME, names=", ".join(left)))
+                locked, form_checkpoint, aspect = around
+                asked = read(locked, form_checkpoint, aspect, values)
+                if form.reference_panel and form.reference_panel.tools and (left := names.unknown_names(asked.prompt)):
+                    gr.Warning(translate(NO_SUCH_NAME, names=", ".join(left)))
                 return asked
 
-            async for update in started(form, watch, request, ask, lambda: read_key(values)):
+            async for update in started(form, tab_state, request, ask, lambda: read_api_key(values)):
                 yield update
 
         async def plain(
-            request: gr.Request, watch: Watch, *around: Any, run: Any = run, **values: Any
+            request: gr.Request, tab_state: TabState, *around: Any, run: Any = run, **values: Any
         ) -> AsyncIterator[Update]:
-            async for update in run(request, watch, *around, **values | {"upsample_by": "none"}):
+            async for update in run(request, tab_state, *around, **values | {"upsample_by": "none"}):
                 yield update
 
-        for button, action in ((form.run, run), (getattr(stage, f"without_{form.name}"), plain)):
-            listen(button.click, None, js=GO_TO_STAGE)
+        for button, action in ((form.run, run), (getattr(stage, f"{form.name}_unenhanced"), plain)):
+            listen(button.click, None, js=SCROLL_TO_STAGE_JS)
             started_run = listen(
                 button.click,
                 action,
@@ -245,73 +253,81 @@ def _wire_runs(
                 concurrency_limit=None,
             )
             followed_after(started_run.then)
-        wire_upsampling(studio, jobs, chosen, form, read, around)
-    wire_live(studio, jobs, chosen, forms, stage, watch, read)
-    keep_preview.wire(jobs, stage, begun_view)
-    followed_after(queue_panel.wire(studio, jobs, queue, follower, watch, stage).then)
+        wire_upsampling(studio, jobs, checkpoint_dropdown, form, read, around)
+    wire_live(studio, jobs, checkpoint_dropdown, forms, stage, watch, read)
+    keep_preview.wire_keep_preview(jobs, stage, begun_view)
+    followed_after(queue_panel.wire_queue_panel(studio, jobs, queue, follower, watch, stage).then)
 
 
-def _without(stage: Stage, failed: Form | None) -> Update:
+def _offer_unenhanced_run(stage: StagePanel, failed: Form | None) -> Update:
     """Offer to run the form whose prompt could not be enriched without that; None where there is none."""
-    buttons = {"generate": stage.without_generate, "edit": stage.without_edit, "multi": stage.without_multi}
+    buttons = {"generate": stage.generate_unenhanced, "edit": stage.edit_unenhanced, "multi": stage.multi_unenhanced}
     return {button: gr.Button(visible=failed is not None and failed.name == name) for name, button in buttons.items()}
 
 
-def _runs(forms: Sequence[Form], *, can_start: bool) -> Update:
+def _set_run_buttons(forms: Sequence[Form], *, can_start: bool) -> Update:
     return {form.run: gr.Button(interactive=can_start) for form in forms}
 
 
-def _staged(stage: Stage, form: Form) -> list[Any]:
+def _staged(stage: StagePanel, form: Form) -> list[Any]:
     """The components that a run of `form` changes, but for the buttons that start one."""
-    return [*stage.parts, form.fields["seed"], *shown(form.upsampling)]
+    return [*stage.components, form.fields["seed"], *upsampling_outputs(form.upsampling)]
 
 
-def _wire_stage(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: Stage) -> None:
+def _wire_stage(
+    studio: Studio, jobs: JobQueue, checkpoint_dropdown: gr.Dropdown, tabs: gr.Tabs, edit: Form, stage: StagePanel
+) -> None:
     def pick(images: list[str], before: Image.Image | None, event: gr.SelectData) -> Sequence[Any]:
         index = int(event.index)
         if not 0 <= index < len(images):
             return [gr.skip()] * 4
-        other = compare.picked(before, images[index])
-        return index, download(images, index), gr.Button(use_label(index, len(images))), other
+        other = compare.slider_update(before, images[index])
+        return index, download_button(images, index), gr.Button(use_in_edit_label(index, len(images))), other
 
     def use(index: int | None, images: list[str], name: str) -> Any:
         if index is None or not 0 <= index < len(images):  # the run that was seen is followed by another one
             return gr.skip()
         picture = Path(images[index])
-        return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
+        return {tabs: gr.Tabs(selected=edit.name), **set_references(edit, [picture], studio.settings.checkpoint(name))}
 
-    listen(stage.stop.click, stopper(jobs), stage.shown, stage.stop, queue=False)
+    listen(stage.stop.click, make_stop_handler(jobs), stage.shown_job_id, stage.stop, queue=False)
     comparison = stage.comparison
     listen(
         stage.gallery.select,
         pick,
-        [stage.results, comparison.before],
-        [stage.picked, stage.download, stage.edit, comparison.slider],
+        [stage.result_paths, comparison.original],
+        [stage.selected_index, stage.download, stage.use_in_edit, comparison.slider],
         trigger_mode="multiple",  # the last is the one
     )
-    listen(stage.edit.click, None, js=GO_TO_FORM)
-    listen(stage.edit.click, use, [stage.picked, stage.results, chosen], [tabs, *offered_to(edit)], js=PICKED)
+    listen(stage.use_in_edit.click, None, js=SCROLL_TO_FORM_JS)
+    listen(
+        stage.use_in_edit.click,
+        use,
+        [stage.selected_index, stage.result_paths, checkpoint_dropdown],
+        [tabs, *reference_outputs(edit)],
+        js=SELECTED_INDEX_JS,
+    )
 
 
 # --- the checkpoint and what depends on it ----------------------------------------------------------------------
 
 
 def _wire_checkpoint(
-    studio: Studio, examples: Examples, chosen: gr.Dropdown, about: gr.HTML, forms: Sequence[Form]
+    studio: Studio, examples: Examples, checkpoint_dropdown: gr.Dropdown, about: gr.HTML, forms: Sequence[Form]
 ) -> None:
     def describe(name: str) -> str:
         checkpoint = studio.settings.checkpoint(name)
-        return fields.about(checkpoint, studio.on_disk(checkpoint))
+        return fields.checkpoint_summary_html(checkpoint, studio.is_on_disk(checkpoint))
 
     def adopt(name: str, *around: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
         update: Update = {}
-        for form, aspect, laid_out_for in zip(forms, around[: len(forms)], around[len(forms) :], strict=True):
+        for form, aspect, form_checkpoint in zip(forms, around[: len(forms)], around[len(forms) :], strict=True):
             update[form.examples] = fields.other_examples(examples.of(form.name, checkpoint))
-            if laid_out_for == name:  # whoever chose the checkpoint laid it out, with values that are to stay
+            if form_checkpoint == name:  # whoever chose the checkpoint laid it out, with values that are to stay
                 continue
             update |= {
-                form.laid_out_for: name,
+                form.form_checkpoint: name,
                 form.fields["steps"]: fields.steps(checkpoint),
                 form.fields["guidance"]: fields.guidance(checkpoint),
                 form.fields["negative_prompt"]: fields.negative_prompt(checkpoint),
@@ -323,30 +339,30 @@ def _wire_checkpoint(
     outputs: list[Any] = []
     for form in forms:
         numbers = (form.fields[key] for key in ("steps", "guidance", "negative_prompt"))
-        outputs += [form.laid_out_for, *_sides(form), form.examples, *numbers]
-    around = [*(form.aspect for form in forms), *(form.laid_out_for for form in forms)]
-    listen(chosen.change, adopt, [chosen, *around], outputs)
+        outputs += [form.form_checkpoint, *_sides(form), form.examples, *numbers]
+    around = [*(form.aspect for form in forms), *(form.form_checkpoint for form in forms)]
+    listen(checkpoint_dropdown.change, adopt, [checkpoint_dropdown, *around], outputs)
     # With no trigger named: at every choice and when the page is opened, for a download may have happened meanwhile.
-    listen(None, describe, chosen, about)
+    listen(None, describe, checkpoint_dropdown, about)
 
 
-def _wire_examples(studio: Studio, examples: Examples, chosen: gr.Dropdown, form: Form) -> None:
+def _wire_examples(studio: Studio, examples: Examples, checkpoint_dropdown: gr.Dropdown, form: Form) -> None:
     def take(index: int, name: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
         example = examples.of(form.name, checkpoint)[index]
         update: Update = {form.fields["prompt"]: example.prompt}
-        return update | offer(form, example.references, checkpoint) if form.panel else update
+        return update | set_references(form, example.references, checkpoint) if form.reference_panel else update
 
-    filled = [form.fields["prompt"], *(offered_to(form) if form.panel else [])]
-    listen(form.examples.click, take, [form.examples, chosen], filled)
+    filled = [form.fields["prompt"], *(reference_outputs(form) if form.reference_panel else [])]
+    listen(form.examples.click, take, [form.examples, checkpoint_dropdown], filled)
 
 
 def _wire_identity(studio: Studio, forms: Sequence[Form]) -> None:
     def who() -> list[str]:
         try:
-            told = show.notes([studio.signer.identity.proves])
+            told = render.notes([studio.signer.identity.signature_meaning])
         except StudioError as error:
-            told = show.problem(str(error))
+            told = render.problem(str(error))
         return [told] * len(forms)
 
     # When the page is opened: the first time, the local identity is made.
@@ -372,11 +388,11 @@ def _wire_seed(form: Form) -> None:
     # A seed that somebody rolled or typed is one they want to see used: both lock it. In the browser, so that a run
     # that is started at once has it.
     roll = f"() => [Math.floor(Math.random() * {MAX_SEED - MAX_COUNT}), true]"
-    listen(form.roll.click, None, None, [seed, form.lock], js=roll)
-    listen(seed.input, None, seed, form.lock, js="(seed) => seed !== null")
+    listen(form.new_seed.click, None, None, [seed, form.seed_lock], js=roll)
+    listen(seed.input, None, seed, form.seed_lock, js="(seed) => seed !== null")
 
 
-def _wire_size(studio: Studio, chosen: gr.Dropdown, form: Form) -> None:
+def _wire_size(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form) -> None:
     width, height = _sides(form)
 
     def preset(aspect: str, name: str, *now: int | None) -> Sequence[Any]:
@@ -388,7 +404,7 @@ def _wire_size(studio: Studio, chosen: gr.Dropdown, form: Form) -> None:
 
     # `input`, not `change`: a change that came from settling must not set the size again.
     shown = [width, height, form.size_note]
-    asked = [form.aspect, chosen, width, height]
+    asked = [form.aspect, checkpoint_dropdown, width, height]
     # First in the browser, so that a run that is started at once has it.
     listen(form.aspect.input, None, asked, [width, height], js=_sizes(studio.settings.checkpoints))
     listen(form.aspect.input, preset, asked, shown, queue=False, trigger_mode="always_last")
@@ -396,14 +412,14 @@ def _wire_size(studio: Studio, chosen: gr.Dropdown, form: Form) -> None:
 
         def settle(across: int | None, down: int | None, name: str, label: str = label) -> Sequence[Any]:
             pixels = across if label == "width" else down
-            rounded, note, aspect = settled(pixels, across, down, label, studio.settings.checkpoint(name))
+            rounded, note, aspect = settle_side(pixels, across, down, label, studio.settings.checkpoint(name))
             # Only what has to change: meanwhile somebody may be typing in the other field.
             return gr.skip() if rounded == pixels else rounded, note, aspect
 
         listen(
             [side.blur, side.submit],
             settle,
-            [width, height, chosen],
+            [width, height, checkpoint_dropdown],
             [side, form.size_note, form.aspect],
             queue=False,
         )
@@ -420,7 +436,7 @@ def _sizes(checkpoints: Sequence[Checkpoint]) -> str:
     }}"""
 
 
-def settled(
+def settle_side(
     pixels: int | None, width: int | None, height: int | None, label: str, checkpoint: Checkpoint
 ) -> tuple[int | None, str, str]:
     """What a side of `pixels`, as typed, becomes; a note on it, as HTML; and the shape of `width` x `height` then."""
@@ -432,10 +448,10 @@ def settled(
         # The check that the run will make, told before the run.
         Request(prompt="size", width=width, height=height).resolve(checkpoint)
     except RequestError as error:
-        return pixels, show.problem(str(error)), fields.FREE
+        return pixels, render.problem(str(error)), fields.FREE
     note = f"The {label} was rounded from {pixels} to {side}: FLUX.2 draws in multiples of 16."
     shapes = [shape for shape in fields.ASPECTS if fields.size_of(shape, checkpoint) == size]
-    return side, "" if side == pixels else show.notes([note]), shapes[0] if shapes else fields.FREE
+    return side, "" if side == pixels else render.notes([note]), shapes[0] if shapes else fields.FREE
 
 
 def _sides(form: Form) -> tuple[gr.Number, gr.Number]:

@@ -18,38 +18,38 @@ import gradio as gr
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, StudioError
 from flux2_studio.images.masks import load_mask
-from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.provenance.c2pa.credentials import Signer
-from flux2_studio.provenance.inspect import Inspection, credential_rows, inspect, setting_rows
-from flux2_studio.provenance.metadata import run_again
-from flux2_studio.provenance.watermark import Detection, Message
-from flux2_studio.record import AS_WRITTEN, Record
+from flux2_studio.provenance.inspect import Inspection, credential_rows, inspect_picture, setting_rows
+from flux2_studio.provenance.metadata import request_to_reproduce
+from flux2_studio.provenance.watermark import WatermarkDetection, WatermarkMessage
+from flux2_studio.record import EAGER_BLOCKS, Record
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.ui.forms import fields
-from flux2_studio.ui.forms.mask_panel import restored
-from flux2_studio.ui.forms.reference_panel import examine, offer, offered_to, paths
+from flux2_studio.ui.forms.mask_panel import restore_mask_panel
+from flux2_studio.ui.forms.reference_panel import examine, gallery_paths, reference_outputs, set_references
 from flux2_studio.ui.forms.tabs import Form
-from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.gradio_compat.language import i18n, translate, translate_message
 from flux2_studio.ui.gradio_compat.wiring import Update, listen
-from flux2_studio.ui.stage import show
+from flux2_studio.ui.stage import render
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-LONGEST = 200_000  # characters of a raw report; what a browser shows without taking ages
-LOOKING = '<p class="looking" role="status" data-i18n>Looking at the picture…</p>'
-EMPTY = (
+MAX_REPORT_CHARS = 200_000  # characters of a raw report; what a browser shows without taking ages
+INSPECTING_HTML = '<p class="looking" role="status" data-i18n>Looking at the picture…</p>'
+INSPECT_INTRO_HTML = (
     '<p class="lead" data-i18n>Any picture, by whatever program.</p>'
     "<p data-i18n>You see the settings that made it, whether it carries an invisible watermark, and who signed it; and "
     "you can make it again. It is looked at on the machine where this studio runs, and sent nowhere else.</p>"
 )
 # The report may be long, and the form that was filled lies above.
-GO_TO_FORM = "() => document.getElementById('tabs').scrollIntoView({behavior: 'smooth'})"
-NOW = "(items, _, asked) => [items, performance.now(), asked]"
-FORMS = ("generate", "edit", "multi")  # for no reference, for one, for more
+SCROLL_TO_TABS_JS = "() => document.getElementById('tabs').scrollIntoView({behavior: 'smooth'})"
+SEND_TIME_JS = "(items, _, asked) => [items, performance.now(), asked]"
+FORM_BY_REFERENCE_COUNT = ("generate", "edit", "multi")  # for no reference, for one, for more
 
 
-class References(Protocol):
+class ReferenceFinder(Protocol):
     """Where the pictures are that others were made from."""
 
     def find(self, sha256: str) -> Path | None: ...
@@ -57,28 +57,28 @@ class References(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectTab:
-    """`seen` is the last `Inspection`, None for none: what Restore puts back. `at` is sent by the browser with what it
-    asks, and says when it did; `asked` keeps when that was last."""
+    """`inspection` is the last `Inspection`, None for none: what Restore puts back. `sent_at` is sent by the browser with what it
+    asks, and says when it did; `latest` keeps when that was last."""
 
     picture: gr.Gallery
     findings: gr.HTML  # what it amounts to
     restore: gr.Button
     note: gr.HTML  # what of the settings cannot be restored, or only nearly
     report: gr.HTML  # what there is in detail
-    folded: gr.Accordion
+    raw_accordion: gr.Accordion
     json: gr.Code
     credentials: gr.Code
-    seen: gr.State
-    at: gr.Number
-    asked: gr.State
+    inspection: gr.State
+    sent_at: gr.Number
+    latest: gr.State
 
 
 @dataclass
-class Asked:
+class LatestInspection:
     """When a tab was last given something to look at, or its picture taken away, by the browser's clock: two looks at
     the same time may begin in either order."""
 
-    last: float = 0.0
+    sent_at: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,25 +96,28 @@ class Restoration:
     notes: tuple[str, ...] = ()
 
 
-def layout() -> InspectTab:
-    with gr.Tab(t("Inspect"), id="inspect", elem_id="inspect", elem_classes="sheet"):
-        seen, asked = gr.State(None), gr.State(Asked())  # in here: Gradio counts what lies between two tabs as one
+def build_inspect_tab() -> InspectTab:
+    with gr.Tab(i18n("Inspect"), id="inspect", elem_id="inspect", elem_classes="sheet"):
+        seen, asked = (
+            gr.State(None),
+            gr.State(LatestInspection()),
+        )  # in here: Gradio counts what lies between two tabs as one
         at = gr.Number(0, visible=False)
         picture = _picture()
-        findings = gr.HTML(EMPTY, elem_id="inspect-findings")
+        findings = gr.HTML(INSPECT_INTRO_HTML, elem_id="inspect-findings")
         with gr.Column(elem_id="inspect-acts"):
             restore = gr.Button(
-                t("Restore these settings"), variant="primary", size="lg", visible=False, elem_id="inspect-restore"
+                i18n("Restore these settings"), variant="primary", size="lg", visible=False, elem_id="inspect-restore"
             )
             note = gr.HTML(elem_id="inspect-note", elem_classes="note")
         report = gr.HTML(elem_id="inspect-report")
-        with gr.Accordion(t("All of it, for programs"), open=False, visible=False, elem_id="inspect-raw") as folded:
+        with gr.Accordion(i18n("All of it, for programs"), open=False, visible=False, elem_id="inspect-raw") as folded:
             as_json = gr.Code(
-                language="json", label=t("Inspection"), interactive=False, max_lines=24, elem_id="inspect-json"
+                language="json", label=i18n("Inspection"), interactive=False, max_lines=24, elem_id="inspect-json"
             )
             credentials = gr.Code(
                 language="json",
-                label=t("Content credentials, as the C2PA library reports them"),
+                label=i18n("Content credentials, as the C2PA library reports them"),
                 interactive=False,
                 max_lines=24,
                 elem_id="inspect-credentials",
@@ -125,92 +128,98 @@ def layout() -> InspectTab:
         restore=restore,
         note=note,
         report=report,
-        folded=folded,
+        raw_accordion=folded,
         json=as_json,
         credentials=credentials,
-        seen=seen,
-        at=at,
-        asked=asked,
+        inspection=seen,
+        sent_at=at,
+        latest=asked,
     )
 
 
-def wire(
+def wire_inspect_tab(
     tab: InspectTab,
     studio: Studio,
     signer: Signer,
-    messages: Sequence[Message],
+    messages: Sequence[WatermarkMessage],
     *,
     forms: Sequence[Form],
-    chosen: gr.Dropdown,
+    checkpoint_dropdown: gr.Dropdown,
     tabs: gr.Tabs,
-    references: KeptReferences | None,
+    reference_store: ReferenceStore | None,
 ) -> None:
     """Connect the tab.
 
-    signer, messages: see `inspect`. chosen, tabs, forms: of the page. references: where those of runs are kept; None
+    signer, messages: see `inspect_picture`. checkpoint_dropdown, tabs, forms: of the page. reference_store: where those of runs are kept; None
     where none are handed out, because others use this studio too.
     """
 
-    def look(items: Any, at: float, asked: Asked) -> Iterator[Any]:
-        if at < asked.last:
+    def look(items: Any, sent_at: float, latest: LatestInspection) -> Iterator[Any]:
+        if sent_at < latest.sent_at:
             yield gr.skip()
             return
-        asked.last = at
-        offered = paths(items)
+        latest.sent_at = sent_at
+        offered = gallery_paths(items)
         if not offered:
             yield _nothing(tab)
             return
         yield {
             **_nothing(tab),
             tab.picture: gr.Gallery([(str(offered[-1]), None)], selected_index=None),  # the newest, where it holds more
-            tab.findings: LOOKING,
+            tab.findings: INSPECTING_HTML,
         }
         try:
-            seen = inspect(offered[-1], signer, messages)
+            seen = inspect_picture(offered[-1], signer, messages)
         except StudioError as error:
-            found = {tab.findings: show.problem(str(error))}
+            found = {tab.findings: render.problem(str(error))}
         else:
-            found = _shown(tab, seen, _plan(seen, studio, references))
-        yield found if asked.last == at else gr.skip()  # meanwhile there may be another, or none
+            found = _shown(tab, seen, _plan(seen, studio, reference_store))
+        yield found if latest.sent_at == sent_at else gr.skip()  # meanwhile there may be another, or none
 
-    def cleared(items: Any, at: float, asked: Asked) -> Any:
-        if items or at < asked.last:
+    def cleared(items: Any, sent_at: float, latest: LatestInspection) -> Any:
+        if items or sent_at < latest.sent_at:
             return gr.skip()
-        asked.last = at
+        latest.sent_at = sent_at
         return _nothing(tab)
 
     def restore(seen: Inspection | None) -> Update:
-        if seen is None or (plan := _plan(seen, studio, references)) is None:
+        if seen is None or (plan := _plan(seen, studio, reference_store)) is None:
             raise gr.Error(
-                say("There are no settings to restore: choose a picture that has some."), print_exception=False
+                translate("There are no settings to restore: choose a picture that has some."), print_exception=False
             )
         if plan.request is None:  # something went since the picture was looked at
-            raise gr.Error(told(plan.notes[0]), print_exception=False)
+            raise gr.Error(translate_message(plan.notes[0]), print_exception=False)
         try:
-            return {tab.note: show.notes(plan.notes), **filled(plan, forms, chosen, tabs)}
+            return {tab.note: render.notes(plan.notes), **restoration_update(plan, forms, checkpoint_dropdown, tabs)}
         except StudioError as error:  # what a file names as its mask need not be one
-            raise gr.Error(told(str(error)), print_exception=False) from error
+            raise gr.Error(translate_message(str(error)), print_exception=False) from error
 
-    said = [component for component in vars(tab).values() if component not in (tab.picture, tab.at, tab.asked)]
-    heard: dict[str, Any] = {"inputs": [tab.picture, tab.at, tab.asked], "js": NOW, "trigger_mode": "multiple"}
+    said = [component for component in vars(tab).values() if component not in (tab.picture, tab.sent_at, tab.latest)]
+    heard: dict[str, Any] = {
+        "inputs": [tab.picture, tab.sent_at, tab.latest],
+        "js": SEND_TIME_JS,
+        "trigger_mode": "multiple",
+    }
     listen([tab.picture.upload, tab.picture.delete], look, outputs=[tab.picture, *said], concurrency_limit=2, **heard)
     # The gallery's own button to clear it is heard as a change only.
     listen(tab.picture.change, cleared, outputs=said, **heard)
     # A gallery with a selected picture takes no upload.
     listen(tab.picture.select, lambda: gr.Gallery(selected_index=None), None, tab.picture, queue=False)
-    listen(tab.restore.click, None, js=GO_TO_FORM)
-    listen(tab.restore.click, restore, tab.seen, [tab.note, *fillable(forms, chosen, tabs)])
+    listen(tab.restore.click, None, js=SCROLL_TO_TABS_JS)
+    listen(
+        tab.restore.click, restore, tab.inspection, [tab.note, *restoration_outputs(forms, checkpoint_dropdown, tabs)]
+    )
 
 
 # --- restoring --------------------------------------------------------------------------------------------------
 
 
-def restoration(record: Record, studio: Studio, references: References | None) -> Restoration:
+def plan_restoration(record: Record, studio: Studio, reference_finder: ReferenceFinder | None) -> Restoration:
     """What can be done here to make the picture of `record` again, bit by bit.
 
-    `record` is what a file claims. references: see `wire`.
+    `record` is what a file claims. reference_finder: see `wire_inspect_tab`.
     """
-    form = FORMS[min(len(record.references), 2)]
+    form = FORM_BY_REFERENCE_COUNT[min(len(record.references), 2)]
     try:
         checkpoint = studio.settings.checkpoint(record.request.checkpoint)
     except RequestError:
@@ -227,11 +236,13 @@ def restoration(record: Record, studio: Studio, references: References | None) -
     before = record.request.outpaint.shrunk((record.request.width, record.request.height))
     placeholders = tuple(Path(sha256) for sha256 in record.references)
     try:
-        request = replace(run_again(record), references=placeholders).resolve(checkpoint, [before] * len(placeholders))
+        request = replace(request_to_reproduce(record), references=placeholders).resolve(
+            checkpoint, [before] * len(placeholders)
+        )
     except RequestError as error:
         return Restoration(form=form, notes=(f"These settings cannot be restored here: {error}",))
-    found, missing = _references(record, references)
-    mask = references.find(record.mask) if references and record.mask else None
+    found, missing = _references(record, reference_finder)
+    mask = reference_finder.find(record.mask) if reference_finder and record.mask else None
     if record.mask and mask is None:
         missing.append("Its mask is not kept here: paint or load it again.")
     loras, dropped = _loras(record, studio, checkpoint)
@@ -255,12 +266,12 @@ def restoration(record: Record, studio: Studio, references: References | None) -
     )
 
 
-def _plan(seen: Inspection, studio: Studio, references: KeptReferences | None) -> Restoration | None:
+def _plan(seen: Inspection, studio: Studio, reference_store: ReferenceStore | None) -> Restoration | None:
     record = seen.settings.record
-    return restoration(record, studio, references) if record else None
+    return plan_restoration(record, studio, reference_store) if record else None
 
 
-def _references(record: Record, store: References | None) -> tuple[tuple[Path, ...], list[str]]:
+def _references(record: Record, store: ReferenceFinder | None) -> tuple[tuple[Path, ...], list[str]]:
     if store is None:
         count = len(record.references)
         them = "1 reference" if count == 1 else f"{count} references"
@@ -279,7 +290,7 @@ def _loras(record: Record, studio: Studio, checkpoint: Checkpoint) -> tuple[tupl
     """The LoRAs that there are and that fit, and a sentence about each that is gone or another one by now."""
     if not record.request.loras:
         return (), []
-    widths = {entry.name: entry.width for entry in studio.loras.look()[0]}
+    widths = {entry.name: entry.width for entry in studio.loras.scan()[0]}
     kept: list[LoraChoice] = []
     notes = []
     for choice, sha256 in zip(record.request.loras, record.loras, strict=True):
@@ -298,7 +309,7 @@ def _loras(record: Record, studio: Studio, checkpoint: Checkpoint) -> tuple[tupl
 
 
 def _about_checkpoint(record: Record, studio: Studio, checkpoint: Checkpoint) -> list[str]:
-    if not studio.on_disk(checkpoint):
+    if not studio.is_on_disk(checkpoint):
         return [f"{checkpoint.label} is not on this machine yet: the run downloads it first."]
     if not record.checkpoint:
         return []
@@ -314,17 +325,19 @@ def _about_checkpoint(record: Record, studio: Studio, checkpoint: Checkpoint) ->
 
 
 def _about_machine(record: Record, studio: Studio, checkpoint: Checkpoint) -> list[str]:
-    here = {**studio.versions, **studio.computed(checkpoint)}
+    here = {**studio.versions, **studio.compute_settings(checkpoint)}
     then = {**record.versions, **record.computed}
     if record.computed:  # pictures were drawn so before they said it
-        then.setdefault("blocks", AS_WRITTEN)
+        then.setdefault("blocks", EAGER_BLOCKS)
     other = [f"{name} {value} (here {here[name]})" for name, value in then.items() if here.get(name, value) != value]
     if not other:
         return []
     return [f"It was made with {', '.join(other)}: the picture may differ in tiny ways."]
 
 
-def filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> Update:
+def restoration_update(
+    plan: Restoration, forms: Sequence[Form], checkpoint_dropdown: gr.Dropdown, tabs: gr.Tabs
+) -> Update:
     """The page with `plan` in its form: every field of it, so that nothing of what stood there before is left."""
     request, checkpoint = plan.request, plan.checkpoint
     assert request is not None and checkpoint is not None and request.width and request.height
@@ -332,12 +345,12 @@ def filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: 
     put = form.fields
     size = request.width, request.height
     # Only from its picture has an edit a size that is none of the engine's own.
-    as_reference = bool(plan.form != "generate" and (request.mask or request.outpaint or request.drawn_size != size))
+    as_reference = bool(plan.form != "generate" and (request.mask or request.outpaint or request.padded_size != size))
     width, height = fields.sides(None if as_reference else size)
     update: Update = {
         tabs: gr.Tabs(selected=form.name),
-        chosen: checkpoint.name,
-        form.laid_out_for: checkpoint.name,  # or the choice would overwrite what is put here
+        checkpoint_dropdown: checkpoint.name,
+        form.form_checkpoint: checkpoint.name,  # or the choice would overwrite what is put here
         put["prompt"]: request.prompt,
         put["negative_prompt"]: fields.negative_prompt(checkpoint, request.negative_prompt or ""),
         form.aspect: fields.AS_REFERENCE if as_reference else fields.FREE,
@@ -347,36 +360,36 @@ def filled(plan: Restoration, forms: Sequence[Form], chosen: gr.Dropdown, tabs: 
         put["steps"]: fields.steps(checkpoint, request.steps),
         put["guidance"]: fields.guidance(checkpoint, request.guidance),
         put["seed"]: request.seed,
-        form.lock: True,
+        form.seed_lock: True,
         put["count"]: request.count,
         put["loras"]: [{"name": lora.name, "weight": lora.weight} for lora in request.loras],
-        form.loras.folded: gr.Accordion(fields.lora_title(len(request.loras))),
-        form.upsampling.by: "none",
+        form.loras.accordion: gr.Accordion(fields.lora_title(len(request.loras))),
+        form.upsampling.provider: "none",
         # What the pixels depend on. What else the file is to say of itself stays as the user has it: this file may be
         # a stranger's, and have them publish their prompts.
         **{put[name]: getattr(request, name) for name in ("format", "watermark")},
     }
-    if form.panel is None:
+    if form.reference_panel is None:
         return update
-    update |= offer(form, plan.references, checkpoint)
-    subject = examine(plan.references, checkpoint, checkpoint.max_references).first
+    update |= set_references(form, plan.references, checkpoint)
+    subject = examine(plan.references, checkpoint, checkpoint.max_references).first_subject
     mask = None
     if request.mask and subject:
-        mask = load_mask(request.mask, (subject.width, subject.height)).change
-    update |= restored(form.fields, subject, mask, request.outpaint, match=request.match_colours)
+        mask = load_mask(request.mask, (subject.width, subject.height)).edit_mask
+    update |= restore_mask_panel(form.fields, subject, mask, request.outpaint, match_colours=request.match_colours)
     if request.mask or request.outpaint or request.match_colours:
-        update[form.edits] = gr.Accordion(open=True)
+        update[form.edit_accordion] = gr.Accordion(open=True)
     return update
 
 
-def fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[Any]:
-    """The components that `filled` may set."""
-    found: dict[Any, None] = dict.fromkeys([tabs, chosen])
+def restoration_outputs(forms: Sequence[Form], checkpoint_dropdown: gr.Dropdown, tabs: gr.Tabs) -> list[Any]:
+    """The components that `restoration_update` may set."""
+    found: dict[Any, None] = dict.fromkeys([tabs, checkpoint_dropdown])
     for form in forms:
         found |= dict.fromkeys(form.fields.values())
-        found |= dict.fromkeys([form.laid_out_for, form.aspect, form.size_note, form.lock])
-        found |= dict.fromkeys([form.loras.folded, form.upsampling.by])
-        found |= dict.fromkeys([*offered_to(form), form.edits] if form.panel else [])
+        found |= dict.fromkeys([form.form_checkpoint, form.aspect, form.size_note, form.seed_lock])
+        found |= dict.fromkeys([form.loras.accordion, form.upsampling.provider])
+        found |= dict.fromkeys([*reference_outputs(form), form.edit_accordion] if form.reference_panel else [])
     return list(found)
 
 
@@ -386,7 +399,7 @@ def fillable(forms: Sequence[Form], chosen: gr.Dropdown, tabs: gr.Tabs) -> list[
 def _picture() -> gr.Gallery:
     """A gallery even for one: it hands over the uploaded file itself, unopened."""
     return gr.Gallery(
-        label=t("Picture to inspect: drop, paste or choose one"),
+        label=i18n("Picture to inspect: drop, paste or choose one"),
         type="filepath",
         file_types=["image"],
         interactive=True,
@@ -403,14 +416,14 @@ def _picture() -> gr.Gallery:
 
 def _nothing(tab: InspectTab) -> Update:
     return {
-        tab.findings: EMPTY,
+        tab.findings: INSPECT_INTRO_HTML,
         tab.restore: gr.Button(visible=False),
         tab.note: "",
         tab.report: "",
-        tab.folded: gr.Accordion(visible=False),
+        tab.raw_accordion: gr.Accordion(visible=False),
         tab.json: "",
         tab.credentials: "",
-        tab.seen: None,
+        tab.inspection: None,
     }
 
 
@@ -418,18 +431,18 @@ def _shown(tab: InspectTab, seen: Inspection, plan: Restoration | None) -> Updat
     raw = seen.as_dict()
     report = raw["credentials"].pop("report")
     return {
-        tab.findings: f"<ul>{''.join(f'<li>{escape(told(finding))}</li>' for finding in seen.findings)}</ul>",
+        tab.findings: f"<ul>{''.join(f'<li>{escape(translate_message(finding))}</li>' for finding in seen.findings)}</ul>",
         tab.restore: gr.Button(visible=plan is not None and plan.request is not None),
-        tab.note: show.notes(plan.notes) if plan else "",
-        tab.report: describe(seen),
-        tab.folded: gr.Accordion(visible=True, open=False),
-        tab.json: _cut(json.dumps(raw, indent=2, ensure_ascii=False)),
-        tab.credentials: gr.Code(_cut(report), visible=bool(report)),
-        tab.seen: seen,
+        tab.note: render.notes(plan.notes) if plan else "",
+        tab.report: inspection_html(seen),
+        tab.raw_accordion: gr.Accordion(visible=True, open=False),
+        tab.json: _truncate(json.dumps(raw, indent=2, ensure_ascii=False)),
+        tab.credentials: gr.Code(_truncate(report), visible=bool(report)),
+        tab.inspection: seen,
     }
 
 
-def describe(seen: Inspection) -> str:
+def inspection_html(seen: Inspection) -> str:
     """What was found in a picture, in detail, as HTML."""
     record = seen.settings.record
     sections = [
@@ -444,7 +457,7 @@ def describe(seen: Inspection) -> str:
 def _file(seen: Inspection) -> Mapping[str, str]:
     picture = (
         {
-            "Picture": say(
+            "Picture": translate(
                 "{format}, {width} x {height} pixels", format=seen.format, width=seen.width, height=seen.height
             )
         }
@@ -452,32 +465,39 @@ def _file(seen: Inspection) -> Mapping[str, str]:
         else {}
     )
     sha256 = {"SHA-256": seen.sha256} if seen.sha256 else {}
-    return {"Name": seen.name, **picture, "Size": say("{count} bytes", count=f"{seen.bytes:,}"), **sha256}
+    return {"Name": seen.name, **picture, "Size": translate("{count} bytes", count=f"{seen.bytes:,}"), **sha256}
 
 
-def _watermark(mark: Detection | None) -> str:
+def _watermark(mark: WatermarkDetection | None) -> str:
     if mark is None:
         return ""
-    state = say("found") if mark.found else say("not found")
+    state = translate("found") if mark.found else translate("not found")
     rows = {
         "Result": state,
         "Message": mark.message.label,
-        "Bits that agree": say(
-            "{right} of {all} ({share})", right=mark.right, all=len(mark.message.bits), share=f"{mark.match:.0%}"
+        "Bits that agree": translate(
+            "{right} of {all} ({share})",
+            right=mark.matching_bits,
+            all=len(mark.message.bits),
+            share=f"{mark.match_ratio:.0%}",
         ),
-        "By chance": say("one picture in {odds}", odds=mark.odds),
+        "By chance": translate("one picture in {odds}", odds=mark.odds),
     }
     return _section("Invisible watermark", rows.items())
 
 
 def _section(title: str, rows: Iterable[tuple[str, str]]) -> str:
     body = "".join(
-        f'<tr><th scope="row">{escape(told(name))}</th><td>{escape(told(text))}</td></tr>'
+        f'<tr><th scope="row">{escape(translate_message(name))}</th><td>{escape(translate_message(text))}</td></tr>'
         for name, text in rows
         if text
     )
-    return f"<h3>{say(title)}</h3><table>{body}</table>" if body else ""
+    return f"<h3>{translate(title)}</h3><table>{body}</table>" if body else ""
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}\n… {len(text) - LONGEST:,} characters more"
+def _truncate(text: str) -> str:
+    return (
+        text
+        if len(text) <= MAX_REPORT_CHARS
+        else f"{text[:MAX_REPORT_CHARS]}\n… {len(text) - MAX_REPORT_CHARS:,} characters more"
+    )

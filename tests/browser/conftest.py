@@ -12,12 +12,12 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Saved
-from flux2_studio.provenance.metadata import encode
+from flux2_studio.provenance.metadata import encode_picture
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
-from flux2_studio.storage.library import Library
+from flux2_studio.storage.library import OutputLibrary
 from tests.browser.pages.history import FOX, OWL, tiles
 from tests.browser.pages.masks import SIZE
 from tests.browser.steps import end_runs, open_tab
@@ -114,14 +114,14 @@ def remember(context: BrowserContext, app: App) -> Callable[[str, int], Path]:
     before its first page is opened. Returns the picture's file."""
     context.request.get(app.url)
     (visitor,) = context.cookies(app.url)
-    library = Library(app.home / "outputs")
+    library = OutputLibrary(app.home / "outputs")
     history = History(Database(app.home / "studio.sqlite3"), library.folder, app.home / "trash")
 
     def remembered(prompt: str, seed: int) -> Path:
         request = Request(prompt=prompt, width=128, height=128, seed=seed).resolve(NANO)
         record = Record(request=request, label=NANO.label)
         picture = Image.new("RGB", (128, 128), (seed % 256, 90, 150))
-        file = library.save(encode(picture, "png", record).data, request)
+        file = library.save(encode_picture(picture, "png", record).data, request)
         history.add(f"browser:{visitor['value']}", "job", Saved(index=0, image=file, seed=seed, record=record))
         return file
 

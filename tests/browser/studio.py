@@ -42,7 +42,7 @@ def free_port() -> int:
 
 def environment(home: Path, toys: Toys) -> dict[str, str]:
     """That of a studio without a network, with toys for klein 4B and Base 4B."""
-    overrides = toys.settings(home, ("klein-4b", "klein-base-4b")).overrides
+    overrides = toys.settings(home, ("klein-4b", "klein-base-4b")).path_overrides
     # OMP_NUM_THREADS: what is set for the tests' own process is not meant for a studio that a person waits for.
     given = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return {

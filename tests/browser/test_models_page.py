@@ -21,11 +21,11 @@ import sys
 from pathlib import Path
 from flux2_studio.checkpoints import NANO
 from flux2_studio.settings import Settings
-from flux2_studio.ui.app import serve
+from flux2_studio.ui.app import serve_page
 from tests.models.fake_hub import CHECKPOINT, OTHER
 _, home, port = sys.argv
 settings = Settings(home=Path(home), checkpoints=(NANO, CHECKPOINT, OTHER), device="cpu", preview="off")
-serve(settings, port=int(port), notes=["x.safetensors is a <b>LoRA</b>."])
+serve_page(settings, port=int(port), notes=["x.safetensors is a <b>LoRA</b>."])
 """
 
 

@@ -32,7 +32,7 @@ def test_a_stopped_run_s_preview_is_kept(page: Page, app: App) -> None:
     expect(keep).to_be_hidden()
     (made,) = set(app.pictures()) - before
     assert Image.open(made).size == (256, 256)
-    record = metadata.read(made.read_bytes()).record
+    record = metadata.read_settings(made.read_bytes()).record
     assert record is not None and record.unfinished is not None and record.unfinished[1] == 100
     open_tab(page, "History")
     page.get_by_role("button", name="Open: a 3D whale, half done").click()

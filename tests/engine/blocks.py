@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.synthetic import fill
-from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.latents import sequence_position_ids
 from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
 from flux2_studio.engine.params import TransformerParams
 
@@ -44,7 +44,7 @@ def velocity(
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, side * side * (1 + references), 128, generator=generator)
     ctx = torch.randn(batch, text, model.params.context_width, generator=generator)
-    filling = (text, x.shape[1], cache.tokens) if cache is not None and not cache.filled else None
+    filling = (text, x.shape[1], cache.tokens) if cache is not None and not cache.is_filled else None
     modulations = model.modulations(torch.tensor([0.5]), None, filling)
-    rope = model.rope(sequence_ids(text, side, side, latents))
+    rope = model.rope(sequence_position_ids(text, side, side, latents))
     return model.velocity(x, ctx, modulations, rope, outputs=side * side, cache=cache)

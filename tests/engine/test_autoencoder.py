@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flux2_studio.engine.vae.autoencoder import pack, unpack
+from flux2_studio.engine.vae.autoencoder import pack_latent, unpack_latent
 from flux2_studio.engine.weights.loading import load_autoencoder
 from flux2_studio.settings import ASSETS
 from tests import oracle, tiny
@@ -83,8 +83,8 @@ def test_bfloat16_errs_no_more_than_twice_as_much_as_diffusers(toys: Toys) -> No
 
 def test_packing_is_channel_major_and_undone_by_unpacking() -> None:
     x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
-    packed = pack(x)
+    packed = pack_latent(x)
     assert packed.shape == (2, 12, 2, 3)
     for channel, row, column in ((0, 0, 0), (1, 0, 1), (2, 1, 0), (2, 1, 1)):
         assert torch.equal(packed[:, channel * 4 + row * 2 + column], x[:, channel, row::2, column::2])
-    assert torch.equal(unpack(packed), x)
+    assert torch.equal(unpack_latent(packed), x)

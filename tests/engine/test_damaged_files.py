@@ -25,7 +25,7 @@ from torch import Tensor
 from flux2_studio.engine.lora.file import open_lora
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.weights.gguf import GGUFFile
-from flux2_studio.engine.weights.loading import Storage, open_autoencoder, open_transformer
+from flux2_studio.engine.weights.loading import WeightStorage, open_autoencoder, open_transformer
 from flux2_studio.errors import StudioError
 from tests import quantised
 from tests.engine.damaged import AUTOENCODER, lora_state, randomised, transformer_state
@@ -40,7 +40,7 @@ file_checks = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 # --- what is damaged ---
 
 
-def loaded(path: Path, storage: Storage) -> Loaded:
+def loaded(path: Path, storage: WeightStorage) -> Loaded:
     return dict(open_transformer(path).load(device=CPU, dtype=torch.float32, storage=storage).state_dict())
 
 
@@ -50,7 +50,7 @@ def loaded_autoencoder(path: Path) -> Loaded:
 
 def loaded_lora(path: Path) -> Loaded:
     lora = open_lora(path)
-    found: Loaded = {"left out": sorted(lora.left_out)}
+    found: Loaded = {"left out": sorted(lora.ignored_keys)}
     for change, tensors in lora.read(lora.changes).items():
         found |= {f"{change.target} {field}": tensor for field, tensor in tensors.items()}
         found[f"{change.target} scale"] = torch.tensor(change.scale)

@@ -19,9 +19,9 @@ from flux2_studio.engine.runtime.processor import has_bfloat16
 from flux2_studio.engine.text.encoder import open_text_encoder
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
-from flux2_studio.engine.weights.gguf import BLOCKS, GGUFMatrix
-from flux2_studio.engine.weights.loading import Storage
-from flux2_studio.engine.weights.quantize import CHUNK, QuantizedLinear, quantize
+from flux2_studio.engine.weights.gguf import BLOCK_FORMATS, GGUFMatrix
+from flux2_studio.engine.weights.loading import WeightStorage
+from flux2_studio.engine.weights.quantize import CHUNK_VALUES, QuantizedLinear, quantize
 from tests.tiny import Toys
 
 CPU = torch.device("cpu")
@@ -86,8 +86,11 @@ def hold(model: Transformer, kind: str) -> None:
                 if kind in ("int8", "fp8"):
                     matrix: Any = quantize(layer.weight, kind)  # type: ignore[arg-type]
                 else:
-                    block = BLOCKS[kind]
-                    matrix = GGUFMatrix(torch.zeros(rows, cols // block.values * block.size, dtype=torch.uint8), kind)
+                    block = BLOCK_FORMATS[kind]
+                    matrix = GGUFMatrix(
+                        torch.zeros(rows, cols // block.values_per_block * block.bytes_per_block, dtype=torch.uint8),
+                        kind,
+                    )
                 blocks.set_submodule(name, QuantizedLinear(matrix))
 
 
@@ -156,9 +159,9 @@ def test_the_transformer(
         params,
         dtype,
         batch=batch,
-        tokens=tokens,
-        text=64,
-        references=references,
+        image_tokens=tokens,
+        text_tokens=64,
+        reference_tokens=references,
         reference_cache=reference_cache,
         quantized=bool(held),
         on_cpu=True,
@@ -168,11 +171,13 @@ def test_the_transformer(
 
 def test_what_the_thirstiest_format_takes_beyond_the_one_that_stands_for_all() -> None:
     """Under 2.5 bytes for each value that is restored at a time: beside a real model's activations, next to nothing."""
-    predicted = footprint.transformer_bytes(WIDE, HALF, batch=1, tokens=128, text=64, quantized=True, on_cpu=True)
+    predicted = footprint.transformer_bytes(
+        WIDE, HALF, batch=1, image_tokens=128, text_tokens=64, quantized=True, on_cpu=True
+    )
     found = evaluated(WIDE, HALF, 1, 128, 64, 0, False, "Q6_K")
     restored = WIDE.hidden * (3 * WIDE.hidden + 2 * WIDE.mlp)
-    assert restored < CHUNK and 0 < found - predicted < 2.5 * restored
-    assert 2.5 * CHUNK < 42 * 10**6
+    assert restored < CHUNK_VALUES and 0 < found - predicted < 2.5 * restored
+    assert 2.5 * CHUNK_VALUES < 42 * 10**6
 
 
 def test_what_a_reference_cache_keeps() -> None:
@@ -187,7 +192,7 @@ def test_what_a_reference_cache_keeps() -> None:
             cache=cache,
         )
     kept = sum(tensor.nbytes for pair in cache.blocks for tensor in pair)
-    assert footprint.kept_bytes(KLEIN, FULL, 2, 300) == kept
+    assert footprint.reference_cache_bytes(KLEIN, FULL, 2, 300) == kept
 
 
 @pytest.mark.parametrize("params", [NANO_AUTOENCODER, DEEP], ids=["nano", "deep"])
@@ -237,11 +242,11 @@ def test_the_tiny_decoder(batch: int, size: int) -> None:
 
 @pytest.mark.parametrize("storage", ["plain", "int8", "fp8"])
 @pytest.mark.parametrize("prompts", [1, 2])
-def test_text_towers(toys: Toys, storage: Storage, prompts: int) -> None:
+def test_text_towers(toys: Toys, storage: WeightStorage, prompts: int) -> None:
     for text, recipe in ((toys.qwen, KLEIN_4B.recipe), (toys.mistral, DEV.recipe)):
         opened = open_text_encoder(text.folder, text.folder, recipe)
         encoder = opened.load(device=CPU, dtype=FULL, storage=storage)
-        predicted = opened.activations(dtype=FULL, prompts=prompts, quantized=storage != "plain")
+        predicted = opened.activation_bytes(dtype=FULL, prompts=prompts, quantized=storage != "plain")
         agree(predicted, measured(lambda: encoder.encode(["a fox"] * prompts)))  # noqa: B023 - run at once
 
 
@@ -258,5 +263,5 @@ def test_nothing_is_allocated_to_predict() -> None:
         guidance_embedding=False,
     )
     footprint.transformer_bytes.cache_clear()
-    taken = measured(lambda: footprint.transformer_bytes(params, HALF, batch=4, tokens=16384, text=512))
-    assert taken < 2**20 < footprint.transformer_bytes(params, HALF, batch=4, tokens=16384, text=512)
+    taken = measured(lambda: footprint.transformer_bytes(params, HALF, batch=4, image_tokens=16384, text_tokens=512))
+    assert taken < 2**20 < footprint.transformer_bytes(params, HALF, batch=4, image_tokens=16384, text_tokens=512)

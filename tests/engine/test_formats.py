@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from flux2_studio.engine.flux.transformer import Transformer
-from flux2_studio.engine.weights.formats import open_contents
+from flux2_studio.engine.weights.formats import open_checkpoint_contents
 from flux2_studio.engine.weights.gguf import GGUFFile
-from flux2_studio.engine.weights.loading import Storage, load_transformer, open_transformer
+from flux2_studio.engine.weights.loading import WeightStorage, load_transformer, open_transformer
 from flux2_studio.engine.weights.quantize import NVFP4Matrix, QuantizedLinear
 from flux2_studio.errors import DeviceError, WeightsError
 from tests import quantised
@@ -43,7 +43,7 @@ def state() -> State:
     return quantised.toy_state()
 
 
-def load(path: Path, storage: Storage = "plain", dtype: torch.dtype = torch.float32) -> Transformer:
+def load(path: Path, storage: WeightStorage = "plain", dtype: torch.dtype = torch.float32) -> Transformer:
     return open_transformer(path).load(device=CPU, dtype=dtype, storage=storage)
 
 
@@ -172,7 +172,7 @@ def written_as(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", COST)
 def test_error_and_memory(tmp_path: Path, kind: str) -> None:
     bound, bits = COST[kind]
-    storage: Storage = "fp8" if kind == "fp8" else "int8" if kind == "int8" else "stored"
+    storage: WeightStorage = "fp8" if kind == "fp8" else "int8" if kind == "int8" else "stored"
     path = written_as(kind, tmp_path)
     assert bound / 3 < error(velocity(load(path, storage))) < bound
     matrices = sum(t.numel() for name, t in state().items() if quantised.is_block_matrix(name, t))
@@ -183,7 +183,7 @@ def test_error_and_memory(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["plain", "stored"])
-def test_a_plain_file_is_not_quantised_unasked(tmp_path: Path, storage: Storage) -> None:
+def test_a_plain_file_is_not_quantised_unasked(tmp_path: Path, storage: WeightStorage) -> None:
     model = load(quantised.save_plain(state(), tmp_path / "plain.safetensors"), storage)
     assert not small_layers(model)
     assert torch.equal(velocity(model), original())
@@ -199,7 +199,7 @@ def test_what_is_quantised_is_not_quantised_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "storage"), [("bf16", "fp8"), ("fp8", "stored"), ("fp8", "int8"), ("NVFP4", "stored")]
 )
-def test_no_fp8_on_a_device_that_does_not_know_it(tmp_path: Path, layout: str, storage: Storage) -> None:
+def test_no_fp8_on_a_device_that_does_not_know_it(tmp_path: Path, layout: str, storage: WeightStorage) -> None:
     path = tmp_path / "small.safetensors"
     if layout == "bf16":
         quantised.save_plain(state(), path)
@@ -362,7 +362,7 @@ def test_gguf_with_a_wrong_byte_in_its_header(tmp_path: Path, whole: bytes) -> N
                 file.seek(at)
                 file.write(bytes([byte]))
                 try:
-                    assert len(open_contents(path).entries) <= len(state())
+                    assert len(open_checkpoint_contents(path).entries) <= len(state())
                 except WeightsError as refusal:
                     refused += 1
                     assert "wrong.gguf" in str(refusal)

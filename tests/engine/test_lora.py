@@ -22,14 +22,14 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.latents import sequence_position_ids
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.lora import adapters as lora
-from flux2_studio.engine.lora.adapters import apply
+from flux2_studio.engine.lora.adapters import set_loras
 from flux2_studio.engine.lora.file import Lora, open_lora
-from flux2_studio.engine.lora.keys import parse, target_of
+from flux2_studio.engine.lora.keys import parse_key, target_of
 from flux2_studio.engine.lora.layers import AdaptedLinear
-from flux2_studio.engine.weights.loading import Storage, open_transformer
+from flux2_studio.engine.weights.loading import WeightStorage, open_transformer
 from flux2_studio.engine.weights.quantize import QuantizedLinear
 from flux2_studio.errors import RequestError, WeightsError
 from tests import oracle, tiny
@@ -47,7 +47,7 @@ class Bench:
     def __init__(self, flow: Flow, size: tiny.FlowSize) -> None:
         self.flow = flow
         generator = torch.Generator().manual_seed(5)
-        self.ids = sequence_ids(TEXT, *SIZE, [])
+        self.ids = sequence_position_ids(TEXT, *SIZE, [])
         self.x = torch.randn(2, len(self.ids) - TEXT, 128, generator=generator)
         self.ctx = torch.randn(2, TEXT, size.context_width, generator=generator)
         self.t = torch.tensor([0.83, 0.21])
@@ -58,7 +58,7 @@ class Bench:
         """Of every linear layer, in Black Forest Labs' names."""
         return {key: tensor for key, tensor in load_file(self.flow.file).items() if tensor.ndim == 2}
 
-    def load(self, dtype: torch.dtype = torch.float32, storage: Storage = "plain") -> Transformer:
+    def load(self, dtype: torch.dtype = torch.float32, storage: WeightStorage = "plain") -> Transformer:
         return open_transformer(self.flow.file).load(device=CPU, dtype=dtype, storage=storage)
 
     def run(self, model: Any) -> Tensor:
@@ -127,12 +127,12 @@ def agree(bench: Bench, loras: list[tuple[Lora, float]], deltas: State, *, bfl: 
     bare = bench.run(model)
     expected = bench.theirs(deltas, bfl=bfl)
     assert oracle.relative_error(expected, bare) > 1e-2, "the changes are too small to prove anything"
-    reports = apply(model, loras)
+    reports = set_loras(model, loras)
     assert all(not report.unmatched for report in reports)
     close(bench.run(model), expected)
-    apply(model, loras, fused=True)
+    set_loras(model, loras, fused=True)
     close(bench.run(model), expected)
-    apply(model, [])
+    set_loras(model, [])
     assert torch.equal(bench.run(model), bare)
 
 
@@ -214,7 +214,7 @@ def test_dev_with_its_guidance(dev: Bench, tmp_path: Path, bfl: bool) -> None:
 
 def test_every_linear_layer_has_a_name(klein: Bench, dev: Bench) -> None:
     for bench in (klein, dev):
-        layers = set(lora.layers_of(bench.load()))
+        layers = set(lora.linear_layers_of(bench.load()))
         assert {f"{name}.weight" for name in layers} == set(bench.weights)
         assert {target.module for name in layers if (target := target_of(name))} == layers
         theirs = [name.removesuffix(".weight") for name in shapes_of(bench.flow.model.state_dict())]
@@ -233,7 +233,7 @@ def test_every_linear_layer_has_a_name(klein: Bench, dev: Bench) -> None:
     ],
 )
 def test_keys_that_are_none(key: str) -> None:
-    parsed = parse(key)
+    parsed = parse_key(key)
     assert parsed is None or target_of(parsed[0]) is None
 
 
@@ -461,9 +461,9 @@ def test_low_rank_ones_share_two_multiplications(klein: Bench, tmp_path: Path) -
     made = [changes(klein.weights, "", "lora", seed=seed) for seed in (1, 2, 3)]
     loras = [(opened(state, tmp_path, f"{i}.safetensors"), 0.5) for i, (state, _) in enumerate(made)]
     model = klein.load()
-    apply(model, loras)
+    set_loras(model, loras)
     layer = model.single_blocks[0].linear1
-    assert isinstance(layer, AdaptedLinear) and len(layer.paths) == 1
+    assert isinstance(layer, AdaptedLinear) and len(layer.branches) == 1
     agree(klein, loras, summed((deltas for _, deltas in made), (0.5, 0.5, 0.5)), bfl=True)
 
 
@@ -480,19 +480,19 @@ def test_added_and_removed(
     outputs = {}
     for name, loras in {"a": [(a, 0.8)], "ab": [(a, 0.8), (b, 0.4)], "c": [(c, 1.0)]}.items():
         fresh = klein.load(dtype)
-        apply(fresh, loras, fused=fused)
+        set_loras(fresh, loras, fused=fused)
         outputs[name] = klein.run(fresh)
         assert not torch.equal(outputs[name], bare)
-    apply(model, [(a, 0.8)], fused=fused)
+    set_loras(model, [(a, 0.8)], fused=fused)
     assert torch.equal(klein.run(model), outputs["a"])
-    apply(model, [(a, 0.8), (b, 0.4)], fused=fused)
+    set_loras(model, [(a, 0.8), (b, 0.4)], fused=fused)
     assert torch.equal(klein.run(model), outputs["ab"])
-    apply(model, [(c, 1.0)], fused=not fused)
-    apply(model, [(c, 1.0)], fused=fused)
+    set_loras(model, [(c, 1.0)], fused=not fused)
+    set_loras(model, [(c, 1.0)], fused=fused)
     assert torch.equal(klein.run(model), outputs["c"])
-    apply(model, [(a, 0.8)], fused=fused)
+    set_loras(model, [(a, 0.8)], fused=fused)
     assert torch.equal(klein.run(model), outputs["a"])
-    apply(model, [])
+    set_loras(model, [])
     assert torch.equal(klein.run(model), bare)
     assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
     after = model.state_dict()
@@ -503,18 +503,18 @@ def test_added_and_removed(
 def test_only_layers_whose_loras_changed_are_touched(klein: Bench, three: tuple[list[Lora], list[State]]) -> None:
     a, b, _ = three[0]
     model = klein.load()
-    apply(model, [(a, 1.0), (b, 1.0)])
-    before = {name: model.get_submodule(name) for name in lora.layers_of(model)}
-    apply(model, [(a, 1.0), (b, 1.0)])
+    set_loras(model, [(a, 1.0), (b, 1.0)])
+    before = {name: model.get_submodule(name) for name in lora.linear_layers_of(model)}
+    set_loras(model, [(a, 1.0), (b, 1.0)])
     assert all(model.get_submodule(name) is module for name, module in before.items())
-    apply(model, [(a, 1.0), (b, 0.5)])
+    set_loras(model, [(a, 1.0), (b, 0.5)])
     same = {name for name, module in before.items() if model.get_submodule(name) is module}
     assert same == {name for name in before if not ("double" in name or name == "img_in")}
 
 
 def test_a_weight_of_nothing_is_nothing(klein: Bench, three: tuple[list[Lora], list[State]]) -> None:
     model = klein.load()
-    reports = apply(model, [(three[0][0], 0.0)])
+    reports = set_loras(model, [(three[0][0], 0.0)])
     assert reports[0].matched
     assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
 
@@ -522,7 +522,7 @@ def test_a_weight_of_nothing_is_nothing(klein: Bench, three: tuple[list[Lora], l
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_a_weight_that_is_no_number(klein: Bench, three: tuple[list[Lora], list[State]], weight: float) -> None:
     with pytest.raises(RequestError, match=r"0\.safetensors"):
-        apply(klein.load(), [(three[0][0], weight)])
+        set_loras(klein.load(), [(three[0][0], weight)])
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["on the fly", "fused"])
@@ -530,7 +530,7 @@ def test_half_precision_errs_by_its_own_rounding(klein: Bench, tmp_path: Path, f
     state, deltas = changes(klein.weights, "", "lora")
     model = klein.load(torch.bfloat16)
     bare_error = oracle.relative_error(klein.run(model).float(), klein.theirs({}, bfl=True))
-    apply(model, [(opened(state, tmp_path), 1.0)], fused=fused)
+    set_loras(model, [(opened(state, tmp_path), 1.0)], fused=fused)
     error = oracle.relative_error(klein.run(model).float(), klein.theirs(deltas, bfl=True))
     assert 0 < error <= 3 * bare_error
 
@@ -542,7 +542,7 @@ def test_the_model_looks_the_same_from_outside(
     """Names, shapes and types of the state, what `dtype` and `device` say, loading, and moving with the model."""
     model = klein.load()
     before = model.state_dict()
-    apply(model, [(part, 1.0) for part in three[0]], fused=fused)
+    set_loras(model, [(part, 1.0) for part in three[0]], fused=fused)
     assert isinstance(model.img_in, AdaptedLinear)
     assert model.dtype is torch.float32 and model.device == CPU
     assert list(model.state_dict()) == list(before)
@@ -561,16 +561,16 @@ def test_a_compiled_block_sees_them_come_and_go(klein: Bench, three: tuple[list[
     bare = klein.run(model)
     expected = {}
     for fused in (False, True):
-        apply(model, [(part, 0.5) for part in three[0]], fused=fused)
+        set_loras(model, [(part, 0.5) for part in three[0]], fused=fused)
         expected[fused] = klein.run(model)
-    apply(model, [])
+    set_loras(model, [])
     torch.compiler.reset()
     model.double_blocks[0].compile(backend="eager", fullgraph=True)
     close(klein.run(model), bare)
     for fused in (False, True):
-        apply(model, [(part, 0.5) for part in three[0]], fused=fused)
+        set_loras(model, [(part, 0.5) for part in three[0]], fused=fused)
         close(klein.run(model), expected[fused])
-    apply(model, [])
+    set_loras(model, [])
     close(klein.run(model), bare)
 
 
@@ -580,7 +580,7 @@ def test_a_compiled_block_sees_them_come_and_go(klein: Bench, three: tuple[list[
 @pytest.mark.parametrize("magnitude", [None, "dora", "dora by columns"])
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
 def test_on_the_fly_over_quantised_weights(
-    klein: Bench, tmp_path: Path, storage: Storage, magnitude: str | None
+    klein: Bench, tmp_path: Path, storage: WeightStorage, magnitude: str | None
 ) -> None:
     model = klein.load(storage=storage)
     bare = klein.run(model)
@@ -591,9 +591,9 @@ def test_on_the_fly_over_quantised_weights(
         restored[f"{name}.weight"] = layer.dequantize(torch.float32)
     state, deltas = changes(restored, "lora_unet_", "lora", magnitude)
     deltas = {name: delta + restored[name] - klein.weights[name] for name, delta in deltas.items()}
-    apply(model, [(opened(underscore(state), tmp_path), 1.0)])
+    set_loras(model, [(opened(underscore(state), tmp_path), 1.0)])
     close(klein.run(model), klein.theirs(deltas, bfl=True))
-    apply(model, [])
+    set_loras(model, [])
     assert torch.equal(klein.run(model), bare)
 
 
@@ -617,7 +617,7 @@ def test_fusing_with_quantised_weights_is_refused(klein: Bench, tmp_path: Path) 
     model = klein.load(storage="int8")
     bare = klein.run(model)
     with pytest.raises(WeightsError, match="on the fly"):
-        apply(model, [(opened(state, tmp_path), 1.0)], fused=True)
+        set_loras(model, [(opened(state, tmp_path), 1.0)], fused=True)
     assert torch.equal(klein.run(model), bare)
 
 
@@ -630,7 +630,7 @@ def test_what_fails_while_reading_changes_nothing(
     klein: Bench, three: tuple[list[Lora], list[State]], tmp_path: Path, fused: bool, damage: str
 ) -> None:
     model = klein.load()
-    apply(model, [(three[0][0], 1.0)], fused=fused)
+    set_loras(model, [(three[0][0], 1.0)], fused=fused)
     before = klein.run(model)
     state, _ = changes(klein.weights, "", "lora")
     if damage == "NaN":
@@ -642,7 +642,7 @@ def test_what_fails_while_reading_changes_nothing(
         data = (tmp_path / "broken.safetensors").read_bytes()
         (tmp_path / "broken.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(WeightsError, match=r"broken\.safetensors"):
-        apply(model, [(three[0][1], 1.0), (broken, 1.0)], fused=fused)
+        set_loras(model, [(three[0][1], 1.0), (broken, 1.0)], fused=fused)
     assert torch.equal(klein.run(model), before)
 
 
@@ -653,7 +653,7 @@ def test_fusing_that_fails_on_the_way_leaves_the_bare_weights(klein: Bench, tmp_
     model.final_layer.linear.to("meta")
     state, _ = changes(klein.weights, "", "lora")
     with pytest.raises(NotImplementedError, match="meta"):
-        apply(model, [(opened(state, tmp_path), 1.0)], fused=True)
+        set_loras(model, [(opened(state, tmp_path), 1.0)], fused=True)
     assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
     after = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     assert len(after) == len(before) - 1

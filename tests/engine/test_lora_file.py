@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from flux2_studio.engine.flux.transformer import Transformer
-from flux2_studio.engine.lora.adapters import apply, check
+from flux2_studio.engine.lora.adapters import check_lora, set_loras
 from flux2_studio.engine.lora.file import Lora, open_lora
 from flux2_studio.engine.weights.loading import load_transformer
 from flux2_studio.errors import WeightsError
@@ -50,7 +50,7 @@ def opened(state: State, folder: Path) -> Lora:
 
 def test_the_report(model: Transformer, tmp_path: Path) -> None:
     state = {**GOOD, f"{L}.alpha": torch.tensor(1.0)}
-    report = check(opened(state, tmp_path), model)
+    report = check_lora(opened(state, tmp_path), model)
     assert report.text == "style.safetensors (LoRA of rank 2): all 3 tensors fit."
     assert report.matched == dict.fromkeys(state, "double_blocks.0.img_attn.qkv")
     state |= {
@@ -60,7 +60,7 @@ def test_the_report(model: Transformer, tmp_path: Path) -> None:
         "diffusion_model.double_blocks.0.img_attn.qkv.diff_b": torch.zeros(384),
         "optimizer.step": torch.zeros(1),
     }
-    report = check(opened(state, tmp_path), model)
+    report = check_lora(opened(state, tmp_path), model)
     assert len(report.matched) == 3
     assert report.unmatched.keys() == state.keys() - report.matched.keys()
     for words in (
@@ -97,7 +97,7 @@ def test_a_lora_of_another_size(model: Transformer, tmp_path: Path, width: int, 
     found = opened(state, tmp_path)
     assert found.width == width
     expected = f"style.safetensors is a LoRA for {words}; the checkpoint in use has width 128. Choose"
-    for call in (lambda: check(found, model), lambda: apply(model, [(found, 1.0)])):
+    for call in (lambda: check_lora(found, model), lambda: set_loras(model, [(found, 1.0)])):
         with pytest.raises(WeightsError) as caught:
             call()
         assert str(caught.value).startswith(expected)
@@ -108,7 +108,7 @@ def test_a_lora_that_fits_by_less_than_half(model: Transformer, tmp_path: Path) 
     state = {f"double_blocks.{i}.img_attn.proj.lora_A.weight": torch.zeros(2, 128) for i in range(8)}
     state |= {f"double_blocks.{i}.img_attn.proj.lora_B.weight": torch.zeros(128, 2) for i in range(8)}
     with pytest.raises(WeightsError, match="of 16 tensors 12 are for layers that this checkpoint does not have"):
-        apply(model, [(opened(state, tmp_path), 1.0)])
+        set_loras(model, [(opened(state, tmp_path), 1.0)])
 
 
 def refusal(path: Path) -> str:
@@ -189,7 +189,7 @@ def test_keys_are_shown_with_care(model: Transformer, tmp_path: Path) -> None:
         "x\n\x1b[31m" + "y" * 10_000: torch.zeros(1),
         "transformer." * 10_000 + "img_in.diff": torch.zeros(1),
     }
-    report = check(opened(state, tmp_path), model)
+    report = check_lora(opened(state, tmp_path), model)
     assert len(report.text) < 400 and report.text.isprintable()
     state["transformer." * 5 + "z" * 150 + "\x1b.alpha"] = torch.zeros(3)
     save_file(state, tmp_path / "bad.safetensors")
@@ -205,7 +205,7 @@ def test_sizes_are_checked_before_anything_is_multiplied_out(model: Transformer,
         zeros(hada_w1_a=(side, 1), hada_w1_b=(1, side), hada_w2_a=(side, 1), hada_w2_b=(1, side)),
     ):
         with pytest.raises(WeightsError, match=f"width {side}"):
-            apply(model, [(opened(state, tmp_path), 1.0)])
+            set_loras(model, [(opened(state, tmp_path), 1.0)])
 
 
 def test_random_damage_is_noticed(model: Transformer, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_random_damage_is_noticed(model: Transformer, tmp_path: Path) -> None:
             case "retyped":
                 state[key] = state[key].to(chance.choice((torch.int64, torch.bool, torch.float8_e5m2, torch.float64)))
         try:
-            check(opened(state, tmp_path), model)
+            check_lora(opened(state, tmp_path), model)
             outcomes["read"] += 1
         except WeightsError as error:
             assert str(error).isprintable() and len(str(error)) < 500

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B, KLEIN_9B_KV, KLEIN_BASE_4B, Checkpoint
-from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.latents import initial_noise
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.text.encoder import TextEncoder, load_text_encoder
@@ -89,19 +89,19 @@ class Parts:
         prompt: str = PROMPT,
     ) -> Outcome:
         checkpoint = self.checkpoint
-        cap = checkpoint.reference_cap(len(references))
+        cap = checkpoint.max_pixels_per_reference(len(references))
         latents = [self.autoencoder.encode(pixels_from_image(cropped(fit(image, cap)))) for image in references]
-        guided = checkpoint.guiding == "cfg"
+        guided = checkpoint.guidance_mode == "cfg"
         *_, last = denoise(
             self.transformer,
             start,
             self.encoder.encode([prompt]).context,
             steps=steps,
             guidance=guidance,
-            guiding=checkpoint.guiding,
+            guidance_mode=checkpoint.guidance_mode,
             negative_context=self.encoder.encode([negative]).context if guided else None,
             references=latents,
-            reference_cache=checkpoint.reference_cache,
+            reference_cache=checkpoint.caches_reference_kv,
         )
         return Outcome(latents=last.latents, images=images_from_pixels(self.autoencoder.decode(last.latents)))
 
@@ -127,7 +127,7 @@ def dev(toys: Toys) -> Parts:
 
 
 def start(seed: int = 1) -> Tensor:
-    return noise([seed], WIDTH, HEIGHT)
+    return initial_noise([seed], WIDTH, HEIGHT)
 
 
 def compare(ours: Outcome, theirs: Outcome) -> None:
@@ -181,7 +181,7 @@ def test_the_studio_saves_what_diffusers_draws(toys: Toys, tmp_path: Path, name:
     checkpoint = settings.checkpoint(name)
     request = Request(
         prompt=PROMPT,
-        negative_prompt="dark" if checkpoint.takes_negative_prompt else None,
+        negative_prompt="dark" if checkpoint.supports_negative_prompt else None,
         references=tuple(paths),
         width=WIDTH,
         height=HEIGHT,
@@ -200,7 +200,7 @@ def test_the_studio_saves_what_diffusers_draws(toys: Toys, tmp_path: Path, name:
         "klein-9b-kv": lambda: (oracle.klein_kv(toys.nine, toys.autoencoder, toys.wide_qwen), {}),
         "dev": lambda: (oracle.dev(toys.dev, toys.autoencoder, toys.mistral), {"guidance_scale": 4.0}),
     }[name]()
-    if checkpoint.takes_negative_prompt:
+    if checkpoint.supports_negative_prompt:
         arguments["negative_prompt_embeds"] = oracle.prompt_embeddings(pipeline, ["dark"])
     for path, seed in zip(result.images, (21, 22), strict=True):
         published = torch.randn(
@@ -221,9 +221,9 @@ def test_the_studio_saves_what_diffusers_draws(toys: Toys, tmp_path: Path, name:
 @pytest.mark.parametrize("references", [(), TWO], ids=["text", "two"])
 def test_a_batch_draws_each_picture_as_if_alone(klein: Parts, references: Sequence[Image.Image]) -> None:
     seeds = [11, 12, 13]
-    batch = klein.run(noise(seeds, WIDTH, HEIGHT), references=references)
+    batch = klein.run(initial_noise(seeds, WIDTH, HEIGHT), references=references)
     for i, seed in enumerate(seeds):
-        alone = klein.run(noise([seed], WIDTH, HEIGHT), references=references)
+        alone = klein.run(initial_noise([seed], WIDTH, HEIGHT), references=references)
         assert oracle.largest_difference([batch.images[i]], alone.images) <= 1
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flux2_studio.engine.vae.autoencoder import unpack
+from flux2_studio.engine.vae.autoencoder import unpack_latent
 from flux2_studio.engine.vae.preview import LINEAR_BIAS, LINEAR_FACTORS, AutoencoderPreview, LinearPreview, TinyPreview
 from flux2_studio.engine.weights.loading import load_autoencoder, load_tiny_decoder
 from tests import oracle, tiny
@@ -63,7 +63,7 @@ def test_the_tiny_decoder_equals_its_description(tmp_path: Path, spelling: str) 
     tiny.randomise(encoder, 42)
     files = spellings(decoder.state_dict(), encoder.state_dict(), tmp_path)
     ours = load_tiny_decoder(files[spelling], device=CPU, dtype=torch.float32)
-    latent = 4 * unpack(clean())  # far enough out for the clamp to matter
+    latent = 4 * unpack_latent(clean())  # far enough out for the clamp to matter
     with torch.no_grad():
         assert oracle.relative_error(ours(latent), decoder(latent)) <= 1e-5
 
@@ -80,7 +80,7 @@ def test_the_tiny_preview_unpacks_and_scales(toys: Toys) -> None:
     pixels = TinyPreview(load_tiny_decoder(toys.taef2, device=CPU, dtype=torch.float32))(clean())
     assert pixels.shape == (2, 3, 48, 64)
     with torch.no_grad():
-        assert oracle.relative_error((pixels + 1) / 2, decoder(unpack(clean()))) <= 1e-5
+        assert oracle.relative_error((pixels + 1) / 2, decoder(unpack_latent(clean()))) <= 1e-5
 
 
 def test_a_checkpoints_own_decoder_previews_what_it_will_decode(toys: Toys) -> None:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.weights.gguf import BLOCKS, GGUFMatrix
+from flux2_studio.engine.weights.gguf import BLOCK_FORMATS, GGUFMatrix
 from flux2_studio.engine.weights.quantize import (
-    CHUNK,
-    EightBit,
+    CHUNK_VALUES,
+    EightBitKind,
     NVFP4Matrix,
     QuantizedLinear,
     ScaledMatrix,
     StoredMatrix,
-    multiplies,
+    has_8bit_matmul,
     quantize,
 )
 from tests import quantised
@@ -96,7 +96,7 @@ def relative_error(matrix: StoredMatrix, values: Tensor) -> float:
 
 
 @pytest.mark.parametrize("to", ["fp8", "int8"])
-def test_what_is_no_number_stays_visible(to: EightBit) -> None:
+def test_what_is_no_number_stays_visible(to: EightBitKind) -> None:
     for bad in (float("nan"), float("inf")):
         values = weight(4, 32)
         values[1, 5] = bad
@@ -128,7 +128,7 @@ def test_nvfp4_byte_by_byte() -> None:
             expected[row, col] = value * float(scales[row, col // 16]) * 0.125
     matrix = NVFP4Matrix(codes, tiles.view(torch.float8_e4m3fn).reshape(256, 8), torch.tensor(0.125))
     assert torch.equal(matrix.dequantize(torch.float32), expected)
-    assert NVFP4Matrix.scale_count(rows, cols) == len(tiles)
+    assert NVFP4Matrix.block_scale_count(rows, cols) == len(tiles)
 
 
 def test_nvfp4_of_real_values() -> None:
@@ -145,13 +145,13 @@ def test_nvfp4_of_real_values() -> None:
 def random_blocks(kind: str, rows: int = 5) -> np.ndarray:
     """Blocks of random bytes, three to a row, whose float16 numbers (scales and offsets) are numbers."""
     generator = np.random.default_rng(len(kind) + ord(kind[1]))
-    blocks = generator.integers(0, 256, (3 * rows, BLOCKS[kind].size), dtype=np.uint8)
+    blocks = generator.integers(0, 256, (3 * rows, BLOCK_FORMATS[kind].bytes_per_block), dtype=np.uint8)
     for at in {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}.get(kind, [0, 2]):
         blocks[:, at : at + 2] = generator.normal(size=(3 * rows, 1)).astype(np.float16).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
 def test_gguf_blocks_equal_the_reference(kind: str) -> None:
     blocks = random_blocks(kind)
     matrix = GGUFMatrix(torch.from_numpy(blocks), kind)
@@ -233,7 +233,7 @@ ROWS, COLS = 290, 65536  # too large to be restored at once
 
 
 def test_several_chunks_of_scaled_rows() -> None:
-    assert ROWS * COLS > CHUNK
+    assert ROWS * COLS > CHUNK_VALUES
     some = weight(ROWS, 128)
     restored = quantize(some.repeat(1, COLS // 128), "fp8").dequantize(torch.bfloat16)
     alone = quantize(some, "fp8").dequantize(torch.bfloat16)
@@ -258,16 +258,16 @@ def test_several_chunks_of_nvfp4() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
-def test_a_product_of_codes_is_that_of_what_they_stand_for(kind: EightBit) -> None:
+def test_a_product_of_codes_is_that_of_what_they_stand_for(kind: EightBitKind) -> None:
     """Parts with one scale and with one for each row, as q, k and v may come from three tensors of a file."""
     one = ScaledMatrix(quantize(weight(32, 64), kind).codes, torch.tensor(0.02))
     layer = QuantizedLinear(one, quantize(weight(48, 64, seed=4), kind))
     x = torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     x[0, 1] = 0
-    out = layer.multiply_codes(x, kind)
+    out = layer.multiply_8bit(x, kind)
     rows = quantize(x.flatten(0, -2), kind).dequantize(torch.float32)
     expected = (rows @ layer.dequantize(torch.float32).t()).unflatten(0, (2, 10))
-    assert layer.eight_bit == kind and out.shape == (2, 10, 80) and out.dtype is torch.bfloat16
+    assert layer.matmul_kind == kind and out.shape == (2, 10, 80) and out.dtype is torch.bfloat16
     assert not out[0, 1].any()
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-4)  # one rounding to bfloat16
 
@@ -275,34 +275,34 @@ def test_a_product_of_codes_is_that_of_what_they_stand_for(kind: EightBit) -> No
 def test_a_product_of_codes_by_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = QuantizedLinear(quantize(weight(384, 64), "int8"))
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
-    whole = layer.multiply_codes(x, "int8")
-    monkeypatch.setattr("flux2_studio.engine.weights.quantize._chunks.__defaults__", (128 * 20,))
-    assert layer.multiply_codes(x, "int8").equal(whole)
+    whole = layer.multiply_8bit(x, "int8")
+    monkeypatch.setattr("flux2_studio.engine.weights.quantize._row_chunks.__defaults__", (128 * 20,))
+    assert layer.multiply_8bit(x, "int8").equal(whole)
 
 
 @pytest.mark.parametrize("kind, least, most", [("fp8", 0.002, 0.04), ("int8", 0.002, 0.02)])
-def test_activations_in_8_bits_cost_a_few_percent(kind: EightBit, least: float, most: float) -> None:
+def test_activations_in_8_bits_cost_a_few_percent(kind: EightBitKind, least: float, most: float) -> None:
     layer = QuantizedLinear(quantize(weight(64, 512), kind))
     x = torch.randn(20, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
     exact = x.float() @ layer.dequantize(torch.float32).t()
-    error = (layer.multiply_codes(x, kind).float() - exact).norm() / exact.norm()
+    error = (layer.multiply_8bit(x, kind).float() - exact).norm() / exact.norm()
     assert least < error < most
 
 
 @pytest.mark.parametrize("kind, another", [("fp8", "int8"), ("int8", "fp8")])
-def test_codes_that_the_kernels_do_not_take(kind: EightBit, another: EightBit) -> None:
+def test_codes_that_the_kernels_do_not_take(kind: EightBitKind, another: EightBitKind) -> None:
     whole = QuantizedLinear(quantize(weight(32, 64), kind))
-    assert whole.eight_bit == kind
+    assert whole.matmul_kind == kind
     for other in (quantize(weight(24, 64), kind), nvfp4(weight(128, 64))):
-        assert QuantizedLinear(other).eight_bit is None
-        assert QuantizedLinear(*whole.parts, other).eight_bit is None  # type: ignore[arg-type]
-    assert QuantizedLinear(*whole.parts, quantize(weight(32, 64), another)).eight_bit is None  # type: ignore[arg-type]
-    assert QuantizedLinear(quantize(weight(32, 40), kind)).eight_bit is None
+        assert QuantizedLinear(other).matmul_kind is None
+        assert QuantizedLinear(*whole.parts, other).matmul_kind is None  # type: ignore[arg-type]
+    assert QuantizedLinear(*whole.parts, quantize(weight(32, 64), another)).matmul_kind is None  # type: ignore[arg-type]
+    assert QuantizedLinear(quantize(weight(32, 40), kind)).matmul_kind is None
 
 
 def test_where_products_of_codes_are_not_quick_the_values_are_restored() -> None:
-    for kind in get_args(EightBit):
-        assert not multiplies(torch.device("cpu"), kind) and not multiplies(torch.device("mps"), kind)
+    for kind in get_args(EightBitKind):
+        assert not has_8bit_matmul(torch.device("cpu"), kind) and not has_8bit_matmul(torch.device("mps"), kind)
     layer = QuantizedLinear(quantize(weight(32, 64), "fp8"))
     x = torch.randn(30, 64)
     assert layer(x).equal(torch.nn.functional.linear(x, layer.dequantize(x.dtype)))
@@ -311,12 +311,12 @@ def test_where_products_of_codes_are_not_quick_the_values_are_restored() -> None
 @pytest.mark.parametrize("rows, expected", [(16, "restored"), (17, "codes")])
 def test_products_of_codes_where_they_are_quick(rows: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for so few rows that the kernels do not take them."""
-    monkeypatch.setattr("flux2_studio.engine.weights.quantize.multiplies", lambda _device, kind: kind == "int8")
+    monkeypatch.setattr("flux2_studio.engine.weights.quantize.has_8bit_matmul", lambda _device, kind: kind == "int8")
     layer = QuantizedLinear(quantize(weight(32, 64), "int8"))
     x = torch.randn(rows, 64)
     assert layer(x).equal(torch.nn.functional.linear(x, layer.dequantize(x.dtype)))  # unless it is allowed
-    layer.coarse = True
+    layer.allow_int8_activations = True
     found = layer(x)
     restored = torch.nn.functional.linear(x, layer.dequantize(x.dtype))
-    assert found.equal(layer.multiply_codes(x, "int8") if expected == "codes" else restored)
+    assert found.equal(layer.multiply_8bit(x, "int8") if expected == "codes" else restored)
     assert found.equal(restored) == (expected == "restored")

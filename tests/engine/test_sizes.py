@@ -15,13 +15,13 @@ from torch import nn
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
 from flux2_studio.engine.text.encoder import open_text_encoder
-from flux2_studio.engine.weights.loading import Storage, open_autoencoder, open_tiny_decoder, open_transformer
+from flux2_studio.engine.weights.loading import WeightStorage, open_autoencoder, open_tiny_decoder, open_transformer
 from tests import quantised, tiny
 from tests.quantised import State, Written
 from tests.tiny import Toys
 
 CPU = torch.device("cpu")
-STORAGES: tuple[Storage, ...] = get_args(Storage)
+STORAGES: tuple[WeightStorage, ...] = get_args(WeightStorage)
 DTYPES = (torch.bfloat16, torch.float32)
 LAYOUTS: dict[str, Callable[[State], Written]] = {
     "bfloat16": lambda state: Written(tensors=dict(state)),
@@ -55,7 +55,7 @@ def test_a_transformer(tmp_path: Path, layout: str) -> None:
     totals = set()
     for storage in STORAGES:
         for dtype in DTYPES:
-            sizes = opened.sizes(dtype=dtype, storage=storage)
+            sizes = opened.tensor_bytes(dtype=dtype, storage=storage)
             assert sizes == held(opened.load(device=CPU, dtype=dtype, storage=storage))
             totals.add(sum(sizes.values()))
     assert len(totals) >= 4, "dtype and storage make a difference"
@@ -63,9 +63,9 @@ def test_a_transformer(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["folder", "sharded"])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_transformer_whose_tensors_are_joined(toys: Toys, layout: str, storage: Storage) -> None:
+def test_a_transformer_whose_tensors_are_joined(toys: Toys, layout: str, storage: WeightStorage) -> None:
     opened = open_transformer(getattr(toys.klein, layout))
-    assert opened.sizes(dtype=torch.float16, storage=storage) == held(
+    assert opened.tensor_bytes(dtype=torch.float16, storage=storage) == held(
         opened.load(device=CPU, dtype=torch.float16, storage=storage)
     )
 
@@ -77,30 +77,30 @@ def test_an_nvfp4_matrix_with_tiles_that_are_filled_up(tmp_path: Path) -> None:
     state["txt_in.weight"] = codes
     state |= {"txt_in.weight_scale": scales, "txt_in.weight_scale_2": whole}
     opened = open_transformer(quantised.save_plain(state, tmp_path / "small.safetensors"))
-    sizes = opened.sizes(dtype=torch.bfloat16, storage="stored")
+    sizes = opened.tensor_bytes(dtype=torch.bfloat16, storage="stored")
     assert sizes["txt_in.weight"] == 256 * 24 + 256 * 4 + 4
     assert sizes == held(opened.load(device=CPU, dtype=torch.bfloat16, storage="stored"))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_autoencoders(toys: Toys, storage: Storage) -> None:
+def test_autoencoders(toys: Toys, storage: WeightStorage) -> None:
     for path in toys.autoencoder.layouts:
         opened = open_autoencoder(path)
         for dtype in DTYPES:
-            sizes = opened.sizes(dtype=dtype, storage=storage)
+            sizes = opened.tensor_bytes(dtype=dtype, storage=storage)
             assert sizes == held(opened.load(device=CPU, dtype=dtype, storage=storage))
             assert sizes["bn.running_mean"] == 4 * 128, "the statistics stay in float32"
     tiny_one = open_tiny_decoder(toys.taef2)
-    assert tiny_one.sizes(dtype=torch.float16) == held(tiny_one.load(device=CPU, dtype=torch.float16))
+    assert tiny_one.tensor_bytes(dtype=torch.float16) == held(tiny_one.load(device=CPU, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_text_towers(toys: Toys, storage: Storage) -> None:
+def test_text_towers(toys: Toys, storage: WeightStorage) -> None:
     for text, recipe in ((toys.qwen, KLEIN_4B.recipe), (toys.mistral, DEV.recipe)):
         opened = open_text_encoder(text.folder, text.folder, recipe)
         for dtype in DTYPES:
             encoder = opened.load(device=CPU, dtype=dtype, storage=storage)
-            assert opened.sizes(dtype=dtype, storage=storage) == held(encoder.tower)
+            assert opened.tensor_bytes(dtype=dtype, storage=storage) == held(encoder.text_decoder)
 
 
 def test_a_text_tower_in_fp8(toys: Toys, tmp_path: Path) -> None:
@@ -116,4 +116,4 @@ def test_a_text_tower_in_fp8(toys: Toys, tmp_path: Path) -> None:
     opened = open_text_encoder(folder, toys.qwen.folder, KLEIN_4B.recipe)
     for storage in STORAGES:
         encoder = opened.load(device=CPU, dtype=torch.bfloat16, storage=storage)
-        assert opened.sizes(dtype=torch.bfloat16, storage=storage) == held(encoder.tower)
+        assert opened.tensor_bytes(dtype=torch.bfloat16, storage=storage) == held(encoder.text_decoder)

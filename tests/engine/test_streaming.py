@@ -22,18 +22,18 @@ from flux2_studio.engine.lora import adapters as lora
 from flux2_studio.engine.lora.file import Lora, open_lora
 from flux2_studio.engine.lora.layers import AdaptedLinear
 from flux2_studio.engine.runtime.streaming import (
-    ALIGNMENT,
-    CudaLane,
-    Lane,
-    Streaming,
+    BLOCK_ALIGNMENT_BYTES,
+    CopyStream,
+    CudaCopyStream,
+    StreamedModule,
     block_bytes,
+    editable_weights,
     packed_bytes,
-    stream,
+    stream_blocks,
     streamed_bytes,
-    writing,
 )
 from flux2_studio.engine.text.encoder import load_text_encoder
-from flux2_studio.engine.weights.loading import Storage, load_transformer, open_transformer
+from flux2_studio.engine.weights.loading import WeightStorage, load_transformer, open_transformer
 from flux2_studio.errors import DeviceError
 from tests import quantised
 from tests.tiny import Toys
@@ -41,9 +41,9 @@ from tests.tiny import Toys
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 RUNS: dict[str, dict[str, Any]] = {
-    "klein": {"guidance": 1.0, "guiding": "none"},
-    "nine": {"guidance": 1.0, "guiding": "none", "reference_cache": True},
-    "dev": {"guidance": 4.0, "guiding": "embedded"},
+    "klein": {"guidance": 1.0, "guidance_mode": "none"},
+    "nine": {"guidance": 1.0, "guidance_mode": "none", "reference_cache": True},
+    "dev": {"guidance": 4.0, "guidance_mode": "embedded"},
 }
 
 
@@ -53,7 +53,7 @@ def run(model: Transformer, **how: Any) -> Tensor:
     noise = torch.randn(1, 128, 3, 4, generator=generator)
     context = torch.randn(1, 9, model.params.context_width, generator=generator)
     references = (torch.randn(1, 128, 2, 3, generator=generator),)
-    how = {"guidance": 1.0, "guiding": "none", **how}
+    how = {"guidance": 1.0, "guidance_mode": "none", **how}
     steps = denoise(model, noise, context, steps=3, references=references, **how)
     return torch.stack([step.latents.cpu() for step in steps])
 
@@ -72,7 +72,7 @@ def load(toys: Toys) -> Callable[[], Transformer]:
     return lambda: load_transformer(toys.klein.file, device=CPU, dtype=torch.float32)
 
 
-class LateLane(Lane):
+class LateLane(CopyStream):
     """Copies as late as may be: what is copied into a slot is rubbish until somebody waits for it."""
 
     def __init__(self) -> None:
@@ -80,20 +80,20 @@ class LateLane(Lane):
         self.copies = 0
         self.settled = 0
 
-    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
+    def copy(self, buffer_index: int, target: Tensor, source: Tensor) -> None:
         target.fill_(0xFF)  # not-a-number in all types of float
-        self.pending[slot] = (target, source)
+        self.pending[buffer_index] = (target, source)
         self.copies += 1
 
-    def wait(self, slot: int) -> None:
-        if slot in self.pending:
-            target, source = self.pending.pop(slot)
+    def wait_for_copy(self, buffer_index: int) -> None:
+        if buffer_index in self.pending:
+            target, source = self.pending.pop(buffer_index)
             target.copy_(source)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self.settled += 1
         for slot in list(self.pending):
-            self.wait(slot)
+            self.wait_for_copy(slot)
 
 
 # --- the same numbers ---
@@ -106,7 +106,7 @@ def test_a_streamed_transformer_draws_the_same(toys: Toys, name: str, device: to
     file = getattr(toys, name).file
     expected = run(load_transformer(file, device=device, dtype=torch.float32), **RUNS[name])
     model = load_transformer(file, device=CPU, dtype=torch.float32)
-    stream(model, blocks_of(model), device)
+    stream_blocks(model, blocks_of(model), device)
     assert model.device.type == device.type
     for _ in range(2):
         assert torch.equal(run(model, **RUNS[name]), expected)
@@ -117,7 +117,7 @@ def test_any_number_of_the_blocks_can_be_streamed(load: Callable[[], Transformer
     expected = run(load())
     model = load()
     lane = LateLane()
-    streaming = stream(model, blocks_of(model)[5 - streamed :], CPU, lane)
+    streaming = stream_blocks(model, blocks_of(model)[5 - streamed :], CPU, lane)
     assert streaming.host_bytes == sum(block_bytes(block) for block in blocks_of(model)[5 - streamed :])
     for _ in range(2):
         assert torch.equal(run(model), expected)
@@ -158,16 +158,16 @@ def test_quantised_files(tmp_path: Path, kind: str) -> None:
     plain, model = (open_transformer(file).load(device=CPU, dtype=torch.bfloat16, storage="stored") for _ in range(2))
     types = {tensor.dtype for block in blocks_of(model) for tensor in tensors_of(block)}
     assert types & {torch.uint8, torch.float8_e4m3fn}
-    stream(model, blocks_of(model), CPU, LateLane())
+    stream_blocks(model, blocks_of(model), CPU, LateLane())
     assert {tensor.dtype for block in blocks_of(model) for tensor in tensors_of(block)} == types
     assert torch.equal(run(model), run(plain))
 
 
 @pytest.mark.parametrize("storage", ["fp8", "int8"])
-def test_quantised_on_loading(toys: Toys, storage: Storage) -> None:
+def test_quantised_on_loading(toys: Toys, storage: WeightStorage) -> None:
     opened = open_transformer(toys.dev.file)
     plain, model = (opened.load(device=CPU, dtype=torch.float32, storage=storage) for _ in range(2))
-    stream(model, blocks_of(model), CPU, LateLane())
+    stream_blocks(model, blocks_of(model), CPU, LateLane())
     assert torch.equal(run(model, **RUNS["dev"]), run(plain, **RUNS["dev"]))
 
 
@@ -180,10 +180,10 @@ def test_text_encoders(toys: Toys, name: str) -> None:
         load_text_encoder(text.folder, text.folder, recipe, device=CPU, dtype=torch.float32) for _ in range(2)
     )
     lane = LateLane()
-    streaming = stream(encoder.tower, list(encoder.tower.layers), CPU, lane)
+    streaming = stream_blocks(encoder.text_decoder, list(encoder.text_decoder.layers), CPU, lane)
     for _ in range(2):
         assert torch.equal(encoder.encode(prompts).context, plain.encode(prompts).context)
-    assert lane.copies > recipe.layers
+    assert lane.copies > recipe.layer_count
     streaming.close()
     assert torch.equal(encoder.encode(prompts).context, plain.encode(prompts).context)
 
@@ -204,7 +204,7 @@ def test_inference_mode_may_begin_and_end_anywhere(
     with torch.no_grad():
         expected = forward()
     with torch.inference_mode(streaming):
-        handle = stream(model, blocks_of(model), CPU)
+        handle = stream_blocks(model, blocks_of(model), CPU)
     with torch.no_grad(), torch.inference_mode(running):
         assert torch.equal(forward(), expected)
     with torch.no_grad(), torch.inference_mode(not running):
@@ -215,7 +215,7 @@ def test_inference_mode_may_begin_and_end_anywhere(
     with torch.no_grad(), torch.inference_mode(running):
         assert torch.equal(forward(), expected)
     layer = model.single_blocks[1].linear1
-    with torch.no_grad(), writing(layer):
+    with torch.no_grad(), editable_weights(layer):
         layer.weight.mul_(1)
     with torch.no_grad(), torch.inference_mode(running):
         handle.close()
@@ -229,7 +229,7 @@ def test_inference_mode_may_begin_and_end_anywhere(
 
 def test_sizes_are_known_beforehand(load: Callable[[], Transformer]) -> None:
     assert packed_bytes([]) == 0
-    assert packed_bytes([1, ALIGNMENT, ALIGNMENT + 1]) == 4 * ALIGNMENT
+    assert packed_bytes([1, BLOCK_ALIGNMENT_BYTES, BLOCK_ALIGNMENT_BYTES + 1]) == 4 * BLOCK_ALIGNMENT_BYTES
     assert streamed_bytes([], 7) == 7
     assert streamed_bytes([5], 7) == 12
     assert streamed_bytes([5, 3, 6, 2], 7) == 7 + 6 + 3
@@ -239,16 +239,16 @@ def test_sizes_are_known_beforehand(load: Callable[[], Transformer]) -> None:
         assert [block_bytes(block) for block in blocks_of(Transformer(model.params))] == sizes
     inside = sum(tensor.nbytes for block in blocks_of(model) for tensor in tensors_of(block))
     rest = sum(tensor.nbytes for tensor in tensors_of(model)) - inside
-    streaming = stream(model, blocks_of(model), CPU)
+    streaming = stream_blocks(model, blocks_of(model), CPU)
     assert streaming.device_bytes == streamed_bytes(sizes, rest)
     assert streaming.host_bytes == sum(sizes)
-    assert inside <= sum(sizes) < inside + 300 * ALIGNMENT
+    assert inside <= sum(sizes) < inside + 300 * BLOCK_ALIGNMENT_BYTES
 
 
 def test_the_device_holds_two_slots_and_no_more_of_the_blocks(load: Callable[[], Transformer]) -> None:
     model = load()
     sizes = [block_bytes(block) for block in blocks_of(model)]
-    streaming = stream(model, blocks_of(model), CPU)
+    streaming = stream_blocks(model, blocks_of(model), CPU)
 
     def storages(blocks: list[nn.Module]) -> dict[int, int]:
         found = [tensor.untyped_storage() for block in blocks for tensor in tensors_of(block)]
@@ -263,7 +263,7 @@ def test_the_device_holds_two_slots_and_no_more_of_the_blocks(load: Callable[[],
     run(model)
     assert storages(blocks_of(model)) == before
     assert [tensor.data_ptr() for tensor in tensors_of(model)] == pointers, "views are made once"
-    slots = [weakref.ref(slot) for slot in streaming._slots]
+    slots = [weakref.ref(slot) for slot in streaming._device_buffers]
     streaming.close()
     assert all(slot() is None for slot in slots)
     assert len(storages(blocks_of(model))) == 5, "one flat for each block"
@@ -271,12 +271,14 @@ def test_the_device_holds_two_slots_and_no_more_of_the_blocks(load: Callable[[],
 
 def test_tensors_in_a_block_are_aligned(load: Callable[[], Transformer]) -> None:
     model = load()
-    stream(model, blocks_of(model), CPU)
+    stream_blocks(model, blocks_of(model), CPU)
     offsets = [
         tensor.storage_offset() * tensor.element_size() for block in blocks_of(model) for tensor in tensors_of(block)
     ]
-    assert all(offset % ALIGNMENT == 0 for offset in offsets)
-    assert any(tensor.nbytes % ALIGNMENT for tensor in tensors_of(blocks_of(model)[0])), "or this proves little"
+    assert all(offset % BLOCK_ALIGNMENT_BYTES == 0 for offset in offsets)
+    assert any(tensor.nbytes % BLOCK_ALIGNMENT_BYTES for tensor in tensors_of(blocks_of(model)[0])), (
+        "or this proves little"
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -285,12 +287,12 @@ def test_what_was_packed_is_freed_before_the_next_block_is(load: Callable[[], Tr
     originals = [[weakref.ref(tensor) for tensor in tensors_of(block)] for block in blocks_of(model)]
     alive: list[int] = []
 
-    class Watching(Lane):
+    class Watching(CopyStream):
         def pin(self, owner: np.ndarray, address: int, size: int) -> bool:
             alive.append(sum(any(tensor() is not None for tensor in block) for block in originals))
             return True
 
-    stream(model, blocks_of(model), CPU, Watching())
+    stream_blocks(model, blocks_of(model), CPU, Watching())
     assert alive == [5, 4, 3, 2, 1]
 
 
@@ -299,7 +301,7 @@ def test_close_gives_every_bit_back(load: Callable[[], Transformer], device: tor
     model = load()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = run(model)
-    streaming = stream(model, blocks_of(model), device, LateLane())
+    streaming = stream_blocks(model, blocks_of(model), device, LateLane())
     run(model)
     for _ in range(2):
         streaming.close()
@@ -308,7 +310,7 @@ def test_close_gives_every_bit_back(load: Callable[[], Transformer], device: tor
         assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks_of(model))
     assert torch.equal(run(model), expected)
-    again = stream(model, blocks_of(model)[:4], CPU, LateLane())
+    again = stream_blocks(model, blocks_of(model)[:4], CPU, LateLane())
     assert torch.equal(run(model), expected)
     again.close()
     assert torch.equal(run(model), expected)
@@ -317,10 +319,10 @@ def test_close_gives_every_bit_back(load: Callable[[], Transformer], device: tor
 def test_a_pause_gives_up_the_device_and_copies_no_block(load: Callable[[], Transformer], tmp_path: Path) -> None:
     plain, model = load(), load()
     expected = run(plain)
-    streaming = stream(model, blocks_of(model), CPU, LateLane())
+    streaming = stream_blocks(model, blocks_of(model), CPU, LateLane())
     held = streaming.host_bytes
     run(model)
-    slots = [weakref.ref(slot) for slot in streaming._slots]
+    slots = [weakref.ref(slot) for slot in streaming._device_buffers]
     streaming.pause()
     assert all(slot() is None for slot in slots)
     assert streaming.device_bytes == 0
@@ -336,7 +338,7 @@ def test_a_pause_gives_up_the_device_and_copies_no_block(load: Callable[[], Tran
     assert [tensor.data_ptr() for block in blocks_of(model) for tensor in tensors_of(block)] == flats
     for fused in (False, True):  # put on while it pauses
         for transformer in (plain, model):
-            lora.apply(transformer, [(lora_file(plain, tmp_path, dora=True), 1.0)], fused=fused)
+            lora.set_loras(transformer, [(lora_file(plain, tmp_path, dora=True), 1.0)], fused=fused)
         streaming.resume()
         assert torch.equal(run(model), run(plain))
         streaming.pause()
@@ -344,13 +346,13 @@ def test_a_pause_gives_up_the_device_and_copies_no_block(load: Callable[[], Tran
     streaming.close()
     with pytest.raises(AssertionError, match="closed"):
         streaming.resume()
-    lora.apply(model, [])
+    lora.set_loras(model, [])
     assert torch.equal(run(model), expected)
 
 
 def test_what_was_being_trained_is_frozen(load: Callable[[], Transformer]) -> None:
     model = load().requires_grad_(True)
-    streaming = stream(model, blocks_of(model), CPU)
+    streaming = stream_blocks(model, blocks_of(model), CPU)
     run(model)
     streaming.close()
     assert not any(tensor.requires_grad for block in blocks_of(model) for tensor in tensors_of(block))
@@ -385,7 +387,7 @@ def dying(module: nn.Module) -> Iterator[None]:
 def test_a_forward_that_died_does_no_harm(load: Callable[[], Transformer], block: int, inside: bool) -> None:
     expected = run(load())
     model = load()
-    stream(model, blocks_of(model), CPU, LateLane())
+    stream_blocks(model, blocks_of(model), CPU, LateLane())
     module = blocks_of(model)[block]
     where = last_layer(module) if inside else module
     with dying(where), pytest.raises(Died):
@@ -400,14 +402,14 @@ def test_a_forward_that_died_does_no_harm(load: Callable[[], Transformer], block
 def test_a_run_that_is_given_up_between_two_steps_does_no_harm(load: Callable[[], Transformer]) -> None:
     expected = run(load())
     model = load()
-    stream(model, blocks_of(model), CPU, LateLane())
+    stream_blocks(model, blocks_of(model), CPU, LateLane())
     noise, context = torch.zeros(1, 128, 2, 2), torch.zeros(1, 3, model.params.context_width)
-    next(denoise(model, noise, context, steps=4, guidance=1.0, guiding="none"))
+    next(denoise(model, noise, context, steps=4, guidance=1.0, guidance_mode="none"))
     assert torch.equal(run(model), expected)
 
 
 def test_a_copy_that_failed_half_way_is_made_again(load: Callable[[], Transformer]) -> None:
-    class Failing(Lane):
+    class Failing(CopyStream):
         copies = 0
 
         def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
@@ -419,7 +421,7 @@ def test_a_copy_that_failed_half_way_is_made_again(load: Callable[[], Transforme
 
     expected = run(load())
     model = load()
-    stream(model, blocks_of(model)[:4], CPU, Failing())
+    stream_blocks(model, blocks_of(model)[:4], CPU, Failing())
     with pytest.raises(Died):
         run(model)
     assert torch.equal(run(model), expected)
@@ -427,7 +429,7 @@ def test_a_copy_that_failed_half_way_is_made_again(load: Callable[[], Transforme
 
 @pytest.mark.parametrize("allowed", [0, 3])
 def test_memory_that_cannot_be_pinned(load: Callable[[], Transformer], allowed: int) -> None:
-    class Refusing(Lane):
+    class Refusing(CopyStream):
         granted = 0
 
         def pin(self, owner: np.ndarray, address: int, size: int) -> bool:
@@ -437,25 +439,25 @@ def test_memory_that_cannot_be_pinned(load: Callable[[], Transformer], allowed: 
     model = load()
     expected = run(model)
     with pytest.raises(DeviceError, match="Close other programs"):
-        stream(model, blocks_of(model), CPU, Refusing())
+        stream_blocks(model, blocks_of(model), CPU, Refusing())
     assert torch.equal(run(model), expected)
 
 
 def test_a_device_that_has_no_room_leaves_the_module_whole(load: Callable[[], Transformer]) -> None:
-    class Full(Lane):
+    class Full(CopyStream):
         def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
             raise torch.OutOfMemoryError
 
     model = load()
     expected = run(model)
     with pytest.raises(torch.OutOfMemoryError):
-        stream(model, blocks_of(model), CPU, Full())
+        stream_blocks(model, blocks_of(model), CPU, Full())
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks_of(model))
     assert torch.equal(run(model), expected)
 
 
 def test_no_room_after_a_pause_can_be_tried_again(load: Callable[[], Transformer]) -> None:
-    class Full(Lane):
+    class Full(CopyStream):
         full = False
 
         def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
@@ -466,7 +468,7 @@ def test_no_room_after_a_pause_can_be_tried_again(load: Callable[[], Transformer
     model = load()
     expected = run(model)
     lane = Full()
-    streaming = stream(model, blocks_of(model), CPU, lane)
+    streaming = stream_blocks(model, blocks_of(model), CPU, lane)
     streaming.pause()
     lane.full = True
     with pytest.raises(torch.OutOfMemoryError):
@@ -485,7 +487,7 @@ def lora_file(model: Transformer, folder: Path, *, dora: bool, seed: int = 6) ->
     """A LoRA for every linear layer."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, layer in lora.layers_of(model).items():
+    for name, layer in lora.linear_layers_of(model).items():
         rows, columns = layer.out_features, layer.in_features
         state[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) / columns**0.5
         state[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) / 4
@@ -505,23 +507,23 @@ def test_loras_come_and_go_on_a_streamed_transformer(
     one, two = (lora_file(plain, tmp_path, dora=dora, seed=seed) for seed in (6, 7))
     bare = run(plain)
     model = load()
-    streaming = stream(model, blocks_of(model), CPU, LateLane())
+    streaming = stream_blocks(model, blocks_of(model), CPU, LateLane())
     assert torch.equal(run(model), bare)
     for loras in ([(one, 1.0)], [(one, 0.5), (two, 0.8)], [(two, 1.0)], []):
-        lora.apply(plain, loras, fused=fused)
-        lora.apply(model, loras, fused=fused)
+        lora.set_loras(plain, loras, fused=fused)
+        lora.set_loras(model, loras, fused=fused)
         expected = run(plain)
         assert torch.equal(expected, bare) == (not loras)
         assert torch.equal(run(model), expected)
         assert torch.equal(run(model), expected)
-    lora.apply(plain, [(one, 1.0)], fused=fused)
-    lora.apply(model, [(one, 1.0)], fused=fused)
+    lora.set_loras(plain, [(one, 1.0)], fused=fused)
+    lora.set_loras(model, [(one, 1.0)], fused=fused)
     with_one = run(plain)
     streaming.close()
     assert torch.equal(run(model), with_one), "LoRAs stay on"
-    again = stream(model, blocks_of(model), CPU, LateLane())
+    again = stream_blocks(model, blocks_of(model), CPU, LateLane())
     assert torch.equal(run(model), with_one)
-    lora.apply(model, [])
+    lora.set_loras(model, [])
     assert torch.equal(run(model), bare), "put on before, taken off while streamed"
     again.close()
     assert torch.equal(run(model), bare)
@@ -529,22 +531,22 @@ def test_loras_come_and_go_on_a_streamed_transformer(
 
 
 @pytest.mark.parametrize("storage", ["fp8", "int8"])
-def test_doras_on_quantised_weights_that_are_streamed(toys: Toys, tmp_path: Path, storage: Storage) -> None:
+def test_doras_on_quantised_weights_that_are_streamed(toys: Toys, tmp_path: Path, storage: WeightStorage) -> None:
     opened = open_transformer(toys.klein.file)
     plain, model = (opened.load(device=CPU, dtype=torch.float32, storage=storage) for _ in range(2))
     dora = lora_file(plain, tmp_path, dora=True)
-    stream(model, blocks_of(model), CPU, LateLane())
+    stream_blocks(model, blocks_of(model), CPU, LateLane())
     for transformer in (plain, model):
-        lora.apply(transformer, [(dora, 1.0)])
+        lora.set_loras(transformer, [(dora, 1.0)])
     assert torch.equal(run(model), run(plain))
 
 
 def test_loras_count_among_what_the_device_holds(load: Callable[[], Transformer], tmp_path: Path) -> None:
     model = load()
-    streaming = stream(model, blocks_of(model), CPU)
+    streaming = stream_blocks(model, blocks_of(model), CPU)
     bare = streaming.device_bytes
-    lora.apply(model, [(lora_file(model, tmp_path, dora=False), 1.0)])
-    layers = lora.layers_of(model).values()
+    lora.set_loras(model, [(lora_file(model, tmp_path, dora=False), 1.0)])
+    layers = lora.linear_layers_of(model).values()
     added = sum(4 * 4 * (layer.in_features + layer.out_features) for layer in layers)
     assert streaming.device_bytes == bare + added
 
@@ -622,7 +624,7 @@ class FakeCuda:
         return 0
 
 
-class Watched(CudaLane):
+class Watched(CudaCopyStream):
     """Asserts that no copy into a slot may begin before the block that used it last is done, and no block before the
     copy into its slot is."""
 
@@ -634,9 +636,9 @@ class Watched(CudaLane):
         self.computed: dict[int, set[int]] = {0: set(), 1: set()}
         cuda.on_copy = self.begin_copy
 
-    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        self.slot = slot
-        super().copy(slot, target, source)
+    def copy(self, buffer_index: int, target: Tensor, source: Tensor) -> None:
+        self.slot = buffer_index
+        super().copy(buffer_index, target, source)
 
     def begin_copy(self, stream: FakeStream) -> None:
         assert stream is not self.cuda.current, "beside the computation, not in it"
@@ -661,7 +663,7 @@ def test_copies_and_blocks_take_turns_in_a_slot(load: Callable[[], Transformer],
     cuda = FakeCuda()
     lane = Watched(cuda)
     blocks = blocks_of(model)[:streamed]
-    stream(model, blocks, CPU, lane)
+    stream_blocks(model, blocks, CPU, lane)
     lane.watch(blocks)
     assert torch.equal(run(model), expected)
     last = blocks[-1]
@@ -679,7 +681,7 @@ def test_the_next_copy_overlaps_with_the_block_before(load: Callable[[], Transfo
     model = load()
     cuda = FakeCuda()
     lane = Watched(cuda)
-    stream(model, blocks_of(model), CPU, lane)
+    stream_blocks(model, blocks_of(model), CPU, lane)
     lane.watch(blocks_of(model))
     order: list[str] = []
     watched = cuda.on_copy
@@ -701,7 +703,7 @@ def test_memory_is_pinned_as_long_as_anyone_holds_it(load: Callable[[], Transfor
     cuda = FakeCuda()
     blocks = blocks_of(model)
     sizes = [block_bytes(block) for block in blocks]
-    streaming = stream(model, blocks, CPU, CudaLane(CPU, cuda))
+    streaming = stream_blocks(model, blocks, CPU, CudaCopyStream(CPU, cuda))
     assert [-(-size // 4096) * 4096 for size in sizes] == list(cuda.pinned.values())
     streaming.close()
     for block in blocks:
@@ -718,15 +720,15 @@ def test_memory_is_pinned_as_long_as_anyone_holds_it(load: Callable[[], Transfor
 def test_dropped_without_being_closed(load: Callable[[], Transformer]) -> None:
     """Whatever is under way ends before the memory goes."""
 
-    class Settling(CudaLane):
+    class Settling(CudaCopyStream):
         pinned_then = 0
 
-        def settle(self) -> None:
+        def synchronize(self) -> None:
             Settling.pinned_then = len(cuda.pinned)
 
     cuda = FakeCuda()
     model = load()
-    handle: Streaming | None = stream(model, blocks_of(model), CPU, Settling(CPU, cuda))
+    handle: StreamedModule | None = stream_blocks(model, blocks_of(model), CPU, Settling(CPU, cuda))
     del model, handle
     gc.collect()
     assert Settling.pinned_then == 5
@@ -737,5 +739,5 @@ def test_cuda_refuses_to_pin(load: Callable[[], Transformer]) -> None:
     model = load()
     expected = run(model)
     with pytest.raises(DeviceError, match="main memory"):
-        stream(model, blocks_of(model), CPU, CudaLane(CPU, FakeCuda(refusing=True)))
+        stream_blocks(model, blocks_of(model), CPU, CudaCopyStream(CPU, FakeCuda(refusing=True)))
     assert torch.equal(run(model), expected)

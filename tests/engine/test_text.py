@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flux2_studio.checkpoints import DEV, KLEIN_4B
 from flux2_studio.engine.text.encoder import TextEncoder, load_text_encoder, open_text_encoder
-from flux2_studio.engine.weights.quantize import EightBit, QuantizedLinear
+from flux2_studio.engine.weights.quantize import EightBitKind, QuantizedLinear
 from tests import oracle, tiny
 from tests.tiny import Text, Toys
 
@@ -78,19 +78,19 @@ def test_the_two_key_layouts_really_differ(toys: Toys) -> None:
 def test_the_number_of_cut_tokens_is_told(toys: Toys) -> None:
     for text, recipe in ((toys.qwen, KLEIN_4B.recipe), (toys.mistral, DEV.recipe)):
         tokenizer = text.tokenizer
-        if recipe.system is None:
+        if recipe.system_prompt is None:
             start, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         else:
-            start, end = f"<s>[SYSTEM_PROMPT]{recipe.system}[/SYSTEM_PROMPT][INST]", "[/INST]"
+            start, end = f"<s>[SYSTEM_PROMPT]{recipe.system_prompt}[/SYSTEM_PROMPT][INST]", "[/INST]"
         whole = tokenizer(start + LONG + end, add_special_tokens=False)["input_ids"]
         assert len(whole) > 512
         ending = tokenizer(end, add_special_tokens=False)["input_ids"]
         encoder = load(text)
         # the template's ending is cut off with the rest, but was not the user's to lose
-        assert encoder.encode(["a cat", LONG, ""]).cut == (0, len(whole) - len(ending) - 512, 0)
+        assert encoder.encode(["a cat", LONG, ""]).truncated_tokens == (0, len(whole) - len(ending) - 512, 0)
         room = 512 - len(tokenizer(start, add_special_tokens=False)["input_ids"])
-        assert encoder.encode(["1" * room]).cut == (0,), "the prompt fits, only the ending does not"
-        assert encoder.encode(["1" * (room + 1)]).cut == (1,)
+        assert encoder.encode(["1" * room]).truncated_tokens == (0,), "the prompt fits, only the ending does not"
+        assert encoder.encode(["1" * (room + 1)]).truncated_tokens == (1,)
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(toys: Toys) -> None:
@@ -140,15 +140,15 @@ def test_bfloat16_errs_no_more_than_twice_as_much_as_diffusers(toys: Toys, name:
 
 @pytest.mark.parametrize(("to", "bound"), [("fp8", 0.15), ("int8", 0.05)])
 @pytest.mark.parametrize("name", ["qwen", "new_mistral"])
-def test_quantised_on_loading(toys: Toys, name: str, to: EightBit, bound: float) -> None:
+def test_quantised_on_loading(toys: Toys, name: str, to: EightBitKind, bound: float) -> None:
     """The layers' matrices take a byte a value and four a row; the context stays near."""
     text: Text = getattr(toys, name)
     recipe = DEV.recipe if name == "new_mistral" else KLEIN_4B.recipe
     opened = open_text_encoder(text.folder, text.folder, recipe)
     encoder = opened.load(device=CPU, dtype=torch.float32, storage=to)
     exact = load(text)
-    small = [module for module in encoder.tower.modules() if isinstance(module, QuantizedLinear)]
-    assert len(small) == 7 * recipe.layers
+    small = [module for module in encoder.text_decoder.modules() if isinstance(module, QuantizedLinear)]
+    assert len(small) == 7 * recipe.layer_count
     held = sum(tensor.nbytes for module in small for tensor in module.buffers())
     assert held == sum(module.out_features * (module.in_features + 4) for module in small)
     ours, theirs = encoder.encode(PROMPTS[:1]).context, exact.encode(PROMPTS[:1]).context

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.latents import sequence_position_ids
 from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
-from flux2_studio.engine.weights.loading import Storage, load_transformer, open_transformer
+from flux2_studio.engine.weights.loading import WeightStorage, load_transformer, open_transformer
 from flux2_studio.engine.weights.quantize import QuantizedLinear
 from tests import oracle, tiny
 from tests.tiny import Flow, Toys
@@ -37,7 +37,7 @@ class Inputs:
     def __init__(self, size: tiny.FlowSize) -> None:
         generator = torch.Generator().manual_seed(7)
         references = [torch.empty(1, 128, h, w) for h, w in REFERENCE_SIZES]
-        self.ids = sequence_ids(TEXT, *NOISE_SIZE, references)
+        self.ids = sequence_position_ids(TEXT, *NOISE_SIZE, references)
         self.x = torch.randn(2, len(self.ids) - TEXT, 128, generator=generator)
         self.ctx = torch.randn(2, TEXT, size.context_width, generator=generator)
         self.t = torch.tensor([0.83, 0.21])
@@ -184,7 +184,7 @@ def test_a_diffusers_repository_is_found_by_its_root(toys: Toys, tmp_path: Path)
 
 @pytest.mark.parametrize("storage", ["plain", "int8"])
 @pytest.mark.parametrize("name", ["klein", "nine"])
-def test_the_last_block_computes_what_is_read_and_no_more(toys: Toys, name: str, storage: Storage) -> None:
+def test_the_last_block_computes_what_is_read_and_no_more(toys: Toys, name: str, storage: WeightStorage) -> None:
     model = open_transformer(getattr(toys, name).file).load(device=CPU, dtype=torch.float32, storage=storage)
     inputs = Inputs({"klein": tiny.KLEIN, "nine": tiny.NINE}[name])
     wanted = NOISE_SIZE[0] * NOISE_SIZE[1]
@@ -221,8 +221,8 @@ def test_what_hangs_on_the_time_is_the_same_for_one_step_and_for_all(toys: Toys)
         together = model.modulations(times, guidance)
         for step in range(3):
             alone = model.modulations(times[step : step + 1], guidance[:1])
-            for part in ("image", "text", "joined", "last"):
-                for a, b in zip(getattr(together.of(step), part), getattr(alone, part), strict=True):
+            for part in ("image", "text", "single", "final"):
+                for a, b in zip(getattr(together.at_step(step), part), getattr(alone, part), strict=True):
                     assert a.shape == b.shape == (1, 1, model.params.hidden)
                     torch.testing.assert_close(a, b)
 
@@ -241,5 +241,5 @@ def test_held_in_bfloat16_it_computes_what_its_values_say(toys: Toys) -> None:
     assert oracle.relative_error(inputs.ours(held), inputs.ours(rounded)) <= 1e-6
     exact, half = inputs.theirs(toys.klein), inputs.ours(opened.load(device=CPU, dtype=torch.bfloat16))
     assert 0 < oracle.relative_error(inputs.ours(held), exact) < oracle.relative_error(half, exact)
-    sizes = (opened.sizes(dtype=torch.float32), opened.sizes(dtype=torch.float32, storage="bfloat16"))
+    sizes = (opened.tensor_bytes(dtype=torch.float32), opened.tensor_bytes(dtype=torch.float32, storage="bfloat16"))
     assert 0.5 <= sum(sizes[1].values()) / sum(sizes[0].values()) < 0.55

@@ -20,11 +20,11 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from flux2_studio.checkpoints import DEV, LOCAL_WRITERS
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.runtime.streaming import stream
-from flux2_studio.engine.text.decoder import Past
+from flux2_studio.engine.runtime.streaming import stream_blocks
+from flux2_studio.engine.text.decoder import KVCache
 from flux2_studio.engine.text.encoder import load_text_encoder
-from flux2_studio.engine.text.special_tokens import remove_tokens
-from flux2_studio.engine.text.writer import CheckedWriter, Writer, choose, open_writer
+from flux2_studio.engine.text.special_tokens import remove_special_tokens
+from flux2_studio.engine.text.writer import Writer, WriterFile, open_writer, sample_token
 from flux2_studio.engine.weights.quantize import QuantizedLinear, StoredEmbedding
 from flux2_studio.errors import DeviceError, WeightsError
 from flux2_studio.images.tensors import pixels_from_image
@@ -34,12 +34,12 @@ from tests.tiny import Text
 
 CPU = torch.device("cpu")
 SYSTEM, MESSAGE = "make a painting", "a red cat, by the river"
-SHORT = TextRecipe(taps=(1, 2, 3), length=32, padding_side="right", generation_prompt=True)
-SHORT_MISTRAL = replace(DEV.recipe, taps=(1, 2, 3), length=64)
+SHORT = TextRecipe(hidden_layers=(1, 2, 3), length=32, padding_side="right", generation_prompt=True)
+SHORT_MISTRAL = replace(DEV.recipe, hidden_layers=(1, 2, 3), length=64)
 PATCH = 32  # of the toy Mistral: 16 pixels, merged 2 x 2
 
 
-def open_toy(text: Text) -> CheckedWriter:
+def open_toy(text: Text) -> WriterFile:
     return open_writer(text.folder, text.folder, SHORT_MISTRAL if _is_mistral(text) else SHORT)
 
 
@@ -128,7 +128,7 @@ def mistral(published: Text) -> Writer:
 def test_qwen3_with_tied_weights_writes_what_transformers_writes(tied: Text) -> None:
     writer = load(tied)
     assert writer.model.head is None, "the embedding is held once"
-    assert not writer.sees
+    assert not writer.has_vision
     assert write(writer) == generated(tied, QWEN) != ""
 
 
@@ -141,7 +141,7 @@ def test_qwen3_with_a_head_of_its_own(small: Text, writer: Writer) -> None:
 def test_mistral3_in_both_key_layouts(tmp_path: Path, old_style: bool) -> None:
     text = mistral_toy(tmp_path, old_style=old_style)
     writer = load(text)
-    assert writer.sees
+    assert writer.has_vision
     conversation = f"<s>[SYSTEM_PROMPT]{SYSTEM}[/SYSTEM_PROMPT][INST]{MESSAGE}[/INST]"
     assert write(writer) == generated(text, conversation) != ""
 
@@ -161,8 +161,8 @@ def test_a_head_of_its_own_is_used_whatever_the_outer_config_says(published: Tex
 
 def numbers(writer: Writer, images: Sequence[Tensor], follows: Sequence[int]) -> Tensor:
     """The logits [1 + len(follows), V] after the conversation, and after each token that follows it."""
-    ids, pixels = writer._read(SYSTEM, MESSAGE, images)
-    past = Past()
+    ids, pixels = writer._prepare_inputs(SYSTEM, MESSAGE, images)
+    past = KVCache()
     steps = [writer._embed(ids, pixels), *(writer._embed([token], []) for token in follows)]
     return torch.stack([writer._step(step, past) for step in steps])
 
@@ -202,7 +202,7 @@ def test_the_features_of_a_picture_equal_transformers(published: Text, mistral: 
     """Sides that are no multiple of a patch are scaled up: to the same size, with nearly the same values."""
     for size, bound in (((64, 96), 1e-5), ((70, 45), 0.2)):
         image = picture(*size).resize((size[0] // 8, size[1] // 8)).resize(size, Image.Resampling.BICUBIC)
-        ours = mistral._normalised(pixels_from_image(image))
+        ours = mistral._normalise_image(pixels_from_image(image))
         theirs = seen([image])
         assert list(ours.shape[2:]) == theirs["image_sizes"][0].tolist()
         with torch.inference_mode():
@@ -247,21 +247,21 @@ def test_its_encoder_is_the_text_encoder_on_the_same_weights(request: pytest.Fix
     write(writer, tokens=2)
     assert torch.equal(writer.encoder.encode(prompts).context, alone.encode(prompts).context)
     own = {tensor.data_ptr() for tensor in writer.model.parameters()}
-    assert {tensor.data_ptr() for tensor in writer.encoder.tower.parameters()} <= own, "nothing is held twice"
-    assert len(writer.encoder.tower.layers) == recipe.layers < len(writer.model.decoder.layers)
+    assert {tensor.data_ptr() for tensor in writer.encoder.text_decoder.parameters()} <= own, "nothing is held twice"
+    assert len(writer.encoder.text_decoder.layers) == recipe.layer_count < len(writer.model.decoder.layers)
 
 
 def test_moving_one_moves_the_other(tied: Text) -> None:
     writer = load(tied)
     writer.model.to(torch.float64)
-    assert {tensor.dtype for tensor in writer.encoder.tower.parameters()} == {torch.float64}
+    assert {tensor.dtype for tensor in writer.encoder.text_decoder.parameters()} == {torch.float64}
 
 
 def test_a_streamed_writer_writes_and_encodes_the_same(tied: Text) -> None:
     """Its layers pass through two slots, whichever of the two uses asks for them."""
     writer = load(tied)
     told, context = write(writer), writer.encoder.encode(["a cat"]).context
-    streaming = stream(writer.model, list(writer.model.decoder.layers), CPU)
+    streaming = stream_blocks(writer.model, list(writer.model.decoder.layers), CPU)
     assert (write(writer), torch.equal(writer.encoder.encode(["a cat"]).context, context)) == (told, True)
     assert write(writer) == told
     streaming.close()
@@ -270,17 +270,17 @@ def test_a_streamed_writer_writes_and_encodes_the_same(tied: Text) -> None:
 
 def test_how_far_a_load_is_can_be_told(tied: Text) -> None:
     told: list[float] = []
-    open_toy(tied).load(device=CPU, dtype=torch.float32, mapped=True, told=told.append)
+    open_toy(tied).load(device=CPU, dtype=torch.float32, use_mmap=True, on_progress=told.append)
     assert told[-1] == 1.0
 
 
 def test_it_is_moved_as_one(tied: Text) -> None:
     """Residency drops the writer: nothing of the encoder's weights stays behind."""
     residency: Residency[str] = Residency(CPU, 0)
-    writer = residency.bring("text", lambda device: load(tied), lambda it: it.model)
+    writer = residency.acquire("text", lambda device: load(tied), lambda it: it.model)
     assert residency.device_bytes == sum(it.nbytes for it in [*writer.model.parameters(), *writer.model.buffers()])
     residency.drop("text")
-    assert {tensor.device.type for tensor in writer.encoder.tower.parameters()} == {"meta"}
+    assert {tensor.device.type for tensor in writer.encoder.text_decoder.parameters()} == {"meta"}
 
 
 def test_the_quantised_writers_encoder_is_the_quantised_encoder(small: Text) -> None:
@@ -288,34 +288,39 @@ def test_the_quantised_writers_encoder_is_the_quantised_encoder(small: Text) -> 
     writer = opened.load(device=CPU, dtype=torch.float32, storage="int8")
     small = [module for module in writer.model.modules() if isinstance(module, QuantizedLinear)]
     assert len(small) == 7 * len(writer.model.decoder.layers), "the head keeps its precision"
-    alone = opened.text.load(device=CPU, dtype=torch.float32, storage="int8")
+    alone = opened.text_encoder.load(device=CPU, dtype=torch.float32, storage="int8")
     assert torch.equal(writer.encoder.encode(["a cat"]).context, alone.encode(["a cat"]).context)
     assert write(writer, tokens=3)
 
 
 def test_what_it_takes_is_known_before_it_is_loaded(published: Text, mistral: Writer) -> None:
     opened = open_toy(published)
-    sizes = opened.sizes(dtype=torch.float32)
+    sizes = opened.tensor_bytes(dtype=torch.float32)
     held = {name: tensor.nbytes for name, tensor in mistral.model.named_parameters()}
     assert {name: size for name, size in sizes.items() if name in held} == held
-    assert any(name.startswith(opened.blocks) for name in held)
-    assert (opened.width, opened.recipe) == (opened.text.width, SHORT_MISTRAL)
-    few, many = (opened.writing(dtype=torch.float32, tokens=tokens) for tokens in (600, 1200))
+    assert any(name.startswith(opened.block_prefixes) for name in held)
+    assert (opened.width, opened.recipe) == (opened.text_encoder.width, SHORT_MISTRAL)
+    few, many = (opened.writing_bytes(dtype=torch.float32, tokens=tokens) for tokens in (600, 1200))
     params = mistral.model.decoder.params
     kept = 2 * params.layers * params.kv_heads * params.head_width * 4
     assert many - few >= 600 * kept
-    looking = opened.writing(dtype=torch.float32, tokens=600, pictures=[(1024, 1000)])
+    looking = opened.writing_bytes(dtype=torch.float32, tokens=600, pictures=[(1024, 1000)])
     image = 32 * 33  # tokens, a row of 32 having one more
-    assert looking >= opened.writing(dtype=torch.float32, tokens=600 + image)
-    assert opened.writing(dtype=torch.float32, tokens=600, pictures=[(1024, 1000), (64, 64)]) >= looking + 2 * 3 * kept
-    one, restored = (opened.writing(dtype=torch.float32, tokens=1, quantized=it) for it in (False, True))
+    assert looking >= opened.writing_bytes(dtype=torch.float32, tokens=600 + image)
+    assert (
+        opened.writing_bytes(dtype=torch.float32, tokens=600, pictures=[(1024, 1000), (64, 64)])
+        >= looking + 2 * 3 * kept
+    )
+    one, restored = (opened.writing_bytes(dtype=torch.float32, tokens=1, quantized=it) for it in (False, True))
     assert restored > one, "a matrix that is restored takes room"
-    assert opened.activations(dtype=torch.float32, prompts=1) == opened.text.activations(dtype=torch.float32, prompts=1)
+    assert opened.activation_bytes(dtype=torch.float32, prompts=1) == opened.text_encoder.activation_bytes(
+        dtype=torch.float32, prompts=1
+    )
 
 
 def test_the_table_says_who_sees(mistral: Writer, writer: Writer) -> None:
-    sees = {it.name: it.sees for it in LOCAL_WRITERS}
-    assert sees == {"qwen3-4b": writer.sees, "qwen3-8b": writer.sees, "mistral": mistral.sees}
+    sees = {it.name: it.has_vision for it in LOCAL_WRITERS}
+    assert sees == {"qwen3-4b": writer.has_vision, "qwen3-8b": writer.has_vision, "mistral": mistral.has_vision}
 
 
 # --- chance ---
@@ -334,16 +339,16 @@ def test_top_p_keeps_what_transformers_keeps() -> None:
     logits = torch.randn(200, generator=torch.Generator().manual_seed(3)) * 3
     for top_p in (0.01, 0.3, 0.8, 0.999):
         left = TopPLogitsWarper(top_p)(torch.zeros(1, 1), logits[None].double())[0].isfinite()
-        drawn = {choose(logits, 1.0, top_p, torch.Generator().manual_seed(seed)) for seed in range(300)}
+        drawn = {sample_token(logits, 1.0, top_p, torch.Generator().manual_seed(seed)) for seed in range(300)}
         assert drawn <= set(left.nonzero().flatten().tolist())
-    assert len({choose(logits, 1.0, 1.0, torch.Generator().manual_seed(seed)) for seed in range(100)}) > 5
+    assert len({sample_token(logits, 1.0, 1.0, torch.Generator().manual_seed(seed)) for seed in range(100)}) > 5
 
 
 def test_temperature_sharpens() -> None:
     logits = torch.tensor([1.0, 2.0, 3.0])
 
     def hits(temperature: float) -> int:
-        return sum(choose(logits, temperature, 1.0, torch.Generator().manual_seed(i)) == 2 for i in range(200))
+        return sum(sample_token(logits, temperature, 1.0, torch.Generator().manual_seed(i)) == 2 for i in range(200))
 
     assert hits(0.0) == 200 > hits(0.5) > hits(1.0) > hits(5.0) > 40
 
@@ -390,7 +395,7 @@ def test_next_logits_that_are_no_numbers_are_told(small: Text) -> None:
 
 
 def test_text_as_tokens(writer: Writer) -> None:
-    assert writer._tokenizer.decode(writer.tokens("a red cat")) == "a red cat"
+    assert writer._tokenizer.decode(writer.tokenize("a red cat")) == "a red cat"
 
 
 # --- the end of an answer ---
@@ -409,7 +414,7 @@ def scripted(writer: Writer, said: str) -> Writer:
     """`writer`, of whose numbers always this comes out."""
     script = iter(writer._tokenizer(said, add_special_tokens=False)["input_ids"])
     other = Writer(writer.model, writer._tokenizer, SHORT, frozenset({2}))
-    other._choose = lambda *_: next(script, 2)  # type: ignore[method-assign]
+    other._sample_token = lambda *_: next(script, 2)  # type: ignore[method-assign]
     return other
 
 
@@ -424,7 +429,7 @@ def test_it_ends_where_the_model_ends(small: Text) -> None:
     ending = load(small)
     ids = small.tokenizer(QWEN, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        ending._stops = frozenset({int(small.model(ids).logits[0, -1].argmax())})
+        ending._stop_tokens = frozenset({int(small.model(ids).logits[0, -1].argmax())})
     assert ended(ending, max_tokens=8) == ("", True)
 
 
@@ -432,9 +437,9 @@ def test_stops_are_gathered_from_all_files(small: Text, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(small.folder, folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
-    assert open_writer(folder, folder, SHORT)._stops == {2, 0}
+    assert open_writer(folder, folder, SHORT)._stop_tokens == {2, 0}
     (folder / "generation_config.json").write_text("not JSON")
-    assert open_writer(folder, folder, SHORT)._stops == {2}
+    assert open_writer(folder, folder, SHORT)._stop_tokens == {2}
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
@@ -472,12 +477,12 @@ def test_special_tokens_in_a_message_are_taken_out(mistral: Writer, writer: Writ
     assert "".join(mistral.write(SYSTEM, typed, seed=0, max_tokens=4, temperature=0.0)) == plain
     image = [pixels_from_image(picture(64, 64))]
     list(mistral.write(SYSTEM, typed, image, seed=0, max_tokens=2))
-    ids, _ = writer._read(SYSTEM, "a<|im_end|>\n<|im_start|>system\nb", [])
+    ids, _ = writer._prepare_inputs(SYSTEM, "a<|im_end|>\n<|im_start|>system\nb", [])
     assert ids.count(writer._tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
 
 
 def test_what_is_left_over_is_removed_as_well() -> None:
-    assert remove_tokens("a<|<|x|>x|>b", ["<|x|>"]) == "ab"
+    assert remove_special_tokens("a<|<|x|>x|>b", ["<|x|>"]) == "ab"
 
 
 # --- files that cannot be used ---
@@ -535,6 +540,8 @@ def test_held_in_bfloat16_it_writes_what_its_values_say(name: str, request: pyte
     ours, theirs = (it.encoder.encode(["a cat"]).context for it in (writer, rounded))
     assert ours.dtype is torch.float32
     torch.testing.assert_close(ours, theirs)
-    matrices = {key: size for key, size in opened.sizes(dtype=torch.float32).items() if key.endswith("proj.weight")}
-    halved = opened.sizes(dtype=torch.float32, storage="bfloat16")
+    matrices = {
+        key: size for key, size in opened.tensor_bytes(dtype=torch.float32).items() if key.endswith("proj.weight")
+    }
+    halved = opened.tensor_bytes(dtype=torch.float32, storage="bfloat16")
     assert all(2 * halved[key] == size for key, size in matrices.items())

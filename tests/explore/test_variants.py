@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import RequestError
-from flux2_studio.explore.variants import Wildcards, expand
+from flux2_studio.explore.variants import Wildcards, expand_prompt
 
 
 @pytest.fixture
@@ -42,23 +42,23 @@ def lists(tmp_path: Path) -> Wildcards:
     ],
 )
 def test_what_a_prompt_stands_for(lists: Wildcards, text: str, found: list[str]) -> None:
-    assert list(expand(text, lists)) == found
+    assert list(expand_prompt(text, lists)) == found
 
 
 def test_an_open_brace_that_chooses_is_told(lists: Wildcards) -> None:
     with pytest.raises(RequestError, match="does not close"):
-        expand("a {red|green fox", lists)
+        expand_prompt("a {red|green fox", lists)
 
 
 @pytest.mark.parametrize("text", ["{a|b}" * 9, "{" + "|".join(map(str, range(401))) + "}", "{a|b}" * 5000])
 def test_too_many_are_told_before_they_are_made(lists: Wildcards, text: str) -> None:
     with pytest.raises(RequestError, match="more than 400"):
-        expand(text, lists)
+        expand_prompt(text, lists)
 
 
 def test_braces_without_end(lists: Wildcards) -> None:
     with pytest.raises(RequestError, match="inside each other"):
-        expand("{" * 3000 + "a|b" + "}" * 3000, lists)
+        expand_prompt("{" * 3000 + "a|b" + "}" * 3000, lists)
 
 
 def test_lists_are_listed(lists: Wildcards) -> None:
@@ -76,4 +76,4 @@ def test_lists_that_are_none(lists: Wildcards) -> None:
     (lists.folder / "huge.txt").write_text("x\n" * 600_000)
     for name, told in (("empty", "is empty"), ("odd", "UTF-8"), ("huge", "1 MB")):
         with pytest.raises(RequestError, match=told):
-            expand(f"__{name}__", lists)
+            expand_prompt(f"__{name}__", lists)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.transformer_arms import held, made
-from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.latents import initial_noise
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.runtime.compiling import Compiler, shadow, variants
+from flux2_studio.engine.runtime.compiling import Compiler, clone_sharing_weights, compile_keys_for
 from tests.oracle import relative_error
 
 # klein 4B's widths, two blocks deep.
@@ -46,11 +46,11 @@ def picture(model: Transformer, side: int, batch: int, references: int, *, refer
     latents = [torch.randn(1, 128, side // 16, side // 16, generator=generator) for _ in range(references)]
     *_, last = denoise(
         model,
-        noise(range(batch), side, side),
+        initial_noise(range(batch), side, side),
         context,
         steps=2,
         guidance=1.0,
-        guiding="none",
+        guidance_mode="none",
         references=latents,
         reference_cache=reference_cache,
     )
@@ -67,11 +67,11 @@ def test_compiled_blocks_err_no_more(
 ) -> None:
     exact = picture(held(model, "bfloat16", torch.float32), side, batch, references, reference_cache=reference_cache)
     written = model if kind is None else held(model, kind, torch.bfloat16)
-    compiled = shadow(written)
+    compiled = clone_sharing_weights(written)
     assert isinstance(compiled, Transformer)
-    needed = variants(batch, reference_cache=reference_cache)
+    needed = compile_keys_for(batch, reference_cache=reference_cache)
     for variant in needed:
-        compiler.compile(compiler.order(compiled, variant))
+        compiler.compile(compiler.make_job(compiled, variant))
     assert compiler.attach(compiled, *needed)
     of_written, of_compiled = (
         picture(it, side, batch, references, reference_cache=reference_cache) for it in (written, compiled)

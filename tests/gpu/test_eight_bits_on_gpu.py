@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.weights.quantize import QuantizedLinear, ScaledMatrix, multiplies, quantize
+from flux2_studio.engine.weights.quantize import QuantizedLinear, ScaledMatrix, has_8bit_matmul, quantize
 from tests.oracle import relative_error
 
 ROWS, COLS, TOKENS = 9216, 3072, 777  # of a klein 4B block; a number of tokens that nothing divides
@@ -22,7 +22,7 @@ def made(rows: int, cols: int, gpu: torch.device, seed: int) -> Tensor:
 
 
 def needs_fp8(gpu: torch.device) -> None:
-    if not multiplies(gpu, "fp8"):
+    if not has_8bit_matmul(gpu, "fp8"):
         pytest.skip("this GPU multiplies no fp8")
 
 

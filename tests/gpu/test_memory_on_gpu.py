@@ -18,10 +18,10 @@ from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.params import TransformerParams
 from flux2_studio.engine.runtime import footprint
-from flux2_studio.engine.runtime.streaming import stream
+from flux2_studio.engine.runtime.streaming import stream_blocks
 from flux2_studio.engine.vae.autoencoder import Autoencoder
-from flux2_studio.models.memory.plan import CUDA_WORKSPACE, OVERHEAD
-from flux2_studio.models.memory.residency import Residency, release
+from flux2_studio.models.memory.plan import ALLOCATOR_OVERHEAD, CUDA_WORKSPACE_BYTES
+from flux2_studio.models.memory.residency import Residency, collect_and_empty_cache
 
 CPU = torch.device("cpu")
 HALF = torch.bfloat16
@@ -53,7 +53,7 @@ def drawn(model: Transformer) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     noise, reference = (torch.randn(1, 128, 16, 16, generator=generator) for _ in range(2))
     context = torch.randn(1, 64, model.params.context_width, generator=generator)
-    steps = denoise(model, noise, context, steps=3, guidance=1.0, guiding="none", references=[reference])
+    steps = denoise(model, noise, context, steps=3, guidance=1.0, guidance_mode="none", references=[reference])
     return torch.stack([step.latents for step in steps]).cpu()
 
 
@@ -69,7 +69,7 @@ def test_a_streamed_transformer_draws_the_same(gpu: torch.device, how: str) -> N
     expected = drawn(model)
     model.to(CPU)
     before = torch.cuda.memory_allocated(gpu)
-    streaming = stream(model, [*model.double_blocks, *model.single_blocks], gpu)
+    streaming = stream_blocks(model, [*model.double_blocks, *model.single_blocks], gpu)
     assert torch.cuda.memory_allocated(gpu) - before <= 1.01 * streaming.device_bytes
     assert streaming.device_bytes < streaming.host_bytes
     for _ in range(3):
@@ -88,13 +88,13 @@ def test_a_streamed_transformer_draws_the_same(gpu: torch.device, how: str) -> N
 
 def test_memory_comes_back(gpu: torch.device) -> None:
     """When a part leaves, even if somebody still holds it, and from where it was kept it comes back the same."""
-    release(gpu)
+    collect_and_empty_cache(gpu)
     allocated, reserved = torch.cuda.memory_allocated(gpu), torch.cuda.memory_reserved(gpu)
     size = 4 * 8192**2
     parts: Residency[str] = Residency(gpu, host_budget=2 * size)
 
     def bring(key: str) -> nn.Module:
-        module: nn.Module = parts.bring(
+        module: nn.Module = parts.acquire(
             key, lambda device: nn.Linear(8192, 8192, bias=False, device=device).requires_grad_(False), lambda it: it
         )
         return module
@@ -105,14 +105,14 @@ def test_memory_comes_back(gpu: torch.device) -> None:
     first = bring("a")
     values = first.weight.clone().cpu()
     assert taken() == size
-    parts.leave("a")
-    assert taken() == 0 and parts.held("a") is None and first.weight.device.type == "cpu"
+    parts.offload("a")
+    assert taken() == 0 and parts.get_on_device("a") is None and first.weight.device.type == "cpu"
     assert torch.equal(bring("a").weight.cpu(), values)
     assert taken() == size
     bring("b")
     assert taken() == 2 * size
-    parts.make_room(size, limit=2 * size)  # the one that was not used for longest goes
-    assert taken() == size and parts.held("a") is None
+    parts.evict_until(size, limit=2 * size)  # the one that was not used for longest goes
+    assert taken() == size and parts.get_on_device("a") is None
     parts.drop("b")
     assert taken() == 0
     parts.clear()
@@ -124,11 +124,11 @@ def test_a_streamed_part_gives_its_memory_back(gpu: torch.device) -> None:
     parts: Residency[str] = Residency(gpu, host_budget=0)
     left = []
     for _ in range(2):
-        model: Any = parts.bring(
+        model: Any = parts.acquire(
             "a",
             lambda device: made(DEEP, gpu).to(device),
             lambda it: it,
-            blocks=lambda it: [*it.double_blocks, *it.single_blocks],
+            get_streamed_blocks=lambda it: [*it.double_blocks, *it.single_blocks],
         )
         assert model.device.type == "cuda"
         drawn(model)
@@ -162,8 +162,8 @@ def test_an_evaluation_takes_what_is_planned(gpu: torch.device) -> None:
         t = torch.full((1,), 0.5, device=gpu)
         return model(x, ctx, t, model.rope(torch.zeros(text + tokens, 4)), outputs=tokens)
 
-    planned = footprint.transformer_bytes(WIDE, HALF, batch=1, tokens=tokens, text=text)
-    assert taken(run, gpu) <= MARGIN * planned + OVERHEAD * CUDA_WORKSPACE
+    planned = footprint.transformer_bytes(WIDE, HALF, batch=1, image_tokens=tokens, text_tokens=text)
+    assert taken(run, gpu) <= MARGIN * planned + ALLOCATOR_OVERHEAD * CUDA_WORKSPACE_BYTES
 
 
 def test_decoding_takes_what_is_planned(gpu: torch.device) -> None:
@@ -173,4 +173,4 @@ def test_decoding_takes_what_is_planned(gpu: torch.device) -> None:
     model.bn.float()
     latent = torch.randn(1, 128, SIDE // 16, SIDE // 16)
     planned = footprint.decode_bytes(AUTOENCODER, HALF, SIDE, SIDE, None)
-    assert taken(lambda: model.decode(latent), gpu) <= MARGIN * planned + OVERHEAD * CUDA_WORKSPACE
+    assert taken(lambda: model.decode(latent), gpu) <= MARGIN * planned + ALLOCATOR_OVERHEAD * CUDA_WORKSPACE_BYTES

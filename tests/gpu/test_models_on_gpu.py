@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.synthetic import fill
 from flux2_studio.checkpoints import DEV, KLEIN_4B
-from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.latents import sequence_position_ids
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.text.decoder import Tower, TowerParams, seen
+from flux2_studio.engine.text.decoder import TextDecoder, TextDecoderParams, causal_attention_mask
 from flux2_studio.engine.text.encoder import load_text_encoder
 from flux2_studio.engine.vae.autoencoder import AttnBlock
 from flux2_studio.engine.weights.loading import load_autoencoder, load_transformer
@@ -65,11 +65,13 @@ def velocity(model: Transformer, text: int = 9, high: int = 3, wide: int = 4, *,
     x, references, ctx = made(tokens, 128), made(tokens, 128), made(text, model.params.context_width)
     t = torch.tensor([0.5], device=model.device)
     guidance = torch.tensor([4.0], device=model.device) if model.params.guidance_embedding else None
-    whole = model.rope(sequence_ids(text, high, wide, [torch.empty(1, 1, high, wide)]))
+    whole = model.rope(sequence_position_ids(text, high, wide, [torch.empty(1, 1, high, wide)]))
     cache = ReferenceCache(tokens) if cached else None
     out = model(torch.cat((x, references), 1), ctx, t, whole, guidance, outputs=tokens, cache=cache)
     if cached:
-        out = model(x, ctx, t, model.rope(sequence_ids(text, high, wide)), guidance, outputs=tokens, cache=cache)
+        out = model(
+            x, ctx, t, model.rope(sequence_position_ids(text, high, wide)), guidance, outputs=tokens, cache=cache
+        )
     return out
 
 
@@ -87,7 +89,7 @@ def test_a_whole_loop(toys: Toys, gpu: torch.device) -> None:
 
     def latents(device: torch.device) -> Tensor:
         model = load_transformer(toys.klein_base.file, device=device, dtype=torch.float32)
-        steps = denoise(model, noise, context, steps=4, guidance=3.0, guiding="cfg", negative_context=negative)
+        steps = denoise(model, noise, context, steps=4, guidance=3.0, guidance_mode="cfg", negative_context=negative)
         return torch.stack([step.latents.cpu() for step in steps])
 
     assert relative_error(latents(gpu), latents(CPU)) < 10 * ROUNDING
@@ -165,12 +167,12 @@ def test_the_transformer_gets_a_fast_kernel(wide: Transformer) -> None:
 def test_the_text_encoder_keeps_no_matrix_of_scores(gpu: torch.device) -> None:
     """Its mask rules out the fastest kernels, but not those that do without the matrix."""
     size = {"hidden": 256, "mlp": 256, "layers": 1, "heads": 32, "kv_heads": 8, "head_width": 128}
-    params = TowerParams(vocabulary=16, eps=1e-6, theta=1e6, biased=False, qk_norm=True, **size)  # type: ignore[arg-type]
+    params = TextDecoderParams(vocabulary=16, eps=1e-6, rope_theta=1e6, attention_bias=False, qk_norm=True, **size)  # type: ignore[arg-type]
     with torch.device("meta"):
-        tower = Tower(params)
+        tower = TextDecoder(params)
     fill(tower, seed=0, device=gpu, dtype=torch.bfloat16)
     ids, mask = torch.zeros(1, 512, dtype=torch.long, device=gpu), torch.ones(1, 512, device=gpu)
-    chosen = attention_kernels(lambda: tower(ids, seen(mask), (1,)))
+    chosen = attention_kernels(lambda: tower(ids, causal_attention_mask(mask), (1,)))
     assert chosen and "math" not in chosen, chosen
 
 

@@ -11,14 +11,14 @@ from benchmarks.synthetic import fill
 from benchmarks.text_arms import Prompt, ours
 from benchmarks.transformer_arms import held, made
 from flux2_studio.engine.flux.transformer import Transformer
-from flux2_studio.engine.runtime.compiling import Compiler, Variant, shadow
-from flux2_studio.engine.runtime.graphs import CudaRecorder, Replays
-from flux2_studio.engine.text.decoder import Tower, TowerParams
+from flux2_studio.engine.runtime.compiling import CompileKey, Compiler, clone_sharing_weights
+from flux2_studio.engine.runtime.graphs import CudaGraphCapture, GraphRunner
+from flux2_studio.engine.text.decoder import TextDecoder, TextDecoderParams
 from tests.gpu.test_compiled_on_gpu import WIDE, picture
 from tests.graphs import Tape
 
 # klein 4B's encoder, three layers deep.
-NARROW = TowerParams(
+NARROW = TextDecoderParams(
     vocabulary=5000,
     hidden=2560,
     mlp=9728,
@@ -27,8 +27,8 @@ NARROW = TowerParams(
     kv_heads=8,
     head_width=128,
     eps=1e-6,
-    theta=1e6,
-    biased=False,
+    rope_theta=1e6,
+    attention_bias=False,
     qk_norm=True,
 )
 
@@ -38,7 +38,7 @@ class Counting(Tape):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._recorder = CudaRecorder(device)
+        self._recorder = CudaGraphCapture(device)
 
     def __call__(self, run: Any) -> Any:
         replay, output = self._recorder(run)
@@ -66,33 +66,33 @@ def model(gpu: torch.device) -> Transformer:
 def test_pictures(kind: Any, side: int, batch: int, references: int, model: Transformer, tape: Counting) -> None:
     plain = model if kind is None else held(model, kind, torch.bfloat16)
     expected = picture(plain, side, batch, references)
-    recorded = shadow(plain)
+    recorded = clone_sharing_weights(plain)
     assert isinstance(recorded, Transformer)
-    replays = Replays(lambda: tape)
+    replays = GraphRunner(lambda: tape)
     replays.attach(recorded)
     for _ in range(3):
         assert picture(recorded, side, batch, references).equal(expected)
-    assert replays.trouble is None and (tape.recorded, tape.replayed) == (1, 5)
+    assert replays.error is None and (tape.recorded, tape.replayed) == (1, 5)
 
 
 def test_compiled_blocks(model: Transformer, tape: Counting) -> None:
     compiler = Compiler()
-    compiled = shadow(model)
+    compiled = clone_sharing_weights(model)
     assert isinstance(compiled, Transformer)
-    compiler.compile(compiler.order(compiled, Variant()))
-    assert compiler.attach(compiled, Variant())
+    compiler.compile(compiler.make_job(compiled, CompileKey()))
+    assert compiler.attach(compiled, CompileKey())
     expected = picture(compiled, 256, 1, 0)
-    replays = Replays(lambda: tape)
+    replays = GraphRunner(lambda: tape)
     replays.attach(compiled)
     for _ in range(3):
         assert picture(compiled, 256, 1, 0).equal(expected)
-    assert replays.trouble is None and tape.replayed == 5
+    assert replays.error is None and tape.replayed == 5
 
 
 def test_weights_that_moved_are_read_where_they_are(model: Transformer, tape: Counting) -> None:
-    moved = shadow(model)
+    moved = clone_sharing_weights(model)
     assert isinstance(moved, Transformer)
-    replays = Replays(lambda: tape)
+    replays = GraphRunner(lambda: tape)
     replays.attach(moved)
     for _ in range(2):
         picture(moved, 256, 1, 0)
@@ -103,36 +103,36 @@ def test_weights_that_moved_are_read_where_they_are(model: Transformer, tape: Co
     replays.forget(moved)
     expected = picture(moved, 256, 1, 0)
     assert all(one.equal(expected) for one in found)
-    assert replays.trouble is None and tape.recorded == 2
+    assert replays.error is None and tape.recorded == 2
 
 
 def test_several_recordings_share_their_memory(model: Transformer, tape: Counting) -> None:
-    recorded = shadow(model)
+    recorded = clone_sharing_weights(model)
     assert isinstance(recorded, Transformer)
     sizes = [(256, 1, 0), (320, 1, 0), (256, 2, 0)]
     expected = [picture(model, *size) for size in sizes]
-    replays = Replays(lambda: tape)
+    replays = GraphRunner(lambda: tape)
     replays.attach(recorded)
     for _ in range(3):  # one after the other, in turn
         found = [picture(recorded, *size) for size in sizes]
         assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
-    assert replays.trouble is None and tape.recorded == len(sizes)
+    assert replays.error is None and tape.recorded == len(sizes)
 
 
 def test_prompts(gpu: torch.device, tape: Counting) -> None:
     with torch.device("meta"):
-        tower = Tower(NARROW)
+        tower = TextDecoder(NARROW)
     fill(tower, seed=1, device=gpu, dtype=torch.bfloat16)
     tower.eval().requires_grad_(False)
     read = ours(tower, (1, 3))
     prompts = [Prompt(NARROW.vocabulary, gpu), Prompt(NARROW.vocabulary, gpu)]
     prompts[1].ids, prompts[1].mask = prompts[1].ids.flip(1), torch.ones_like(prompts[1].mask)
     expected = [read(prompt) for prompt in prompts]
-    replays = Replays(lambda: tape)
+    replays = GraphRunner(lambda: tape)
     replays.attach(tower)
     for _ in range(3):
         assert all(read(prompt).equal(other) for prompt, other in zip(prompts, expected, strict=True))
-    assert replays.trouble is None and (tape.recorded, tape.replayed) == (1, 5)
+    assert replays.error is None and (tape.recorded, tape.replayed) == (1, 5)
 
 
 def test_a_recording_that_fails_leaves_nothing_behind(gpu: torch.device, model: Transformer, tape: Counting) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.flux.inpaint import Keep
-from flux2_studio.engine.flux.latents import sequence_ids
+from flux2_studio.engine.flux.inpaint import InpaintMask
+from flux2_studio.engine.flux.latents import sequence_position_ids
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
-from flux2_studio.engine.runtime.streaming import stream
-from flux2_studio.engine.weights.loading import Storage, load_transformer, open_transformer
+from flux2_studio.engine.runtime.streaming import stream_blocks
+from flux2_studio.engine.weights.loading import WeightStorage, load_transformer, open_transformer
 from tests.tiny import Toys
 
 HIGH, WIDE, TEXT = 3, 4, 9
@@ -43,7 +43,7 @@ def test_waiting_is_noticed(gpu: torch.device) -> None:
 
 def loop(model: Transformer, **how: Any) -> Iterator[object]:
     """Five steps."""
-    how = {"guidance": 1.0, "guiding": "none", **how}
+    how = {"guidance": 1.0, "guidance_mode": "none", **how}
     return denoise(
         model, made(1, 128, HIGH, WIDE, seed=1), made(1, TEXT, model.params.context_width, seed=2), steps=5, **how
     )
@@ -53,12 +53,15 @@ REFERENCES = (made(1, 128, 2, 3, seed=4),)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("klein", {}),
     "references": ("klein", {"references": REFERENCES}),
-    "embedded guidance": ("dev", {"guidance": 4.0, "guiding": "embedded"}),
+    "embedded guidance": ("dev", {"guidance": 4.0, "guidance_mode": "embedded"}),
     "two contexts": (
         "klein_base",
-        {"guidance": 4.0, "guiding": "cfg", "negative_context": made(1, TEXT, 96, seed=3)},
+        {"guidance": 4.0, "guidance_mode": "cfg", "negative_context": made(1, TEXT, 96, seed=3)},
     ),
-    "a mask": ("klein", {"keep": Keep(clean=made(1, 128, HIGH, WIDE, seed=5), change=torch.eye(HIGH, WIDE).bool())}),
+    "a mask": (
+        "klein",
+        {"keep": InpaintMask(known_latent=made(1, 128, HIGH, WIDE, seed=5), editable=torch.eye(HIGH, WIDE).bool())},
+    ),
 }
 
 
@@ -82,7 +85,7 @@ def test_steps_with_a_reference_cache(toys: Toys, gpu: torch.device) -> None:
 
 
 @pytest.mark.parametrize("storage", ["fp8", "int8"])
-def test_steps_in_eight_bits(toys: Toys, gpu: torch.device, storage: Storage) -> None:
+def test_steps_in_eight_bits(toys: Toys, gpu: torch.device, storage: WeightStorage) -> None:
     model = open_transformer(toys.klein.file).load(device=gpu, dtype=torch.bfloat16, storage=storage)
     steps = loop(model)
     next(steps)
@@ -92,7 +95,7 @@ def test_steps_in_eight_bits(toys: Toys, gpu: torch.device, storage: Storage) ->
 
 def test_steps_of_a_streamed_model(toys: Toys, gpu: torch.device) -> None:
     model = load_transformer(toys.klein.file, device=torch.device("cpu"), dtype=torch.bfloat16)
-    streaming = stream(model, [*model.double_blocks, *model.single_blocks], gpu)
+    streaming = stream_blocks(model, [*model.double_blocks, *model.single_blocks], gpu)
     steps = loop(model)
     next(steps)
     with no_waiting():
@@ -107,7 +110,7 @@ def test_an_evaluation_that_fills_a_cache(toys: Toys, gpu: torch.device) -> None
     tokens, others = HIGH * WIDE, 6
     x = made(1, tokens + others, 128, seed=1).to(gpu, torch.bfloat16)
     ctx = made(1, TEXT, model.params.context_width, seed=2).to(gpu, torch.bfloat16)
-    rope = model.rope(sequence_ids(TEXT, HIGH, WIDE, REFERENCES))
+    rope = model.rope(sequence_position_ids(TEXT, HIGH, WIDE, REFERENCES))
     t = torch.ones(1, device=gpu)
     with no_waiting():
         model(x, ctx, t, rope, outputs=tokens, cache=ReferenceCache(others))

@@ -13,12 +13,12 @@ from flux2_studio.events import Notice, Result, Saved
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.request import Request
-from flux2_studio.settings import Compile
+from flux2_studio.settings import CompileMode
 from flux2_studio.studio import Studio
 from tests.tiny import Toys
 
 
-def studio_with(toys: Toys, home: Path, choice: Compile, backend: Any) -> Studio:
+def studio_with(toys: Toys, home: Path, choice: CompileMode, backend: Any) -> Studio:
     settings = replace(toys.settings(home, ["klein-4b", "klein-base-4b", "klein-9b-kv"]), compile=choice)
     return Studio(settings, ModelManager(settings, Hub(settings), compiler=Compiler(backend=backend)))
 

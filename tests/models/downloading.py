@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flux2_studio.checkpoints import GB
-from flux2_studio.models.hub.cache import Cache
+from flux2_studio.models.hub.cache import HubCache
 from flux2_studio.models.hub.downloads import Downloads
-from flux2_studio.models.hub.hub_errors import Refusals
+from flux2_studio.models.hub.hub_errors import HubErrorMessages
 from flux2_studio.models.hub.transfer import Transfer
 from tests.models.fake_hub import FLOW, MB, TOY, FakeHub, etag
 
@@ -26,9 +26,9 @@ class Enough(Exception):
 
 def downloads(fake: FakeHub, tmp_path: Path, stretch: int = GB, patience: float = PATIENCE) -> Downloads:
     """As `Hub` makes them, but without pauses before new attempts."""
-    cache = Cache(tmp_path / "cache", patience=0.05)
-    transfer = Transfer(fake.url, cache, patience=patience, pauses=(0.0, 0.0), stretch=stretch)
-    return Downloads(cache, transfer, Refusals(fake.url, cache.root), interval=0.02)
+    cache = HubCache(tmp_path / "cache", lock_timeout=0.05)
+    transfer = Transfer(fake.url, cache, timeout=patience, retry_delays=(0.0, 0.0), range_bytes=stretch)
+    return Downloads(cache, transfer, HubErrorMessages(fake.url, cache.root), interval=0.02)
 
 
 def blobs(tmp_path: Path) -> Path:

@@ -29,8 +29,10 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwxyzSECRET"
 MB = 10**6
 BLOCK = 50_000  # bytes that the hub sends at once
 
-FLOW = Part(kind="flow", repo="maker/Toy-4B", path="toy.safetensors", size=3 * MB, override="TOY_MODEL_PATH")
-GATED = Part(kind="flow", repo="maker/Gated", path="g.safetensors", size=1, override="GATED_MODEL_PATH", gated=True)
+FLOW = Part(kind="flow", repo="maker/Toy-4B", path="toy.safetensors", size=3 * MB, path_variable="TOY_MODEL_PATH")
+GATED = Part(
+    kind="flow", repo="maker/Gated", path="g.safetensors", size=1, path_variable="GATED_MODEL_PATH", gated=True
+)
 VAE = Part(kind="autoencoder", repo="maker/Toy-4B", path="vae/model.safetensors", size=3)
 TEXT = Part(
     kind="text",
@@ -38,7 +40,7 @@ TEXT = Part(
     path="text_encoder",
     tokenizer=("maker/Toy-4B", "tokenizer"),
     size=30,
-    override="TEXT_MODEL_PATH",
+    path_variable="TEXT_MODEL_PATH",
 )
 ROOT_TEXT = Part(kind="text", repo="maker/Root", path="", tokenizer=("maker/Words", ""), size=30)
 TINY = Part(kind="tiny autoencoder", repo="maker/Words", path="consolidated.safetensors", size=14)
@@ -240,11 +242,11 @@ def serve() -> Iterator[FakeHub]:
 
 
 def settings(tmp_path: Path, **overrides: Path) -> Settings:
-    return Settings(home=tmp_path / "home", assets=tmp_path / "assets", overrides=overrides)
+    return Settings(home=tmp_path / "home", assets=tmp_path / "assets", path_overrides=overrides)
 
 
 def hub(fake: FakeHub, tmp_path: Path, **overrides: Path) -> Hub:
-    return Hub(settings(tmp_path, **overrides), endpoint=fake.url, cache=tmp_path / "cache", patience=60)
+    return Hub(settings(tmp_path, **overrides), endpoint=fake.url, cache=tmp_path / "cache", timeout=60)
 
 
 def silent(text: str, fraction: float | None) -> None:

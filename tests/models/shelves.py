@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flux2_studio.checkpoints import NANO, Checkpoint
-from flux2_studio.models.hub.library import Entry, Shelf
+from flux2_studio.models.hub.library import CheckpointLibrary, CheckpointStatus
 from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import CHECKPOINT, MB, OTHER, FakeHub, settings
 
@@ -20,11 +20,11 @@ NAME = CHECKPOINT.name
 
 def shelf(
     fake: FakeHub, tmp_path: Path, *checkpoints: Checkpoint, free: int = 10**12, **overrides: Path
-) -> tuple[Shelf, Hub]:
+) -> tuple[CheckpointLibrary, Hub]:
     """As the page makes them: one hub for both."""
     known = replace(settings(tmp_path, **overrides), checkpoints=(NANO, *(checkpoints or (CHECKPOINT, OTHER))))
-    hub = Hub(known, endpoint=fake.url, cache=tmp_path / "cache", patience=60, free_space=lambda _: free)
-    return Shelf(known, hub), hub
+    hub = Hub(known, endpoint=fake.url, cache=tmp_path / "cache", timeout=60, free_space=lambda _: free)
+    return CheckpointLibrary(known, hub), hub
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -34,10 +34,10 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def reaches(ours: Shelf, state: str, name: str = NAME) -> Entry:
+def reaches(ours: CheckpointLibrary, state: str, name: str = NAME) -> CheckpointStatus:
     """The entry, once it is in `state`; nothing of it moves any more, unless that is downloading."""
-    until(lambda: ours.entry(name).state == state)
-    return ours.entry(name)
+    until(lambda: ours.get_status(name).state == state)
+    return ours.get_status(name)
 
 
 def weights(tmp_path: Path) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 from flux2_studio.checkpoints import GB
 from flux2_studio.errors import DownloadError
 from flux2_studio.models.hub.cache import RemoteFile
-from flux2_studio.models.hub.downloads import Downloads, Running, Speed, duration
+from flux2_studio.models.hub.downloads import ActiveDownload, Downloads, DownloadSpeed, format_time_left
 from flux2_studio.models.hub.transfer import CHECKING, DOWNLOADING, RETRYING
 from tests.models.downloading import (
     ETAG,
@@ -187,13 +187,13 @@ def test_two_share_one_download_and_one_may_leave(fake: FakeHub, tmp_path: Path)
     until(lambda: one.sees("2.0 of 3.0 MB") and other.sees("2.0 of 3.0 MB"))
     one.give_up.set()
     assert isinstance(one.end(), Enough)
-    assert ours.reached(FLOW)
+    assert ours.progress_of(FLOW)
     fake.go.set()
     assert other.end() is None
     assert toy(tmp_path) == TOY and len(fake.sent) == 1
     assert other.told[0] == ("Downloading Toy-4B", None)
     assert other.told[-1] == ("Downloading Toy-4B: 3.0 of 3.0 MB", 1.0)
-    assert not ours.reached(FLOW)
+    assert not ours.progress_of(FLOW)
 
 
 def test_the_last_to_leave_pauses_it(fake: FakeHub, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_the_last_to_leave_pauses_it(fake: FakeHub, tmp_path: Path) -> None:
     for one in both:
         one.give_up.set()
         assert isinstance(one.end(), Enough)
-    assert not ours.reached(FLOW)
+    assert not ours.progress_of(FLOW)
     fake.go.set()
     until(no_thread_is_left)
     there = arrived(tmp_path)
@@ -236,7 +236,7 @@ def test_what_the_first_word_raises_starts_nothing(fake: FakeHub, tmp_path: Path
     ours = downloads(fake, tmp_path)
     with pytest.raises(error):
         ours.download(VAE, interrupt)
-    assert fake.asked == [] and not ours.reached(VAE)
+    assert fake.asked == [] and not ours.progress_of(VAE)
 
 
 # --- how it is told -----------------------------------------------------------------------------------------------
@@ -252,41 +252,41 @@ class Clock:
 
 def test_speed_is_the_mean_of_the_last_ten_seconds() -> None:
     clock = Clock()
-    speed = Speed(clock)
+    speed = DownloadSpeed(clock)
     speed.add(10 * MB)
-    assert speed.per_second() is None  # too early to tell
+    assert speed.bytes_per_second() is None  # too early to tell
     for _ in range(40):
         clock.now += 0.5
         speed.add(MB)
-    assert speed.per_second() == pytest.approx(2 * MB)
+    assert speed.bytes_per_second() == pytest.approx(2 * MB)
     for _ in range(40):
         clock.now += 0.5
         speed.add(4 * MB)
-    assert speed.per_second() == pytest.approx(8 * MB)
+    assert speed.bytes_per_second() == pytest.approx(8 * MB)
     clock.now += 60
-    assert speed.per_second() == 0
+    assert speed.bytes_per_second() == 0
 
 
 def test_what_is_told() -> None:
     clock = Clock()
-    running = Running("Toy-4B", clock)
+    running = ActiveDownload("Toy-4B", clock)
     file = RemoteFile(repo="a/b", commit="c", name="d", size=10 * GB, etag="e", digest="sha256", git_id="f")
-    assert running.reached().told == ("Downloading Toy-4B", None) and running.to_come == 0
-    running.plan({file: 2 * GB})
-    assert running.reached().told == ("Downloading Toy-4B: 2.0 of 10.0 GB", 0.2)
-    running.report(file, CHECKING, GB)
-    assert running.reached().told == ("Checking what is here of Toy-4B: 1.0 of 2.0 GB", 0.5)
+    assert running.progress().status == ("Downloading Toy-4B", None) and running.remaining_bytes == 0
+    running.set_files({file: 2 * GB})
+    assert running.progress().status == ("Downloading Toy-4B: 2.0 of 10.0 GB", 0.2)
+    running.update(file, CHECKING, GB)
+    assert running.progress().status == ("Checking what is here of Toy-4B: 1.0 of 2.0 GB", 0.5)
     for second in range(1, 21):
         clock.now += 1
-        running.report(file, DOWNLOADING, 2 * GB + second * 100 * MB)
-    assert running.reached().told == ("Downloading Toy-4B: 4.0 of 10.0 GB, 100.0 MB/s, 1 min left", 0.4)
-    assert running.to_come == 6 * GB
-    running.report(file, RETRYING, 4 * GB)
-    assert running.reached().told == ("The connection broke: trying again to download Toy-4B: 4.0 of 10.0 GB", 0.4)
+        running.update(file, DOWNLOADING, 2 * GB + second * 100 * MB)
+    assert running.progress().status == ("Downloading Toy-4B: 4.0 of 10.0 GB, 100.0 MB/s, 1 min left", 0.4)
+    assert running.remaining_bytes == 6 * GB
+    running.update(file, RETRYING, 4 * GB)
+    assert running.progress().status == ("The connection broke: trying again to download Toy-4B: 4.0 of 10.0 GB", 0.4)
 
 
 def test_durations() -> None:
-    assert [duration(seconds) for seconds in (4.4, 59.4, 61, 3599, 7500)] == [
+    assert [format_time_left(seconds) for seconds in (4.4, 59.4, 61, 3599, 7500)] == [
         "4 s",
         "59 s",
         "1 min",

@@ -15,7 +15,7 @@ import pytest
 from flux2_studio.checkpoints import KLEIN_4B, NANO
 from flux2_studio.errors import WeightsError
 from flux2_studio.models.hub import fingerprint
-from flux2_studio.models.hub.fingerprint import Fingerprints
+from flux2_studio.models.hub.fingerprint import WeightHashes
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
 from flux2_studio.settings import ASSETS, Settings
@@ -51,20 +51,20 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how much is read without asking."""
 
     def chosen(size: int) -> None:
-        monkeypatch.setattr(fingerprint, "AT_ONCE", size)
+        monkeypatch.setattr(fingerprint, "MAX_QUICK_HASH_BYTES", size)
 
     return chosen
 
 
 def test_a_file_is_read_once(weights: Path, remembered: Path, at_once: Callable[[int], None]) -> None:
     told = Told()
-    prints = Fingerprints(remembered)
+    prints = WeightHashes(remembered)
     at_once(100)
-    assert prints.known(weights) is None and not remembered.exists(), "it is too large to be read in passing"
-    assert prints.read(weights, told) == SHA256
+    assert prints.get_quick(weights) is None and not remembered.exists(), "it is too large to be read in passing"
+    assert prints.compute(weights, told) == SHA256
     assert told.fractions == [0.0]
-    for it in (prints, Fingerprints(remembered)):  # and after the next start
-        assert it.known(weights) == it.read(weights, told) == SHA256
+    for it in (prints, WeightHashes(remembered)):  # and after the next start
+        assert it.get_quick(weights) == it.compute(weights, told) == SHA256
     assert len(told.fractions) == 1
     (entry,) = json.loads(remembered.read_text("utf-8")).values()
     found = weights.stat()
@@ -78,13 +78,13 @@ def test_a_file_is_read_once(weights: Path, remembered: Path, at_once: Callable[
 
 
 def test_a_small_file_is_read_in_passing(weights: Path, remembered: Path) -> None:
-    assert Fingerprints(remembered).known(weights) == SHA256
+    assert WeightHashes(remembered).get_quick(weights) == SHA256
 
 
 @pytest.mark.parametrize("how", ["written", "touched", "replaced"])
 def test_a_file_that_changed_is_read_again(weights: Path, remembered: Path, how: str) -> None:
-    prints = Fingerprints(remembered)
-    prints.known(weights)
+    prints = WeightHashes(remembered)
+    prints.get_quick(weights)
     before = weights.stat()
     content = CONTENT
     if how == "written":
@@ -100,37 +100,39 @@ def test_a_file_that_changed_is_read_again(weights: Path, remembered: Path, how:
         other.write_bytes(content)
         os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
         other.replace(weights)
-    assert prints.known(weights) == Fingerprints(remembered).known(weights) == hashlib.sha256(content).hexdigest()
+    assert (
+        prints.get_quick(weights) == WeightHashes(remembered).get_quick(weights) == hashlib.sha256(content).hexdigest()
+    )
 
 
 def test_a_file_that_is_gone_is_forgotten(weights: Path, remembered: Path, tmp_path: Path) -> None:
-    prints = Fingerprints(remembered)
-    prints.known(weights)
+    prints = WeightHashes(remembered)
+    prints.get_quick(weights)
     weights.unlink()
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other")
-    prints.known(other)
+    prints.get_quick(other)
     assert list(json.loads(remembered.read_text("utf-8"))) == [str(other)]
     with pytest.raises(WeightsError, match=r"weights\.safetensors cannot be read.*download it again"):
-        prints.known(weights)
+        prints.get_quick(weights)
 
 
 def test_giving_up(weights: Path, remembered: Path) -> None:
     def give_up(text: str, fraction: float | None) -> None:
         raise KeyboardInterrupt
 
-    prints = Fingerprints(remembered)
+    prints = WeightHashes(remembered)
     with pytest.raises(KeyboardInterrupt):
-        prints.read(weights, give_up)
+        prints.compute(weights, give_up)
     assert not remembered.exists()
-    assert prints.read(weights, Told()) == SHA256
+    assert prints.compute(weights, Told()) == SHA256
 
 
 def test_how_far_it_is(weights: Path, remembered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "CHUNK", 700)
-    monkeypatch.setattr(fingerprint, "TOLD_EVERY", 0.0)
+    monkeypatch.setattr(fingerprint, "WEIGHT_HASH_CHUNK_BYTES", 700)
+    monkeypatch.setattr(fingerprint, "HASH_PROGRESS_SECONDS", 0.0)
     told = Told()
-    Fingerprints(remembered).read(weights, told)
+    WeightHashes(remembered).compute(weights, told)
     assert told.fractions == [step / 10 for step in range(10)]
 
 
@@ -139,7 +141,7 @@ def test_a_file_that_is_written_to_while_it_is_read(weights: Path, remembered: P
         weights.write_bytes(CONTENT + b"more")
 
     with pytest.raises(WeightsError, match="is being written to: try again"):
-        Fingerprints(remembered).read(weights, write)
+        WeightHashes(remembered).compute(weights, write)
     assert not remembered.exists()
 
 
@@ -154,42 +156,42 @@ def test_a_damaged_memory_is_passed_over_and_written_anew(
 ) -> None:
     remembered.parent.mkdir()
     remembered.write_bytes(damage.replace("%s", str(weights), 1).replace("%s", "0" * 64).encode("latin-1"))
-    assert Fingerprints(remembered).known(weights) == SHA256
+    assert WeightHashes(remembered).get_quick(weights) == SHA256
     assert "hashes.json" in caplog.text
     assert json.loads(remembered.read_text("utf-8"))[str(weights)]["sha256"] == SHA256
 
 
 def test_what_is_whole_of_a_damaged_memory_is_kept(weights: Path, remembered: Path) -> None:
-    prints = Fingerprints(remembered)
-    prints.known(weights)
+    prints = WeightHashes(remembered)
+    prints.get_quick(weights)
     content = json.loads(remembered.read_text("utf-8"))
     content[str(weights)]["sha256"] = "a" * 64  # to see where it comes from
     remembered.write_text(json.dumps({**content, "/nowhere": {"inode": "1"}}), "utf-8")
-    assert Fingerprints(remembered).known(weights) == "a" * 64
+    assert WeightHashes(remembered).get_quick(weights) == "a" * 64
     content[str(weights)]["sha256"] = "no hash"
     remembered.write_text(json.dumps(content), "utf-8")
-    assert Fingerprints(remembered).known(weights) == SHA256
+    assert WeightHashes(remembered).get_quick(weights) == SHA256
 
 
 def test_a_memory_that_cannot_be_written_lasts_as_long_as_the_studio(
     weights: Path, tmp_path: Path, at_once: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "home").write_text("a file where the folder should be")
-    prints = Fingerprints(tmp_path / "home" / "hashes.json")
-    assert prints.read(weights, Told()) == SHA256
+    prints = WeightHashes(tmp_path / "home" / "hashes.json")
+    assert prints.compute(weights, Told()) == SHA256
     assert "cannot be written" in caplog.text
     at_once(0)
-    assert prints.known(weights) == SHA256
-    assert Fingerprints(tmp_path / "home" / "hashes.json").known(weights) is None
+    assert prints.get_quick(weights) == SHA256
+    assert WeightHashes(tmp_path / "home" / "hashes.json").get_quick(weights) is None
 
 
 def test_two_studios_keep_each_others_hashes(weights: Path, remembered: Path, tmp_path: Path) -> None:
-    one, two = Fingerprints(remembered), Fingerprints(remembered)
+    one, two = WeightHashes(remembered), WeightHashes(remembered)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other")
-    one.known(weights)
-    two.known(other)
-    one.known(weights)
+    one.get_quick(weights)
+    two.get_quick(other)
+    one.get_quick(weights)
     assert list(json.loads(remembered.read_text("utf-8"))) == sorted([str(weights), str(other)])
 
 
@@ -212,17 +214,17 @@ def test_the_hubs_cache_knows_it(tmp_path: Path, remembered: Path, at_once: Call
     at_once(0)
     file = cached(tmp_path, "f" * 64)
     told = Told()
-    prints = Fingerprints(remembered)
-    assert prints.known(file) == prints.read(file, told) == "f" * 64
+    prints = WeightHashes(remembered)
+    assert prints.get_quick(file) == prints.compute(file, told) == "f" * 64
     assert told.fractions == [] and not remembered.exists()
 
 
 def test_a_blob_that_no_hash_names_is_read(tmp_path: Path, remembered: Path) -> None:
-    assert Fingerprints(remembered).known(cached(tmp_path, "f" * 40)) == SHA256, "the id of a small file, in git"
+    assert WeightHashes(remembered).get_quick(cached(tmp_path, "f" * 40)) == SHA256, "the id of a small file, in git"
     link, target = tmp_path / "link", tmp_path / ("e" * 64)
     target.write_bytes(CONTENT)
     link.symlink_to(target)
-    assert Fingerprints(remembered).known(link) == SHA256, "any link may lead to a file of such a name"
+    assert WeightHashes(remembered).get_quick(link) == SHA256, "any link may lead to a file of such a name"
 
 
 def test_a_folder_of_several(toys: Toys, remembered: Path, tmp_path: Path) -> None:
@@ -232,34 +234,34 @@ def test_a_folder_of_several(toys: Toys, remembered: Path, tmp_path: Path) -> No
     assert len(shards) > 1
     lines = "".join(f"{shard.name} {hashlib.sha256(shard.read_bytes()).hexdigest()}\n" for shard in shards)
     expected = hashlib.sha256(lines.encode()).hexdigest()
-    prints = Fingerprints(remembered)
-    assert prints.known(folder) == expected
+    prints = WeightHashes(remembered)
+    assert prints.get_quick(folder) == expected
     assert len(json.loads(remembered.read_text("utf-8"))) == len(shards)
     shutil.copytree(folder, tmp_path / "repository" / "transformer")
-    assert prints.known(tmp_path / "repository", "transformer") == expected
+    assert prints.get_quick(tmp_path / "repository", "transformer") == expected
     (folder / "unrelated.safetensors").write_bytes(b"anything")
-    assert prints.known(folder) == expected, "only what the index names"
+    assert prints.get_quick(folder) == expected, "only what the index names"
     shards[0].unlink()
     with pytest.raises(WeightsError, match="lacks"):
-        prints.known(folder)
+        prints.get_quick(folder)
 
 
 def test_checkpoints(toys: Toys, tmp_path: Path, at_once: Callable[[int], None]) -> None:
     settings = toys.settings(tmp_path / "home", ["klein-4b"])
     models = ModelManager(settings, Hub(settings))
     nano = hashlib.sha256((ASSETS / NANO.flow.path).read_bytes()).hexdigest()
-    assert models.hash_of(NANO) == nano
+    assert models.quick_hash(NANO) == nano
     at_once(100)
-    assert models.hash_of(KLEIN_4B) is None
+    assert models.quick_hash(KLEIN_4B) is None
     expected = hashlib.sha256(toys.klein.file.read_bytes()).hexdigest()
-    assert models.hashing(KLEIN_4B, Told()) == expected
-    assert models.hash_of(KLEIN_4B) == expected
+    assert models.compute_hash(KLEIN_4B, Told()) == expected
+    assert models.quick_hash(KLEIN_4B) == expected
     assert sorted(json.loads((settings.home / "hashes.json").read_text("utf-8"))) == sorted(
         [str(ASSETS / NANO.flow.path), str(toys.klein.file)]
     )
-    missing = replace(settings, overrides={"KLEIN_4B_MODEL_PATH": tmp_path / "nowhere"})
-    assert ModelManager(missing, Hub(missing)).hash_of(KLEIN_4B) is None
+    missing = replace(settings, path_overrides={"KLEIN_4B_MODEL_PATH": tmp_path / "nowhere"})
+    assert ModelManager(missing, Hub(missing)).quick_hash(KLEIN_4B) is None
     with pytest.raises(WeightsError, match="KLEIN_4B_MODEL_PATH"):
-        ModelManager(missing, Hub(missing)).hashing(KLEIN_4B, Told())
+        ModelManager(missing, Hub(missing)).compute_hash(KLEIN_4B, Told())
     nowhere = Settings(home=tmp_path)
-    assert ModelManager(nowhere, Hub(nowhere, cache=tmp_path / "empty")).hash_of(KLEIN_4B) is None
+    assert ModelManager(nowhere, Hub(nowhere, cache=tmp_path / "empty")).quick_hash(KLEIN_4B) is None

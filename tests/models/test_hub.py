@@ -43,7 +43,7 @@ from tests.models.fake_hub import (
 
 def refused(hub: Hub, part: Part) -> str:
     with pytest.raises(DownloadError) as error:
-        hub.locate(part, silent)
+        hub.find_or_download(part, silent)
     message = str(error.value)
     assert TOKEN not in message and "Error" not in message and "Traceback" not in message
     return message
@@ -58,25 +58,25 @@ def names(folder: Path) -> set[str]:
 
 def test_a_file_is_downloaded_once_and_then_used_without_the_network(fake: FakeHub, tmp_path: Path) -> None:
     ours = hub(fake, tmp_path)
-    assert not ours.on_disk(VAE) and fake.asked == []
-    files = ours.locate(VAE, silent)
+    assert not ours.is_on_disk(VAE) and fake.asked == []
+    files = ours.find_or_download(VAE, silent)
     assert files.tokenizer is None and files.weights.read_bytes() == b"vae"
     assert files.weights.name == "model.safetensors"
     fake.asked.clear()
-    assert ours.on_disk(VAE) and ours.locate(VAE, silent) == files
-    assert hub(fake, tmp_path).locate(VAE, silent) == files
+    assert ours.is_on_disk(VAE) and ours.find_or_download(VAE, silent) == files
+    assert hub(fake, tmp_path).find_or_download(VAE, silent) == files
     assert fake.asked == []
 
 
 def test_a_text_encoder_comes_with_its_tokenizer_and_without_pickles(fake: FakeHub, tmp_path: Path) -> None:
-    files = hub(fake, tmp_path).locate(TEXT, silent)
+    files = hub(fake, tmp_path).find_or_download(TEXT, silent)
     assert names(files.weights) == set(SHARDED)
     assert files.tokenizer is not None and names(files.tokenizer) == set(TOKENIZER)
     assert not any("toy.safetensors" in asked or ".bin" in asked or "README" in asked for asked in fake.asked)
 
 
 def test_a_root_repository_is_not_downloaded_twice_over(fake: FakeHub, tmp_path: Path) -> None:
-    files = hub(fake, tmp_path).locate(ROOT_TEXT, silent)
+    files = hub(fake, tmp_path).find_or_download(ROOT_TEXT, silent)
     assert names(files.weights) == set(SHARDED)
     assert files.tokenizer is not None and names(files.tokenizer) == {*TOKENIZER, "config.json"}
     assert not any("consolidated" in asked for asked in fake.asked)
@@ -84,7 +84,7 @@ def test_a_root_repository_is_not_downloaded_twice_over(fake: FakeHub, tmp_path:
 
 def test_a_broken_off_folder_is_not_on_disk_and_is_completed(fake: FakeHub, tmp_path: Path) -> None:
     ours = hub(fake, tmp_path)
-    files = ours.locate(TEXT, silent)
+    files = ours.find_or_download(TEXT, silent)
     assert files.tokenizer is not None
     for missing in (
         files.weights / "model-00002-of-00002.safetensors",
@@ -95,35 +95,35 @@ def test_a_broken_off_folder_is_not_on_disk_and_is_completed(fake: FakeHub, tmp_
         files.tokenizer / "chat_template.jinja",
     ):
         missing.unlink()
-        assert not ours.on_disk(TEXT), missing.name
-        assert ours.locate(TEXT, silent) == files
-        assert missing.is_file() and ours.on_disk(TEXT)
+        assert not ours.is_on_disk(TEXT), missing.name
+        assert ours.find_or_download(TEXT, silent) == files
+        assert missing.is_file() and ours.is_on_disk(TEXT)
 
 
 def test_what_another_tool_left_in_the_cache_is_judged_by_the_index(fake: FakeHub, tmp_path: Path) -> None:
     """Without the listing that newer versions of huggingface_hub keep."""
-    hub(fake, tmp_path).locate(TEXT, silent)
+    hub(fake, tmp_path).find_or_download(TEXT, silent)
     shutil.copytree(tmp_path / "cache", tmp_path / "others", symlinks=True, ignore=shutil.ignore_patterns("trees"))
     ours = Hub(settings(tmp_path), endpoint=fake.url, cache=tmp_path / "others")
     fake.asked.clear()
-    assert ours.on_disk(TEXT)
+    assert ours.is_on_disk(TEXT)
     snapshot = tmp_path / "others" / "models--maker--Toy-4B" / "snapshots" / COMMIT
     words = snapshot / "tokenizer"
     for missing in (snapshot / "text_encoder" / "model-00001-of-00002.safetensors", words / "tokenizer_config.json"):
         content = missing.read_bytes()
         missing.unlink()
-        assert not ours.on_disk(TEXT), missing.name
+        assert not ours.is_on_disk(TEXT), missing.name
         missing.write_bytes(content)
     (words / "tokenizer.json").rename(words / "vocab.json")
-    assert not ours.on_disk(TEXT)  # a vocabulary in two files, of which one is missing
+    assert not ours.is_on_disk(TEXT)  # a vocabulary in two files, of which one is missing
     fill(words, "merges.txt")
-    assert ours.on_disk(TEXT)
+    assert ours.is_on_disk(TEXT)
     assert ours.size_on_disk(TEXT) > 0 and fake.asked == []
 
 
 def test_other_tools_find_what_we_downloaded(fake: FakeHub, tmp_path: Path) -> None:
-    hub(fake, tmp_path).locate(TEXT, silent)
-    hub(fake, tmp_path).locate(VAE, silent)
+    hub(fake, tmp_path).find_or_download(TEXT, silent)
+    hub(fake, tmp_path).find_or_download(VAE, silent)
     cache = tmp_path / "cache"
     file = hf_hub_download(VAE.repo, VAE.path, cache_dir=cache, local_files_only=True)
     assert Path(file).read_bytes() == b"vae"
@@ -136,19 +136,19 @@ def test_other_tools_find_what_we_downloaded(fake: FakeHub, tmp_path: Path) -> N
 
 def test_a_new_commit_leaves_what_it_did_not_change(fake: FakeHub, tmp_path: Path) -> None:
     ours = hub(fake, tmp_path)
-    ours.locate(VAE, silent)
+    ours.find_or_download(VAE, silent)
     fake.commits["maker/Toy-4B"] = NEWER
     fake.repos["maker/Toy-4B"]["README.md"] = b"new"
-    assert NEWER in str(ours.locate(FLOW, silent).weights)
-    assert ours.on_disk(VAE) and [name for name, _ in fake.sent] == ["vae/model.safetensors", "toy.safetensors"]
+    assert NEWER in str(ours.find_or_download(FLOW, silent).weights)
+    assert ours.is_on_disk(VAE) and [name for name, _ in fake.sent] == ["vae/model.safetensors", "toy.safetensors"]
 
 
 def test_a_mirror_that_lists_only_names(fake: FakeHub, tmp_path: Path) -> None:
     fake.bare = True
     ours = hub(fake, tmp_path)
-    assert ours.locate(FLOW, silent).weights.read_bytes() == TOY
-    files = ours.locate(TEXT, silent)
-    assert names(files.weights) == set(SHARDED) and ours.on_disk(TEXT)
+    assert ours.find_or_download(FLOW, silent).weights.read_bytes() == TOY
+    files = ours.find_or_download(TEXT, silent)
+    assert names(files.weights) == set(SHARDED) and ours.is_on_disk(TEXT)
 
 
 # --- what can go wrong --------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_no_part_of_a_token_is_in_the_chain_of_errors(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     fake.refusals["maker/Gated"] = (403, "GatedRepo", "not in the authorized list")
     with pytest.raises(DownloadError) as error:
-        hub(fake, tmp_path).locate(GATED, silent)
+        hub(fake, tmp_path).find_or_download(GATED, silent)
     assert TOKEN not in "".join(traceback.format_exception(error.value))
 
 
@@ -203,13 +203,13 @@ def test_a_token_is_sent_to_the_hub_only_and_never_logged(
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     told: list[str] = []
-    hub(fake, tmp_path).locate(GATED, lambda text, fraction: told.append(text))
+    hub(fake, tmp_path).find_or_download(GATED, lambda text, fraction: told.append(text))
     assert fake.tokens == {f"Bearer {TOKEN}"} and fake.cdn_tokens == {None}
     assert caplog.text and TOKEN not in caplog.text and TOKEN not in "".join(told)
 
 
 def test_what_is_open_needs_no_token(fake: FakeHub, tmp_path: Path) -> None:
-    assert hub(fake, tmp_path).locate(VAE, silent)
+    assert hub(fake, tmp_path).find_or_download(VAE, silent)
     assert fake.tokens == {None}
 
 
@@ -222,7 +222,7 @@ def test_no_such_repository(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.M
         message = refused(hub(fake, tmp_path), part)
         assert message == (
             f"The hub has no repository maker/Gone, or hides it: look at {fake.url}/maker/Gone, or set "
-            f"{part.override} to a local copy."
+            f"{part.path_variable} to a local copy."
         )
 
 
@@ -260,7 +260,7 @@ def test_room_is_looked_for_before_the_first_byte(fake: FakeHub, tmp_path: Path)
     assert fake.sent == [] and asked == [tmp_path / "a" / "cache"]
     with pytest.raises(DownloadError, match=r"no room for FLUX\.2 klein 4B in .*: 3\.0 MB are still to come"):
         ours.download(CHECKPOINT, CHECKPOINT.parts, silent)
-    assert ours.locate(VAE, silent)  # which fits
+    assert ours.find_or_download(VAE, silent)  # which fits
 
 
 def test_a_cache_that_cannot_be_written(fake: FakeHub, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_no_connection(tmp_path: Path) -> None:
     for part in (FLOW, TEXT):
         message = refused(ours, part)
         assert "http://127.0.0.1:9 cannot be reached" in message
-        assert message.endswith(f"or set {part.override} to a local copy.")
+        assert message.endswith(f"or set {part.path_variable} to a local copy.")
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def mute() -> Iterator[str]:
 
 
 def test_a_hub_that_never_answers(mute: str, tmp_path: Path) -> None:
-    ours = Hub(settings(tmp_path), endpoint=mute, cache=tmp_path / "cache", patience=0.5)
+    ours = Hub(settings(tmp_path), endpoint=mute, cache=tmp_path / "cache", timeout=0.5)
     for part in (FLOW, TEXT):
         assert f"{mute} cannot be reached" in refused(ours, part)
 
@@ -304,7 +304,7 @@ def test_waiting_for_the_hub_can_be_stopped(mute: str, tmp_path: Path) -> None:
             raise Enough
 
     with pytest.raises(Enough):
-        Hub(settings(tmp_path), endpoint=mute, cache=tmp_path / "cache", patience=30).locate(FLOW, give_up)
+        Hub(settings(tmp_path), endpoint=mute, cache=tmp_path / "cache", timeout=30).find_or_download(FLOW, give_up)
     assert told == [("Downloading Toy-4B", None)] * 2
 
 
@@ -322,22 +322,22 @@ def test_a_local_file_or_folder_comes_before_the_hub(fake: FakeHub, tmp_path: Pa
     own.write_bytes(b"mine")
     for path in (own, tmp_path):
         ours = hub(fake, tmp_path, TOY_MODEL_PATH=path)
-        assert ours.on_disk(FLOW)
-        assert ours.locate(FLOW, silent) == PartFiles(weights=path, tokenizer=None)
+        assert ours.is_on_disk(FLOW)
+        assert ours.find_or_download(FLOW, silent) == PartFiles(weights=path, tokenizer=None)
     assert fake.asked == []
 
 
 def test_a_local_copy_that_is_not_there(fake: FakeHub, tmp_path: Path) -> None:
     ours = hub(fake, tmp_path, TOY_MODEL_PATH=tmp_path / "gone.safetensors", TEXT_MODEL_PATH=tmp_path / "gone")
-    assert not ours.on_disk(FLOW) and not ours.on_disk(TEXT)
+    assert not ours.is_on_disk(FLOW) and not ours.is_on_disk(TEXT)
     with pytest.raises(WeightsError) as error:
-        ours.locate(FLOW, silent)
+        ours.find_or_download(FLOW, silent)
     assert str(error.value) == (
         f"TOY_MODEL_PATH points to {tmp_path}/gone.safetensors, where there is nothing: set it to a .safetensors file "
         f"or to the folder that holds it, or unset it."
     )
     with pytest.raises(WeightsError, match=r"TEXT_MODEL_PATH points to .*/gone, where there is no folder"):
-        ours.locate(TEXT, silent)
+        ours.find_or_download(TEXT, silent)
     assert fake.asked == []  # and it is not fetched from the hub behind the user's back
 
 
@@ -363,8 +363,8 @@ def test_the_places_of_a_local_text_encoder_and_its_tokenizer(fake: FakeHub, tmp
         (inside, inside, inside_words),
     ):
         ours = hub(fake, tmp_path, TEXT_MODEL_PATH=given)
-        assert ours.on_disk(TEXT)
-        assert ours.locate(TEXT, silent) == PartFiles(weights=weights, tokenizer=tokenizer)
+        assert ours.is_on_disk(TEXT)
+        assert ours.find_or_download(TEXT, silent) == PartFiles(weights=weights, tokenizer=tokenizer)
     assert fake.asked == []
 
 
@@ -375,27 +375,27 @@ def test_a_local_text_encoder_that_lacks_something(fake: FakeHub, tmp_path: Path
         (fill(tmp_path / "b", *WEIGHTS), "which has no tokenizer: put its tokenizer.json"),
     ):
         ours = hub(fake, tmp_path, TEXT_MODEL_PATH=folder)
-        assert not ours.on_disk(TEXT)
+        assert not ours.is_on_disk(TEXT)
         with pytest.raises(WeightsError) as error:
-            ours.locate(TEXT, silent)
+            ours.find_or_download(TEXT, silent)
         assert said in str(error.value) and f"TEXT_MODEL_PATH points to {folder}" in str(error.value)
 
 
 def test_what_ships_with_the_studio(fake: FakeHub, tmp_path: Path) -> None:
     part = Part(kind="text", repo=None, path="toy/text", tokenizer=(None, "toy/words"), size=1)
     ours = hub(fake, tmp_path)
-    assert not ours.on_disk(part)
+    assert not ours.is_on_disk(part)
     with pytest.raises(WeightsError, match="ships with the studio: install the studio again"):
-        ours.locate(part, silent)
+        ours.find_or_download(part, silent)
     weights, words = fill(tmp_path / "assets" / "toy" / "text"), fill(tmp_path / "assets" / "toy" / "words")
-    assert ours.on_disk(part)
-    assert ours.locate(part, silent) == PartFiles(weights=weights, tokenizer=words)
+    assert ours.is_on_disk(part)
+    assert ours.find_or_download(part, silent) == PartFiles(weights=weights, tokenizer=words)
 
 
 def test_a_file_of_the_users_folder_that_is_gone(fake: FakeHub, tmp_path: Path) -> None:
     part = Part(kind="flow", repo=None, path=str(tmp_path / "mine.safetensors"), size=1)
     with pytest.raises(WeightsError, match=r"mine\.safetensors is not there any more: put it back"):
-        hub(fake, tmp_path).locate(part, silent)
+        hub(fake, tmp_path).find_or_download(part, silent)
 
 
 # --- several parts, and removing them -----------------------------------------------------------------------------
@@ -406,7 +406,7 @@ TOY_ETAG = etag("toy.safetensors", TOY)
 
 def with_checkpoints(fake: FakeHub, tmp_path: Path, *checkpoints: Checkpoint, **overrides: Path) -> Hub:
     known = replace(settings(tmp_path, **overrides), checkpoints=(NANO, *checkpoints))
-    return Hub(known, endpoint=fake.url, cache=tmp_path / "cache", patience=60)
+    return Hub(known, endpoint=fake.url, cache=tmp_path / "cache", timeout=60)
 
 
 def blobs(tmp_path: Path) -> int:
@@ -417,17 +417,17 @@ def blobs(tmp_path: Path) -> int:
 def test_a_whole_checkpoint_comes_and_goes(fake: FakeHub, tmp_path: Path) -> None:
     ours = with_checkpoints(fake, tmp_path, CHECKPOINT, OTHER)
     ours.download(CHECKPOINT, ALL_OF_IT, silent)
-    assert all(ours.on_disk(part) for part in ALL_OF_IT)
+    assert all(ours.is_on_disk(part) for part in ALL_OF_IT)
     fake.asked.clear()
     ours.download(CHECKPOINT, ALL_OF_IT, silent)
     assert fake.asked == []
     assert ours.size_on_disk(FLOW) == 3 * MB and ours.size_on_disk(VAE) == 3
     before = blobs(tmp_path)
     removed = ours.remove(CHECKPOINT)
-    assert removed.kept == () and removed.freed == before
-    assert blobs(tmp_path) == 0 and not any(ours.on_disk(part) or ours.size_on_disk(part) for part in ALL_OF_IT)
+    assert removed.kept_parts == () and removed.freed_bytes == before
+    assert blobs(tmp_path) == 0 and not any(ours.is_on_disk(part) or ours.size_on_disk(part) for part in ALL_OF_IT)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]  # no empty folders
-    assert ours.remove(CHECKPOINT).freed == 0
+    assert ours.remove(CHECKPOINT).freed_bytes == 0
 
 
 def test_what_another_checkpoint_needs_is_kept_and_named(fake: FakeHub, tmp_path: Path) -> None:
@@ -435,21 +435,21 @@ def test_what_another_checkpoint_needs_is_kept_and_named(fake: FakeHub, tmp_path
     for checkpoint in (CHECKPOINT, OTHER):
         ours.download(checkpoint, (*checkpoint.parts, TINY), silent)
     removed = ours.remove(CHECKPOINT)
-    assert removed.freed == 3 * MB
-    assert removed.kept == ((TEXT, (OTHER,)), (VAE, (OTHER,)), (TINY, (OTHER,)))
-    assert not ours.on_disk(FLOW) and all(ours.on_disk(part) for part in (*OTHER.parts, TINY))
+    assert removed.freed_bytes == 3 * MB
+    assert removed.kept_parts == ((TEXT, (OTHER,)), (VAE, (OTHER,)), (TINY, (OTHER,)))
+    assert not ours.is_on_disk(FLOW) and all(ours.is_on_disk(part) for part in (*OTHER.parts, TINY))
     fake.asked.clear()
-    assert ours.remove(OTHER).kept == () and blobs(tmp_path) == 0
+    assert ours.remove(OTHER).kept_parts == () and blobs(tmp_path) == 0
     assert fake.asked == []  # never by asking the hub
 
 
 def test_the_rest_of_a_broken_off_download_is_removed_too(fake: FakeHub, tmp_path: Path) -> None:
     ours = with_checkpoints(fake, tmp_path, CHECKPOINT)
-    ours.locate(VAE, silent)
+    ours.find_or_download(VAE, silent)
     partial = tmp_path / "cache" / "models--maker--Toy-4B" / "blobs" / f"{TOY_ETAG}.incomplete"
     partial.write_bytes(TOY[:1000])
-    assert ours.size_on_disk(FLOW) == 1000 and not ours.on_disk(FLOW)
-    assert ours.remove(CHECKPOINT).freed == 1003
+    assert ours.size_on_disk(FLOW) == 1000 and not ours.is_on_disk(FLOW)
+    assert ours.remove(CHECKPOINT).freed_bytes == 1003
     assert not partial.exists()
 
 
@@ -457,20 +457,20 @@ def test_files_of_others_and_own_copies_are_not_removed(fake: FakeHub, tmp_path:
     own = tmp_path / "own.safetensors"
     own.write_bytes(b"mine")
     ours = with_checkpoints(fake, tmp_path, CHECKPOINT, TOY_MODEL_PATH=own)
-    ours.locate(VAE, silent)
+    ours.find_or_download(VAE, silent)
     stranger = tmp_path / "cache" / "models--maker--Toy-4B" / "snapshots" / COMMIT / "other.bin"
     stranger.write_bytes(b"of another tool")
     (tmp_path / "cache" / "models--maker--Toy-4B" / "snapshots" / COMMIT / "gone").symlink_to("../../blobs/gone")
-    assert ours.on_disk(FLOW) and ours.size_on_disk(FLOW) == 0
-    assert ours.remove(CHECKPOINT).freed == 3
+    assert ours.is_on_disk(FLOW) and ours.size_on_disk(FLOW) == 0
+    assert ours.remove(CHECKPOINT).freed_bytes == 3
     assert own.read_bytes() == b"mine" and stranger.read_bytes() == b"of another tool"
 
 
 def test_a_cache_that_cannot_be_sorted_out(fake: FakeHub, tmp_path: Path) -> None:
     ours = with_checkpoints(fake, tmp_path, CHECKPOINT)
-    ours.locate(VAE, silent)
+    ours.find_or_download(VAE, silent)
     repo = tmp_path / "cache" / "models--maker--Toy-4B"
     (repo / "refs" / "v1").write_text("a commit that nobody has")
     with pytest.raises(WeightsError, match=r"models--maker--Toy-4B is damaged .*: delete this folder yourself"):
         ours.remove(CHECKPOINT)
-    assert ours.on_disk(VAE)
+    assert ours.is_on_disk(VAE)

@@ -11,7 +11,7 @@ import torch
 from flux2_studio.models.memory import available as memory
 
 CPU = torch.device("cpu")
-NEW, OLD = (names for _, *names in memory.CONTAINERS)
+NEW, OLD = (names for _, *names in memory.CGROUP_MEMORY_FILES)
 
 
 def write(folder: Path, names: list[str], limit: str, used: str, stat: str) -> tuple[Path, str, str, str]:
@@ -25,7 +25,7 @@ def write(folder: Path, names: list[str], limit: str, used: str, stat: str) -> t
 @pytest.mark.parametrize(("names", "stat"), [(NEW, "anon 300\nfile 200\n"), (OLD, "cache 1\ntotal_cache 200\n")])
 def test_a_container_says_what_it_may_have(tmp_path: Path, names: list[str], stat: str) -> None:
     place = write(tmp_path, names, "1000", "500", stat)
-    assert memory.container([place]) == [(1000, 300)], "files kept for speed can be given up"
+    assert memory.read_container_memory([place]) == [(1000, 300)], "files kept for speed can be given up"
 
 
 @pytest.mark.parametrize(
@@ -38,20 +38,20 @@ def test_a_container_says_what_it_may_have(tmp_path: Path, names: list[str], sta
     ],
 )
 def test_a_container_without_a_limit_is_none(tmp_path: Path, limit: str, used: str, stat: str) -> None:
-    assert memory.container([write(tmp_path, list(NEW), limit, used, stat)]) == []
-    assert memory.container([(tmp_path / "nowhere", *NEW)]) == []
+    assert memory.read_container_memory([write(tmp_path, list(NEW), limit, used, stat)]) == []
+    assert memory.read_container_memory([(tmp_path / "nowhere", *NEW)]) == []
 
 
 def test_what_there_is() -> None:
-    assert 0 < memory.free_memory(CPU) <= memory.whole_memory(CPU) <= psutil.virtual_memory().total
+    assert 0 < memory.free_memory(CPU) <= memory.total_memory(CPU) <= psutil.virtual_memory().total
 
 
 def test_weights_mapped_from_files_are_free_already() -> None:
     process = psutil.Process().memory_info()
     own = process.rss - process.shared
-    assert memory.returnable(CPU, 1000) == 1000
-    assert memory.returnable(CPU, 10 * process.rss) == pytest.approx(own, rel=0.2)
-    assert memory.returnable(torch.device("cuda"), 10 * process.rss) == 10 * process.rss
+    assert memory.reclaimable_bytes(CPU, 1000) == 1000
+    assert memory.reclaimable_bytes(CPU, 10 * process.rss) == pytest.approx(own, rel=0.2)
+    assert memory.reclaimable_bytes(torch.device("cuda"), 10 * process.rss) == 10 * process.rss
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from flux2_studio.checkpoints import KLEIN_4B, NANO
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.checkpoint_files import Opened, Opener, only_ever_replaced, stamp_of
-from flux2_studio.models.hub.repositories import Hub, PartFiles, Progress
+from flux2_studio.models.checkpoint_files import CheckpointFiles, CheckpointOpener, is_safe_to_mmap, stamp_part
+from flux2_studio.models.hub.repositories import Hub, PartFiles, ProgressCallback
 from flux2_studio.settings import ASSETS, Settings
 from tests.tiny import Toys
 
@@ -24,24 +24,24 @@ def silent(text: str, fraction: float | None) -> None:
     pass
 
 
-def opener(settings: Settings) -> Opener:
-    return Opener(settings, Hub(settings), CPU)
+def opener(settings: Settings) -> CheckpointOpener:
+    return CheckpointOpener(settings, Hub(settings), CPU)
 
 
-def told(opener: Opener) -> list[str]:
+def told(opener: CheckpointOpener) -> list[str]:
     """What opening says: nothing where no header has to be read."""
     said: list[str] = []
     opener.open(KLEIN_4B, lambda text, fraction: said.append(text))
     return said
 
 
-def weight(opened: Opened) -> torch.Tensor:
+def weight(opened: CheckpointFiles) -> torch.Tensor:
     found: torch.Tensor = opened.load("flow", CPU).img_in.weight
     return found
 
 
 def with_files(settings: Settings, **changed: Path) -> Settings:
-    return replace(settings, overrides={**settings.overrides, **changed})
+    return replace(settings, path_overrides={**settings.path_overrides, **changed})
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def repository(toys: Toys, tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
-def of_repository(toys: Toys, tmp_path: Path, repository: Path) -> Opener:
+def of_repository(toys: Toys, tmp_path: Path, repository: Path) -> CheckpointOpener:
     settings = toys.settings(tmp_path, ["klein-4b"])
     return opener(with_files(settings, KLEIN_4B_MODEL_PATH=repository, AE_MODEL_PATH=repository))
 
@@ -128,11 +128,11 @@ def test_giving_up_a_load_is_no_reason_to_open_anew(toys: Toys, tmp_path: Path) 
 def test_nothing_is_kept_of_files_that_were_replaced(toys: Toys, tmp_path: Path, repository: Path) -> None:
     models = of_repository(toys, tmp_path, repository)
     models.open(KLEIN_4B, silent)
-    kept = len(models._open), len(models._needed)
+    kept = len(models._headers), len(models._footprints)
     for _ in range(3):
         rewrite(repository)
         models.open(KLEIN_4B, silent)
-    assert (len(models._open), len(models._needed)) == kept
+    assert (len(models._headers), len(models._footprints)) == kept
 
 
 # --- what is looked at ---
@@ -141,29 +141,29 @@ def test_nothing_is_kept_of_files_that_were_replaced(toys: Toys, tmp_path: Path,
 def test_only_what_is_read_is_looked_at(toys: Toys, tmp_path: Path, repository: Path) -> None:
     """Someone may point at a folder with much else in it."""
     files = PartFiles(weights=repository, tokenizer=None)
-    before = stamp_of("flow", files)
+    before = stamp_part("flow", files)
     assert {Path(file).parent for file, *_ in before} == {repository / "transformer"}
     for name in ("deep/er/model.safetensors", "picture.png", "vae/config.json", "transformer/other/a.safetensors"):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_bytes(b"something else")
     (repository / "transformer" / "nowhere.json").symlink_to(tmp_path / "nothing")
-    assert stamp_of("flow", files) == before
+    assert stamp_part("flow", files) == before
     (repository / "transformer" / "config.json").write_text("{}")
-    assert stamp_of("flow", files) != before
+    assert stamp_part("flow", files) != before
     assert weight(of_repository(toys, tmp_path, repository).open(KLEIN_4B, silent)).shape[0] > 0
 
 
 @pytest.mark.parametrize("kind", ["flow", "tiny autoencoder", "autoencoder"])
 def test_a_file_that_goes_as_soon_as_it_was_found(toys: Toys, tmp_path: Path, kind: str) -> None:
     class Vanishing(Hub):
-        def locate(self, part: object, progress: Progress) -> PartFiles:
-            found = super().locate(part, progress)  # type: ignore[arg-type]
+        def find_or_download(self, part: object, progress: ProgressCallback) -> PartFiles:
+            found = super().find_or_download(part, progress)  # type: ignore[arg-type]
             if part.kind == kind:  # type: ignore[attr-defined]
                 return replace(found, weights=tmp_path / "gone.safetensors")
             return found
 
     settings = toys.settings(tmp_path, ["klein-4b"])
-    models = Opener(settings, Vanishing(settings), CPU)
+    models = CheckpointOpener(settings, Vanishing(settings), CPU)
     if kind == "tiny autoencoder":  # which a picture can be drawn without
         assert "gone.safetensors cannot be read (No such file" in models.open(KLEIN_4B, silent).notes[0]
     else:
@@ -188,11 +188,11 @@ def test_a_decoder_for_previews_that_comes_later_is_used(toys: Toys, tmp_path: P
 
 def test_only_what_nobody_writes_over_is_mapped(toys: Toys, tmp_path: Path) -> None:
     plain = Settings(home=tmp_path)
-    assert all(only_ever_replaced(part, plain) for part in (*KLEIN_4B.parts, *NANO.parts))
+    assert all(is_safe_to_mmap(part, plain) for part in (*KLEIN_4B.parts, *NANO.parts))
     own = replace(NANO.flow, path=str(tmp_path / "own.safetensors"))
-    assert not only_ever_replaced(own, plain)
+    assert not is_safe_to_mmap(own, plain)
     settings = toys.settings(tmp_path, ["klein-4b"])
-    assert not any(only_ever_replaced(part, settings) for part in KLEIN_4B.parts)
+    assert not any(is_safe_to_mmap(part, settings) for part in KLEIN_4B.parts)
     assert opener(settings).open(KLEIN_4B, silent).mapped == frozenset()
     assert opener(plain).open(NANO, silent).mapped == {"text", "flow", "autoencoder"}
 
@@ -206,4 +206,4 @@ def test_what_ships_with_the_studio_is_mapped(tmp_path: Path) -> None:
     file = tmp_path / "assets" / "nano" / "text_encoder" / "model.safetensors"
     with file.open("r+b") as data:
         data.write(bytes(file.stat().st_size))
-    assert not any(tensor.any() for tensor in text.tower.parameters())
+    assert not any(tensor.any() for tensor in text.text_decoder.parameters())

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from flux2_studio.checkpoints import CHECKPOINTS, DEV, KLEIN_4B, KLEIN_9B_KV, KLEIN_BASE_4B, NANO
 from flux2_studio.errors import RequestError, WeightsError
 from flux2_studio.events import Result
-from flux2_studio.models.hub.local_checkpoints import own_files, recognise, with_own_files
+from flux2_studio.models.hub.local_checkpoints import add_local_checkpoints, find_local_files, recognise_file
 from flux2_studio.request import Request
 from flux2_studio.settings import ASSETS, Settings
 from flux2_studio.studio import Studio
@@ -49,7 +49,7 @@ def flow(folder: Path, name: str, width: int, prefix: str = "", dtype: torch.dty
 )
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_a_transformer_finds_its_family(tmp_path: Path, name: str, width: int, like: object, prefix: str) -> None:
-    (found,) = own_files(flow(tmp_path, name, width, prefix).parent, CHECKPOINTS)
+    (found,) = find_local_files(flow(tmp_path, name, width, prefix).parent, CHECKPOINTS)
     assert found.kind == "transformer" and found.checkpoint is not None
     checkpoint = found.checkpoint
     assert checkpoint.name == name and name in checkpoint.label and "bfloat16" in checkpoint.label
@@ -62,7 +62,7 @@ def test_a_transformer_finds_its_family(tmp_path: Path, name: str, width: int, l
 
 def test_the_number_format_is_named(tmp_path: Path) -> None:
     for dtype, word in ((torch.float8_e4m3fn, "fp8"), (torch.float16, "float16"), (torch.float32, "float32")):
-        found = recognise(flow(tmp_path, f"a-{word}", 7680, dtype=dtype), "a", CHECKPOINTS)
+        found = recognise_file(flow(tmp_path, f"a-{word}", 7680, dtype=dtype), "a", CHECKPOINTS)
         assert found.checkpoint is not None and f", {word})" in found.checkpoint.label
 
 
@@ -74,7 +74,7 @@ def test_gguf_files_are_recognised(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (found,) = own_files(tmp_path, CHECKPOINTS)
+    (found,) = find_local_files(tmp_path, CHECKPOINTS)
     assert found.checkpoint is not None and found.checkpoint.text == KLEIN_4B.text
     assert "Q8_0" in found.checkpoint.label
 
@@ -83,7 +83,7 @@ def test_equal_names_are_kept_apart(tmp_path: Path) -> None:
     flow(tmp_path, "nano", 576)
     flow(tmp_path, "a/mine", 576)
     flow(tmp_path, "b/mine", 576)
-    names = [found.checkpoint.name for found in own_files(tmp_path, CHECKPOINTS) if found.checkpoint]
+    names = [found.checkpoint.name for found in find_local_files(tmp_path, CHECKPOINTS) if found.checkpoint]
     assert names == ["mine", "b/mine", "nano-2"]
 
 
@@ -94,7 +94,7 @@ def test_what_is_no_checkpoint_says_what_it_is(toys: Toys, tmp_path: Path) -> No
     (tmp_path / "torn.safetensors").write_bytes(toys.klein.file.read_bytes()[:100])
     for name, source in (("ae", toys.autoencoder.file), ("taef2", toys.taef2)):
         (tmp_path / f"{name}.safetensors").write_bytes(source.read_bytes())
-    found = {file.path.stem: file for file in own_files(tmp_path, CHECKPOINTS)}
+    found = {file.path.stem: file for file in find_local_files(tmp_path, CHECKPOINTS)}
     assert {name: file.kind for name, file in found.items()} == {
         "ae": "autoencoder", "l": "lora", "odd": "transformer", "other": "unknown",
         "taef2": "tiny autoencoder", "torn": "unknown",
@@ -127,7 +127,7 @@ def test_odd_names_do_not_keep_the_page_from_starting(tmp_path: Path) -> None:
         (folder / os.fsdecode(name)).write_bytes(whole)
     (folder / "torn\nfile.safetensors").write_bytes(whole[:50])
     environment = {"FLUX2_HOME": str(tmp_path), "FLUX2_CHECKPOINTS_DIR": str(folder)}
-    found, notes = with_own_files(Settings.from_environment(environment))
+    found, notes = add_local_checkpoints(Settings.from_environment(environment))
     offered = {it.name for it in found.checkpoints} - {it.name for it in CHECKPOINTS}
     assert offered == {name for name in ODD_NAMES.values() if name}
     assert all(it.label.isprintable() for it in found.checkpoints)
@@ -139,7 +139,7 @@ def test_odd_names_do_not_keep_the_page_from_starting(tmp_path: Path) -> None:
 
 
 def test_a_file_that_goes_while_it_is_looked_at(tmp_path: Path) -> None:
-    found = recognise(tmp_path / "gone.safetensors", "gone", CHECKPOINTS)
+    found = recognise_file(tmp_path / "gone.safetensors", "gone", CHECKPOINTS)
     assert found.kind == "unknown" and found.reason.startswith("gone.safetensors went")
 
 
@@ -147,14 +147,14 @@ def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
     hidden = tmp_path / ".home" / "mine"  # where the folder itself lies does not matter
     for name in (".hidden", "._mine", ".cache/whole", "seen/.trash/old"):
         flow(hidden, name, 576)
-    assert own_files(hidden, CHECKPOINTS) == []
+    assert find_local_files(hidden, CHECKPOINTS) == []
     flow(hidden, "seen/whole", 576)
-    assert [file.path.stem for file in own_files(hidden, CHECKPOINTS)] == ["whole"]
+    assert [file.path.stem for file in find_local_files(hidden, CHECKPOINTS)] == ["whole"]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="FLUX2_CHECKPOINTS_DIR"):
-        own_files(tmp_path / "nowhere", CHECKPOINTS)
+        find_local_files(tmp_path / "nowhere", CHECKPOINTS)
 
 
 def test_settings_take_the_folder_in(tmp_path: Path) -> None:
@@ -165,20 +165,20 @@ def test_settings_take_the_folder_in(tmp_path: Path) -> None:
         "FLUX2_CHECKPOINTS_DIR": str(tmp_path / "mine"),
         "FLUX2_CHECKPOINT": "special",
     }
-    found, notes = with_own_files(Settings.from_environment(given))
+    found, notes = add_local_checkpoints(Settings.from_environment(given))
     assert found.checkpoint(None).label.startswith("special") and len(found.checkpoints) == len(CHECKPOINTS) + 1
     assert len(notes) == 1 and "odd.safetensors" in notes[0]
     with pytest.raises(RequestError, match="'other'"):
-        with_own_files(Settings.from_environment(given | {"FLUX2_CHECKPOINT": "other"}))
+        add_local_checkpoints(Settings.from_environment(given | {"FLUX2_CHECKPOINT": "other"}))
     plain = Settings.from_environment({"FLUX2_HOME": str(tmp_path)})
-    assert with_own_files(plain) == (plain, [])
+    assert add_local_checkpoints(plain) == (plain, [])
 
 
 def test_ones_own_file_draws(tmp_path: Path) -> None:
     mine = tmp_path / "own" / "my drawing model.safetensors"
     mine.parent.mkdir()
     mine.write_bytes((ASSETS / "nano" / "transformer.safetensors").read_bytes())
-    (found,) = own_files(mine.parent, CHECKPOINTS)
+    (found,) = find_local_files(mine.parent, CHECKPOINTS)
     assert found.checkpoint is not None
     studio = Studio(
         replace(Settings(home=tmp_path / "home", device="cpu"), checkpoints=(*CHECKPOINTS, found.checkpoint))
@@ -193,7 +193,7 @@ def test_rubbish_is_an_error_and_nothing_else(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "rubbish.safetensors"
     path.write_bytes(body if length is None else struct.pack("<Q", length) + body)
-    found = recognise(path, "rubbish", CHECKPOINTS)
+    found = recognise_file(path, "rubbish", CHECKPOINTS)
     assert found.checkpoint is None and found.reason
 
 
@@ -215,5 +215,5 @@ def test_hostile_headers_are_an_error_and_nothing_else(
     path = tmp_path_factory.getbasetemp() / "hostile.safetensors"
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
-    found = recognise(path, "hostile", CHECKPOINTS)
+    found = recognise_file(path, "hostile", CHECKPOINTS)
     assert found.checkpoint is not None or found.reason

@@ -11,12 +11,18 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.latents import initial_noise
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.images.tensors import images_from_pixels
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager, Session
-from flux2_studio.models.memory.plan import DECODING, DRAWING, PROMPT, REFERENCES, Workload
+from flux2_studio.models.memory.plan import (
+    DECODING_STAGE,
+    DENOISING_STAGE,
+    PROMPT_STAGE,
+    REFERENCES_STAGE,
+    RequestShape,
+)
 from flux2_studio.settings import Settings
 
 SIDE = 256
@@ -47,7 +53,7 @@ def models(tmp_path: Path) -> ModelManager:
     return ModelManager(settings, Hub(settings))
 
 
-def open_session(models: ModelManager, name: str, workload: Workload) -> Session:
+def open_session(models: ModelManager, name: str, workload: RequestShape) -> Session:
     settings = models._settings
     session = models.open(settings.checkpoint(name), workload, silent)
     session.preload(silent)
@@ -59,14 +65,14 @@ def open_session(models: ModelManager, name: str, workload: Workload) -> Session
 def test_each_stage_takes_what_was_planned(models: ModelManager, name: str, references: int) -> None:
     picture = Image.effect_noise((SIDE, SIDE), 60).convert("RGB")
     guided = name == "nano-base"
-    workload = Workload(width=SIDE, height=SIDE, guided=guided, references=(picture.size,) * references)
+    workload = RequestShape(width=SIDE, height=SIDE, use_cfg=guided, references=(picture.size,) * references)
     session = open_session(models, name, workload)
     plan = session.plan
     prompts = ["a red fox", "grey"] if guided else ["a red fox"]
-    encoded = session.encode(prompts, silent)
-    drawn = session.draw(silent)
+    encoded = session.encode_prompts(prompts, silent)
+    drawn = session.prepare_transformer(silent)
     latents = [session.encode_reference(picture, silent) for _ in range(references)]
-    final = noise([1], SIDE, SIDE, drawn.transformer.params.in_channels)
+    final = initial_noise([1], SIDE, SIDE, drawn.transformer.params.in_channels)
 
     def draw() -> None:
         assert drawn.previewer is not None
@@ -76,22 +82,22 @@ def test_each_stage_takes_what_was_planned(models: ModelManager, name: str, refe
             encoded.context[:1],
             steps=2,
             guidance=2.0 if guided else 1.0,
-            guiding=session.checkpoint.guiding,
+            guidance_mode=session.checkpoint.guidance_mode,
             negative_context=encoded.context[1:] if guided else None,
             references=latents,
         ):
             images_from_pixels(drawn.previewer(step.clean))
 
-    measured = {DRAWING: taken(draw), DECODING: taken(lambda: session.decode(final, silent))}
+    measured = {DENOISING_STAGE: taken(draw), DECODING_STAGE: taken(lambda: session.decode(final, silent))}
     if references:
         # not one that is remembered
         other = Image.effect_noise((SIDE, SIDE), 50).convert("RGB")
-        measured[REFERENCES] = taken(lambda: session.encode_reference(other, silent))
+        measured[REFERENCES_STAGE] = taken(lambda: session.encode_reference(other, silent))
     for stage, peak in measured.items():
         assert peak == pytest.approx(plan.stage(stage).activations, rel=0.15), stage
     # So short a prompt takes less than PyTorch's own odds and ends, of which a few hundred kilobytes are allowed.
-    reading = taken(lambda: session.encode([*prompts[1:], "a blue owl"], silent))
-    assert reading < plan.stage(PROMPT).activations + 500_000
+    reading = taken(lambda: session.encode_prompts([*prompts[1:], "a blue owl"], silent))
+    assert reading < plan.stage(PROMPT_STAGE).activations + 500_000
     held = models._residency.device_bytes
-    assert plan.resident and held == pytest.approx(plan.stage(DRAWING).weights, rel=0.01)
+    assert plan.is_resident and held == pytest.approx(plan.stage(DENOISING_STAGE).weights, rel=0.01)
     assert held + max(measured.values()) == pytest.approx(plan.peak, rel=0.15)

@@ -13,10 +13,10 @@ from PIL import Image
 from flux2_studio.checkpoints import GB, Checkpoint
 from flux2_studio.errors import OutOfMemory
 from flux2_studio.events import Notice, Result
-from flux2_studio.models.checkpoint_files import Opener
+from flux2_studio.models.checkpoint_files import CheckpointOpener
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.models.memory.plan import Plan, Workload, make_plan
+from flux2_studio.models.memory.plan import MemoryPlan, RequestShape, make_plan
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
@@ -31,14 +31,14 @@ def silent(text: str, fraction: float | None) -> None:
     pass
 
 
-def way(plan: Plan) -> Way:
-    streamed, strips = (any(getattr(stage, name) for stage in plan.stages) for name in ("streamed", "rows"))
-    return plan.together, streamed, strips
+def way(plan: MemoryPlan) -> Way:
+    streamed, strips = (any(getattr(stage, name) for stage in plan.stages) for name in ("streamed", "strip_height"))
+    return plan.resident_parts, streamed, strips
 
 
-def budgets(settings: Settings, checkpoint: Checkpoint, workload: Workload, streaming: bool) -> dict[Way, int]:
+def budgets(settings: Settings, checkpoint: Checkpoint, workload: RequestShape, streaming: bool) -> dict[Way, int]:
     """For each way in which the request can be made to fit, the least budget that was found to lead to it."""
-    needs = Opener(settings, Hub(settings), CPU).open(checkpoint, silent).needs
+    needs = CheckpointOpener(settings, Hub(settings), CPU).open(checkpoint, silent).footprint
     found = {}
     whole = make_plan(needs, workload, 10**12, CPU).peak
     for budget in range(int(1.05 * whole), 0, -max(1, whole // 150)):
@@ -64,17 +64,17 @@ def test_every_way_gives_the_same_picture(toys: Toys, tmp_path: Path, name: str,
     Image.linear_gradient("L").convert("RGB").resize((64, 192)).save(source)
     references = (source,) if name == "klein-4b" else ()
     request = Request(prompt="a red house", checkpoint=name, width=64, height=192, seed=1, references=references)
-    workload = Workload(width=64, height=192, references=((64, 192),) * len(request.references))
+    workload = RequestShape(width=64, height=192, references=((64, 192),) * len(request.references))
     exact, _ = pictures(Studio(settings), request)
     seen = set()
     for streaming in (False, True):
         for found, budget in budgets(settings, checkpoint, workload, streaming).items():
             if found in seen:
                 continue
-            limited = replace(settings, memory=budget / GB)
+            limited = replace(settings, memory_limit_gb=budget / GB)
             for host_budget in (0, 10**9) if streaming else (0,):
                 models = ModelManager(limited, Hub(limited), streaming=streaming, host_budget=host_budget)
-                assert way(models.outlook(checkpoint, workload)) == found
+                assert way(models.predict_plan(checkpoint, workload)) == found
                 studio = Studio(limited, models)
                 for _ in range(2):  # the second run finds what the first one left
                     drawn, told = pictures(studio, request)

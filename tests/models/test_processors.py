@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux2_studio.models.memory.processors import keep_to_quota, quota
+from flux2_studio.models.memory.cpu_quota import limit_torch_threads, read_cpu_quota
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_quota(files: list[str], expected: float | None, tmp_path: Path) -> None
     paths = tuple(tmp_path / str(number) for number in range(len(files)))
     for path, text in zip(paths, files, strict=True):
         path.write_text(text)
-    assert quota([(tmp_path / "nothing",), paths]) == expected
+    assert read_cpu_quota([(tmp_path / "nothing",), paths]) == expected
 
 
 @pytest.fixture
@@ -41,5 +41,5 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("allowed, expected", [(2.0, 2), (1.5, 2), (0.25, 1), (8.0, 4), (None, 4)])
 def test_no_more_threads_than_that(allowed: float | None, expected: int, threads: None) -> None:
-    keep_to_quota(allowed)
+    limit_torch_threads(allowed)
     assert torch.get_num_threads() == expected

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2_studio.engine.text.encoder import Encoded
+from flux2_studio.engine.text.encoder import EncodedPrompts
 from flux2_studio.images.tensors import pixels_from_image
-from flux2_studio.models.prompt_cache import Recent, RememberingReferences, RememberingText
+from flux2_studio.models.prompt_cache import LRUCache, PromptCache, ReferenceLatentCache
 from flux2_studio.request import Request
 from flux2_studio.studio import Studio
 from tests.tiny import Toys
@@ -24,9 +24,9 @@ class CountingText:
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
-    def encode(self, prompts: Sequence[str]) -> Encoded:
+    def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
         self.asked.append(list(prompts))
-        return Encoded(torch.tensor([[[float(len(p))]] for p in prompts]), tuple(len(p) // 10 for p in prompts))
+        return EncodedPrompts(torch.tensor([[[float(len(p))]] for p in prompts]), tuple(len(p) // 10 for p in prompts))
 
 
 class CountingAutoencoder:
@@ -42,30 +42,34 @@ class CountingAutoencoder:
 
 def test_only_new_prompts_are_encoded_and_each_keeps_its_own() -> None:
     counting = CountingText()
-    text = RememberingText()
-    first = text.encode("klein", ["a fox", "a much longer prompt"], counting.encode)
-    assert first.context.flatten().tolist() == [5.0, 20.0] and first.cut == (0, 2)
-    again = text.encode("klein", ["a much longer prompt", "an owl!", "a fox", "an owl!"], counting.encode)
-    assert again.context.flatten().tolist() == [20.0, 7.0, 5.0, 7.0] and again.cut == (2, 0, 0, 0)
+    text = PromptCache()
+    first = text.get_or_encode("klein", ["a fox", "a much longer prompt"], counting.encode)
+    assert first.context.flatten().tolist() == [5.0, 20.0] and first.truncated_tokens == (0, 2)
+    again = text.get_or_encode("klein", ["a much longer prompt", "an owl!", "a fox", "an owl!"], counting.encode)
+    assert again.context.flatten().tolist() == [20.0, 7.0, 5.0, 7.0] and again.truncated_tokens == (2, 0, 0, 0)
     assert counting.asked == [["a fox", "a much longer prompt"], ["an owl!"]]
-    text.encode("dev", ["a fox"], counting.encode)
+    text.get_or_encode("dev", ["a fox"], counting.encode)
     assert counting.asked[2:] == [["a fox"]], "another encoder reads the prompt itself"
 
 
 def test_a_batch_larger_than_the_memory_is_still_answered() -> None:
     counting = CountingText()
-    text = RememberingText(limit=4)
+    text = PromptCache(max_bytes=4)
     for _ in range(2):
-        assert text.encode("klein", ["a", "bb", "ccc"], counting.encode).context.flatten().tolist() == [1.0, 2.0, 3.0]
+        assert text.get_or_encode("klein", ["a", "bb", "ccc"], counting.encode).context.flatten().tolist() == [
+            1.0,
+            2.0,
+            3.0,
+        ]
     assert counting.asked == [["a", "bb", "ccc"], ["a", "bb"]], "the last one fits"
 
 
 def test_references_are_told_apart_by_their_pixels() -> None:
     counting = CountingAutoencoder()
-    references = RememberingReferences()
+    references = ReferenceLatentCache()
 
     def encode(image: Image.Image, autoencoder: str = "klein's") -> Tensor:
-        return references.encode(autoencoder, image, counting.encode)
+        return references.get_or_encode(autoencoder, image, counting.encode)
 
     red, also_red = (Image.new("RGB", (32, 16), "red") for _ in range(2))
     assert encode(red).equal(encode(also_red))
@@ -78,15 +82,15 @@ def test_references_are_told_apart_by_their_pixels() -> None:
 
 
 def test_the_least_recently_used_leave_first() -> None:
-    recent: Recent[str, str] = Recent(10)
-    recent.keep("a", "A", 4)
-    recent.keep("b", "B", 4)
+    recent: LRUCache[str, str] = LRUCache(10)
+    recent.put("a", "A", 4)
+    recent.put("b", "B", 4)
     assert recent.get("a") == "A"
-    recent.keep("c", "C", 4)
+    recent.put("c", "C", 4)
     assert (recent.get("a"), recent.get("b"), recent.get("c")) == ("A", None, "C")
-    recent.keep("a", "A2", 6)
+    recent.put("a", "A2", 6)
     assert (recent.get("a"), recent.get("c")) == ("A2", "C"), "replaced, not counted twice"
-    recent.keep("d", "D", 11)
+    recent.put("d", "D", 11)
     assert recent.get("d") is None and recent.get("a") == "A2", "what does not fit drives nothing else out"
 
 

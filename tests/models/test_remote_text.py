@@ -23,11 +23,16 @@ from torch import Tensor
 
 from flux2_studio.engine.params import TextRecipe
 from flux2_studio.errors import RemoteTextError
-from flux2_studio.models import tensor_codec as wire
-from flux2_studio.models.remote_text import LONGEST_WAIT, POLL, WAITS, RemoteText
+from flux2_studio.models import tensor_codec
+from flux2_studio.models.remote_text import (
+    ENCODE_POLL_SECONDS,
+    ENCODE_RETRY_DELAYS_SECONDS,
+    MAX_ENCODE_RETRY_DELAY_SECONDS,
+    RemoteTextEncoder,
+)
 
 TOKEN = "secret-abcdefghijklmnop"
-RECIPE = TextRecipe(taps=(1, 2), length=4, padding_side="left", generation_prompt=False)
+RECIPE = TextRecipe(hidden_layers=(1, 2), length=4, padding_side="left", generation_prompt=False)
 WIDTH = 6
 
 Reply = Callable[["Handler"], None]
@@ -111,12 +116,12 @@ class Pauses:
         self.seconds = 0.0
 
     def __call__(self, seconds: float) -> None:
-        assert 0 < seconds <= POLL, "a stop must be seen in time"
+        assert 0 < seconds <= ENCODE_POLL_SECONDS, "a stop must be seen in time"
         self.seconds += seconds
 
 
-def remote(url: str, token: str | None = TOKEN, patience: float = 60, pause: Pauses | None = None) -> RemoteText:
-    return RemoteText(url, token, RECIPE, WIDTH, "FLUX.2 dev", patience=patience, pause=pause or Pauses())
+def remote(url: str, token: str | None = TOKEN, patience: float = 60, pause: Pauses | None = None) -> RemoteTextEncoder:
+    return RemoteTextEncoder(url, token, RECIPE, WIDTH, "FLUX.2 dev", timeout=patience, sleep=pause or Pauses())
 
 
 def refusal(service: Service, reply: Reply, prompts: int = 1, **options: object) -> str:
@@ -137,14 +142,18 @@ def checked(error: RemoteTextError) -> str:
 # --- what goes right -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", wire.DTYPES, ids=str)
-@pytest.mark.parametrize("pack", [saved, lambda context: wire.pack(context, wire.SAFETENSORS)], ids=["saved", "safe"])
+@pytest.mark.parametrize("dtype", tensor_codec.ALLOWED_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "pack",
+    [saved, lambda context: tensor_codec.pack_tensor(context, tensor_codec.SAFETENSORS_MEDIA_TYPE)],
+    ids=["saved", "safe"],
+)
 def test_a_context_comes_back_bit_by_bit(service: Service, dtype: torch.dtype, pack: Callable[[Tensor], bytes]) -> None:
     sent = contexts(2).to(dtype)
     service.replies = [answer(pack(sent))]
     encoded = remote(service.url).encode(["ein Füchslein 🦊", ""])
     assert encoded.context.dtype == dtype and encoded.context.equal(sent)
-    assert encoded.cut == (0, 0), "not known"
+    assert encoded.truncated_tokens == (0, 0), "not known"
     assert service.bodies == [{"prompt": ["ein Füchslein 🦊", ""]}]
     (headers,) = service.headers
     assert headers["Authorization"] == f"Bearer {TOKEN}"
@@ -160,7 +169,7 @@ def test_without_a_token_none_is_sent(service: Service) -> None:
 
 def test_what_was_cut_is_told_by_our_own_server(service: Service) -> None:
     service.replies = [answer(saved(contexts(2)), X_Cut_Tokens="0,17")]
-    assert remote(service.url).encode(["a", "b"]).cut == (0, 17)
+    assert remote(service.url).encode(["a", "b"]).truncated_tokens == (0, 17)
 
 
 @pytest.mark.parametrize("told", ["0", "1,2,3", "-1,2", "a,b", "", "1e3,0", "9999999999999,0"])
@@ -193,7 +202,7 @@ def test_a_tensor_from_a_graphics_card_is_read_on_a_machine_without() -> None:
         for name in body.namelist():
             copy.writestr(name, body.read(name).replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"))
     assert b"cuda:0" in out.getvalue()
-    assert wire.unpack(out.getvalue()).equal(contexts())
+    assert tensor_codec.unpack_tensor(out.getvalue()).equal(contexts())
 
 
 # --- a tensor that is none of ours -----------------------------------------------------------------------------------
@@ -224,7 +233,9 @@ def test_a_view_of_one_number_that_claims_to_be_large(service: Service) -> None:
 def test_other_numbers(service: Service, dtype: torch.dtype) -> None:
     sent = torch.zeros(1, RECIPE.length, WIDTH).to(dtype)
     name = str(dtype).removeprefix("torch.")
-    assert f"numbers of type {name}" in refusal(service, answer(wire.pack(sent, wire.SAFETENSORS)))
+    assert f"numbers of type {name}" in refusal(
+        service, answer(tensor_codec.pack_tensor(sent, tensor_codec.SAFETENSORS_MEDIA_TYPE))
+    )
     assert "gave more than a tensor" in refusal(service, answer(saved(sent)))
 
 
@@ -247,7 +258,7 @@ def test_numbers_that_are_none(service: Service, number: float) -> None:
         (saved(torch.nn.Parameter(contexts())), "gave more than a tensor instead"),
         (saved(contexts().to_sparse()), "gave more than a tensor instead"),
         (saved(contexts())[:-200], "gave a damaged tensor instead"),
-        (wire.pack(contexts(), wire.SAFETENSORS)[:-1], "gave no tensor instead"),
+        (tensor_codec.pack_tensor(contexts(), tensor_codec.SAFETENSORS_MEDIA_TYPE)[:-1], "gave no tensor instead"),
     ],
     ids=["html", "json", "nothing", "zip", "list", "dict", "parameter", "sparse", "cut", "cut-safe"],
 )
@@ -316,8 +327,8 @@ def test_a_pickle_cannot_order_memory(bomb: Makes, name: str) -> None:
     """What weights_only would make, of any size: 4 is enough to see that nothing is made here."""
     body = with_pickle(pickle.dumps(bomb, 2), name)
     torch.load(io.BytesIO(body), weights_only=True)  # so it would
-    with pytest.raises(wire.Unreadable, match="more than a tensor"):
-        wire.unpack(body)
+    with pytest.raises(tensor_codec.UnreadableTensor, match="more than a tensor"):
+        tensor_codec.unpack_tensor(body)
 
 
 def test_an_archive_that_unpacks_to_more(service: Service) -> None:
@@ -334,15 +345,17 @@ def test_bytes_changed_at_random_never_do_more_than_be_refused() -> None:
     def some(below: int) -> int:
         return int(torch.randint(below, (), generator=random))
 
-    bodies = [saved(contexts()), wire.pack(contexts(), wire.SAFETENSORS)]
+    bodies = [saved(contexts()), tensor_codec.pack_tensor(contexts(), tensor_codec.SAFETENSORS_MEDIA_TYPE)]
     refused = 0
     for index in range(600):
         body = bytearray(bodies[index % 2])
         for _ in range(1 + some(3)):
             body[some(len(body))] = some(256)
         try:
-            assert isinstance(wire.unpack(bytes(body[: some(len(body)) if index % 3 == 0 else None])), Tensor)
-        except wire.Unreadable:
+            assert isinstance(
+                tensor_codec.unpack_tensor(bytes(body[: some(len(body)) if index % 3 == 0 else None])), Tensor
+            )
+        except tensor_codec.UnreadableTensor:
             refused += 1
     assert refused > 300
 
@@ -351,7 +364,7 @@ def test_bytes_changed_at_random_never_do_more_than_be_refused() -> None:
 
 
 def test_more_than_a_context_is_not_read(service: Service) -> None:
-    most = wire.most_bytes(1, RECIPE.length, WIDTH)
+    most = tensor_codec.max_packed_bytes(1, RECIPE.length, WIDTH)
     assert "sends more than FLUX.2 dev can read" in refusal(service, answer(b"x", length=most + 1))
     sent = threading.Event()
 
@@ -369,8 +382,8 @@ def test_more_than_a_context_is_not_read(service: Service) -> None:
 
 def test_the_largest_context_fits() -> None:
     largest = torch.zeros(2, 512, 15360)
-    for media_type in (wire.SAFETENSORS, wire.SAVED):
-        assert len(wire.pack(largest, media_type)) <= wire.most_bytes(2, 512, 15360)
+    for media_type in (tensor_codec.SAFETENSORS_MEDIA_TYPE, tensor_codec.TORCH_MEDIA_TYPE):
+        assert len(tensor_codec.pack_tensor(largest, media_type)) <= tensor_codec.max_packed_bytes(2, 512, 15360)
 
 
 def test_an_answer_that_breaks_off(service: Service) -> None:
@@ -480,7 +493,14 @@ def test_a_redirect_is_not_followed(service: Service) -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize(
-    ("asked", "seconds"), [(None, WAITS[0]), ("7", 7.0), ("0", 0.0), ("soon", WAITS[0]), ("-3", WAITS[0])]
+    ("asked", "seconds"),
+    [
+        (None, ENCODE_RETRY_DELAYS_SECONDS[0]),
+        ("7", 7.0),
+        ("0", 0.0),
+        ("soon", ENCODE_RETRY_DELAYS_SECONDS[0]),
+        ("-3", ENCODE_RETRY_DELAYS_SECONDS[0]),
+    ],
 )
 def test_a_busy_service_is_asked_again(service: Service, status: int, asked: str | None, seconds: float) -> None:
     pauses = Pauses()
@@ -493,7 +513,7 @@ def test_a_busy_service_is_asked_again(service: Service, status: int, asked: str
 def test_a_service_that_stays_busy(service: Service) -> None:
     pauses = Pauses()
     assert "too busy at the moment (HTTP 429)" in refusal(service, answer(b"", 429), pause=pauses)
-    assert len(service.bodies) == 3 and pauses.seconds == pytest.approx(sum(WAITS))
+    assert len(service.bodies) == 3 and pauses.seconds == pytest.approx(sum(ENCODE_RETRY_DELAYS_SECONDS))
 
 
 def test_a_busy_service_may_name_a_date(service: Service) -> None:
@@ -506,7 +526,7 @@ def test_a_busy_service_may_name_a_date(service: Service) -> None:
 
 def test_nobody_is_kept_waiting_for_long(service: Service) -> None:
     pauses = Pauses()
-    long = f"{LONGEST_WAIT + 1:.0f}"
+    long = f"{MAX_ENCODE_RETRY_DELAY_SECONDS + 1:.0f}"
     assert "come back in 31 s" in refusal(service, answer(b"", 429, Retry_After=long), pause=pauses)
     assert pauses.seconds == 0 and len(service.bodies) == 1
 
@@ -527,12 +547,12 @@ def test_giving_up_between_two_attempts(service: Service) -> None:
 
 def test_who_is_equal_is_the_same_text_encoder() -> None:
     """What was read once is kept under it: see `models/prompt_cache.py`."""
-    one = RemoteText("http://a/", TOKEN, RECIPE, WIDTH, "FLUX.2 dev")
-    assert {one: 1}[RemoteText("http://a/", TOKEN, RECIPE, WIDTH, "my own dev", patience=1)] == 1
+    one = RemoteTextEncoder("http://a/", TOKEN, RECIPE, WIDTH, "FLUX.2 dev")
+    assert {one: 1}[RemoteTextEncoder("http://a/", TOKEN, RECIPE, WIDTH, "my own dev", timeout=1)] == 1
     for other in (
-        RemoteText("http://b/", TOKEN, RECIPE, WIDTH, "FLUX.2 dev"),
-        RemoteText("http://a/", TOKEN, replace(RECIPE, length=5), WIDTH, "FLUX.2 dev"),
-        RemoteText("http://a/", TOKEN, RECIPE, 7, "FLUX.2 dev"),
+        RemoteTextEncoder("http://b/", TOKEN, RECIPE, WIDTH, "FLUX.2 dev"),
+        RemoteTextEncoder("http://a/", TOKEN, replace(RECIPE, length=5), WIDTH, "FLUX.2 dev"),
+        RemoteTextEncoder("http://a/", TOKEN, RECIPE, 7, "FLUX.2 dev"),
     ):
         assert one != other
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from flux2_studio.engine.runtime.compiling import Compiler
-from flux2_studio.models import replayed
+from flux2_studio.models import cuda_graphs
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.settings import Graphs
+from flux2_studio.settings import GraphsMode
 from flux2_studio.studio import Studio
 from tests.graphs import Tape
 from tests.models.compiling import drawn
@@ -28,9 +28,9 @@ def about_graphs(notices: list[str]) -> list[str]:
     return [text for text in notices if "CUDA graphs" in text]
 
 
-def studio_with(toys: Toys, home: Path, choice: Graphs, tape: Tape | None) -> Studio:
+def studio_with(toys: Toys, home: Path, choice: GraphsMode, tape: Tape | None) -> Studio:
     settings = replace(toys.settings(home, list(NAMES)), graphs=choice)
-    return Studio(settings, ModelManager(settings, Hub(settings), record=tape))
+    return Studio(settings, ModelManager(settings, Hub(settings), capture=tape))
 
 
 def test_pictures_and_prompts_are_replayed_to_the_same_bits(toys: Toys, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_recordings_go_with_a_part_that_leaves(toys: Toys, tmp_path: Path) -> No
     studio = studio_with(toys, tmp_path, "on", Tape())
     for prompt in ("a fox", "an owl"):
         drawn(studio, prompt=prompt)
-    recorded = studio._models.replayed._replays._models
+    recorded = studio._models.cuda_graphs._runner._graphs_by_model
     assert len(recorded) == 2
     studio._models.release_all()
     assert not recorded
@@ -84,25 +84,25 @@ def test_nothing_is_recorded_where_memory_is_short(toys: Toys, tmp_path: Path, m
     studio = studio_with(toys, tmp_path, "on", tape)
     drawn(studio)
     assert tape.recorded
-    monkeypatch.setattr(replayed, "free_memory", lambda _: replayed.ROOM - 1)
+    monkeypatch.setattr(cuda_graphs, "free_memory", lambda _: cuda_graphs.MIN_FREE_GRAPH_BYTES - 1)
     (_, _, notices), recorded, replays = tape.since(lambda: drawn(studio, prompt="an owl"))
     assert (recorded, replays) == (0, 0) and "(less than 4 GiB of memory would be left)" in about_graphs(notices)[0]
-    assert not studio._models.replayed._replays._models
+    assert not studio._models.cuda_graphs._runner._graphs_by_model
 
 
 def test_without_an_nvidia_card_it_is_said_that_nothing_is_recorded(toys: Toys, tmp_path: Path) -> None:
     studio = studio_with(toys, tmp_path, "on", None)
     said = [about_graphs(drawn(studio)[2]) for _ in range(2)]
     assert "(only NVIDIA's cards can)" in said[0][0] and said[1] == []
-    assert not studio._models.replayed._replays._models
+    assert not studio._models.cuda_graphs._runner._graphs_by_model
 
 
 def test_nothing_is_recorded_any_more_once_memory_ran_out(toys: Toys, tmp_path: Path) -> None:
     tape = Tape()
     studio = studio_with(toys, tmp_path, "on", tape)
     drawn(studio)
-    studio._models.release_scratch()
-    assert not studio._models.replayed._replays._models
+    studio._models.release_unused_memory()
+    assert not studio._models.cuda_graphs._runner._graphs_by_model
     (_, _, notices), recorded, replayed = tape.since(lambda: drawn(studio, prompt="an owl"))
     assert (recorded, replayed) == (0, 0) and "(memory ran out)" in about_graphs(notices)[0]
 
@@ -116,11 +116,11 @@ def test_nothing_is_recorded_while_a_compiler_is_at_work(toys: Toys, tmp_path: P
         return module.forward
 
     settings = replace(toys.settings(tmp_path, list(NAMES)), graphs="on", compile="on")
-    studio = Studio(settings, ModelManager(settings, Hub(settings), compiler=Compiler(backend=slow), record=tape))
+    studio = Studio(settings, ModelManager(settings, Hub(settings), compiler=Compiler(backend=slow), capture=tape))
     _, recorded, _ = tape.since(lambda: [drawn(studio, prompt=prompt) for prompt in ("a fox", "an owl")])
-    compiling = studio._models.compiled.busy
+    compiling = studio._models.background_compiler.is_compiling
     go_on.set()
-    studio._models.compiled.settle()
+    studio._models.background_compiler.wait_until_idle()
     assert compiling and recorded == 0
     (ways, _, _), recorded, _ = tape.since(lambda: drawn(studio))
     assert ways == ["compiled"] and recorded == 1

@@ -48,18 +48,18 @@ class Shelf:
         def chosen(part: Part) -> list[nn.Module]:
             return [part.blocks[i] for i in streamed]
 
-        part: Part = self.residency.bring(key, load, lambda it: it, blocks=chosen if streamed else None)
+        part: Part = self.residency.acquire(key, load, lambda it: it, get_streamed_blocks=chosen if streamed else None)
         expected = Part(key)
         x = torch.linspace(-1, 1, 64)
         assert part(x).equal(expected(x)), "wherever it has been, it is what it was"
         return part
 
     def room(self, parts: float, limit: float, keep: Sequence[int] = ()) -> None:
-        self.residency.make_room(int(parts * SIZE), int(limit * SIZE), keep)
+        self.residency.evict_until(int(parts * SIZE), int(limit * SIZE), keep)
 
     @property
     def where(self) -> list[int]:
-        return [key for key in range(10) if self.residency.on_device(key)]
+        return [key for key in range(10) if self.residency.device_bytes_of(key)]
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -88,12 +88,12 @@ def test_one_part_is_asked_to_leave(host_budget: int) -> None:
     shelf = Shelf(host_budget)
     part = shelf.bring(1)
     other = shelf.bring(2)
-    assert shelf.residency.held(1) is part and shelf.residency.held(3) is None
-    shelf.residency.leave(1)
-    assert shelf.residency.held(1) is None and shelf.residency.held(2) is other
+    assert shelf.residency.get_on_device(1) is part and shelf.residency.get_on_device(3) is None
+    shelf.residency.offload(1)
+    assert shelf.residency.get_on_device(1) is None and shelf.residency.get_on_device(2) is other
     assert shelf.sizes == (SIZE, host_budget)
-    shelf.residency.leave(1)
-    shelf.residency.leave(3)
+    shelf.residency.offload(1)
+    shelf.residency.offload(3)
     assert shelf.sizes == (SIZE, host_budget), "who is not there cannot leave"
     assert shelf.residency.drop(2) and not shelf.residency.drop(2)
     assert shelf.sizes == (0, host_budget)
@@ -131,8 +131,8 @@ def test_a_copy_in_main_memory_stays_until_its_room_is_needed() -> None:
 def test_what_cannot_wait_drives_out_nobody_who_does() -> None:
     shelf = Shelf(host_budget=SIZE // 2)
     small = shelf.residency
-    small.bring(0, lambda _: nn.Linear(8, 8), lambda it: it)
-    small.make_room(1, 0)
+    small.acquire(0, lambda _: nn.Linear(8, 8), lambda it: it)
+    small.evict_until(1, 0)
     waiting = small.host_bytes
     assert waiting == 8 * 9 * 4
     shelf.bring(1)
@@ -249,7 +249,7 @@ def test_a_part_that_cannot_be_read_leaves_nothing() -> None:
     shelf.bring(2)
     for blocks in (None, lambda part: list(part.blocks)):
         with pytest.raises(RuntimeError, match="ends here"):
-            shelf.residency.bring(1, failing, lambda it: it, blocks=blocks)
+            shelf.residency.acquire(1, failing, lambda it: it, get_streamed_blocks=blocks)
     assert shelf.sizes == (SIZE, 0) and shelf.where == [2]
     gc.collect()
     assert [ref() for ref in alive] == [None, None]
@@ -281,5 +281,5 @@ def test_a_part_that_cannot_come_in_leaves_nothing() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        shelf.residency.bring(2, lambda _: Part(2), lambda it: it, blocks=no_such_blocks)
+        shelf.residency.acquire(2, lambda _: Part(2), lambda it: it, get_streamed_blocks=no_such_blocks)
     assert shelf.sizes[0] == SIZE and shelf.where == [1]

@@ -12,7 +12,7 @@ import pytest
 
 from flux2_studio.checkpoints import NANO, Part
 from flux2_studio.errors import RequestError, WeightsError
-from flux2_studio.models.hub.library import DEFECT, Entry, Shared, Shelf
+from flux2_studio.models.hub.library import DOWNLOAD_DEFECT_MESSAGE, CheckpointLibrary, CheckpointStatus, SharedPart
 from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import CHECKPOINT, FLOW, MB, OTHER, TOY, FakeHub, settings, silent
 from tests.models.shelves import HELD, LAST, NAME, PATIENCE, reaches, shelf, until, weights
@@ -23,12 +23,12 @@ def is_quiet() -> bool:
 
 
 @contextmanager
-def held(fake: FakeHub, ours: Shelf) -> Iterator[Entry]:
+def held(fake: FakeHub, ours: CheckpointLibrary) -> Iterator[CheckpointStatus]:
     """A download that has come as far as HELD, and goes no further in here."""
     fake.hold_at = HELD
     ours.download(NAME)
-    until(lambda: ours.entry(NAME).here > HELD)
-    yield ours.entry(NAME)
+    until(lambda: ours.get_status(NAME).bytes_on_disk > HELD)
+    yield ours.get_status(NAME)
     fake.hold_at = None
     fake.go.set()
 
@@ -38,35 +38,43 @@ def held(fake: FakeHub, ours: Shelf) -> Iterator[Entry]:
 
 def test_nothing_is_here_and_the_network_is_not_asked(fake: FakeHub, tmp_path: Path) -> None:
     ours, _ = shelf(fake, tmp_path)
-    nano, klein, other = ours.entries()
+    nano, klein, other = ours.list_statuses()
     assert [entry.checkpoint.name for entry in (nano, klein, other)] == ["nano", NAME, "other"]
-    assert (klein.state, klein.here, klein.removable, klein.fraction) == ("absent", 0, 0, 0.0)
-    assert klein.size == klein.to_come == 3 * MB + 30 + 3 + 14  # by the table, the previews' decoder included
+    assert (klein.state, klein.bytes_on_disk, klein.removable_bytes, klein.fraction) == ("absent", 0, 0, 0.0)
+    assert (
+        klein.total_bytes == klein.remaining_bytes == 3 * MB + 30 + 3 + 14
+    )  # by the table, the previews' decoder included
     assert klein.shared == (
-        Shared(kind="text encoder", others=(OTHER,)),
-        Shared(kind="autoencoder", others=(OTHER,)),
+        SharedPart(kind="text encoder", others=(OTHER,)),
+        SharedPart(kind="autoencoder", others=(OTHER,)),
     )
-    assert klein.pages == () and other.pages == (f"{fake.url}/maker/Gated",)
+    assert klein.licence_urls == () and other.licence_urls == (f"{fake.url}/maker/Gated",)
     assert fake.asked == []
 
 
 def test_what_ships_with_the_studio_is_on_board(fake: FakeHub, tmp_path: Path) -> None:
     known = replace(settings(tmp_path), assets=Path(__file__).resolve().parents[2] / "assets")
-    ours = Shelf(known, Hub(known, endpoint=fake.url, cache=tmp_path / "cache"))
-    nano = ours.entry("nano")
-    assert (nano.state, nano.on_board, nano.own, nano.to_come, nano.removable) == ("complete", True, False, 0, 0)
-    assert nano.fraction == 1.0 and nano.size > MB
+    ours = CheckpointLibrary(known, Hub(known, endpoint=fake.url, cache=tmp_path / "cache"))
+    nano = ours.get_status("nano")
+    assert (nano.state, nano.is_bundled, nano.is_local_file, nano.remaining_bytes, nano.removable_bytes) == (
+        "complete",
+        True,
+        False,
+        0,
+        0,
+    )
+    assert nano.fraction == 1.0 and nano.total_bytes > MB
 
 
 def test_a_local_copy_that_is_not_there(fake: FakeHub, tmp_path: Path) -> None:
     ours, _ = shelf(fake, tmp_path, TOY_MODEL_PATH=tmp_path / "gone.safetensors")
-    entry = ours.entry(NAME)
+    entry = ours.get_status(NAME)
     assert entry.state == "failed" and "TOY_MODEL_PATH points to" in entry.failure
 
 
 def test_an_unknown_name(fake: FakeHub, tmp_path: Path) -> None:
     ours, _ = shelf(fake, tmp_path)
-    for ask in (ours.entry, ours.download, ours.remove):
+    for ask in (ours.get_status, ours.download, ours.remove):
         with pytest.raises(RequestError, match="There is no checkpoint called 'x'"):
             ask("x")
 
@@ -77,34 +85,36 @@ def test_an_unknown_name(fake: FakeHub, tmp_path: Path) -> None:
 def test_a_download_tells_bytes_speed_and_time_left(fake: FakeHub, tmp_path: Path) -> None:
     ours, hub = shelf(fake, tmp_path)
     with held(fake, ours) as entry:
-        assert entry.state == "downloading" and entry.doing == "Downloading Toy-4B" and not entry.on_its_way
-        assert HELD < entry.here < HELD + 1000  # the text encoder came before
-        assert entry.here + entry.to_come == pytest.approx(3 * MB, rel=1e-3)
+        assert entry.state == "downloading" and entry.activity == "Downloading Toy-4B" and not entry.fetching_kinds
+        assert HELD < entry.bytes_on_disk < HELD + 1000  # the text encoder came before
+        assert entry.bytes_on_disk + entry.remaining_bytes == pytest.approx(3 * MB, rel=1e-3)
         assert entry.fraction == pytest.approx(2 / 3, rel=1e-3)
-        until(lambda: ours.entry(NAME).per_second)
-        entry = ours.entry(NAME)
-        assert entry.per_second and 0 < entry.per_second < HELD * 2  # in more than a second, or it would not be told
-        assert entry.seconds_left == pytest.approx(entry.to_come / entry.per_second)
-        other = ours.entry("other")
-        assert (other.state, other.per_second, other.doing) == ("absent", None, "")
+        until(lambda: ours.get_status(NAME).bytes_per_second)
+        entry = ours.get_status(NAME)
+        assert (
+            entry.bytes_per_second and 0 < entry.bytes_per_second < HELD * 2
+        )  # in more than a second, or it would not be told
+        assert entry.seconds_left == pytest.approx(entry.remaining_bytes / entry.bytes_per_second)
+        other = ours.get_status("other")
+        assert (other.state, other.bytes_per_second, other.activity) == ("absent", None, "")
     entry = reaches(ours, "complete")
-    assert weights(tmp_path) == TOY and all(hub.on_disk(part) for part in CHECKPOINT.parts)
+    assert weights(tmp_path) == TOY and all(hub.is_on_disk(part) for part in CHECKPOINT.parts)
     until(is_quiet)
-    entry = ours.entry(NAME)
-    assert (entry.to_come, entry.failure, entry.doing, entry.per_second) == (0, "", "", None)
-    assert entry.here == entry.size == entry.removable and entry.fraction == 1.0
-    assert hub.on_disk(CHECKPOINT.tiny_autoencoder)
+    entry = ours.get_status(NAME)
+    assert (entry.remaining_bytes, entry.failure, entry.activity, entry.bytes_per_second) == (0, "", "", None)
+    assert entry.bytes_on_disk == entry.total_bytes == entry.removable_bytes and entry.fraction == 1.0
+    assert hub.is_on_disk(CHECKPOINT.tiny_autoencoder)
 
 
 def test_previews_that_are_off_are_not_downloaded_for(fake: FakeHub, tmp_path: Path) -> None:
     known = replace(settings(tmp_path), checkpoints=(NANO, CHECKPOINT), preview="off")
     hub = Hub(known, endpoint=fake.url, cache=tmp_path / "cache", free_space=lambda _: 10**12)
-    ours = Shelf(known, hub)
-    assert ours.entry(NAME).size == 3 * MB + 30 + 3
+    ours = CheckpointLibrary(known, hub)
+    assert ours.get_status(NAME).total_bytes == 3 * MB + 30 + 3
     ours.download(NAME)
     reaches(ours, "complete")
     until(is_quiet)
-    assert not hub.on_disk(CHECKPOINT.tiny_autoencoder)
+    assert not hub.is_on_disk(CHECKPOINT.tiny_autoencoder)
 
 
 def test_pause_and_resume(fake: FakeHub, tmp_path: Path) -> None:
@@ -112,19 +122,19 @@ def test_pause_and_resume(fake: FakeHub, tmp_path: Path) -> None:
     with held(fake, ours):
         ours.pause(NAME)
         ours.pause(NAME)  # somebody else's click
-        assert ours.entry(NAME).state == "paused"
-        until(lambda: hub.reached(FLOW) is None)
+        assert ours.get_status(NAME).state == "paused"
+        until(lambda: hub.download_progress(FLOW) is None)
     until(is_quiet)
-    entry, there = ours.entry(NAME), hub.size_on_disk(FLOW)
-    assert entry.state == "paused" and not entry.doing and not entry.failure
-    assert HELD <= there < 3 * MB and there < entry.here and entry.fraction < 1.0
+    entry, there = ours.get_status(NAME), hub.size_on_disk(FLOW)
+    assert entry.state == "paused" and not entry.activity and not entry.failure
+    assert HELD <= there < 3 * MB and there < entry.bytes_on_disk and entry.fraction < 1.0
     fake.sent.clear()
     ours.download(NAME)
     reaches(ours, "complete")
     assert weights(tmp_path) == TOY
     assert ("toy.safetensors", f"bytes={there}-{LAST}") in fake.sent
     ours.pause(NAME)
-    assert ours.entry(NAME).state == "complete"
+    assert ours.get_status(NAME).state == "complete"
 
 
 def test_resumed_before_the_pause_has_taken_effect(fake: FakeHub, tmp_path: Path) -> None:
@@ -133,9 +143,9 @@ def test_resumed_before_the_pause_has_taken_effect(fake: FakeHub, tmp_path: Path
         for _ in range(3):
             ours.pause(NAME)
             ours.download(NAME)
-        assert ours.entry(NAME).state == "downloading"
+        assert ours.get_status(NAME).state == "downloading"
     reaches(ours, "complete")
-    assert weights(tmp_path) == TOY and ours.entry(NAME).failure == ""
+    assert weights(tmp_path) == TOY and ours.get_status(NAME).failure == ""
 
 
 def test_several_users_and_a_run_share_one_download(fake: FakeHub, tmp_path: Path) -> None:
@@ -143,7 +153,7 @@ def test_several_users_and_a_run_share_one_download(fake: FakeHub, tmp_path: Pat
     with held(fake, ours):
         users = [threading.Thread(target=ours.download, args=(NAME,)) for _ in range(8)]
         found: list[Path] = []
-        run = threading.Thread(target=lambda: found.append(hub.locate(FLOW, silent).weights))
+        run = threading.Thread(target=lambda: found.append(hub.find_or_download(FLOW, silent).weights))
         for thread in (*users, run):
             thread.start()
         for thread in users:
@@ -158,13 +168,13 @@ def test_pausing_does_not_take_it_from_a_run(fake: FakeHub, tmp_path: Path) -> N
     ours, hub = shelf(fake, tmp_path)
     heard = threading.Event()
     with held(fake, ours):
-        run = threading.Thread(target=hub.locate, args=(FLOW, lambda *_: heard.set()))
+        run = threading.Thread(target=hub.find_or_download, args=(FLOW, lambda *_: heard.set()))
         run.start()
         assert heard.wait(PATIENCE)
         ours.pause(NAME)
-        until(lambda: ours.entry(NAME).on_its_way)
-        entry = ours.entry(NAME)
-        assert (entry.state, entry.on_its_way) == ("paused", ("transformer",))
+        until(lambda: ours.get_status(NAME).fetching_kinds)
+        entry = ours.get_status(NAME)
+        assert (entry.state, entry.fetching_kinds) == ("paused", ("transformer",))
     run.join(PATIENCE)
     assert weights(tmp_path) == TOY
     assert [name for name, _ in fake.sent].count("toy.safetensors") == 1
@@ -178,7 +188,7 @@ def test_a_full_disk(fake: FakeHub, tmp_path: Path) -> None:
     ours.download(NAME)
     entry = reaches(ours, "failed")
     assert entry.failure.startswith("There is no room for FLUX.2 klein 4B in ") and "HF_HOME" in entry.failure
-    assert ours.room() == (str(tmp_path / "cache"), 100 * MB)
+    assert ours.free_space() == (str(tmp_path / "cache"), 100 * MB)
     assert fake.sent == []
 
 
@@ -188,7 +198,7 @@ def test_a_gate(fake: FakeHub, tmp_path: Path) -> None:
     ours.download("other")
     entry = reaches(ours, "failed", "other")
     assert f"accept its licence at {fake.url}/maker/Gated" in entry.failure
-    assert fake.sent == [] and entry.here == 0  # it is asked before the text encoder comes
+    assert fake.sent == [] and entry.bytes_on_disk == 0  # it is asked before the text encoder comes
     fake.refusals.clear()
     ours.download("other")  # once it was accepted
     entry = reaches(ours, "complete", "other")
@@ -201,16 +211,16 @@ def test_a_defect_of_ours_is_logged_and_told(fake: FakeHub, tmp_path: Path, capl
             raise ZeroDivisionError
 
     known = replace(settings(tmp_path), checkpoints=(CHECKPOINT,), default_checkpoint=NAME)
-    ours = Shelf(known, Broken(known, endpoint=fake.url, cache=tmp_path / "cache"))
+    ours = CheckpointLibrary(known, Broken(known, endpoint=fake.url, cache=tmp_path / "cache"))
     ours.download(NAME)
-    assert reaches(ours, "failed").failure == DEFECT
+    assert reaches(ours, "failed").failure == DOWNLOAD_DEFECT_MESSAGE
     assert "ZeroDivisionError" in caplog.text
 
 
 # --- deleting -----------------------------------------------------------------------------------------------------
 
 
-def complete(ours: Shelf, *names: str) -> None:
+def complete(ours: CheckpointLibrary, *names: str) -> None:
     for name in names:
         ours.download(name)
     for name in names:
@@ -221,17 +231,19 @@ def complete(ours: Shelf, *names: str) -> None:
 def test_delete_keeps_what_others_need(fake: FakeHub, tmp_path: Path) -> None:
     ours, hub = shelf(fake, tmp_path)
     complete(ours, NAME, "other")
-    assert ours.entry(NAME).removable == 3 * MB
+    assert ours.get_status(NAME).removable_bytes == 3 * MB
     assert ours.remove(NAME) == (
         "3.0 MB freed. The text encoder, the autoencoder and the small decoder of the previews stay, for Other."
     )
-    entry = ours.entry(NAME)
-    assert (entry.state, entry.to_come, entry.removable) == ("absent", 3 * MB, 0)
-    assert ours.entry("other").state == "complete"
-    assert not hub.on_disk(FLOW) and hub.on_disk(CHECKPOINT.text)
-    assert ours.entry("other").removable == ours.entry("other").here  # nobody else needs any of it now
+    entry = ours.get_status(NAME)
+    assert (entry.state, entry.remaining_bytes, entry.removable_bytes) == ("absent", 3 * MB, 0)
+    assert ours.get_status("other").state == "complete"
+    assert not hub.is_on_disk(FLOW) and hub.is_on_disk(CHECKPOINT.text)
+    assert (
+        ours.get_status("other").removable_bytes == ours.get_status("other").bytes_on_disk
+    )  # nobody else needs any of it now
     assert "freed" in ours.remove("other")
-    assert [entry.here for entry in ours.entries()] == [0, 0, 0]
+    assert [entry.bytes_on_disk for entry in ours.list_statuses()] == [0, 0, 0]
     assert list((tmp_path / "cache").glob("models--*")) == []
     assert ours.remove("other") == "There is nothing to delete of Other alone."
 
@@ -240,18 +252,18 @@ def test_delete_takes_nothing_from_a_download_that_was_asked_for(fake: FakeHub, 
     ours, hub = shelf(fake, tmp_path)
     complete(ours, "other")
     with held(fake, ours):  # the text encoder is here already, and needed as soon as the rest has come
-        assert ours.entry("other").removable == len(b"precious")
+        assert ours.get_status("other").removable_bytes == len(b"precious")
         assert "The text encoder, the autoencoder and the small decoder of the previews stay" in ours.remove("other")
         with pytest.raises(WeightsError, match=r"FLUX\.2 klein 4B is being downloaded: pause that first"):
             ours.remove(NAME)
         ours.pause(NAME)
-        until(lambda: hub.reached(FLOW) is None)
+        until(lambda: hub.download_progress(FLOW) is None)
     until(is_quiet)
-    assert ours.entry(NAME).state == "paused" and hub.on_disk(CHECKPOINT.text)
+    assert ours.get_status(NAME).state == "paused" and hub.is_on_disk(CHECKPOINT.text)
     complete(ours, "other")
     assert "stay, for FLUX.2 klein 4B." in ours.remove("other")  # a paused one still wants it
     assert "freed" in ours.remove(NAME)
-    assert [entry.state for entry in ours.entries()[1:]] == ["absent", "absent"]
+    assert [entry.state for entry in ours.list_statuses()[1:]] == ["absent", "absent"]
     assert list((tmp_path / "cache").glob("models--*")) == []
 
 
@@ -262,11 +274,16 @@ def test_a_users_own_file_stays(fake: FakeHub, tmp_path: Path) -> None:
         CHECKPOINT, name="mine", label="mine", flow=Part(kind="flow", repo=None, path=str(file), size=4), licence="?"
     )
     ours, _ = shelf(fake, tmp_path, CHECKPOINT, own)
-    entry = ours.entry("mine")
-    assert entry.own and not entry.on_board and entry.state == "absent" and entry.size - entry.to_come == 4
+    entry = ours.get_status("mine")
+    assert (
+        entry.is_local_file
+        and not entry.is_bundled
+        and entry.state == "absent"
+        and entry.total_bytes - entry.remaining_bytes == 4
+    )
     complete(ours, "mine")
-    assert ours.entry("mine").removable == ours.entry("mine").here > 0
+    assert ours.get_status("mine").removable_bytes == ours.get_status("mine").bytes_on_disk > 0
     assert "freed" in ours.remove("mine")
     assert file.read_bytes() == b"mine"
     file.unlink()
-    assert "put it back" in ours.entry("mine").failure
+    assert "put it back" in ours.get_status("mine").failure

@@ -17,11 +17,20 @@ from flux2_studio.engine.params import AutoencoderParams, TransformerParams
 from flux2_studio.engine.runtime.footprint import META
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
-from flux2_studio.models.memory.plan import DRAWING, PROMPT, Needs, Plan, Weights, Workload, make_plan, weights_of
+from flux2_studio.models.memory.plan import (
+    DENOISING_STAGE,
+    PROMPT_STAGE,
+    MemoryPlan,
+    ModelFootprint,
+    PartWeightBytes,
+    RequestShape,
+    count_weight_bytes,
+    make_plan,
+)
 
 CUDA = torch.device("cuda")
 BLOCKS = ("double_blocks.", "single_blocks.", "layers.")
-PICTURE = Workload(width=1024, height=1024)
+PICTURE = RequestShape(width=1024, height=1024)
 AUTOENCODER = AutoencoderParams(
     encoder_channels=(128, 256, 512, 512),
     decoder_channels=(128, 256, 512, 512),
@@ -39,17 +48,17 @@ TEXTS: dict[str, tuple[Any, Any, int, int, int, int]] = {
 }
 
 
-def weights(model: nn.Module, bits: float) -> Weights:
+def weights(model: nn.Module, bits: float) -> PartWeightBytes:
     """With matrices of the blocks in so many bits, and all else in 16."""
     sizes = {
         name: int(it.numel() * (bits if it.ndim == 2 and name.startswith(BLOCKS) else 16) / 8)
         for name, it in model.named_parameters()
     }
-    return weights_of(sizes, [prefix for prefix in BLOCKS if any(name.startswith(prefix) for name in sizes)])
+    return count_weight_bytes(sizes, [prefix for prefix in BLOCKS if any(name.startswith(prefix) for name in sizes)])
 
 
 @lru_cache
-def needs(name: str, flow_bits: float = 16, text_bits: float = 16) -> Needs:
+def needs(name: str, flow_bits: float = 16, text_bits: float = 16) -> ModelFootprint:
     hidden, double, single, context = FLOWS[name]
     params = TransformerParams(
         in_channels=128,
@@ -68,10 +77,10 @@ def needs(name: str, flow_bits: float = 16, text_bits: float = 16) -> Needs:
         text = tower(config(**fields, **heads))
         models = [Transformer(params), Autoencoder(AUTOENCODER), TinyDecoder()]
     flow, autoencoder, tiny = models
-    return Needs(
+    return ModelFootprint(
         label=name,
         flow=weights(flow, flow_bits),
-        transformer=params,
+        transformer_params=params,
         flow_dtype=torch.bfloat16,
         flow_quantized=flow_bits < 16,
         autoencoder=weights(autoencoder, 16),
@@ -82,12 +91,12 @@ def needs(name: str, flow_bits: float = 16, text_bits: float = 16) -> Needs:
         text_length=512,
         tiny=weights(tiny, 16),
         tiny_dtype=torch.float16,
-        previews=True,
-        reference_cache=False,
+        decodes_previews=True,
+        caches_reference_kv=False,
     )
 
 
-def plan(wanted: Needs, gigabytes: float) -> Plan:
+def plan(wanted: ModelFootprint, gigabytes: float) -> MemoryPlan:
     return make_plan(wanted, PICTURE, int(gigabytes * GB), CUDA)
 
 
@@ -99,34 +108,38 @@ def test_the_sizes_are_those_that_were_published() -> None:
 
 def test_klein_4b_in_8_gb() -> None:
     found = plan(needs("klein 4B"), 8)
-    assert found.together == "all but the text encoder"
-    assert found.stage(PROMPT).streamed == 0 and 0 < found.stage(DRAWING).streamed <= 12, "half of it stays"
+    assert found.resident_parts == "all but the text encoder"
+    assert found.stage(PROMPT_STAGE).streamed == 0 and 0 < found.stage(DENOISING_STAGE).streamed <= 12, (
+        "half of it stays"
+    )
     small = plan(needs("klein 4B", 8, 8), 8)
-    assert small.together == "all but the text encoder"
-    assert not any(stage.streamed or stage.rows for stage in small.stages), "nothing waits, nothing is cut"
+    assert small.resident_parts == "all but the text encoder"
+    assert not any(stage.streamed or stage.strip_height for stage in small.stages), "nothing waits, nothing is cut"
 
 
 @pytest.mark.parametrize(("bits", "streamed"), [(16, True), (8, False)])
 def test_klein_9b_in_16_gb(bits: int, streamed: bool) -> None:
     found = plan(needs("klein 9B", bits, bits), 16)
-    assert found.together == "all but the text encoder" and bool(found.stage(DRAWING).streamed) == streamed
+    assert (
+        found.resident_parts == "all but the text encoder" and bool(found.stage(DENOISING_STAGE).streamed) == streamed
+    )
 
 
 def test_dev_with_a_4_bit_file_in_24_gb() -> None:
     streamed = plan(needs("dev", 4.5), 24)
-    assert streamed.together == "all but the text encoder"
-    assert streamed.stage(PROMPT).streamed and not streamed.stage(DRAWING).streamed
+    assert streamed.resident_parts == "all but the text encoder"
+    assert streamed.stage(PROMPT_STAGE).streamed and not streamed.stage(DENOISING_STAGE).streamed
     in_turn = plan(needs("dev", 4.5, 8), 24)
-    assert in_turn.together == "all but the text encoder" and not any(stage.streamed for stage in in_turn.stages)
-    assert plan(replace(needs("dev", 4.5), text=None), 24).resident, "with the text encoder on another machine"
+    assert in_turn.resident_parts == "all but the text encoder" and not any(stage.streamed for stage in in_turn.stages)
+    assert plan(replace(needs("dev", 4.5), text=None), 24).is_resident, "with the text encoder on another machine"
 
 
 def test_dev_in_fp8_in_54_gb() -> None:
     found = plan(needs("dev", 8), 54)
-    assert found.together == "all but the text encoder" and not any(stage.streamed for stage in found.stages)
-    assert plan(needs("dev", 8, 8), 55).resident, "with the text encoder in 8 bits, too"
+    assert found.resident_parts == "all but the text encoder" and not any(stage.streamed for stage in found.stages)
+    assert plan(needs("dev", 8, 8), 55).is_resident, "with the text encoder in 8 bits, too"
 
 
 def test_all_of_dev_in_bfloat16_in_141_gb() -> None:
     found = plan(needs("dev"), 141)
-    assert found.resident and found.peak < 105 * GB
+    assert found.is_resident and found.peak < 105 * GB

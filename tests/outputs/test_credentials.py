@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flux2_studio import __version__
 from flux2_studio.errors import CredentialsError
-from flux2_studio.provenance.c2pa.credentials import MAX_BYTES, ManifestReader, Signer, Source
+from flux2_studio.provenance.c2pa.credentials import MAX_INSPECTED_BYTES, ManifestReader, ReferenceIngredient, Signer
 from flux2_studio.provenance.identity import load_identity
 from tests import certificates
 
@@ -50,8 +50,8 @@ def picture(format: str = "PNG", seed: int = 0) -> bytes:
     return out.getvalue()
 
 
-def sources_of(signer: Signer, references: Sequence[bytes]) -> list[Source]:
-    return [signer.source(number, data) for number, data in enumerate(references, start=1)]
+def sources_of(signer: Signer, references: Sequence[bytes]) -> list[ReferenceIngredient]:
+    return [signer.make_ingredient(number, data) for number, data in enumerate(references, start=1)]
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -115,7 +115,7 @@ def stranger(
 @FORMATS
 def test_the_library_itself_says_valid(signer: Signer, format: str) -> None:
     before = picture(format)
-    signed = signer.signed(before, "FLUX.2 [klein] 4B")
+    signed = signer.sign(before, "FLUX.2 [klein] 4B")
     assert signed.notes == ()
     store = store_of(signed.data, format)
     assert store["validation_state"] == "Valid"
@@ -130,7 +130,7 @@ def test_the_library_itself_says_valid(signer: Signer, format: str) -> None:
 
 def test_a_generated_picture_says_how_it_was_made_but_not_the_prompt(tmp_path: Path) -> None:
     signer = Signer(tmp_path, now=lambda: NOON.replace(year=datetime.now(UTC).year))
-    data = signer.signed(picture(), "FLUX.2 [klein] 4B", watermark="dwtDctSvd, 46 bits").data
+    data = signer.sign(picture(), "FLUX.2 [klein] 4B", watermark="dwtDctSvd, 46 bits").data
     agent = {"name": "flux2-studio", "version": __version__, "model": "FLUX.2 [klein] 4B"}
     made, marked = actions_of(data)
     assert made["action"] == "c2pa.created"
@@ -147,21 +147,21 @@ def test_a_generated_picture_says_how_it_was_made_but_not_the_prompt(tmp_path: P
 
 def test_the_prompt_is_told_where_the_user_wants_it(signer: Signer) -> None:
     for prompt in ('a "quoted" <b>fox</b>,\nüber 狐', ""):
-        data = signer.signed(picture(), "nano", prompt=prompt).data
+        data = signer.sign(picture(), "nano", prompt=prompt).data
         assert actions_of(data)[0]["parameters"]["flux2-studio.prompt"] == prompt
-    assert actions_of(signer.signed(picture(), "odd \udcff", prompt="\ud800!").data)[0]["parameters"] == {
+    assert actions_of(signer.sign(picture(), "odd \udcff", prompt="\ud800!").data)[0]["parameters"] == {
         "flux2-studio.prompt": "?!"
     }
 
 
 def test_an_edit_names_its_references_and_keeps_their_credentials(signer: Signer, tmp_path: Path) -> None:
     photo = stranger(tmp_path)
-    generated = signer.signed(picture("JPEG", 2), "nano").data
+    generated = signer.sign(picture("JPEG", 2), "nano").data
     references = [photo, picture("WEBP", 3), generated, b"BM, which no reader of credentials knows"]
     sources = sources_of(signer, references)
     assert [source.note for source in sources] == [None] * 4
     assert [source.data is not None for source in sources] == [True, False, True, False]
-    signed = signer.signed(picture(), "nano", sources)
+    signed = signer.sign(picture(), "nano", sources)
     assert signed.notes == ()
     assert store_of(signed.data)["validation_state"] == "Valid"
     opened, edited = actions_of(signed.data)
@@ -195,9 +195,9 @@ def test_an_edit_names_its_references_and_keeps_their_credentials(signer: Signer
 
 
 def test_the_same_reference_twice_and_an_edit_of_an_edit(signer: Signer) -> None:
-    data = signer.signed(picture(seed=1), "nano").data
+    data = signer.sign(picture(seed=1), "nano").data
     for _ in range(3):
-        data = signer.signed(picture(), "nano", sources_of(signer, [data, data])).data
+        data = signer.sign(picture(), "nano", sources_of(signer, [data, data])).data
     found = signer.read(data)
     assert (found.state, found.own, len(found.ingredients)) == ("intact", True, 2)
     assert len(json.loads(found.report)["manifests"]) == 4
@@ -231,7 +231,7 @@ def forge(data: bytes) -> bytes:
 
 @FORMATS
 def test_a_changed_pixel_is_told(signer: Signer, format: str) -> None:
-    data = signer.signed(picture(format), "nano").data
+    data = signer.sign(picture(format), "nano").data
     edited = changed(data, format)
     assert not np.array_equal(pixels(edited), pixels(data))
     found = signer.read(edited)
@@ -240,7 +240,7 @@ def test_a_changed_pixel_is_told(signer: Signer, format: str) -> None:
 
 
 def test_a_changed_statement_is_told(signer: Signer) -> None:
-    data = signer.signed(picture(), "nano").data
+    data = signer.sign(picture(), "nano").data
     found = signer.read(forge(data))
     assert found.state == "broken"
     assert "A statement in the credentials was changed after they were signed." in found.problems
@@ -251,7 +251,7 @@ def test_changed_metadata_is_told(signer: Signer) -> None:
     info.add_text("parameters", "seed 1")
     out = io.BytesIO()
     Image.new("RGB", (64, 64)).save(out, "PNG", pnginfo=info)
-    data = signer.signed(out.getvalue(), "nano").data
+    data = signer.sign(out.getvalue(), "nano").data
     assert Image.open(io.BytesIO(data)).text["parameters"] == "seed 1"  # type: ignore[attr-defined]
     text = b"tEXtparameters\0seed 1"
     forged = text.replace(b"1", b"2")
@@ -263,7 +263,7 @@ def test_changed_metadata_is_told(signer: Signer) -> None:
 @FORMATS
 def test_credentials_that_another_program_dropped_are_missed(signer: Signer, format: str) -> None:
     out = io.BytesIO()
-    Image.open(io.BytesIO(signer.signed(picture(format), "nano").data)).save(out, format)
+    Image.open(io.BytesIO(signer.sign(picture(format), "nano").data)).save(out, format)
     for data in (out.getvalue(), picture(format)):
         found = signer.read(data)
         assert (found.state, found.present) == ("none", False)
@@ -274,7 +274,7 @@ def test_somebody_elses_signature_is_intact_but_confirms_no_name(signer: Signer,
     found = signer.read(stranger(tmp_path))
     assert (found.state, found.own, found.generator) == ("intact", False, "Camera")
     assert "nobody here confirms that name" in found.summary
-    mine = signer.signed(picture(), "nano").data
+    mine = signer.sign(picture(), "nano").data
     assert not Signer(tmp_path / "elsewhere").read(mine).own
     assert not (tmp_path / "elsewhere").exists(), "reading makes no identity"
 
@@ -282,16 +282,16 @@ def test_somebody_elses_signature_is_intact_but_confirms_no_name(signer: Signer,
 def test_what_is_no_picture_is_not_signed(signer: Signer) -> None:
     for data in (b"", b"hello", picture("GIF"), b"%PDF-1.4"):
         with pytest.raises(CredentialsError, match="Only PNG, JPEG and WebP"):
-            signer.signed(data, "nano")
+            signer.sign(data, "nano")
     with pytest.raises(CredentialsError, match="The picture could not be signed"):
-        signer.signed(picture()[:40], "nano")
+        signer.sign(picture()[:40], "nano")
 
 
 @pytest.mark.parametrize("kind", ["es384", "ps256", "ed25519"])
 def test_own_certificates_sign(tmp_path: Path, kind: str) -> None:
     made = certificates.make(tmp_path, kind)
     signer = Signer(tmp_path / "identity", made.certificate, made.key)
-    data = signer.signed(picture(), "nano").data
+    data = signer.sign(picture(), "nano").data
     assert store_of(data)["validation_state"] == "Valid"
     found = signer.read(data)
     assert (found.state, found.own, found.signer) == ("intact", True, "Fox & Sons")
@@ -301,7 +301,7 @@ def test_an_own_certificate_for_document_signing_is_taken(tmp_path: Path) -> Non
     usage = ExtendedKeyUsageOID.EMAIL_PROTECTION.__class__("1.3.6.1.5.5.7.3.36")
     made = certificates.make(tmp_path, usage=usage)
     signer = Signer(tmp_path / "identity", made.certificate, made.key)
-    assert signer.read(signer.signed(picture(), "nano").data).own
+    assert signer.read(signer.sign(picture(), "nano").data).own
 
 
 def test_an_own_certificate_that_c2pa_refuses_is_told_before_a_run(tmp_path: Path) -> None:
@@ -319,12 +319,12 @@ def test_an_identity_due_for_renewal_is_renewed_while_running(tmp_path: Path) ->
     assert signer.identity is first
     clock[0] = datetime.now(UTC)
     assert signer.identity.serial != first.serial
-    assert signer.read(signer.signed(picture(), "nano").data).own
+    assert signer.read(signer.sign(picture(), "nano").data).own
 
 
 def test_broken_or_hostile_references_are_told_and_do_not_break_the_run(signer: Signer, tmp_path: Path) -> None:
-    good = signer.signed(picture(seed=1), "nano").data
-    forged = forge(signer.signed(picture(seed=2), "nano").data)
+    good = signer.sign(picture(seed=1), "nano").data
+    forged = forge(signer.sign(picture(seed=2), "nano").data)
     endless = stranger(tmp_path, {"label": "org.example.long", "data": {"text": "x" * 30_000}})
     signer = Signer(tmp_path, reader=ManifestReader(longest=20_000))
     references = [
@@ -345,7 +345,7 @@ def test_broken_or_hostile_references_are_told_and_do_not_break_the_run(signer: 
     assert "characters long. They are left out of the new picture's." in notes[3]
     assert all(f"Image {number}: The content" in note for number, note in enumerate(notes[4:7], start=5))
     assert notes[7] == ""
-    signed = signer.signed(picture(), "nano", sources)
+    signed = signer.sign(picture(), "nano", sources)
     assert signed.notes == ()
     found = signer.read(signed.data)
     assert (found.state, found.own, len(found.ingredients)) == ("intact", True, 8)
@@ -354,8 +354,8 @@ def test_broken_or_hostile_references_are_told_and_do_not_break_the_run(signer: 
 
 
 def test_references_whose_credentials_contradict_each_other(signer: Signer) -> None:
-    good = signer.signed(picture(seed=1), "nano").data
-    signed = signer.signed(picture(), "nano", sources_of(signer, [changed(good, "PNG"), good, forge(good)]))
+    good = signer.sign(picture(seed=1), "nano").data
+    signed = signer.sign(picture(), "nano", sources_of(signer, [changed(good, "PNG"), good, forge(good)]))
     assert signed.notes == ("Too large or too damaged to go along: the content credentials of Image 1, Image 3.",)
     found = signer.read(signed.data)
     assert (found.state, found.own) == ("intact", True)
@@ -365,7 +365,7 @@ def test_references_whose_credentials_contradict_each_other(signer: Signer) -> N
 def test_references_with_very_large_credentials_are_named_without_them(signer: Signer, tmp_path: Path) -> None:
     sources = sources_of(signer, [stranger(tmp_path, thumbnail=bytes(17_000_000))])
     assert sources[0].note is None
-    signed = signer.signed(picture(), "nano", sources)
+    signed = signer.sign(picture(), "nano", sources)
     assert signed.notes == ("Too large or too damaged to go along: the content credentials of Image 1.",)
     assert len(signed.data) < 100_000
     assert signer.read(signed.data).own
@@ -393,7 +393,7 @@ def test_no_process_is_started_for_a_picture_without_credentials(tmp_path: Path)
     signer = Signer(tmp_path, reader=ManifestReader(path))
     for data in (picture("PNG"), picture("JPEG"), picture("WEBP"), picture("GIF"), b"hello", b""):
         assert signer.read(data).state == "none"
-    assert signer.read(signer.signed(picture(), "nano").data).state == "unreadable"
+    assert signer.read(signer.sign(picture(), "nano").data).state == "unreadable"
 
 
 def test_files_that_cannot_be_read_are_told(signer: Signer, tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_files_that_cannot_be_read_are_told(signer: Signer, tmp_path: Path) -> N
     assert "the file cannot be opened" in signer.read(tmp_path).summary
     large = tmp_path / "large.png"
     with large.open("wb") as file:
-        file.truncate(MAX_BYTES + 1)
+        file.truncate(MAX_INSPECTED_BYTES + 1)
     assert "larger than 200 MB" in signer.read(large).summary
 
 
@@ -446,10 +446,10 @@ def test_nothing_is_fetched(signer: Signer, tmp_path: Path, server: _Server) -> 
     assert f"they are kept on the network, which is not asked ({server.url})" in found.summary
     sources = sources_of(signer, [remote])
     assert "which is not asked" in (sources[0].note or "")
-    assert signer.read(signer.signed(picture(), "nano", sources).data).own
+    assert signer.read(signer.sign(picture(), "nano", sources).data).own
     made = certificates.make(tmp_path, responder=server.url)
     own = Signer(tmp_path / "identity", made.certificate, made.key)
-    assert own.read(own.signed(picture(), "nano").data).own
+    assert own.read(own.sign(picture(), "nano").data).own
     assert server.asked == []
     with pytest.raises(c2pa.C2paError):
         c2pa.Reader("image/png", io.BytesIO(remote))
@@ -460,7 +460,7 @@ def test_threads_may_sign_and_read_at_once(tmp_path: Path) -> None:
     signer = Signer(tmp_path)  # not made yet: all of them ask for it
 
     def work(number: int) -> bytes:
-        data = signer.signed(picture(seed=number), f"model {number}").data
+        data = signer.sign(picture(seed=number), f"model {number}").data
         assert actions_of(data)[0]["softwareAgent"]["model"] == f"model {number}"
         return data
 
@@ -476,11 +476,11 @@ def test_the_key_is_in_no_log_output_or_picture(
     caplog.set_level(logging.DEBUG)
     made = certificates.make(tmp_path)
     signer = Signer(tmp_path / "identity", made.certificate, made.key)
-    data = signer.signed(picture(), "nano").data
+    data = signer.sign(picture(), "nano").data
     errors = []
     for damaged in (picture()[:40], b""):
         with pytest.raises(CredentialsError) as caught:
-            signer.signed(damaged, "nano")
+            signer.sign(damaged, "nano")
         errors.append(repr(caught.value) + repr(caught.value.__cause__))
     told = "".join(
         [caplog.text, *capfd.readouterr(), *errors, repr(signer), repr(signer.read(data)), repr(vars(signer))]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux2_studio.provenance.c2pa.report import Credentials, from_report
+from flux2_studio.provenance.c2pa.report import Credentials, parse_report
 
 SUCCESS = [{"code": "claimSignature.validated"}, {"code": "assertion.dataHash.match"}]
 UNTRUSTED = {"code": "signingCredential.untrusted", "explanation": "signing certificate untrusted"}
@@ -33,7 +33,7 @@ def report(
 
 
 def test_an_unknown_signer_is_no_defect() -> None:
-    found = from_report(report(state="Valid"), None)
+    found = parse_report(report(state="Valid"), None)
     assert (found.state, found.own, found.problems, found.signer) == ("intact", False, (), "Fox")
     assert "“Fox”; nobody here confirms that name" in found.summary
 
@@ -42,12 +42,12 @@ def test_an_unknown_signer_is_no_defect() -> None:
     ("state", "serial", "own"), [("Trusted", "12", True), ("Trusted", "13", False), ("Valid", "12", False)]
 )
 def test_one_is_recognised_by_trust_and_serial_together(state: str, serial: str, own: bool) -> None:
-    assert from_report(report(state=state), serial).own is own
-    assert not from_report(report(state=state), None).own
+    assert parse_report(report(state=state), serial).own is own
+    assert not parse_report(report(state=state), None).own
 
 
 def test_defects_in_words_each_once() -> None:
-    found = from_report(
+    found = parse_report(
         report("assertion.dataHash.mismatch", "claimSignature.mismatch", "claimSignature.mismatch"), None
     )
     assert found.problems == (
@@ -55,12 +55,12 @@ def test_defects_in_words_each_once() -> None:
         "The signature does not fit: the credentials were changed or forged.",
     )
     assert found.summary.startswith("Not intact: The picture was changed after it was signed. The signature")
-    (unknown,) = from_report(report("some.new.code"), None).problems
+    (unknown,) = parse_report(report("some.new.code"), None).problems
     assert unknown == "about some.new.code (some.new.code)."
 
 
 def test_an_expired_certificate_does_not_mean_a_changed_picture() -> None:
-    found = from_report(report("signingCredential.expired"), None)
+    found = parse_report(report("signingCredential.expired"), None)
     assert found.state == "broken"
     assert found.summary == (
         "Unchanged since it was signed, but the signature does not count: The signer's certificate has expired."
@@ -69,7 +69,7 @@ def test_an_expired_certificate_does_not_mean_a_changed_picture() -> None:
 
 def test_defects_of_earlier_pictures_are_told_apart() -> None:
     delta = {"validationDeltas": {"failure": [{"code": "claimSignature.mismatch"}]}}
-    (problem,) = from_report(report(deltas=[delta]), None).problems
+    (problem,) = parse_report(report(deltas=[delta]), None).problems
     assert problem.startswith("In an earlier picture: The signature does not fit")
 
 
@@ -79,7 +79,7 @@ def test_other_programs_ways_of_saying_it() -> None:
         {"action": "org.example.blur", "softwareAgent": "Photo Shop 9", "description": "soft"},
         {"action": "c2pa.created", "digitalSourceType": "http://example.org/unknownKind"},
     ]
-    found = from_report(
+    found = parse_report(
         report(
             state="Valid",
             assertions=[{"label": "c2pa.actions", "data": {"actions": actions}}, {"label": "stds.exif", "data": 3}],
@@ -99,7 +99,7 @@ def test_other_programs_ways_of_saying_it() -> None:
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{", '{"active_manifest": []}', "[" * 100_000, "1" * 10_000])
 def test_what_is_no_report_is_unreadable(text: str) -> None:
-    assert from_report(text, None).state == "unreadable"
+    assert parse_report(text, None).state == "unreadable"
 
 
 KEYS = (
@@ -120,7 +120,7 @@ VALUES = st.recursive(
 )
 def test_any_shape_is_read_without_an_exception(manifest: dict[str, Any], results: dict[str, Any]) -> None:
     store = {"active_manifest": "urn:1", "manifests": {"urn:1": manifest | {"x": 1}}, "validation_results": results}
-    found = from_report(json.dumps(store), "12")
+    found = parse_report(json.dumps(store), "12")
     assert isinstance(found, Credentials)
     assert not found.own
     texts = [found.summary, found.signer, found.generator, *found.assertions, *found.problems]

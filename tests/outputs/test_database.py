@@ -20,7 +20,7 @@ def database(tmp_path: Path) -> Database:
 
 
 def words(database: Database) -> list[str]:
-    with database.reading() as connection:
+    with database.read_transaction() as connection:
         return [row["word"] for row in connection.execute("SELECT word FROM words ORDER BY rowid")]
 
 
@@ -38,14 +38,14 @@ def test_an_error_takes_all_of_it_back(database: Database) -> None:
 
 
 def test_a_reader_waits_for_no_writer_and_sees_one_state(database: Database) -> None:
-    with database.reading() as reader, database.transaction() as writer:
+    with database.read_transaction() as reader, database.transaction() as writer:
         assert reader.execute("SELECT count(*) FROM words").fetchone()[0] == 0
         writer.execute("INSERT INTO words VALUES ('fox')")
         assert reader.execute("SELECT count(*) FROM words").fetchone()[0] == 0
 
 
 def test_reading_changes_nothing(database: Database) -> None:
-    with pytest.raises(SaveError, match="cannot be read"), database.reading() as connection:
+    with pytest.raises(SaveError, match="cannot be read"), database.read_transaction() as connection:
         connection.execute("INSERT INTO words VALUES ('fox')")
     assert words(database) == []
 
@@ -54,7 +54,7 @@ def test_a_file_that_is_no_notebook_is_told(tmp_path: Path) -> None:
     (tmp_path / "studio.sqlite3").write_bytes(b"rubbish " * 1000)
     with (
         pytest.raises(SaveError, match="move it away to begin a new one") as told,
-        Database(tmp_path / "studio.sqlite3").reading(),
+        Database(tmp_path / "studio.sqlite3").read_transaction(),
     ):
         pass
     assert isinstance(told.value.__cause__, sqlite3.DatabaseError)

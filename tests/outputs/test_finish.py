@@ -14,19 +14,19 @@ from PIL import Image
 from flux2_studio.errors import CredentialsError, RequestError
 from flux2_studio.provenance import metadata, watermark
 from flux2_studio.provenance.c2pa.credentials import Signer
-from flux2_studio.provenance.finish import Finished, Finisher
-from flux2_studio.provenance.watermark import PUBLISHED, Message
+from flux2_studio.provenance.finish import FinishedFile, Finisher
+from flux2_studio.provenance.watermark import PUBLISHED_MESSAGE, WatermarkMessage
 from flux2_studio.record import Record
 from flux2_studio.request import ImageFormat, Request
 from tests import certificates
 
 FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
-OWN = Message.parse("studio 5")
+OWN = WatermarkMessage.parse("studio 5")
 
 
 @pytest.fixture(scope="module")
 def finisher(tmp_path_factory: pytest.TempPathFactory) -> Finisher:
-    return Finisher(PUBLISHED, Signer(tmp_path_factory.mktemp("home") / "identity"))
+    return Finisher(PUBLISHED_MESSAGE, Signer(tmp_path_factory.mktemp("home") / "identity"))
 
 
 def record(**fields: Any) -> Record:
@@ -43,7 +43,7 @@ def picture(width: int = 320, height: int = 272) -> Image.Image:
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def opened(file: Finished) -> Image.Image:
+def opened(file: FinishedFile) -> Image.Image:
     return Image.open(io.BytesIO(file.data))
 
 
@@ -53,9 +53,9 @@ def test_a_file_carries_all_three_marks_and_they_agree(finisher: Finisher, forma
     assert file.notes == () and len(file.provenance) == 3
     with opened(file) as image:
         assert (image.format, image.size) == (format.upper(), (320, 272))
-        found = watermark.detect(image.convert("RGB"), PUBLISHED)
-    assert found is not None and found.match >= 0.95
-    read = metadata.read(file.data)
+        found = watermark.detect_watermark(image.convert("RGB"), PUBLISHED_MESSAGE)
+    assert found is not None and found.match_ratio >= 0.95
+    read = metadata.read_settings(file.data)
     assert read.record == record(format=format)
     credentials = finisher.signer.read(file.data)
     assert credentials.own and credentials.intact, credentials.summary
@@ -69,11 +69,11 @@ def test_a_file_carries_all_three_marks_and_they_agree(finisher: Finisher, forma
 def test_without_marks_a_file_is_its_pixels(finisher: Finisher, format: ImageFormat) -> None:
     file = finisher.finish(picture(), record(format=format, watermark=False, metadata=False, sign=False))
     assert file.notes == () and file.provenance == ()
-    assert metadata.read(file.data) == metadata.Found()
+    assert metadata.read_settings(file.data) == metadata.FoundSettings()
     assert finisher.signer.read(file.data).state == "none"
     assert b"lighthouse" not in file.data and b"flux2" not in file.data.lower()
     with opened(file) as image:
-        found = watermark.detect(image.convert("RGB"), PUBLISHED)
+        found = watermark.detect_watermark(image.convert("RGB"), PUBLISHED_MESSAGE)
         if format == "png":
             np.testing.assert_array_equal(np.asarray(image), np.asarray(picture()))
     assert found is not None and not found.found
@@ -83,11 +83,11 @@ def test_without_marks_a_file_is_its_pixels(finisher: Finisher, format: ImageFor
 def test_each_mark_can_be_left_out_for_itself(finisher: Finisher, left: str) -> None:
     file = finisher.finish(picture(), record(**{left: False}))
     with opened(file) as image:
-        mark = watermark.detect(image, PUBLISHED)
+        mark = watermark.detect_watermark(image, PUBLISHED_MESSAGE)
     assert mark is not None
     there = {
         "watermark": mark.found,
-        "metadata": metadata.read(file.data).record is not None,
+        "metadata": metadata.read_settings(file.data).record is not None,
         "sign": finisher.signer.read(file.data).present,
     }
     assert there == {"watermark": True, "metadata": True, "sign": True} | {left: False}
@@ -125,15 +125,15 @@ def low_quality(save: Any) -> Any:
 def test_ones_own_message(finisher: Finisher) -> None:
     file = Finisher(OWN, finisher.signer).finish(picture(), record())
     with opened(file) as image:
-        mine, theirs = watermark.detect(image, OWN), watermark.detect(image, PUBLISHED)
-    assert mine is not None and mine.match == 1 and theirs is not None and not theirs.found
+        mine, theirs = watermark.detect_watermark(image, OWN), watermark.detect_watermark(image, PUBLISHED_MESSAGE)
+    assert mine is not None and mine.match_ratio == 1 and theirs is not None and not theirs.found
     assert "64 of the 64 bits of your own message" in file.provenance[0]
 
 
 def test_what_could_not_be_finished_is_told_before_the_work(tmp_path: Path) -> None:
     made = certificates.make(tmp_path)
     made.key.write_text("no key")
-    finisher = Finisher(PUBLISHED, Signer(tmp_path / "identity", made.certificate, made.key))
+    finisher = Finisher(PUBLISHED_MESSAGE, Signer(tmp_path / "identity", made.certificate, made.key))
     with pytest.raises(CredentialsError):
         finisher.check(record().request)
     finisher.check(record(sign=False).request)

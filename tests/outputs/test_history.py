@@ -15,12 +15,12 @@ from PIL import Image
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
-from flux2_studio.images.thumbnails import SIDE, Thumbnails, read_saved
-from flux2_studio.provenance.metadata import encode
+from flux2_studio.images.thumbnails import THUMBNAIL_PIXELS, ThumbnailCache, read_saved
+from flux2_studio.provenance.metadata import encode_picture
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.storage.database import Database
-from flux2_studio.storage.history import DAY, MOST, History, Search
+from flux2_studio.storage.history import MAX_PICTURES_PER_CALL, TRASH_SECONDS, History, HistorySearch
 
 ME, YOU = "browser:me", "user:you"
 
@@ -48,7 +48,7 @@ class Studio:
             Database(self.home / "studio.sqlite3"),
             self.home / "outputs",
             self.home / "trash",
-            forget=self.forgotten.append,
+            on_delete=self.forgotten.append,
             now=self.clock,
         )
 
@@ -59,14 +59,14 @@ class Studio:
         record = replace(Record(request=request, label=checkpoint.label, references=references), **more)  # type: ignore[arg-type]
         path = self.home / "outputs" / "2026-01-02" / f"{len(list(self.home.rglob('*.png')))}-{seed}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(Image.new("RGB", (64, 64), (seed % 255, 0, 0)), "png", record).data)
+        path.write_bytes(encode_picture(Image.new("RGB", (64, 64), (seed % 255, 0, 0)), "png", record).data)
         return Saved(index=0, image=path, seed=seed, record=record)
 
     def add(self, *arguments: object, owner: str = ME, **more: object) -> str:
         return self.history.add(owner, "job", self.saved(*arguments, **more))  # type: ignore[arg-type]
 
     def found(self, words: str = "", owner: str = ME, **more: object) -> list[str]:
-        return [it.id for it in self.history.page(owner, Search(words=words, **more)).entries]  # type: ignore[arg-type]
+        return [it.id for it in self.history.page(owner, HistorySearch(words=words, **more)).entries]  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def test_all_of_a_record_comes_back_even_where_the_file_says_nothing(studio: Stu
     assert details is not None and details.record == record
     entry = details.entry
     assert (entry.prompt, entry.seed, entry.width, entry.checkpoint) == ("a <b>fox</b>", 7, 64, "nano")
-    assert not entry.favourite and not entry.missing and entry.ending == ".png"
-    assert studio.history.file(ME, id_) == saved.image
+    assert not entry.favourite and not entry.missing and entry.suffix == ".png"
+    assert studio.history.find_file(ME, id_) == saved.image
 
 
 def test_an_id_cannot_be_guessed_and_is_nobody_elses(studio: Studio) -> None:
@@ -96,15 +96,15 @@ def test_an_id_cannot_be_guessed_and_is_nobody_elses(studio: Studio) -> None:
     history = studio.history
     for other in (YOU, "", "browser:m", f"{ME} "):
         assert studio.found(owner=other) == []
-        assert history.details(other, id_) is None and history.file(other, id_) is None
-        assert history.find(other, [id_]) == [] and history.located(other, id_) is None
-        assert (history.opening(other).all, history.opening(other).checkpoints) == (0, ())
-        assert history.favourite(other, [id_], True) == 0
+        assert history.details(other, id_) is None and history.find_file(other, id_) is None
+        assert history.find(other, [id_]) == [] and history.find_with_file(other, id_) is None
+        assert (history.overview(other).total, history.overview(other).checkpoints) == (0, ())
+        assert history.set_favourite(other, [id_], True) == 0
         assert history.delete(other, [id_]) == [] and history.restore(other, [id_]) == []
         assert history.empty_trash(other) == 0
     for guess in (id_.upper(), f"{id_} ", id_[:-1], "%" * 32, "../../../etc/passwd", "' OR 1=1 --", "\0"):
-        assert history.file(ME, guess) is None
-    assert history.file(ME, id_) is not None and not history.find(ME, [id_])[0].favourite
+        assert history.find_file(ME, guess) is None
+    assert history.find_file(ME, id_) is not None and not history.find(ME, [id_])[0].favourite
 
 
 @pytest.mark.parametrize(
@@ -136,18 +136,18 @@ def test_filters_narrow_down_and_are_counted(studio: Studio) -> None:
     second = studio.add("a fox", seed=2, checkpoint="nano-base")
     third = studio.add("an owl", seed=3)
     history = studio.history
-    history.favourite(ME, [first, third], True)
+    history.set_favourite(ME, [first, third], True)
     assert studio.found() == [third, second, first]
     assert studio.found(checkpoint="nano-base") == [second]
     assert studio.found(favourites=True) == [third, first]
     assert studio.found("fox", favourites=True) == [first]
     created = history.find(ME, [second])[0].created
     assert studio.found(since=created) == [third, second] and studio.found(until=created) == [first]
-    opening = history.opening(ME, Search(words="owl"), limit=1)
-    assert (opening.found, opening.all, opening.page.more) == (1, 3, None)
+    opening = history.overview(ME, HistorySearch(words="owl"), limit=1)
+    assert (opening.found, opening.total, opening.page.next_cursor) == (1, 3, None)
     assert [name for name, _ in opening.checkpoints] == ["nano", "nano-base"]
-    assert history.opening(ME, limit=2).page == history.page(ME, limit=2)
-    assert history.favourite(ME, [first], False) == 1 and studio.found(favourites=True) == [third]
+    assert history.overview(ME, limit=2).page == history.page(ME, limit=2)
+    assert history.set_favourite(ME, [first], False) == 1 and studio.found(favourites=True) == [third]
 
 
 def test_pages_hold_every_picture_once_while_new_ones_come_in(studio: Studio) -> None:
@@ -157,14 +157,14 @@ def test_pages_hold_every_picture_once_while_new_ones_come_in(studio: Studio) ->
     studio.add("new")
     studio.history.delete(ME, [seen[-1]])  # the one that the cursor names
     studio.history.empty_trash(ME)
-    while page.more:
-        page = studio.history.page(ME, before=page.more, limit=3)
+    while page.next_cursor:
+        page = studio.history.page(ME, before=page.next_cursor, limit=3)
         seen += [it.id for it in page.entries]
     assert seen == made[::-1]
     for wrong in ("", "x", "1.", "1.zz", f"-1.{made[0]}", "1' OR '1.0", f"{'9' * 40}.{made[0]}"):
         with pytest.raises(RequestError):
             studio.history.page(ME, before=wrong)
-    assert len(studio.history.page(ME, limit=10**9).entries) <= MOST
+    assert len(studio.history.page(ME, limit=10**9).entries) <= MAX_PICTURES_PER_CALL
 
 
 def test_lineage_goes_both_ways_and_stays_with_its_owner(studio: Studio) -> None:
@@ -176,28 +176,28 @@ def test_lineage_goes_both_ways_and_stays_with_its_owner(studio: Studio) -> None
     details = studio.history.details(ME, child)
     assert details is not None
     first, second = details.made_from
-    assert first.picture is not None and first.picture.id == parent
-    assert second.picture is None and second.sha256 == "ab" * 32
+    assert first.entry is not None and first.entry.id == parent
+    assert second.entry is None and second.sha256 == "ab" * 32
     made = studio.history.details(ME, parent)
     assert made is not None and [it.id for it in made.made_into] == [child]
     theirs = studio.history.details(YOU, foreign)
-    assert theirs is not None and theirs.made_from[0].picture is None
-    assert studio.history.file_by_hash(ME, hash_) == source.image
-    assert studio.history.file_by_hash(YOU, hash_) is None
+    assert theirs is not None and theirs.made_from[0].entry is None
+    assert studio.history.find_file_by_hash(ME, hash_) == source.image
+    assert studio.history.find_file_by_hash(YOU, hash_) is None
     source.image.write_bytes(b"another")
-    assert studio.history.file_by_hash(ME, hash_) is None
+    assert studio.history.find_file_by_hash(ME, hash_) is None
 
 
 def test_undo_brings_a_picture_back_exactly(studio: Studio) -> None:
     kept, id_ = studio.add(seed=1), studio.add(seed=2)
     history = studio.history
-    history.favourite(ME, [id_], True)
-    before, path = history.details(ME, id_), history.file(ME, id_)
+    history.set_favourite(ME, [id_], True)
+    before, path = history.details(ME, id_), history.find_file(ME, id_)
     assert path is not None
     data = path.read_bytes()
     assert history.delete(ME, [id_, id_, "nonsense"]) == [id_]
-    assert studio.found() == [kept] and history.details(ME, id_) is None and history.file(ME, id_) is None
-    assert not path.exists() and studio.forgotten == [id_] and history.opening(ME).trashed == (id_,)
+    assert studio.found() == [kept] and history.details(ME, id_) is None and history.find_file(ME, id_) is None
+    assert not path.exists() and studio.forgotten == [id_] and history.overview(ME).trashed_ids == (id_,)
     assert studio.opened().restore(ME, [id_]) == [id_]
     assert history.details(ME, id_) == before and path.read_bytes() == data
     assert history.restore(ME, [id_]) == []
@@ -210,10 +210,10 @@ def test_deleted_pictures_are_really_removed_after_a_day_or_when_the_trash_is_em
     history.delete(ME, ids[:2])
     history.delete(YOU, [theirs])
     assert history.empty_trash(ME) == 2 and history.restore(ME, ids) == []
-    assert history.opening(YOU).trashed == (theirs,) and len(list((studio.home / "trash").iterdir())) == 1
+    assert history.overview(YOU).trashed_ids == (theirs,) and len(list((studio.home / "trash").iterdir())) == 1
     assert history.purge() == 0
     history.delete(ME, ids[2:])
-    studio.clock.seconds += DAY - 2
+    studio.clock.seconds += TRASH_SECONDS - 2
     assert history.purge() == 1 and history.restore(YOU, [theirs]) == []
     assert history.restore(ME, ids[2:]) == ids[2:]
     assert len(list(studio.home.rglob("*.png"))) == 1
@@ -225,8 +225,8 @@ def test_a_file_that_cannot_be_removed_keeps_nothing_else(studio: Studio) -> Non
     file = studio.home / "trash" / f"{stuck}.png"
     file.unlink()
     file.mkdir()  # what no unlinking removes
-    studio.clock.seconds += DAY
-    assert studio.history.purge() == 1 and studio.history.opening(ME).trashed == (stuck,)
+    studio.clock.seconds += TRASH_SECONDS
+    assert studio.history.purge() == 1 and studio.history.overview(ME).trashed_ids == (stuck,)
     with pytest.raises(SaveError, match="1 of the deleted pictures cannot be removed"):
         studio.history.empty_trash(ME)
     file.rmdir()
@@ -235,24 +235,24 @@ def test_a_file_that_cannot_be_removed_keeps_nothing_else(studio: Studio) -> Non
 
 def test_a_process_that_dies_between_row_and_file_loses_nothing(studio: Studio) -> None:
     id_ = studio.add()
-    path = studio.history.file(ME, id_)
+    path = studio.history.find_file(ME, id_)
     assert path is not None
     trashed = studio.home / "trash" / f"{id_}.png"
     trashed.parent.mkdir()
     path.rename(trashed)  # as after an undo that got no further than the row
-    assert studio.history.file(ME, id_) == trashed and not studio.history.find(ME, [id_])[0].missing
+    assert studio.history.find_file(ME, id_) == trashed and not studio.history.find(ME, [id_])[0].missing
     studio.history.delete(ME, [id_])
     trashed.rename(path)  # as after a deletion that got no further than the row
-    assert studio.history.restore(ME, [id_]) == [id_] and studio.history.file(ME, id_) == path
+    assert studio.history.restore(ME, [id_]) == [id_] and studio.history.find_file(ME, id_) == path
 
 
 def test_a_lost_file_is_a_mark_and_no_error(studio: Studio) -> None:
     id_ = studio.add()
-    path = studio.history.file(ME, id_)
+    path = studio.history.find_file(ME, id_)
     assert path is not None
     path.unlink()
     (entry,) = studio.history.page(ME).entries
-    assert entry.missing and studio.history.file(ME, id_) is None
+    assert entry.missing and studio.history.find_file(ME, id_) is None
     details = studio.history.details(ME, id_)
     assert details is not None and details.record is not None
     assert studio.history.delete(ME, [id_]) == [id_] and studio.history.restore(ME, [id_]) == [id_]
@@ -299,30 +299,30 @@ def large(tmp_path: Path) -> Path:
 
 
 def test_a_thumbnail_is_made_once(tmp_path: Path, large: Path) -> None:
-    thumbnails = Thumbnails(tmp_path / "thumbnails")
+    thumbnails = ThumbnailCache(tmp_path / "thumbnails")
     asked: list[Path] = []
 
     def picture() -> Image.Image:
         asked.append(large)
         return read_saved(large)
 
-    path = thumbnails.get("ab12", picture)
-    assert thumbnails.get("ab12", picture) == path and len(asked) == 1
+    path = thumbnails.get_or_create("ab12", picture)
+    assert thumbnails.get_or_create("ab12", picture) == path and len(asked) == 1
     with Image.open(path) as small:
-        assert (small.format, small.size) == ("WEBP", (SIDE, SIDE // 2))
-    thumbnails.forget("ab12")
-    thumbnails.forget("ab12")
-    assert not path.exists() and thumbnails.get("ab12", picture).exists() and len(asked) == 2
+        assert (small.format, small.size) == ("WEBP", (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS // 2))
+    thumbnails.delete("ab12")
+    thumbnails.delete("ab12")
+    assert not path.exists() and thumbnails.get_or_create("ab12", picture).exists() and len(asked) == 2
 
 
 def test_threads_that_ask_at_once_all_get_a_whole_thumbnail(tmp_path: Path, large: Path) -> None:
-    thumbnails = Thumbnails(tmp_path / "thumbnails")
+    thumbnails = ThumbnailCache(tmp_path / "thumbnails")
     start = threading.Barrier(4)
     sizes: list[tuple[int, int]] = []
 
     def ask() -> None:
         start.wait()
-        with Image.open(thumbnails.get("ab12", lambda: read_saved(large))) as small:
+        with Image.open(thumbnails.get_or_create("ab12", lambda: read_saved(large))) as small:
             small.load()
             sizes.append(small.size)
 
@@ -331,7 +331,7 @@ def test_threads_that_ask_at_once_all_get_a_whole_thumbnail(tmp_path: Path, larg
         thread.start()
     for thread in threads:
         thread.join()
-    assert sizes == [(SIDE, SIDE // 2)] * 4
+    assert sizes == [(THUMBNAIL_PIXELS, THUMBNAIL_PIXELS // 2)] * 4
     assert [it.name for it in (tmp_path / "thumbnails").rglob("*") if it.is_file()] == ["ab12.webp"]
 
 
@@ -341,5 +341,5 @@ def test_a_broken_file_gives_no_thumbnail_and_leaves_nothing(
 ) -> None:
     spoil(large)
     with pytest.raises((OSError, ValueError)):
-        Thumbnails(tmp_path / "thumbnails").get("ab12", lambda: read_saved(large))
+        ThumbnailCache(tmp_path / "thumbnails").get_or_create("ab12", lambda: read_saved(large))
     assert not list((tmp_path / "thumbnails").rglob("*.*"))

@@ -50,7 +50,7 @@ def test_a_local_identity_follows_the_profile_of_c2pa(tmp_path: Path) -> None:
     assert identity.local
     assert identity.serial == str(own.serial_number)
     assert "local identity" in identity.name
-    assert "does not prove who made it" in identity.proves
+    assert "does not prove who made it" in identity.signature_meaning
 
 
 def test_the_authority_cannot_sign_again(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_it_is_made_once_and_renewed_long_before_its_pictures_expire(tmp_path: P
 def test_one_made_by_a_clock_that_was_ahead_is_made_anew(tmp_path: Path) -> None:
     ahead = at(1000, tmp_path)
     assert at(0, tmp_path).serial != ahead.serial
-    assert at(1, tmp_path).usable[0] < TODAY
+    assert at(1, tmp_path).valid_between[0] < TODAY
 
 
 def test_looking_makes_none_and_knows_an_old_one(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_own_certificates(tmp_path: Path, kind: str) -> None:
     made = certificates.make(tmp_path, kind)
     identity = load_identity(tmp_path / "identity", made.certificate, made.key)
     assert (identity.algorithm, identity.name, identity.local) == (kind, "Fox & Sons", False)
-    assert "Fox & Sons" in identity.proves
+    assert "Fox & Sons" in identity.signature_meaning
     assert not (tmp_path / "identity").exists()
     assert known_identity(tmp_path / "identity", made.certificate, made.key) == identity
 

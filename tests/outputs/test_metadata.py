@@ -20,7 +20,7 @@ from PIL import Image
 import flux2_studio
 from flux2_studio.errors import RequestError
 from flux2_studio.provenance import metadata
-from flux2_studio.provenance.metadata import Found, encode, read
+from flux2_studio.provenance.metadata import FoundSettings, encode_picture, read_settings
 from flux2_studio.record import Record
 from flux2_studio.request import ImageFormat, LoraChoice, Request
 
@@ -59,7 +59,7 @@ WITHOUT_PATHS = replace(RECORD, request=replace(REQUEST, references=()))
 
 
 def written(format: ImageFormat = "png", record: Record | None = RECORD) -> bytes:
-    return encode(PICTURE, format, record).data
+    return encode_picture(PICTURE, format, record).data
 
 
 def with_prompt(prompt: str) -> Record:
@@ -105,15 +105,15 @@ def request(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("format", EVERY)
 def test_what_is_written_is_read_back(format: ImageFormat) -> None:
-    made = encode(PICTURE, format, RECORD)
+    made = encode_picture(PICTURE, format, RECORD)
     assert made.notes == ()
-    assert read(made.data) == Found(record=WITHOUT_PATHS)
+    assert read_settings(made.data) == FoundSettings(record=WITHOUT_PATHS)
 
 
 @pytest.mark.parametrize("format", EVERY)
 def test_what_is_not_known_is_read_back_as_such(format: ImageFormat) -> None:
     bare = Record(request=replace(REQUEST, references=(), loras=()), label="nano")
-    assert read(written(format, bare)) == Found(record=bare)
+    assert read_settings(written(format, bare)) == FoundSettings(record=bare)
 
 
 def test_the_json_is_for_others_too() -> None:
@@ -128,7 +128,7 @@ def test_the_json_is_for_others_too() -> None:
 def test_pixels_are_kept_by_png_and_nearly_by_the_others() -> None:
     smooth = PICTURE.resize((8, 8)).resize((96, 64), Image.Resampling.BICUBIC)
     for format in EVERY:
-        with Image.open(io.BytesIO(encode(smooth, format, RECORD).data)) as file:
+        with Image.open(io.BytesIO(encode_picture(smooth, format, RECORD).data)) as file:
             assert file.format == {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}[format]
             difference = np.abs(np.asarray(file.convert("RGB"), dtype=int) - np.asarray(smooth, dtype=int)).mean()
         assert difference <= {"png": 0, "jpeg": 1, "webp": 2}[format]
@@ -144,8 +144,8 @@ def test_a_jpegs_colours_have_their_full_size() -> None:
 def test_without_a_record_there_are_pixels_only(format: ImageFormat) -> None:
     image = PICTURE.copy()
     image.info |= {"parameters": "mine", "exif": b"Exif\0\0mine", "icc_profile": b"mine", "comment": b"mine"}
-    made = encode(image, format, None).data
-    assert read(made) == Found()
+    made = encode_picture(image, format, None).data
+    assert read_settings(made) == FoundSettings()
     for word in (b"mine", b"flux2", b"AI", b"Exif", b"xpacket", b"tEXt", b"iTXt", b"eXIf"):
         assert word not in made
     with Image.open(io.BytesIO(made)) as file:
@@ -205,21 +205,21 @@ def test_no_lora_is_written_without_its_hash() -> None:
 @pytest.mark.parametrize("format", EVERY)
 @pytest.mark.parametrize("prompt", ["nul \0 byte", "x\x1b[0m\r\n\u202e", "<img src=x onerror=alert(1)>", '{"a": [1}'])
 def test_any_prompt_can_be_written(format: ImageFormat, prompt: str) -> None:
-    made = encode(PICTURE, format, with_prompt(prompt))
+    made = encode_picture(PICTURE, format, with_prompt(prompt))
     assert made.notes == ()
-    assert read(made.data) == Found(record=with_prompt(prompt))
+    assert read_settings(made.data) == FoundSettings(record=with_prompt(prompt))
 
 
 @pytest.mark.parametrize("prompt", ["狐" * 20_000, "🦊" * 20_000])
 def test_the_longest_prompts_can_be_written_where_there_is_room(prompt: str) -> None:
     record = with_prompt(prompt)
     for format in ("png", "webp"):
-        made = encode(PICTURE, format, record)
+        made = encode_picture(PICTURE, format, record)
         assert made.notes == ()
-        assert read(made.data) == Found(record=record)
-    made = encode(PICTURE, "jpeg", record)
+        assert read_settings(made.data) == FoundSettings(record=record)
+    made = encode_picture(PICTURE, "jpeg", record)
     assert len(made.notes) == 1 and "PNG or WebP" in made.notes[0]
-    assert read(made.data) == Found()
+    assert read_settings(made.data) == FoundSettings()
     assert Image.open(io.BytesIO(made.data)).getexif()[0x0131].startswith("AI generated")
     assert xmp(made.data), "that a model made it is said all the same"
 
@@ -228,7 +228,7 @@ def test_a_jpeg_is_filled_to_the_brim() -> None:
     """A few bytes more than what is known to fit do not, and whatever is said to fit is really there."""
     fitted = []
     for letters in range(63_800, 64_700, 4):
-        made = encode(PICTURE, "jpeg", replace(RECORD, versions={"torch": "x" * letters}))
+        made = encode_picture(PICTURE, "jpeg", replace(RECORD, versions={"torch": "x" * letters}))
         with Image.open(io.BytesIO(made.data)) as file:
             comment = file.getexif().get_ifd(0x8769).get(0x9286, b"")
         assert (made.notes == ()) == (b"x" * letters in comment)
@@ -240,15 +240,15 @@ def test_a_jpeg_is_filled_to_the_brim() -> None:
 def test_a_picture_too_long_for_a_format_is_refused_in_words(format: ImageFormat, side: int) -> None:
     long = Image.new("RGB", (side, 16))
     with pytest.raises(RequestError, match="save as PNG, or choose a smaller size"):
-        encode(long, format, None)
-    assert encode(long, "png", None).data.startswith(b"\x89PNG")
-    most = Image.new("RGB", (16, metadata.MAX_SIDE[format]))
-    assert Image.open(io.BytesIO(encode(most, format, None).data)).size == most.size
+        encode_picture(long, format, None)
+    assert encode_picture(long, "png", None).data.startswith(b"\x89PNG")
+    most = Image.new("RGB", (16, metadata.MAX_FORMAT_SIDE_PIXELS[format]))
+    assert Image.open(io.BytesIO(encode_picture(most, format, None).data)).size == most.size
 
 
 def test_the_run_that_makes_a_picture_again() -> None:
     """The third of four that were drawn together: all four are asked for again."""
-    again = metadata.run_again(WITHOUT_PATHS)
+    again = metadata.request_to_reproduce(WITHOUT_PATHS)
     assert (again.seed, again.count) == (7, 4)
     assert again.seeds[WITHOUT_PATHS.place] == 9
     assert replace(again, seed=9, count=1) == WITHOUT_PATHS.request
@@ -264,12 +264,12 @@ def test_every_kind_of_text_entry_is_read() -> None:
         (b"iTXt", b"parameters\0\0\0\0\0" + text),
         (b"zTXt", b"parameters\0\0" + zlib.compress(text)),
     ):
-        assert read(png(chunk)) == Found(record=WITHOUT_PATHS)
+        assert read_settings(png(chunk)) == FoundSettings(record=WITHOUT_PATHS)
 
 
 def test_optional_parts_may_be_missing() -> None:
     least = {"request": said()["request"], "checkpoint": {"name": "nano", "label": "nano"}}
-    found = read(parameters(json.dumps(least))).record
+    found = read_settings(parameters(json.dumps(least))).record
     assert found is not None and found.request.checkpoint == "nano"
     assert (found.references, found.loras, found.place, found.together, found.checkpoint) == ((), (), 0, 1, "")
 
@@ -286,7 +286,7 @@ def test_optional_parts_may_be_missing() -> None:
     ],
 )
 def test_a_picture_without_settings_has_no_problem(content: bytes) -> None:
-    assert read(content) == Found()
+    assert read_settings(content) == FoundSettings()
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_picture_without_settings_has_no_problem(content: bytes) -> None:
     ],
 )
 def test_settings_of_another_program_are_told_to_be_such(content: bytes) -> None:
-    assert read(content) == Found(problem=metadata.OTHER_PROGRAM)
+    assert read_settings(content) == FoundSettings(problem=metadata.OTHER_PROGRAM)
 
 
 def bomb(text: bytes) -> bytes:
@@ -338,7 +338,7 @@ def bomb(text: bytes) -> bytes:
     ],
 )
 def test_what_cannot_be_read_is_a_problem_in_words(content: bytes, problem: str) -> None:
-    found = read(content)
+    found = read_settings(content)
     assert found.record is None and found.problem is not None
     assert problem in found.problem and found.problem.endswith((".", "…"))
 
@@ -349,7 +349,7 @@ def test_a_bomb_of_pixels_is_not_opened() -> None:
         struct.pack(">I", len(it)) + kind + it + struct.pack(">I", zlib.crc32(kind + it))
         for kind, it in ((b"IHDR", header), (b"IDAT", b""))
     )
-    assert read(data) == Found(problem="The picture is too large to be looked at.")
+    assert read_settings(data) == FoundSettings(problem="The picture is too large to be looked at.")
 
 
 SIXTY = {str(number): "x" for number in range(60)}
@@ -431,9 +431,10 @@ SIXTY = {str(number): "x" for number in range(60)}
 def test_what_is_forged_is_a_problem_in_words(forged: dict[str, Any], problem: str) -> None:
     for content in (
         parameters(json.dumps(said() | forged)),
-        encode(PICTURE, "webp", None).data and commented(b"ASCII\0\0\0" + json.dumps(said() | forged).encode(), "WEBP"),
+        encode_picture(PICTURE, "webp", None).data
+        and commented(b"ASCII\0\0\0" + json.dumps(said() | forged).encode(), "WEBP"),
     ):
-        found = read(content)
+        found = read_settings(content)
         assert found.record is None and found.problem is not None
         assert problem in found.problem
         assert found.problem.isprintable() and len(found.problem) <= 300
@@ -441,7 +442,7 @@ def test_what_is_forged_is_a_problem_in_words(forged: dict[str, Any], problem: s
 
 def test_a_hostile_prompt_is_text_like_any_other() -> None:
     html = "<script>alert(1)</script>"
-    found = read(parameters(json.dumps(said() | request(prompt=html)))).record
+    found = read_settings(parameters(json.dumps(said() | request(prompt=html)))).record
     assert found is not None and found.request.prompt == html
 
 
@@ -452,24 +453,24 @@ values = st.recursive(
 )
 
 
-@given(part=st.sampled_from(sorted(metadata.PARTS)), value=values)
+@given(part=st.sampled_from(sorted(metadata.SETTINGS_KEYS)), value=values)
 def test_no_value_of_a_part_makes_reading_fail(part: str, value: Any) -> None:
-    found = read(parameters(json.dumps(said() | {part: value})))
+    found = read_settings(parameters(json.dumps(said() | {part: value})))
     assert (found.record is None) != (found.problem is None)
 
 
 @given(key=st.sampled_from(sorted(said()["request"])) | st.text(), value=values)
 def test_no_value_of_the_request_makes_reading_fail(key: str, value: Any) -> None:
-    found = read(parameters(json.dumps(said() | request(**{key: value}))))
+    found = read_settings(parameters(json.dumps(said() | request(**{key: value}))))
     assert (found.record is None) != (found.problem is None)
 
 
 @given(text=st.binary(max_size=300))
 def test_no_text_makes_reading_fail(text: bytes) -> None:
     for content in (parameters(text), png((b"iTXt", b"parameters\0" + text)), png((b"zTXt", b"parameters\0" + text))):
-        assert read(content).record is None
+        assert read_settings(content).record is None
     for format in ("JPEG", "WEBP"):
-        assert read(commented(text, format)).record is None
+        assert read_settings(commented(text, format)).record is None
 
 
 @given(data=st.data(), format=st.sampled_from(EVERY))
@@ -478,5 +479,5 @@ def test_no_damage_makes_reading_fail(data: st.DataObject, format: ImageFormat) 
     content = bytearray(written(format)[:3000])
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    found = read(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    found = read_settings(bytes(content[: data.draw(st.integers(0, len(content)))]))
     assert found.record is None or found.problem is None

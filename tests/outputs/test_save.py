@@ -18,15 +18,15 @@ import pytest
 
 from flux2_studio.errors import SaveError
 from flux2_studio.request import ImageFormat, Request
-from flux2_studio.storage.library import Library
+from flux2_studio.storage.library import OutputLibrary
 
 REQUEST = Request(prompt="a fox", negative_prompt="", checkpoint="klein-4b", width=64, height=64, seed=6)
 NOON = datetime(2026, 2, 3, 12, 30, 59)
 
 
-def library(folder: Path, token: int = 1) -> Library:
+def library(folder: Path, token: int = 1) -> OutputLibrary:
     """A library whose names end in 1, 2, 3, ..., from `token` on."""
-    return Library(folder, now=lambda: NOON, token=map(str, count(token)).__next__)
+    return OutputLibrary(folder, now=lambda: NOON, token=map(str, count(token)).__next__)
 
 
 def files(folder: Path) -> list[str]:
@@ -43,13 +43,13 @@ def test_a_picture_is_saved_under_its_name(tmp_path: Path, format: ImageFormat, 
 
 def test_the_clock_is_the_real_one_by_default(tmp_path: Path) -> None:
     before = datetime.now().replace(microsecond=0)
-    path = Library(tmp_path).save(b"a picture", REQUEST)
+    path = OutputLibrary(tmp_path).save(b"a picture", REQUEST)
     saved = datetime.strptime(f"{path.parent.name} {path.name[:6]}", "%Y-%m-%d %H%M%S")
     assert before <= saved <= datetime.now()
 
 
 def test_a_name_cannot_be_guessed(tmp_path: Path) -> None:
-    names = {Library(tmp_path, now=lambda: NOON).save(b"a picture", REQUEST).stem for _ in range(20)}
+    names = {OutputLibrary(tmp_path, now=lambda: NOON).save(b"a picture", REQUEST).stem for _ in range(20)}
     assert len({name.removeprefix("123059-klein-4b-6-") for name in names if len(name) >= 28}) == 20
 
 
@@ -130,7 +130,7 @@ def test_a_defect_is_not_dressed_up_but_leaves_nothing_behind_either(
 
 
 def test_checking_makes_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> None:
-    library(tmp_path / "new" / "outputs").check()
+    library(tmp_path / "new" / "outputs").check_writable()
     assert list((tmp_path / "new" / "outputs").iterdir()) == []
 
 
@@ -141,7 +141,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     with pytest.raises(SaveError):
         library(tmp_path / "outputs" / "deeper").save(b"a picture", REQUEST)
     with pytest.raises(SaveError, match=r"could not be saved in .*FLUX2_HOME"):
-        library(tmp_path / "outputs" / "deeper").check()
+        library(tmp_path / "outputs" / "deeper").check_writable()
 
 
 @pytest.fixture

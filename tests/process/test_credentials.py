@@ -20,7 +20,7 @@ def test_a_missing_library_is_told(tmp_path: Path) -> None:
         "from flux2_studio.provenance.c2pa import credentials, reader\n"
         "try: credentials.Signer(Path(sys.argv[1])).identity\n"
         "except CredentialsError as error: print(error)\n"
-        "print(reader.read(b'', {}))"
+        "print(reader.read_manifest(b'', {}))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=DEADLINE)
@@ -49,7 +49,7 @@ def test_a_reader_that_dies_or_hangs_is_told(tmp_path: Path, script: str, second
     ("work", "outcome"), [("while True: pass", -9), ("bytearray(1 << 30)", 1)], ids=["time", "memory"]
 )
 def test_the_reading_process_is_bounded(work: str, outcome: int) -> None:
-    code = f"from flux2_studio.provenance.c2pa.reader import limit; limit(1 << 29, 1)\n{work}"
+    code = f"from flux2_studio.provenance.c2pa.reader import limit_process; limit_process(1 << 29, 1)\n{work}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE
     )

@@ -14,7 +14,7 @@ PROGRAM = """
 import resource, sys
 from pathlib import Path
 from flux2_studio.errors import SaveError
-from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.storage.library import Library
 from flux2_studio.request import Request
 
@@ -34,8 +34,8 @@ except SaveError as error:
     ("call", "most", "what"),
     [
         ("Library(folder).save(bytes(300_000), request)", 0, "save the picture"),
-        ("Library(folder).check()", 0, "save the picture"),
-        ("KeptReferences(folder).keep(bytes(100_000))", 1000, "keep a copy of the reference"),
+        ("Library(folder).check_writable()", 0, "save the picture"),
+        ("ReferenceStore(folder).save(bytes(100_000))", 1000, "keep a copy of the reference"),
     ],
     ids=["a picture", "before a run", "a reference"],
 )

@@ -56,12 +56,12 @@ def test_a_killed_studio_loses_no_picture_and_no_run(tmp_path: Path) -> None:
     settings = Settings(home=home, device="cpu", safety="off", preview="off")
     jobs = JobQueue(Studio(settings), journal_of(home))
     try:
-        jobs.resume()
-        (waited,) = (standing.job for standing in jobs.standing("me"))
+        jobs.restore_waiting()
+        (waited,) = (standing.job for standing in jobs.queue_positions("me"))
         assert isinstance(ended(waited), Result)
         (cut,) = jobs.interrupted("me")
         assert 1 <= len(cut.pictures) < 6 and all(path.is_file() for path in cut.pictures)
-        rest = ended(jobs.renew(cut.id, "me"))
+        rest = ended(jobs.resume_interrupted(cut.id, "me"))
         assert isinstance(rest, Result)
         assert (*cut.seeds, *rest.seeds) == (5, 6, 7, 8, 9, 10)
         assert len(list(settings.outputs.rglob("*.png"))) >= 7

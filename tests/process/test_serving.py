@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flux2_studio.models.remote_text import RemoteText
+from flux2_studio.models.remote_text import RemoteTextEncoder
 from flux2_studio.settings import Settings
 from tests.command_line import DEADLINE, ROOT, Home
 
@@ -62,7 +62,7 @@ def test_the_command_from_its_start_to_sigterm(home: Home) -> None:
         if not found:
             pytest.fail(f"{said!r}: {process.communicate()[1]}")
         nano = Settings(home=home.folder).checkpoint("nano")
-        remote = RemoteText(found[1], TOKEN, nano.recipe, nano.context_width, nano.label)
+        remote = RemoteTextEncoder(found[1], TOKEN, nano.recipe, nano.context_width, nano.label)
         assert remote.encode(["a fox"]).context.shape == (1, 32, 576)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=DEADLINE)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from flux2_studio.errors import ClassifierError
-from flux2_studio.safety.falconsai import LIMIT, Falconsai
+from flux2_studio.safety.falconsai import NSFW_THRESHOLD, Falconsai
 
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (90, 150, 3), np.uint8)).resize((300, 180))
 
@@ -68,7 +68,7 @@ def test_verdict(folder: Path) -> None:
     verdict = Falconsai(folder)(PICTURE)
     assert not verdict.allowed
     assert verdict.reasons == ("seems not to be safe for work",)
-    assert verdict.scores["nsfw"] > LIMIT
+    assert verdict.scores["nsfw"] > NSFW_THRESHOLD
     rewrite(folder, {"classifier.bias": torch.tensor([99.0, 0.0])})
     assert Falconsai(folder)(PICTURE).allowed
 

@@ -14,7 +14,14 @@ from nudenet import NudeDetector
 from PIL import Image, ImageOps
 
 from flux2_studio.errors import ClassifierError
-from flux2_studio.safety.nudity import AGAIN, LIMITS, Detection, NudeNet, judge, read
+from flux2_studio.safety.nudity import (
+    CLASS_THRESHOLDS,
+    SECOND_PASS_PIXELS,
+    BodyPartDetection,
+    NudeNet,
+    judge_detections,
+    parse_detections,
+)
 from flux2_studio.settings import ASSETS
 
 _SPEC = importlib.util.find_spec("skimage")
@@ -90,12 +97,12 @@ def test_harmless_pictures_pass(path: Path, ours: NudeNet) -> None:
 
 def test_a_colour_wheel_passes_by_the_second_look_only(ours: NudeNet) -> None:
     wheel = photograph("color.png")
-    assert not judge(ours.detect(wheel)).allowed
-    assert judge(ours.detect(wheel), ours.detect(wheel, AGAIN)).allowed
+    assert not judge_detections(ours.detect(wheel)).allowed
+    assert judge_detections(ours.detect(wheel), ours.detect(wheel, SECOND_PASS_PIXELS)).allowed
 
 
-def seen(*detections: tuple[str, float]) -> list[Detection]:
-    return [Detection(label=label, score=score, box=(0, 0, 9, 9)) for label, score in detections]
+def seen(*detections: tuple[str, float]) -> list[BodyPartDetection]:
+    return [BodyPartDetection(label=label, score=score, box=(0, 0, 9, 9)) for label, score in detections]
 
 
 PUBLISHED = seen(  # the answer that NudeNet's README shows
@@ -109,35 +116,35 @@ PUBLISHED = seen(  # the answer that NudeNet's README shows
 
 
 def test_what_is_flagged_is_told_in_words() -> None:
-    verdict = judge(PUBLISHED)
+    verdict = judge_detections(PUBLISHED)
     assert not verdict.allowed
     assert verdict.reasons == ("seems to show genitals and bare breasts",)
     assert verdict.scores["FEMALE_BREAST_EXPOSED"] == pytest.approx(0.796, abs=1e-3), "the higher of the two"
 
 
-@pytest.mark.parametrize("label", LIMITS)
+@pytest.mark.parametrize("label", CLASS_THRESHOLDS)
 def test_limits(label: str) -> None:
-    limit = LIMITS[label]
+    limit = CLASS_THRESHOLDS[label]
     assert limit.with_person < limit.alone
-    assert not judge(seen((label, limit.alone))).allowed
-    assert judge(seen((label, limit.alone - 0.01))).allowed
-    for other in ("FACE_MALE", "FEET_COVERED", next(it for it in LIMITS if it != label)):
-        assert not judge(seen((label, limit.with_person), (other, 0.31))).allowed
-        assert judge(seen((label, limit.with_person - 0.01), (other, 0.31))).allowed
-        assert judge(seen((label, limit.with_person), (other, 0.29))).allowed, "too unsure of the other part"
+    assert not judge_detections(seen((label, limit.alone))).allowed
+    assert judge_detections(seen((label, limit.alone - 0.01))).allowed
+    for other in ("FACE_MALE", "FEET_COVERED", next(it for it in CLASS_THRESHOLDS if it != label)):
+        assert not judge_detections(seen((label, limit.with_person), (other, 0.31))).allowed
+        assert judge_detections(seen((label, limit.with_person - 0.01), (other, 0.31))).allowed
+        assert judge_detections(seen((label, limit.with_person), (other, 0.29))).allowed, "too unsure of the other part"
 
 
 def test_skin_that_beaches_show_passes() -> None:
     harmless = ("MALE_BREAST_EXPOSED", "BELLY_EXPOSED", "FEET_EXPOSED", "ARMPITS_EXPOSED", "FEMALE_BREAST_COVERED")
-    assert judge(seen(*((label, 0.99) for label in harmless))).allowed
+    assert judge_detections(seen(*((label, 0.99) for label in harmless))).allowed
 
 
 def test_the_second_look_confirms_or_clears() -> None:
-    assert not judge(PUBLISHED, PUBLISHED).allowed
-    assert not judge(PUBLISHED, seen(("MALE_GENITALIA_EXPOSED", 0.41))).allowed, "the sex does not matter"
-    assert judge(PUBLISHED, seen(("MALE_GENITALIA_EXPOSED", 0.39), ("FACE_FEMALE", 0.9))).allowed
-    assert judge(PUBLISHED, []).allowed
-    partly = judge(PUBLISHED, seen(("FEMALE_BREAST_EXPOSED", 0.6)))
+    assert not judge_detections(PUBLISHED, PUBLISHED).allowed
+    assert not judge_detections(PUBLISHED, seen(("MALE_GENITALIA_EXPOSED", 0.41))).allowed, "the sex does not matter"
+    assert judge_detections(PUBLISHED, seen(("MALE_GENITALIA_EXPOSED", 0.39), ("FACE_FEMALE", 0.9))).allowed
+    assert judge_detections(PUBLISHED, []).allowed
+    partly = judge_detections(PUBLISHED, seen(("FEMALE_BREAST_EXPOSED", 0.6)))
     assert partly.reasons == ("seems to show bare breasts",)
 
 
@@ -145,7 +152,7 @@ def test_of_boxes_that_overlap_the_surest_stays() -> None:
     answer = np.zeros((6, 4), np.float32)  # two classes, four boxes
     answer[:4] = np.array([[100, 100, 50, 50], [102, 100, 50, 50], [200, 100, 50, 50], [20, 20, 80, 80]]).T
     answer[4:] = np.array([[0.5, 0.1], [0.2, 0.6], [0.3, 0.0], [0.24, 0.1]]).T
-    found = read(answer, (640, 320), 320, ["A", "B"])
+    found = parse_detections(answer, (640, 320), 320, ["A", "B"])
     assert [(it.label, round(it.score, 2)) for it in found] == [("B", 0.6), ("A", 0.3)]
     assert found[0].box == (154, 150, 100, 100), "in the picture's own pixels"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flux2_studio.safety.policy import Policy, decide
-from flux2_studio.settings import Safety
+from flux2_studio.safety.policy import Policy, decide_policy
+from flux2_studio.settings import SafetyMode
 
 
 @pytest.mark.parametrize(
@@ -21,5 +21,5 @@ from flux2_studio.settings import Safety
         ("off", True, True, "off"),
     ],
 )
-def test_policy(setting: Safety, shared: bool, on_space: bool, policy: Policy) -> None:
-    assert decide(setting, shared=shared, on_space=on_space) == policy
+def test_policy(setting: SafetyMode, shared: bool, on_space: bool, policy: Policy) -> None:
+    assert decide_policy(setting, shared=shared, on_space=on_space) == policy

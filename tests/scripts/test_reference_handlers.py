@@ -27,8 +27,8 @@ class Page:
             chosen = fields.checkpoint(settings.checkpoints, "nano")
             with gr.Tabs():
                 self.form = layout(chosen, NANO, Examples.load(settings.assets / "examples"), settings)
-            assert self.form.panel is not None
-            self.panel = self.form.panel
+            assert self.form.reference_panel is not None
+            self.panel = self.form.reference_panel
             studio: Any = SimpleNamespace(settings=settings)
             reference_panel.wire_references(studio, chosen, self.form, self.panel)
         self.gallery = self.form.fields["references"]
@@ -81,9 +81,9 @@ def items(tmp_path: Path) -> Items:
 def test_a_clear_empties_the_gallery_once(page: Page) -> None:
     update = page.clear("1", 0)
     assert page.shown(update) == []
-    assert update[page.panel.cleared] == 1
+    assert update[page.panel.clear_count] == 1
     assert page.clear("1", 1) == gr.skip(), "the same one again"
-    assert page.clear("2", 1)[page.panel.cleared] == 2
+    assert page.clear("2", 1)[page.panel.clear_count] == 2
 
 
 @pytest.mark.parametrize("sent", ["", None, "0", "-1", "1.5", "9" * 7, "<b>"])
@@ -97,13 +97,13 @@ def test_pictures_that_were_cleared_while_they_were_checked_stay_away(page: Page
 
 
 def test_pictures_that_were_cleared_before_their_check_is_heard_stay_away(page: Page, items: Items) -> None:
-    heard = page.clear("1", 0)[page.panel.cleared]
+    heard = page.clear("1", 0)[page.panel.clear_count]
     assert page.check("0", heard, items) == gr.skip()
     assert page.shown(page.check("1", heard, items[:1])) == ["fox.png"], "those that came after it stay"
 
 
 def test_a_clear_that_comes_after_newer_pictures_leaves_them(page: Page, items: Items) -> None:
-    heard = page.check("1", 0, items[:1])[page.panel.cleared]
+    heard = page.check("1", 0, items[:1])[page.panel.clear_count]
     assert heard == 1
     assert page.clear("1", heard) == gr.skip()
 
@@ -113,7 +113,7 @@ def test_whatever_was_done_before_a_clear_is_void_after_it(multi: Page, items: I
     assert tools is not None
     rest: tuple[Any, ...] = ("nano", items, "", "")
     presses = [
-        (tools.drop, "click", "2,0", ["car.png", "fox.png", "owl.png"]),
+        (tools.drag_button, "click", "2,0", ["car.png", "fox.png", "owl.png"]),
         (tools.add, "upload", [items[0][0]], ["fox.png", "owl.png", "car.png", "fox.png"]),
         (tools.earlier, "click", "1", ["owl.png", "fox.png", "car.png"]),
         (tools.later, "click", "1", ["fox.png", "car.png", "owl.png"]),
@@ -122,9 +122,9 @@ def test_whatever_was_done_before_a_clear_is_void_after_it(multi: Page, items: I
     for component, event, what, expected in presses:
         update = multi.hear(component, event, "3", 3, what, *rest)
         assert multi.shown(update) == expected
-        assert update[multi.panel.cleared] == 3
+        assert update[multi.panel.clear_count] == 3
         assert multi.hear(component, event, "2", 3, what, *rest) == gr.skip()
-    assert multi.hear(tools.drop, "click", "3", 3, "0,9", *rest) == gr.skip(), "no move that can be made"
+    assert multi.hear(tools.drag_button, "click", "3", 3, "0,9", *rest) == gr.skip(), "no move that can be made"
 
 
 def test_a_press_is_about_the_picture_that_was_selected_then(multi: Page, items: Items) -> None:
@@ -143,11 +143,13 @@ def test_what_is_heard_of_references_is_heard_each_time_and_in_turn(page: Page) 
     presses = [page.wired(page.gallery, "upload"), page.wired(page.gallery, "change")]
     if page.panel.tools is not None:
         tools = page.panel.tools
-        presses += [page.wired(button, "click") for button in (tools.drop, tools.earlier, tools.later, tools.remove)]
+        presses += [
+            page.wired(button, "click") for button in (tools.drag_button, tools.earlier, tools.later, tools.remove)
+        ]
         presses.append(page.wired(tools.add, "upload"))
         (chosen,) = [fn for fn in page.blocks.fns.values() if (page.gallery._id, "select") in fn.targets]
         assert chosen.trigger_mode == "multiple", "of two selections the last is the one"
     assert {fn.concurrency_id for fn in presses} == {f"references of {page.form.name}"}
     for fn in presses:
-        assert fn.inputs[:2] == [page.panel.told, page.panel.cleared], "what the page's script puts first"
-        assert page.panel.cleared in fn.outputs
+        assert fn.inputs[:2] == [page.panel.client_state, page.panel.clear_count], "what the page's script puts first"
+        assert page.panel.clear_count in fn.outputs

@@ -13,8 +13,8 @@ import gradio as gr
 import pytest
 
 from flux2_studio.checkpoints import NANO
-from flux2_studio.events import Event, Failed, Preview, Result, Upsampled
-from flux2_studio.jobs.journal import CUT_SHORT, Journal
+from flux2_studio.events import Event, Failed, Preview, PromptEnhanced, Result
+from flux2_studio.jobs.journal import INTERRUPTED_MESSAGE, Journal
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
@@ -22,25 +22,25 @@ from flux2_studio.storage.database import Database
 from flux2_studio.ui.forms import fields, tabs
 from flux2_studio.ui.forms.examples import Examples
 from flux2_studio.ui.gradio_compat import wiring
-from flux2_studio.ui.gradio_compat.visitors import COOKIE, owner_of
+from flux2_studio.ui.gradio_compat.visitors import VISITOR_COOKIE, owner_of
 from flux2_studio.ui.gradio_compat.wiring import Update
 from flux2_studio.ui.stage import queue_panel
-from flux2_studio.ui.stage.following import MEANWHILE, Follower, Watch, form_of
+from flux2_studio.ui.stage.follower import ENDED_MEANWHILE, Follower, TabState, form_name_for
 from flux2_studio.ui.stage.run_view import RunView
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, endless, four_steps, preview
 
-ME = SimpleNamespace(username=None, cookies={COOKIE: "m" * 40}, session_hash="tab")
-SOMEBODY = SimpleNamespace(username=None, cookies={COOKIE: "s" * 40}, session_hash="tab")
+ME = SimpleNamespace(username=None, cookies={VISITOR_COOKIE: "m" * 40}, session_hash="tab")
+SOMEBODY = SimpleNamespace(username=None, cookies={VISITOR_COOKIE: "s" * 40}, session_hash="tab")
 
 
 @pytest.fixture(scope="module")
-def laid_out() -> tuple[list[tabs.Form], tabs.Stage]:
+def laid_out() -> tuple[list[tabs.Form], tabs.StagePanel]:
     settings = Settings(home=Path("nowhere"))
     examples = Examples.load(settings.assets / "examples")
     with gr.Blocks():
         chosen = fields.checkpoint(settings.checkpoints, "nano")
         forms = [layout(chosen, NANO, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)]
-        return forms, tabs.stage(queue_panel.layout())
+        return forms, tabs.build_stage(queue_panel.build_queue_panel())
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def jobs(tmp_path: Path, journal: Journal) -> Iterator[JobQueue]:
 
 
 @pytest.fixture
-def follower(jobs: JobQueue, laid_out: tuple[list[tabs.Form], tabs.Stage]) -> Follower:
+def follower(jobs: JobQueue, laid_out: tuple[list[tabs.Form], tabs.StagePanel]) -> Follower:
     forms, stage = laid_out
 
     def view_of(request: Request, form: tabs.Form) -> RunView:
@@ -91,16 +91,16 @@ def whole(updates: list[Update]) -> Update:
 def test_an_opened_tab_follows_what_goes_on(jobs: JobQueue, follower: Follower, laid_out: Any) -> None:
     _, stage = laid_out
     job = jobs.submit(Request(prompt="endless"), owner_of(ME))  # type: ignore[arg-type]
-    assert heard(follower.attach(Watch(), SOMEBODY)) == [gr.skip()]  # type: ignore[arg-type]
+    assert heard(follower.attach(TabState(), SOMEBODY)) == [gr.skip()]  # type: ignore[arg-type]
 
     async def until_a_preview() -> str:
-        watch = Watch()
+        watch = TabState()
         following = follower.attach(watch, ME)  # type: ignore[arg-type]
         async for update in following:
             if "Step" in str(update.get(stage.progress)):
                 job.cancel()
             if stage.stop in update and update[stage.stop] == "over":
-                assert watch.following
+                assert watch.is_following
                 return str(update[stage.progress])
         raise AssertionError("it ended without saying so")
 
@@ -112,14 +112,14 @@ def test_an_opened_tab_shows_once_what_ended_meanwhile(jobs: JobQueue, follower:
     _, stage = laid_out
     job = jobs.submit(Request(prompt="fox", seed=3), owner_of(ME))  # type: ignore[arg-type]
     list(job.events(timeout=PATIENCE))
-    assert heard(follower.attach(Watch(), SOMEBODY)) == [gr.skip()]  # type: ignore[arg-type]
-    heard(follower.attach(Watch(), ME))  # type: ignore[arg-type]  # by a tab that was closed before it had it
-    watch = Watch()
+    assert heard(follower.attach(TabState(), SOMEBODY)) == [gr.skip()]  # type: ignore[arg-type]
+    heard(follower.attach(TabState(), ME))  # type: ignore[arg-type]  # by a tab that was closed before it had it
+    watch = TabState()
     (told,) = heard(follower.attach(watch, ME))  # type: ignore[arg-type]
-    follower.confirm(watch)
-    assert "1 picture in 1.5 s" in told[stage.progress] and MEANWHILE in told[stage.notices]
-    assert told[stage.results][0].endswith("fox.png") and told[stage.stop] == "over"
-    assert heard(follower.attach(Watch(), ME)) == [gr.skip()]  # type: ignore[arg-type]
+    follower.confirm_shown(watch)
+    assert "1 picture in 1.5 s" in told[stage.progress] and ENDED_MEANWHILE in told[stage.notices]
+    assert told[stage.result_paths][0].endswith("fox.png") and told[stage.stop] == "over"
+    assert heard(follower.attach(TabState(), ME)) == [gr.skip()]  # type: ignore[arg-type]
 
 
 def test_a_later_studio_shows_it_too(journal: Journal, jobs: JobQueue, follower: Follower, laid_out: Any) -> None:
@@ -127,9 +127,9 @@ def test_a_later_studio_shows_it_too(journal: Journal, jobs: JobQueue, follower:
     _, stage = laid_out
     request = Request(prompt="a <b>fox</b>", seed=3).resolve(NANO)
     journal.add("earlier", owner_of(ME), request)  # type: ignore[arg-type]
-    journal.note("earlier", Upsampled(original=request.prompt, prompt="A red fox.", by="somebody"))
-    journal.note("earlier", Failed(message="The disk is <full>."))
-    (told,) = heard(follower.attach(Watch(), ME))  # type: ignore[arg-type]
+    journal.record_event("earlier", PromptEnhanced(original=request.prompt, prompt="A red fox.", by="somebody"))
+    journal.record_event("earlier", Failed(message="The disk is <full>."))
+    (told,) = heard(follower.attach(TabState(), ME))  # type: ignore[arg-type]
     assert "The disk is &lt;full&gt;." in told[stage.message]
 
 
@@ -137,46 +137,48 @@ def test_a_tab_goes_on_with_the_next_run_and_keeps_the_picture_until_then(
     jobs: JobQueue, follower: Follower, laid_out: Any
 ) -> None:
     _, stage = laid_out
-    watch = Watch()
+    watch = TabState()
     owner = owner_of(ME)  # type: ignore[arg-type]
     first = jobs.submit(Request(prompt="fox", seed=3), owner)
     assert stage.progress in follower.begin(watch, first, "generate")
     second = jobs.submit(Request(prompt="four", seed=4), owner)
-    watch.following = True
+    watch.is_following = True
     assert follower.begin(watch, second, "edit") == {}, "the first one is on the stage"
     assert heard(follower.follow(watch, ME)) == [gr.skip()]  # type: ignore[arg-type]
-    watch.following = False
+    watch.is_following = False
     for job in (first, second):
         list(job.events(timeout=PATIENCE))
     updates = heard(follower.follow(watch, ME))  # type: ignore[arg-type]
-    begins = [update for update in updates if update.get(stage.job)]
-    assert [update[stage.job] for update in begins] == [first.id, second.id]
+    begins = [update for update in updates if update.get(stage.job_id)]
+    assert [update[stage.job_id] for update in begins] == [first.id, second.id]
     assert stage.gallery in begins[0] and stage.gallery not in begins[1]
-    assert watch == Watch(ended=[first.id, second.id]) and jobs.unseen(owner) is not None
-    follower.confirm(watch)
-    assert watch == Watch() and jobs.unseen(owner) is None
+    assert watch == TabState(unconfirmed_jobs=[first.id, second.id]) and jobs.latest_unseen(owner) is not None
+    follower.confirm_shown(watch)
+    assert watch == TabState() and jobs.latest_unseen(owner) is None
 
 
 def test_a_failed_run_is_an_error_at_the_end(jobs: JobQueue, follower: Follower, tmp_path: Path) -> None:
     class Broken(ScriptedStudio):
         def generate(self, *_: object) -> Iterator[Event]:
-            yield Failed(message="No credit.", upsampling=True)
+            yield Failed(message="No credit.", in_prompt_enhancement=True)
 
     queue = JobQueue(Broken(fox=four_steps))
     try:
-        failing = Follower(queue, list(follower._forms.values()), follower._stage, follower._view_of, follower._ended)
-        watch = Watch(jobs={queue.submit(Request(prompt="fox"), owner_of(ME)).id: "generate"})  # type: ignore[arg-type]
+        failing = Follower(
+            queue, list(follower._forms.values()), follower._stage, follower._make_view, follower._on_end
+        )
+        watch = TabState(form_by_job={queue.submit(Request(prompt="fox"), owner_of(ME)).id: "generate"})  # type: ignore[arg-type]
         with pytest.raises(gr.Error, match="No credit"):
             heard(failing.follow(watch, ME))  # type: ignore[arg-type]
-        assert not watch.jobs and not watch.following
+        assert not watch.form_by_job and not watch.is_following
     finally:
         queue.close()
 
 
 def test_stop_is_for_ones_own_runs_and_ones_tabs_enrichments(jobs: JobQueue) -> None:
-    stop = wiring.stopper(jobs)
+    stop = wiring.make_stop_handler(jobs)
     run = jobs.submit(Request(prompt="endless"), owner_of(ME))  # type: ignore[arg-type]
-    enriching = jobs.enrich(Request(prompt="four"), wiring.tab_of(ME))  # type: ignore[arg-type]
+    enriching = jobs.enhance_prompt(Request(prompt="four"), wiring.tab_owner_of(ME))  # type: ignore[arg-type]
     forged = SimpleNamespace(username=None, cookies={}, session_hash=owner_of(ME))  # type: ignore[arg-type]
     other_tab = SimpleNamespace(username=None, cookies=ME.cookies, session_hash="other")
     stop(run.id, SOMEBODY)  # type: ignore[arg-type]
@@ -192,7 +194,7 @@ def test_stop_is_for_ones_own_runs_and_ones_tabs_enrichments(jobs: JobQueue) -> 
 
 def test_the_form_of_a_run_by_its_references() -> None:
     for number, form in ((0, "generate"), (1, "edit"), (2, "multi"), (5, "multi")):
-        assert form_of(Request(prompt="x", references=(Path("a.png"),) * number)) == form
+        assert form_name_for(Request(prompt="x", references=(Path("a.png"),) * number)) == form
 
 
 def test_the_queue_panel_tells_what_stands_where(tmp_path: Path) -> None:
@@ -205,31 +207,31 @@ def test_the_queue_panel_tells_what_stands_where(tmp_path: Path) -> None:
         ScriptedStudio(gate=gate, four=four_steps), Journal(Database(tmp_path / "studio.sqlite3"), tmp_path / "queue")
     )
     try:
-        jobs.resume()
+        jobs.restore_waiting()
         running = jobs.submit(Request(prompt="gate"), "me")
         assert gate.begun.wait(PATIENCE)
-        running.add(Preview(step=2, steps=4, images=(), first=0, count=1, seconds_left=12.0))
+        running.add_event(Preview(step=2, steps=4, images=(), first_index=0, count=1, seconds_left=12.0))
         jobs.submit(Request(prompt="four"), "somebody")
         waiting = [jobs.submit(Request(prompt="four"), "me") for _ in range(2)]
-        told = queue_panel.rows(jobs, str, "me")
+        told = queue_panel.queue_value(jobs, str, "me")
         assert [row["detail"] for row in told["rows"]] == [
             "Step 2 of 4, 12 s left · nano",
             "2 runs before it, 1 of them somebody else's · nano",
             "3 runs before it, 1 of them somebody else's · nano",
-            f"{CUT_SHORT} · nano",
+            f"{INTERRUPTED_MESSAGE} · nano",
         ]
         assert [row["state"] for row in told["rows"]] == ["running", "waiting", "waiting", "interrupted"]
         acts = [[act for act, *_ in row["acts"]] for row in told["rows"]]
         assert acts == [["cancel"], ["later", "cancel"], ["earlier", "cancel"], ["again", "discard"]]
         assert [row["id"] for row in told["rows"]] == [running.id, *(job.id for job in waiting), "cut"]
-        theirs = queue_panel.rows(jobs, str, "somebody")["rows"]
+        theirs = queue_panel.queue_value(jobs, str, "somebody")["rows"]
         assert [row["detail"] for row in theirs] == ["1 run before it, somebody else's · nano"]
-        assert queue_panel.rows(jobs, str, "nobody") == {"rows": [], "clear": False}
+        assert queue_panel.queue_value(jobs, str, "nobody") == {"rows": [], "clear": False}
     finally:
         gate.go.set()
         jobs.close()
 
 
 def test_long_prompts_are_shortened_to_a_line() -> None:
-    assert queue_panel.shortened(" a\n  fox ") == "a fox"
-    assert len(queue_panel.shortened("fox " * 99)) <= queue_panel.SHOWN
+    assert queue_panel.shorten_prompt(" a\n  fox ") == "a fox"
+    assert len(queue_panel.shorten_prompt("fox " * 99)) <= queue_panel.ROW_PROMPT_CHARS

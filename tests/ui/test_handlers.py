@@ -20,29 +20,29 @@ from flux2_studio.events import (
     Failed,
     Notice,
     Preview,
+    PromptEnhanced,
+    PromptProgress,
     Queued,
     Result,
     Saved,
     Status,
     Stopped,
-    Upsampled,
     Withheld,
-    Writing,
 )
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Job
-from flux2_studio.models.hub.library import Shelf
+from flux2_studio.models.hub.library import CheckpointLibrary
 from flux2_studio.models.hub.repositories import Hub
-from flux2_studio.models.loras import LoraEntry, Loras
+from flux2_studio.models.loras import LoraEntry, LoraLibrary
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.provenance.c2pa.credentials import Signer
-from flux2_studio.provenance.watermark import PUBLISHED
+from flux2_studio.provenance.watermark import PUBLISHED_MESSAGE
 from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request, Upsampling
-from flux2_studio.safety.guard import Guard
+from flux2_studio.safety.guard import SafetyGuard
 from flux2_studio.settings import Settings
 from flux2_studio.ui import handlers
-from flux2_studio.ui.app import build
+from flux2_studio.ui.app import build_page
 from flux2_studio.ui.forms import fields, lora_panel, reference_panel, tabs, upsample_panel
 from flux2_studio.ui.forms.examples import Examples
 from flux2_studio.ui.gradio_compat import wiring
@@ -54,20 +54,20 @@ class Scripted:
 
     def __init__(self, settings: Settings, *events: Event) -> None:
         self.settings = settings
-        self.loras = Loras(settings)
-        self.guard = Guard("warn")
+        self.loras = LoraLibrary(settings)
+        self.guard = SafetyGuard("warn")
         self.signer = Signer(settings.identity)
-        self.messages = (PUBLISHED,)
-        self.kept = None
+        self.messages = (PUBLISHED_MESSAGE,)
+        self.reference_store = None
         self._events = events
 
-    def on_disk(self, checkpoint: object) -> bool:
+    def is_on_disk(self, checkpoint: object) -> bool:
         return True
 
-    def resolve(self, request: Request, key: object = None) -> Request:
+    def resolve(self, request: Request, api_key: object = None) -> Request:
         return request.resolve(self.settings.checkpoint(request.checkpoint), [(128, 128)] * len(request.references))
 
-    def generate(self, request: Request, cancelled: Callable[[], bool], key: object = None) -> Iterator[Event]:
+    def generate(self, request: Request, cancelled: Callable[[], bool], api_key: object = None) -> Iterator[Event]:
         yield from self._events
 
 
@@ -85,23 +85,23 @@ def picture(tmp_path: Path) -> Path:
 
 def form_values(**changes: object) -> dict[str, object]:
     given = {"prompt": "a fox", "seed": 7, "width": 128, "height": 128, "steps": 4, "guidance": 1, "count": 2}
-    return {**given, **dict.fromkeys(upsample_panel.INPUTS), "upsample_by": "none", **changes}
+    return {**given, **dict.fromkeys(upsample_panel.UPSAMPLING_INPUTS), "upsample_by": "none", **changes}
 
 
 def read_form(values: dict[str, object], **changes: object) -> Request:
-    given: dict[str, Any] = {"locked": True, "checkpoint": NANO, "laid_out_for": "nano", "aspect": "1:1", **changes}
+    given: dict[str, Any] = {"locked": True, "checkpoint": NANO, "form_checkpoint": "nano", "aspect": "1:1", **changes}
     return handlers.read_form(values, **given)
 
 
 def test_read_form_leaves_the_numbers_of_another_checkpoint_to_the_chosen_one() -> None:
-    base = next(checkpoint for checkpoint in CHECKPOINTS if checkpoint.takes_negative_prompt)
+    base = next(checkpoint for checkpoint in CHECKPOINTS if checkpoint.supports_negative_prompt)
     stale = form_values(width=1360, height=768, steps=50, guidance=4, negative_prompt="blur")
-    kept = read_form(stale, checkpoint=base, laid_out_for=base.name, aspect="16:9")
+    kept = read_form(stale, checkpoint=base, form_checkpoint=base.name, aspect="16:9")
     assert (kept.width, kept.steps, kept.guidance, kept.negative_prompt) == (1360, 50, 4, "blur")
-    left = read_form(stale, laid_out_for=base.name, aspect="16:9")
+    left = read_form(stale, form_checkpoint=base.name, aspect="16:9")
     assert (left.width, left.height) == fields.size_of("16:9", NANO)
     assert (left.steps, left.guidance, left.negative_prompt) == (None, None, None)
-    typed = read_form(stale, laid_out_for=base.name, aspect=fields.FREE)
+    typed = read_form(stale, form_checkpoint=base.name, aspect=fields.FREE)
     assert (typed.width, typed.height) == (1360, 768)
 
 
@@ -166,16 +166,16 @@ def entry(name: str, width: int, family: str) -> LoraEntry:
 
 def test_loras_that_fit_are_offered_first() -> None:
     entries = [entry("a", 3072, "klein 4B"), entry("b", NANO.hidden_width, "Nano"), entry("c", 6144, "dev")]
-    choices = fields.lora_offer(entries, NANO).choices
+    choices = fields.lora_dropdown(entries, NANO).choices
     assert choices == [("b", "b"), ("a (for klein 4B)", "a"), ("c (for dev)", "c")]
-    assert fields.lora_offer(entries, DEV).choices[0] == ("c", "c")
-    assert fields.lora_offer(entries, NANO).visible and not fields.lora_offer((), NANO).visible
+    assert fields.lora_dropdown(entries, DEV).choices[0] == ("c", "c")
+    assert fields.lora_dropdown(entries, NANO).visible and not fields.lora_dropdown((), NANO).visible
 
 
 def test_another_checkpoint_drops_what_does_not_fit_it() -> None:
     entries = [entry("a", 3072, "klein 4B"), entry("b", NANO.hidden_width, "Nano")]
     rows = [{"name": name, "weight": 1} for name in ("a", "b", "gone")]
-    staying, dropped = lora_panel.kept(rows, entries, NANO)
+    staying, dropped = lora_panel.keep_compatible(rows, entries, NANO)
     assert staying == [{"name": "b", "weight": 1}]
     assert dropped == [
         f"a was taken off: it is for klein 4B, not for {NANO.label}.",
@@ -184,10 +184,10 @@ def test_another_checkpoint_drops_what_does_not_fit_it() -> None:
 
 
 def test_the_lora_panel_says_where_to_put_files_and_which_are_none(settings: Settings) -> None:
-    loras = Loras(settings)
-    assert f"Put their .safetensors files into {loras.folder}" in lora_panel.told([], [], loras)
-    assert lora_panel.told([entry("a", 1, "x")], [], loras) == ""
-    told = lora_panel.told([entry("a", 1, "x")], [f"<{number}> is none." for number in range(9)], loras)
+    loras = LoraLibrary(settings)
+    assert f"Put their .safetensors files into {loras.folder}" in lora_panel.loras_note([], [], loras)
+    assert lora_panel.loras_note([entry("a", 1, "x")], [], loras) == ""
+    told = lora_panel.loras_note([entry("a", 1, "x")], [f"<{number}> is none." for number in range(9)], loras)
     assert "&lt;2&gt; is none." in told and "&lt;3&gt;" not in told and "6 more files" in told
 
 
@@ -201,7 +201,7 @@ def test_every_form_key_is_a_field_of_request(settings: Settings) -> None:
     for form in forms:
         assert set(form.fields) <= known
         assert set(form.fields) == known - {"upsampling"} - (editing if form.name == "generate" else set())
-        assert set(form.upsampling.inputs) == set(upsample_panel.INPUTS)
+        assert set(form.upsampling.inputs) == set(upsample_panel.UPSAMPLING_INPUTS)
         assert all(isinstance(component, gr.components.Component) for component in form.fields.values())
 
 
@@ -210,7 +210,7 @@ def test_builds_for_every_checkpoint(settings: Settings) -> None:
         chosen = Settings(home=settings.home, default_checkpoint=checkpoint.name)
         jobs = JobQueue(Scripted(chosen))
         try:
-            page = build(Scripted(chosen), jobs, Shelf(chosen, Hub(chosen)))  # type: ignore[arg-type]
+            page = build_page(Scripted(chosen), jobs, CheckpointLibrary(chosen, Hub(chosen)))  # type: ignore[arg-type]
         finally:
             jobs.close()
         # Nothing but the page itself may call its events.
@@ -226,11 +226,11 @@ def test_follow_gives_every_event_up_to_the_last(settings: Settings) -> None:
 
     async def followed() -> list[Event]:
         heard = []
-        following = wiring.follow(job, pause=0)
-        job.add(told[0])
+        following = wiring.follow_task(job, poll_seconds=0)
+        job.add_event(told[0])
         heard.append(await anext(following))
-        job.add(told[1])
-        job.add(told[2])
+        job.add_event(told[1])
+        job.add_event(told[2])
         return heard + [event async for event in following]
 
     # In a thread of its own: the browser tests leave an event loop running in this one.
@@ -239,9 +239,9 @@ def test_follow_gives_every_event_up_to_the_last(settings: Settings) -> None:
 
 
 @pytest.fixture(scope="module")
-def stage() -> tabs.Stage:
+def stage() -> tabs.StagePanel:
     with gr.Blocks():
-        return tabs.stage()
+        return tabs.build_stage()
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def panel() -> tabs.UpsamplingPanel:
 
 
 @pytest.fixture
-def view(stage: tabs.Stage, panel: tabs.UpsamplingPanel) -> RunView:
+def view(stage: tabs.StagePanel, panel: tabs.UpsamplingPanel) -> RunView:
     begun = RunView(stage, panel, NANO)
     begun.begin(Job(Request(prompt="a fox", seed=3).resolve(NANO), "me"))
     return begun
@@ -261,18 +261,18 @@ def view(stage: tabs.Stage, panel: tabs.UpsamplingPanel) -> RunView:
 
 def preview(step: int, *, first: int = 0, count: int = 1, images: int = 1, left: float | None = None) -> Preview:
     drawn = tuple(Image.new("RGB", (16, 16), (step * 40, first * 40, 0)) for _ in range(images))
-    return Preview(step=step, steps=4, images=drawn, first=first, count=count, seconds_left=left)
+    return Preview(step=step, steps=4, images=drawn, first_index=first, count=count, seconds_left=left)
 
 
-def test_view_keeps_every_notice(stage: tabs.Stage, view: RunView) -> None:
+def test_view_keeps_every_notice(stage: tabs.StagePanel, view: RunView) -> None:
     view.update(Notice(text="The width was rounded."))
     html = view.update(Notice(text="A <long> prompt."))[stage.notices]
     assert "The width was rounded." in html
     assert "A &lt;long&gt; prompt." in html
 
 
-def test_view_shows_steps_and_previews(stage: tabs.Stage, view: RunView) -> None:
-    assert "2 runs before yours" in view.update(Queued(ahead=2))[stage.progress]
+def test_view_shows_steps_and_previews(stage: tabs.StagePanel, view: RunView) -> None:
+    assert "2 runs before yours" in view.update(Queued(runs_ahead=2))[stage.progress]
     first = view.update(preview(1, left=None))
     second = view.update(preview(2, left=12.4))
     assert "Step 1 of 4<" in first[stage.progress]
@@ -280,62 +280,64 @@ def test_view_shows_steps_and_previews(stage: tabs.Stage, view: RunView) -> None
     assert first[stage.preview] != second[stage.preview]
 
 
-def test_view_without_preview_pictures_shows_the_step(stage: tabs.Stage, view: RunView) -> None:
+def test_view_without_preview_pictures_shows_the_step(stage: tabs.StagePanel, view: RunView) -> None:
     update = view.update(preview(3, images=0))
     assert "Step 3 of 4" in update[stage.progress]
     assert stage.preview not in update
 
 
-def test_view_offers_the_saved_files(stage: tabs.Stage, view: RunView, picture: Path) -> None:
+def test_view_offers_the_saved_files(stage: tabs.StagePanel, view: RunView, picture: Path) -> None:
     resolved = Request(prompt="a fox", seed=3).resolve(NANO)
     update = view.update(Result(request=resolved, images=(picture,), seeds=(3,), seconds=1.5))
     assert "1 picture in 1.5 s" in update[stage.progress]
-    assert update[stage.results] == [str(picture)]
+    assert update[stage.result_paths] == [str(picture)]
     assert update[stage.download]._constructor_args[0]["value"] == str(picture)
     assert view.failure is None
 
 
-def test_view_of_a_stopped_run_keeps_the_preview(stage: tabs.Stage, view: RunView) -> None:
+def test_view_of_a_stopped_run_keeps_the_preview(stage: tabs.StagePanel, view: RunView) -> None:
     update = view.update(Stopped())
     assert "Stopped" in update[stage.progress]
     assert stage.preview not in update
     assert stage.gallery not in update
 
 
-def test_view_of_a_stopped_run_shows_what_was_finished(stage: tabs.Stage, view: RunView, picture: Path) -> None:
+def test_view_of_a_stopped_run_shows_what_was_finished(stage: tabs.StagePanel, view: RunView, picture: Path) -> None:
     update = view.update(Stopped(images=(picture,), seeds=(3,)))
     assert "1 finished picture was kept" in update[stage.progress]
-    assert update[stage.results] == [str(picture)]
+    assert update[stage.result_paths] == [str(picture)]
 
 
-def test_view_of_a_failed_run_says_why(stage: tabs.Stage, view: RunView) -> None:
+def test_view_of_a_failed_run_says_why(stage: tabs.StagePanel, view: RunView) -> None:
     update = view.update(Failed(message="The file <x> is damaged."))
     assert "The file &lt;x&gt; is damaged." in update[stage.message]
     assert stage.preview not in update
     assert view.failure == "The file <x> is damaged."
 
 
-def test_view_forgets_what_is_withheld(stage: tabs.Stage, view: RunView) -> None:
+def test_view_forgets_what_is_withheld(stage: tabs.StagePanel, view: RunView) -> None:
     view.update(preview(4, count=2, images=2))
     one = view.update(Withheld(index=1))[stage.preview]
     assert one.startswith("<img") and one != view.update(preview(4, count=2, images=2))[stage.preview]
     view.update(Withheld(index=0))
-    assert view.update(Withheld(index=1))[stage.preview] == tabs.EMPTY
+    assert view.update(Withheld(index=1))[stage.preview] == tabs.EMPTY_STAGE_HTML
 
 
-def test_view_of_a_run_that_fails_late_shows_what_was_saved(stage: tabs.Stage, view: RunView, picture: Path) -> None:
+def test_view_of_a_run_that_fails_late_shows_what_was_saved(
+    stage: tabs.StagePanel, view: RunView, picture: Path
+) -> None:
     record = Record(request=Request(prompt="x"), label="x")
     view.update(Saved(index=0, image=picture, seed=3, record=record))
     update = view.update(Failed(message="The disk is full."))
-    assert update[stage.results] == [str(picture)] and "The disk is full." in update[stage.message]
+    assert update[stage.result_paths] == [str(picture)] and "The disk is full." in update[stage.message]
 
 
 def test_view_shows_what_a_model_writes_and_what_is_drawn_then(
-    stage: tabs.Stage, panel: tabs.UpsamplingPanel, view: RunView, picture: Path
+    stage: tabs.StagePanel, panel: tabs.UpsamplingPanel, view: RunView, picture: Path
 ) -> None:
-    assert view.update(Writing(text="A red"))[panel.written]._constructor_args[0]["value"] == "A red"
-    update = view.update(Upsampled(original="a fox", prompt="A red <fox>.", by="some/model"))
-    assert update[panel.written]._constructor_args[0]["value"] == "A red <fox>."
+    assert view.update(PromptProgress(text="A red"))[panel.enhanced_prompt]._constructor_args[0]["value"] == "A red"
+    update = view.update(PromptEnhanced(original="a fox", prompt="A red <fox>.", by="some/model"))
+    assert update[panel.enhanced_prompt]._constructor_args[0]["value"] == "A red <fox>."
     resolved = Request(prompt="A red <fox>.", seed=3).resolve(NANO)
     result = Result(request=resolved, images=(picture,), seeds=(3,), seconds=1.5, provenance=("It is <signed>.",))
     table = view.update(result)[stage.table]
@@ -345,7 +347,7 @@ def test_view_shows_what_a_model_writes_and_what_is_drawn_then(
 
 
 def test_view_of_a_prompt_that_was_not_enriched_says_that_it_goes_without(view: RunView) -> None:
-    view.update(Failed(message="No credit.", upsampling=True))
+    view.update(Failed(message="No credit.", in_prompt_enhancement=True))
     assert view.upsampling_failed and view.failure == "No credit."
 
 
@@ -366,13 +368,13 @@ def test_a_panel_is_read_as_what_is_shown_of_it() -> None:
 
 def test_a_key_goes_beside_the_request_and_only_to_a_server() -> None:
     typed = form_values(upsample_by="openrouter", upsample_remote="x/y", api_key=" sk-1 ")
-    key = upsample_panel.read_key(typed)
+    key = upsample_panel.read_api_key(typed)
     assert key is not None and key.reveal() == "sk-1"
     assert "sk-1" not in repr(read_form(typed))
-    assert upsample_panel.read_key(typed | {"upsample_by": "local"}) is None
-    assert upsample_panel.read_key(typed | {"api_key": "  "}) is None
+    assert upsample_panel.read_api_key(typed | {"upsample_by": "local"}) is None
+    assert upsample_panel.read_api_key(typed | {"api_key": "  "}) is None
     with pytest.raises(UpsampleError, match="no API key"):
-        upsample_panel.read_key(typed | {"api_key": "sk 1"})
+        upsample_panel.read_api_key(typed | {"api_key": "sk 1"})
     assert read_form(typed | {"api_key": "sk 1"}).prompt == "a fox", "so that one can go on without"
 
 
@@ -394,20 +396,27 @@ def test_rubbish_in_a_panel_is_refused(changes: dict[str, object], said: str) ->
 
 def test_the_panel_says_what_each_choice_costs(settings: Settings) -> None:
     offer = WriterOffer(
-        name="qwen3-4b", label="Qwen3 4B", sees=False, own=True, on_disk=True, download=0, memory=1, text="Loads more."
+        name="qwen3-4b",
+        label="Qwen3 4B",
+        has_vision=False,
+        is_text_encoder=True,
+        is_on_disk=True,
+        download=0,
+        memory=1,
+        description="Loads more.",
     )
-    told = upsample_panel.told_of("local", [offer], DEV, "qwen3-4b", settings)
+    told = upsample_panel.provider_note_html("local", [offer], DEV, "qwen3-4b", settings)
     assert "Loads more." in told and "references it does not see" in told
-    assert "choose OpenRouter" in upsample_panel.told_of("local", [], NANO, None, settings)
-    assert "go to openrouter.ai" in upsample_panel.told_of("openrouter", [], NANO, None, settings)
-    assert upsample_panel.told_of("none", [offer], DEV, None, settings) == ""
+    assert "choose OpenRouter" in upsample_panel.provider_note_html("local", [], NANO, None, settings)
+    assert "go to openrouter.ai" in upsample_panel.provider_note_html("openrouter", [], NANO, None, settings)
+    assert upsample_panel.provider_note_html("none", [offer], DEV, None, settings) == ""
 
 
 def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:
     rubbish = tmp_path / "rubbish.png"
     rubbish.write_bytes(b"nothing of the kind")
     examined = reference_panel.examine([rubbish, picture, picture, picture], DEV, 2)
-    assert examined.kept == (picture, picture)
+    assert examined.usable == (picture, picture)
     assert examined.notes[0] == "As image 1: 160 x 96 pixels (1.67:1)."
     assert "rubbish.png" in examined.refused[0]
     assert "at most 2 pictures: picture.png was left out" in examined.refused[1]
@@ -433,12 +442,12 @@ def test_newest_is_the_last_that_can_be_used(picture: Path, tmp_path: Path) -> N
     rubbish.write_bytes(b"nothing of the kind")
     small = tmp_path / "small.png"
     Image.new("RGB", (64, 64)).save(small)
-    assert reference_panel.newest([picture, small], DEV).kept == (small,)
-    fallen_back = reference_panel.newest([small, picture, rubbish], DEV)
-    assert fallen_back.kept == (picture,)
+    assert reference_panel.newest_usable([picture, small], DEV).usable == (small,)
+    fallen_back = reference_panel.newest_usable([small, picture, rubbish], DEV)
+    assert fallen_back.usable == (picture,)
     assert len(fallen_back.refused) == 1
     assert "rubbish.png" in fallen_back.refused[0]
-    assert reference_panel.newest([rubbish], DEV).kept == ()
+    assert reference_panel.newest_usable([rubbish], DEV).usable == ()
 
 
 def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> None:
@@ -447,7 +456,7 @@ def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> Non
     assert reference_panel.examine([large], NANO, 1).notes[0] == (
         "As image 1: 256 x 256 pixels (1:1). Image 1 is scaled from 512 x 512 to 256 x 256."
     )
-    assert reference_panel.examine([], NANO, 1) == reference_panel.Examined()
+    assert reference_panel.examine([], NANO, 1) == reference_panel.ExaminedFiles()
 
 
 @pytest.mark.parametrize(
@@ -462,7 +471,7 @@ def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> Non
     ],
 )
 def test_reordered(index: int | None, by: int, expected: str, place: int | None) -> None:
-    assert reference_panel.reordered([Path(c) for c in "abc"], index, by) == ([Path(c) for c in expected], place)
+    assert reference_panel.move_item([Path(c) for c in "abc"], index, by) == ([Path(c) for c in expected], place)
 
 
 @pytest.mark.parametrize(
@@ -470,14 +479,14 @@ def test_reordered(index: int | None, by: int, expected: str, place: int | None)
     [("0,2", "bca"), ("2,0", "cab"), ("1,1", "abc"), ("0,3", None), ("-1,0", None), ("", None), ("0,1;", None)],
 )
 def test_dragged(sent: str, expected: str | None) -> None:
-    assert reference_panel.dragged([Path(c) for c in "abc"], sent) == (
+    assert reference_panel.apply_drag([Path(c) for c in "abc"], sent) == (
         None if expected is None else [Path(c) for c in expected]
     )
 
 
 @pytest.mark.parametrize("sent, index", [("0", 0), ("12", 12), ("", None), (None, None), ("-1", None), ("1,0", None)])
 def test_selected(sent: str | None, index: int | None) -> None:
-    assert reference_panel.selected(sent) == index
+    assert reference_panel.parse_selected_index(sent) == index
 
 
 @pytest.mark.parametrize(
@@ -494,7 +503,7 @@ def test_selected(sent: str | None, index: int | None) -> None:
 )
 def test_settled(label: str, width: int | None, height: int | None, side: int | None, note: str, shape: str) -> None:
     typed = width if label == "width" else height
-    became, told, fits = handlers.settled(typed, width, height, label, NANO)
+    became, told, fits = handlers.settle_side(typed, width, height, label, NANO)
     assert became == side
     assert note in told
     assert bool(told) == bool(note)

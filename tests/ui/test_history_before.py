@@ -17,16 +17,16 @@ from starlette.testclient import TestClient
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Saved
-from flux2_studio.images.reference_store import KeptReferences
-from flux2_studio.images.thumbnails import Thumbnails
-from flux2_studio.provenance.metadata import encode
+from flux2_studio.images.reference_store import ReferenceStore
+from flux2_studio.images.thumbnails import ThumbnailCache
+from flux2_studio.provenance.metadata import encode_picture
 from flux2_studio.record import Record
 from flux2_studio.request import Outpaint, Request
 from flux2_studio.settings import Settings
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.history import History
-from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors
-from flux2_studio.ui.history.original import Befores
+from flux2_studio.ui.gradio_compat.visitors import VISITOR_COOKIE, VisitorCookieMiddleware
+from flux2_studio.ui.history.original import OriginalLoader
 from flux2_studio.ui.history.routes import HistoryRoutes
 
 MINE, YOURS = "m" * 43, "y" * 43
@@ -42,8 +42,8 @@ def history(tmp_path: Path) -> History:
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> KeptReferences:
-    return KeptReferences(tmp_path / "references")
+def kept(tmp_path: Path) -> ReferenceStore:
+    return ReferenceStore(tmp_path / "references")
 
 
 @pytest.fixture
@@ -58,27 +58,27 @@ def add(history: History, tmp_path: Path) -> Add:
         record = Record(request=request, label=NANO.label, **more)
         path = tmp_path / "outputs" / f"{len(list(tmp_path.rglob('*.png')))}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(Image.new("RGB", size, colour), "png", record).data)
+        path.write_bytes(encode_picture(Image.new("RGB", size, colour), "png", record).data)
         return history.add(owner, "job", Saved(index=0, image=path, seed=3, record=record))
 
     return add
 
 
 @pytest.fixture
-def client(history: History, kept: KeptReferences, tmp_path: Path) -> Callable[..., TestClient]:
-    def client(token: str, *, references: KeptReferences | None = kept) -> TestClient:
-        befores = Befores(history, references, Settings(home=tmp_path).checkpoint)
-        routes = HistoryRoutes(history, Thumbnails(tmp_path / "thumbnails"), references, befores).routes()
+def client(history: History, kept: ReferenceStore, tmp_path: Path) -> Callable[..., TestClient]:
+    def client(token: str, *, references: ReferenceStore | None = kept) -> TestClient:
+        befores = OriginalLoader(history, references, Settings(home=tmp_path).checkpoint)
+        routes = HistoryRoutes(history, ThumbnailCache(tmp_path / "thumbnails"), references, befores).routes()
         with gr.Blocks() as page:
             gr.Textbox()
-        app = App.create_app(page, app_kwargs={"middleware": [Middleware(Visitors)], "routes": routes})
-        return TestClient(app, cookies={COOKIE: token})
+        app = App.create_app(page, app_kwargs={"middleware": [Middleware(VisitorCookieMiddleware)], "routes": routes})
+        return TestClient(app, cookies={VISITOR_COOKIE: token})
 
     return client
 
 
 def sha256_of(history: History, id_: str, owner: str = ME) -> str:
-    file = history.file(owner, id_)
+    file = history.find_file(owner, id_)
     assert file is not None
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -118,11 +118,11 @@ def test_it_lies_where_it_was_when_the_picture_grew(
 
 
 def test_references_from_outside_are_shown_only_where_they_are_kept(
-    kept: KeptReferences, add: Add, client: Callable[..., TestClient]
+    kept: ReferenceStore, add: Add, client: Callable[..., TestClient]
 ) -> None:
     out = io.BytesIO()
     Image.new("RGB", (64, 64), TEAL).save(out, "PNG")
-    kept.keep(out.getvalue())
+    kept.save(out.getvalue())
     edit = add(RED, references=(hashlib.sha256(out.getvalue()).hexdigest(),))
     assert shown(client(MINE), edit).getpixel((5, 5)) == TEAL
     expect_none(client(MINE, references=None), edit)

@@ -17,15 +17,15 @@ from starlette.testclient import TestClient
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Saved
-from flux2_studio.images.reference_store import KeptReferences
-from flux2_studio.images.thumbnails import Thumbnails
-from flux2_studio.provenance.metadata import encode
+from flux2_studio.images.reference_store import ReferenceStore
+from flux2_studio.images.thumbnails import ThumbnailCache
+from flux2_studio.provenance.metadata import encode_picture
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.storage.database import Database
-from flux2_studio.storage.history import MOST, History
-from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors
-from flux2_studio.ui.history.routes import MAX_BODY, HistoryRoutes
+from flux2_studio.storage.history import MAX_PICTURES_PER_CALL, History
+from flux2_studio.ui.gradio_compat.visitors import VISITOR_COOKIE, VisitorCookieMiddleware
+from flux2_studio.ui.history.routes import MAX_JSON_BYTES, HistoryRoutes
 
 MINE, YOURS = "m" * 43, "y" * 43
 ME, YOU = f"browser:{MINE}", f"browser:{YOURS}"
@@ -36,23 +36,25 @@ HOSTILE = "<img src=x onerror='alert(1)'>\"</script>\r\nSet-Cookie: a=b"
 class Studio:
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.kept = KeptReferences(home / "references")
-        thumbnails = Thumbnails(home / "thumbnails")
-        self.history = History(Database(home / "db"), home / "outputs", home / "trash", forget=thumbnails.forget)
+        self.kept = ReferenceStore(home / "references")
+        thumbnails = ThumbnailCache(home / "thumbnails")
+        self.history = History(Database(home / "db"), home / "outputs", home / "trash", on_delete=thumbnails.delete)
         routes = HistoryRoutes(self.history, thumbnails, self.kept).routes()
         with gr.Blocks() as page:
             gr.Textbox()
-        self.app = App.create_app(page, app_kwargs={"middleware": [Middleware(Visitors)], "routes": routes})
+        self.app = App.create_app(
+            page, app_kwargs={"middleware": [Middleware(VisitorCookieMiddleware)], "routes": routes}
+        )
 
     def client(self, token: str | None = None) -> TestClient:
-        return TestClient(self.app, cookies={COOKIE: token} if token else {})
+        return TestClient(self.app, cookies={VISITOR_COOKIE: token} if token else {})
 
     def add(self, prompt: str = "a fox", owner: str = ME, *, references: tuple[str, ...] = (), **more: object) -> str:
         request = Request(prompt=prompt, width=64, height=64, seed=3).resolve(NANO)
         record = replace(Record(request=request, label=NANO.label, references=references), **more)  # type: ignore[arg-type]
         path = self.home / "outputs" / f"{len(list(self.home.rglob('*.png')))}-secret.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(Image.new("RGB", (64, 64), "teal"), "png", record).data)
+        path.write_bytes(encode_picture(Image.new("RGB", (64, 64), "teal"), "png", record).data)
         return self.history.add(owner, "job", Saved(index=0, image=path, seed=3, record=record))
 
 
@@ -85,7 +87,7 @@ def test_the_routes_come_before_gradios_own(studio: Studio, mine: TestClient) ->
 
 def test_a_picture_is_the_very_file_with_headers_that_keep_it_private(studio: Studio, mine: TestClient) -> None:
     id_ = studio.add()
-    path = studio.history.file(ME, id_)
+    path = studio.history.find_file(ME, id_)
     assert path is not None
     answer = mine.get(f"/history/picture/{id_}", headers={"Accept-Encoding": "br, gzip"})
     assert answer.status_code == 200 and answer.content == path.read_bytes()
@@ -138,7 +140,7 @@ def test_nothing_else_is_an_id(studio: Studio, mine: TestClient, guess: str) -> 
 @pytest.mark.parametrize("token", ["", "short", "m" * 65, "m" * 42 + "!", "../../x", "user:you"])
 def test_a_cookie_that_was_never_given_is_nobodys(studio: Studio, token: str) -> None:
     studio.add()
-    client = TestClient(studio.app, headers={"Cookie": f"{COOKIE}={token}"})
+    client = TestClient(studio.app, headers={"Cookie": f"{VISITOR_COOKIE}={token}"})
     assert client.get("/history/page").status_code == 404
 
 
@@ -179,9 +181,9 @@ def test_no_other_site_reads_anything(studio: Studio, mine: TestClient) -> None:
         ({"json": {"ids": "%s"}}, 400),
         ({"json": {"ids": [1]}}, 400),
         ({"json": {"ids": []}}, 400),
-        ({"json": {"ids": ["0" * 32] * (MOST + 1)}}, 400),
+        ({"json": {"ids": ["0" * 32] * (MAX_PICTURES_PER_CALL + 1)}}, 400),
         ({"content": "[" * 60_000, "headers": {"Content-Type": "application/json"}}, 400),
-        ({"content": "1" * (MAX_BODY + 1), "headers": {"Content-Type": "application/json"}}, 413),
+        ({"content": "1" * (MAX_JSON_BYTES + 1), "headers": {"Content-Type": "application/json"}}, 413),
         ({"json": {"ids": ["../../db"]}}, 404),
     ],
 )
@@ -239,12 +241,12 @@ def test_hostile_texts_stay_texts(studio: Studio, mine: TestClient) -> None:
 
 def test_lineage_opens_and_a_kept_reference_is_shown_small(studio: Studio, mine: TestClient) -> None:
     parent = studio.add()
-    file = studio.history.file(ME, parent)
+    file = studio.history.find_file(ME, parent)
     assert file is not None
     out = io.BytesIO()
     Image.new("RGB", (640, 400), "gold").save(out, "GIF")
-    kept = studio.kept.keep(out.getvalue())
-    parents = studio.kept.keep(file.read_bytes())
+    kept = studio.kept.save(out.getvalue())
+    parents = studio.kept.save(file.read_bytes())
     child = studio.add(references=(parents, kept, "cd" * 32))
     details = mine.get(f"/history/entry/{child}").json()
     first, second, third = details["madeFrom"]
@@ -259,7 +261,7 @@ def test_lineage_opens_and_a_kept_reference_is_shown_small(studio: Studio, mine:
 def test_a_lost_or_broken_file_is_told_and_no_error(studio: Studio, mine: TestClient) -> None:
     lost, broken = studio.add(), studio.add()
     for id_, spoil in ((lost, Path.unlink), (broken, lambda path: path.write_bytes(b"<script>"))):
-        path = studio.history.file(ME, id_)
+        path = studio.history.find_file(ME, id_)
         assert path is not None
         spoil(path)
     entries = {it["id"]: it["missing"] for it in mine.get("/history/page").json()["entries"]}
@@ -279,9 +281,9 @@ def test_a_zip_holds_the_chosen_pictures_that_are_ones_own(studio: Studio, mine:
         assert archive.testzip() is None
         packed = [archive.read(name) for name in archive.namelist()]
         assert all("/" not in name and "secret" not in name for name in archive.namelist())
-    files = [studio.history.file(ME, id_) for id_ in ids[:2]]
+    files = [studio.history.find_file(ME, id_) for id_ in ids[:2]]
     assert packed == [file.read_bytes() for file in files if file]
-    assert mine.get(f"/history/zip?ids={','.join(['0' * 32] * (MOST + 1))}").status_code == 400
+    assert mine.get(f"/history/zip?ids={','.join(['0' * 32] * (MAX_PICTURES_PER_CALL + 1))}").status_code == 400
 
 
 def test_who_is_signed_in_has_a_history_of_their_own(studio: Studio) -> None:

@@ -16,12 +16,12 @@ from PIL import Image
 
 from flux2_studio.checkpoints import DEV, KLEIN_BASE_4B, NANO, Checkpoint
 from flux2_studio.errors import RequestError, WeightsError
-from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.models.loras import LoraEntry
 from flux2_studio.provenance.c2pa.credentials import Signer
-from flux2_studio.provenance.inspect import Inspection, inspect
-from flux2_studio.provenance.metadata import encode, run_again
-from flux2_studio.provenance.watermark import PUBLISHED
+from flux2_studio.provenance.inspect import Inspection, inspect_picture
+from flux2_studio.provenance.metadata import encode_picture, request_to_reproduce
+from flux2_studio.provenance.watermark import PUBLISHED_MESSAGE
 from flux2_studio.record import Record
 from flux2_studio.request import LoraChoice, Request
 from flux2_studio.settings import Settings
@@ -62,7 +62,7 @@ class Loras:
     def __init__(self, **found: tuple[int, str]) -> None:
         self.found = {name.replace("__", "/"): it for name, it in found.items()}
 
-    def look(self) -> tuple[list[LoraEntry], list[str]]:
+    def scan(self) -> tuple[list[LoraEntry], list[str]]:
         return [LoraEntry(name=name, kind="LoRA", width=it[0], family="x") for name, it in self.found.items()], []
 
     def hash_of(self, choice: LoraChoice) -> str:
@@ -83,7 +83,7 @@ class Studio:
         self.here: Mapping[str, str] = RECORD.computed
         self.downloaded = True
 
-    def on_disk(self, checkpoint: Checkpoint) -> bool:
+    def is_on_disk(self, checkpoint: Checkpoint) -> bool:
         return self.downloaded
 
     def checkpoint_hash(self, checkpoint: Checkpoint) -> str | None:
@@ -91,14 +91,14 @@ class Studio:
             raise self.hash
         return self.hash
 
-    def computed(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+    def compute_settings(self, checkpoint: Checkpoint) -> Mapping[str, str]:
         return self.here
 
 
 class Page:
     """The forms and the tab laid out and wired in a page of their own, and the tab's events as functions."""
 
-    def __init__(self, studio: Studio, references: KeptReferences | None = None) -> None:
+    def __init__(self, studio: Studio, references: ReferenceStore | None = None) -> None:
         settings = studio.settings
         examples = Examples.load(settings.assets / "examples")
         with gr.Blocks() as self.page:
@@ -107,16 +107,16 @@ class Page:
                 self.forms = [
                     layout(self.chosen, NANO, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)
                 ]
-                self.tab = inspect_tab.layout()
-            inspect_tab.wire(
+                self.tab = inspect_tab.build_inspect_tab()
+            inspect_tab.wire_inspect_tab(
                 self.tab,
                 studio,  # type: ignore[arg-type]
                 Signer(settings.identity),
-                [PUBLISHED],
+                [PUBLISHED_MESSAGE],
                 forms=self.forms,
-                chosen=self.chosen,
+                checkpoint_dropdown=self.chosen,
                 tabs=self.tabs,
-                references=references,
+                reference_store=references,
             )
 
     def form(self, name: str) -> tabs.Form:
@@ -132,7 +132,9 @@ class Page:
 
     def look(self, *files: Path) -> list[dict[Any, Any]]:
         updates = list(
-            self.on(self.tab.picture, "upload")([(str(file), None) for file in files], 1, inspect_tab.Asked())
+            self.on(self.tab.picture, "upload")(
+                [(str(file), None) for file in files], 1, inspect_tab.LatestInspection()
+            )
         )
         assert all(set(update) <= set(self.outputs) for update in updates)
         return updates
@@ -148,13 +150,13 @@ class Page:
         # What the update leaves alone stays as the page shows it.
         shown = {key: value_of(update.get(component, component)) for key, component in form.fields.items()}
         untouched = {key: component.value for key, component in form.upsampling.inputs.items()}
-        by = {"upsample_by": value_of(update[form.upsampling.by])}
+        by = {"upsample_by": value_of(update[form.upsampling.provider])}
         references = {"references": shown["references"]} if "references" in shown else {}
         return handlers.read_form(
             {**untouched, **shown, **by, **references},
-            locked=value_of(update[form.lock]),
+            locked=value_of(update[form.seed_lock]),
             checkpoint=Settings(home=Path()).checkpoint(shown["checkpoint"]),
-            laid_out_for=value_of(update[form.laid_out_for]),
+            form_checkpoint=value_of(update[form.form_checkpoint]),
             aspect=value_of(update[form.aspect]),
         )
 
@@ -177,8 +179,8 @@ def studio(tmp_path: Path) -> Studio:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> KeptReferences:
-    return KeptReferences(tmp_path / "references")
+def store(tmp_path: Path) -> ReferenceStore:
+    return ReferenceStore(tmp_path / "references")
 
 
 def reference(colour: str) -> bytes:
@@ -187,13 +189,13 @@ def reference(colour: str) -> bytes:
     return out.getvalue()
 
 
-def plan(studio: Studio, record: Record = RECORD, store: KeptReferences | None = None) -> inspect_tab.Restoration:
-    return inspect_tab.restoration(record, studio, store)  # type: ignore[arg-type]
+def plan(studio: Studio, record: Record = RECORD, store: ReferenceStore | None = None) -> inspect_tab.Restoration:
+    return inspect_tab.plan_restoration(record, studio, store)  # type: ignore[arg-type]
 
 
 def seen(record: Record | None = RECORD, size: tuple[int, int] = (64, 64), home: Path = Path("/nowhere")) -> Inspection:
-    data = encode(Image.new("RGB", size, "teal"), record.request.format if record else "png", record).data
-    return inspect(data, Signer(home), [PUBLISHED])
+    data = encode_picture(Image.new("RGB", size, "teal"), record.request.format if record else "png", record).data
+    return inspect_picture(data, Signer(home), [PUBLISHED_MESSAGE])
 
 
 # --- what can be restored -----------------------------------------------------------------------------------------
@@ -205,16 +207,16 @@ def test_where_everything_is_as_it_was_there_is_nothing_to_say(studio: Studio) -
     assert found.request == REQUEST
 
 
-def test_the_form_is_the_one_for_so_many_references(studio: Studio, store: KeptReferences) -> None:
-    hashes = tuple(store.keep(reference(colour)) for colour in ("red", "green", "blue"))
+def test_the_form_is_the_one_for_so_many_references(studio: Studio, store: ReferenceStore) -> None:
+    hashes = tuple(store.save(reference(colour)) for colour in ("red", "green", "blue"))
     for count, name in enumerate(("generate", "edit", "multi", "multi")):
         found = plan(studio, replace(RECORD, references=hashes[:count]), store)
         assert found.form == name and found.notes == ()
         assert [path.stem for path in found.references] == list(hashes[:count])
 
 
-def test_references_that_are_not_kept_are_named(studio: Studio, store: KeptReferences) -> None:
-    kept = store.keep(reference("red"))
+def test_references_that_are_not_kept_are_named(studio: Studio, store: ReferenceStore) -> None:
+    kept = store.save(reference("red"))
     one = plan(studio, replace(RECORD, references=("cd" * 32,)), store)
     assert one.form == "edit" and one.references == ()
     assert one.notes == (f"Image 1 is not kept here: add it again. Its SHA-256 is {'cd' * 32}.",)
@@ -252,7 +254,7 @@ def test_forged_settings_are_not_put_into_a_form(studio: Studio, changes: dict[s
     assert found.notes[0].startswith("These settings cannot be restored here") and says in found.notes[0]
 
 
-def test_more_references_than_the_checkpoint_takes(studio: Studio, store: KeptReferences) -> None:
+def test_more_references_than_the_checkpoint_takes(studio: Studio, store: ReferenceStore) -> None:
     found = plan(studio, replace(RECORD, references=("cd" * 32,) * 11), store)
     assert found.request is None and "at most 10 references" in found.notes[0]
 
@@ -312,13 +314,13 @@ def test_restoring_asks_for_the_very_same_run(studio: Studio) -> None:
     assert update[form.fields["width"]].visible and update[form.fields["height"]].visible
     assert update[form.fields["negative_prompt"]].visible
     assert update[form.fields["steps"]].maximum == KLEIN_BASE_4B.max_steps
-    assert update[form.loras.folded].label == "LoRAs (2)"
+    assert update[form.loras.accordion].label == "LoRAs (2)"
     assert update[page.tab.note] == ""
 
 
 @pytest.mark.parametrize("count", [1, 2, 10])
-def test_restoring_puts_the_references_back(studio: Studio, store: KeptReferences, count: int) -> None:
-    hashes = tuple(store.keep(reference(f"#0000{number:02x}")) for number in range(count))
+def test_restoring_puts_the_references_back(studio: Studio, store: ReferenceStore, count: int) -> None:
+    hashes = tuple(store.save(reference(f"#0000{number:02x}")) for number in range(count))
     record = replace(RECORD, references=hashes, place=1, together=2)
     page = Page(studio, store)
     name = "edit" if count == 1 else "multi"
@@ -326,9 +328,9 @@ def test_restoring_puts_the_references_back(studio: Studio, store: KeptReference
     assert update[page.tabs].selected == name
     asked = page.request(name, update)
     assert [path.stem for path in asked.references] == list(hashes)
-    assert replace(asked, references=()) == as_the_page_has_it(run_again(record))
-    panel = page.form(name).panel
-    assert panel is not None and update[panel.refused] == ""
+    assert replace(asked, references=()) == as_the_page_has_it(request_to_reproduce(record))
+    panel = page.form(name).reference_panel
+    assert panel is not None and update[panel.problems] == ""
 
 
 def test_restoring_takes_away_the_references_of_before(studio: Studio) -> None:
@@ -347,7 +349,9 @@ def test_other_forms_stay_as_they_are(studio: Studio) -> None:
     update = page.restore(seen())
     for name in ("edit", "multi"):
         form = page.form(name)
-        own = {*form.fields.values(), form.lock, form.aspect, form.laid_out_for, form.upsampling.by} - {page.chosen}
+        own = {*form.fields.values(), form.seed_lock, form.aspect, form.form_checkpoint, form.upsampling.provider} - {
+            page.chosen
+        }
         assert not own & set(update)
 
 
@@ -386,7 +390,7 @@ def test_what_went_in_the_meantime_is_told(studio: Studio) -> None:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / f"{HOSTILE.replace('/', '')}.webp"
-    path.write_bytes(encode(Image.new("RGB", (64, 64), "teal"), "webp", RECORD).data)
+    path.write_bytes(encode_picture(Image.new("RGB", (64, 64), "teal"), "webp", RECORD).data)
     return path
 
 
@@ -398,11 +402,13 @@ def test_looking_at_a_picture(studio: Studio, file: Path) -> None:
     page = Page(studio)
     first, last = page.look(file)
     tab = page.tab
-    assert first[tab.findings] == inspect_tab.LOOKING and first[tab.seen] is None, "nothing old is left meanwhile"
+    assert first[tab.findings] == inspect_tab.INSPECTING_HTML and first[tab.inspection] is None, (
+        "nothing old is left meanwhile"
+    )
     assert "only what the file claims" in text(last[tab.findings])
     assert "Steps 31" in text(last[tab.report]) and "Guidance 3.55" in text(last[tab.report])
     assert last[tab.restore].visible and last[tab.note] == ""
-    assert last[tab.seen].settings.record == RECORD
+    assert last[tab.inspection].settings.record == RECORD
     assert json.loads(last[tab.json])["settings"]["request"]["seed"] == REQUEST.seed
     assert not last[tab.credentials].visible
 
@@ -419,7 +425,7 @@ def test_nothing_of_a_file_is_html(studio: Studio, file: Path) -> None:
         request=replace(REQUEST, checkpoint=HOSTILE, loras=(LoraChoice(name="<b>"),)),
         loras=(INK,),
     )
-    file.write_bytes(encode(Image.new("RGB", (64, 64)), "webp", record).data)
+    file.write_bytes(encode_picture(Image.new("RGB", (64, 64)), "webp", record).data)
     *_, last = page.look(file)
     for html in (last[page.tab.findings], last[page.tab.report], last[page.tab.note]):
         assert "<img" not in html and "<b>" not in html
@@ -430,8 +436,8 @@ def test_nothing_of_a_file_is_html(studio: Studio, file: Path) -> None:
 
 def test_signed_pictures_show_who_signed(studio: Studio, tmp_path: Path) -> None:
     signer = Signer(studio.settings.identity)
-    data = encode(Image.new("RGB", (256, 256), "teal"), "png", None).data
-    (tmp_path / "a.png").write_bytes(signer.signed(data, HOSTILE, prompt=HOSTILE).data)
+    data = encode_picture(Image.new("RGB", (256, 256), "teal"), "png", None).data
+    (tmp_path / "a.png").write_bytes(signer.sign(data, HOSTILE, prompt=HOSTILE).data)
     page = Page(studio)
     *_, last = page.look(tmp_path / "a.png")
     report = last[page.tab.report]
@@ -458,23 +464,23 @@ def test_the_newest_of_several_is_looked_at(studio: Studio, file: Path, tmp_path
     first, last = page.look(tmp_path / "old.png", file)
     ((shown, _),) = value_of(first[page.tab.picture])
     assert Path(shown).read_bytes() == file.read_bytes()
-    assert last[page.tab.seen].settings.record == RECORD
+    assert last[page.tab.inspection].settings.record == RECORD
 
 
 def test_an_emptied_gallery_empties_the_tab(studio: Studio, file: Path) -> None:
     page = Page(studio)
     (update,) = page.look()
-    assert update[page.tab.seen] is None and not update[page.tab.restore].visible
-    cleared, asked = page.on(page.tab.picture, "change"), inspect_tab.Asked()
+    assert update[page.tab.inspection] is None and not update[page.tab.restore].visible
+    cleared, asked = page.on(page.tab.picture, "change"), inspect_tab.LatestInspection()
     assert cleared([(str(file), None)], 1, asked) == gr.skip()
-    assert cleared([], 1, asked)[page.tab.findings] == inspect_tab.EMPTY
+    assert cleared([], 1, asked)[page.tab.findings] == inspect_tab.INSPECT_INTRO_HTML
 
 
 @pytest.mark.parametrize("event, items", [("change", []), ("upload", [("other.png", None)]), ("delete", [])])
 def test_what_was_found_is_not_told_when_the_picture_is_another(
     studio: Studio, file: Path, event: str, items: list[tuple[str, None]]
 ) -> None:
-    page, asked = Page(studio), inspect_tab.Asked()
+    page, asked = Page(studio), inspect_tab.LatestInspection()
     looking = page.on(page.tab.picture, "upload")([(str(file), None)], 1, asked)
     next(looking)
     meanwhile = page.on(page.tab.picture, event)(items, 2, asked)
@@ -486,8 +492,8 @@ def test_what_was_found_is_not_told_when_the_picture_is_another(
 
 
 def test_a_report_of_great_length_is_cut() -> None:
-    assert inspect_tab._cut("x" * 200_000) == "x" * 200_000
-    cut = inspect_tab._cut("x" * 300_000)
+    assert inspect_tab._truncate("x" * 200_000) == "x" * 200_000
+    cut = inspect_tab._truncate("x" * 300_000)
     assert len(cut) < 200_100 and cut.endswith("100,000 characters more")
 
 

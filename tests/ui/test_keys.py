@@ -5,14 +5,14 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from flux2_studio.ui.gradio_compat import keys
+from flux2_studio.ui.gradio_compat import shortcuts
 
 ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
 
 
 def test_the_dialog_names_every_key() -> None:
-    told = keys.layout().value
-    for title, rows in keys.KEYS:
+    told = shortcuts.build_shortcut_help().value
+    for title, rows in shortcuts.SHORTCUTS:
         assert f"<caption data-i18n>{escape(title)}</caption>" in told
         for pressed, text in rows:
             assert escape(text) in told
@@ -21,5 +21,5 @@ def test_the_dialog_names_every_key() -> None:
 
 def test_each_script_is_whole_in_the_head() -> None:
     """A script element ends at the first closing tag, wherever that stands."""
-    head = keys.scripts(ASSETS)
-    assert head.count("<script>") == head.count("</script>") == len(keys.SCRIPTS)
+    head = shortcuts.shortcut_script_tags(ASSETS)
+    assert head.count("<script>") == head.count("</script>") == len(shortcuts.SHORTCUT_SCRIPTS)

@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import RequestError
-from flux2_studio.ui.forms.fields import numbered
-from flux2_studio.ui.forms.reference_names import LONGEST, name_from, names_in, renamed, spelled_out, unknown
+from flux2_studio.ui.forms.fields import captioned_items
+from flux2_studio.ui.forms.reference_names import (
+    MAX_REFERENCE_NAME_CHARS,
+    expand_names,
+    names_in,
+    parse_name,
+    rename_reference,
+    unknown_names,
+)
 
 FOX, CAR, HAT = Path("/up/fox.png"), Path("/up/car.png"), Path("/up/hat.png")
-ITEMS = numbered([FOX, CAR, HAT], {FOX: "fox", HAT: "red-hat"})
+ITEMS = captioned_items([FOX, CAR, HAT], {FOX: "fox", HAT: "red-hat"})
 
 
 @pytest.mark.parametrize(
@@ -27,50 +34,50 @@ ITEMS = numbered([FOX, CAR, HAT], {FOX: "fox", HAT: "red-hat"})
     ],
 )
 def test_a_name_is_read_as_its_picture(prompt: str, read: str) -> None:
-    assert spelled_out(prompt, ITEMS) == read
+    assert expand_names(prompt, ITEMS) == read
 
 
 def test_the_longer_of_two_names_is_meant() -> None:
-    items = numbered([FOX, CAR], {FOX: "hat", CAR: "hat-box"})
-    assert spelled_out("@hat-box beside @hat", items) == "image 2 beside image 1"
+    items = captioned_items([FOX, CAR], {FOX: "hat", CAR: "hat-box"})
+    assert expand_names("@hat-box beside @hat", items) == "image 2 beside image 1"
 
 
 @pytest.mark.parametrize("name", ["Straße", "İstanbul", "ﬁn", "Ωmega"])
 def test_a_name_is_found_in_any_alphabet(name: str) -> None:
     """Lower case is not the same length for all letters, nor do all agree on it."""
-    items = numbered([FOX, CAR], {FOX: "other", CAR: name})
-    assert spelled_out(f"@{name} and @i", items) == "image 2 and @i"
+    items = captioned_items([FOX, CAR], {FOX: "other", CAR: name})
+    assert expand_names(f"@{name} and @i", items) == "image 2 and @i"
 
 
 def test_letters_that_fold_differently_are_still_a_name() -> None:
-    assert spelled_out("@İstanbul", numbered([FOX], {FOX: "istanbul"})) == "image 1"
+    assert expand_names("@İstanbul", captioned_items([FOX], {FOX: "istanbul"})) == "image 1"
 
 
 def test_names_stand_within_chinese_and_japanese() -> None:
-    items = numbered([FOX, CAR, HAT], {FOX: "狐狸", CAR: "きつね", HAT: "fox"})
-    assert spelled_out("把@狐狸放在@fox旁边", items) == "把image 1放在image 3旁边"
-    assert spelled_out("@きつねを描く", items) == "image 2を描く"
-    assert spelled_out("@füchse", numbered([FOX], {FOX: "f"})) == "@füchse", "not so with other letters"
+    items = captioned_items([FOX, CAR, HAT], {FOX: "狐狸", CAR: "きつね", HAT: "fox"})
+    assert expand_names("把@狐狸放在@fox旁边", items) == "把image 1放在image 3旁边"
+    assert expand_names("@きつねを描く", items) == "image 2を描く"
+    assert expand_names("@füchse", captioned_items([FOX], {FOX: "f"})) == "@füchse", "not so with other letters"
 
 
 def test_what_no_picture_is_called_is_told() -> None:
-    spelled = spelled_out("@fox, @dog and @dog; @Red-Hat and me@example.com, 在@猫 there", ITEMS)
-    assert unknown(spelled) == ["@dog", "@猫"]
-    assert unknown("nobody") == []
-    assert len(unknown(" ".join(f"@n{number}" for number in range(99)))) == 5
+    spelled = expand_names("@fox, @dog and @dog; @Red-Hat and me@example.com, 在@猫 there", ITEMS)
+    assert unknown_names(spelled) == ["@dog", "@猫"]
+    assert unknown_names("nobody") == []
+    assert len(unknown_names(" ".join(f"@n{number}" for number in range(99)))) == 5
 
 
 def test_the_captions_carry_the_names_through_any_order() -> None:
     assert [caption for _, caption in ITEMS] == ["image 1 · @fox", "image 2", "image 3 · @red-hat"]
     names = names_in(ITEMS)
     assert names == {FOX: "fox", HAT: "red-hat"}
-    assert numbered([HAT, CAR, FOX], names)[0] == (str(HAT), "image 1 · @red-hat")
-    assert names_in(None) == {} and spelled_out("@fox", None) == "@fox"
+    assert captioned_items([HAT, CAR, FOX], names)[0] == (str(HAT), "image 1 · @red-hat")
+    assert names_in(None) == {} and expand_names("@fox", None) == "@fox"
 
 
 def test_a_picture_that_is_there_twice_is_meant_where_it_is_first() -> None:
-    items = numbered([CAR, FOX, FOX], {FOX: "fox"})
-    assert spelled_out("@fox", items) == "image 2"
+    items = captioned_items([CAR, FOX, FOX], {FOX: "fox"})
+    assert expand_names("@fox", items) == "image 2"
 
 
 @pytest.mark.parametrize("caption", ["image 1 · fox", "@fox", "image 1 · @<b>", "image 1 · @fox\nmore", "", None])
@@ -79,7 +86,7 @@ def test_what_a_browser_makes_up_is_no_name(caption: str | None) -> None:
 
 
 def test_a_made_up_name_is_cut() -> None:
-    assert names_in([(str(FOX), f"image 1 · @{'x' * 999}")]) == {FOX: "x" * LONGEST}
+    assert names_in([(str(FOX), f"image 1 · @{'x' * 999}")]) == {FOX: "x" * MAX_REFERENCE_NAME_CHARS}
 
 
 @pytest.mark.parametrize(
@@ -87,19 +94,19 @@ def test_a_made_up_name_is_cut() -> None:
     [("fox", "fox"), ("  my red fox ", "my-red-fox"), ("@fox", "fox"), ("", ""), ("  ", ""), ("狐狸", "狐狸")],
 )
 def test_what_is_typed_becomes_a_name(typed: str, name: str) -> None:
-    assert name_from(typed) == name
+    assert parse_name(typed) == name
 
 
-@pytest.mark.parametrize("typed", ["fox!", "<b>", "-fox", "a.b", "x" * (LONGEST + 1)])
+@pytest.mark.parametrize("typed", ["fox!", "<b>", "-fox", "a.b", "x" * (MAX_REFERENCE_NAME_CHARS + 1)])
 def test_what_cannot_be_one_is_refused(typed: str) -> None:
     with pytest.raises(RequestError, match="name has"):
-        name_from(typed)
+        parse_name(typed)
 
 
 def test_one_name_is_one_picture() -> None:
     names = {FOX: "fox"}
     with pytest.raises(RequestError, match="called @FOX already"):
-        renamed(names, CAR, "FOX")
-    assert renamed(names, FOX, "Fox") == {FOX: "Fox"}
-    assert renamed(names, CAR, "car") == {FOX: "fox", CAR: "car"}
-    assert renamed(names, FOX, "") == {}
+        rename_reference(names, CAR, "FOX")
+    assert rename_reference(names, FOX, "Fox") == {FOX: "Fox"}
+    assert rename_reference(names, CAR, "car") == {FOX: "fox", CAR: "car"}
+    assert rename_reference(names, FOX, "") == {}

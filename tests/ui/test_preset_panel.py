@@ -13,20 +13,20 @@ from flux2_studio.errors import PresetError, RequestError
 from flux2_studio.settings import PRESETS, Settings
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.own_presets import OwnPresets
-from flux2_studio.storage.presets import Preset, Presets, holding, parse_preset
-from flux2_studio.ui.forms import fields, own_preset_panel, preset_panel, preset_use, tabs
+from flux2_studio.storage.presets import Preset, Presets, make_preset, parse_preset
+from flux2_studio.ui.forms import fields, own_preset_panel, preset_apply, preset_panel, tabs
 from flux2_studio.ui.forms.examples import Examples
-from flux2_studio.ui.forms.preset_panel import Shelf
+from flux2_studio.ui.forms.preset_panel import AvailablePresets
 
 ANN, BOB = "browser:ann", "browser:bob"
-FLAT = Presets.load(PRESETS).found["icon-flat"]
-NIGHT = Presets.load(PRESETS).found["icon-night"]
-GREY = Presets.load(PRESETS).found["icon-grey"]
+FLAT = Presets.load(PRESETS).by_slug["icon-flat"]
+NIGHT = Presets.load(PRESETS).by_slug["icon-night"]
+GREY = Presets.load(PRESETS).by_slug["icon-grey"]
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(Presets.load(PRESETS), OwnPresets(Database(tmp_path / "studio.sqlite3")))
+def shelf(tmp_path: Path) -> AvailablePresets:
+    return AvailablePresets(Presets.load(PRESETS), OwnPresets(Database(tmp_path / "studio.sqlite3")))
 
 
 @pytest.fixture
@@ -38,47 +38,49 @@ def form(tmp_path: Path) -> tabs.Form:
 
 
 def test_words_stay_the_users_from_preset_to_preset() -> None:
-    assert preset_use.words_of("a bus", None) == "a bus"
-    first = FLAT.prompt("a bus") or ""
-    assert preset_use.words_of(first, (FLAT, "a bus")) == "a bus"
-    assert preset_use.words_of(first.replace("bus", "red bus"), (FLAT, "a bus")) == "a red bus"
-    assert preset_use.words_of("all new", (FLAT, "a bus")) == "all new"
+    assert preset_apply.user_words("a bus", None) == "a bus"
+    first = FLAT.fill_prompt("a bus") or ""
+    assert preset_apply.user_words(first, (FLAT, "a bus")) == "a bus"
+    assert preset_apply.user_words(first.replace("bus", "red bus"), (FLAT, "a bus")) == "a red bus"
+    assert preset_apply.user_words("all new", (FLAT, "a bus")) == "all new"
     # An example's words are nobody's, and a preset without a subject keeps them for the next.
-    assert preset_use.words_of(NIGHT.prompt("") or "", (NIGHT, "")) == ""
-    assert preset_use.words_of(GREY.template, (GREY, "a bus")) == "a bus"
+    assert preset_apply.user_words(NIGHT.fill_prompt("") or "", (NIGHT, "")) == ""
+    assert preset_apply.user_words(GREY.template, (GREY, "a bus")) == "a bus"
 
 
 def test_only_what_it_holds_is_filled_in(form: tabs.Form) -> None:
-    update = preset_use.put(form, {"prompt": "p", "count": 2}, NANO, "4:3", switched=False)
+    update = preset_apply.preset_update(form, {"prompt": "p", "count": 2}, NANO, "4:3", switched=False)
     assert update == {form.fields["prompt"]: "p", form.fields["count"]: 2}
-    update = preset_use.put(form, {"width": 144, "height": 112}, NANO, fields.AS_REFERENCE, switched=False)
+    update = preset_apply.preset_update(form, {"width": 144, "height": 112}, NANO, fields.AS_REFERENCE, switched=False)
     assert update[form.aspect] == "4:3"
     assert update[form.fields["width"]].visible
-    assert set(update) <= set(preset_use.fillable(form))
+    assert set(update) <= set(preset_apply.preset_outputs(form))
 
 
 def test_another_checkpoint_lays_the_form_out_anew(form: tabs.Form) -> None:
     values = {"checkpoint": "klein-base-4b", "steps": 30}
-    update = preset_use.put(form, values, KLEIN_BASE_4B, "4:3", switched=True)
-    assert update[form.fields["checkpoint"]] == update[form.laid_out_for] == "klein-base-4b"
+    update = preset_apply.preset_update(form, values, KLEIN_BASE_4B, "4:3", switched=True)
+    assert update[form.fields["checkpoint"]] == update[form.form_checkpoint] == "klein-base-4b"
     assert update[form.fields["steps"]].value == 30
     assert update[form.fields["guidance"]].value == KLEIN_BASE_4B.guidance
     assert update[form.fields["negative_prompt"]].visible
     assert (update[form.fields["width"]].value, update[form.fields["height"]].value) == (1184, 880)
     # A size that was typed stays, and so does that of the first reference.
-    assert form.fields["width"] not in preset_use.put(form, values, KLEIN_BASE_4B, fields.FREE, switched=True)
+    assert form.fields["width"] not in preset_apply.preset_update(
+        form, values, KLEIN_BASE_4B, fields.FREE, switched=True
+    )
 
 
 def test_going_back_hides_the_size_of_the_reference(form: tabs.Form) -> None:
     then = {"width": None, "height": None}
-    update = preset_use.put(form, then, NANO, fields.AS_REFERENCE, switched=False, back=True)
+    update = preset_apply.preset_update(form, then, NANO, fields.AS_REFERENCE, switched=False, is_undo=True)
     assert update[form.aspect] == fields.AS_REFERENCE
     assert not update[form.fields["width"]].visible
 
 
-def test_choices_are_the_studios_and_ones_own(shelf: Shelf) -> None:
-    mine = holding("<b>Mine</b>", "edit", {"prompt": "p"})
-    id = shelf.own.save(ANN, mine)
+def test_choices_are_the_studios_and_ones_own(shelf: AvailablePresets) -> None:
+    mine = make_preset("<b>Mine</b>", "edit", {"prompt": "p"})
+    id = shelf.own_presets.save(ANN, mine)
     assert shelf.choices("edit", ANN)[0] == ("Yours · <b>Mine</b>", f"own:{id}")
     assert shelf.choices("edit", BOB) == shelf.shipped("edit")
     assert shelf.find(f"own:{id}", ANN) == mine
@@ -89,7 +91,7 @@ def test_choices_are_the_studios_and_ones_own(shelf: Shelf) -> None:
 
 def test_a_card_shows_no_html_of_a_strangers() -> None:
     hostile = '<img src=x onerror="alert(1)">'
-    text = preset_panel.card(
+    text = preset_panel.preset_card_html(
         Preset(
             name=hostile,
             group=hostile,
@@ -102,7 +104,7 @@ def test_a_card_shows_no_html_of_a_strangers() -> None:
     )
     assert "<img" not in text
     assert text.count("&lt;img") == 5
-    assert 'src="data:image/webp;base64,' in preset_panel.card(FLAT)
+    assert 'src="data:image/webp;base64,' in preset_panel.preset_card_html(FLAT)
 
 
 def test_a_form_is_saved_by_its_parts() -> None:
@@ -118,8 +120,8 @@ def test_a_form_is_saved_by_its_parts() -> None:
         "loras": [{"name": "a", "weight": 0.5, "more": "x"}],
         "format": "png",
     }
-    every = list(preset_panel.PARTS)
-    saved = own_preset_panel.saved(values, every, KLEIN_BASE_4B)
+    every = list(preset_panel.PRESET_PARTS)
+    saved = own_preset_panel.saved_values(values, every, KLEIN_BASE_4B)
     assert saved["loras"] == [{"name": "a", "weight": 0.5}]
     assert {**saved, "loras": 0} == {
         "prompt": "p",
@@ -131,10 +133,10 @@ def test_a_form_is_saved_by_its_parts() -> None:
         "format": "png",
         "loras": 0,
     }
-    assert own_preset_panel.saved(values, ["Prompt", "made up"], NANO) == {"prompt": "p", "negative_prompt": "n"}
-    assert "steps" not in own_preset_panel.saved(values, every, NANO)  # they are its own
+    assert own_preset_panel.saved_values(values, ["Prompt", "made up"], NANO) == {"prompt": "p", "negative_prompt": "n"}
+    assert "steps" not in own_preset_panel.saved_values(values, every, NANO)  # they are its own
     with pytest.raises(RequestError):
-        own_preset_panel.saved({**values, "loras": [{"name": "../x", "weight": 1}]}, every, NANO)
+        own_preset_panel.saved_values({**values, "loras": [{"name": "../x", "weight": 1}]}, every, NANO)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_form_is_saved_by_its_parts() -> None:
     [("Ärger & Öl", "arger-ol.json"), ("../../etc/passwd", "etc-passwd.json"), ("日本", "preset.json")],
 )
 def test_a_file_is_called_as_the_preset(name: str, file: str) -> None:
-    assert own_preset_panel.file_name(holding(name, "edit", {"count": 2})) == file
+    assert own_preset_panel.preset_file_name(make_preset(name, "edit", {"count": 2})) == file
 
 
 def test_presets_can_be_written_for_programs() -> None:

@@ -16,8 +16,8 @@ from starlette.testclient import TestClient
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
-from flux2_studio.ui.gradio_compat.page import Page
-from flux2_studio.ui.gradio_compat.visitors import COOKIE, Visitors
+from flux2_studio.ui.gradio_compat.page import StudioBlocks
+from flux2_studio.ui.gradio_compat.visitors import VISITOR_COOKIE, VisitorCookieMiddleware
 from flux2_studio.ui.stage import queue_panel
 from tests.scripted_studio import PATIENCE, Gate, ScriptedStudio, four_steps
 
@@ -32,15 +32,19 @@ def opened(tmp_path: Path) -> Iterator[tuple[JobQueue, Gate, App]]:
     settings = cast(Any, SimpleNamespace(settings=Settings(home=tmp_path)))
     with gr.Blocks() as page:
         gr.Textbox()
-    routes = queue_panel.routes(settings, jobs)
-    yield jobs, gate, App.create_app(page, app_kwargs={"middleware": [Middleware(Visitors)], "routes": routes})
+    routes = queue_panel.queue_routes(settings, jobs)
+    yield (
+        jobs,
+        gate,
+        App.create_app(page, app_kwargs={"middleware": [Middleware(VisitorCookieMiddleware)], "routes": routes}),
+    )
     gate.go.set()
     jobs.close()
 
 
 def test_the_word_changes_with_ones_own_queue_alone(opened: tuple[JobQueue, Gate, App]) -> None:
     jobs, gate, app = opened
-    me, you = (TestClient(app, cookies={COOKIE: token}) for token in (MINE, YOURS))
+    me, you = (TestClient(app, cookies={VISITOR_COOKIE: token}) for token in (MINE, YOURS))
 
     def word(client: TestClient) -> str:
         answer = client.get("/queue/state", headers=SITE)
@@ -65,15 +69,15 @@ def test_the_word_changes_with_ones_own_queue_alone(opened: tuple[JobQueue, Gate
 def test_strangers_and_other_sites_get_none(opened: tuple[JobQueue, Gate, App]) -> None:
     *_, app = opened
     assert TestClient(app).get("/queue/state", headers=SITE).status_code == 404
-    mine = TestClient(app, cookies={COOKIE: MINE})
+    mine = TestClient(app, cookies={VISITOR_COOKIE: MINE})
     assert mine.get("/queue/state", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
 
 
 def test_the_state_of_every_event_is_noted_in_one_place() -> None:
-    with Page() as page:
+    with StudioBlocks() as page:
         title = gr.HTML("title")
         first, second = gr.Textbox(), gr.Textbox()
         first.change(lambda text: text, first, second).then(lambda: "", None, first)
-        page.keep_status_at(title)
+        page.show_status_only_at(title)
     noted = [it["show_progress_on"] for it in page.get_config_file()["dependencies"]]
     assert noted == [[title._id]] * 2

@@ -12,19 +12,19 @@ from PIL import Image
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Failed, Preview, Result, Saved, Stopped
 from flux2_studio.jobs.tasks import Job
-from flux2_studio.jobs.unfinished import Kept
+from flux2_studio.jobs.unfinished import SavedPreview
 from flux2_studio.record import Record
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
 from flux2_studio.ui.forms import tabs
-from flux2_studio.ui.gradio_compat.language import t
+from flux2_studio.ui.gradio_compat.language import i18n
 from flux2_studio.ui.stage.run_view import RunView
 
 
 @pytest.fixture
-def stage() -> tabs.Stage:
+def stage() -> tabs.StagePanel:
     with gr.Blocks():
-        return tabs.stage()
+        return tabs.build_stage()
 
 
 @pytest.fixture
@@ -41,27 +41,27 @@ def picture(tmp_path: Path) -> Path:
 
 
 def preview(*sketches: str) -> Preview:
-    return Preview(step=2, steps=4, images=(), first=0, count=1, seconds_left=None, sketches=sketches)
+    return Preview(step=2, steps=4, images=(), first_index=0, count=1, seconds_left=None, unfinished=sketches)
 
 
 def test_what_is_compared_with_is_found_when_the_run_is_over(
-    stage: tabs.Stage, panel: tabs.UpsamplingPanel, picture: Path
+    stage: tabs.StagePanel, panel: tabs.UpsamplingPanel, picture: Path
 ) -> None:
     job = Job(Request(prompt="x", references=(picture,)).resolve(NANO, [(64, 64)]), "me")
     job.request = replace(job.request, references=(picture.with_name("gone.png"),))  # the journal's copy, by now
     view = RunView(stage, panel, NANO)
     view.begin(job)
     update = view.update(Result(request=job.request, images=(picture,), seeds=(1,), seconds=1.0))
-    assert update[stage.comparison.folded].visible
-    assert update[stage.comparison.before].size == (64, 64)
+    assert update[stage.comparison.accordion].visible
+    assert update[stage.comparison.original].size == (64, 64)
 
 
 @pytest.mark.parametrize("end", [Stopped(), Failed(message="the power went")])
 @pytest.mark.parametrize(
-    "sketches, label", [((), ""), (("a",), t("Keep this preview")), (("a", "b"), "Keep these 2 previews")]
+    "sketches, label", [((), ""), (("a",), i18n("Keep this preview")), (("a", "b"), "Keep these 2 previews")]
 )
 def test_a_preview_can_be_kept_where_there_is_one(
-    stage: tabs.Stage,
+    stage: tabs.StagePanel,
     panel: tabs.UpsamplingPanel,
     end: Stopped | Failed,
     sketches: tuple[str, ...],
@@ -69,20 +69,22 @@ def test_a_preview_can_be_kept_where_there_is_one(
 ) -> None:
     job = Job(Request(prompt="x").resolve(NANO), "me")
     view = RunView(stage, panel, NANO)
-    assert not view.begin(job)[stage.keep].visible
-    job.add(preview(*sketches))
-    job.add(end)
+    assert not view.begin(job)[stage.keep_preview].visible
+    job.add_event(preview(*sketches))
+    job.add_event(end)
     update = view.update(end)
-    assert bool(update[stage.keep].visible) is bool(sketches) and update[stage.unfinished] == job.id
-    assert not sketches or update[stage.keep].value == label
+    assert bool(update[stage.keep_preview].visible) is bool(sketches) and update[stage.unfinished_job_id] == job.id
+    assert not sketches or update[stage.keep_preview].value == label
 
 
-def test_a_kept_preview_is_shown_as_what_it_is(stage: tabs.Stage, panel: tabs.UpsamplingPanel, picture: Path) -> None:
+def test_a_kept_preview_is_shown_as_what_it_is(
+    stage: tabs.StagePanel, panel: tabs.UpsamplingPanel, picture: Path
+) -> None:
     request = Request(prompt="as it was enriched", seed=7).resolve(NANO)
     saved = Saved(index=0, image=picture, seed=7, record=Record(request=request, label="Nano", unfinished=(2, 4)))
     view = RunView(stage, panel, NANO)
     view.begin(Job(replace(request, prompt="x"), "me"))
-    update = view.kept(Kept(pictures=(saved,), notes=("A <note>.",)))
+    update = view.show_kept_previews(SavedPreview(pictures=(saved,), notes=("A <note>.",)))
     assert "Kept an unfinished preview, after step 2 of 4." in update[stage.progress]
     assert "A &lt;note&gt;." in update[stage.notices] and "as it was enriched" in update[stage.table]
-    assert update[stage.results] == [str(picture)] and not update[stage.keep].visible
+    assert update[stage.result_paths] == [str(picture)] and not update[stage.keep_preview].visible

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux2_studio.engine.flux.latents import from_tokens
-from flux2_studio.engine.flux.sampling import schedule
+from flux2_studio.engine.flux.sampling import timestep_schedule
 from flux2_studio.engine.params import AutoencoderParams
-from flux2_studio.engine.vae.autoencoder import Autoencoder, pack, unpack
+from flux2_studio.engine.vae.autoencoder import Autoencoder, pack_latent, unpack_latent
 from flux2_studio.engine.weights.loading import load_autoencoder
 from tools.nano.flow import Feed, autocast, sequence_ids
 from tools.nano.latent_store import LatentStore, pixels_of
@@ -85,7 +85,7 @@ def train_all(
         if step % LOG_EVERY == 0:
             print(f"step {step}, {passed:.0%}, loss {float(loss):.4f}, {psnr(y.detach(), x):.2f} dB", flush=True)
     with torch.inference_mode():
-        z = torch.cat([pack(model.encoder(part.to(device))) for part in pixels[:2048].split(32)]).float()
+        z = torch.cat([pack_latent(model.encoder(part.to(device))) for part in pixels[:2048].split(32)]).float()
     model.bn.running_mean.copy_(z.mean((0, 2, 3)))
     model.bn.running_var.copy_(z.var((0, 2, 3)))
     save(model, out)
@@ -113,9 +113,9 @@ def train_decoder(
 
     def measured() -> str:
         with torch.inference_mode():
-            known = psnr(model.decoder(unpack(model.bn.denormalise(held_latents))), held_pictures)
+            known = psnr(model.decoder(unpack_latent(model.bn.denormalise(held_latents))), held_pictures)
             last = slice(-64, None)
-            theirs = model.decoder(unpack(model.bn.denormalise(rough[last].to(device))))
+            theirs = model.decoder(unpack_latent(model.bn.denormalise(rough[last].to(device))))
             drawn_ones = psnr(theirs, pictures[last].to(device))
             return f"held-out true latents {known:.2f} dB, held-out drawn ones {drawn_ones:.2f} dB"
 
@@ -130,7 +130,7 @@ def train_decoder(
         half = torch.cat((torch.randint(len(true), (6,)), torch.randint(len(true), usable, (6,))))
         x = pictures[half].to(device)
         with torch.no_grad():
-            z = unpack(model.bn.denormalise(latents[half].to(device)))
+            z = unpack_latent(model.bn.denormalise(latents[half].to(device)))
         with autocast(device):
             y = model.decoder(z + NOISE / 2 * torch.randn_like(z)).float()
         loss = (y - x).abs().mean() + EDGES * edges(y, x)
@@ -184,11 +184,13 @@ def _draw(
     student.load_state_dict(torch.load(run / "student.pt", map_location="cpu", weights_only=True))
     student = student.to(device).eval()
     text = initial_text(init, recipe)
-    text.tower.load_state_dict(torch.load(run / "state.pt", map_location="cpu", weights_only=True)["averaged"]["text"])
+    text.text_decoder.load_state_dict(
+        torch.load(run / "state.pt", map_location="cpu", weights_only=True)["averaged"]["text"]
+    )
     text = text.to(device).eval()
     feed = Feed(recipe, Tasks(read_subjects(data, recipe.subjects), chance), store, chance, dropout=0.0, share=0.1)
     side = recipe.side // 16
-    times = schedule(side * side, 4)
+    times = timestep_schedule(side * side, 4)
     latents: list[Tensor] = []
     goals: list[Scene] = []
     while len(goals) < count:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from flux2_studio.engine.flux.sampling import schedule
+from flux2_studio.engine.flux.sampling import timestep_schedule
 from flux2_studio.engine.weights.loading import load_autoencoder
 from tools.nano.flow import Averaged, Feed, autocast, sequence_ids
 from tools.nano.latent_store import LatentStore
@@ -50,7 +50,7 @@ def distil(
     teacher.load_state_dict(state["transformer"])
     teacher = teacher.to(device).eval().requires_grad_(False)
     text = initial_text(init, recipe)
-    text.tower.load_state_dict(state["text"])
+    text.text_decoder.load_state_dict(state["text"])
     text = text.to(device).eval().requires_grad_(False)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     averaged = Averaged({"transformer": student}, recipe.ema)
@@ -60,7 +60,7 @@ def distil(
     store = LatentStore(Drawings(data), autoencoder, recipe.side)
     subjects = read_subjects(data, recipe.subjects)
     feed = Feed(recipe, Tasks(subjects, chance), store, chance, dropout=0.0, share=0.3)
-    times = torch.tensor(schedule((recipe.side // 16) ** 2, steps)[:-1], device=device)
+    times = torch.tensor(timestep_schedule((recipe.side // 16) ** 2, steps)[:-1], device=device)
     with torch.no_grad():
         empty = text([""])
     ropes = {

@@ -23,14 +23,14 @@ from PIL import Image
 
 from benchmarks.measuring import machine
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.engine.flux.latents import noise
+from flux2_studio.engine.flux.latents import initial_noise
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.engine.text.encoder import TextEncoder
 from flux2_studio.engine.vae.autoencoder import Autoencoder
 from flux2_studio.errors import StudioError
 from flux2_studio.images.tensors import images_from_pixels, pixels_from_image
-from flux2_studio.models.checkpoint_files import Opener
+from flux2_studio.models.checkpoint_files import CheckpointOpener
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.memory.choices import choose_device
 from flux2_studio.settings import ASSETS, Settings
@@ -102,21 +102,21 @@ class Artist:
 
     def _together(self, asked: Sequence[Asked]) -> list[np.ndarray]:
         loaded, checkpoint = self._loaded, self._loaded.checkpoint
-        guided = checkpoint.guiding == "cfg"
+        guided = checkpoint.guidance_mode == "cfg"
         references = [
             loaded.autoencoder.encode(pixels_from_image(Image.fromarray(self._judge.draw(scene))))
             for scene in asked[0].sample.references
         ]
         for step in denoise(
             loaded.transformer,
-            noise([one.seed for one in asked], self._side, self._side, loaded.transformer.params.in_channels),
+            initial_noise([one.seed for one in asked], self._side, self._side, loaded.transformer.params.in_channels),
             loaded.text.encode([one.prompt for one in asked]).context,
             steps=self._steps,
             guidance=checkpoint.guidance,
-            guiding=checkpoint.guiding,
+            guidance_mode=checkpoint.guidance_mode,
             negative_context=loaded.text.encode([""]).context if guided else None,
             references=references,
-            reference_cache=checkpoint.reference_cache,
+            reference_cache=checkpoint.caches_reference_kv,
         ):
             latents = step.latents
         return [np.asarray(image) for image in images_from_pixels(loaded.autoencoder.decode(latents))]
@@ -298,7 +298,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     judge = Judge(Drawings(options.data), classifier, subjects, recipe.side)
     asked = ask(recipe, subjects, options.count)
     device = choose_device(settings.device)
-    opener = Opener(settings, Hub(settings), device)
+    opener = CheckpointOpener(settings, Hub(settings), device)
     report: dict[str, Any] = {
         "machine": machine(str(device), ("torch", "transformers", "gradio", "pillow")),
         "seeds": SEEDS,

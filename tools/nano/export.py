@@ -54,9 +54,11 @@ def export(recipe: Recipe, init: Path, run: Path, out: Path) -> None:
     if folder.resolve() != (init / "text_encoder").resolve():
         shutil.copytree(init / "text_encoder", folder, dirs_exist_ok=True)
     text = initial_text(init, recipe)
-    text.tower.load_state_dict(averaged["text"])
+    text.text_decoder.load_state_dict(averaged["text"])
     known = load_file(init / "text_encoder" / "model.safetensors")
-    trained = {f"model.{name}": tensor.bfloat16().contiguous() for name, tensor in text.tower.state_dict().items()}
+    trained = {
+        f"model.{name}": tensor.bfloat16().contiguous() for name, tensor in text.text_decoder.state_dict().items()
+    }
     if unknown := trained.keys() - known.keys():
         raise RuntimeError(f"tensors that the text encoder does not have: {sorted(unknown)}")
     save_file(known | trained, folder / "model.safetensors", {"format": "pt"})

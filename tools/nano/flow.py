@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.flux.latents import REFERENCE_OFFSET, image_ids, text_ids
+from flux2_studio.engine.flux.latents import REFERENCE_OFFSET, image_position_ids, text_position_ids
 from flux2_studio.engine.weights.loading import load_autoencoder
 from tools.nano.latent_store import LatentStore
 from tools.nano.model import initial_text, initial_transformer
@@ -95,8 +95,8 @@ def autocast(device: torch.device) -> torch.autocast:
 def sequence_ids(text: int, side: int, references: int) -> Tensor:
     """Ids of text, the picture's tokens and as many references of the same size."""
     h = side // 16
-    parts = [image_ids(h, h, REFERENCE_OFFSET * i) for i in range(references + 1)]
-    return torch.cat([text_ids(text), *parts])
+    parts = [image_position_ids(h, h, REFERENCE_OFFSET * i) for i in range(references + 1)]
+    return torch.cat([text_position_ids(text), *parts])
 
 
 class Averaged:
@@ -145,8 +145,8 @@ def train(
 
     transformer = initial_transformer(init, recipe).to(device).train()
     text = initial_text(init, recipe).to(device)
-    averaged = Averaged({"transformer": transformer, "text": text.tower}, recipe.ema)
-    parameters = [*transformer.parameters(), *text.tower.parameters()]
+    averaged = Averaged({"transformer": transformer, "text": text.text_decoder}, recipe.ema)
+    parameters = [*transformer.parameters(), *text.text_decoder.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
     )
@@ -156,7 +156,7 @@ def train(
         state = torch.load(saved, map_location=device, weights_only=True)
         step, elapsed = state["step"], state["elapsed"]
         transformer.load_state_dict(state["transformer"])
-        text.tower.load_state_dict(state["text"])
+        text.text_decoder.load_state_dict(state["text"])
         for name, module in averaged.modules.items():
             module.load_state_dict(state["averaged"][name])
         optimizer.load_state_dict(state["optimizer"])
@@ -169,7 +169,7 @@ def train(
             "step": step,
             "elapsed": elapsed,
             "transformer": transformer.state_dict(),
-            "text": text.tower.state_dict(),
+            "text": text.text_decoder.state_dict(),
             "averaged": {name: module.state_dict() for name, module in averaged.modules.items()},
             "optimizer": optimizer.state_dict(),
         }

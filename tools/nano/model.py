@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from flux2_studio.checkpoints import NANO
 from flux2_studio.engine.flux.transformer import FinalLayer, Modulation, RMSScale, Transformer
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.text.decoder import seen
-from flux2_studio.engine.text.encoder import open_text_encoder, render
+from flux2_studio.engine.text.decoder import causal_attention_mask
+from flux2_studio.engine.text.encoder import open_text_encoder, render_prompt
 from flux2_studio.engine.weights.loading import load_transformer
 from tools.nano.recipe import Recipe
 
@@ -24,9 +24,9 @@ from tools.nano.recipe import Recipe
 class Text(nn.Module):
     """Prompts to context [B, L, taps * W], as `engine.text.TextEncoder` computes it, but with gradients."""
 
-    def __init__(self, tower: nn.Module, tokenizer: Any, taps: tuple[int, ...], length: int) -> None:
+    def __init__(self, text_decoder: nn.Module, tokenizer: Any, taps: tuple[int, ...], length: int) -> None:
         super().__init__()
-        self.tower = tower
+        self.text_decoder = text_decoder
         self._tokenizer = tokenizer
         self._taps = taps
         self._length = length
@@ -34,16 +34,16 @@ class Text(nn.Module):
 
     def forward(self, prompts: list[str]) -> Tensor:
         rows = [self._tokens(prompt) for prompt in prompts]
-        device = next(self.tower.parameters()).device
+        device = next(self.text_decoder.parameters()).device
         pad = self._tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (self._length - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (self._length - len(row)) for row in rows], device=device)
-        context: Tensor = self.tower(ids, seen(mask), self._taps)
+        context: Tensor = self.text_decoder(ids, causal_attention_mask(mask), self._taps)
         return context
 
     def _tokens(self, prompt: str) -> list[int]:
         if prompt not in self._known:
-            text = render(self._tokenizer, prompt, NANO.recipe)
+            text = render_prompt(self._tokenizer, prompt, NANO.recipe)
             self._known[prompt] = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._length]
         return self._known[prompt]
 
@@ -52,8 +52,8 @@ def initial_text(init: Path, recipe: Recipe) -> Text:
     folder = init / "text_encoder"
     checked = open_text_encoder(folder, folder, NANO.recipe)
     encoder = checked.load(device=torch.device("cpu"), dtype=torch.float32)
-    tower = encoder.tower.train().requires_grad_(True)
-    return Text(tower, encoder._tokenizer, NANO.recipe.taps, recipe.text_length)
+    text_decoder = encoder.text_decoder.train().requires_grad_(True)
+    return Text(text_decoder, encoder._tokenizer, NANO.recipe.hidden_layers, recipe.text_length)
 
 
 def initial_transformer(init: Path, recipe: Recipe) -> Transformer:

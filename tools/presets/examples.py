@@ -23,7 +23,7 @@ from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Result
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings
-from flux2_studio.storage.presets import Preset, Presets, applied
+from flux2_studio.storage.presets import Preset, Presets, apply_preset
 from flux2_studio.studio import Studio
 
 SIDE = 128  # pixels of each picture of an example
@@ -44,7 +44,7 @@ REFERENCES: Mapping[str, tuple[str, ...]] = {
 
 def drawn(studio: Studio, preset: Preset, references: Sequence[Path], seed: int) -> list[Path]:
     """The pictures that `preset` makes of `references` with its example subject."""
-    values = applied(preset, "", NANO).values
+    values = apply_preset(preset, "", NANO).values
     request = replace(
         Request.from_dict({**values, "checkpoint": NANO.name}),
         references=tuple(references),
@@ -95,11 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     presets = Presets.load(Settings(home=Path()).presets)
     with tempfile.TemporaryDirectory() as home:
         settings = replace(Settings(home=Path(home)), preview="off", safety="off", device="cpu")
-        settings.prepare_process()
+        settings.set_environment_defaults()
         folder = options.out or settings.presets / "examples"
         folder.mkdir(parents=True, exist_ok=True)
         studio = Studio(settings)
-        for slug, preset in sorted(presets.found.items(), key=lambda it: (it[0] in REFERENCES, it[0])):
+        for slug, preset in sorted(presets.by_slug.items(), key=lambda it: (it[0] in REFERENCES, it[0])):
             if preset.picture is None or slug not in (options.only or [slug]):
                 continue
             given = [reference(settings.presets / "examples", settings, name) for name in REFERENCES.get(slug, ())]

@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
-    """clean: [1, 128, h, w], the latent of the picture that is edited. change: [h, w] bool, where it may change."""
+class InpaintMask:
+    """known_latent: [1, 128, h, w], the latent of the picture that is edited. editable: [h, w] bool, where it may change."""
 
-    clean: Tensor
-    change: Tensor
+    known_latent: Tensor
+    editable: Tensor
 
 
-def hold(x: Tensor, change: Tensor, clean: Tensor, noise: Tensor, t: float) -> Tensor:
+def blend_known_region(x: Tensor, editable: Tensor, known: Tensor, noise: Tensor, t: float) -> Tensor:
     """`x` where it may change, elsewhere x_t = (1 - t) * clean + t * noise.
 
-    x, noise: [B, tokens, C]; clean: [1, tokens, C]; change: [tokens] bool. noise is the run's own, from which x came:
+    x, noise: [B, tokens, C]; known: [1, tokens, C]; editable: [tokens] bool. noise is the run's own, from which x came:
     so the kept tokens are where the model would have brought them, had it drawn the picture that is kept.
     """
-    return torch.where(change[None, :, None], x, (1 - t) * clean + t * noise)
+    return torch.where(editable[None, :, None], x, (1 - t) * known + t * noise)

@@ -16,7 +16,9 @@ LATENT_CHANNELS = 128
 REFERENCE_OFFSET = 10
 
 
-def noise(seeds: Sequence[int], width: int, height: int, channels: int = LATENT_CHANNELS, patch: int = 16) -> Tensor:
+def initial_noise(
+    seeds: Sequence[int], width: int, height: int, channels: int = LATENT_CHANNELS, patch: int = 16
+) -> Tensor:
     """Starting noise [len(seeds), channels, height/patch, width/patch] in float32, one picture per seed.
 
     Drawn on the CPU in bfloat16, as the published models' own code draws it, so that a seed means the same picture on
@@ -41,26 +43,26 @@ def from_tokens(tokens: Tensor, h: int, w: int) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (h, w))
 
 
-def text_ids(length: int) -> Tensor:
+def text_position_ids(length: int) -> Tensor:
     """[length, 4]."""
     ids = torch.zeros(length, 4, dtype=torch.long)
     ids[:, 3] = torch.arange(length)
     return ids
 
 
-def image_ids(h: int, w: int, t: int = 0) -> Tensor:
+def image_position_ids(h: int, w: int, t: int = 0) -> Tensor:
     """[h*w, 4]."""
     return torch.cartesian_prod(torch.tensor([t]), torch.arange(h), torch.arange(w), torch.tensor([0]))
 
 
-def sequence_ids(text: int, h: int, w: int, references: Sequence[Tensor] = ()) -> Tensor:
+def sequence_position_ids(text_tokens: int, h: int, w: int, references: Sequence[Tensor] = ()) -> Tensor:
     """Ids of the whole sequence: text, the image's h*w tokens, then every reference latent [1, C, rh, rw]."""
     return torch.cat(
         [
-            text_ids(text),
-            image_ids(h, w),
+            text_position_ids(text_tokens),
+            image_position_ids(h, w),
             *(
-                image_ids(latent.shape[-2], latent.shape[-1], t=REFERENCE_OFFSET * (i + 1))
+                image_position_ids(latent.shape[-2], latent.shape[-1], t=REFERENCE_OFFSET * (i + 1))
                 for i, latent in enumerate(references)
             ),
         ]

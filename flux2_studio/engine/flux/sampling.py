@@ -16,16 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.flux.inpaint import Keep, hold
-from flux2_studio.engine.flux.latents import from_tokens, sequence_ids, to_tokens
+from flux2_studio.engine.flux.inpaint import InpaintMask, blend_known_region
+from flux2_studio.engine.flux.latents import from_tokens, sequence_position_ids, to_tokens
 from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class DenoisingStep:
     """After step `index` (0-based) of `steps`. latents and clean: [B, 128, h, w] in float32, normalised.
 
-    `clean` is the estimate of the finished latent that this step's velocity gives; after the last step it is `latents`.
+    `known_latent` is the estimate of the finished latent that this step's velocity gives; after the last step it is `latents`.
     """
 
     index: int
@@ -44,7 +44,7 @@ def empirical_mu(tokens: int, steps: int) -> float:
     return slope * steps + at_200 - 200 * slope
 
 
-def schedule(tokens: int, steps: int) -> list[float]:
+def timestep_schedule(tokens: int, steps: int) -> list[float]:
     """steps + 1 times from 1 to 0 for an image of `tokens` latent tokens: a uniform grid, shifted towards 1."""
     e = math.exp(empirical_mu(tokens, steps))
     grid = [1 - i / steps for i in range(steps + 1)]
@@ -59,22 +59,22 @@ def denoise(
     *,
     steps: int,
     guidance: float,
-    guiding: Literal["none", "cfg", "embedded"],
+    guidance_mode: Literal["none", "cfg", "embedded"],
     negative_context: Tensor | None = None,
     references: Sequence[Tensor] = (),
     reference_cache: bool = False,
-    keep: Keep | None = None,
-) -> Iterator[Step]:
-    """Yield a `Step` after each of `steps` Euler steps.
+    inpaint: InpaintMask | None = None,
+) -> Iterator[DenoisingStep]:
+    """Yield a `DenoisingStep` after each of `steps` Euler steps.
 
     noise: [B, 128, h, w]. context, negative_context: [1 or B, L, C]; the latter is what "cfg" steers away from, in one
     batch with the former: v = v_negative + guidance * (v - v_negative). "embedded" feeds `guidance` to the model.
     references: latents [1, 128, rh, rw], in the order in which the prompt counts them. reference_cache: compute their
-    keys and values once, at the first step (for checkpoints trained that way). keep: what must stay of a picture.
+    keys and values once, at the first step (for checkpoints trained that way). inpaint: what must stay of a picture.
     """
     batch, _, h, w = noise.shape
     device, dtype = model.device, model.dtype
-    doubled = guiding == "cfg" and guidance != 1.0
+    doubled = guidance_mode == "cfg" and guidance != 1.0
     if doubled and negative_context is None:
         raise ValueError("cfg needs a negative context: encode an empty prompt if there is none")
 
@@ -90,25 +90,25 @@ def denoise(
         ctx = torch.cat((ctx, entering(negative_context).expand(batch, -1, -1)))
     rows = ctx.shape[0]
     refs = [entering(to_tokens(latent)).expand(rows, -1, -1) for latent in references]
-    rope = model.rope(sequence_ids(ctx.shape[1], h, w, references))
+    rope = model.rope(sequence_position_ids(ctx.shape[1], h, w, references))
     cache = ReferenceCache(tokens=sum(ref.shape[1] for ref in refs)) if reference_cache and refs else None
 
     x = start = to_tokens(noise).to(device, torch.float32)
-    change = keep.change.flatten().to(device) if keep else None
-    kept = to_tokens(keep.clean).to(device, torch.float32) if keep else None
+    change = inpaint.editable.flatten().to(device) if inpaint else None
+    kept = to_tokens(inpaint.known_latent).to(device, torch.float32) if inpaint else None
     tokens = x.shape[1]
-    times = schedule(tokens, steps)
+    times = timestep_schedule(tokens, steps)
     moments = torch.tensor(times[:-1], device=device)
-    embedded = torch.full((steps,), guidance, device=device) if guiding == "embedded" else None
+    embedded = torch.full((steps,), guidance, device=device) if guidance_mode == "embedded" else None
     modulations = model.modulations(moments, embedded)
     for index, (t, t_next) in enumerate(pairwise(times)):
         inputs = x.to(dtype).repeat(rows // batch, 1, 1)
-        modulation = modulations.of(index)
-        if refs and not (cache and cache.filled):
+        modulation = modulations.at_step(index)
+        if refs and not (cache and cache.is_filled):
             inputs = torch.cat((inputs, *refs), 1)
         elif cache and index == 1:
-            rope = rope.at(0, ctx.shape[1] + tokens)  # the references, its end, no longer stand in the sequence
-        if cache and not cache.filled:
+            rope = rope.slice(0, ctx.shape[1] + tokens)  # the references, its end, no longer stand in the sequence
+        if cache and not cache.is_filled:
             filling = (ctx.shape[1], inputs.shape[1], cache.tokens)
             modulation = model.modulations(moments[:1], embedded if embedded is None else embedded[:1], filling)
         v = model.velocity(inputs, ctx, modulation, rope, outputs=tokens, cache=cache).float()
@@ -118,5 +118,8 @@ def denoise(
         clean = x - t * v
         x = x + (t_next - t) * v
         if change is not None and kept is not None:
-            x, clean = hold(x, change, kept, start, t_next), hold(clean, change, kept, start, 0.0)
-        yield Step(index=index, steps=steps, latents=from_tokens(x, h, w), clean=from_tokens(clean, h, w))
+            x, clean = (
+                blend_known_region(x, change, kept, start, t_next),
+                blend_known_region(clean, change, kept, start, 0.0),
+            )
+        yield DenoisingStep(index=index, steps=steps, latents=from_tokens(x, h, w), clean=from_tokens(clean, h, w))

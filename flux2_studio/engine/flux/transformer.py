@@ -41,15 +41,15 @@ FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
-class Kept:
+class ReferenceKV:
     """Keys and values of the reference tokens in one block, each [B, H, R, d], keys after RoPE.
 
-    filled: False while the references are the last R tokens of the sequence, and the block is to write these.
+    is_filled: False while the references are the last R tokens of the sequence, and the block is to write these.
     """
 
     keys: Tensor
     values: Tensor
-    filled: bool
+    is_filled: bool
 
 
 @dataclass
@@ -57,21 +57,21 @@ class ReferenceCache:
     """Keys and values of the reference tokens, one pair per block, kept from the first evaluation on.
 
     tokens: R, how many tokens at the end of x are references while the cache is being filled.
-    blocks: per block (keys, values), see `Kept`.
+    blocks: per block (keys, values), see `ReferenceKV`.
     """
 
     tokens: int
     blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    filled: bool = False
+    is_filled: bool = False
 
-    def make_room(self, count: int, like: Tensor, heads: int, head_width: int) -> None:
-        """Tensors for `count` blocks to write, of the batch, dtype and device of `like`."""
+    def allocate(self, count: int, like: Tensor, heads: int, head_width: int) -> None:
+        """Tensors for `count` blocks to write, of the batch, dtype and device of `with_tensors`."""
         shape = (like.shape[0], heads, self.tokens, head_width)
         self.blocks = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(count)]
 
-    def of(self, block: int) -> Kept | None:
+    def block_kv(self, block: int) -> ReferenceKV | None:
         """What a block is to write or to read; None where no tokens are references."""
-        return Kept(*self.blocks[block], filled=self.filled) if self.tokens else None
+        return ReferenceKV(*self.blocks[block], is_filled=self.is_filled) if self.tokens else None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Rope:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((a * self.cos - b * self.sin, a * self.sin + b * self.cos), -1).flatten(-2)
 
-    def at(self, first: int, count: int) -> Rope:
+    def slice(self, first: int, count: int) -> Rope:
         """The tables of some of the tokens."""
         return Rope(self.cos.narrow(0, first, count), self.sin.narrow(0, first, count))
 
@@ -95,32 +95,32 @@ class Rope:
 class Modulations:
     """What the blocks take from the time (and guidance) of one evaluation; each tensor [1 or B, 1 or tokens, D].
 
-    image, text: of a double block's two streams. joined: of a single block. last: shift and scale before the velocity.
+    image, text: of a double block's two streams. single: of a single block. final: shift and scale before the velocity.
     """
 
     image: tuple[Tensor, ...]
     text: tuple[Tensor, ...]
-    joined: tuple[Tensor, ...]
-    last: tuple[Tensor, ...]
+    single: tuple[Tensor, ...]
+    final: tuple[Tensor, ...]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (*self.image, *self.text, *self.joined, *self.last)
+        return (*self.image, *self.text, *self.single, *self.final)
 
-    def like(self, tensors: Sequence[Tensor]) -> Modulations:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Modulations:
         """Others, of as many `tensors` in the order of these."""
         rest = iter(tensors)
         image, text, joined, last = (
-            tuple(itertools.islice(rest, len(part))) for part in (self.image, self.text, self.joined, self.last)
+            tuple(itertools.islice(rest, len(part))) for part in (self.image, self.text, self.single, self.final)
         )
-        return Modulations(image=image, text=text, joined=joined, last=last)
+        return Modulations(image=image, text=text, single=joined, final=last)
 
-    def of(self, row: int) -> Modulations:
+    def at_step(self, row: int) -> Modulations:
         """Those of one row, which go with any batch."""
-        return self.like([part[row : row + 1] for part in self.tensors])
+        return self.with_tensors([part[row : row + 1] for part in self.tensors])
 
 
-def rope_table(ids: Tensor, head_width: int, device: torch.device) -> Rope:
+def axial_rope_table(ids: Tensor, head_width: int, device: torch.device) -> Rope:
     """Tables for position ids [tokens, 4], on `device`. Angles are computed in float64 on the CPU, which has it: ids
     that are there already are not waited for."""
     axis = head_width // ROPE_AXES
@@ -141,27 +141,33 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
 
 
-def finite(x: Tensor) -> Tensor:
+def clamp_to_float16(x: Tensor) -> Tensor:
     """x, kept inside float16's range where that is the dtype: large activations would become inf, then NaN."""
     return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype is torch.float16 else x
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, kept: Kept | None, *, references: bool = True) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, reference_kv: ReferenceKV | None, *, q_has_references: bool = True
+) -> Tensor:
     """Attention over q, k, v [B, H, tokens, d] as [B, tokens, D], following the module's rule for references.
 
-    references: whether q has, as k and v have, the references that are being kept.
+    q_has_references: whether q has, as k and v have, the references that are being kept.
     """
-    if kept is None:
+    if reference_kv is None:
         out = F.scaled_dot_product_attention(q, k, v)
-    elif kept.filled:
-        out = F.scaled_dot_product_attention(q, torch.cat((k, kept.keys), 2), torch.cat((v, kept.values), 2))
+    elif reference_kv.is_filled:
+        out = F.scaled_dot_product_attention(
+            q, torch.cat((k, reference_kv.keys), 2), torch.cat((v, reference_kv.values), 2)
+        )
     else:
-        r = kept.keys.shape[2]
-        kept.keys.copy_(k[:, :, -r:])
-        kept.values.copy_(v[:, :, -r:])
-        out = F.scaled_dot_product_attention(q[:, :, :-r] if references else q, k, v)
-        if references:
-            out = torch.cat((out, F.scaled_dot_product_attention(q[:, :, -r:], kept.keys, kept.values)), 2)
+        r = reference_kv.keys.shape[2]
+        reference_kv.keys.copy_(k[:, :, -r:])
+        reference_kv.values.copy_(v[:, :, -r:])
+        out = F.scaled_dot_product_attention(q[:, :, :-r] if q_has_references else q, k, v)
+        if q_has_references:
+            out = torch.cat(
+                (out, F.scaled_dot_product_attention(q[:, :, -r:], reference_kv.keys, reference_kv.values)), 2
+            )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -230,7 +236,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = x.chunk(2, -1)
-        return finite(F.silu(gate) * value)
+        return clamp_to_float16(F.silu(gate) * value)
 
 
 def mlp(hidden: int, inner: int) -> nn.Sequential:
@@ -255,7 +261,7 @@ class DoubleBlock(nn.Module):
         x_mod: tuple[Tensor, ...],
         ctx_mod: tuple[Tensor, ...],
         rope: Rope,
-        kept: Kept | None = None,
+        reference_kv: ReferenceKV | None = None,
     ) -> tuple[Tensor, Tensor]:
         x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = x_mod
         c_shift1, c_scale1, c_gate1, c_shift2, c_scale2, c_gate2 = ctx_mod
@@ -265,12 +271,12 @@ class DoubleBlock(nn.Module):
         v = torch.cat((v_c, v_x), 2)
         q = rope(torch.cat((q_c, q_x), 2)).to(v.dtype)
         k = rope(torch.cat((k_c, k_x), 2)).to(v.dtype)
-        out_c, out_x = attend(q, k, v, kept).split((ctx.shape[1], x.shape[1]), 1)
+        out_c, out_x = attend(q, k, v, reference_kv).split((ctx.shape[1], x.shape[1]), 1)
 
-        x = finite(x + x_gate1 * self.img_attn.proj(out_x))
-        x = finite(x + x_gate2 * self.img_mlp(modulate(x, x_shift2, x_scale2)))
-        ctx = finite(ctx + c_gate1 * self.txt_attn.proj(out_c))
-        ctx = finite(ctx + c_gate2 * self.txt_mlp(modulate(ctx, c_shift2, c_scale2)))
+        x = clamp_to_float16(x + x_gate1 * self.img_attn.proj(out_x))
+        x = clamp_to_float16(x + x_gate2 * self.img_mlp(modulate(x, x_shift2, x_scale2)))
+        ctx = clamp_to_float16(ctx + c_gate1 * self.txt_attn.proj(out_c))
+        ctx = clamp_to_float16(ctx + c_gate2 * self.txt_mlp(modulate(ctx, c_shift2, c_scale2)))
         return x, ctx
 
 
@@ -291,34 +297,34 @@ class SingleBlock(nn.Module):
         x: Tensor,
         mod: tuple[Tensor, ...],
         rope: Rope,
-        kept: Kept | None = None,
-        wanted: tuple[int, int] | None = None,
+        reference_kv: ReferenceKV | None = None,
+        output_range: tuple[int, int] | None = None,
     ) -> Tensor:
-        """What x [B, tokens, D] becomes: all of it, or the `wanted` tokens alone (the first and how many) where no
+        """What x [B, tokens, D] becomes: all of it, or the `output_range` tokens alone (the first and how many) where no
         other is read any more. Those are no references that are being kept."""
         shift, scale, gate = mod
-        q, k, v, inner = self._projected(modulate(x, shift, scale), wanted)
+        q, k, v, inner = self._project(modulate(x, shift, scale), output_range)
         k = rope(self.norm.key(k)).to(v.dtype)
-        if wanted is not None:
-            x, rope = x.narrow(1, *wanted), rope.at(*wanted)
-            gate = gate if gate.shape[1] == 1 else gate.narrow(1, *wanted)
+        if output_range is not None:
+            x, rope = x.narrow(1, *output_range), rope.slice(*output_range)
+            gate = gate if gate.shape[1] == 1 else gate.narrow(1, *output_range)
         q = rope(self.norm.query(q)).to(v.dtype)
-        attended = attend(q, k, v, kept, references=wanted is None)
-        return finite(x + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
+        attended = attend(q, k, v, reference_kv, q_has_references=output_range is None)
+        return clamp_to_float16(x + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
 
-    def _projected(self, x: Tensor, wanted: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, output_range: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, tokens, d] and what goes into the MLP [B, tokens, 2 * mlp] of x [B, tokens,
         D]: keys and values of all tokens, the rest of the wanted ones."""
-        if wanted is not None and type(self.linear1) is nn.Linear:
+        if output_range is not None and type(self.linear1) is nn.Linear:
             hidden, weight = x.shape[-1], self.linear1.weight
             k, v = F.linear(x, weight[hidden : 3 * hidden]).chunk(2, -1)
-            x = x.narrow(1, *wanted)
+            x = x.narrow(1, *output_range)
             q, inner = F.linear(x, weight[:hidden]), F.linear(x, weight[3 * hidden :])
         else:  # other layers than plain ones cannot compute some of their outputs for less than all
             qkv, inner = self.linear1(x).split(self.splits, -1)
             q, k, v = qkv.chunk(3, -1)
-            if wanted is not None:
-                q, inner = q.narrow(1, *wanted), inner.narrow(1, *wanted)
+            if output_range is not None:
+                q, inner = q.narrow(1, *output_range), inner.narrow(1, *output_range)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         return q, k, v, inner
 
@@ -365,7 +371,7 @@ class Transformer(nn.Module):
 
     def rope(self, ids: Tensor) -> Rope:
         """Tables for the whole sequence; ids [tokens, 4] in the order text, image, references."""
-        return rope_table(ids, self.params.head_width, self.device)
+        return axial_rope_table(ids, self.params.head_width, self.device)
 
     def forward(
         self,
@@ -384,23 +390,23 @@ class Transformer(nn.Module):
         t, guidance: [B] in float32; guidance exactly where the model embeds it. rope: for L + N tokens.
         cache: None, or a ReferenceCache; while unfilled, its `tokens` references are the last tokens of x.
         """
-        filled = cache.tokens if cache is not None and not cache.filled else 0
+        filled = cache.tokens if cache is not None and not cache.is_filled else 0
         modulations = self.modulations(t, guidance, (ctx.shape[1], x.shape[1], filled) if filled else None)
         return self.velocity(x, ctx, modulations, rope, outputs=outputs, cache=cache)
 
     def modulations(
-        self, t: Tensor, guidance: Tensor | None = None, filling: tuple[int, int, int] | None = None
+        self, t: Tensor, guidance: Tensor | None = None, cache_fill: tuple[int, int, int] | None = None
     ) -> Modulations:
         """Of times t [B], as `forward` takes them and `guidance`: of all rows of a batch, or of all steps to come.
 
-        filling: L, N and R where the evaluation fills a reference cache: the last R tokens are modulated as at t = 0.
+        cache_fill: L, N and R where the evaluation fills a reference cache: the last R tokens are modulated as at t = 0.
         """
         vec = self._embed_time(t, guidance)[:, None]
         last = self.final_layer.modulation(vec)
         text = self.double_stream_modulation_txt(vec)
         image_group = group = None
-        if filling is not None:
-            length, tokens, references = filling
+        if cache_fill is not None:
+            length, tokens, references = cache_fill
             vec = torch.cat((vec, self._embed_time(torch.zeros_like(t), guidance)[:, None]), 1)
             group = torch.zeros(length + tokens, dtype=torch.long, device=t.device)
             group[-references:] = 1
@@ -408,8 +414,8 @@ class Transformer(nn.Module):
         return Modulations(
             image=self.double_stream_modulation_img(vec, image_group),
             text=text,
-            joined=self.single_stream_modulation(vec, group),
-            last=last,
+            single=self.single_stream_modulation(vec, group),
+            final=last,
         )
 
     def velocity(
@@ -423,12 +429,12 @@ class Transformer(nn.Module):
         cache: ReferenceCache | None = None,
     ) -> Tensor:
         """What `forward` computes, from the `modulations` of its times."""
-        filling = cache is not None and not cache.filled and cache.tokens > 0
+        filling = cache is not None and not cache.is_filled and cache.tokens > 0
         x, ctx = self.img_in(x), self.txt_in(ctx)
         blocks = len(self.double_blocks) + len(self.single_blocks)
-        if cache is not None and not cache.filled:
-            cache.make_room(blocks, x, self.params.heads, self.params.head_width)
-        kept = [None if cache is None else cache.of(block) for block in range(blocks)]
+        if cache is not None and not cache.is_filled:
+            cache.allocate(blocks, x, self.params.heads, self.params.head_width)
+        kept = [None if cache is None else cache.block_kv(block) for block in range(blocks)]
         for double, own in zip(self.double_blocks, kept[: len(self.double_blocks)], strict=True):
             x, ctx = double(x, ctx, modulations.image, modulations.text, rope, own)
         wanted = ctx.shape[1], x.shape[1] if outputs is None else outputs
@@ -436,11 +442,11 @@ class Transformer(nn.Module):
         # References that are being kept attend by themselves: where their velocity is asked for, nothing is left out.
         sparing = len(self.single_blocks) - 1 if outputs is not None or not filling else None
         for i, (single, own) in enumerate(zip(self.single_blocks, kept[len(self.double_blocks) :], strict=True)):
-            joined = single(joined, modulations.joined, rope, own, wanted if i == sparing else None)
+            joined = single(joined, modulations.single, rope, own, wanted if i == sparing else None)
         if cache is not None:
-            cache.filled = True
+            cache.is_filled = True
         out = joined if joined.shape[1] == wanted[1] else joined.narrow(1, *wanted)
-        return self.final_layer(out, *modulations.last)
+        return self.final_layer(out, *modulations.final)
 
     def _embed_time(self, t: Tensor, guidance: Tensor | None) -> Tensor:
         channels = self.params.time_channels

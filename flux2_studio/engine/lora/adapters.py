@@ -1,13 +1,13 @@
 """LoRAs: files of small changes to a transformer's linear layers, put onto it and taken off without loading it again.
 
-Does: says which tensors of a file (`lora_file`) fit a transformer and why others do not (`check`), and makes any set
-of LoRAs, each with a weight, the one that a transformer carries (`apply`). Does not know: where files come from, which
+Does: says which tensors of a file (`lora_file`) fit a transformer and why others do not (`check_lora`), and makes any set
+of LoRAs, each with a weight, the one that a transformer carries (`set_loras`). Does not know: where files come from, which
 checkpoint a transformer is.
 
 A change D of a layer's weight W counts as W + weight * scale * D, where scale = alpha / rank if the file states an
 alpha; DoRA's as W + weight * (its W' - W). Several add up, each reckoned from the bare W: their order is all one.
 
-`apply` has two ways. On the fly, a layer is wrapped with paths that run beside it (`lora_paths`): the weights are not
+`set_loras` has two ways. On the fly, a layer is wrapped with paths that run beside it (`lora_paths`): the weights are not
 touched, quantised ones do as well as others, and changing LoRAs is a matter of their own size. Fused, the changes are
 added to the weights: no cost per step, but the originals of the touched layers are kept on the CPU, because W + D - D
 is not W in floating point. Either way an empty set gives back the transformer bit by bit.
@@ -27,19 +27,19 @@ import torch
 from torch import Tensor, nn
 
 from flux2_studio.engine.flux.transformer import Transformer
-from flux2_studio.engine.lora.file import Change, Lora
+from flux2_studio.engine.lora.file import Lora, LoraChange
 from flux2_studio.engine.lora.layers import (
     AdaptedLinear,
-    LoraPath,
-    bare_weight,
-    build,
+    LoraBranch,
+    base_weight,
+    build_branch,
     device_of,
     has_float_weight,
-    joined,
+    merge_low_rank,
 )
 from flux2_studio.engine.params import TransformerParams
-from flux2_studio.engine.runtime.streaming import writing
-from flux2_studio.engine.weights.tensor_files import shown
+from flux2_studio.engine.runtime.streaming import editable_weights
+from flux2_studio.engine.weights.tensor_files import printable_text
 from flux2_studio.errors import RequestError, WeightsError
 
 # Only to put a name to a width in messages; what fits is decided by shapes.
@@ -48,12 +48,12 @@ KNOWN_WIDTHS = {3072: "klein 4B", 4096: "klein 9B", 6144: "dev"}
 # Why a tensor does not fit, as it reads after a number.
 MISSING_LAYER = "for layers that this checkpoint does not have"
 OTHER_SIZE = "of another size than this checkpoint's layers"
-_KRONECKER = ("lokr_w1", "lokr_w2")
-_CHOOSE = "Choose a LoRA that was made for this checkpoint, or the checkpoint that it was made for."
+_LOKR_FACTORS = ("lokr_w1", "lokr_w2")
+_CHOOSE_ANOTHER = "Choose a LoRA that was made for this checkpoint, or the checkpoint that it was made for."
 
 
 @dataclass(frozen=True)
-class Report:
+class LoraFitReport:
     """How a LoRA fits a transformer: `matched` has the module of each key, `unmatched` the reason why it has none."""
 
     name: str
@@ -69,44 +69,44 @@ class Report:
             return f"{self.name} ({self.kind}): all {total} tensors fit."
         reasons = Counter(self.unmatched.values())
         left = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        example = shown(min(self.unmatched))
+        example = printable_text(min(self.unmatched))
         return (
             f"{self.name} ({self.kind}): {len(self.matched)} of {total} tensors fit. Left out: {left} "
             f"(for example {example})."
         )
 
 
-def check(lora: Lora, transformer: Transformer) -> Report:
+def check_lora(lora: Lora, transformer: Transformer) -> LoraFitReport:
     """How `lora` fits `transformer`. Raises `WeightsError` if less than half of it does: it is another model's."""
-    fitting, unmatched = _fitting(lora, layers_of(transformer))
+    fitting, unmatched = _split_by_fit(lora, linear_layers_of(transformer))
     matched = {key: change.target.module for change in fitting for key in change.keys.values()}
     total = sum(len(change.keys) for change in lora.changes)
     if 2 * len(matched) >= total:
-        return Report(lora.name, lora.kind, matched, {**unmatched, **lora.left_out})
+        return LoraFitReport(lora.name, lora.kind, matched, {**unmatched, **lora.ignored_keys})
     width = transformer.params.hidden
     if lora.width != width:
         raise WeightsError(
-            f"{lora.name} is a LoRA for {_sized(lora.width)}; the checkpoint in use has {_sized(width)}. {_CHOOSE}"
+            f"{lora.name} is a LoRA for {_describe_width(lora.width)}; the checkpoint in use has {_describe_width(width)}. {_CHOOSE_ANOTHER}"
         )
     reasons = ", ".join(f"{count} are {reason}" for reason, count in Counter(unmatched.values()).most_common())
     raise WeightsError(
         f"{lora.name} is not a LoRA for this checkpoint: of {total} tensors {reasons} (for example "
-        f"{shown(min(unmatched))}). {_CHOOSE}"
+        f"{printable_text(min(unmatched))}). {_CHOOSE_ANOTHER}"
     )
 
 
-def check_fits(lora: Lora, params: TransformerParams) -> Report:
-    """As `check`, before the transformer is loaded: its sizes are enough."""
+def check_lora_for_params(lora: Lora, params: TransformerParams) -> LoraFitReport:
+    """As `check_lora`, before the transformer is loaded: its sizes are enough."""
     with torch.device("meta"):
-        return check(lora, Transformer(params))
+        return check_lora(lora, Transformer(params))
 
 
-def numbers(lora: Lora) -> int:
+def added_parameter_count(lora: Lora) -> int:
     """How many numbers `lora` lays beside the weights of a transformer that all of it fits, put on on the fly."""
-    return sum(_numbers(lora, change) for change in lora.changes)
+    return sum(_change_parameter_count(lora, change) for change in lora.changes)
 
 
-def _numbers(lora: Lora, change: Change) -> int:
+def _change_parameter_count(lora: Lora, change: LoraChange) -> int:
     shapes = {field: lora.files.shapes[key] for field, key in change.keys.items() if field != "alpha"}
     rows, columns = change.shape
     parts = change.target.parts  # rows of the other parts are zeros, and there
@@ -119,15 +119,17 @@ def _numbers(lora: Lora, change: Change) -> int:
                 for field, shape in shapes.items()
                 if field != "magnitude"
             )
-        case "LoKr" if not change.target.swapped:
-            whole = [shapes.get(name) or (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1]) for name in _KRONECKER]
+        case "LoKr" if not change.target.swap_halves:
+            whole = [shapes.get(name) or (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1]) for name in _LOKR_FACTORS]
             return dora + math.prod(whole[0]) * parts + math.prod(whole[1])
         case _:
             return dora + rows * columns * parts
 
 
 @torch.no_grad()
-def apply(transformer: Transformer, loras: Sequence[tuple[Lora, float]], *, fused: bool = False) -> list[Report]:
+def set_loras(
+    transformer: Transformer, loras: Sequence[tuple[Lora, float]], *, fused: bool = False
+) -> list[LoraFitReport]:
     """Make `loras`, each with its weight, exactly those that `transformer` carries; an empty list takes all off.
 
     Layers that already carry just that are left alone. fused: change the weights instead of running paths beside
@@ -140,19 +142,19 @@ def apply(transformer: Transformer, loras: Sequence[tuple[Lora, float]], *, fuse
     for lora, weight in loras:
         if not math.isfinite(weight):
             raise RequestError(f"{weight} is no weight for {lora.name}: choose a number, 1 for its full effect.")
-    reports = [check(lora, transformer) for lora, _ in loras]
-    layers = layers_of(transformer)
-    wanted: dict[str, list[_Part]] = {}
+    reports = [check_lora(lora, transformer) for lora, _ in loras]
+    layers = linear_layers_of(transformer)
+    wanted: dict[str, list[_AppliedChange]] = {}
     for lora, weight in loras:
-        for change in _fitting(lora, layers)[0] if weight else ():
-            wanted.setdefault(change.target.module, []).append(_Part(lora, change, weight, fused))
+        for change in _split_by_fit(lora, layers)[0] if weight else ():
+            wanted.setdefault(change.target.module, []).append(_AppliedChange(lora, change, weight, fused))
     if fused and not all(has_float_weight(layers[name]) for name in wanted):
         raise WeightsError(
             "This checkpoint's weights are quantised, and LoRAs cannot be fused into them: apply the LoRAs on the fly, "
             "or choose the checkpoint's bfloat16 file."
         )
-    stale = [name for name in layers if _carried(transformer.get_submodule(name)) != wanted.get(name, [])]
-    tensors = _read([part for name in stale for part in wanted.get(name, [])])
+    stale = [name for name in layers if _applied_changes(transformer.get_submodule(name)) != wanted.get(name, [])]
+    tensors = _read_tensors([part for name in stale for part in wanted.get(name, [])])
     if fused:
         _fuse(transformer, stale, wanted, tensors)
     else:
@@ -160,7 +162,7 @@ def apply(transformer: Transformer, loras: Sequence[tuple[Lora, float]], *, fuse
     return reports
 
 
-def layers_of(transformer: nn.Module) -> dict[str, nn.Module]:
+def linear_layers_of(transformer: nn.Module) -> dict[str, nn.Module]:
     """The linear layers by their names, whether LoRAs are on them or not."""
     found: dict[str, nn.Module] = {}
     for name, module in transformer.named_modules():
@@ -171,9 +173,9 @@ def layers_of(transformer: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _fitting(lora: Lora, layers: Mapping[str, nn.Module]) -> tuple[list[Change], dict[str, str]]:
+def _split_by_fit(lora: Lora, layers: Mapping[str, nn.Module]) -> tuple[list[LoraChange], dict[str, str]]:
     """The changes that fit `layers`, and the keys of those that do not, with the reason."""
-    fitting: list[Change] = []
+    fitting: list[LoraChange] = []
     unmatched: dict[str, str] = {}
     for change in lora.changes:
         layer: Any = layers.get(change.target.module)
@@ -186,7 +188,7 @@ def _fitting(lora: Lora, layers: Mapping[str, nn.Module]) -> tuple[list[Change],
     return fitting, unmatched
 
 
-def _sized(width: int) -> str:
+def _describe_width(width: int) -> str:
     return f"{KNOWN_WIDTHS[width]} (width {width})" if width in KNOWN_WIDTHS else f"width {width}"
 
 
@@ -194,77 +196,81 @@ def _sized(width: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _AppliedChange:
     """One LoRA's share in what a layer carries."""
 
     lora: Lora
-    change: Change
+    change: LoraChange
     weight: float
     fused: bool
 
 
-_Tensors = Mapping[Change, Mapping[str, Tensor]]
-_Wanted = Mapping[str, list[_Part]]
+_TensorsByChange = Mapping[LoraChange, Mapping[str, Tensor]]
+_ChangesByLayer = Mapping[str, list[_AppliedChange]]
 
 
-def _carried(module: nn.Module) -> object:
-    return module.carries if isinstance(module, AdaptedLinear) else []
+def _applied_changes(module: nn.Module) -> object:
+    return module.applied_loras if isinstance(module, AdaptedLinear) else []
 
 
-def _read(parts: Sequence[_Part]) -> _Tensors:
-    changes: dict[Lora, list[Change]] = {}
+def _read_tensors(parts: Sequence[_AppliedChange]) -> _TensorsByChange:
+    changes: dict[Lora, list[LoraChange]] = {}
     for part in parts:
         changes.setdefault(part.lora, []).append(part.change)
     return {change: found for lora, some in changes.items() for change, found in lora.read(some).items()}
 
 
-def _path(part: _Part, tensors: _Tensors, module: nn.Module, dtype: torch.dtype) -> LoraPath:
+def _build_part_branch(
+    part: _AppliedChange, tensors: _TensorsByChange, module: nn.Module, dtype: torch.dtype
+) -> LoraBranch:
     """The path of one part in float32, on the layer's device. Copied: a mapped file may be written over at any time."""
     factors = {
         field: tensor.to(device_of(module), torch.float32, copy=True) for field, tensor in tensors[part.change].items()
     }
-    return build(factors, part.change.target, part.change.scale, part.weight, lambda: bare_weight(module, dtype))
+    return build_branch(factors, part.change.target, part.change.scale, part.weight, lambda: base_weight(module, dtype))
 
 
-def _wrap(transformer: Transformer, stale: Sequence[str], wanted: _Wanted, tensors: _Tensors) -> None:
+def _wrap(transformer: Transformer, stale: Sequence[str], wanted: _ChangesByLayer, tensors: _TensorsByChange) -> None:
     """On the fly: everything is built before anything is put into its place."""
-    built: dict[str, list[LoraPath]] = {}
+    built: dict[str, list[LoraBranch]] = {}
     for name in stale:
         module = transformer.get_submodule(name)
-        paths = [_path(part, tensors, module, transformer.dtype) for part in wanted.get(name, [])]
-        built[name] = [path.to(transformer.dtype) for path in joined(paths)]
+        paths = [_build_part_branch(part, tensors, module, transformer.dtype) for part in wanted.get(name, [])]
+        built[name] = [path.to(transformer.dtype) for path in merge_low_rank(paths)]
     for name, paths in built.items():
-        base = _stripped(transformer, name)
+        base = _restore_layer(transformer, name)
         if paths:
-            transformer.set_submodule(name, AdaptedLinear(base, wanted[name], paths=paths))
+            transformer.set_submodule(name, AdaptedLinear(base, wanted[name], branches=paths))
 
 
-def _fuse(transformer: Transformer, stale: Sequence[str], wanted: _Wanted, tensors: _Tensors) -> None:
+def _fuse(transformer: Transformer, stale: Sequence[str], wanted: _ChangesByLayer, tensors: _TensorsByChange) -> None:
     """Layer by layer, because two copies of all weights are too many: on failure the layers are all stripped."""
     try:
         for name in stale:
-            base: Any = _stripped(transformer, name)
+            base: Any = _restore_layer(transformer, name)
             if name not in wanted:
                 continue
-            paths = joined([_path(part, tensors, base, transformer.dtype) for part in wanted[name]])
-            with writing(base):
+            paths = merge_low_rank(
+                [_build_part_branch(part, tensors, base, transformer.dtype) for part in wanted[name]]
+            )
+            with editable_weights(base):
                 whole = changed = base.weight.float()
                 for path in paths:
                     changed = changed + path.delta(whole)
                 original = base.weight.detach().to("cpu", copy=True)
-                transformer.set_submodule(name, AdaptedLinear(base, wanted[name], original=original))
+                transformer.set_submodule(name, AdaptedLinear(base, wanted[name], original_weight=original))
                 base.weight.copy_(changed)
     except BaseException:
-        for name in layers_of(transformer):
-            _stripped(transformer, name)
+        for name in linear_layers_of(transformer):
+            _restore_layer(transformer, name)
         raise
 
 
-def _stripped(transformer: Transformer, name: str) -> nn.Module:
+def _restore_layer(transformer: Transformer, name: str) -> nn.Module:
     """The layer without its LoRAs, put back into its place."""
     module = transformer.get_submodule(name)
     if not isinstance(module, AdaptedLinear):
         return module
-    base = module.stripped()
+    base = module.restore_base()
     transformer.set_submodule(name, base)
     return base

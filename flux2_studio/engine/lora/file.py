@@ -20,38 +20,45 @@ from typing import Any
 
 from torch import Tensor
 
-from flux2_studio.engine.lora.keys import CONVOLUTION, Target, hidden_width, is_of_text_encoder, parse, target_of
-from flux2_studio.engine.weights.formats import PLAIN
-from flux2_studio.engine.weights.tensor_files import AGAIN, TensorFiles, read_json, shown
+from flux2_studio.engine.lora.keys import (
+    CONVOLUTION_FIELDS,
+    LoraTarget,
+    hidden_width,
+    is_text_encoder_key,
+    parse_key,
+    target_of,
+)
+from flux2_studio.engine.weights.formats import PLAIN_TYPES
+from flux2_studio.engine.weights.tensor_files import DOWNLOAD_AGAIN_ADVICE, SafetensorsFiles, printable_text, read_json
 from flux2_studio.errors import WeightsError
 
-NUMBERS = {*PLAIN, "F64", "I64", "I32"}  # as which trainers write an alpha
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # anything else but 0 is damage: NaN, or a number read as of another type
-KINDS = {
+ALPHA_TYPES = {*PLAIN_TYPES, "F64", "I64", "I32"}  # as which trainers write an alpha
+MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6  # anything else but 0 is damage: NaN, or a number read as of another type
+FIELDS_BY_KIND = {
     "LoRA": ("down", "up"),
     "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
     "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     "difference": ("diff",),
 }
-BIASES = (".bias", ".diff_b", ".b_norm")
+BIAS_SUFFIXES = (".bias", ".diff_b", ".b_norm")
 
 # Why a tensor is left out, as it reads after a number.
 FOR_TEXT_ENCODER = "for a text encoder, which LoRAs do not change here"
 FOR_CONVOLUTION = "for convolutions, which FLUX.2 does not have"
 FOR_UNKNOWN_LAYER = "for layers that FLUX.2 does not have"
-BIAS = "biases, which FLUX.2's layers do not have"
-UNKNOWN = "not of a kind of LoRA that we know"
+FOR_BIAS = "biases, which FLUX.2's layers do not have"
+OF_UNKNOWN_KIND = "not of a kind of LoRA that we know"
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class LoraChange:
     """The change of one layer, or of some of its rows.
 
-    keys: the file's key of each field. shape: [out, in] of the change. kind: of `KINDS`. rank: None where the change
+    keys: the file's key of each field. shape: [out, in] of the change. kind: of `FIELDS_BY_KIND`. rank: None where the change
     is no product. scale: alpha / rank.
     """
 
-    target: Target
+    target: LoraTarget
     kind: str
     keys: Mapping[str, str]
     shape: tuple[int, int]
@@ -63,14 +70,14 @@ class Change:
 class Lora:
     """A LoRA file whose header fits together. Compared by identity: keep it, and `apply` knows it again.
 
-    left_out: keys that no transformer of FLUX.2 takes, with the reason. width: the hidden width of the transformer
+    ignored_keys: keys that no transformer of FLUX.2 takes, with the reason. width: the hidden width of the transformer
     that it was made for, as its shapes tell.
     """
 
     name: str
-    files: TensorFiles
-    changes: tuple[Change, ...]
-    left_out: Mapping[str, str]
+    files: SafetensorsFiles
+    changes: tuple[LoraChange, ...]
+    ignored_keys: Mapping[str, str]
     width: int
 
     @property
@@ -82,16 +89,18 @@ class Lora:
             kinds += f" of rank {ranks[0]}" if len(ranks) == 1 else f" of rank {ranks[0]} to {ranks[-1]}"
         return kinds + (" with DoRA" if any("magnitude" in change.keys for change in self.changes) else "")
 
-    def read(self, changes: Iterable[Change]) -> dict[Change, dict[str, Tensor]]:
+    def read(self, changes: Iterable[LoraChange]) -> dict[LoraChange, dict[str, Tensor]]:
         """The tensors of some changes by their fields, on the CPU as they are stored, without alphas.
 
         Raises `WeightsError` where the file cannot be read any more or holds infinities or NaN.
         """
-        found: dict[Change, dict[str, Tensor]] = {change: {} for change in changes}
+        found: dict[LoraChange, dict[str, Tensor]] = {change: {} for change in changes}
         owners = {key: (change, field) for change in found for field, key in change.keys.items() if field != "alpha"}
         for key, tensor in self.files.read(owners):
             if not tensor.isfinite().all():
-                raise WeightsError(f"{self.name} holds infinities or NaN in {shown(key)}: {AGAIN}")
+                raise WeightsError(
+                    f"{self.name} holds infinities or NaN in {printable_text(key)}: {DOWNLOAD_AGAIN_ADVICE}"
+                )
             change, field = owners[key]
             found[change][field] = tensor
         return found
@@ -104,55 +113,63 @@ def open_lora(path: Path) -> Lora:
     """
     if path.is_dir():
         raise WeightsError(f"{path.name} is a folder: name the LoRA's .safetensors file in it.")
-    files = TensorFiles(path)
+    files = SafetensorsFiles(path)
     fields: dict[str, dict[str, str]] = {}  # by layer as the file spells it
     left_out: dict[str, str] = {}
     for key in files.shapes:
-        parsed = parse(key)
-        if is_of_text_encoder(key):
+        parsed = parse_key(key)
+        if is_text_encoder_key(key):
             left_out[key] = FOR_TEXT_ENCODER
         elif parsed is None:
-            left_out[key] = BIAS if key.endswith(BIASES) else UNKNOWN
+            left_out[key] = FOR_BIAS if key.endswith(BIAS_SUFFIXES) else OF_UNKNOWN_KIND
         else:
             layer, field = parsed
             if field in fields.setdefault(layer, {}):
-                raise WeightsError(f"{files.name} holds {shown(key)} twice, under different names: {AGAIN}")
+                raise WeightsError(
+                    f"{files.name} holds {printable_text(key)} twice, under different names: {DOWNLOAD_AGAIN_ADVICE}"
+                )
             fields[layer][field] = key
-    numbers = _Numbers(
-        files, _config(path, files.metadata), [found["alpha"] for found in fields.values() if "alpha" in found]
+    numbers = _AlphaReader(
+        files, _peft_config(path, files.metadata), [found["alpha"] for found in fields.values() if "alpha" in found]
     )
-    changes: dict[Target, Change] = {}
+    changes: dict[LoraTarget, LoraChange] = {}
     for layer, keys in fields.items():
         target = target_of(layer)
-        if target is None or keys.keys() & CONVOLUTION:
+        if target is None or keys.keys() & CONVOLUTION_FIELDS:
             left_out |= dict.fromkeys(keys.values(), FOR_CONVOLUTION if target else FOR_UNKNOWN_LAYER)
             continue
         if target in changes:
-            raise WeightsError(f"{files.name} changes {target.module} twice, under different names: {AGAIN}")
-        changes[target] = _change(files, layer, target, keys, numbers)
+            raise WeightsError(
+                f"{files.name} changes {target.module} twice, under different names: {DOWNLOAD_AGAIN_ADVICE}"
+            )
+        changes[target] = _layer_change(files, layer, target, keys, numbers)
     if not changes:
         raise WeightsError(
             f"{files.name} is no LoRA for FLUX.2's transformer: its {len(left_out)} tensors are "
             f"{Counter(left_out.values()).most_common(1)[0][0] if left_out else 'missing'} "
-            f"(for example {shown(min(left_out, default='none'))}). Choose a LoRA made for FLUX.2."
+            f"(for example {printable_text(min(left_out, default='none'))}). Choose a LoRA made for FLUX.2."
         )
     widths = Counter(hidden_width(change.target.module, change.shape) for change in changes.values())
     return Lora(files.name, files, tuple(changes.values()), left_out, widths.most_common(1)[0][0])
 
 
-class _Numbers:
+class _AlphaReader:
     """The file's alphas: one for each layer, or, as PEFT does it, stated in a configuration for all of them."""
 
-    def __init__(self, files: TensorFiles, config: Mapping[str, Any], keys: Sequence[str]) -> None:
+    def __init__(self, files: SafetensorsFiles, config: Mapping[str, Any], keys: Sequence[str]) -> None:
         self.name = files.name
         self.config = config
         for key in keys:
-            if math.prod(files.shapes[key]) != 1 or files.dtypes[key] not in NUMBERS:
-                raise WeightsError(f"{files.name} has {shown(key)}, which is not one number: {AGAIN}")
+            if math.prod(files.shapes[key]) != 1 or files.dtypes[key] not in ALPHA_TYPES:
+                raise WeightsError(
+                    f"{files.name} has {printable_text(key)}, which is not one number: {DOWNLOAD_AGAIN_ADVICE}"
+                )
         self.alphas: dict[str, float] = {key: tensor.double().item() for key, tensor in files.read(keys)}
         for key, alpha in self.alphas.items():
-            if alpha and not SMALLEST_ALPHA <= abs(alpha) <= LARGEST_ALPHA:
-                raise WeightsError(f"{files.name} has an alpha that is no number, {shown(key)}: {AGAIN}")
+            if alpha and not MIN_ALPHA <= abs(alpha) <= MAX_ALPHA:
+                raise WeightsError(
+                    f"{files.name} has an alpha that is no number, {printable_text(key)}: {DOWNLOAD_AGAIN_ADVICE}"
+                )
 
     def scale(self, layer: str, key: str | None, rank: int) -> float:
         """alpha / rank of `layer`, 1 where nothing is stated. key: that of its alpha, if it has one.
@@ -164,16 +181,20 @@ class _Numbers:
         alpha = self.config.get("lora_alpha", rank)
         patterns = self.config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", ending) for ending in patterns):
-            raise WeightsError(f"{self.name} states its alphas in a way that is not read (alpha_pattern): {AGAIN}")
+            raise WeightsError(
+                f"{self.name} states its alphas in a way that is not read (alpha_pattern): {DOWNLOAD_AGAIN_ADVICE}"
+            )
         for ending, value in patterns.items():
             if f".{layer}".endswith(f".{ending}"):
                 alpha = value
-        if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
-            raise WeightsError(f"{self.name} states an alpha in its configuration that is no number: {AGAIN}")
+        if not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
+            raise WeightsError(
+                f"{self.name} states an alpha in its configuration that is no number: {DOWNLOAD_AGAIN_ADVICE}"
+            )
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") is True else rank)
 
 
-def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's configuration of a LoRA: diffusers writes it into the file's header, with the part's name before each
     entry; PEFT itself into adapter_config.json beside adapter_model.safetensors."""
     beside = path.with_name("adapter_config.json")
@@ -183,31 +204,37 @@ def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         else:
             config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"The configuration that belongs to {path.name} cannot be read: {AGAIN}") from error
+        raise WeightsError(
+            f"The configuration that belongs to {path.name} cannot be read: {DOWNLOAD_AGAIN_ADVICE}"
+        ) from error
     if not isinstance(config, dict):
-        raise WeightsError(f"The configuration that belongs to {path.name} is no configuration: {AGAIN}")
+        raise WeightsError(
+            f"The configuration that belongs to {path.name} is no configuration: {DOWNLOAD_AGAIN_ADVICE}"
+        )
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     if config.get("peft_type", "LORA") != "LORA":
         raise WeightsError(
-            f"{path.name} was made by PEFT as {shown(str(config['peft_type']))}, whose configuration is not read. Save "
+            f"{path.name} was made by PEFT as {printable_text(str(config['peft_type']))}, whose configuration is not read. Save "
             f"it in LyCORIS' or ComfyUI's form, or choose another LoRA."
         )
     return config
 
 
-def _change(files: TensorFiles, layer: str, target: Target, keys: Mapping[str, str], numbers: _Numbers) -> Change:
+def _layer_change(
+    files: SafetensorsFiles, layer: str, target: LoraTarget, keys: Mapping[str, str], alphas: _AlphaReader
+) -> LoraChange:
     """The change that a layer's tensors make together. Raises `WeightsError` if they do not."""
 
     def refuse(problem: str) -> WeightsError:
-        return WeightsError(f"{files.name}: {problem} in {shown(layer)}: {AGAIN}")
+        return WeightsError(f"{files.name}: {problem} in {printable_text(layer)}: {DOWNLOAD_AGAIN_ADVICE}")
 
-    kinds = [kind for kind, names in KINDS.items() if keys.keys() & set(names)]
+    kinds = [kind for kind, names in FIELDS_BY_KIND.items() if keys.keys() & set(names)]
     if len(kinds) != 1:
         raise refuse(f"{' and '.join(kinds)} are mixed" if kinds else "nothing stands beside the alpha or dora_scale")
     for key in (key for field, key in keys.items() if field != "alpha"):
-        if files.dtypes[key] not in PLAIN:
+        if files.dtypes[key] not in PLAIN_TYPES:
             raise refuse(f"{files.dtypes[key]} tensors, where float32, bfloat16 and float16 can be read,")
-    shapes = {field: files.shapes[key] for field, key in keys.items() if field in KINDS[kinds[0]]}
+    shapes = {field: files.shapes[key] for field, key in keys.items() if field in FIELDS_BY_KIND[kinds[0]]}
     if any(len(shape) != 2 for shape in shapes.values()):
         raise refuse("a tensor that is no matrix")
 
@@ -216,7 +243,9 @@ def _change(files: TensorFiles, layer: str, target: Target, keys: Mapping[str, s
         for name, partner in ((left, right), (right, left)):
             if name not in shapes:
                 raise refuse(
-                    f"the partner of {shown(keys[partner])} is missing" if partner in keys else "a factor is missing"
+                    f"the partner of {printable_text(keys[partner])} is missing"
+                    if partner in keys
+                    else "a factor is missing"
                 )
         (rows, rank), (other, columns) = shapes[left], shapes[right]
         if rank != other:
@@ -251,5 +280,5 @@ def _change(files: TensorFiles, layer: str, target: Target, keys: Mapping[str, s
         magnitude = files.shapes[keys["magnitude"]]
         if magnitude not in ((rows,), (rows, 1), (1, columns)):
             raise refuse(f"a dora_scale of shape {list(magnitude)} for a change of {rows} x {columns}")
-    scale = 1.0 if rank is None else numbers.scale(layer, keys.get("alpha"), rank)
-    return Change(target, kinds[0], dict(keys), (rows, columns), rank, scale)
+    scale = 1.0 if rank is None else alphas.scale(layer, keys.get("alpha"), rank)
+    return LoraChange(target, kinds[0], dict(keys), (rows, columns), rank, scale)

@@ -18,24 +18,29 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flux2_studio.engine.weights.layer_names import DOUBLE, DOUBLE_PARTS, SINGLE, TOP
+from flux2_studio.engine.weights.layer_names import (
+    DOUBLE_BLOCK_NAMES,
+    DOUBLE_BLOCK_PARTS,
+    SINGLE_BLOCK_NAMES,
+    TOP_LEVEL_NAMES,
+)
 
 
 @dataclass(frozen=True)
-class Target:
+class LoraTarget:
     """A layer of our transformer, or some of its rows.
 
     module: its name in `Transformer`. part, parts: the change is for this one of so many equal runs of rows (q, k and
-    v of a joined qkv). swapped: the halves of the rows come in the other order.
+    v of a joined qkv). swap_halves: the halves of the rows come in the other order.
     """
 
     module: str
     part: int = 0
     parts: int = 1
-    swapped: bool = False
+    swap_halves: bool = False
 
 
-LONGEST_KEY = 300  # published keys stay below a third of it; longer ones are not worth a look
+MAX_KEY_LENGTH = 300  # published keys stay below a third of it; longer ones are not worth a look
 
 # What a field's tensor is, by the name that follows the layer's. `.weight` and an adapter's name may stand behind it.
 _FIELDS = {
@@ -57,8 +62,8 @@ _FIELDS = {
     )
 }
 # Factors of convolutions, which FLUX.2 has none of: a layer that comes with one is not what we take it for.
-CONVOLUTION = {"lora_mid", "lokr_t1", "lokr_t2", "hada_t1", "hada_t2"}
-_FIELDS |= {name: name for name in CONVOLUTION}
+CONVOLUTION_FIELDS = {"lora_mid", "lokr_t1", "lokr_t2", "hada_t1", "hada_t2"}
+_FIELDS |= {name: name for name in CONVOLUTION_FIELDS}
 
 _KEY = re.compile(
     rf"(?P<layer>.+)\.(?P<field>{'|'.join(re.escape(name) for name in _FIELDS)})"
@@ -68,7 +73,7 @@ _PREFIX = re.compile(
     r"(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.)*"
     r"(?:lora_unet_|lora_transformer_|lycoris_)?"
 )
-_TEXT_ENCODER = re.compile(
+_TEXT_ENCODER_KEY = re.compile(
     r"(?:base_model\.model\.)?"
     r"(?:(?:lora_|lycoris_)?(?:te\d?|text_encoders?(?:_\d)?|text_model|conditioner|language_model)[._]"
     r"|model\.layers\.|model\.language_model\.)"
@@ -78,43 +83,43 @@ _BLOCK = re.compile(
 )
 
 
-def _flat(name: str) -> str:
+def _dots_to_underscores(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _targets(names: Mapping[str, str], parts: Mapping[str, Sequence[str]]) -> dict[str, Target]:
+def _targets(names: Mapping[str, str], parts: Mapping[str, Sequence[str]]) -> dict[str, LoraTarget]:
     """Targets by every name that they have, dots as underscores."""
-    found: dict[str, Target] = {}
+    found: dict[str, LoraTarget] = {}
     for ours, theirs in names.items():
-        found[_flat(ours)] = Target(ours)
-        found[_flat(theirs)] = Target(ours, swapped=theirs == "norm_out.linear")
+        found[_dots_to_underscores(ours)] = LoraTarget(ours)
+        found[_dots_to_underscores(theirs)] = LoraTarget(ours, swap_halves=theirs == "norm_out.linear")
     for ours, pieces in parts.items():
         for number, piece in enumerate(pieces):
-            found[_flat(piece)] = Target(ours, part=number, parts=len(pieces))
+            found[_dots_to_underscores(piece)] = LoraTarget(ours, part=number, parts=len(pieces))
     return found
 
 
-_TOP_TARGETS = _targets(TOP, {})
-_DOUBLE_TARGETS = _targets(DOUBLE, DOUBLE_PARTS)
-_SINGLE_TARGETS = _targets(SINGLE, {})
+_TOP_TARGETS = _targets(TOP_LEVEL_NAMES, {})
+_DOUBLE_TARGETS = _targets(DOUBLE_BLOCK_NAMES, DOUBLE_BLOCK_PARTS)
+_SINGLE_TARGETS = _targets(SINGLE_BLOCK_NAMES, {})
 
 # Layers whose input has the transformer's hidden width; the output of all others has it.
 _READS_HIDDEN = re.compile(r".*(?:attn\.(?:qkv|proj)|mlp\.0|linear1|\.lin|\.out_layer)|final_layer\..*")
 
 
-def parse(key: str) -> tuple[str, str] | None:
+def parse_key(key: str) -> tuple[str, str] | None:
     """(layer as the file spells it, field) of a key; None if it is none of a LoRA's that we know.
 
-    Fields are down, up, alpha, magnitude (DoRA), diff, LyCORIS' `lokr_...` and `hada_...`, and those of `CONVOLUTION`.
+    Fields are down, up, alpha, magnitude (DoRA), diff, LyCORIS' `lokr_...` and `hada_...`, and those of `CONVOLUTION_FIELDS`.
     """
-    match = _KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None
+    match = _KEY.fullmatch(key) if len(key) <= MAX_KEY_LENGTH else None
     return (match["layer"], _FIELDS[match["field"]]) if match else None
 
 
-def target_of(layer: str) -> Target | None:
+def target_of(layer: str) -> LoraTarget | None:
     """The target of a layer as a file spells it, prefix and all; None if FLUX.2 has no such layer."""
     prefix = _PREFIX.match(layer)
-    name = _flat(layer[prefix.end() :] if prefix else layer)
+    name = _dots_to_underscores(layer[prefix.end() :] if prefix else layer)
     block = _BLOCK.fullmatch(name)
     if block is None:
         return _TOP_TARGETS.get(name)
@@ -123,9 +128,9 @@ def target_of(layer: str) -> Target | None:
     return found and replace(found, module=f"{kind}_blocks.{int(block['number'])}.{found.module}")
 
 
-def is_of_text_encoder(key: str) -> bool:
+def is_text_encoder_key(key: str) -> bool:
     """Whether the key belongs to a text encoder's LoRA, which some trainers put into the same file."""
-    return _TEXT_ENCODER.match(key) is not None
+    return _TEXT_ENCODER_KEY.match(key) is not None
 
 
 def hidden_width(module: str, shape: tuple[int, int]) -> int:

@@ -13,7 +13,7 @@ Layers are *replaced* by `AdaptedLinear` rather than given forward hooks: a comp
 later, and would draw without the LoRA and without a word.
 
 LoHa is multiplied out at every call: that costs as much as 2 * rank more tokens would, and spares a second copy of the
-weight. Only `Full` holds one. DoRA needs W once, when it is built, for its norms.
+weight. Only `FullDelta` holds one. DoRA needs W once, when it is built, for its norms.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2_studio.engine.lora.keys import Target
-from flux2_studio.engine.runtime.streaming import fetch, writing
+from flux2_studio.engine.lora.keys import LoraTarget
+from flux2_studio.engine.runtime.streaming import editable_weights, fetch_weights
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class LoraPath(nn.Module):
+class LoraBranch(nn.Module):
     """One addition to a layer's output. Its tensors are buffers that move with the model and are not saved with it."""
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
@@ -42,12 +42,12 @@ class LoraPath(nn.Module):
         """The same as a change of the layer's weight [out, in]."""
         raise NotImplementedError
 
-    def _hold(self, **tensors: Tensor) -> None:
+    def _register_tensors(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.contiguous(), persistent=False)
 
 
-class LowRank(LoraPath):
+class LowRank(LoraBranch):
     """down [rank, in], then up [out, rank]."""
 
     down: Tensor
@@ -55,7 +55,7 @@ class LowRank(LoraPath):
 
     def __init__(self, down: Tensor, up: Tensor) -> None:
         super().__init__()
-        self._hold(down=down, up=up)
+        self._register_tensors(down=down, up=up)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         return F.linear(F.linear(x, self.down), self.up)
@@ -64,7 +64,7 @@ class LowRank(LoraPath):
         return self.up @ self.down
 
 
-class Kronecker(LoraPath):
+class Kronecker(LoraBranch):
     """w1 [a, b] (x) w2 [c, d], out = a c and in = b d, never multiplied out."""
 
     w1: Tensor
@@ -72,7 +72,7 @@ class Kronecker(LoraPath):
 
     def __init__(self, w1: Tensor, w2: Tensor) -> None:
         super().__init__()
-        self._hold(w1=w1, w2=w2)
+        self._register_tensors(w1=w1, w2=w2)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         grid = x.unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))  # [..., b, d]
@@ -82,7 +82,7 @@ class Kronecker(LoraPath):
         return torch.kron(self.w1, self.w2)
 
 
-class Hadamard(LoraPath):
+class Hadamard(LoraBranch):
     """The product, element by element, of two low-rank matrices: (a1 b1) * (a2 b2), a [out, rank] and b [rank, in]."""
 
     a1: Tensor
@@ -92,7 +92,7 @@ class Hadamard(LoraPath):
 
     def __init__(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> None:
         super().__init__()
-        self._hold(a1=a1, b1=b1, a2=a2, b2=b2)
+        self._register_tensors(a1=a1, b1=b1, a2=a2, b2=b2)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         return F.linear(x, self._multiplied_out())
@@ -104,14 +104,14 @@ class Hadamard(LoraPath):
         return (self.a1 @ self.b1) * (self.a2 @ self.b2)
 
 
-class Full(LoraPath):
+class FullDelta(LoraBranch):
     """A matrix [out, in] as it is."""
 
     matrix: Tensor
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
-        self._hold(matrix=matrix)
+        self._register_tensors(matrix=matrix)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         return F.linear(x, self.matrix)
@@ -120,121 +120,130 @@ class Full(LoraPath):
         return self.matrix
 
 
-class DoraRows(LoraPath):
+class DoraRows(LoraBranch):
     """gain * (W + D) - W with one gain per row, times the LoRA's weight: of W there is y left to rescale.
 
-    of_y = weight (gain - 1) and of_d = weight gain, both [out], zero in rows that are not adapted.
+    output_gain = weight (gain - 1) and delta_gain = weight gain, both [out], zero in rows that are not adapted.
     """
 
-    of_y: Tensor
-    of_d: Tensor
+    output_gain: Tensor
+    delta_gain: Tensor
 
-    def __init__(self, inner: LoraPath, of_y: Tensor, of_d: Tensor) -> None:
+    def __init__(self, inner: LoraBranch, output_gain: Tensor, delta_gain: Tensor) -> None:
         super().__init__()
         self.inner = inner
-        self._hold(of_y=of_y, of_d=of_d)
+        self._register_tensors(output_gain=output_gain, delta_gain=delta_gain)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        return self.of_y * y + self.of_d * self.inner(x, y, layer)
+        return self.output_gain * y + self.delta_gain * self.inner(x, y, layer)
 
     def delta(self, weight: Tensor) -> Tensor:
-        return self.of_y[:, None] * weight + self.of_d[:, None] * self.inner.delta(weight)
+        return self.output_gain[:, None] * weight + self.delta_gain[:, None] * self.inner.delta(weight)
 
 
-class DoraColumns(LoraPath):
+class DoraColumns(LoraBranch):
     """(W + D) * gain - W with one gain per column, times the LoRA's weight: the layer runs a second time.
 
-    gain: [in]. of_sum: [out], the LoRA's weight, zero in rows that are not adapted.
+    gain: [in]. row_weight: [out], the LoRA's weight, zero in rows that are not adapted.
     """
 
     gain: Tensor
-    of_sum: Tensor
+    row_weight: Tensor
 
-    def __init__(self, inner: LoraPath, gain: Tensor, of_sum: Tensor) -> None:
+    def __init__(self, inner: LoraBranch, gain: Tensor, row_weight: Tensor) -> None:
         super().__init__()
         self.inner = inner
-        self._hold(gain=gain, of_sum=of_sum)
+        self._register_tensors(gain=gain, row_weight=row_weight)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        return self.of_sum * (layer((self.gain - 1) * x) + self.inner(self.gain * x, y, layer))
+        return self.row_weight * (layer((self.gain - 1) * x) + self.inner(self.gain * x, y, layer))
 
     def delta(self, weight: Tensor) -> Tensor:
-        return self.of_sum[:, None] * ((self.gain - 1) * weight + self.gain * self.inner.delta(weight))
+        return self.row_weight[:, None] * ((self.gain - 1) * weight + self.gain * self.inner.delta(weight))
 
 
-def build(
-    tensors: Mapping[str, Tensor], target: Target, scale: float, weight: float, bare: Callable[[], Tensor]
-) -> LoraPath:
+def build_branch(
+    tensors: Mapping[str, Tensor],
+    target: LoraTarget,
+    scale: float,
+    weight: float,
+    get_base_weight: Callable[[], Tensor],
+) -> LoraBranch:
     """The path of one change.
 
     tensors: by their fields (`lora_keys.parse`), whole and of fitting shapes, in float32. scale: the file's own
-    (alpha / rank). weight: the user's. bare: gives the layer's weight [out, in] in float32; called for DoRA only.
+    (alpha / rank). weight: the user's. get_base_weight: gives the layer's weight [out, in] in float32; called for DoRA only.
     """
     magnitude = tensors.get("magnitude")
-    path = _plain(tensors, target, scale if magnitude is not None else scale * weight)
+    path = _branch_without_dora(tensors, target, scale if magnitude is not None else scale * weight)
     if magnitude is None:
         return path
-    whole = bare()
+    whole = get_base_weight()
     merged = whole + path.delta(whole)
     rows = magnitude.new_full((merged.shape[0] // target.parts, 1), weight)
-    share = _placed(rows, target)[:, 0]  # the user's weight in the rows that are adapted
+    share = _place_rows(rows, target)[:, 0]  # the user's weight in the rows that are adapted
     tiny = torch.finfo(torch.float32).eps
     if magnitude.ndim == 2 and magnitude.shape[0] == 1 and magnitude.shape[1] == merged.shape[1]:
         # LyCORIS' older way: norms along the output, over the rows of the layer that was trained
         gain = magnitude[0] / (merged[share != 0].norm(dim=0) + tiny)
         return DoraColumns(path, gain, share)
-    gain = _placed(magnitude.reshape(-1, 1), target)[:, 0] / (merged.norm(dim=1) + tiny)
+    gain = _place_rows(magnitude.reshape(-1, 1), target)[:, 0] / (merged.norm(dim=1) + tiny)
     return DoraRows(path, share * (gain - 1), share * gain)
 
 
-def _plain(tensors: Mapping[str, Tensor], target: Target, scale: float) -> LoraPath:
+def _branch_without_dora(tensors: Mapping[str, Tensor], target: LoraTarget, scale: float) -> LoraBranch:
     if "down" in tensors:
-        return LowRank(tensors["down"], _placed(scale * tensors["up"], target))
+        return LowRank(tensors["down"], _place_rows(scale * tensors["up"], target))
     if "diff" in tensors:
-        return Full(_placed(scale * tensors["diff"], target))
+        return FullDelta(_place_rows(scale * tensors["diff"], target))
     if "hada_w1_a" in tensors:
-        a1, a2 = _placed(scale * tensors["hada_w1_a"], target), _placed(tensors["hada_w2_a"], target)
+        a1, a2 = _place_rows(scale * tensors["hada_w1_a"], target), _place_rows(tensors["hada_w2_a"], target)
         return Hadamard(a1, tensors["hada_w1_b"], a2, tensors["hada_w2_b"])
     w1, w2 = (
         tensors[name] if name in tensors else tensors[f"{name}_a"] @ tensors[f"{name}_b"]
         for name in ("lokr_w1", "lokr_w2")
     )
-    if target.swapped:  # a product with swapped halves is no product any more
-        return Full(_placed(scale * torch.kron(w1, w2), target))
-    return Kronecker(_placed(scale * w1, target), w2)  # w1's rows are runs of the product's rows
+    if target.swap_halves:  # a product with swapped halves is no product any more
+        return FullDelta(_place_rows(scale * torch.kron(w1, w2), target))
+    return Kronecker(_place_rows(scale * w1, target), w2)  # w1's rows are runs of the product's rows
 
 
-def _placed(rows: Tensor, target: Target) -> Tensor:
+def _place_rows(rows: Tensor, target: LoraTarget) -> Tensor:
     """The rows of a change where they belong among the layer's, zeros elsewhere."""
-    if target.swapped:
+    if target.swap_halves:
         rows = torch.cat(rows.chunk(2)[::-1])
     return F.pad(rows, (0, 0, target.part * len(rows), (target.parts - 1 - target.part) * len(rows)))
 
 
-def joined(paths: Iterable[LoraPath]) -> list[LoraPath]:
+def merge_low_rank(branches: Iterable[LoraBranch]) -> list[LoraBranch]:
     """The same paths with all low-rank ones in one: a sum of B A is one B A of the stacked factors."""
-    paths = list(paths)
-    low = [path for path in paths if isinstance(path, LowRank)]
-    others: list[LoraPath] = [path for path in paths if not isinstance(path, LowRank)]
+    branches = list(branches)
+    low = [path for path in branches if isinstance(path, LowRank)]
+    others: list[LoraBranch] = [path for path in branches if not isinstance(path, LowRank)]
     if len(low) > 1:
         low = [LowRank(torch.cat([path.down for path in low]), torch.cat([path.up for path in low], 1))]
     return [*low, *others]
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with LoRAs: `paths` beside it, or fused into its weight, the `original` being kept on the CPU.
+    """A linear layer with LoRAs: `branches` beside it, or fused into its weight, the `original_weight` being kept on the CPU.
 
-    carries: whatever tells the caller which LoRAs these are. State dicts look as if the layer stood here itself.
+    applied_loras: whatever tells the caller which LoRAs these are. State dicts look as if the layer stood here itself.
     """
 
     def __init__(
-        self, base: nn.Module, carries: object, *, paths: Iterable[LoraPath] = (), original: Tensor | None = None
+        self,
+        base: nn.Module,
+        applied_loras: object,
+        *,
+        branches: Iterable[LoraBranch] = (),
+        original_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.base = base
-        self.carries = carries
-        self.paths = nn.ModuleList(paths)
-        self.original = original  # not a buffer: it stays on the CPU when the model moves
+        self.applied_loras = applied_loras
+        self.branches = nn.ModuleList(branches)
+        self.original_weight = original_weight  # not a buffer: it stays on the CPU when the model moves
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_pre_hook(_with_base)
 
@@ -245,16 +254,16 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = out = self.base(x)
-        for path in self.paths:
+        for path in self.branches:
             out = out + path(x, y, self.base)
         return out
 
-    def stripped(self) -> nn.Module:
+    def restore_base(self) -> nn.Module:
         """The layer as it was, bit by bit."""
-        if self.original is not None:
-            with writing(self.base):
-                self.weight.copy_(self.original)
-            self.original = None
+        if self.original_weight is not None:
+            with editable_weights(self.base):
+                self.weight.copy_(self.original_weight)
+            self.original_weight = None
         return self.base
 
 
@@ -270,20 +279,20 @@ def _with_base(_module: nn.Module, state: dict[str, Any], prefix: str, *_: objec
 
 def has_float_weight(layer: nn.Module) -> bool:
     """Whether the layer is its `weight`, to be read and changed as it stands; quantised layers are not."""
-    return isinstance(layer, nn.Linear) and layer.weight.dtype in FLOATS
+    return isinstance(layer, nn.Linear) and layer.weight.dtype in FLOAT_DTYPES
 
 
-def bare_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+def base_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] of a layer without its LoRAs, in float32 on the layer's device.
 
     dtype: what the layer computes in; quantised weights are restored to it, as when the layer runs.
     """
     base: Any = module
     if isinstance(module, AdaptedLinear):
-        if module.original is not None:
-            return module.original.to(device_of(module), torch.float32)
+        if module.original_weight is not None:
+            return module.original_weight.to(device_of(module), torch.float32)
         base = module.base
-    fetch(base)
+    fetch_weights(base)
     weight: Tensor = base.weight if has_float_weight(base) else base.dequantize(dtype)
     return weight.float()
 

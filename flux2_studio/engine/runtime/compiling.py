@@ -25,66 +25,66 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.flux.transformer import DoubleBlock, Kept, Rope, SingleBlock, Transformer
+from flux2_studio.engine.flux.transformer import DoubleBlock, ReferenceKV, Rope, SingleBlock, Transformer
 from flux2_studio.engine.params import TransformerParams
 
 # Lengths to compile with: text, image, references. No two that occur, nor their sums, are alike or a model's width:
 # equal ones would be taken for the same, and other pictures would not fit.
-TEXT, IMAGE, REFERENCES = 37, 53, 71
-MOST = 64  # compiled forwards that are remembered
-UNREADABLE = (ImportError, OSError, EOFError, ValueError)  # what reading a damaged file raises
-Manner = Literal["none", "writes", "reads"]
-PLAIN = (bool, int, float, str)  # settings of a layer; others may be whatever keeps it (`streaming`)
+EXAMPLE_TEXT_TOKENS, EXAMPLE_IMAGE_TOKENS, EXAMPLE_REFERENCE_TOKENS = 37, 53, 71
+MAX_COMPILED_FORWARDS = 64  # compiled forwards that are remembered
+CACHE_READ_ERRORS = (ImportError, OSError, EOFError, ValueError)  # what reading a damaged file raises
+CacheAccess = Literal["none", "writes", "reads"]
+SETTING_TYPES = (bool, int, float, str)  # settings of a layer; others may be whatever keeps it (`streaming`)
 
 
 class CompileError(Exception):
-    """A block could not be compiled: no compiler on this machine, mostly. lasting: whether it never will be, as when it
+    """A block could not be compiled: no compiler on this machine, mostly. is_permanent: whether it never will be, as when it
     is not for want of memory."""
 
-    def __init__(self, reason: str, *, lasting: bool) -> None:
+    def __init__(self, reason: str, *, is_permanent: bool) -> None:
         super().__init__(reason)
-        self.lasting = lasting
+        self.is_permanent = is_permanent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """What a block is compiled for. several: whether batches have more than one row. references: what it does about a
-    reference cache, see `Kept`."""
+class CompileKey:
+    """What a block is compiled for. is_batched: whether batches have more than one row. cache_access: what it does about a
+    reference cache, see `ReferenceKV`."""
 
-    several: bool = False
-    references: Manner = "none"
+    is_batched: bool = False
+    cache_access: CacheAccess = "none"
 
 
-def variants(rows: int, *, reference_cache: bool) -> tuple[Variant, ...]:
+def compile_keys_for(rows: int, *, reference_cache: bool) -> tuple[CompileKey, ...]:
     """Those that drawing takes, with batches of `rows`. reference_cache: whether there is one with tokens in it."""
     several = rows > 1
     if not reference_cache:
-        return (Variant(several=several),)
-    return Variant(several=several, references="writes"), Variant(several=several, references="reads")
+        return (CompileKey(is_batched=several),)
+    return CompileKey(is_batched=several, cache_access="writes"), CompileKey(is_batched=several, cache_access="reads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class CompileJob:
     """Blocks to compile for a variant, and what their inputs are like."""
 
     blocks: tuple[nn.Module, ...]
-    variant: Variant
+    compile_key: CompileKey
     params: TransformerParams
     dtype: torch.dtype
     device: torch.device
 
 
-class Compiled:
+class CompiledForward:
     """A forward for blocks of one structure, for one variant."""
 
     def __init__(self, forward: Any, backend: str | Callable[..., Any]) -> None:
         # torch keeps what it compiled by the code object, which all blocks of a kind share: so a copy of it.
         copy = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
         copy.__defaults__, copy.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
-        self.compiling = torch.compile(copy, fullgraph=True, dynamic=True, backend=backend)
-        self.running = torch._dynamo.run(self.compiling)
-        self.ready = False
-        self.trouble: str | None = None  # why it cannot be compiled
+        self.compile_and_run = torch.compile(copy, fullgraph=True, dynamic=True, backend=backend)
+        self.run_compiled = torch._dynamo.run(self.compile_and_run)
+        self.is_ready = False
+        self.error: str | None = None  # why it cannot be compiled
 
 
 class Compiler:
@@ -93,134 +93,140 @@ class Compiler:
     cache: the folder where torch keeps what it compiled, if it is ours to empty. backend: torch.compile's.
     """
 
-    def __init__(self, *, cache: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
-        self._cache = cache
+    def __init__(self, *, cache_folder: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
+        self._cache_folder = cache_folder
         self._backend = backend
-        self._compiled: dict[Hashable, Compiled] = {}
+        self._compiled: dict[Hashable, CompiledForward] = {}
 
-    def missing(self, model: Transformer, variant: Variant) -> list[nn.Module]:
-        """A block of each structure that is not compiled for `variant` yet; none where one of them cannot be, for then
+    def uncompiled_blocks(self, model: Transformer, compile_key: CompileKey) -> list[nn.Module]:
+        """A block of each structure that is not compiled for `compile_key` yet; none where one of them cannot be, for then
         the others are of no use."""
         found: dict[Hashable, nn.Module] = {}
-        for block in _blocks(model):
-            found.setdefault(structure(block), block)
-        compiled = [(self._compiled.get((key, variant)), block) for key, block in found.items()]
-        if any(it is not None and it.trouble for it, _ in compiled):
+        for block in _transformer_blocks(model):
+            found.setdefault(structure_key(block), block)
+        compiled = [(self._compiled.get((key, compile_key)), block) for key, block in found.items()]
+        if any(it is not None and it.error for it, _ in compiled):
             return []
-        return [block for it, block in compiled if it is None or not it.ready]
+        return [block for it, block in compiled if it is None or not it.is_ready]
 
-    def order(self, model: Transformer, variant: Variant) -> Order:
-        """What is `missing`, to be compiled whatever becomes of `model` meanwhile; its weights are held until then."""
-        return Order(
-            blocks=tuple(shadow(block) for block in self.missing(model, variant)),
-            variant=variant,
+    def make_job(self, model: Transformer, compile_key: CompileKey) -> CompileJob:
+        """What is `uncompiled_blocks`, to be compiled whatever becomes of `model` meanwhile; its weights are held until then."""
+        return CompileJob(
+            blocks=tuple(clone_sharing_weights(block) for block in self.uncompiled_blocks(model, compile_key)),
+            compile_key=compile_key,
             params=model.params,
             dtype=model.dtype,
             device=model.device,
         )
 
     @torch.inference_mode()
-    def compile(self, order: Order) -> None:
+    def compile(self, job: CompileJob) -> None:
         """Compile what was ordered. Raises `CompileError`.
 
         Where torch cannot read what it kept, that is taken for damaged: it is emptied, and all is tried once more.
         """
-        for block in order.blocks:
-            compiled = self._of(structure(block), block, order.variant)
+        for block in job.blocks:
+            compiled = self._get_or_create(structure_key(block), block, job.compile_key)
             try:
                 try:
-                    _run(compiled.compiling, block, order)
+                    _run_example(compiled.compile_and_run, block, job)
                 except Exception as error:  # torch's own kinds are many
-                    if self._cache is None or not self._cache.is_dir() or not isinstance(_inner(error), UNREADABLE):
+                    if (
+                        self._cache_folder is None
+                        or not self._cache_folder.is_dir()
+                        or not isinstance(_compiler_error(error), CACHE_READ_ERRORS)
+                    ):
                         raise
-                    shutil.rmtree(self._cache, ignore_errors=True)
-                    _run(compiled.compiling, block, order)
+                    shutil.rmtree(self._cache_folder, ignore_errors=True)
+                    _run_example(compiled.compile_and_run, block, job)
             except Exception as error:
-                lasting = not isinstance(_inner(error), torch.OutOfMemoryError)
+                lasting = not isinstance(_compiler_error(error), torch.OutOfMemoryError)
                 if lasting:
-                    compiled.trouble = _reason(error)
-                raise CompileError(_reason(error), lasting=lasting) from error
-            compiled.ready = True
+                    compiled.error = _error_summary(error)
+                raise CompileError(_error_summary(error), is_permanent=lasting) from error
+            compiled.is_ready = True
 
-    def attach(self, model: Transformer, *needed: Variant) -> bool:
+    def attach(self, model: Transformer, *needed: CompileKey) -> bool:
         """Have the blocks of `model` run compiled, if all is there that the `needed` variants take. Otherwise they run
         as they are written."""
         self.detach(model)
         found = []
-        for block in _blocks(model):
-            key = structure(block)
+        for block in _transformer_blocks(model):
+            key = structure_key(block)
             compiled = [(variant, self._compiled.get((key, variant))) for variant in needed]
-            forwards = {variant.references: it.running for variant, it in compiled if it is not None and it.ready}
+            forwards = {
+                variant.cache_access: it.run_compiled for variant, it in compiled if it is not None and it.is_ready
+            }
             if not needed or len(forwards) < len(needed):
                 return False
             found.append((block, forwards))
         for block, forwards in found:
-            block.forward = partial(_choose, forwards, block)
+            block.forward = partial(_call_matching_forward, forwards, block)
         return True
 
     def detach(self, model: Transformer) -> None:
         """Have the blocks of `model` run as they are written."""
-        for block in _blocks(model):
+        for block in _transformer_blocks(model):
             vars(block).pop("forward", None)
 
-    def _of(self, key: Hashable, block: nn.Module, variant: Variant) -> Compiled:
-        whole = key, variant
+    def _get_or_create(self, key: Hashable, block: nn.Module, compile_key: CompileKey) -> CompiledForward:
+        whole = key, compile_key
         if whole not in self._compiled:
-            if len(self._compiled) == MOST:  # LoRAs of ever other ranks, say
+            if len(self._compiled) == MAX_COMPILED_FORWARDS:  # LoRAs of ever other ranks, say
                 del self._compiled[next(iter(self._compiled))]
-            self._compiled[whole] = Compiled(type(block).forward, self._backend)
+            self._compiled[whole] = CompiledForward(type(block).forward, self._backend)
         return self._compiled[whole]
 
 
-def structure(block: nn.Module) -> Hashable:
+def structure_key(block: nn.Module) -> Hashable:
     """What blocks must share to run the same compiled code: their layers' kinds and settings, their tensors' shapes."""
     tensors = (*block.named_parameters(), *block.named_buffers())
     return (
         tuple(
-            (name, type(module), *(item for item in vars(module).items() if isinstance(item[1], PLAIN)))
+            (name, type(module), *(item for item in vars(module).items() if isinstance(item[1], SETTING_TYPES)))
             for name, module in block.named_modules()
         ),
         tuple((name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in tensors),
     )
 
 
-def shadow(block: nn.Module) -> nn.Module:
+def clone_sharing_weights(block: nn.Module) -> nn.Module:
     """Another `block` with the very same tensors, which keeps them when the block's own are moved or replaced."""
     other: nn.Module = object.__new__(type(block))
     other.__dict__.update(vars(block))
-    other._modules = {name: module and shadow(module) for name, module in block._modules.items()}
+    other._modules = {name: module and clone_sharing_weights(module) for name, module in block._modules.items()}
     # New parameters: a move puts other values into those that there are.
     other._parameters = {
         name: tensor if tensor is None else nn.Parameter(tensor.detach(), tensor.requires_grad)
         for name, tensor in block._parameters.items()
     }
     other._buffers = dict(block._buffers)
-    for attached in ("forward", "velocity", "through"):  # what compiled or recorded the block itself
+    for attached in ("forward", "velocity", "run_layers"):  # what compiled or recorded the block itself
         vars(other).pop(attached, None)
     return other
 
 
-def _choose(forwards: Mapping[Manner, Callable[..., Any]], block: nn.Module, *inputs: Any) -> Any:
-    kept = next((value for value in inputs if isinstance(value, Kept)), None)
-    references: Manner = "none" if kept is None else "reads" if kept.filled else "writes"
+def _call_matching_forward(forwards: Mapping[CacheAccess, Callable[..., Any]], block: nn.Module, *inputs: Any) -> Any:
+    kept = next((value for value in inputs if isinstance(value, ReferenceKV)), None)
+    references: CacheAccess = "none" if kept is None else "reads" if kept.is_filled else "writes"
     return forwards[references](block, *inputs)
 
 
-def _blocks(model: Transformer) -> Iterator[nn.Module]:
+def _transformer_blocks(model: Transformer) -> Iterator[nn.Module]:
     yield from model.double_blocks
     yield from model.single_blocks
 
 
-def _run(forward: Callable[..., Any], block: nn.Module, order: Order) -> None:
+def _run_example(forward: Callable[..., Any], block: nn.Module, job: CompileJob) -> None:
     """Once for each way in which `Transformer.velocity` calls a block of that kind."""
-    p = order.params
-    batch = 2 if order.variant.several else 1
-    writes, reads = order.variant.references == "writes", order.variant.references == "reads"
-    image = IMAGE + (REFERENCES if writes else 0)
-    tokens = TEXT + image
+    p = job.params
+    batch = 2 if job.compile_key.is_batched else 1
+    writes, reads = job.compile_key.cache_access == "writes", job.compile_key.cache_access == "reads"
+    image = EXAMPLE_IMAGE_TOKENS + (EXAMPLE_REFERENCE_TOKENS if writes else 0)
+    tokens = EXAMPLE_TEXT_TOKENS + image
 
-    def made(*shape: int, dtype: torch.dtype = order.dtype) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=order.device)
+    def made(*shape: int, dtype: torch.dtype = job.dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=job.device)
 
     def modulation(count: int, length: int = 1) -> tuple[Tensor, ...]:
         if writes and length > 1:  # a tensor each, as they are looked up for every token
@@ -230,23 +236,23 @@ def _run(forward: Callable[..., Any], block: nn.Module, order: Order) -> None:
     rope = Rope(*(made(tokens, p.head_width // 2, dtype=torch.float32) for _ in range(2)))
     kept = None
     if writes or reads:
-        keys, values = (made(batch, p.heads, REFERENCES, p.head_width) for _ in range(2))
-        kept = Kept(keys, values, filled=reads)
+        keys, values = (made(batch, p.heads, EXAMPLE_REFERENCE_TOKENS, p.head_width) for _ in range(2))
+        kept = ReferenceKV(keys, values, is_filled=reads)
     if isinstance(block, DoubleBlock):
-        x, ctx = made(batch, image, p.hidden), made(batch, TEXT, p.hidden)
+        x, ctx = made(batch, image, p.hidden), made(batch, EXAMPLE_TEXT_TOKENS, p.hidden)
         forward(block, x, ctx, modulation(6, image), modulation(6), rope, kept)
     else:
         assert isinstance(block, SingleBlock)
-        for wanted in (None, (TEXT, IMAGE)):
+        for wanted in (None, (EXAMPLE_TEXT_TOKENS, EXAMPLE_IMAGE_TOKENS)):
             forward(block, made(batch, tokens, p.hidden), modulation(3, tokens), rope, kept, wanted)
 
 
-def _inner(error: BaseException) -> BaseException:
+def _compiler_error(error: BaseException) -> BaseException:
     """What a compiler raised, of which torch makes an error of its own."""
     inner = getattr(error, "inner_exception", None)
     return inner if isinstance(inner, BaseException) else error
 
 
-def _reason(error: BaseException) -> str:
+def _error_summary(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
     return lines[0] if lines else type(error).__name__

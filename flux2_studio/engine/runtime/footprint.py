@@ -45,111 +45,119 @@ from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
 from flux2_studio.engine.weights.quantize import QuantizedLinear, quantize
 
 META = torch.device("meta")
-HOST = torch.device("cpu")
-_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
-_PRODUCTS = (torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-SEEN = 256  # stages whose figure is remembered: a page asks for the same ones again and again
+CPU = torch.device("cpu")
+_CONVOLUTION_OPS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
+_LINEAR_OPS = (torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+FOOTPRINT_CACHE_SIZE = 256  # stages whose figure is remembered: a page asks for the same ones again and again
 
 
-@functools.lru_cache(SEEN)
+@functools.lru_cache(FOOTPRINT_CACHE_SIZE)
 def transformer_bytes(
     params: TransformerParams,
     dtype: torch.dtype,
     *,
     batch: int,
-    tokens: int,
-    text: int,
-    references: int = 0,
+    image_tokens: int,
+    text_tokens: int,
+    reference_tokens: int = 0,
     reference_cache: bool = False,
     quantized: bool = False,
     on_cpu: bool = False,
 ) -> int:
     """Peak of one evaluation of the transformer, with the keys and values that a reference cache keeps after it.
 
-    batch: rows (twice the pictures under classifier-free guidance). tokens, text, references: of each row. quantized:
+    batch: rows (twice the pictures under classifier-free guidance). image_tokens, text, references: of each row. quantized:
     whether the blocks' weights are held in few bits, and restored layer by layer. on_cpu: whether this machine's
     processor computes it.
     """
     shallow = replace(params, double_blocks=min(2, params.double_blocks), single_blocks=min(2, params.single_blocks))
-    cached = references if reference_cache else 0
+    cached = reference_tokens if reference_cache else 0
     with META:
-        model = _frozen(Transformer(shallow).to(dtype))
+        model = _freeze(Transformer(shallow).to(dtype))
         if quantized:
-            hold_small(model.double_blocks)
-            hold_small(model.single_blocks)
-        length = text + tokens + references
+            quantize_linear_layers(model.double_blocks)
+            quantize_linear_layers(model.single_blocks)
+        length = text_tokens + image_tokens + reference_tokens
         angles = torch.empty(length, params.head_width // 2)
         inputs = (
-            torch.empty(batch, tokens + references, params.in_channels, dtype=dtype),
-            torch.empty(batch, text, params.context_width, dtype=dtype),
+            torch.empty(batch, image_tokens + reference_tokens, params.in_channels, dtype=dtype),
+            torch.empty(batch, text_tokens, params.context_width, dtype=dtype),
             torch.empty(batch),
         )
         guidance = torch.empty(batch) if params.guidance_embedding else None
     cache = ReferenceCache(cached) if cached else None
     peak = peak_bytes(
-        lambda: model(*inputs, Rope(angles, angles), guidance, outputs=tokens, cache=cache),
+        lambda: model(*inputs, Rope(angles, angles), guidance, outputs=image_tokens, cache=cache),
         *inputs,
         angles,
         angles,
         on_cpu=on_cpu,
     )
-    return peak + kept_bytes(params, dtype, batch, cached) - kept_bytes(shallow, dtype, batch, cached)
+    return (
+        peak
+        + reference_cache_bytes(params, dtype, batch, cached)
+        - reference_cache_bytes(shallow, dtype, batch, cached)
+    )
 
 
-def kept_bytes(params: TransformerParams, dtype: torch.dtype, batch: int, references: int) -> int:
+def reference_cache_bytes(params: TransformerParams, dtype: torch.dtype, batch: int, reference_tokens: int) -> int:
     """What a reference cache keeps: keys and values of each block."""
-    return 2 * (params.double_blocks + params.single_blocks) * batch * references * params.hidden * dtype.itemsize
+    return 2 * (params.double_blocks + params.single_blocks) * batch * reference_tokens * params.hidden * dtype.itemsize
 
 
-@functools.lru_cache(SEEN)
+@functools.lru_cache(FOOTPRINT_CACHE_SIZE)
 def decode_bytes(
     params: AutoencoderParams,
     dtype: torch.dtype,
     width: int,
     height: int,
-    rows: int | None,
-    store: bool = False,
+    strip_height: int | None,
+    offload_activations: bool = False,
     *,
     on_cpu: bool = False,
 ) -> int:
-    """Peak of decoding one picture of width x height pixels, in strips of `rows` or whole.
+    """Peak of decoding one picture of width x height pixels, in strips of `strip_height` or whole.
 
-    store: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's processor
+    offload_activations: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's processor
     computes it.
     """
     with META:
-        model = _autoencoder(params, dtype)
+        model = _build_autoencoder(params, dtype)
         latent = torch.empty(1, 4 * params.latent_channels, height // params.patch, width // params.patch)
-    return peak_bytes(lambda: model.decode(latent, rows, HOST if store else None), latent, on_cpu=on_cpu)
+    return peak_bytes(
+        lambda: model.decode(latent, strip_height, CPU if offload_activations else None), latent, on_cpu=on_cpu
+    )
 
 
-@functools.lru_cache(SEEN)
+@functools.lru_cache(FOOTPRINT_CACHE_SIZE)
 def encode_bytes(
     params: AutoencoderParams,
     dtype: torch.dtype,
     width: int,
     height: int,
-    rows: int | None,
-    store: bool = False,
+    strip_height: int | None,
+    offload_activations: bool = False,
     *,
     on_cpu: bool = False,
 ) -> int:
-    """Peak of encoding one picture of width x height pixels, in strips of `rows` or whole.
+    """Peak of encoding one picture of width x height pixels, in strips of `strip_height` or whole.
 
-    store: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's processor
+    offload_activations: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's processor
     computes it.
     """
     with META:
-        model = _autoencoder(params, dtype)
+        model = _build_autoencoder(params, dtype)
         pixels = torch.empty(1, 3, height, width, dtype=dtype)
-    return peak_bytes(lambda: model.encode(pixels, rows, HOST if store else None), pixels, on_cpu=on_cpu)
+    return peak_bytes(
+        lambda: model.encode(pixels, strip_height, CPU if offload_activations else None), pixels, on_cpu=on_cpu
+    )
 
 
-@functools.lru_cache(SEEN)
+@functools.lru_cache(FOOTPRINT_CACHE_SIZE)
 def tiny_decode_bytes(dtype: torch.dtype, batch: int, width: int, height: int, *, on_cpu: bool = False) -> int:
     """Peak of the small decoder's preview of `batch` pictures. on_cpu: as for `decode_bytes`."""
     with META:
-        model = _frozen(TinyDecoder().to(dtype))
+        model = _freeze(TinyDecoder().to(dtype))
         latent = torch.empty(batch, 32, height // 8, width // 8, dtype=dtype)
     return peak_bytes(lambda: model(latent).float(), latent, on_cpu=on_cpu)
 
@@ -159,13 +167,13 @@ def peak_bytes(run: Callable[[], Any], *inputs: Tensor, on_cpu: bool = False) ->
 
     on_cpu: whether convolutions and linear layers are those of this machine's processor.
     """
-    counter = _Counter(inputs, on_cpu)
-    with torch.inference_mode(), _LeanAttention(), counter:
+    counter = _MemoryCounter(inputs, on_cpu)
+    with torch.inference_mode(), _FusedAttentionOnMeta(), counter:
         run()
     return counter.peak
 
 
-def hold_small(model: nn.Module) -> None:
+def quantize_linear_layers(model: nn.Module) -> None:
     """Put quantised layers, on the meta device, where `model` has linear ones: as 8 bits, which stand for all kinds."""
     layers: list[tuple[str, Any]] = list(model.named_modules())
     for name, layer in layers:
@@ -174,17 +182,17 @@ def hold_small(model: nn.Module) -> None:
             model.set_submodule(name, QuantizedLinear(quantize(layer.weight, "int8")))
 
 
-class _Counter(TorchDispatchMode):
+class _MemoryCounter(TorchDispatchMode):
     """Follows every storage on the meta device from its making to its end."""
 
     def __init__(self, inputs: tuple[Tensor, ...], on_cpu: bool) -> None:
         super().__init__()
         self._on_cpu = on_cpu
-        self._alive: dict[int, int] = {}
-        self._live = self.peak = sum(tensor.nbytes for tensor in inputs)
+        self._bytes_by_storage: dict[int, int] = {}
+        self._live_bytes = self.peak = sum(tensor.nbytes for tensor in inputs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (kwargs or {}).get("device") == HOST and args and isinstance(args[0], Tensor) and args[0].is_meta:
+        if (kwargs or {}).get("device") == CPU and args and isinstance(args[0], Tensor) and args[0].is_meta:
             # Going to main memory: a tensor there that takes no room, for there is nothing to put into it.
             return torch.empty((), dtype=args[0].dtype).expand(args[0].shape)
         out = func(*args, **(kwargs or {}))
@@ -192,22 +200,24 @@ class _Counter(TorchDispatchMode):
             tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
         }
         workspace = 0
-        if func in _CONVOLUTIONS:
+        if func in _CONVOLUTION_OPS:
             workspace = (_cpu_workspace if self._on_cpu else _gpu_workspace)(args[0], args[1], out)
-        elif func in _PRODUCTS and self._on_cpu and out.dtype is torch.bfloat16 and _converts_bfloat16():
+        elif func in _LINEAR_OPS and self._on_cpu and out.dtype is torch.bfloat16 and _converts_bfloat16():
             workspace = 4 * out.numel()
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device == META:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._alive and storage._cdata not in known:  # a view of a weight, say
-                    self._alive[storage._cdata] = storage.nbytes()
-                    self._live += storage.nbytes()
-                    self.peak = max(self.peak, self._live + workspace)
-                    weakref.finalize(storage, self._gone, storage._cdata)
+                if (
+                    storage._cdata not in self._bytes_by_storage and storage._cdata not in known
+                ):  # a view of a weight, say
+                    self._bytes_by_storage[storage._cdata] = storage.nbytes()
+                    self._live_bytes += storage.nbytes()
+                    self.peak = max(self.peak, self._live_bytes + workspace)
+                    weakref.finalize(storage, self._on_freed, storage._cdata)
         return out
 
-    def _gone(self, key: int) -> None:
-        self._live -= self._alive.pop(key)
+    def _on_freed(self, key: int) -> None:
+        self._live_bytes -= self._bytes_by_storage.pop(key)
 
 
 def _gpu_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
@@ -243,7 +253,7 @@ def _channel_block(dtype: torch.dtype) -> int | None:
         return None
     if dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return None
-    x, weight = (torch.zeros(1, 32, side, side, dtype=dtype, device=HOST) for side in (8, 3))
+    x, weight = (torch.zeros(1, 32, side, side, dtype=dtype, device=CPU) for side in (8, 3))
     with torch.inference_mode():
         out = F.conv2d(x.to_mkldnn(dtype), weight.to_mkldnn(dtype), padding=1)  # [1, 1, 8, 8]
     return int(torch.ops.mkldnn._nbytes(out)) // (out.numel() * dtype.itemsize)
@@ -253,7 +263,7 @@ def _converts_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not has_bfloat16()
 
 
-class _LeanAttention(TorchFunctionMode):
+class _FusedAttentionOnMeta(TorchFunctionMode):
     """On the meta device torch would choose the kernel that writes the scores down, which no other device does here."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -266,10 +276,10 @@ class _LeanAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _autoencoder(params: AutoencoderParams, dtype: torch.dtype) -> Autoencoder:
-    return _frozen(Autoencoder(params).to(dtype))
+def _build_autoencoder(params: AutoencoderParams, dtype: torch.dtype) -> Autoencoder:
+    return _freeze(Autoencoder(params).to(dtype))
 
 
-def _frozen(model: Any) -> Any:
+def _freeze(model: Any) -> Any:
     assert isinstance(model, nn.Module)
     return model.eval().requires_grad_(False)

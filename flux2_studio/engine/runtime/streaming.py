@@ -11,7 +11,7 @@ last blocks that is one of the first: a denoising loop comes back at once. Nothi
 or to the end: whoever finds another block in its slot has its own copied first.
 
 Pitfalls: a slot holds the weights of its block only while that block runs. Who reads or changes the weights of a layer
-at other times says so by `fetch` or `writing`. Do not call `.to()` on a streamed module, not even while it pauses:
+at other times says so by `wait_until_loaded` or `editable_weights`. Do not call `.to()` on a streamed module, not even while it pauses:
 `close` it first. Blocks must be called as modules, since hooks do the work. An odd number of streamed blocks has the
 first and the last in one slot: nothing but what runs between these two hides the copy from one forward to the next.
 """
@@ -30,11 +30,13 @@ from torch import Tensor, nn
 
 from flux2_studio.errors import DeviceError
 
-ALIGNMENT = 256  # bytes; what CUDA's own allocations are aligned to, so kernels run as they do on tensors of their own
-SLOTS = 2
-PAGE = 4096  # bytes; memory is pinned by pages, and no two pieces may share one
-PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
-_HOME = "streamed_home"  # the attribute by which a module inside a streamed block is found
+BLOCK_ALIGNMENT_BYTES = (
+    256  # bytes; what CUDA's own allocations are aligned to, so kernels run as they do on tensors of their own
+)
+DEVICE_BUFFER_COUNT = 2
+PAGE_BYTES = 4096  # bytes; memory is pinned by pages, and no two pieces may share one
+CUDA_HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+_STREAM_ATTRIBUTE = "streamed_home"  # the attribute by which a module inside a streamed block is found
 
 
 # --- sizes, known before anything is loaded ---
@@ -42,12 +44,12 @@ _HOME = "streamed_home"  # the attribute by which a module inside a streamed blo
 
 def packed_bytes(tensor_sizes: Iterable[int]) -> int:
     """Bytes of a block whose tensors take `tensor_sizes` bytes, each of them aligned."""
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in tensor_sizes)
+    return sum(-(-size // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES for size in tensor_sizes)
 
 
 def block_bytes(block: nn.Module) -> int:
     """Bytes of `block` when packed. It may be on meta."""
-    return packed_bytes(tensor.nbytes for _, _, tensor in _tensors(block))
+    return packed_bytes(tensor.nbytes for _, _, tensor in _owned_tensors(block))
 
 
 def streamed_bytes(block_sizes: Sequence[int], rest: int) -> int:
@@ -55,35 +57,35 @@ def streamed_bytes(block_sizes: Sequence[int], rest: int) -> int:
 
     Each of the two slots is as large as the largest block that uses it.
     """
-    return rest + sum(_slot_sizes(block_sizes))
+    return rest + sum(_device_buffer_sizes(block_sizes))
 
 
-def _slot_sizes(block_sizes: Sequence[int]) -> list[int]:
-    return [max(block_sizes[slot::SLOTS]) for slot in range(min(SLOTS, len(block_sizes)))]
+def _device_buffer_sizes(block_sizes: Sequence[int]) -> list[int]:
+    return [max(block_sizes[slot::DEVICE_BUFFER_COUNT]) for slot in range(min(DEVICE_BUFFER_COUNT, len(block_sizes)))]
 
 
 # --- where copies run ---
 
 
-class Lane:
+class CopyStream:
     """Copies where there is one queue of work: each is done when its call returns. For the CPU and for Apple's GPUs."""
 
     def pin(self, owner: np.ndarray, address: int, size: int) -> bool:
         """Lock `size` bytes at `address` to their place until `owner`, whose they are, is freed; False if refused."""
         return True
 
-    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        """Copy into `slot` behind all the work that has been enqueued so far."""
+    def copy(self, buffer_index: int, target: Tensor, source: Tensor) -> None:
+        """Copy into `buffer_index` behind all the work that has been enqueued so far."""
         target.copy_(source)
 
-    def wait(self, slot: int) -> None:
-        """Let the work that is enqueued from now on wait for the last copy into `slot`."""
+    def wait_for_copy(self, buffer_index: int) -> None:
+        """Let the work that is enqueued from now on wait for the last copy into `buffer_index`."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Return when all work is done."""
 
 
-class CudaLane(Lane):
+class CudaCopyStream(CopyStream):
     """Copies on a stream of their own, beside the computation on whatever stream is current.
 
     cuda: PyTorch's module of that name.
@@ -93,12 +95,12 @@ class CudaLane(Lane):
         self._device = device
         self._cuda = cuda
         self._stream = cuda.Stream(device)
-        self._copied = [cuda.Event() for _ in range(SLOTS)]
+        self._copy_events = [cuda.Event() for _ in range(DEVICE_BUFFER_COUNT)]
 
     def pin(self, owner: np.ndarray, address: int, size: int) -> bool:
         # Not PyTorch's own pinned memory: that is rounded up to powers of two and never given back to the system.
         runtime = self._cuda.cudart()
-        if int(runtime.cudaHostRegister(address, size, PORTABLE)) != 0:
+        if int(runtime.cudaHostRegister(address, size, CUDA_HOST_REGISTER_PORTABLE)) != 0:
             # CUDA keeps the refusal and would blame the next kernel for it: have one that may fail.
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device=self._device)
@@ -106,31 +108,31 @@ class CudaLane(Lane):
         weakref.finalize(owner, runtime.cudaHostUnregister, address).atexit = False
         return True
 
-    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
+    def copy(self, buffer_index: int, target: Tensor, source: Tensor) -> None:
         self._stream.wait_stream(self._cuda.current_stream(self._device))
         with self._cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            self._copied[slot].record(self._stream)
+            self._copy_events[buffer_index].record(self._stream)
 
-    def wait(self, slot: int) -> None:
-        self._cuda.current_stream(self._device).wait_event(self._copied[slot])
+    def wait_for_copy(self, buffer_index: int) -> None:
+        self._cuda.current_stream(self._device).wait_event(self._copy_events[buffer_index])
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self._cuda.synchronize(self._device)
 
 
-def lane_for(device: torch.device) -> Lane:
-    return CudaLane(device) if device.type == "cuda" else Lane()
+def copy_stream_for(device: torch.device) -> CopyStream:
+    return CudaCopyStream(device) if device.type == "cuda" else CopyStream()
 
 
-def host_memory(size: int, lane: Lane) -> Tensor | None:
-    """`size` bytes of main memory from which `lane` copies best: pinned where that makes a difference, for as long as
+def allocate_host_memory(size: int, copy_stream: CopyStream) -> Tensor | None:
+    """`size` bytes of main memory from which `copy_stream` copies best: pinned where that makes a difference, for as long as
     anything holds a view of them. None where the system does not give so much."""
-    pages = max(1, -(-size // PAGE)) * PAGE
+    pages = max(1, -(-size // PAGE_BYTES)) * PAGE_BYTES
     try:
-        array = np.empty(pages + PAGE, np.uint8)
-        start = -array.ctypes.data % PAGE
-        if not lane.pin(array, array.ctypes.data + start, pages):
+        array = np.empty(pages + PAGE_BYTES, np.uint8)
+        start = -array.ctypes.data % PAGE_BYTES
+        if not copy_stream.pin(array, array.ctypes.data + start, pages):
             return None
     except MemoryError:
         return None
@@ -140,50 +142,52 @@ def host_memory(size: int, lane: Lane) -> Tensor | None:
 # --- when copies run ---
 
 
-class Schedule:
+class BlockSchedule:
     """Which block is in which slot, and which comes next. hosts: each block's flat. slots: flats on the device."""
 
-    def __init__(self, hosts: Sequence[Tensor], slots: Sequence[Tensor], lane: Lane) -> None:
-        self._hosts = hosts
-        self._slots = slots
-        self._lane = lane
-        self._held: list[int | None] = [None] * len(slots)
-        self._running: int | None = None
+    def __init__(
+        self, host_buffers: Sequence[Tensor], device_buffers: Sequence[Tensor], copy_stream: CopyStream
+    ) -> None:
+        self._host_buffers = host_buffers
+        self._device_buffers = device_buffers
+        self._copy_stream = copy_stream
+        self._loaded_blocks: list[int | None] = [None] * len(device_buffers)
+        self._running_block: int | None = None
 
-    def load(self, block: int) -> None:
+    def start_copy(self, block: int) -> None:
         """Have `block` copied into its slot, unless it is there or on its way."""
-        slot, host = block % SLOTS, self._hosts[block]
-        if self._held[slot] != block:
-            self._held[slot] = None  # in case the copy fails
-            self._lane.copy(slot, self._slots[slot][: len(host)], host)
-            self._held[slot] = block
+        slot, host = block % DEVICE_BUFFER_COUNT, self._host_buffers[block]
+        if self._loaded_blocks[slot] != block:
+            self._loaded_blocks[slot] = None  # in case the copy fails
+            self._copy_stream.copy(slot, self._device_buffers[slot][: len(host)], host)
+            self._loaded_blocks[slot] = block
 
-    def fetch(self, block: int) -> None:
+    def wait_until_loaded(self, block: int) -> None:
         """Have `block` in its slot for the work that is enqueued next."""
-        if self._running is not None:
+        if self._running_block is not None:
             # Its forward died, and the next one may come from another stream, which knows nothing of its work.
-            self._lane.settle()
-            self._running = None
-        self.load(block)
-        self._lane.wait(block % SLOTS)
+            self._copy_stream.synchronize()
+            self._running_block = None
+        self.start_copy(block)
+        self._copy_stream.wait_for_copy(block % DEVICE_BUFFER_COUNT)
 
-    def enter(self, block: int) -> None:
+    def acquire(self, block: int) -> None:
         """`block` is about to be enqueued."""
-        self.fetch(block)
-        self._running = block
+        self.wait_until_loaded(block)
+        self._running_block = block
 
-    def leave(self, block: int) -> None:
+    def release(self, block: int) -> None:
         """`block` has been enqueued: its slot goes to the next one, or to the next forward's first."""
-        self._running = None
-        following = block + SLOTS
-        self.load(following if following < len(self._hosts) else block % SLOTS)
+        self._running_block = None
+        following = block + DEVICE_BUFFER_COUNT
+        self.start_copy(following if following < len(self._host_buffers) else block % DEVICE_BUFFER_COUNT)
 
 
 # --- the module ---
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorPlace:
     """One tensor of a block: whose it is, and where it stands in the block's flat."""
 
     owner: nn.Module
@@ -192,54 +196,56 @@ class _Place:
     shape: torch.Size
     dtype: torch.dtype
 
-    def within(self, flat: Tensor) -> Tensor:
+    def view_in(self, flat: Tensor) -> Tensor:
         size = self.shape.numel() * self.dtype.itemsize
         return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
     def bind(self, flat: Tensor) -> None:
         """Make the owner's tensor a view into `flat`."""
-        view = self.within(flat)
+        view = self.view_in(flat)
         if self.name in self.owner._parameters:
             self.owner._parameters[self.name] = nn.Parameter(view, requires_grad=False)
         else:
             self.owner._buffers[self.name] = view
 
 
-class Streaming:
-    """A streamed module; see `stream`. Close it before the module is dropped or moved."""
+class StreamedModule:
+    """A streamed module; see `stream_blocks`. Close it before the module is dropped or moved."""
 
     # Tensors made in inference mode could not be written to outside of it; others can, from both sides.
     @torch.inference_mode(False)
-    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, lane: Lane) -> None:
+    def __init__(
+        self, module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, copy_stream: CopyStream
+    ) -> None:
         self._module = module
         self._blocks = list(blocks)
         self._device = device
-        self._lane = lane
-        self._hosts: list[Tensor] = []
-        self._places: list[list[_Place]] = []
-        self._slots: list[Tensor] = []
-        self._schedule: Schedule | None = None  # None while the module is on the CPU
+        self._copy_stream = copy_stream
+        self._host_buffers: list[Tensor] = []
+        self._places: list[list[_TensorPlace]] = []
+        self._device_buffers: list[Tensor] = []
+        self._schedule: BlockSchedule | None = None  # None while the module is on the CPU
         self._hooks: list[Any] = []
         # Should nobody close it: copies under way must end before their memory is freed.
-        self._settling = weakref.finalize(self, lane.settle)
-        self._settling.atexit = False
+        self._finalizer = weakref.finalize(self, copy_stream.synchronize)
+        self._finalizer.atexit = False
         for block in self._blocks:
-            self._pack(block)
+            self._pack_block(block)
         self.resume()
 
     @property
     def host_bytes(self) -> int:
         """What the blocks take in host memory."""
-        return sum(host.nbytes for host in self._hosts)
+        return sum(host.nbytes for host in self._host_buffers)
 
     @property
     def device_bytes(self) -> int:
         """What the module takes on the device: slots, and all that is outside of the blocks, LoRAs included."""
         if self._schedule is None:
             return 0
-        packed = self._packed()
-        rest = sum(tensor.nbytes for owner, _, tensor in _tensors(self._module) if owner not in packed)
-        return rest + sum(slot.nbytes for slot in self._slots)
+        packed = self._packed_modules()
+        rest = sum(tensor.nbytes for owner, _, tensor in _owned_tensors(self._module) if owner not in packed)
+        return rest + sum(slot.nbytes for slot in self._device_buffers)
 
     @torch.inference_mode(False)
     def pause(self) -> None:
@@ -247,28 +253,28 @@ class Streaming:
 
         LoRAs that it carries stay on it. Costs a copy of what is outside of the blocks, and so does `resume`.
         """
-        self._lane.settle()
+        self._copy_stream.synchronize()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         for block in self._blocks:
             for owner in block.modules():
-                vars(owner).pop(_HOME, None)
-        for host, places in zip(self._hosts, self._places, strict=True):
+                vars(owner).pop(_STREAM_ATTRIBUTE, None)
+        for host, places in zip(self._host_buffers, self._places, strict=True):
             for place in places:
                 place.bind(host)
         self._schedule = None
-        self._slots = []
+        self._device_buffers = []
         self._module.to("cpu")
 
     @torch.inference_mode(False)
     def resume(self) -> None:
         """Be streamed again. If that fails, the module stays as `pause` leaves it."""
-        assert self._settling.alive, "it was closed"
+        assert self._finalizer.alive, "it was closed"
         if self._schedule is not None:
             return
         try:
-            self._start()
+            self._start_streaming()
         except BaseException:
             self.pause()
             raise
@@ -277,39 +283,41 @@ class Streaming:
         """`pause` for good. The flats are freed when the module's tensors are; it may be streamed anew, and moved."""
         if self._schedule is not None:
             self.pause()
-        self._settling.detach()
+        self._finalizer.detach()
         self._blocks.clear()
-        self._hosts.clear()
+        self._host_buffers.clear()
         self._places.clear()
 
-    def fetch(self, block: int) -> None:
+    def fetch_block(self, block: int) -> None:
         """Have `block` in its slot for the work that is enqueued next."""
         assert self._schedule is not None
-        self._schedule.fetch(block)
+        self._schedule.wait_until_loaded(block)
 
     def write_back(self, block: int, layer: nn.Module) -> None:
         """Copy the tensors of `layer`, which is part of `block`, from its slot to host memory."""
         owners = set(layer.modules())
         for place in self._places[block]:
             if place.owner in owners:
-                place.within(self._hosts[block]).copy_(place.within(self._slots[block % SLOTS]))
+                place.view_in(self._host_buffers[block]).copy_(
+                    place.view_in(self._device_buffers[block % DEVICE_BUFFER_COUNT])
+                )
 
-    def _pack(self, block: nn.Module) -> None:
+    def _pack_block(self, block: nn.Module) -> None:
         """Move the tensors of `block` into a flat, each being freed before the next is copied."""
-        host = self._host_memory(block_bytes(block))
-        places: list[_Place] = []
+        host = self._allocate_host_buffer(block_bytes(block))
+        places: list[_TensorPlace] = []
         offset = 0
-        for owner, name, tensor in _tensors(block):
-            place = _Place(owner, name, offset, tensor.shape, tensor.dtype)
-            place.within(host).copy_(tensor.detach())
+        for owner, name, tensor in _owned_tensors(block):
+            place = _TensorPlace(owner, name, offset, tensor.shape, tensor.dtype)
+            place.view_in(host).copy_(tensor.detach())
             place.bind(host)
             places.append(place)
             offset += packed_bytes([tensor.nbytes])
-        self._hosts.append(host)
+        self._host_buffers.append(host)
         self._places.append(places)
 
-    def _host_memory(self, size: int) -> Tensor:
-        memory = host_memory(size, self._lane)
+    def _allocate_host_buffer(self, size: int) -> Tensor:
+        memory = allocate_host_memory(size, self._copy_stream)
         if memory is None:
             needed = sum(map(block_bytes, self._blocks)) / 1e9
             raise DeviceError(
@@ -318,78 +326,82 @@ class Streaming:
             )
         return memory
 
-    def _start(self) -> None:
-        sizes = [host.nbytes for host in self._hosts]
-        self._slots = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in _slot_sizes(sizes)]
-        packed = self._packed()
+    def _start_streaming(self) -> None:
+        sizes = [host.nbytes for host in self._host_buffers]
+        self._device_buffers = [
+            torch.empty(size, dtype=torch.uint8, device=self._device) for size in _device_buffer_sizes(sizes)
+        ]
+        packed = self._packed_modules()
         for owner in self._module.modules():
             if owner not in packed:
                 owner._apply(lambda tensor: tensor.to(self._device), recurse=False)
-        schedule = self._schedule = Schedule(self._hosts, self._slots, self._lane)
+        schedule = self._schedule = BlockSchedule(self._host_buffers, self._device_buffers, self._copy_stream)
         for number, (block, places) in enumerate(zip(self._blocks, self._places, strict=True)):
             for place in places:
-                place.bind(self._slots[number % SLOTS])
+                place.bind(self._device_buffers[number % DEVICE_BUFFER_COUNT])
             for owner in block.modules():
-                setattr(owner, _HOME, (self, number))
-            self._hooks += _hooks(block, number, schedule)
-        for number in range(len(self._slots)):
-            schedule.load(number)
+                setattr(owner, _STREAM_ATTRIBUTE, (self, number))
+            self._hooks += _register_hooks(block, number, schedule)
+        for number in range(len(self._device_buffers)):
+            schedule.start_copy(number)
 
-    def _packed(self) -> set[nn.Module]:
+    def _packed_modules(self) -> set[nn.Module]:
         """The modules whose tensors are in the flats."""
         return {place.owner for places in self._places for place in places}
 
 
-def _hooks(block: nn.Module, number: int, schedule: Schedule) -> list[Any]:
+def _register_hooks(block: nn.Module, number: int, schedule: BlockSchedule) -> list[Any]:
     def enter(_module: nn.Module, _inputs: object) -> None:
-        schedule.enter(number)
+        schedule.acquire(number)
 
     def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
-        schedule.leave(number)
+        schedule.release(number)
 
     return [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
 
 
-def stream(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, lane: Lane | None = None) -> Streaming:
+def stream_blocks(
+    module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, copy_stream: CopyStream | None = None
+) -> StreamedModule:
     """Let `module`, which is in host memory, run on `device` with only two of `blocks` there at a time.
 
     blocks: modules inside it, in the order in which a forward runs them, whose forwards are not nested. They need not
-    be all that it has: the others stay on the device with the rest. lane: how copies are made; None: as fits `device`.
+    be all that it has: the others stay on the device with the rest. copy_stream: how copies are made; None: as fits `device`.
 
     The tensors of a block are moved to one flat as they come, so that host memory holds no more than one of them twice.
     On CUDA the flats are pinned, for as long as anything holds a view of them. Whatever goes wrong, the module is left
     whole on the CPU. Raises `DeviceError` if the system does not pin that much, PyTorch's own error if the device's
     memory does not suffice.
     """
-    return Streaming(module, blocks, device, lane or lane_for(device))
+    return StreamedModule(module, blocks, device, copy_stream or copy_stream_for(device))
 
 
 def is_streamed(module: nn.Module) -> bool:
     """Whether `module` is inside a streamed block: its tensors are somewhere else in every run."""
-    return _HOME in vars(module)
+    return _STREAM_ATTRIBUTE in vars(module)
 
 
-def fetch(layer: nn.Module) -> None:
+def fetch_weights(layer: nn.Module) -> None:
     """Have the weights of `layer` where its tensors point, for the work that is enqueued next.
 
     Needed for layers of streamed blocks outside of a forward; does nothing for others.
     """
-    if home := vars(layer).get(_HOME):
+    if home := vars(layer).get(_STREAM_ATTRIBUTE):
         streaming, block = home
-        streaming.fetch(block)
+        streaming.fetch_block(block)
 
 
 @contextlib.contextmanager
-def writing(layer: nn.Module) -> Iterator[None]:
-    """`fetch` the weights of `layer`; what is changed of them in place, in this context, lasts."""
-    fetch(layer)
+def editable_weights(layer: nn.Module) -> Iterator[None]:
+    """`wait_until_loaded` the weights of `layer`; what is changed of them in place, in this context, lasts."""
+    fetch_weights(layer)
     yield
-    if home := vars(layer).get(_HOME):
+    if home := vars(layer).get(_STREAM_ATTRIBUTE):
         streaming, block = home
         streaming.write_back(block, layer)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def _owned_tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Every parameter and buffer in `module`, persistent or not, with its owner and its name there."""
     for owner in module.modules():
         # The names first: the caller may put another tensor in a tensor's place.

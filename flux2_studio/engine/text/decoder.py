@@ -1,7 +1,7 @@
 """The decoder of a Qwen3 or Mistral language model: cut after the last layer that is read, or whole.
 
 Does: token ids to hidden states at a few depths, joined per token; further tokens after those that are in a cache, to
-where the head begins; `TowerParams` from a config.json. Does not know: files, chat templates, padding
+where the head begins; `TextDecoderParams` from a config.json. Does not know: files, chat templates, padding
 (`encoder.py`), or how to write (`writer.py`). Our own, because transformers' models take five seconds of a core to
 import, before the first picture, and keep every layer's output where three are read.
 
@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST = 1 << 24  # of anything that a config counts: no tensor of a language model is as long along one side
-HEAD_OF_QWEN3 = 128  # a head's width where a Qwen3 config does not say, as transformers takes it
+MAX_CONFIG_NUMBER = 1 << 24  # of anything that a config counts: no tensor of a language model is as long along one side
+QWEN3_DEFAULT_HEAD_WIDTH = 128  # a head's width where a Qwen3 config does not say, as transformers takes it
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerParams:
-    """A decoder's sizes. biased: whether attention's linear layers have biases. theta: base of the rotations."""
+class TextDecoderParams:
+    """A decoder's sizes. attention_bias: whether attention's linear layers have biases. rope_theta: base of the rotations."""
 
     vocabulary: int
     hidden: int
@@ -41,63 +41,63 @@ class TowerParams:
     kv_heads: int
     head_width: int
     eps: float
-    theta: float
-    biased: bool
+    rope_theta: float
+    attention_bias: bool
     qk_norm: bool
 
 
-def tower_params(fields: Mapping[str, Any], layers: int, length: int) -> TowerParams:
+def text_decoder_params(config: Mapping[str, Any], layers: int, length: int) -> TextDecoderParams:
     """The sizes in a decoder's config.json, as transformers writes it today or did before version 5.
 
     layers: how many are read. length: of what will be read, in tokens. Raises `ValueError` for what is no such config,
     or asks for what no published encoder has and we do not compute: scaled rotations, a window shorter than `length`,
     another activation.
     """
-    qwen3 = fields["model_type"] == "qwen3"
-    hidden, heads = _count(fields, "hidden_size"), _count(fields, "num_attention_heads")
-    head_width = _count(fields, "head_dim", HEAD_OF_QWEN3 if qwen3 else hidden // heads)
-    kv_heads = _count(fields, "num_key_value_heads", heads)
+    qwen3 = config["model_type"] == "qwen3"
+    hidden, heads = _positive_int(config, "hidden_size"), _positive_int(config, "num_attention_heads")
+    head_width = _positive_int(config, "head_dim", QWEN3_DEFAULT_HEAD_WIDTH if qwen3 else hidden // heads)
+    kv_heads = _positive_int(config, "num_key_value_heads", heads)
     if heads % kv_heads or head_width % 2:
         raise ValueError(f"{heads} heads of width {head_width} cannot share {kv_heads} keys")
-    if fields.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {fields['hidden_act']!r}")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is {config['hidden_act']!r}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     plain = isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type", "default")) == "default"
     if not plain or rope.keys() - {"rope_type", "type", "rope_theta"}:
         raise ValueError(f"the rotations are {rope!r}")
-    window = fields.get("sliding_window") if not qwen3 or fields.get("use_sliding_window") else None
-    if window is not None and _count(fields, "sliding_window") < length:
+    window = config.get("sliding_window") if not qwen3 or config.get("use_sliding_window") else None
+    if window is not None and _positive_int(config, "sliding_window") < length:
         raise ValueError(f"the window of {window} tokens is shorter than {length}")
-    return TowerParams(
-        vocabulary=_count(fields, "vocab_size"),
+    return TextDecoderParams(
+        vocabulary=_positive_int(config, "vocab_size"),
         hidden=hidden,
-        mlp=_count(fields, "intermediate_size"),
+        mlp=_positive_int(config, "intermediate_size"),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_width=head_width,
-        eps=_positive(fields.get("rms_norm_eps", 1e-6)),
-        theta=_positive(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
-        biased=fields.get("attention_bias") is True,
+        eps=_positive_float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=_positive_float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        attention_bias=config.get("attention_bias") is True,
         qk_norm=qwen3,
     )
 
 
-def _count(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = fields.get(name)
+def _positive_int(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MOST:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_CONFIG_NUMBER:
         raise ValueError(f"{name} is {value!r}")
     return value
 
 
-def _positive(value: Any) -> float:
+def _positive_float(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ValueError(f"{value!r} is no positive number")
     return float(value)
 
 
-class Past:
+class KVCache:
     """Keys and values [B, KV, tokens, d] of the tokens that a decoder has read, for each layer."""
 
     def __init__(self) -> None:
@@ -107,14 +107,14 @@ class Past:
     def tokens(self) -> int:
         return self.layers[0][0].shape[2] if self.layers else 0
 
-    def extended(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of `layer`, the new ones last, and kept."""
-        if layer == len(self.layers):
+    def append(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of `layer_index`, the new ones last, and kept."""
+        if layer_index == len(self.layers):
             self.layers.append((k, v))
         else:
-            earlier_k, earlier_v = self.layers[layer]
-            self.layers[layer] = torch.cat((earlier_k, k), 2), torch.cat((earlier_v, v), 2)
-        return self.layers[layer]
+            earlier_k, earlier_v = self.layers[layer_index]
+            self.layers[layer_index] = torch.cat((earlier_k, k), 2), torch.cat((earlier_v, v), 2)
+        return self.layers[layer_index]
 
 
 class RMSNorm(nn.Module):
@@ -127,38 +127,38 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
 
 
-class Attention(nn.Module):
-    def __init__(self, params: TowerParams) -> None:
+class GroupedQueryAttention(nn.Module):
+    def __init__(self, params: TextDecoderParams) -> None:
         super().__init__()
         p = params
         self._head_width = p.head_width
-        self._group = p.heads // p.kv_heads
-        self.q_proj = nn.Linear(p.hidden, p.heads * p.head_width, bias=p.biased)
-        self.k_proj = nn.Linear(p.hidden, p.kv_heads * p.head_width, bias=p.biased)
-        self.v_proj = nn.Linear(p.hidden, p.kv_heads * p.head_width, bias=p.biased)
-        self.o_proj = nn.Linear(p.heads * p.head_width, p.hidden, bias=p.biased)
+        self._queries_per_key = p.heads // p.kv_heads
+        self.q_proj = nn.Linear(p.hidden, p.heads * p.head_width, bias=p.attention_bias)
+        self.k_proj = nn.Linear(p.hidden, p.kv_heads * p.head_width, bias=p.attention_bias)
+        self.v_proj = nn.Linear(p.hidden, p.kv_heads * p.head_width, bias=p.attention_bias)
+        self.o_proj = nn.Linear(p.heads * p.head_width, p.hidden, bias=p.attention_bias)
         self.q_norm = RMSNorm(p.head_width, p.eps) if p.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(p.head_width, p.eps) if p.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: Past | None = None, layer: int = 0
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv_cache: KVCache | None = None, layer_index: int = 0
     ) -> Tensor:
-        """x [B, L, W]; cos, sin [L, d]; mask [B or none, 1, L, L]: True where a row's token sees a column's. past: what
-        goes before, which the columns begin with, and which is extended; `layer` is which one this is."""
+        """x [B, L, W]; cos, sin [L, d]; mask [B or none, 1, L, L]: True where a row's token sees a column's. kv_cache: what
+        goes before, which the columns begin with, and which is extended; `layer_index` is which one this is."""
         heads = (-1, self._head_width)
-        q = rotated(self.q_norm(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2), cos, sin)
-        k = rotated(self.k_norm(self.k_proj(x).unflatten(-1, heads)).transpose(1, 2), cos, sin)
+        q = apply_rope(self.q_norm(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2), cos, sin)
+        k = apply_rope(self.k_norm(self.k_proj(x).unflatten(-1, heads)).transpose(1, 2), cos, sin)
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
-        if past is not None:
-            k, v = past.extended(layer, k, v)
-        if self._group > 1:  # written out: with a mask, not every fast kernel shares keys by itself
-            k, v = k.repeat_interleave(self._group, 1), v.repeat_interleave(self._group, 1)
+        if kv_cache is not None:
+            k, v = kv_cache.append(layer_index, k, v)
+        if self._queries_per_key > 1:  # written out: with a mask, not every fast kernel shares keys by itself
+            k, v = k.repeat_interleave(self._queries_per_key, 1), v.repeat_interleave(self._queries_per_key, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    def __init__(self, params: TowerParams) -> None:
+    def __init__(self, params: TextDecoderParams) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(params.hidden, params.mlp, bias=False)
         self.up_proj = nn.Linear(params.hidden, params.mlp, bias=False)
@@ -168,100 +168,100 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Layer(nn.Module):
-    def __init__(self, params: TowerParams) -> None:
+class DecoderLayer(nn.Module):
+    def __init__(self, params: TextDecoderParams) -> None:
         super().__init__()
-        self.self_attn = Attention(params)
+        self.self_attn = GroupedQueryAttention(params)
         self.mlp = MLP(params)
         self.input_layernorm = RMSNorm(params.hidden, params.eps)
         self.post_attention_layernorm = RMSNorm(params.hidden, params.eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: Past | None = None, layer: int = 0
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv_cache: KVCache | None = None, layer_index: int = 0
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past, layer)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, kv_cache, layer_index)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Tower(nn.Module):
+class TextDecoder(nn.Module):
     """Token embedding and layers, no final norm and no head."""
 
-    def __init__(self, params: TowerParams) -> None:
+    def __init__(self, params: TextDecoderParams) -> None:
         super().__init__()
         self.params = params
         self.embed_tokens = nn.Embedding(params.vocabulary, params.hidden)
-        self.layers = nn.ModuleList(Layer(params) for _ in range(params.layers))
-        self._turns: tuple[Any, Tensor, Tensor] | None = None  # the last rotations, and for what they were made
+        self.layers = nn.ModuleList(DecoderLayer(params) for _ in range(params.layers))
+        self._rope_cache: tuple[Any, Tensor, Tensor] | None = None  # the last rotations, and for what they were made
 
-    def forward(self, ids: Tensor, mask: Tensor, taps: Sequence[int]) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor, hidden_layers: Sequence[int]) -> Tensor:
         """[B, L, taps * W] of token ids [B, L]: what stands after so many layers, 0 the embedding, side by side.
 
-        mask: [B, 1, L, L], see `seen`.
+        mask: [B, 1, L, L], see `causal_attention_mask`.
         """
         x = self.embed_tokens(ids)
         asked = x.shape[1], x.dtype, x.device
-        if self._turns is None or self._turns[0] != asked:
-            self._turns = asked, *rotations(0, x.shape[1], self.params, x)
-        return self.through(x, mask, *self._turns[1:], taps)
+        if self._rope_cache is None or self._rope_cache[0] != asked:
+            self._rope_cache = asked, *rope_table(0, x.shape[1], self.params, x)
+        return self.run_layers(x, mask, *self._rope_cache[1:], hidden_layers)
 
-    def through(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, taps: Sequence[int]) -> Tensor:
-        """What `forward` gives for embeddings x [B, L, W], with the `rotations` of all their positions."""
+    def run_layers(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, hidden_layers: Sequence[int]) -> Tensor:
+        """What `forward` gives for embeddings x [B, L, W], with the `rope_table` of all their positions."""
         kept = {0: x}
         for number, layer in enumerate(self.layers, 1):
             x = layer(x, cos, sin, mask)
-            if number in taps:
+            if number in hidden_layers:
                 kept[number] = x
-        return torch.cat([kept[tap] for tap in taps], -1)
+        return torch.cat([kept[tap] for tap in hidden_layers], -1)
 
-    def cut(self, layers: int) -> Tower:
-        """A tower of the first `layers`, made of the very same modules: moving one moves the other."""
+    def truncated_to(self, layer_count: int) -> TextDecoder:
+        """A tower of the first `layer_count`, made of the very same modules: moving one moves the other."""
         with torch.device("meta"):
-            tower = Tower(replace(self.params, layers=0))
+            tower = TextDecoder(replace(self.params, layers=0))
         tower.embed_tokens = self.embed_tokens
-        tower.layers = nn.ModuleList(self.layers[:layers])
+        tower.layers = nn.ModuleList(self.layers[:layer_count])
         return tower.train(self.training)
 
 
-class Decoder(Tower):
+class FullTextDecoder(TextDecoder):
     """The whole: with the norm that comes before the head."""
 
-    def __init__(self, params: TowerParams) -> None:
+    def __init__(self, params: TextDecoderParams) -> None:
         super().__init__(params)
         self.norm = RMSNorm(params.hidden, params.eps)
 
-    def read(self, x: Tensor, past: Past) -> Tensor:
-        """[B, L, W], normed, of embeddings [B, L, W] that follow what is in `past`, which they extend."""
-        before, length = past.tokens, x.shape[1]
-        mask = _earlier(before, length, x.device)
-        cos, sin = rotations(before, length, self.params, x)
+    def forward_cached(self, x: Tensor, kv_cache: KVCache) -> Tensor:
+        """[B, L, W], normed, of embeddings [B, L, W] that follow what is in `kv_cache`, which they extend."""
+        before, length = kv_cache.tokens, x.shape[1]
+        mask = _causal_mask(before, length, x.device)
+        cos, sin = rope_table(before, length, self.params, x)
         for number, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask[None, None], past, number)
+            x = layer(x, cos, sin, mask[None, None], kv_cache, number)
         normed: Tensor = self.norm(x)
         return normed
 
 
-def seen(mask: Tensor) -> Tensor:
+def causal_attention_mask(mask: Tensor) -> Tensor:
     """[B, 1, L, L] of the tokens' mask [B, L], 1 for a token and 0 for padding: a token sees those up to itself."""
-    return _earlier(0, mask.shape[1], mask.device) & mask.bool()[:, None, None, :]
+    return _causal_mask(0, mask.shape[1], mask.device) & mask.bool()[:, None, None, :]
 
 
-def _earlier(before: int, length: int, device: torch.device) -> Tensor:
+def _causal_mask(past_length: int, length: int, device: torch.device) -> Tensor:
     """[L, before + L]: which tokens each of the last `length` may look at."""
-    places = torch.arange(before + length, device=device)
-    return places <= places[before:, None]
+    places = torch.arange(past_length + length, device=device)
+    return places <= places[past_length:, None]
 
 
-def rotations(start: int, length: int, params: TowerParams, like: Tensor) -> tuple[Tensor, Tensor]:
+def rope_table(start: int, length: int, params: TextDecoderParams, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [L, d] of so many positions from `start` on, where and as `like` is. The angles are computed in
     float64 on the CPU, where every device has it."""
     half = torch.arange(0, params.head_width, 2, dtype=torch.float64, device="cpu") / params.head_width
     places = torch.arange(start, start + length, dtype=torch.float64, device="cpu")
-    angles = places[:, None] / params.theta**half
+    angles = places[:, None] / params.rope_theta**half
     both = torch.cat((angles, angles), -1)
     return both.cos().to(like), both.sin().to(like)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, L, d], each pair of a head's first and second half turned by its position's angle."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin

@@ -22,58 +22,61 @@ import torch
 from torch import Tensor
 
 from flux2_studio.engine.params import TextRecipe
-from flux2_studio.engine.runtime.footprint import META, hold_small, peak_bytes
-from flux2_studio.engine.text.decoder import Tower, seen, tower_params
-from flux2_studio.engine.text.special_tokens import remove_tokens
-from flux2_studio.engine.weights.formats import Contents, open_contents
-from flux2_studio.engine.weights.layouts import Plan, Source, put
-from flux2_studio.engine.weights.loading import Checked, Storage, checked
+from flux2_studio.engine.runtime.footprint import META, peak_bytes, quantize_linear_layers
+from flux2_studio.engine.text.decoder import TextDecoder, causal_attention_mask, text_decoder_params
+from flux2_studio.engine.text.special_tokens import remove_special_tokens
+from flux2_studio.engine.weights.formats import CheckpointContents, open_checkpoint_contents
+from flux2_studio.engine.weights.layouts import TensorPlan, TensorSource, add_source
+from flux2_studio.engine.weights.loading import WeightFile, WeightStorage, check_weight_file
 from flux2_studio.engine.weights.tensor_files import read_json
 from flux2_studio.errors import WeightsError
 
-TEXT_FOLDER = "text_encoder"  # where a repository in diffusers' layout has the files
+TEXT_ENCODER_FOLDER = "text_encoder"  # where a repository in diffusers' layout has the files
 # Where the decoder's tensors stand: a causal LM's file, Mistral3's old and new spelling, a bare decoder.
-_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+_DECODER_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 # What a checkpoint holds beside the decoder, and conditioning does not need.
-_BESIDE = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.|(?:language_model\.)?lm_head\.")
+_UNUSED_TENSORS = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.|(?:language_model\.)?lm_head\.")
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """context: [B, L, taps * W]. cut: for each prompt, how many tokens did not fit into L and were left out."""
+class EncodedPrompts:
+    """context: [B, L, taps * W]. truncated_tokens: for each prompt, how many tokens did not fit into L and were left out."""
 
     context: Tensor
-    cut: tuple[int, ...]
+    truncated_tokens: tuple[int, ...]
 
 
 class TextEncoder:
     """A tokenizer and a decoder tower, cut after the last layer that is read. Build it with `load_text_encoder`.
 
-    tower: is called as `tower.Tower.forward` is.
+    text_decoder: is called as `text_decoder.TextDecoder.forward` is.
     """
 
-    def __init__(self, tower: Any, tokenizer: Any, recipe: TextRecipe) -> None:
-        self.tower = tower
+    def __init__(self, text_decoder: Any, tokenizer: Any, recipe: TextRecipe) -> None:
+        self.text_decoder = text_decoder
         self._tokenizer = tokenizer
         self.recipe = recipe
 
     @property
     def device(self) -> torch.device:
-        return next(self.tower.parameters()).device
+        return next(self.text_decoder.parameters()).device
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> Encoded:
+    def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
         """The context of each prompt, computed as one batch."""
-        rows = [self._tokens(prompt) for prompt in prompts]
+        rows = [self._tokenize(prompt) for prompt in prompts]
         ids = torch.tensor([row[0] for row in rows], device=self.device)
         mask = torch.tensor([row[1] for row in rows], device=self.device)
-        return Encoded(self.tower(ids, seen(mask), self.recipe.taps), tuple(row[2] for row in rows))
+        return EncodedPrompts(
+            self.text_decoder(ids, causal_attention_mask(mask), self.recipe.hidden_layers),
+            tuple(row[2] for row in rows),
+        )
 
-    def _tokens(self, prompt: str) -> tuple[list[int], list[int], int]:
+    def _tokenize(self, prompt: str) -> tuple[list[int], list[int], int]:
         """Token ids and mask, both of the recipe's length, and how many tokens of the prompt were cut."""
         recipe = self.recipe
-        prompt = remove_tokens(prompt, recipe.removed)
-        text = render(self._tokenizer, prompt, recipe)
+        prompt = remove_special_tokens(prompt, recipe.removed_tokens)
+        text = render_prompt(self._tokenizer, prompt, recipe)
         # The template writes every special token itself.
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         kept = ids[: recipe.length]
@@ -89,35 +92,35 @@ class TextEncoder:
 
 
 @dataclass(frozen=True)
-class CheckedText:
+class TextEncoderFile:
     """A text encoder whose files fit: all that is left is to read the weights. `width` is that of its context."""
 
     width: int
     recipe: TextRecipe
-    _tower: Checked[Tower]
+    _decoder_file: WeightFile[TextDecoder]
     tokenizer: Any
 
-    def sizes(self, *, dtype: torch.dtype, storage: Storage = "plain") -> dict[str, int]:
-        """Bytes of memory of each of the tower's tensors, see `weights.Checked.sizes`."""
-        return self._tower.sizes(dtype=dtype, storage=storage)
+    def tensor_bytes(self, *, dtype: torch.dtype, storage: WeightStorage = "plain") -> dict[str, int]:
+        """Bytes of memory of each of the tower's tensors, see `weights.WeightFile.tensor_bytes`."""
+        return self._decoder_file.tensor_bytes(dtype=dtype, storage=storage)
 
     @property
-    def blocks(self) -> tuple[str, ...]:
-        """Prefixes of the names of the tower's layers, see `weights.Checked`."""
-        return self._tower.blocks
+    def block_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the names of the tower's layers, see `weights.WeightFile`."""
+        return self._decoder_file.block_prefixes
 
-    def activations(self, *, dtype: torch.dtype, prompts: int, quantized: bool = False) -> int:
+    def activation_bytes(self, *, dtype: torch.dtype, prompts: int, quantized: bool = False) -> int:
         """Bytes alive at once, at most, while so many prompts are encoded, see `footprint.py`.
 
         Two layers stand for all: what the others add is the hidden states that are read, kept until all of them are.
         """
-        taps, length = self.recipe.taps, self.recipe.length
-        depth = min(2, self.recipe.layers)
+        taps, length = self.recipe.hidden_layers, self.recipe.length
+        depth = min(2, self.recipe.layer_count)
         with META:
-            tower = self._tower.build().to(dtype)
+            tower = self._decoder_file.build().to(dtype)
             tower.layers = tower.layers[:depth]
             if quantized:
-                hold_small(tower.layers)
+                quantize_linear_layers(tower.layers)
             ids = torch.empty(prompts, length, dtype=torch.long)
             mask = torch.empty(prompts, 1, length, length, dtype=torch.bool)
         peak = peak_bytes(lambda: tower(ids, mask, (depth,) * len(taps)), ids, mask)
@@ -128,19 +131,21 @@ class CheckedText:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        storage: Storage = "plain",
-        mapped: bool = False,
-        told: Callable[[float], None] | None = None,
+        storage: WeightStorage = "plain",
+        use_mmap: bool = False,
+        on_progress: Callable[[float], None] | None = None,
     ) -> TextEncoder:
-        """storage: how the layers' matrices are held; for all arguments and errors see `weights.Checked.load`."""
-        tower = self._tower.load(device=device, dtype=dtype, storage=storage, mapped=mapped, told=told)
+        """storage: how the layers' matrices are held; for all arguments and errors see `weights.WeightFile.load`."""
+        tower = self._decoder_file.load(
+            device=device, dtype=dtype, storage=storage, use_mmap=use_mmap, on_progress=on_progress
+        )
         return TextEncoder(tower, self.tokenizer, self.recipe)
 
 
-def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> CheckedText:
+def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> TextEncoderFile:
     """The text encoder in folder `weights` with the tokenizer in folder `tokenizer`. Raises `WeightsError`."""
     try:
-        params = tower_params(decoder_fields(weights, recipe), recipe.layers, recipe.length)
+        params = text_decoder_params(decoder_config(weights, recipe), recipe.layer_count, recipe.length)
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"The config.json in {weights.name} does not describe a text encoder that can be built ({error}). Download "
@@ -152,9 +157,11 @@ def open_text_encoder(weights: Path, tokenizer: Path, recipe: TextRecipe) -> Che
             f"The tokenizer in {tokenizer.name} knows {len(words)} tokens, but the text encoder in {weights.name} only "
             f"{params.vocabulary}: one of them is another checkpoint's. Use the tokenizer that belongs to the encoder."
         )
-    contents = open_contents(weights, TEXT_FOLDER)
-    tower = checked(lambda: Tower(params), contents, _tower_plan(contents, recipe.layers), blocks=("layers.",))
-    return CheckedText(params.hidden * len(recipe.taps), recipe, tower, words)
+    contents = open_checkpoint_contents(weights, TEXT_ENCODER_FOLDER)
+    tower = check_weight_file(
+        lambda: TextDecoder(params), contents, _decoder_plan(contents, recipe.layer_count), block_prefixes=("layers.",)
+    )
+    return TextEncoderFile(params.hidden * len(recipe.hidden_layers), recipe, tower, words)
 
 
 def load_text_encoder(
@@ -178,7 +185,7 @@ def load_tokenizer(folder: Path, recipe: TextRecipe) -> Any:
             # Multimodal repositories keep the template beside the tokenizer, for the processor.
             tokenizer.chat_template = json.loads(beside.read_text("utf-8"))["chat_template"]
         if tokenizer.chat_template is not None:
-            render(tokenizer, "a prompt", recipe)
+            render_prompt(tokenizer, "a prompt", recipe)
     except Exception as error:
         # A damaged or foreign tokenizer raises nearly anything: from JSON, tokenizers, the template's sandbox.
         raise WeightsError(
@@ -191,9 +198,9 @@ def load_tokenizer(folder: Path, recipe: TextRecipe) -> Any:
     return tokenizer
 
 
-def render(tokenizer: Any, prompt: str, recipe: TextRecipe) -> str:
+def render_prompt(tokenizer: Any, prompt: str, recipe: TextRecipe) -> str:
     """`prompt` in the chat template, as the encoder reads it."""
-    turns = [("user", prompt)] if recipe.system is None else [("system", recipe.system), ("user", prompt)]
+    turns = [("user", prompt)] if recipe.system_prompt is None else [("system", recipe.system_prompt), ("user", prompt)]
     messages = [
         {"role": role, "content": [{"type": "text", "text": said}] if recipe.content_as_parts else said}
         for role, said in turns
@@ -204,7 +211,7 @@ def render(tokenizer: Any, prompt: str, recipe: TextRecipe) -> str:
     return text
 
 
-def decoder_fields(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
+def decoder_config(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
     """The decoder's fields of config.json, which has the layers that `recipe` reads. Raises `WeightsError`."""
     file = weights / "config.json"
     try:
@@ -218,24 +225,24 @@ def decoder_fields(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
         ) from error
     if family not in ("qwen3", "mistral"):
         raise WeightsError(f"{weights.name} holds a {family!r} model; FLUX.2 reads Qwen3 or Mistral text encoders.")
-    if not isinstance(layers, int) or not isinstance(width, int) or layers < recipe.layers:
+    if not isinstance(layers, int) or not isinstance(width, int) or layers < recipe.layer_count:
         raise WeightsError(
             f"The text encoder in {weights.name} has {layers} layers of width {width}; this checkpoint reads layer "
-            f"{recipe.layers}. It belongs to another checkpoint."
+            f"{recipe.layer_count}. It belongs to another checkpoint."
         )
     return fields
 
 
-def _tower_plan(contents: Contents, layers: int) -> Plan:
+def _decoder_plan(contents: CheckpointContents, layers: int) -> TensorPlan:
     """The decoder's tensors under their own names, without the layers and parts that are not read."""
-    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in contents.shapes), None)
+    prefix = next((p for p in _DECODER_PREFIXES if f"{p}embed_tokens.weight" in contents.shapes), None)
     if prefix is None:
         raise WeightsError(f"{contents.name} holds no text encoder: there is no embed_tokens.weight in its files.")
-    plan: Plan = {}
+    plan: TensorPlan = {}
     for key, shape in contents.shapes.items():
         name = key.removeprefix(prefix)
         layer = re.match(r"layers\.(\d{1,4})\.", name)
-        if _BESIDE.match(key) or name == "norm.weight" or (layer and int(layer[1]) >= layers):
+        if _UNUSED_TENSORS.match(key) or name == "norm.weight" or (layer and int(layer[1]) >= layers):
             continue
-        put(plan, name, Source((key,), shape))
+        add_source(plan, name, TensorSource((key,), shape))
     return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def remove_tokens(text: str, tokens: Sequence[str]) -> str:
+def remove_special_tokens(text: str, tokens: Sequence[str]) -> str:
     """`text` without any of `tokens`, nor what would become one once another is gone: [IM[IMG]G] leaves nothing.
 
     Each is removed where its last character comes, so one pass is enough: what is kept so far never holds any.

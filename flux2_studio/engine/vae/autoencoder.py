@@ -23,34 +23,34 @@ from torch import Tensor, nn
 from flux2_studio.engine.params import AutoencoderParams
 from flux2_studio.engine.vae import tiling
 
-GROUPS = 32
+NORM_GROUPS = 32
 NORM_EPS = 1e-6
 STATISTICS_EPS = 1e-4
 
 
-def pack(x: Tensor) -> Tensor:
+def pack_latent(x: Tensor) -> Tensor:
     """[B, c, 2h, 2w] -> [B, 4c, h, w]."""
     return F.pixel_unshuffle(x, 2)
 
 
-def unpack(x: Tensor) -> Tensor:
+def unpack_latent(x: Tensor) -> Tensor:
     """[B, 4c, h, w] -> [B, c, 2h, 2w]."""
     return F.pixel_shuffle(x, 2)
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=NORM_EPS)
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
 
 
-def conv3(inputs: int, outputs: int) -> nn.Conv2d:
+def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(inputs), conv3(inputs, outputs)
-        self.norm2, self.conv2 = norm(outputs), conv3(outputs, outputs)
+        self.norm1, self.conv1 = group_norm(inputs), conv3x3(inputs, outputs)
+        self.norm2, self.conv2 = group_norm(outputs), conv3x3(outputs, outputs)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(out)
 
 
-class Middle(nn.Module):
+class MidBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels)
@@ -97,7 +97,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv3(channels, channels)
+        self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -134,19 +134,19 @@ class UpLevel(Level):
         return self.upsample(super().forward(x))
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     def __init__(self, p: AutoencoderParams) -> None:
         super().__init__()
         channels = p.encoder_channels
-        self.conv_in = conv3(3, channels[0])
+        self.conv_in = conv3x3(3, channels[0])
         last = len(channels) - 1
         self.down = nn.ModuleList(
             DownLevel(channels[max(0, i - 1)], outputs, p.encoder_blocks, last=i == last)
             for i, outputs in enumerate(channels)
         )
-        self.mid = Middle(channels[-1])
-        self.norm_out = norm(channels[-1])
-        self.conv_out = conv3(channels[-1], 2 * p.latent_channels)
+        self.mid = MidBlock(channels[-1])
+        self.norm_out = group_norm(channels[-1])
+        self.conv_out = conv3x3(channels[-1], 2 * p.latent_channels)
         self.quant_conv = nn.Conv2d(2 * p.latent_channels, 2 * p.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,20 +158,20 @@ class Encoder(nn.Module):
         return self.quant_conv(x).chunk(2, 1)[0]  # moments: mean, log variance
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     def __init__(self, p: AutoencoderParams) -> None:
         super().__init__()
         channels = p.decoder_channels
         self.post_quant_conv = nn.Conv2d(p.latent_channels, p.latent_channels, 1)
-        self.conv_in = conv3(p.latent_channels, channels[-1])
-        self.mid = Middle(channels[-1])
+        self.conv_in = conv3x3(p.latent_channels, channels[-1])
+        self.mid = MidBlock(channels[-1])
         first = len(channels) - 1
         self.up = nn.ModuleList(
             UpLevel(channels[min(first, i + 1)], outputs, p.decoder_blocks, last=i == 0)
             for i, outputs in enumerate(channels)
         )
-        self.norm_out = norm(channels[0])
-        self.conv_out = conv3(channels[0], 3)
+        self.norm_out = group_norm(channels[0])
+        self.conv_out = conv3x3(channels[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] from an unnormalised, unpacked latent [B, 32, H/8, W/8]."""
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Statistics(nn.Module):
+class LatentStatistics(nn.Module):
     """Mean and variance of every packed latent channel, measured in training."""
 
     running_mean: Tensor
@@ -208,9 +208,9 @@ class Autoencoder(nn.Module):
     def __init__(self, params: AutoencoderParams) -> None:
         super().__init__()
         self.params = params
-        self.encoder = Encoder(params)
-        self.decoder = Decoder(params)
-        self.bn = Statistics(4 * params.latent_channels)
+        self.encoder = VAEEncoder(params)
+        self.decoder = VAEDecoder(params)
+        self.bn = LatentStatistics(4 * params.latent_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,31 +221,41 @@ class Autoencoder(nn.Module):
         return self.decoder.conv_in.weight.device
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor, rows: int | None = None, store: torch.device | None = None) -> Tensor:
+    def encode(
+        self, pixels: Tensor, strip_height: int | None = None, offload_device: torch.device | None = None
+    ) -> Tensor:
         """pixels [B, 3, H, W] in -1..1, sides multiples of 16 -> normalised packed latent [B, 128, H/16, W/16].
 
-        rows: None is the fast way. A number of pixel rows, multiple of 16, takes strips of that height through each
-        layer in turn, picture by picture: equal up to rounding, in a fraction of the memory. store: where feature maps
-        wait meanwhile, such as the host; None keeps them on the device. ValueError for any other `rows`.
+        strip_height: None is the fast way. A number of pixel rows, multiple of 16, takes strips of that height through each
+        layer in turn, picture by picture: equal up to rounding, in a fraction of the memory. offload_device: where feature maps
+        wait meanwhile, such as the host; None keeps them on the device. ValueError for any other `strip_height`.
         """
         pixels = pixels.to(self.device, self.dtype)
-        if rows is None:
+        if strip_height is None:
             mean = self.encoder(pixels)
         else:
-            mean = tiling.encode(self.encoder, pixels, self.params.patch * self._high(rows), store)
-        return self.bn.normalise(pack(mean))
+            mean = tiling.encode_in_strips(
+                self.encoder, pixels, self.params.patch * self._strip_latent_rows(strip_height), offload_device
+            )
+        return self.bn.normalise(pack_latent(mean))
 
     @torch.inference_mode()
-    def decode(self, latent: Tensor, rows: int | None = None, store: torch.device | None = None) -> Tensor:
+    def decode(
+        self, latent: Tensor, strip_height: int | None = None, offload_device: torch.device | None = None
+    ) -> Tensor:
         """Normalised packed latent [B, 128, h, w] -> pixels [B, 3, 16h, 16w], about -1..1, not clamped.
 
-        rows and store: as for `encode`.
+        rows and store: as for `encode_in_strips`.
         """
-        z = unpack(self.bn.denormalise(latent.to(self.device))).to(self.dtype)
-        return self.decoder(z) if rows is None else tiling.decode(self.decoder, z, 2 * self._high(rows), store)
+        z = unpack_latent(self.bn.denormalise(latent.to(self.device))).to(self.dtype)
+        return (
+            self.decoder(z)
+            if strip_height is None
+            else tiling.decode_in_strips(self.decoder, z, 2 * self._strip_latent_rows(strip_height), offload_device)
+        )
 
-    def _high(self, rows: int) -> int:
-        """The height of a strip of `rows` pixel rows in rows of the packed latent."""
+    def _strip_latent_rows(self, rows: int) -> int:
+        """The height of a strip of `strip_height` pixel rows in rows of the packed latent."""
         if rows < 1 or rows % self.params.patch:
             raise ValueError(f"a strip is a multiple of {self.params.patch} rows high, not {rows}")
         return rows // self.params.patch

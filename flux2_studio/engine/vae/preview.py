@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.vae.autoencoder import Autoencoder, unpack
+from flux2_studio.engine.vae.autoencoder import Autoencoder, unpack_latent
 from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
 
 # RGB of each of the 32 unpacked latent channels: the factors that ComfyUI and InvokeAI use for FLUX.2.
@@ -41,7 +41,7 @@ class LinearPreview:
 
     @torch.inference_mode()
     def __call__(self, clean: Tensor) -> Tensor:
-        latent = unpack(clean.float())
+        latent = unpack_latent(clean.float())
         rgb = torch.einsum("bchw,cr->brhw", latent, self._factors.to(latent.device))
         # (rgb + bias + 1) / 2 in 0..1 is rgb + bias in -1..1
         return rgb + self._bias.to(latent.device)[:, None, None]
@@ -55,7 +55,7 @@ class TinyPreview:
 
     @torch.inference_mode()
     def __call__(self, clean: Tensor) -> Tensor:
-        return self._decoder(unpack(clean).to(self._decoder.device, self._decoder.dtype)).float() * 2 - 1
+        return self._decoder(unpack_latent(clean).to(self._decoder.device, self._decoder.dtype)).float() * 2 - 1
 
 
 class AutoencoderPreview:

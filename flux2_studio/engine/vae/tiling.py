@@ -1,6 +1,6 @@
 """The autoencoder strip by strip: the same pictures and latents, up to rounding, in a fraction of the memory.
 
-Does: walk through the layers of `autoencoder.Encoder` and `Decoder` with every feature map cut into strips of rows.
+Does: walk through the layers of `autoencoder.VAEEncoder` and `VAEDecoder` with every feature map cut into strips of rows.
 Does not know: how high a strip should be, packing, normalisation of latents.
 
 Tiles that go through the whole network apart from each other show seams and shifts of colour: their borders lack
@@ -10,7 +10,7 @@ statistics are gathered over all strips before the first one is normalised, and 
 the whole map (at 1/8 of the resolution).
 
 Whole are at most two feature maps: a residual block's input, or the shortcut made of it, and what its first
-convolution made. They lie in `store`, on the host if so wished, and are used up strip by strip while the next map
+convolution made. They lie in `offload_device`, on the host if so wished, and are used up strip by strip while the next map
 grows. All else is a small multiple of one strip.
 
     strip [1, C, h, W]      row [1, C, 1, W]      window [1, C, h + 2, W]: a strip between its two neighbouring rows
@@ -31,72 +31,81 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from flux2_studio.engine.vae.autoencoder import (
         AttnBlock,
-        Decoder,
         DownLevel,
-        Encoder,
         Level,
-        Middle,
+        MidBlock,
         ResBlock,
         UpLevel,
+        VAEDecoder,
+        VAEEncoder,
     )
 
-CHUNKS = 4  # a strip's statistics are gathered from so many parts of its channels, whose float32 copies are small
+STATISTICS_CHUNKS = (
+    4  # a strip's statistics are gathered from so many parts of its channels, whose float32 copies are small
+)
 
-Layer = Callable[[Tensor], Tensor]
-
-
-def encode(encoder: Encoder, pixels: Tensor, heights: int, store: torch.device | None) -> Tensor:
-    """`encoder(pixels)`. heights: of a strip of pixels [B, 3, H, W]; it halves with every level, without a rest."""
-    return torch.cat([_encode(encoder, Strips.cut(x, heights, store)) for x in pixels.split(1)])
+TensorFn = Callable[[Tensor], Tensor]
 
 
-def decode(decoder: Decoder, z: Tensor, heights: int, store: torch.device | None) -> Tensor:
-    """`decoder(z)`. heights: of a strip of the latent [B, 32, h, w]; it doubles with every level."""
-    return torch.cat([_decode(decoder, Strips.cut(x, heights, store)) for x in decoder.post_quant_conv(z).split(1)])
+def encode_in_strips(
+    encoder: VAEEncoder, pixels: Tensor, strip_height: int, offload_device: torch.device | None
+) -> Tensor:
+    """`encoder(pixels)`. strip_height: of a strip of pixels [B, 3, H, W]; it halves with every level, without a rest."""
+    return torch.cat([_encode(encoder, Strips.from_tensor(x, strip_height, offload_device)) for x in pixels.split(1)])
 
 
-def _encode(encoder: Encoder, pixels: Strips) -> Tensor:
+def decode_in_strips(decoder: VAEDecoder, z: Tensor, strip_height: int, offload_device: torch.device | None) -> Tensor:
+    """`decoder(z)`. strip_height: of a strip of the latent [B, 32, h, w]; it doubles with every level."""
+    return torch.cat(
+        [
+            _decode(decoder, Strips.from_tensor(x, strip_height, offload_device))
+            for x in decoder.post_quant_conv(z).split(1)
+        ]
+    )
+
+
+def _encode(encoder: VAEEncoder, pixels: Strips) -> Tensor:
     x = _convolve(pixels, encoder.conv_in)
     for level in cast("Iterable[DownLevel]", encoder.down):
-        x = _blocks(x, level)
+        x = _residual_blocks(x, level)
         if not isinstance(level.downsample, nn.Identity):
             x = _downsample(x, level.downsample.conv)
     x = _convolve(_middle(x, encoder.mid), encoder.conv_out, encoder.norm_out)
     return encoder.quant_conv(x.join()).chunk(2, 1)[0]
 
 
-def _decode(decoder: Decoder, z: Strips) -> Tensor:
+def _decode(decoder: VAEDecoder, z: Strips) -> Tensor:
     x = _middle(_convolve(z, decoder.conv_in), decoder.mid)
     for level in reversed(cast("Sequence[UpLevel]", decoder.up)):
-        x = _blocks(x, level)
+        x = _residual_blocks(x, level)
         if not isinstance(level.upsample, nn.Identity):
             x = _upsample(x, level.upsample.conv)
     return _convolve(x, decoder.conv_out, decoder.norm_out).join()
 
 
 class Strips:
-    """One picture's feature map [1, C, H, W] in strips that wait in `store`; None: on the device."""
+    """One picture's feature map [1, C, H, W] in strips that wait in `offload_device`; None: on the device."""
 
-    def __init__(self, device: torch.device, store: torch.device | None) -> None:
+    def __init__(self, device: torch.device, offload_device: torch.device | None) -> None:
         self.device = device
-        self.store = store
+        self.offload_device = offload_device
         self._strips: list[Tensor | None] = []  # None: used up
-        self._first: list[Tensor] = []  # first and last row of each strip, to which its neighbours come back
-        self._last: list[Tensor] = []
-        self._sizes: list[int] = []  # pixels per strip
+        self._first_rows: list[Tensor] = []  # first and last row of each strip, to which its neighbours come back
+        self._last_rows: list[Tensor] = []
+        self._pixels_per_strip: list[int] = []  # pixels per strip
         self._moments: list[Tensor] = []  # per strip, [2, C]: mean and variance
 
     @classmethod
-    def cut(cls, x: Tensor, height: int, store: torch.device | None) -> Strips:
+    def from_tensor(cls, x: Tensor, height: int, offload_device: torch.device | None) -> Strips:
         """x [1, C, H, W] in strips of `height` rows; the last one may be lower."""
-        strips = cls(x.device, store)
+        strips = cls(x.device, offload_device)
         for strip in x.split(height, 2):
             strips.append(strip.contiguous(), measure=False)
         return strips
 
-    def empty(self) -> Strips:
+    def new_like(self) -> Strips:
         """A map without strips in the same place."""
-        return Strips(self.device, self.store)
+        return Strips(self.device, self.offload_device)
 
     def __len__(self) -> int:
         return len(self._strips)
@@ -104,33 +113,33 @@ class Strips:
     def append(self, strip: Tensor, *, measure: bool = True) -> None:
         """Add the next strip. measure: whether a norm is going to read this map."""
         if measure:
-            self._sizes.append(strip[0, 0].numel())
+            self._pixels_per_strip.append(strip[0, 0].numel())
             self._moments.append(_moments(strip))
-        self._first.append(self._put(strip[:, :, :1].contiguous()))
-        self._last.append(self._put(strip[:, :, -1:].contiguous()))
-        self._strips.append(self._put(strip))
+        self._first_rows.append(self._offload(strip[:, :, :1].contiguous()))
+        self._last_rows.append(self._offload(strip[:, :, -1:].contiguous()))
+        self._strips.append(self._offload(strip))
 
     def read(self, i: int) -> Tensor:
         strip = self._strips[i]
         assert strip is not None, "this strip is used up"
-        return self._get(strip)
+        return self._to_device(strip)
 
-    def take(self, i: int) -> Tensor:
+    def pop(self, i: int) -> Tensor:
         """Strip `i`, for the last time; its edges stay for its neighbours' windows."""
         strip, self._strips[i] = self.read(i), None
         return strip
 
-    def window(self, i: int, activate: Layer | None = None, *, take: bool = True) -> Tensor:
+    def window(self, i: int, activate: TensorFn | None = None, *, pop: bool = True) -> Tensor:
         """Strip `i` and its neighbouring rows, activated; zeros where the picture ends."""
         top, bottom = i == 0, i == len(self) - 1
-        above = [] if top else [self._get(self._last[i - 1])]
-        below = [] if bottom else [self._get(self._first[i + 1])]
-        x = torch.cat([*above, self.take(i) if take else self.read(i), *below], 2)
+        above = [] if top else [self._to_device(self._last_rows[i - 1])]
+        below = [] if bottom else [self._to_device(self._first_rows[i + 1])]
+        x = torch.cat([*above, self.pop(i) if pop else self.read(i), *below], 2)
         if activate is not None:
             x = activate(x)
         return F.pad(x, (0, 0, int(top), int(bottom))) if top or bottom else x
 
-    def normaliser(self, norm: nn.GroupNorm) -> Layer:
+    def group_norm_fn(self, norm: nn.GroupNorm) -> TensorFn:
         """`norm` with the statistics of the whole map, which make it an affine map per channel.
 
         They are merged from those of every strip and channel as by Chan, Golub and LeVeque, "Updating Formulae and a
@@ -138,8 +147,8 @@ class Strips:
         """
         # [strips, groups, channels of a group]
         means, variances = (m.unflatten(1, (norm.num_groups, -1)) for m in torch.stack(self._moments, 1))
-        sizes = torch.tensor(self._sizes, dtype=torch.float32, device=self.device)[:, None, None]
-        share = sizes / (sum(self._sizes) * means.shape[2])
+        sizes = torch.tensor(self._pixels_per_strip, dtype=torch.float32, device=self.device)[:, None, None]
+        share = sizes / (sum(self._pixels_per_strip) * means.shape[2])
         mean = (share * means).sum((0, 2), keepdim=True)
         variance = (share * (variances + (means - mean).square())).sum((0, 2), keepdim=True)
         mean, variance = (m.expand_as(means[:1]).flatten() for m in (mean, variance))
@@ -148,22 +157,22 @@ class Strips:
 
     def join(self) -> Tensor:
         """The whole map, on the device."""
-        return torch.cat([self.take(i) for i in range(len(self))], 2)
+        return torch.cat([self.pop(i) for i in range(len(self))], 2)
 
     # A copy to the host that nobody waits for lands in pinned memory. Its only reader is the copy back, which CUDA
     # makes later on the same stream. Whole tensors go there: of a part, the host would make a copy too early.
 
-    def _put(self, x: Tensor) -> Tensor:
-        return x if self.store is None else x.to(self.store, non_blocking=x.is_cuda)
+    def _offload(self, x: Tensor) -> Tensor:
+        return x if self.offload_device is None else x.to(self.offload_device, non_blocking=x.is_cuda)
 
-    def _get(self, x: Tensor) -> Tensor:
+    def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 def _moments(strip: Tensor) -> Tensor:
     """Mean and variance of every channel, [2, C] in float32, in two passes: no difference of large squares."""
     moments = []
-    for x in strip[0].chunk(CHUNKS):
+    for x in strip[0].chunk(STATISTICS_CHUNKS):
         x = x.float()
         mean = x.mean((1, 2), keepdim=True)
         moments.append(torch.stack([mean.flatten(), (x - mean).square_().mean((1, 2))]))
@@ -172,53 +181,54 @@ def _moments(strip: Tensor) -> Tensor:
 
 def _convolve(x: Strips, conv: nn.Conv2d, norm: nn.GroupNorm | None = None) -> Strips:
     activate = None if norm is None else _activation(x, norm)
-    out = x.empty()
+    out = x.new_like()
     for i in range(len(x)):
-        out.append(_conv3(conv, x.window(i, activate)))
+        out.append(_convolve_window(conv, x.window(i, activate)))
     return out
 
 
-def _blocks(x: Strips, level: Level) -> Strips:
+def _residual_blocks(x: Strips, level: Level) -> Strips:
     for block in cast("Iterable[ResBlock]", level.block):
         x = _residual(x, block)
     return x
 
 
-def _middle(x: Strips, middle: Middle) -> Strips:
+def _middle(x: Strips, middle: MidBlock) -> Strips:
     return _residual(_attention(_residual(x, middle.block_1), middle.attn_1), middle.block_2)
 
 
 def _residual(x: Strips, block: ResBlock) -> Strips:
     narrowing = not isinstance(block.nin_shortcut, nn.Identity)
-    shortcut = x.empty() if narrowing else x
+    shortcut = x.new_like() if narrowing else x
     activate = _activation(x, block.norm1)
-    h = x.empty()
+    h = x.new_like()
     for i in range(len(x)):
-        h.append(_conv3(block.conv1, x.window(i, activate, take=False)))
+        h.append(_convolve_window(block.conv1, x.window(i, activate, pop=False)))
         if narrowing:
-            shortcut.append(block.nin_shortcut(x.take(i)), measure=False)
+            shortcut.append(block.nin_shortcut(x.pop(i)), measure=False)
     activate = _activation(h, block.norm2)
-    out = x.empty()
+    out = x.new_like()
     for i in range(len(h)):
-        out.append(_conv3(block.conv2, h.window(i, activate)).add_(shortcut.take(i)))
+        out.append(_convolve_window(block.conv2, h.window(i, activate)).add_(shortcut.pop(i)))
     return out
 
 
 def _attention(x: Strips, block: AttnBlock) -> Strips:
-    normalise = x.normaliser(block.norm)
+    normalise = x.group_norm_fn(block.norm)
     k, v = (
-        torch.cat([_tokens(project(normalise(x.read(i)))) for i in range(len(x))], 2) for project in (block.k, block.v)
+        torch.cat([_flatten_positions(project(normalise(x.read(i)))) for i in range(len(x))], 2)
+        for project in (block.k, block.v)
     )
-    out = x.empty()
+    out = x.new_like()
     for i in range(len(x)):
-        strip = x.take(i)
-        attended = F.scaled_dot_product_attention(_tokens(block.q(normalise(strip))), k, v)
+        strip = x.pop(i)
+        attended = F.scaled_dot_product_attention(_flatten_positions(block.q(normalise(strip))), k, v)
         out.append(block.proj_out(attended[:, 0].transpose(1, 2).unflatten(2, strip.shape[2:])).add_(strip))
     return out
 
 
 def _downsample(x: Strips, conv: nn.Conv2d) -> Strips:
-    out = x.empty()
+    out = x.new_like()
     for i in range(len(x)):
         window = F.pad(x.window(i)[:, :, 1:], (0, 1))  # pads on the right, and below: no row above is read
         out.append(F.conv2d(window, conv.weight, conv.bias, stride=2))
@@ -226,28 +236,28 @@ def _downsample(x: Strips, conv: nn.Conv2d) -> Strips:
 
 
 def _upsample(x: Strips, conv: nn.Conv2d) -> Strips:
-    out = x.empty()
+    out = x.new_like()
     for i in range(len(x)):
-        out.append(_conv3(conv, _doubled(x.window(i))))
+        out.append(_convolve_window(conv, _double_window(x.window(i))))
     return out
 
 
-def _doubled(window: Tensor) -> Tensor:
+def _double_window(window: Tensor) -> Tensor:
     """A window of the map of twice the size: every row and column twice, but once the rows of the neighbours."""
     rows = torch.arange(1, 2 * window.shape[2] - 1, device=window.device) // 2
     return F.interpolate(window, scale_factor=(1.0, 2.0), mode="nearest").index_select(2, rows)
 
 
-def _activation(x: Strips, norm: nn.GroupNorm) -> Layer:
-    normalise = x.normaliser(norm)
+def _activation(x: Strips, norm: nn.GroupNorm) -> TensorFn:
+    normalise = x.group_norm_fn(norm)
     return lambda strip: F.silu(normalise(strip), inplace=True)
 
 
-def _conv3(conv: nn.Conv2d, window: Tensor) -> Tensor:
+def _convolve_window(conv: nn.Conv2d, window: Tensor) -> Tensor:
     """The strip that a 3x3 convolution makes of a window."""
     return F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
 
 
-def _tokens(x: Tensor) -> Tensor:
+def _flatten_positions(x: Tensor) -> Tensor:
     """[1, C, h, W] -> [1, 1, hW, C], contiguous as the lean kernels of attention want it."""
     return x.flatten(2).transpose(1, 2)[:, None].contiguous()

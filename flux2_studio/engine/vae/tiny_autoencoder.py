@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTH = 64
-POOLED = 256  # channels inside the three blocks that see the picture as a whole through a GroupNorm
-LATENT = 32
+DECODER_CHANNELS = 64
+POOL_CHANNELS = 256  # channels inside the three blocks that see the picture as a whole through a GroupNorm
+UNPACKED_LATENT_CHANNELS = 32
 
 
 class Clamp(nn.Module):
@@ -24,24 +24,24 @@ class Clamp(nn.Module):
         return 3 * torch.tanh(x / 3)
 
 
-class Block(nn.Module):
+class TinyBlock(nn.Module):
     """relu(three convolutions of x + x); `pooled` adds a normalised side branch before them."""
 
     def __init__(self, *, pooled: bool = False) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+            nn.Conv2d(DECODER_CHANNELS, DECODER_CHANNELS, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+            nn.Conv2d(DECODER_CHANNELS, DECODER_CHANNELS, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+            nn.Conv2d(DECODER_CHANNELS, DECODER_CHANNELS, 3, padding=1),
         )
         if pooled:
             self.pool = nn.Sequential(
-                nn.Conv2d(WIDTH, POOLED, 1, bias=False),
-                nn.GroupNorm(4, POOLED),
+                nn.Conv2d(DECODER_CHANNELS, POOL_CHANNELS, 1, bias=False),
+                nn.GroupNorm(4, POOL_CHANNELS),
                 nn.ReLU(),
-                nn.Conv2d(POOLED, WIDTH, 1, bias=False),
+                nn.Conv2d(POOL_CHANNELS, DECODER_CHANNELS, 1, bias=False),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ class Block(nn.Module):
         return F.relu(self.conv(x) + x)
 
 
-def _up() -> list[nn.Module]:
-    return [nn.Upsample(scale_factor=2), nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
+def _upsample_layers() -> list[nn.Module]:
+    return [nn.Upsample(scale_factor=2), nn.Conv2d(DECODER_CHANNELS, DECODER_CHANNELS, 3, padding=1, bias=False)]
 
 
 class TinyDecoder(nn.Sequential):
@@ -60,16 +60,16 @@ class TinyDecoder(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
             Clamp(),
-            nn.Conv2d(LATENT, WIDTH, 3, padding=1),
+            nn.Conv2d(UNPACKED_LATENT_CHANNELS, DECODER_CHANNELS, 3, padding=1),
             nn.ReLU(),
-            *(Block(pooled=True) for _ in range(3)),
-            *_up(),
-            *(Block() for _ in range(3)),
-            *_up(),
-            *(Block() for _ in range(3)),
-            *_up(),
-            Block(),
-            nn.Conv2d(WIDTH, 3, 3, padding=1),
+            *(TinyBlock(pooled=True) for _ in range(3)),
+            *_upsample_layers(),
+            *(TinyBlock() for _ in range(3)),
+            *_upsample_layers(),
+            *(TinyBlock() for _ in range(3)),
+            *_upsample_layers(),
+            TinyBlock(),
+            nn.Conv2d(DECODER_CHANNELS, 3, 3, padding=1),
         )
 
     @property

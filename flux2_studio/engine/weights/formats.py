@@ -30,31 +30,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2_studio.engine.weights.gguf import BLOCKS, MAGIC, GGUFFile, GGUFMatrix
+from flux2_studio.engine.weights.gguf import BLOCK_FORMATS, GGUF_MAGIC, GGUFFile, GGUFMatrix
 from flux2_studio.engine.weights.quantize import NVFP4Matrix, ScaledMatrix, StoredMatrix
-from flux2_studio.engine.weights.tensor_files import AGAIN, MARKER, Shape, TensorFiles, shown
+from flux2_studio.engine.weights.tensor_files import (
+    DOWNLOAD_AGAIN_ADVICE,
+    SCALED_FP8_MARKER,
+    SafetensorsFiles,
+    Shape,
+    printable_text,
+)
 from flux2_studio.errors import WeightsError
 
-PLAIN = ("F32", "F16", "BF16")
+PLAIN_TYPES = ("F32", "F16", "BF16")
 FP8, NVFP4 = "F8_E4M3", "NVFP4"
-FORMATS = {"float8_e4m3fn": FP8, "nvfp4": NVFP4}  # as comfy_quant and the header's metadata call them
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_BESIDE = ("input_scale", "scale_input", "comfy_quant")  # of a layer, whatever its weight's type
-_MARK_LIMIT = 4096  # bytes of one comfy_quant
+DECLARED_FORMATS = {"float8_e4m3fn": FP8, "nvfp4": NVFP4}  # as comfy_quant and the header's metadata call them
+COMFYUI_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_UNUSED_LAYER_FIELDS = ("input_scale", "scale_input", "comfy_quant")  # of a layer, whatever its weight's type
+_MAX_MARK_BYTES = 4096  # bytes of one comfy_quant
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor: the shape of its values, and where they come from.
 
-    keys: names in the file, the first that of the values or codes. unpack: makes the matrix of the keys' tensors; None
+    keys: names in the file, the first that of the values or codes. make_matrix: makes the matrix of the keys' tensors; None
     where the first is made of plain values. problem: why it cannot be read, as the end of a sentence.
     """
 
     shape: Shape
     dtype: str
     keys: tuple[str, ...]
-    unpack: Callable[..., StoredMatrix] | None = None
+    make_matrix: Callable[..., StoredMatrix] | None = None
     problem: str = ""
 
     @property
@@ -62,49 +68,53 @@ class Entry:
         """Whether what is stored needs a device that knows float8_e4m3fn."""
         return self.dtype in (FP8, NVFP4)
 
-    def make(self, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
+    def restore(self, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
         """The tensor, or the matrix that stands for it, of what the keys hold in the file."""
-        return tensors[0] if self.unpack is None else self.unpack(*tensors)
+        return tensors[0] if self.make_matrix is None else self.make_matrix(*tensors)
 
     @property
-    def readable(self) -> bool:
-        return self.unpack is not None or self.dtype in (*PLAIN, FP8)
+    def is_readable(self) -> bool:
+        return self.make_matrix is not None or self.dtype in (*PLAIN_TYPES, FP8)
 
 
-class Contents:
+class CheckpointContents:
     """The tensors of a file or folder. entries: by name, without the prefix that all names may have in the file."""
 
-    def __init__(self, files: TensorFiles | GGUFFile, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, files: SafetensorsFiles | GGUFFile, entries: Mapping[str, TensorEntry]) -> None:
         self.files = files
         self.name = files.name
         self.entries = dict(entries)
         self.shapes: dict[str, Shape] = {name: entry.shape for name, entry in entries.items()}
 
-    def make(self, name: str, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
+    def restore(self, name: str, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
         """The tensor `name` of what its keys hold in the file. Raises `WeightsError` for scales that cannot be."""
         entry = self.entries[name]
         for key, scale in zip(entry.keys[1:], tensors[1:], strict=True):
             values = scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale
             if not bool(((values.float() >= 0) & values.float().isfinite()).all()):
-                raise WeightsError(f"{self.name} has a scale, {shown(key)}, that is negative or no number: {AGAIN}")
-        return entry.make(tensors)
+                raise WeightsError(
+                    f"{self.name} has a scale, {printable_text(key)}, that is negative or no number: {DOWNLOAD_AGAIN_ADVICE}"
+                )
+        return entry.restore(tensors)
 
 
-def open_contents(path: Path, subfolder: str = "", prefixes: Sequence[str] = ()) -> Contents:
-    """The tensors in `path`: a safetensors or GGUF file, or a folder (see `TensorFiles`).
+def open_checkpoint_contents(path: Path, subfolder: str = "", prefixes: Sequence[str] = ()) -> CheckpointContents:
+    """The tensors in `path`: a safetensors or GGUF file, or a folder (see `SafetensorsFiles`).
 
     prefixes: those that names may have in front; they are left off. Raises `WeightsError`.
     """
-    files = GGUFFile(path) if _is_gguf(path) else TensorFiles(path, subfolder)
+    files = GGUFFile(path) if _is_gguf(path) else SafetensorsFiles(path, subfolder)
     names: dict[str, str] = {}
     for key in files.shapes:
         name = key
         for prefix in prefixes:
             name = name.removeprefix(prefix)
         if name in names:
-            raise WeightsError(f"{files.name} has both {shown(names[name])} and {shown(key)}: {AGAIN}")
+            raise WeightsError(
+                f"{files.name} has both {printable_text(names[name])} and {printable_text(key)}: {DOWNLOAD_AGAIN_ADVICE}"
+            )
         names[name] = key
-    return Contents(files, _Reader(files, names, prefixes).entries())
+    return CheckpointContents(files, _FormatDetector(files, names, prefixes).entries())
 
 
 def _is_gguf(path: Path) -> bool:
@@ -112,110 +122,128 @@ def _is_gguf(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
     except OSError:
         return False
 
 
-class _Reader:
+class _FormatDetector:
     """Finds out, for one file, what belongs together. names: the file's key of each name."""
 
-    def __init__(self, files: TensorFiles | GGUFFile, names: Mapping[str, str], prefixes: Sequence[str]) -> None:
+    def __init__(self, files: SafetensorsFiles | GGUFFile, names: Mapping[str, str], prefixes: Sequence[str]) -> None:
         self._files = files
         self._keys = names
         self._shapes = {name: files.shapes[key] for name, key in names.items()}
         self._dtypes = {name: files.dtypes[key] for name, key in names.items()}
-        self._declared = self._declarations(prefixes)
-        self._scaled = MARKER in names or any(name.endswith((".weight_scale", ".scale_weight")) for name in names)
-        self._taken = {MARKER} & names.keys()
+        self._declared_formats = self._read_declarations(prefixes)
+        self._has_scales = SCALED_FP8_MARKER in names or any(
+            name.endswith((".weight_scale", ".scale_weight")) for name in names
+        )
+        self._used_names = {SCALED_FP8_MARKER} & names.keys()
 
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, TensorEntry]:
         found = {name: self._entry(name) for name in self._keys}
-        return {name: entry for name, entry in found.items() if name not in self._taken}
+        return {name: entry for name, entry in found.items() if name not in self._used_names}
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> TensorEntry:
         layer, _, parameter = name.rpartition(".")
         dtype, shape = self._dtypes[name], self._shapes[name]
-        entry = Entry(shape, dtype, (self._keys[name],))
+        entry = TensorEntry(shape, dtype, (self._keys[name],))
         if parameter == "weight":
-            self._taken |= {beside for word in _BESIDE if (beside := f"{layer}.{word}") in self._keys}
-            declared = self._declared.get(layer)
-            if declared is not None and declared not in FORMATS and dtype not in PLAIN:
-                return replace(entry, problem=f"{shown(name)} in the format {shown(declared)}, which is not read")
+            self._used_names |= {beside for word in _UNUSED_LAYER_FIELDS if (beside := f"{layer}.{word}") in self._keys}
+            declared = self._declared_formats.get(layer)
+            if declared is not None and declared not in DECLARED_FORMATS and dtype not in PLAIN_TYPES:
+                return replace(
+                    entry, problem=f"{printable_text(name)} in the format {printable_text(declared)}, which is not read"
+                )
             if dtype == FP8:
                 return self._fp8(entry, name, layer, declared)
             if dtype == "U8":
                 return self._nvfp4(entry, name, layer, declared)
-        if dtype in BLOCKS:
+        if dtype in BLOCK_FORMATS:
             if len(shape) != 2:
-                return replace(entry, problem=f"{shown(name)}, which is no matrix, in {dtype}")
-            return replace(entry, unpack=lambda blocks: GGUFMatrix(blocks, dtype))
+                return replace(entry, problem=f"{printable_text(name)}, which is no matrix, in {dtype}")
+            return replace(entry, make_matrix=lambda blocks: GGUFMatrix(blocks, dtype))
         return entry
 
-    def _fp8(self, entry: Entry, name: str, layer: str, declared: str | None) -> Entry:
+    def _fp8(self, entry: TensorEntry, name: str, layer: str, declared: str | None) -> TensorEntry:
         scale = next((s for s in (f"{layer}.weight_scale", f"{layer}.scale_weight") if s in self._keys), None)
         if len(entry.shape) != 2:
-            return entry if scale is None else replace(entry, problem=f"{shown(name)}, no matrix, in fp8 with a scale")
+            return (
+                entry
+                if scale is None
+                else replace(entry, problem=f"{printable_text(name)}, no matrix, in fp8 with a scale")
+            )
         if scale is None:
-            if self._scaled or declared is not None:
-                return replace(entry, problem=f"{shown(name)} in fp8 without its scale, {shown(layer)}.weight_scale")
-            return replace(entry, unpack=lambda codes: ScaledMatrix(codes, torch.ones(1)))
-        self._taken.add(scale)
+            if self._has_scales or declared is not None:
+                return replace(
+                    entry,
+                    problem=f"{printable_text(name)} in fp8 without its scale, {printable_text(layer)}.weight_scale",
+                )
+            return replace(entry, make_matrix=lambda codes: ScaledMatrix(codes, torch.ones(1)))
+        self._used_names.add(scale)
         rows, dtype = entry.shape[0], self._dtypes[scale]
-        if dtype not in PLAIN or self._shapes[scale] not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+        if dtype not in PLAIN_TYPES or self._shapes[scale] not in ((), (1,), (1, 1), (rows,), (rows, 1)):
             return replace(
                 entry,
-                problem=f"{shown(name)} in fp8 with a scale of {dtype} {list(self._shapes[scale])}; one float "
+                problem=f"{printable_text(name)} in fp8 with a scale of {dtype} {list(self._shapes[scale])}; one float "
                 f"number, or one for each of its {rows} rows, was expected",
             )
-        return replace(entry, keys=(*entry.keys, self._keys[scale]), unpack=ScaledMatrix)
+        return replace(entry, keys=(*entry.keys, self._keys[scale]), make_matrix=ScaledMatrix)
 
-    def _nvfp4(self, entry: Entry, name: str, layer: str, declared: str | None) -> Entry:
+    def _nvfp4(self, entry: TensorEntry, name: str, layer: str, declared: str | None) -> TensorEntry:
         blocks, whole = f"{layer}.weight_scale", f"{layer}.weight_scale_2"
         present = {blocks, whole} & self._keys.keys()
         if not present and declared is None:
             return entry  # bytes that we know nothing of
-        self._taken |= present
+        self._used_names |= present
         if missing := sorted({blocks, whole} - present):
-            return replace(entry, problem=f"{shown(name)} in NVFP4 without its scale, {shown(missing[0])}")
+            return replace(
+                entry, problem=f"{printable_text(name)} in NVFP4 without its scale, {printable_text(missing[0])}"
+            )
         if len(entry.shape) != 2 or entry.shape[1] % 8:
-            return replace(entry, problem=f"{shown(name)} in NVFP4 in the shape {list(entry.shape)}")
+            return replace(entry, problem=f"{printable_text(name)} in NVFP4 in the shape {list(entry.shape)}")
         rows, cols = entry.shape[0], 2 * entry.shape[1]
-        expected = NVFP4Matrix.scale_count(rows, cols)
-        if math.prod(self._shapes[whole]) != 1 or self._dtypes[whole] not in PLAIN:
-            return replace(entry, problem=f"{shown(name)} in NVFP4 with a {shown(whole)} that is not one float number")
+        expected = NVFP4Matrix.block_scale_count(rows, cols)
+        if math.prod(self._shapes[whole]) != 1 or self._dtypes[whole] not in PLAIN_TYPES:
+            return replace(
+                entry,
+                problem=f"{printable_text(name)} in NVFP4 with a {printable_text(whole)} that is not one float number",
+            )
         if math.prod(self._shapes[blocks]) != expected or self._dtypes[blocks] not in (FP8, "U8"):
             return replace(
                 entry,
-                problem=f"{shown(name)} in NVFP4 with block scales of {self._dtypes[blocks]} "
+                problem=f"{printable_text(name)} in NVFP4 with block scales of {self._dtypes[blocks]} "
                 f"{list(self._shapes[blocks])}; {expected} in fp8 were expected",
             )
         keys = (*entry.keys, self._keys[blocks], self._keys[whole])
-        return Entry((rows, cols), NVFP4, keys, unpack=NVFP4Matrix)
+        return TensorEntry((rows, cols), NVFP4, keys, make_matrix=NVFP4Matrix)
 
-    def _declarations(self, prefixes: Sequence[str]) -> dict[str, str]:
+    def _read_declarations(self, prefixes: Sequence[str]) -> dict[str, str]:
         """Each layer's format, as far as the file declares it."""
-        declared = _layers(self._files.metadata.get("_quantization_metadata", "{}"), prefixes)
+        declared = _layer_formats(self._files.metadata.get("_quantization_metadata", "{}"), prefixes)
         marks = {
             key: name.removesuffix(".comfy_quant") for name, key in self._keys.items() if name.endswith(".comfy_quant")
         }
         files = self._files
-        short = {key for key in marks if files.dtypes[key] == "U8" and math.prod(files.shapes[key]) <= _MARK_LIMIT}
-        forms = {key: _form(_parsed(bytes(tensor.flatten().tolist()))) for key, tensor in files.read(short)}
+        short = {key for key in marks if files.dtypes[key] == "U8" and math.prod(files.shapes[key]) <= _MAX_MARK_BYTES}
+        forms = {key: _format_name(_parse_json(bytes(tensor.flatten().tolist()))) for key, tensor in files.read(short)}
         for key, layer in marks.items():
             if (form := forms.get(key)) is None:
-                raise WeightsError(f"{files.name} has a {shown(key)} that names no format: {AGAIN}")
+                raise WeightsError(
+                    f"{files.name} has a {printable_text(key)} that names no format: {DOWNLOAD_AGAIN_ADVICE}"
+                )
             declared[layer] = form
         return declared
 
 
-def _layers(text: str, prefixes: Sequence[str]) -> dict[str, str]:
+def _layer_formats(text: str, prefixes: Sequence[str]) -> dict[str, str]:
     """{"layers": {name: {"format": ...}}} as format by name; what is not of this form says nothing."""
-    parsed = _parsed(text)
+    parsed = _parse_json(text)
     layers = parsed.get("layers") if isinstance(parsed, dict) else None
     found = {}
     for name, said in layers.items() if isinstance(layers, dict) else ():
-        form = _form(said)
+        form = _format_name(said)
         for prefix in prefixes:
             name = name.removeprefix(prefix)
         if form is not None:
@@ -223,12 +251,12 @@ def _layers(text: str, prefixes: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _form(said: Any) -> str | None:
+def _format_name(said: Any) -> str | None:
     form = said.get("format") if isinstance(said, dict) else said
     return form if isinstance(form, str) else None
 
 
-def _parsed(text: str | bytes) -> Any:
+def _parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

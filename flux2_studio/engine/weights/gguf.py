@@ -4,7 +4,7 @@ Does: the header, with every count, size and offset checked against the file bef
 of the blocks in torch, on any device. Format: docs/gguf.md and ggml-common.h of ggml-org/ggml.
 Does not know: what the tensors are for. What else a header says (architecture, tokenizer) is stepped over.
 
-A block restores `values` neighbours of a row from `size` bytes. In the K formats a block of 256 is made of sub-blocks
+A block restores `dequantize_rows` neighbours of a row from `bytes_per_block` bytes. In the K formats a block of 256 is made of sub-blocks
 with small scales of their own, which are multiples of the block's scale.
 
     blocks: uint8 [n, size] -> float32 [n, values]
@@ -23,20 +23,27 @@ import torch
 from torch import Tensor
 
 from flux2_studio.engine.weights.quantize import StoredMatrix
-from flux2_studio.engine.weights.reading import Reader, Span, WeightFile
-from flux2_studio.engine.weights.tensor_files import HEADER_LIMIT, TENSOR_LIMIT, Shape, impossible, listed, shown
+from flux2_studio.engine.weights.staged_copy import FileSnapshot, StagedReader, TensorSpan
+from flux2_studio.engine.weights.tensor_files import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    Shape,
+    is_impossible_shape,
+    printable_list,
+    printable_text,
+)
 from flux2_studio.errors import WeightsError
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-ALIGNMENT = 32  # of the tensors' data, unless the header says otherwise
-NAME_LIMIT = 256  # bytes; ggml's own tensors have 64 at most, ComfyUI's fields are named after them
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GGUF_MAGIC = b"GGUF"
+GGUF_VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT_BYTES = 32  # of the tensors' data, unless the header says otherwise
+MAX_NAME_BYTES = 256  # bytes; ggml's own tensors have 64 at most, ComfyUI's fields are named after them
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The types of a header's fields, by number, with their bytes; and three that are treated on their own.
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-UINT32, STRING, ARRAY = 4, 8, 9
+SCALAR_FIELD_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+FIELD_UINT32, FIELD_STRING, FIELD_ARRAY = 4, 8, 9
 # ggml's numbers of types of tensor
-TYPES = {
+TENSOR_TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 30: "BF16",
 }  # fmt: skip
@@ -45,42 +52,42 @@ TYPES = {
 # --- block formats ---
 
 
-def _float(blocks: Tensor, at: int) -> Tensor:
-    """The float16 number at byte `at` of each block, [n, 1] in float32."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+def _float16_at(blocks: Tensor, offset: int) -> Tensor:
+    """The float16 number at byte `offset` of each block, [n, 1] in float32."""
+    return blocks[:, offset : offset + 2].contiguous().view(torch.float16).float()
 
 
-def _halves(packed: Tensor) -> Tensor:
+def _nibbles(packed: Tensor) -> Tensor:
     """The low halves of bytes [..., m], then the high ones: [..., 2, m]."""
     return torch.stack((packed & 15, packed >> 4), -2)
 
 
-def _bits(packed: Tensor, each: int) -> Tensor:
-    """Bytes [..., m] as groups of `each` bits, lowest first: [..., m, 8 / each]."""
-    shifts = torch.arange(0, 8, each, dtype=torch.uint8, device=packed.device)
-    return (packed[..., None] >> shifts) & (2**each - 1)
+def _unpack_bits(packed: Tensor, bit_width: int) -> Tensor:
+    """Bytes [..., m] as groups of `bit_width` bits, lowest first: [..., m, 8 / each]."""
+    shifts = torch.arange(0, 8, bit_width, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> shifts) & (2**bit_width - 1)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _float(blocks, 0) * (_halves(blocks[:, 2:]).flatten(1).float() - 8)
+    return _float16_at(blocks, 0) * (_nibbles(blocks[:, 2:]).flatten(1).float() - 8)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _float(blocks, 0) * _halves(blocks[:, 4:]).flatten(1) + _float(blocks, 2)
+    return _float16_at(blocks, 0) * _nibbles(blocks[:, 4:]).flatten(1) + _float16_at(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    fifth = _bits(blocks[:, 2:6], 1).flatten(1)
-    return _float(blocks, 0) * ((_halves(blocks[:, 6:]).flatten(1) | fifth << 4).float() - 16)
+    fifth = _unpack_bits(blocks[:, 2:6], 1).flatten(1)
+    return _float16_at(blocks, 0) * ((_nibbles(blocks[:, 6:]).flatten(1) | fifth << 4).float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    fifth = _bits(blocks[:, 4:8], 1).flatten(1)
-    return _float(blocks, 0) * (_halves(blocks[:, 8:]).flatten(1) | fifth << 4) + _float(blocks, 2)
+    fifth = _unpack_bits(blocks[:, 4:8], 1).flatten(1)
+    return _float16_at(blocks, 0) * (_nibbles(blocks[:, 8:]).flatten(1) | fifth << 4) + _float16_at(blocks, 2)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return _float(blocks, 0) * blocks[:, 2:].view(torch.int8)
+    return _float16_at(blocks, 0) * blocks[:, 2:].view(torch.int8)
 
 
 def _scaled_and_shifted(blocks: Tensor, codes: Tensor) -> Tensor:
@@ -92,44 +99,44 @@ def _scaled_and_shifted(blocks: Tensor, codes: Tensor) -> Tensor:
     first_scales, first_offsets, low = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
     scales = torch.cat((first_scales & 63, (low & 15) | (first_scales >> 6) << 4), 1)
     offsets = torch.cat((first_offsets & 63, (low >> 4) | (first_offsets >> 6) << 4), 1)
-    scales, offsets = _float(blocks, 0) * scales, _float(blocks, 2) * offsets
+    scales, offsets = _float16_at(blocks, 0) * scales, _float16_at(blocks, 2) * offsets
     return (scales[..., None] * codes - offsets[..., None]).flatten(1)
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    return _scaled_and_shifted(blocks, _halves(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2))
+    return _scaled_and_shifted(blocks, _nibbles(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    fifth = _bits(blocks[:, 16:48], 1).transpose(1, 2)  # bit i of byte j belongs to value j of sub-block i
-    low = _halves(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2)
+    fifth = _unpack_bits(blocks[:, 16:48], 1).transpose(1, 2)  # bit i of byte j belongs to value j of sub-block i
+    low = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2)
     return _scaled_and_shifted(blocks, low | fifth << 4)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    low = _halves(blocks[:, :128].unflatten(1, (2, 64))).reshape(-1, 2, 4, 32)
-    high = _bits(blocks[:, 128:192].unflatten(1, (2, 32)), 2).transpose(2, 3)
+    low = _nibbles(blocks[:, :128].unflatten(1, (2, 64))).reshape(-1, 2, 4, 32)
+    high = _unpack_bits(blocks[:, 128:192].unflatten(1, (2, 32)), 2).transpose(2, 3)
     codes = (low | high << 4).float() - 32
-    scales = _float(blocks, 208) * blocks[:, 192:208].view(torch.int8)
+    scales = _float16_at(blocks, 208) * blocks[:, 192:208].view(torch.int8)
     return (scales[..., None] * codes.reshape(-1, 16, 16)).flatten(1)
 
 
 @dataclass(frozen=True)
-class Block:
-    values: int
-    size: int  # bytes
-    restore: Callable[[Tensor], Tensor]
+class BlockFormat:
+    values_per_block: int
+    bytes_per_block: int  # bytes
+    dequantize: Callable[[Tensor], Tensor]
 
 
-BLOCKS = {
-    "Q4_0": Block(32, 18, _q4_0),
-    "Q4_1": Block(32, 20, _q4_1),
-    "Q5_0": Block(32, 22, _q5_0),
-    "Q5_1": Block(32, 24, _q5_1),
-    "Q8_0": Block(32, 34, _q8_0),
-    "Q4_K": Block(256, 144, _q4_k),
-    "Q5_K": Block(256, 176, _q5_k),
-    "Q6_K": Block(256, 210, _q6_k),
+BLOCK_FORMATS = {
+    "Q4_0": BlockFormat(32, 18, _q4_0),
+    "Q4_1": BlockFormat(32, 20, _q4_1),
+    "Q5_0": BlockFormat(32, 22, _q5_0),
+    "Q5_1": BlockFormat(32, 24, _q5_1),
+    "Q8_0": BlockFormat(32, 34, _q8_0),
+    "Q4_K": BlockFormat(256, 144, _q4_k),
+    "Q5_K": BlockFormat(256, 176, _q5_k),
+    "Q6_K": BlockFormat(256, 210, _q6_k),
 }
 
 
@@ -140,14 +147,14 @@ class GGUFMatrix(StoredMatrix):
 
     def __init__(self, blocks: Tensor, type_name: str) -> None:
         self.type_name = type_name
-        self._block = BLOCKS[type_name]
+        self._format = BLOCK_FORMATS[type_name]
         rows, length = blocks.shape
-        super().__init__(rows, length // self._block.size * self._block.values)
+        super().__init__(rows, length // self._format.bytes_per_block * self._format.values_per_block)
         self.register_buffer("blocks", blocks)
 
-    def values(self, start: int, stop: int) -> Tensor:
-        blocks = self.blocks[start:stop].reshape(-1, self._block.size)
-        return self._block.restore(blocks).reshape(-1, self.cols)
+    def dequantize_rows(self, start: int, stop: int) -> Tensor:
+        blocks = self.blocks[start:stop].reshape(-1, self._format.bytes_per_block)
+        return self._format.dequantize(blocks).reshape(-1, self.cols)
 
 
 # --- files ---
@@ -165,140 +172,146 @@ class GGUFFile:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
-        self._starts: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}
         try:
-            self._file = WeightFile.at(path)
+            self._file = FileSnapshot.take(path)
             with self._file.open() as file:
-                self._index(_Header(file.read(HEADER_LIMIT)))
-        except (_Damage, OSError) as error:
+                self._index(_HeaderReader(file.read(MAX_HEADER_BYTES)))
+        except (_GGUFHeaderError, OSError) as error:
             raise WeightsError(
-                f"{self.name} is not a whole GGUF file ({shown(str(error))}). Download it again."
+                f"{self.name} is not a whole GGUF file ({printable_text(str(error))}). Download it again."
             ) from error
 
-    def _index(self, header: _Header) -> None:
+    def _index(self, header: _HeaderReader) -> None:
         tensors, alignment = header.tensors()
-        if foreign := sorted({kind for _, kind, _ in tensors.values()} - BLOCKS.keys() - PLAIN.keys()):
+        if foreign := sorted({kind for _, kind, _ in tensors.values()} - BLOCK_FORMATS.keys() - PLAIN_DTYPES.keys()):
             raise WeightsError(
-                f"{self.name} holds {listed(foreign)} tensors; of GGUF's formats {', '.join(BLOCKS)}, F16, BF16 and "
+                f"{self.name} holds {printable_list(foreign)} tensors; of GGUF's formats {', '.join(BLOCK_FORMATS)}, F16, BF16 and "
                 f"F32 are read. Choose the checkpoint's Q4_K, Q5_K, Q6_K or Q8_0 file."
             )
-        data = _aligned(header.at, alignment)
+        data = _align_up(header.offset, alignment)
         end = data
         for key, (shape, kind, offset) in sorted(tensors.items(), key=lambda item: item[1][2]):
-            values, size = (1, PLAIN[kind].itemsize) if kind in PLAIN else (BLOCKS[kind].values, BLOCKS[kind].size)
-            if not shape or 0 in shape or impossible(shape) or shape[-1] % values:
-                raise _Damage(f"{key} has the shape {list(shape)}, which {kind} cannot have")
+            values, size = (
+                (1, PLAIN_DTYPES[kind].itemsize)
+                if kind in PLAIN_DTYPES
+                else (BLOCK_FORMATS[kind].values_per_block, BLOCK_FORMATS[kind].bytes_per_block)
+            )
+            if not shape or 0 in shape or is_impossible_shape(shape) or shape[-1] % values:
+                raise _GGUFHeaderError(f"{key} has the shape {list(shape)}, which {kind} cannot have")
             # Overlaps would let a small file stand for a model of any size, gaps hide a shape that has been damaged.
-            if data + offset != _aligned(end, alignment):
-                raise _Damage(f"{key} begins where it should not")
+            if data + offset != _align_up(end, alignment):
+                raise _GGUFHeaderError(f"{key} begins where it should not")
             end = data + offset + math.prod(shape) // values * size
             if end > self._file.size:
-                raise _Damage(f"it ends inside {key}")
+                raise _GGUFHeaderError(f"it ends inside {key}")
             self.shapes[key], self.dtypes[key] = shape, kind
-            self._starts[key] = data + offset
-        if self._file.size not in (end, _aligned(end, alignment)):
-            raise _Damage("there is more or less in it than its header says")
+            self._offsets[key] = data + offset
+        if self._file.size not in (end, _align_up(end, alignment)):
+            raise _GGUFHeaderError("there is more or less in it than its header says")
 
-    def like(self, key: str) -> Tensor:
+    def meta_tensor(self, key: str) -> Tensor:
         """A tensor of the type and shape that `read` gives, without values (on meta)."""
         shape, kind = self.shapes[key], self.dtypes[key]
-        if kind in PLAIN:
-            return torch.empty(shape, dtype=PLAIN[kind], device="meta")
-        block = BLOCKS[kind]
-        return torch.empty(*shape[:-1], shape[-1] // block.values * block.size, dtype=torch.uint8, device="meta")
+        if kind in PLAIN_DTYPES:
+            return torch.empty(shape, dtype=PLAIN_DTYPES[kind], device="meta")
+        block = BLOCK_FORMATS[kind]
+        return torch.empty(
+            *shape[:-1], shape[-1] // block.values_per_block * block.bytes_per_block, dtype=torch.uint8, device="meta"
+        )
 
-    def spans(self, keys: Iterable[str]) -> dict[str, Span]:
-        """Where each of `keys` lies, for a `Reader`."""
-        return {key: Span(self._file, self._starts[key], self.like(key)) for key in keys}
+    def spans(self, keys: Iterable[str]) -> dict[str, TensorSpan]:
+        """Where each of `keys` lies, for a `StagedReader`."""
+        return {key: TensorSpan(self._file, self._offsets[key], self.meta_tensor(key)) for key in keys}
 
     def read(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
         """(key, tensor) for each of `keys`, on the CPU: plain values in their shape, blocks as uint8 [rows, bytes of a
         row]."""
-        return Reader(torch.device("cpu")).read(self.spans(keys))
+        return StagedReader(torch.device("cpu")).read(self.spans(keys))
 
-    def mapped(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
-        """As `read` does, but tensors are views of the mapped file, see `TensorFiles.mapped`."""
+    def read_mapped(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
+        """As `read` does, but tensors are views of the mapped file, see `TensorFiles.read_mapped`."""
         with self._file.open():
             data = np.memmap(self.path, np.uint8, mode="c")
         for key, span in self.spans(keys).items():
             tensor = torch.from_numpy(data[span.start : span.start + span.size])
-            yield key, tensor.view(span.like.dtype).reshape(span.like.shape)
+            yield key, tensor.view(span.meta_tensor.dtype).reshape(span.meta_tensor.shape)
 
 
-class _Damage(ValueError):
+class _GGUFHeaderError(ValueError):
     """What is wrong with a header, as the end of a sentence about the file."""
 
 
-class _Header:
+class _HeaderReader:
     """A reader that never goes beyond the bytes that it was given, and so ends on any input."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self.at = 0
+        self.offset = 0
 
     def tensors(self) -> tuple[dict[str, tuple[Shape, str, int]], int]:
         """The shape, type and offset of every tensor, and the data's alignment."""
-        if self._take(4) != MAGIC:
-            raise _Damage("it does not begin as one")
-        if (version := self._number("<I")) not in VERSIONS:
-            raise _Damage(f"its version is {version}; 2 and 3 are read")
-        count, fields = self._number("<Q"), self._number("<Q")
-        if max(count, fields) > TENSOR_LIMIT:
-            raise _Damage(f"it is said to have {count} tensors and {fields} other fields")
-        alignment = ALIGNMENT
+        if self._read_bytes(4) != GGUF_MAGIC:
+            raise _GGUFHeaderError("it does not begin as one")
+        if (version := self._read_number("<I")) not in GGUF_VERSIONS:
+            raise _GGUFHeaderError(f"its version is {version}; 2 and 3 are read")
+        count, fields = self._read_number("<Q"), self._read_number("<Q")
+        if max(count, fields) > MAX_TENSORS:
+            raise _GGUFHeaderError(f"it is said to have {count} tensors and {fields} other fields")
+        alignment = DEFAULT_ALIGNMENT_BYTES
         for _ in range(fields):
-            name, kind = self._string(), self._number("<I")
-            if name == "general.alignment" and kind == UINT32:
-                alignment = self._number("<I")
+            name, kind = self._read_string(), self._read_number("<I")
+            if name == "general.alignment" and kind == FIELD_UINT32:
+                alignment = self._read_number("<I")
             else:
-                self._skip(kind)
+                self._skip_field(kind)
         if not alignment or alignment % 8:
-            raise _Damage(f"its data are aligned to {alignment} bytes")
+            raise _GGUFHeaderError(f"its data are aligned to {alignment} bytes")
         found: dict[str, tuple[Shape, str, int]] = {}
         for _ in range(count):
-            name, dimensions = self._string(), self._number("<I")
+            name, dimensions = self._read_string(), self._read_number("<I")
             if name in found or dimensions > 4:
-                raise _Damage(f"{name} is there twice, or has {dimensions} dimensions")
-            shape = tuple(self._number("<Q") for _ in range(dimensions))[::-1]
-            kind = self._number("<I")
-            found[name] = (shape, TYPES.get(kind, f"type {kind}"), self._number("<Q"))
+                raise _GGUFHeaderError(f"{name} is there twice, or has {dimensions} dimensions")
+            shape = tuple(self._read_number("<Q") for _ in range(dimensions))[::-1]
+            kind = self._read_number("<I")
+            found[name] = (shape, TENSOR_TYPE_NAMES.get(kind, f"type {kind}"), self._read_number("<Q"))
         return found, alignment
 
-    def _skip(self, kind: int) -> None:
-        if kind == STRING:
-            self._take(self._number("<Q"))
-        elif kind in SCALARS:
-            self._take(SCALARS[kind])
-        elif kind == ARRAY:
-            inner, count = self._number("<I"), self._number("<Q")
-            if inner in SCALARS:
-                self._take(count * SCALARS[inner])
-            elif inner == STRING:
+    def _skip_field(self, kind: int) -> None:
+        if kind == FIELD_STRING:
+            self._read_bytes(self._read_number("<Q"))
+        elif kind in SCALAR_FIELD_BYTES:
+            self._read_bytes(SCALAR_FIELD_BYTES[kind])
+        elif kind == FIELD_ARRAY:
+            inner, count = self._read_number("<I"), self._read_number("<Q")
+            if inner in SCALAR_FIELD_BYTES:
+                self._read_bytes(count * SCALAR_FIELD_BYTES[inner])
+            elif inner == FIELD_STRING:
                 for _ in range(count):
-                    self._take(self._number("<Q"))
+                    self._read_bytes(self._read_number("<Q"))
             else:
-                raise _Damage(f"its header has a list of type {inner}")
+                raise _GGUFHeaderError(f"its header has a list of type {inner}")
         else:
-            raise _Damage(f"its header has a field of type {kind}")
+            raise _GGUFHeaderError(f"its header has a field of type {kind}")
 
-    def _string(self) -> str:
-        if (length := self._number("<Q")) > NAME_LIMIT:
-            raise _Damage(f"its header has a name of {length} bytes")
+    def _read_string(self) -> str:
+        if (length := self._read_number("<Q")) > MAX_NAME_BYTES:
+            raise _GGUFHeaderError(f"its header has a name of {length} bytes")
         try:
-            return self._take(length).decode("utf-8")
+            return self._read_bytes(length).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _Damage("its header has a name that is no text") from error
+            raise _GGUFHeaderError("its header has a name that is no text") from error
 
-    def _number(self, layout: str) -> int:
-        number: int = struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
+    def _read_number(self, layout: str) -> int:
+        number: int = struct.unpack(layout, self._read_bytes(struct.calcsize(layout)))[0]
         return number
 
-    def _take(self, count: int) -> bytes:
-        if count > len(self._data) - self.at:
-            raise _Damage("its header ends too early or is far too long")
-        self.at += count
-        return self._data[self.at - count : self.at]
+    def _read_bytes(self, count: int) -> bytes:
+        if count > len(self._data) - self.offset:
+            raise _GGUFHeaderError("its header ends too early or is far too long")
+        self.offset += count
+        return self._data[self.offset - count : self.offset]
 
 
-def _aligned(at: int, alignment: int) -> int:
-    return -(-at // alignment) * alignment
+def _align_up(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

@@ -4,7 +4,7 @@ Data only, for whole checkpoints (`layouts.py`) and for changes of single layers
 layers go without the block's; separate matrices of diffusers' that are one of ours stand in the `_PARTS`, in order.
 """
 
-TOP = {
+TOP_LEVEL_NAMES = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
@@ -17,7 +17,7 @@ TOP = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",  # (shift, scale) here, (scale, shift) there
 }
-DOUBLE = {
+DOUBLE_BLOCK_NAMES = {
     "img_attn.qkv": "attn.to_qkv",
     "txt_attn.qkv": "attn.to_added_qkv",
     "img_attn.proj": "attn.to_out.0",
@@ -27,8 +27,8 @@ DOUBLE = {
     "txt_mlp.0": "ff_context.linear_in",
     "txt_mlp.2": "ff_context.linear_out",
 }
-DOUBLE_PARTS = {
+DOUBLE_BLOCK_PARTS = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
-SINGLE = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+SINGLE_BLOCK_NAMES = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}

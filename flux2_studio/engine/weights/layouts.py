@@ -16,33 +16,38 @@ import torch
 from torch import Tensor
 
 from flux2_studio.engine.params import AutoencoderParams, TransformerParams
-from flux2_studio.engine.weights.layer_names import DOUBLE, DOUBLE_PARTS, SINGLE, TOP
-from flux2_studio.engine.weights.tensor_files import AGAIN, Shape
+from flux2_studio.engine.weights.layer_names import (
+    DOUBLE_BLOCK_NAMES,
+    DOUBLE_BLOCK_PARTS,
+    SINGLE_BLOCK_NAMES,
+    TOP_LEVEL_NAMES,
+)
+from flux2_studio.engine.weights.tensor_files import DOWNLOAD_AGAIN_ADVICE, Shape
 from flux2_studio.errors import WeightsError
 
-BLOCK_LIMIT = 500  # of each kind of a transformer; published ones have 48 at most
-LEVEL_LIMIT = 16  # of an autoencoder, and of residual blocks in each; published ones have 4 of 3 at most
+MAX_BLOCKS = 500  # of each kind of a transformer; published ones have 48 at most
+MAX_LEVELS = 16  # of an autoencoder, and of residual blocks in each; published ones have 4 of 3 at most
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """How one parameter is made: `names` concatenated along rows, halves swapped where asked, viewed as `shape`."""
 
     names: tuple[str, ...]
     shape: Shape
     swap_halves: bool = False
 
-    def make(self, parts: list[Tensor]) -> Tensor:
+    def assemble(self, parts: list[Tensor]) -> Tensor:
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.swap_halves:
             tensor = torch.cat(tensor.chunk(2)[::-1])
         return tensor.reshape(self.shape)
 
 
-Plan = dict[str, Source]
+TensorPlan = dict[str, TensorSource]
 
 
-def put(plan: Plan, target: str, source: Source) -> None:
+def add_source(plan: TensorPlan, target: str, source: TensorSource) -> None:
     """Add to `plan`. A second source of a target gets a name that no model has, and so is reported."""
     plan[target if plan.get(target, source) == source else f"a second {target}"] = source
 
@@ -50,50 +55,52 @@ def put(plan: Plan, target: str, source: Source) -> None:
 # --- the transformer ---
 
 
-def _weights(layers: Mapping[str, str]) -> dict[str, str]:
+def _weight_names(layers: Mapping[str, str]) -> dict[str, str]:
     """Our name of a layer's weight by diffusers'."""
     return {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in layers.items()}
 
 
-_TOP = _weights(TOP)
-_DOUBLE = _weights(DOUBLE) | {
+_TOP_LEVEL_WEIGHTS = _weight_names(TOP_LEVEL_NAMES)
+_DOUBLE_BLOCK_WEIGHTS = _weight_names(DOUBLE_BLOCK_NAMES) | {
     "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
     "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
     "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
     "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
 }
-_DOUBLE_PARTS = {f"{ours}.weight": tuple(f"{part}.weight" for part in parts) for ours, parts in DOUBLE_PARTS.items()}
-_SINGLE = _weights(SINGLE) | {
+_DOUBLE_BLOCK_WEIGHT_PARTS = {
+    f"{ours}.weight": tuple(f"{part}.weight" for part in parts) for ours, parts in DOUBLE_BLOCK_PARTS.items()
+}
+_SINGLE_BLOCK_WEIGHTS = _weight_names(SINGLE_BLOCK_NAMES) | {
     "attn.norm_q.weight": "norm.query_norm.scale",
     "attn.norm_k.weight": "norm.key_norm.scale",
 }
 
 
-def transformer_plan(shapes: Mapping[str, Shape]) -> Plan:
+def transformer_plan(shapes: Mapping[str, Shape]) -> TensorPlan:
     """Black Forest Labs' names as they are; diffusers' names translated, separate q, k, v joined."""
-    plan: Plan = {}
+    plan: TensorPlan = {}
     for key, shape in shapes.items():
         block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", key)
         if block is None:
-            target = _TOP.get(key, key)
+            target = _TOP_LEVEL_WEIGHTS.get(key, key)
             # diffusers stores the last modulation as (scale, shift)
-            put(plan, target, Source((key,), shape, swap_halves=key == "norm_out.linear.weight"))
+            add_source(plan, target, TensorSource((key,), shape, swap_halves=key == "norm_out.linear.weight"))
             continue
         single = block[1].startswith("single")
         prefix = f"{'single' if single else 'double'}_blocks.{block[2]}."
-        names = _SINGLE if single else _DOUBLE
+        names = _SINGLE_BLOCK_WEIGHTS if single else _DOUBLE_BLOCK_WEIGHTS
         if block[3] in names:
-            put(plan, prefix + names[block[3]], Source((key,), shape))
+            add_source(plan, prefix + names[block[3]], TensorSource((key,), shape))
             continue
-        for target, pieces in _DOUBLE_PARTS.items():
+        for target, pieces in _DOUBLE_BLOCK_WEIGHT_PARTS.items():
             if not single and block[3] in pieces:
                 sources = tuple(key.removesuffix(block[3]) + piece for piece in pieces)
                 if all(shapes.get(source, ())[1:] == shape[1:] and source in shapes for source in sources):
                     rows = sum(shapes[source][0] for source in sources)
-                    put(plan, prefix + target, Source(sources, (rows, *shape[1:])))
+                    add_source(plan, prefix + target, TensorSource(sources, (rows, *shape[1:])))
                 break
         else:
-            put(plan, key, Source((key,), shape))  # reported as unexpected
+            add_source(plan, key, TensorSource((key,), shape))  # reported as unexpected
     return plan
 
 
@@ -112,14 +119,16 @@ def transformer_params(name: str, shapes: Mapping[str, Shape]) -> TransformerPar
     if not head_width or hidden % head_width or head_width % 8 or mlp < 1:
         raise WeightsError(
             f"{name} has heads of width {head_width} and an MLP of width {mlp} at hidden width {hidden}, which cannot "
-            f"be: {AGAIN}"
+            f"be: {DOWNLOAD_AGAIN_ADVICE}"
         )
     time_channels = shapes["time_in.in_layer.weight"][1]
-    double_blocks, single_blocks = (_count(shapes, rf"{kind}_blocks\.(\d+)\.") for kind in ("double", "single"))
-    if time_channels % 2 or max(double_blocks, single_blocks) > BLOCK_LIMIT:
+    double_blocks, single_blocks = (
+        _count_distinct(shapes, rf"{kind}_blocks\.(\d+)\.") for kind in ("double", "single")
+    )
+    if time_channels % 2 or max(double_blocks, single_blocks) > MAX_BLOCKS:
         raise WeightsError(
             f"{name} has {double_blocks} double and {single_blocks} single blocks and {time_channels} channels for the "
-            f"time, which cannot be: {AGAIN}"
+            f"time, which cannot be: {DOWNLOAD_AGAIN_ADVICE}"
         )
     return TransformerParams(
         in_channels=in_channels,
@@ -141,17 +150,17 @@ _LEVEL = r"(encoder|decoder)\.(?:down|up)_blocks\.(\d{1,4})\.(resnets|downsample
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def autoencoder_plan(shapes: Mapping[str, Shape]) -> Plan:
+def autoencoder_plan(shapes: Mapping[str, Shape]) -> TensorPlan:
     """Black Forest Labs' names as they are; diffusers' names translated, its attention linears as 1x1 convolutions."""
-    levels = _count(shapes, r"decoder\.up_blocks\.(\d+)\.")
-    plan: Plan = {}
+    levels = _count_distinct(shapes, r"decoder\.up_blocks\.(\d+)\.")
+    plan: TensorPlan = {}
     for key, shape in shapes.items():
         if key == "bn.num_batches_tracked":  # a counter of training
             continue
         target = _autoencoder_name(key, levels)
         if ".attn_1." in target and target.endswith(".weight") and len(shape) == 2:
             shape = (*shape, 1, 1)
-        put(plan, target, Source((key,), shape))
+        add_source(plan, target, TensorSource((key,), shape))
     return plan
 
 
@@ -185,15 +194,15 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
                 f"{name} is not a FLUX.2 autoencoder: it has no {key}. Point to ae.safetensors or to the diffusers "
                 f"folder vae/."
             )
-    levels = max(_count(shapes, r"encoder\.down\.(\d+)\."), _count(shapes, r"decoder\.up\.(\d+)\."))
+    levels = max(_count_distinct(shapes, r"encoder\.down\.(\d+)\."), _count_distinct(shapes, r"decoder\.up\.(\d+)\."))
 
     def blocks(side: str) -> int:
-        return _count(shapes, rf"{side}\.0\.block\.(\d+)\.")
+        return _count_distinct(shapes, rf"{side}\.0\.block\.(\d+)\.")
 
-    if not 0 < levels <= LEVEL_LIMIT or max(blocks("encoder.down"), blocks("decoder.up")) > LEVEL_LIMIT:
+    if not 0 < levels <= MAX_LEVELS or max(blocks("encoder.down"), blocks("decoder.up")) > MAX_LEVELS:
         raise WeightsError(
             f"{name} has {levels} levels of {blocks('encoder.down')} and {blocks('decoder.up')} blocks, which cannot "
-            f"be: {AGAIN}"
+            f"be: {DOWNLOAD_AGAIN_ADVICE}"
         )
 
     def channels(side: str, changer: str, ends: Mapping[int, str]) -> tuple[int, ...]:
@@ -205,7 +214,9 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
             found = next((shapes[key] for key in candidates if key in shapes), (0,))
             widths.append(found[0] if found else 0)
         if not all(width and width % 32 == 0 for width in widths):
-            raise WeightsError(f"{name} has levels of {widths} channels in {side}, which cannot be: {AGAIN}")
+            raise WeightsError(
+                f"{name} has levels of {widths} channels in {side}, which cannot be: {DOWNLOAD_AGAIN_ADVICE}"
+            )
         return tuple(widths)
 
     last = levels - 1
@@ -221,11 +232,11 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
 # --- small things ---
 
 
-def shapes_of(plan: Plan) -> dict[str, Shape]:
+def planned_shapes(plan: TensorPlan) -> dict[str, Shape]:
     return {key: source.shape for key, source in plan.items()}
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
+def _count_distinct(names: Iterable[str], pattern: str) -> int:
     """How many different numbers `pattern` finds at the start of names: a gap shows as a missing tensor, not as a
     model as large as the highest number that a file cares to name."""
     return len({match[1] for name in names if (match := re.match(pattern, name))})

@@ -31,9 +31,9 @@ from huggingface_hub.file_download import _create_symlink, repo_folder_name
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # re-exported without saying so
 
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.hub.part_files import Pick
+from flux2_studio.models.hub.part_files import RepoSelection
 
-Digest = Literal["sha256", "git"]  # what the hub gives of large files (Git LFS), and of small ones
+DigestKind = Literal["sha256", "git"]  # what the hub gives of large files (Git LFS), and of small ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +49,20 @@ class RemoteFile:
     name: str
     size: int
     etag: str
-    digest: Digest | None
+    digest: DigestKind | None
     git_id: str
 
     @property
-    def what(self) -> str:
+    def label(self) -> str:
         return f"{self.repo}/{self.name}"
 
 
-class Cache:
-    """The cache in folder `root`. `patience`: seconds to wait for another program's lock before looking around."""
+class HubCache:
+    """The cache in folder `root`. `lock_timeout`: seconds to wait for another program's lock before looking around."""
 
-    def __init__(self, root: Path, patience: float = 0.2) -> None:
+    def __init__(self, root: Path, lock_timeout: float = 0.2) -> None:
         self.root = root
-        self._patience = patience
+        self._patience = lock_timeout
 
     # --- what is there ---------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class Cache:
         folder = self._folder(repo) / "snapshots" / commit
         return folder if commit and folder.is_dir() else None
 
-    def listing(self, repo: str) -> dict[str, RemoteFile] | None:
+    def list_files(self, repo: str) -> dict[str, RemoteFile] | None:
         """The files of the commit that counts by name, None where no listing of it was kept."""
         snapshot = self.snapshot(repo)
         entries = read_tree_cache(str(self._folder(repo)), snapshot.name) if snapshot else None
@@ -83,53 +83,53 @@ class Cache:
             return None
         return {name: _remote(repo, snapshot.name, name, entry) for name, entry in entries.items()}
 
-    def complete(self, pick: Pick) -> Path | None:
+    def find_complete(self, pick: RepoSelection) -> Path | None:
         """The snapshot's folder, if no file of `pick` is known to be missing from it."""
         snapshot = self.snapshot(pick.repo)
         if snapshot is None:
             return None
-        names = pick.of(self.listing(pick.repo) or ())
+        names = pick.filter_names(self.list_files(pick.repo) or ())
         return snapshot if all((snapshot / name).is_file() for name in names) else None
 
-    def here(self, file: RemoteFile) -> bool:
-        return _size(self.pointer(file)) == file.size
+    def is_complete(self, file: RemoteFile) -> bool:
+        return _size(self.snapshot_path(file)) == file.size
 
-    def arrived(self, file: RemoteFile) -> int:
+    def bytes_on_disk(self, file: RemoteFile) -> int:
         """How many bytes of `file` are on disk, of a broken-off download too."""
-        return file.size if self.here(file) else min(_size(self.partial(file)) or 0, file.size)
+        return file.size if self.is_complete(file) else min(_size(self.partial_path(file)) or 0, file.size)
 
-    def size(self, pick: Pick) -> int:
+    def bytes_of_selection(self, pick: RepoSelection) -> int:
         """Bytes that `pick` takes on disk, finished or not."""
-        listing = self.listing(pick.repo)
+        listing = self.list_files(pick.repo)
         if listing is not None:
-            return sum(self.arrived(listing[name]) for name in pick.of(listing))
+            return sum(self.bytes_on_disk(listing[name]) for name in pick.filter_names(listing))
         snapshot = self.snapshot(pick.repo)
         if snapshot is None:
             return 0
         names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
-        return sum(_size(snapshot / name) or 0 for name in pick.of(names))
+        return sum(_size(snapshot / name) or 0 for name in pick.filter_names(names))
 
-    def pointer(self, file: RemoteFile) -> Path:
+    def snapshot_path(self, file: RemoteFile) -> Path:
         return self._folder(file.repo) / "snapshots" / file.commit / file.name
 
-    def blob(self, file: RemoteFile) -> Path:
+    def blob_path(self, file: RemoteFile) -> Path:
         return self._folder(file.repo) / "blobs" / file.etag
 
-    def partial(self, file: RemoteFile) -> Path:
+    def partial_path(self, file: RemoteFile) -> Path:
         return self._folder(file.repo) / "blobs" / f"{file.etag}.incomplete"
 
     # --- what comes in ---------------------------------------------------------------------------------------------
 
-    def turn_to(self, repo: str, commit: str, files: Mapping[str, RemoteFile]) -> None:
+    def set_current_commit(self, repo: str, commit: str, files: Mapping[str, RemoteFile]) -> None:
         """Make `commit` the one that counts. What it has in common with the last one stays in place."""
-        before = self.listing(repo)
+        before = self.list_files(repo)
         snapshot = self._folder(repo) / "snapshots" / commit
         snapshot.mkdir(parents=True, exist_ok=True)
         if files and all(file.digest for file in files.values()):
             write_tree_cache(str(self._folder(repo)), commit, {name: _entry(file) for name, file in files.items()})
         for file in files.values():
-            if not self.here(file) and _size(self.blob(file)) == file.size:
-                self.link(file)
+            if not self.is_complete(file) and _size(self.blob_path(file)) == file.size:
+                self.link_into_snapshot(file)
         reference = self._folder(repo) / "refs" / constants.DEFAULT_REVISION
         reference.parent.mkdir(parents=True, exist_ok=True)
         fresh = reference.with_name(f"{reference.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -141,19 +141,19 @@ class Cache:
                 with suppress(WeightsError):  # another program still wants it: then it is that one's
                     self._drop_partial(file)
 
-    def link(self, file: RemoteFile) -> None:
+    def link_into_snapshot(self, file: RemoteFile) -> None:
         """Show `file`, whose blob is there, in its snapshot."""
-        pointer = self.pointer(file)
+        pointer = self.snapshot_path(file)
         pointer.parent.mkdir(parents=True, exist_ok=True)
         fresh = pointer.with_name(f".{uuid.uuid4().hex[:8]}.tmp")  # so that nobody finds it gone for a moment
-        _create_symlink(str(self.blob(file)), str(fresh), new_blob=True)
+        _create_symlink(str(self.blob_path(file)), str(fresh), new_blob=True)
         fresh.replace(pointer)
 
     @contextmanager
-    def alone(self, file: RemoteFile, waiting: Callable[[], None]) -> Iterator[None]:
+    def exclusive_access(self, file: RemoteFile, on_wait: Callable[[], None]) -> Iterator[None]:
         """Keep other threads and other programs that download from `file`; a program that dies lets go of it.
 
-        waiting: called now and then while another one has the file; it may raise to give up.
+        on_wait: called now and then while another one has the file; it may raise to give up.
         """
         with ExitStack() as stack:
             while True:
@@ -161,12 +161,12 @@ class Cache:
                     stack.enter_context(self._lock(file))
                     break
                 except TimeoutError:
-                    waiting()
+                    on_wait()
             yield
 
     # --- what goes -------------------------------------------------------------------------------------------------
 
-    def remove(self, picks: Sequence[Pick], keep: Sequence[Pick]) -> int:
+    def remove(self, picks: Sequence[RepoSelection], keep: Sequence[RepoSelection]) -> int:
         """Delete the files of `picks` at every commit, except those that `keep` has too, and blobs that nothing uses.
 
         Returns the bytes that became free. Raises `WeightsError` where they cannot be deleted, or are on their way in.
@@ -175,9 +175,9 @@ class Cache:
             return 0
         freed = 0
         for pick in picks:
-            listing = self.listing(pick.repo) or {}
-            for name in pick.of(listing):
-                if not _any_of(keep, pick.repo, name):
+            listing = self.list_files(pick.repo) or {}
+            for name in pick.filter_names(listing):
+                if not _is_selected(keep, pick.repo, name):
                     freed += self._drop_partial(listing[name])
             self._drop_dangling_links(pick.repo)
         try:
@@ -196,7 +196,7 @@ class Cache:
             for revision in repo.revisions
             for file in revision.files
             for name in [file.file_path.relative_to(revision.snapshot_path).as_posix()]
-            if _any_of(picks, repo.repo_id, name) and not _any_of(keep, repo.repo_id, name)
+            if _is_selected(picks, repo.repo_id, name) and not _is_selected(keep, repo.repo_id, name)
         }
         try:
             strategy = scanned.delete_files(*doomed)
@@ -216,7 +216,7 @@ class Cache:
         return freed
 
     def _drop_partial(self, file: RemoteFile) -> int:
-        partial = self.partial(file)
+        partial = self.partial_path(file)
         if not partial.exists():
             return 0
         try:
@@ -225,7 +225,7 @@ class Cache:
                 partial.unlink(missing_ok=True)
                 return size
         except TimeoutError as error:
-            raise WeightsError(f"{file.what} is being downloaded at the moment: stop that first.") from error
+            raise WeightsError(f"{file.label} is being downloaded at the moment: stop that first.") from error
 
     def _drop_dangling_links(self, repo: str) -> None:
         """Links to blobs that somebody deleted by hand: huggingface_hub would refuse the whole repository."""
@@ -269,8 +269,8 @@ def _entry(file: RemoteFile) -> TreeCacheEntry:
     )
 
 
-def _any_of(picks: Iterable[Pick], repo: str, name: str) -> bool:
-    return any(pick.repo == repo and pick.of([name]) for pick in picks)
+def _is_selected(picks: Iterable[RepoSelection], repo: str, name: str) -> bool:
+    return any(pick.repo == repo and pick.filter_names([name]) for pick in picks)
 
 
 def _size(path: Path) -> int | None:

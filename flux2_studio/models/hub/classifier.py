@@ -8,24 +8,24 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from flux2_studio.errors import ClassifierError
-from flux2_studio.models.hub.cache import Cache
+from flux2_studio.models.hub.cache import HubCache
 
-REPO = "Falconsai/nsfw_image_detection"
-FILES = ("config.json", "model.safetensors")
+CLASSIFIER_REPO = "Falconsai/nsfw_image_detection"
+CLASSIFIER_FILES = ("config.json", "model.safetensors")
 
 
-def find_classifier(own: Path | None, cache: Path | None = None) -> Path | None:
-    """The folder of Falconsai's classifier: the user's `own` copy, or that of the hub's cache; None if there is none.
+def find_classifier(local_folder: Path | None, cache: Path | None = None) -> Path | None:
+    """The folder of Falconsai's classifier: the user's `local_folder` copy, or that of the hub's cache; None if there is none.
 
     cache: another cache folder than huggingface_hub's own choice. Raises `ClassifierError` for an own copy that is not
     there: what was asked for must not be replaced in silence.
     """
-    if own is not None:
-        if not all((own / name).is_file() for name in FILES):
+    if local_folder is not None:
+        if not all((local_folder / name).is_file() for name in CLASSIFIER_FILES):
             raise ClassifierError(
-                f"FLUX2_NSFW_MODEL_PATH points to {own}, where there is no {' with '.join(FILES)}: set it to the "
-                f"folder of {REPO}, or unset it."
+                f"FLUX2_NSFW_MODEL_PATH points to {local_folder}, where there is no {' with '.join(CLASSIFIER_FILES)}: set it to the "
+                f"folder of {CLASSIFIER_REPO}, or unset it."
             )
-        return own
-    folder = Cache(cache or Path(constants.HF_HUB_CACHE)).snapshot(REPO)
-    return folder if folder and all((folder / name).is_file() for name in FILES) else None
+        return local_folder
+    folder = HubCache(cache or Path(constants.HF_HUB_CACHE)).snapshot(CLASSIFIER_REPO)
+    return folder if folder and all((folder / name).is_file() for name in CLASSIFIER_FILES) else None

@@ -17,76 +17,78 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux2_studio.engine.weights.tensor_files import TensorFiles
+from flux2_studio.engine.weights.tensor_files import SafetensorsFiles
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.hub.downloads import Progress
+from flux2_studio.models.hub.downloads import ProgressCallback
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 64 * 2**20  # bytes that are read without asking: a tenth of a second
-CHUNK = 16 * 2**20  # bytes
-TOLD_EVERY = 0.1  # seconds, at least, between two words on how far it is; giving up is noticed as often
+MAX_QUICK_HASH_BYTES = 64 * 2**20  # bytes that are read without asking: a tenth of a second
+WEIGHT_HASH_CHUNK_BYTES = 16 * 2**20  # bytes
+HASH_PROGRESS_SECONDS = 0.1  # seconds, at least, between two words on how far it is; giving up is noticed as often
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-Stamp = tuple[int, int, int]  # inode, bytes, time of change in nanoseconds
+FileStamp = tuple[int, int, int]  # inode, bytes, time of change in nanoseconds
 
 
-class Fingerprints:
+class WeightHashes:
     """Hashes of weight files, remembered in `file`. For any thread."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[Stamp, str]] = {}  # by path; what could not be written down, too
+        self._cache: dict[str, tuple[FileStamp, str]] = {}  # by path; what could not be written down, too
 
-    def known(self, weights: Path, subfolder: str = "") -> str | None:
+    def get_quick(self, weights: Path, subfolder: str = "") -> str | None:
         """The hash of `weights`, a file or a folder with files (which may be in `subfolder` of it), as long as no more
-        than `AT_ONCE` bytes have to be read for it; else None. Raises `WeightsError` for what cannot be read."""
+        than `MAX_QUICK_HASH_BYTES` bytes have to be read for it; else None. Raises `WeightsError` for what cannot be read."""
         files = _files(weights, subfolder)
-        found = self._found(files)
+        found = self._lookup(files)
         missing = [file for file in files if file not in found]
-        if sum(stamp[1] for stamp in map(_stamp, missing)) > AT_ONCE:
+        if sum(stamp[1] for stamp in map(_stamp, missing)) > MAX_QUICK_HASH_BYTES:
             return None
-        return self._whole(files, found, _silent, weights.is_dir())
+        return self._combine_hashes(files, found, _ignore_progress, weights.is_dir())
 
-    def read(self, weights: Path, progress: Progress, subfolder: str = "") -> str:
-        """As `known`, however much there is to read. `progress` may raise to give up.
+    def compute(self, weights: Path, progress: ProgressCallback, subfolder: str = "") -> str:
+        """As `get_quick`, however much there is to read. `progress` may raise to give up.
 
         Raises `WeightsError` for what cannot be read, or changes meanwhile.
         """
         files = _files(weights, subfolder)
-        return self._whole(files, self._found(files), progress, weights.is_dir())
+        return self._combine_hashes(files, self._lookup(files), progress, weights.is_dir())
 
-    def _whole(self, files: Sequence[Path], found: Mapping[Path, str], progress: Progress, folder: bool) -> str:
+    def _combine_hashes(
+        self, files: Sequence[Path], found: Mapping[Path, str], progress: ProgressCallback, folder: bool
+    ) -> str:
         hashes = {**found, **self._hash([file for file in files if file not in found], progress)}
         if not folder:
             return hashes[files[0]]
         lines = sorted(f"{file.name} {sha256}\n" for file, sha256 in hashes.items())
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
-    def _found(self, files: Sequence[Path]) -> dict[Path, str]:
+    def _lookup(self, files: Sequence[Path]) -> dict[Path, str]:
         """Of those of `files` that need not be read, by their names or from memory."""
-        found = {file: sha256 for file in files if (sha256 := _named(file))}
+        found = {file: sha256 for file in files if (sha256 := _hash_from_blob_name(file))}
         if len(found) < len(files):
             with self._lock:
-                known = {**self._written(), **self._known}
+                known = {**self._load_saved(), **self._cache}
             for file in files:
                 stamp, sha256 = known.get(str(file.absolute()), (None, ""))
                 if file not in found and stamp is not None and stamp == _stamp(file):
                     found[file] = sha256
         return found
 
-    def _hash(self, files: Sequence[Path], progress: Progress) -> dict[Path, str]:
+    def _hash(self, files: Sequence[Path], progress: ProgressCallback) -> dict[Path, str]:
         stamps = {file: _stamp(file) for file in files}
         whole, read, last = sum(size for _, size, _ in stamps.values()), 0, 0.0
-        buffer = memoryview(bytearray(min(CHUNK, whole)))
+        buffer = memoryview(bytearray(min(WEIGHT_HASH_CHUNK_BYTES, whole)))
         hashes = {}
         for file in files:
             digest = hashlib.sha256()
             try:
                 with file.open("rb", buffering=0) as opened:
                     while count := opened.readinto(buffer):
-                        if time.monotonic() - last >= TOLD_EVERY:
+                        if time.monotonic() - last >= HASH_PROGRESS_SECONDS:
                             progress("Reading the checkpoint's fingerprint (once)", read / whole)
                             last = time.monotonic()
                         digest.update(buffer[:count])
@@ -100,11 +102,11 @@ class Fingerprints:
             self._remember({str(file.absolute()): (stamps[file], sha256) for file, sha256 in hashes.items()})
         return hashes
 
-    def _remember(self, found: Mapping[str, tuple[Stamp, str]]) -> None:
+    def _remember(self, found: Mapping[str, tuple[FileStamp, str]]) -> None:
         """In memory and in the file, with what others have written there meanwhile."""
         with self._lock:
-            self._known.update(found)
-            everything = {**self._written(), **self._known}
+            self._cache.update(found)
+            everything = {**self._load_saved(), **self._cache}
             content = {
                 path: {"inode": stamp[0], "size": stamp[1], "mtime_ns": stamp[2], "sha256": sha256}
                 for path, (stamp, sha256) in sorted(everything.items())
@@ -123,7 +125,7 @@ class Fingerprints:
                     "%s cannot be written (%s): checkpoints are read again at the next start", self._file, error
                 )
 
-    def _written(self) -> dict[str, tuple[Stamp, str]]:
+    def _load_saved(self) -> dict[str, tuple[FileStamp, str]]:
         """What the file says; of a damaged one what is whole, which the next hash writes anew."""
         try:
             content = json.loads(self._file.read_text("utf-8"))
@@ -139,7 +141,7 @@ class Fingerprints:
         return found
 
 
-def _entry(said: Any) -> tuple[Stamp, str] | None:
+def _entry(said: Any) -> tuple[FileStamp, str] | None:
     """One file's, as it was written down; None where it is damaged."""
     match said:
         case {"inode": int(inode), "size": int(size), "mtime_ns": int(changed), "sha256": str(sha256)}:
@@ -149,10 +151,10 @@ def _entry(said: Any) -> tuple[Stamp, str] | None:
 
 def _files(weights: Path, subfolder: str) -> list[Path]:
     """The files that have the weights. Raises `WeightsError`."""
-    return TensorFiles(weights, subfolder).files if weights.is_dir() else [weights]
+    return SafetensorsFiles(weights, subfolder).files if weights.is_dir() else [weights]
 
 
-def _named(file: Path) -> str | None:
+def _hash_from_blob_name(file: Path) -> str | None:
     """The hash by which the hub's cache names what `file` is a link to, None for any other file."""
     target = file.resolve()
     repository = target.parent.parent
@@ -160,7 +162,7 @@ def _named(file: Path) -> str | None:
     return target.name if in_cache and _SHA256.fullmatch(target.name) else None
 
 
-def _stamp(file: Path) -> Stamp:
+def _stamp(file: Path) -> FileStamp:
     try:
         found = file.stat()
     except OSError as error:
@@ -172,5 +174,5 @@ def _unreadable(file: Path, error: OSError) -> WeightsError:
     return WeightsError(f"{file} cannot be read ({error.strerror or error}): put it back, or download it again.")
 
 
-def _silent(text: str, fraction: float | None) -> None:
+def _ignore_progress(text: str, fraction: float | None) -> None:
     pass

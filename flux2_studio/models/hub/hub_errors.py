@@ -19,12 +19,12 @@ from huggingface_hub.errors import (
 )
 
 from flux2_studio.checkpoints import Part
-from flux2_studio.models.hub.transfer import Damaged
+from flux2_studio.models.hub.transfer import CorruptDownload
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Refusals:
+class HubErrorMessages:
     """Puts errors into words, for the hub at `endpoint` and the cache in folder `cache`."""
 
     def __init__(self, endpoint: str, cache: Path) -> None:
@@ -35,14 +35,14 @@ class Refusals:
         """`error`, met on `what` of `repo` while `part` was fetched."""
         page = f"{self._endpoint}/{repo}"
         tokens = f"{self._endpoint}/settings/tokens"
-        or_local_copy = or_a_local_copy(part)
-        causes = list(_causes(error))
-        if any(getattr(cause, "errno", None) in NO_ROOM for cause in causes):
+        or_local_copy = local_copy_hint(part)
+        causes = list(_iterate_causes(error))
+        if any(getattr(cause, "errno", None) in DISK_FULL_ERRNOS for cause in causes):
             return (
-                f"There is no room for {what} ({amount(part.size)}) in {self._cache}: free some space, or set HF_HOME "
+                f"There is no room for {what} ({format_size(part.size)}) in {self._cache}: free some space, or set HF_HOME "
                 f"to a folder on a larger drive{or_local_copy}. What has arrived is kept."
             )
-        if isinstance(error, Damaged):
+        if isinstance(error, CorruptDownload):
             return (
                 f"What the hub sends as {what} is not what it announced (its size or hash is wrong), so it was thrown "
                 f"away: try again; if that does not help, look for a proxy that changes downloads, and at {page}"
@@ -88,33 +88,33 @@ class Refusals:
             f"check it and try again{or_local_copy}."
         )
 
-    def missing(self, part: Part) -> str:
+    def missing_file_message(self, part: Part) -> str:
         """The repository is there, but not what is looked for in it."""
         return (
             f"{part.repo} does not hold {part.path or 'all that is needed'} (any more): look at "
-            f"{self._endpoint}/{part.repo}{or_a_local_copy(part)}."
+            f"{self._endpoint}/{part.repo}{local_copy_hint(part)}."
         )
 
-    def no_room(self, what: str, needed: int, free: int, margin: int, or_else: str = "") -> str:
+    def no_space_message(self, what: str, needed: int, free: int, margin: int, or_else: str = "") -> str:
         """There is too little space for the `needed` bytes that are still to come, with `margin` left over."""
         return (
-            f"There is no room for {what} in {self._cache}: {amount(needed)} are still to come and {amount(margin)} "
-            f"should stay free, but only {amount(free)} are free. Free some space, or set HF_HOME to a folder on a "
+            f"There is no room for {what} in {self._cache}: {format_size(needed)} are still to come and {format_size(margin)} "
+            f"should stay free, but only {format_size(free)} are free. Free some space, or set HF_HOME to a folder on a "
             f"larger drive{or_else}."
         )
 
 
-def or_a_local_copy(part: Part) -> str:
-    return f", or set {part.override} to a local copy" if part.override else ""
+def local_copy_hint(part: Part) -> str:
+    return f", or set {part.path_variable} to a local copy" if part.path_variable else ""
 
 
-def amount(total: int, done: int | None = None) -> str:
+def format_size(total: int, done: int | None = None) -> str:
     """'7.8 GB', or '1.2 of 7.8 GB'."""
     unit, name = (10**9, "GB") if total >= 10**9 else (10**6, "MB")
     return f"{'' if done is None else f'{done / unit:.1f} of '}{total / unit:.1f} {name}"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
     """`error` and what led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

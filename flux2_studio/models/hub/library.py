@@ -14,21 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flux2_studio.checkpoints import KIND_NAMES, Checkpoint, Part
+from flux2_studio.checkpoints import PART_LABELS, Checkpoint, Part
 from flux2_studio.errors import StudioError, WeightsError
-from flux2_studio.models.hub.hub_errors import amount
-from flux2_studio.models.hub.repositories import Hub, Reached, Removed, parts_of
+from flux2_studio.models.hub.hub_errors import format_size
+from flux2_studio.models.hub.repositories import DownloadProgress, Hub, RemovalResult, list_parts
 from flux2_studio.settings import Settings
 
 log = logging.getLogger(__name__)
 
-State = Literal["absent", "downloading", "paused", "failed", "complete"]
+CheckpointState = Literal["absent", "downloading", "paused", "failed", "complete"]
 
-DEFECT = "Something went wrong inside the studio; its log has the details. Try again: what has arrived is kept."
+DOWNLOAD_DEFECT_MESSAGE = (
+    "Something went wrong inside the studio; its log has the details. Try again: what has arrived is kept."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class SharedPart:
     """A part that a checkpoint has in common with others."""
 
     kind: str  # as users call it
@@ -36,101 +38,101 @@ class Shared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CheckpointStatus:
     """One checkpoint, as it is now. Sizes are in bytes.
 
-    size: all that it consists of. here: what was downloaded of it, unfinished files too. to_come: what is still to
-    download. removable: what deleting it would free. doing and per_second: of its download; None as long as it is too
-    early to tell. on_its_way: kinds of parts that a run, or another checkpoint's download, is fetching. failure: the
+    total_bytes: all that it consists of. bytes_on_disk: what was downloaded of it, unfinished files too. remaining_bytes: what is still to
+    download. removable_bytes: what deleting it would free. doing and per_second: of its download; None as long as it is too
+    early to tell. fetching_kinds: kinds of parts that a run, or another checkpoint's download, is fetching. failure: the
     sentence that ended the last download, or why what is here cannot be used.
     """
 
     checkpoint: Checkpoint
-    state: State
-    size: int
-    here: int
-    to_come: int
-    removable: int
-    on_board: bool  # ships with the studio
-    own: bool  # a file of the user's own folder
-    shared: tuple[Shared, ...]
-    pages: tuple[str, ...]  # where the licences of its gated parts are accepted
-    doing: str = ""
-    per_second: float | None = None
-    on_its_way: tuple[str, ...] = ()
+    state: CheckpointState
+    total_bytes: int
+    bytes_on_disk: int
+    remaining_bytes: int
+    removable_bytes: int
+    is_bundled: bool  # ships with the studio
+    is_local_file: bool  # a file of the user's own folder
+    shared: tuple[SharedPart, ...]
+    licence_urls: tuple[str, ...]  # where the licences of its gated parts are accepted
+    activity: str = ""
+    bytes_per_second: float | None = None
+    fetching_kinds: tuple[str, ...] = ()
     failure: str = ""
 
     @property
     def fraction(self) -> float:
         """How much of what must be downloaded is here (0..1)."""
-        whole = self.here + self.to_come
-        return self.here / whole if whole else 1.0
+        whole = self.bytes_on_disk + self.remaining_bytes
+        return self.bytes_on_disk / whole if whole else 1.0
 
     @property
     def seconds_left(self) -> float | None:
-        return self.to_come / self.per_second if self.per_second else None
+        return self.remaining_bytes / self.bytes_per_second if self.bytes_per_second else None
 
 
-class Paused(Exception):
+class DownloadPaused(Exception):
     """The user wants the download to wait."""
 
 
 @dataclass
-class Task:
-    """A download that somebody asked for. Written by its own thread; `pause` by whoever pauses it."""
+class DownloadTask:
+    """A download that somebody asked for. Written by its own thread; `is_pausing` by whoever pauses it."""
 
-    running: bool = True
-    pause: bool = False
-    doing: str = "Starting"
+    is_running: bool = True
+    is_pausing: bool = False
+    activity: str = "Starting"
     failure: str = ""
 
-    def progress(self, text: str, fraction: float | None) -> None:
-        self.doing = text
-        if self.pause:
-            raise Paused
+    def on_progress(self, text: str, fraction: float | None) -> None:
+        self.activity = text
+        if self.is_pausing:
+            raise DownloadPaused
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class PartStatus:
     """What is here of a part."""
 
-    complete: bool
-    here: int
+    is_complete: bool
+    bytes_on_disk: int
     total: int
-    reached: Reached | None
+    progress: DownloadProgress | None
     problem: str
 
 
-class Shelf:
+class CheckpointLibrary:
     """The checkpoints of `settings`, on the hub and in the cache of `hub`. Callable from several threads.
 
     `hub` should be the one that loads checkpoints too: then a run that needs one on its way joins the download.
-    others: a sentence about each file of the user's own folder that is no checkpoint.
+    local_file_problems: a sentence about each file of the user's own folder that is no checkpoint.
     """
 
-    def __init__(self, settings: Settings, hub: Hub, others: Sequence[str] = ()) -> None:
-        self.others = tuple(others)
+    def __init__(self, settings: Settings, hub: Hub, local_file_problems: Sequence[str] = ()) -> None:
+        self.local_file_problems = tuple(local_file_problems)
         self.checkpoints = settings.checkpoints
         self._settings = settings
         self._hub = hub
-        self._tasks: dict[str, Task] = {}  # by checkpoint, the last of each
+        self._tasks: dict[str, DownloadTask] = {}  # by checkpoint, the last of each
         self._lock = threading.Lock()  # held by what starts or deletes: neither must begin while the other is at it
 
-    def entries(self) -> list[Entry]:
+    def list_statuses(self) -> list[CheckpointStatus]:
         """Every checkpoint, in the order of the list. Never uses the network, and waits for nobody."""
         tasks = dict(self._tasks)  # at one stroke, so without the lock, which a deletion may hold for seconds
-        parts = {part for checkpoint in self.checkpoints for part in parts_of(checkpoint)}
-        looks = {part: self._look(part) for part in parts}
-        return [self._entry(checkpoint, looks, tasks) for checkpoint in self.checkpoints]
+        parts = {part for checkpoint in self.checkpoints for part in list_parts(checkpoint)}
+        looks = {part: self._inspect_part(part) for part in parts}
+        return [self._make_status(checkpoint, looks, tasks) for checkpoint in self.checkpoints]
 
-    def entry(self, name: str) -> Entry:
+    def get_status(self, name: str) -> CheckpointStatus:
         """The checkpoint called `name`. Raises `RequestError` for an unknown one."""
         checkpoint = self._settings.checkpoint(name)
-        return next(entry for entry in self.entries() if entry.checkpoint == checkpoint)
+        return next(entry for entry in self.list_statuses() if entry.checkpoint == checkpoint)
 
-    def room(self) -> tuple[str, int]:
+    def free_space(self) -> tuple[str, int]:
         """The folder where downloads go, and the bytes that are free there."""
-        folder, free = self._hub.room()
+        folder, free = self._hub.free_space()
         return str(folder), free
 
     def download(self, name: str) -> None:
@@ -141,17 +143,17 @@ class Shelf:
         checkpoint = self._settings.checkpoint(name)
         with self._lock:
             task = self._tasks.get(name)
-            if task and task.running and not task.pause:
+            if task and task.is_running and not task.is_pausing:
                 return
-            task = self._tasks[name] = Task()
+            task = self._tasks[name] = DownloadTask()
         threading.Thread(target=self._run, args=(checkpoint, task), name=f"flux2-shelf-{name}", daemon=True).start()
 
     def pause(self, name: str) -> None:
         """Let the download of `name` wait until it is asked for again. What others are waiting for still comes."""
         with self._lock:
             task = self._tasks.get(name)
-            if task and task.running:
-                task.pause = True
+            if task and task.is_running:
+                task.is_pausing = True
 
     def remove(self, name: str) -> str:
         """Delete what was downloaded of `name`, except what others need. Returns what was done, for the user to read.
@@ -162,126 +164,135 @@ class Shelf:
         checkpoint = self._settings.checkpoint(name)
         with self._lock:
             task = self._tasks.get(name)
-            if task and task.running and not task.pause:
+            if task and task.is_running and not task.is_pausing:
                 raise WeightsError(f"{checkpoint.label} is being downloaded: pause that first.")
             wanted = [self._settings.checkpoint(other) for other in self._tasks if other != name]
             removed = self._hub.remove(checkpoint, wanted)
             self._tasks.pop(name, None)
         return _removal(checkpoint, removed)
 
-    def _run(self, checkpoint: Checkpoint, task: Task) -> None:
+    def _run(self, checkpoint: Checkpoint, task: DownloadTask) -> None:
         try:
-            self._hub.download(checkpoint, self._wanted(checkpoint), task.progress)
-        except Paused:
+            self._hub.download(checkpoint, self._parts_to_download(checkpoint), task.on_progress)
+        except DownloadPaused:
             return
         except StudioError as error:
             task.failure = str(error)
         except Exception:
             log.exception("the download of %s failed", checkpoint.name)
-            task.failure = DEFECT
+            task.failure = DOWNLOAD_DEFECT_MESSAGE
         finally:
-            task.running = False
+            task.is_running = False
         with self._lock:
             if not task.failure and self._tasks.get(checkpoint.name) is task:
                 del self._tasks[checkpoint.name]
 
-    def _wanted(self, checkpoint: Checkpoint) -> tuple[Part, ...]:
+    def _parts_to_download(self, checkpoint: Checkpoint) -> tuple[Part, ...]:
         """What to download for `checkpoint`: with the previews' decoder, where previews use it."""
         preview = (checkpoint.tiny_autoencoder,) if self._settings.preview == "tiny" else ()
         return tuple(dict.fromkeys((*checkpoint.parts, *preview)))
 
-    def _look(self, part: Part) -> Look:
+    def _inspect_part(self, part: Part) -> PartStatus:
         complete, problem = False, ""
         try:
             complete = self._hub.find(part) is not None
         except WeightsError as error:
             problem = str(error)
-        here, reached = self._hub.size_on_disk(part), self._hub.reached(part)
+        here, reached = self._hub.size_on_disk(part), self._hub.download_progress(part)
         if complete:
             total = here or part.size
         elif reached and reached.total:
             here, total = reached.done, reached.total
         else:  # by the table, which is about right
             total = max(part.size, here)
-        return Look(complete=complete, here=here, total=total, reached=reached, problem=problem)
+        return PartStatus(is_complete=complete, bytes_on_disk=here, total=total, progress=reached, problem=problem)
 
-    def _entry(self, checkpoint: Checkpoint, looks: Mapping[Part, Look], tasks: Mapping[str, Task]) -> Entry:
-        parts = {part: looks[part] for part in self._wanted(checkpoint)}
-        missing = {part: look for part, look in parts.items() if not look.complete}
+    def _make_status(
+        self, checkpoint: Checkpoint, part_statuses: Mapping[Part, PartStatus], tasks: Mapping[str, DownloadTask]
+    ) -> CheckpointStatus:
+        parts = {part: part_statuses[part] for part in self._parts_to_download(checkpoint)}
+        missing = {part: look for part, look in parts.items() if not look.is_complete}
         problem = next((look.problem for look in missing.values() if look.problem), "")
         own = checkpoint.flow.repo is None and Path(checkpoint.flow.path).is_absolute()
         task = tasks.get(checkpoint.name)
-        downloading = task is not None and task.running and not task.pause
-        state: State = "absent"
+        downloading = task is not None and task.is_running and not task.is_pausing
+        state: CheckpointState = "absent"
         if downloading:
             state = "downloading"
-        elif all(looks[part].complete for part in checkpoint.parts):
+        elif all(part_statuses[part].is_complete for part in checkpoint.parts):
             state = "complete"
         elif problem or (task and task.failure):
             state = "failed"
-        elif task or any(look.here for look in missing.values()):
+        elif task or any(look.bytes_on_disk for look in missing.values()):
             state = "paused"
-        moving = [(part, look.reached) for part, look in missing.items() if look.reached]
-        rates = [reached.per_second for _, reached in moving if reached.per_second]
-        return Entry(
+        moving = [(part, look.progress) for part, look in missing.items() if look.progress]
+        rates = [reached.bytes_per_second for _, reached in moving if reached.bytes_per_second]
+        return CheckpointStatus(
             checkpoint=checkpoint,
             state=state,
-            size=sum(look.total for look in parts.values()),
-            here=sum(look.here for look in parts.values()),
-            to_come=sum(look.total - look.here for part, look in missing.items() if self._hub.from_hub(part)),
-            removable=self._removable(checkpoint, looks, tasks),
-            on_board=all(part.repo is None for part in checkpoint.parts) and not own,
-            own=own,
+            total_bytes=sum(look.total for look in parts.values()),
+            bytes_on_disk=sum(look.bytes_on_disk for look in parts.values()),
+            remaining_bytes=sum(
+                look.total - look.bytes_on_disk for part, look in missing.items() if self._hub.is_from_hub(part)
+            ),
+            removable_bytes=self._removable(checkpoint, part_statuses, tasks),
+            is_bundled=all(part.repo is None for part in checkpoint.parts) and not own,
+            is_local_file=own,
             shared=self._shared(checkpoint),
-            pages=tuple(self._hub.page(part) for part in parts if part.gated and self._hub.from_hub(part)),
-            doing=_doing(task, moving) if task and downloading else "",
-            per_second=sum(rates) if downloading and rates else None,
-            on_its_way=() if task and task.running else tuple(KIND_NAMES[part.kind] for part, _ in moving),
+            licence_urls=tuple(
+                self._hub.repository_url(part) for part in parts if part.gated and self._hub.is_from_hub(part)
+            ),
+            activity=_doing(task, moving) if task and downloading else "",
+            bytes_per_second=sum(rates) if downloading and rates else None,
+            fetching_kinds=() if task and task.is_running else tuple(PART_LABELS[part.kind] for part, _ in moving),
             failure=problem or (task.failure if task and missing else ""),
         )
 
-    def _removable(self, checkpoint: Checkpoint, looks: Mapping[Part, Look], tasks: Mapping[str, Task]) -> int:
+    def _removable(
+        self, checkpoint: Checkpoint, part_statuses: Mapping[Part, PartStatus], tasks: Mapping[str, DownloadTask]
+    ) -> int:
         """As `Hub.remove` will have it."""
         needed = {
             part
             for other in self.checkpoints
-            if other != checkpoint and (other.name in tasks or all(looks[part].complete for part in other.parts))
-            for part in parts_of(other)
+            if other != checkpoint
+            and (other.name in tasks or all(part_statuses[part].is_complete for part in other.parts))
+            for part in list_parts(other)
         }
-        return sum(looks[part].here for part in parts_of(checkpoint) if part not in needed)
+        return sum(part_statuses[part].bytes_on_disk for part in list_parts(checkpoint) if part not in needed)
 
-    def _shared(self, checkpoint: Checkpoint) -> tuple[Shared, ...]:
+    def _shared(self, checkpoint: Checkpoint) -> tuple[SharedPart, ...]:
         found = []
         for part in checkpoint.parts:
             others = tuple(other for other in self.checkpoints if other != checkpoint and part in other.parts)
             if others:
-                found.append(Shared(kind=KIND_NAMES[part.kind], others=others))
+                found.append(SharedPart(kind=PART_LABELS[part.kind], others=others))
         return tuple(found)
 
 
-def _doing(task: Task, moving: Sequence[tuple[Part, Reached]]) -> str:
+def _doing(task: DownloadTask, moving: Sequence[tuple[Part, DownloadProgress]]) -> str:
     """What a download is doing, in words; the checkpoint's own numbers stand elsewhere."""
     for _, reached in moving:
-        return reached.told[0] if reached.checked else reached.words
-    return task.doing
+        return reached.status[0] if reached.verified_bytes else reached.label
+    return task.activity
 
 
-def _removal(checkpoint: Checkpoint, removed: Removed) -> str:
+def _removal(checkpoint: Checkpoint, removed: RemovalResult) -> str:
     sentences = [
-        f"{amount(removed.freed)} freed."
-        if removed.freed
+        f"{format_size(removed.freed_bytes)} freed."
+        if removed.freed_bytes
         else f"There is nothing to delete of {checkpoint.label} alone."
     ]
     kept: dict[tuple[Checkpoint, ...], list[str]] = {}
-    for part, others in removed.kept:
-        kept.setdefault(others, []).append(f"the {KIND_NAMES[part.kind]}")
+    for part, others in removed.kept_parts:
+        kept.setdefault(others, []).append(f"the {PART_LABELS[part.kind]}")
     for others, kinds in kept.items():
-        what = f"{_and(kinds)} {'stays' if len(kinds) == 1 else 'stay'}"
-        sentences.append(f"{what[0].upper()}{what[1:]}, for {_and([other.label for other in others])}.")
+        what = f"{_join_words(kinds)} {'stays' if len(kinds) == 1 else 'stay'}"
+        sentences.append(f"{what[0].upper()}{what[1:]}, for {_join_words([other.label for other in others])}.")
     return " ".join(sentences)
 
 
-def _and(words: Sequence[str]) -> str:
+def _join_words(words: Sequence[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last

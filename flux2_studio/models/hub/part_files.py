@@ -40,7 +40,7 @@ class PartFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pick:
+class RepoSelection:
     """Files of one repository: those under `path` (a file, or a folder, "" for the root) that match `patterns`."""
 
     repo: str
@@ -48,25 +48,27 @@ class Pick:
     patterns: tuple[str, ...]
 
     @property
-    def what(self) -> str:
+    def label(self) -> str:
         return f"{self.repo}/{self.path}".rstrip("/")
 
-    def of(self, names: Iterable[str]) -> list[str]:
+    def filter_names(self, names: Iterable[str]) -> list[str]:
         """Those of `names`, paths inside the repository, that belong to the pick."""
         return [name for name in names if any(_matches(name, pattern) for pattern in self.patterns)]
 
 
-def picks(part: Part) -> tuple[Pick, ...]:
+def select_repo_files(part: Part) -> tuple[RepoSelection, ...]:
     """Where the files of `part` are on the hub. A text part has two: the weights', then the tokenizer's."""
     assert part.repo is not None
     if part.kind != "text":
-        return (Pick(repo=part.repo, path=part.path, patterns=(part.path,)),)
+        return (RepoSelection(repo=part.repo, path=part.path, patterns=(part.path,)),)
     repo, folder = part.tokenizer or (None, part.path)
     return (_folder(part.repo, part.path, WEIGHT_FILES), _folder(repo or part.repo, folder, TOKENIZER_FILES))
 
 
-def _folder(repo: str, folder: str, files: tuple[str, ...]) -> Pick:
-    return Pick(repo=repo, path=folder, patterns=tuple(f"{folder}/{file}" if folder else file for file in files))
+def _folder(repo: str, folder: str, files: tuple[str, ...]) -> RepoSelection:
+    return RepoSelection(
+        repo=repo, path=folder, patterns=tuple(f"{folder}/{file}" if folder else file for file in files)
+    )
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -93,13 +95,17 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
-def own_copy(part: Part, path: Path) -> PartFiles:
+def find_local_copy(part: Part, path: Path) -> PartFiles:
     """The user's own copy of `part` at `path`, which the part's variable names. Raises `WeightsError`."""
-    assert part.override is not None
-    return _own_text(part.override, path) if part.kind == "text" else _own_weights(part.override, path)
+    assert part.path_variable is not None
+    return (
+        _find_local_text_encoder(part.path_variable, path)
+        if part.kind == "text"
+        else _find_local_weights(part.path_variable, path)
+    )
 
 
-def _own_weights(variable: str, path: Path) -> PartFiles:
+def _find_local_weights(variable: str, path: Path) -> PartFiles:
     if not path.exists():
         raise WeightsError(
             f"{variable} points to {path}, where there is nothing: set it to a .safetensors file or to the folder that "
@@ -108,7 +114,7 @@ def _own_weights(variable: str, path: Path) -> PartFiles:
     return PartFiles(weights=path, tokenizer=None)
 
 
-def _own_text(variable: str, path: Path) -> PartFiles:
+def _find_local_text_encoder(variable: str, path: Path) -> PartFiles:
     """A text encoder's folder with its tokenizer in it or beside it, or a folder with both as subfolders.
 
     The subfolder goes first: a whole FLUX.2 repository has safetensors of its own at the root, the transformer's.

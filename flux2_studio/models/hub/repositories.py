@@ -16,22 +16,22 @@ from huggingface_hub import constants
 
 from flux2_studio.checkpoints import Checkpoint, Part
 from flux2_studio.errors import DownloadError, WeightsError
-from flux2_studio.models.hub.cache import Cache
-from flux2_studio.models.hub.downloads import Downloads, Progress, Reached
-from flux2_studio.models.hub.hub_errors import Refusals
-from flux2_studio.models.hub.part_files import PartFiles, has_tokenizer, has_weights, own_copy, picks
+from flux2_studio.models.hub.cache import HubCache
+from flux2_studio.models.hub.downloads import DownloadProgress, Downloads, ProgressCallback
+from flux2_studio.models.hub.hub_errors import HubErrorMessages
+from flux2_studio.models.hub.part_files import PartFiles, find_local_copy, has_tokenizer, has_weights, select_repo_files
 from flux2_studio.models.hub.transfer import Transfer
 from flux2_studio.settings import Settings
 
-__all__ = ["Hub", "PartFiles", "Progress", "Reached", "Removed"]
+__all__ = ["DownloadProgress", "Hub", "PartFiles", "ProgressCallback", "RemovalResult"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removed:
-    """What `Hub.remove` did. `kept`: parts that stay, each with the checkpoints on this machine that need it."""
+class RemovalResult:
+    """What `Hub.remove` did. `kept_parts`: parts that stay, each with the checkpoints on this machine that need it."""
 
-    freed: int  # bytes
-    kept: tuple[tuple[Part, tuple[Checkpoint, ...]], ...]
+    freed_bytes: int  # bytes
+    kept_parts: tuple[tuple[Part, tuple[Checkpoint, ...]], ...]
 
 
 class Hub:
@@ -47,19 +47,19 @@ class Hub:
         settings: Settings,
         endpoint: str | None = None,
         cache: Path | None = None,
-        patience: float = constants.HF_HUB_ETAG_TIMEOUT,
+        timeout: float = constants.HF_HUB_ETAG_TIMEOUT,
         free_space: Callable[[Path], int] | None = None,
     ) -> None:
         endpoint = endpoint or constants.ENDPOINT
         self._settings = settings
         self._endpoint = endpoint
-        self._cache = Cache(cache or Path(constants.HF_HUB_CACHE))
-        self._refusals = Refusals(endpoint, self._cache.root)
+        self._cache = HubCache(cache or Path(constants.HF_HUB_CACHE))
+        self._error_messages = HubErrorMessages(endpoint, self._cache.root)
         self._downloads = Downloads(
-            self._cache, Transfer(endpoint, self._cache, patience), self._refusals, free_space=free_space
+            self._cache, Transfer(endpoint, self._cache, timeout), self._error_messages, free_space=free_space
         )
 
-    def on_disk(self, part: Part) -> bool:
+    def is_on_disk(self, part: Part) -> bool:
         """Whether `part` is complete on this machine. Never uses the network."""
         try:
             return self.find(part) is not None
@@ -73,27 +73,33 @@ class Hub:
         """
         return self._local(part) or self._cached(part)
 
-    def from_hub(self, part: Part) -> bool:
+    def is_from_hub(self, part: Part) -> bool:
         """Whether `part` is the hub's: neither the user's own copy nor what ships with the studio."""
-        return part.repo is not None and not (part.override and part.override in self._settings.overrides)
+        return part.repo is not None and not (
+            part.path_variable and part.path_variable in self._settings.path_overrides
+        )
 
     def size_on_disk(self, part: Part) -> int:
         """Bytes that the cache holds of `part`, those of a broken-off download too."""
-        return sum(self._cache.size(pick) for pick in picks(part)) if self.from_hub(part) else 0
+        return (
+            sum(self._cache.bytes_of_selection(pick) for pick in select_repo_files(part))
+            if self.is_from_hub(part)
+            else 0
+        )
 
-    def reached(self, part: Part) -> Reached | None:
+    def download_progress(self, part: Part) -> DownloadProgress | None:
         """How far `part` is; None unless somebody in this program is downloading it."""
-        return self._downloads.reached(part)
+        return self._downloads.progress_of(part)
 
-    def room(self) -> tuple[Path, int]:
+    def free_space(self) -> tuple[Path, int]:
         """The folder where downloads go, and the bytes that are free there."""
-        return self._cache.root, self._downloads.free()
+        return self._cache.root, self._downloads.free_bytes()
 
-    def page(self, part: Part) -> str:
+    def repository_url(self, part: Part) -> str:
         """The address of the repository of `part`, where its licence is accepted."""
         return f"{self._endpoint}/{part.repo}"
 
-    def locate(self, part: Part, progress: Progress) -> PartFiles:
+    def find_or_download(self, part: Part, progress: ProgressCallback) -> PartFiles:
         """The files of `part`, downloaded if need be. What `progress` raises ends the download and is passed on.
 
         Raises `WeightsError` for a local copy that is not there, `DownloadError` for what the hub does not give.
@@ -103,22 +109,22 @@ class Hub:
             self._downloads.download(part, progress)
             files = self._cached(part)
         if files is None:
-            raise DownloadError(self._refusals.missing(part))
+            raise DownloadError(self._error_messages.missing_file_message(part))
         return files
 
-    def download(self, checkpoint: Checkpoint, parts: Sequence[Part], progress: Progress) -> None:
+    def download(self, checkpoint: Checkpoint, parts: Sequence[Part], progress: ProgressCallback) -> None:
         """Have `parts` of `checkpoint` on this machine. Room for all of them is looked for before the first begins.
 
-        Raises as `locate` does.
+        Raises as `find_or_download` does.
         """
-        missing = [part for part in parts if not self.on_disk(part)]
+        missing = [part for part in parts if not self.is_on_disk(part)]
         # By the table's sizes, which are about right; each part's own are looked at again when it begins.
-        needed = sum(max(part.size - self.size_on_disk(part), 0) for part in missing if self.from_hub(part))
-        self._downloads.check_room(checkpoint.label, needed)
+        needed = sum(max(part.size - self.size_on_disk(part), 0) for part in missing if self.is_from_hub(part))
+        self._downloads.check_free_space(checkpoint.label, needed)
         for part in sorted(missing, key=lambda part: not part.gated):  # a gate refuses before gigabytes have come
-            self.locate(part, progress)
+            self.find_or_download(part, progress)
 
-    def remove(self, checkpoint: Checkpoint, wanted: Collection[Checkpoint] = ()) -> Removed:
+    def remove(self, checkpoint: Checkpoint, wanted: Collection[Checkpoint] = ()) -> RemovalResult:
         """Delete from the cache what only `checkpoint` needs of the checkpoints that are complete on this machine, and
         of those that are `wanted` though they are not.
 
@@ -127,29 +133,31 @@ class Hub:
         others = [
             other
             for other in self._settings.checkpoints
-            if other.name != checkpoint.name and (other in wanted or all(self.on_disk(part) for part in other.parts))
+            if other.name != checkpoint.name and (other in wanted or all(self.is_on_disk(part) for part in other.parts))
         ]
-        needed = {part for other in others for part in parts_of(other)}
-        there = [part for part in parts_of(checkpoint) if self.from_hub(part) and self.size_on_disk(part)]
+        needed = {part for other in others for part in list_parts(other)}
+        there = [part for part in list_parts(checkpoint) if self.is_from_hub(part) and self.size_on_disk(part)]
         going = [part for part in there if part not in needed]
         for part in going:
-            if self.reached(part):
+            if self.download_progress(part):
                 raise WeightsError(f"{part.repo}/{part.path} is being downloaded at the moment: stop that first.")
         freed = self._cache.remove(
-            [pick for part in going for pick in picks(part)],
-            [pick for part in needed if self.from_hub(part) for pick in picks(part)],
+            [pick for part in going for pick in select_repo_files(part)],
+            [pick for part in needed if self.is_from_hub(part) for pick in select_repo_files(part)],
         )
-        return Removed(
-            freed=freed,
-            kept=tuple(
-                (part, tuple(other for other in others if part in parts_of(other))) for part in there if part in needed
+        return RemovalResult(
+            freed_bytes=freed,
+            kept_parts=tuple(
+                (part, tuple(other for other in others if part in list_parts(other)))
+                for part in there
+                if part in needed
             ),
         )
 
     def _local(self, part: Part) -> PartFiles | None:
         """The user's own copy or the studio's, None where `part` is the hub's. Raises `WeightsError`."""
-        if part.override and (path := self._settings.overrides.get(part.override)):
-            return own_copy(part, path)
+        if part.path_variable and (path := self._settings.path_overrides.get(part.path_variable)):
+            return find_local_copy(part, path)
         if part.repo is not None:
             return None
         weights = self._settings.assets / part.path
@@ -165,13 +173,13 @@ class Hub:
     def _cached(self, part: Part) -> PartFiles | None:
         """The hub's files of `part` from the cache; None unless every one is there."""
         if part.kind != "text":
-            (pick,) = picks(part)
-            snapshot = self._cache.complete(pick)
+            (pick,) = select_repo_files(part)
+            snapshot = self._cache.find_complete(pick)
             file = snapshot / pick.path if snapshot else None
             return PartFiles(weights=file, tokenizer=None) if file and file.is_file() else None
         folders = []
-        for pick in picks(part):
-            snapshot = self._cache.complete(pick)
+        for pick in select_repo_files(part):
+            snapshot = self._cache.find_complete(pick)
             if snapshot is None:
                 return None
             folders.append(snapshot / pick.path)
@@ -181,6 +189,6 @@ class Hub:
         return PartFiles(weights=weights, tokenizer=tokenizer)
 
 
-def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
+def list_parts(checkpoint: Checkpoint) -> tuple[Part, ...]:
     """All that `checkpoint` uses, each once: the previews' small decoder may be its autoencoder."""
     return tuple(dict.fromkeys((*checkpoint.parts, checkpoint.tiny_autoencoder)))

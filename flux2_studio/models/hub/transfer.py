@@ -29,25 +29,33 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from flux2_studio import __version__
-from flux2_studio.models.hub.cache import Cache, RemoteFile
-from flux2_studio.models.hub.part_files import Pick
+from flux2_studio.models.hub.cache import HubCache, RemoteFile
+from flux2_studio.models.hub.part_files import RepoSelection
 
-Report = Callable[[str, int], None]  # what is being done with a file, and how many of its bytes that has reached
+TransferCallback = Callable[
+    [str, int], None
+]  # what is being done with a file, and how many of its bytes that has reached
 
 DOWNLOADING, CHECKING, WAITING, RETRYING = "Downloading", "Checking", "Waiting", "Retrying"
-PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before each new attempt, as long as no attempt brings anything new
-STRETCH = 8 * 10**9  # bytes asked for at once: the hub's CDN gives no more than 50 GB (MAX_HTTP_DOWNLOAD_SIZE)
-READ = 2**20  # bytes
-PASSING = (408, 429, 500, 502, 503, 504)  # HTTP: worth asking again
-PARTIAL = 206  # HTTP: the range that was asked for
-NOT_SATISFIABLE = 416  # HTTP: the file ends before the range begins
+DOWNLOAD_RETRY_DELAYS_SECONDS = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    15.0,
+)  # seconds before each new attempt, as long as no attempt brings anything new
+MAX_RANGE_BYTES = 8 * 10**9  # bytes asked for at once: the hub's CDN gives no more than 50 GB (MAX_HTTP_DOWNLOAD_SIZE)
+READ_BLOCK_BYTES = 2**20  # bytes
+HTTP_RETRYABLE = (408, 429, 500, 502, 503, 504)  # HTTP: worth asking again
+HTTP_PARTIAL_CONTENT = 206  # HTTP: the range that was asked for
+HTTP_RANGE_NOT_SATISFIABLE = 416  # HTTP: the file ends before the range begins
 
 
-class Stopped(Exception):
+class DownloadStopped(Exception):
     """Nobody waits for the download any more."""
 
 
-class Damaged(Exception):
+class CorruptDownload(Exception):
     """What the hub sends is not what it announced."""
 
 
@@ -61,18 +69,18 @@ class Transfer:
     def __init__(
         self,
         endpoint: str,
-        cache: Cache,
-        patience: float,
-        pauses: tuple[float, ...] = PAUSES,
-        stretch: int = STRETCH,
+        cache: HubCache,
+        timeout: float,
+        retry_delays: tuple[float, ...] = DOWNLOAD_RETRY_DELAYS_SECONDS,
+        range_bytes: int = MAX_RANGE_BYTES,
     ) -> None:
         self._endpoint = endpoint
         self._cache = cache
-        self._patience = patience
-        self._pauses = pauses
-        self._stretch = stretch
+        self._patience = timeout
+        self._pauses = retry_delays
+        self._stretch = range_bytes
 
-    def listing(self, pick: Pick) -> list[RemoteFile]:
+    def list_files(self, pick: RepoSelection) -> list[RemoteFile]:
         """The files of `pick` that the repository holds now, smallest first; their commit is the one that counts then.
 
         Raises what huggingface_hub and its client raise, and `OSError` where the cache cannot be written.
@@ -81,104 +89,111 @@ class Transfer:
         info = api.model_info(
             pick.repo, revision=constants.DEFAULT_REVISION, files_metadata=True, timeout=self._patience
         )
-        siblings = {it.rfilename: it for it in info.siblings or () if _plain(it.rfilename)}
-        if not _plain(info.sha):
-            raise Damaged(pick.repo)
+        siblings = {it.rfilename: it for it in info.siblings or () if _is_safe_path(it.rfilename)}
+        if not _is_safe_path(info.sha):
+            raise CorruptDownload(pick.repo)
         described = {
             name: _remote(pick.repo, info.sha, sibling) for name, sibling in siblings.items() if _described(sibling)
         }
         chosen = {
-            name: described.get(name) or self._ask(pick.repo, info.sha, name) for name in pick.of(siblings.keys())
+            name: described.get(name) or self._request_metadata(pick.repo, info.sha, name)
+            for name in pick.filter_names(siblings.keys())
         }
         whole = described if len(described) == len(siblings) else chosen
-        self._cache.turn_to(pick.repo, info.sha, whole)
+        self._cache.set_current_commit(pick.repo, info.sha, whole)
         return sorted(chosen.values(), key=lambda file: (file.size, file.name))
 
-    def fetch(self, file: RemoteFile, stop: threading.Event, report: Report) -> None:
-        """Have `file` in the cache. Raises `Stopped` soon after `stop` is set, `Damaged`, and what `listing` raises."""
-        if self._cache.here(file):
+    def fetch(self, file: RemoteFile, stop: threading.Event, on_progress: TransferCallback) -> None:
+        """Have `file` in the cache. Raises `DownloadStopped` soon after `stop` is set, `CorruptDownload`, and what `list_files` raises."""
+        if self._cache.is_complete(file):
             return
-        partial = self._cache.partial(file)
+        partial = self._cache.partial_path(file)
         partial.parent.mkdir(parents=True, exist_ok=True)
 
         def waiting() -> None:
             if stop.is_set():
-                raise Stopped
-            report(WAITING, self._cache.arrived(file))
+                raise DownloadStopped
+            on_progress(WAITING, self._cache.bytes_on_disk(file))
 
-        with self._cache.alone(file, waiting):
-            if self._cache.here(file):  # another program has finished it meanwhile
+        with self._cache.exclusive_access(file, waiting):
+            if self._cache.is_complete(file):  # another program has finished it meanwhile
                 return
-            blob = self._cache.blob(file)
+            blob = self._cache.blob_path(file)
             if not blob.exists() or blob.stat().st_size != file.size:
-                self._complete(file, partial, stop, report)
+                self._download_verified(file, partial, stop, on_progress)
                 partial.replace(blob)
-            self._cache.link(file)
+            self._cache.link_into_snapshot(file)
 
-    def _ask(self, repo: str, commit: str, name: str) -> RemoteFile:
+    def _request_metadata(self, repo: str, commit: str, name: str) -> RemoteFile:
         """A file that the listing only names, as mirrors' listings do."""
         found = get_hf_file_metadata(
             self._url(repo, commit, name), timeout=self._patience, endpoint=self._endpoint, headers=_headers()
         )
-        if found.size is None or found.etag is None or not _plain(found.etag):
-            raise Damaged(f"{repo}/{name}")
+        if found.size is None or found.etag is None or not _is_safe_path(found.etag):
+            raise CorruptDownload(f"{repo}/{name}")
         return RemoteFile(
             repo=repo, commit=commit, name=name, size=found.size, etag=found.etag, digest=None, git_id=found.etag
         )
 
-    def _complete(self, file: RemoteFile, partial: Path, stop: threading.Event, report: Report) -> None:
-        """Have all of `file` in `partial`, and its hash right."""
+    def _download_verified(
+        self, file: RemoteFile, partial: Path, stop: threading.Event, on_progress: TransferCallback
+    ) -> None:
+        """Have all of `file` in `partial_path`, and its hash right."""
         resumed = partial.exists()
         while True:
             try:
                 with partial.open("a+b") as out:
-                    digest = self._fill(file, out, stop, report)
+                    digest = self._append_missing(file, out, stop, on_progress)
                 if digest is not None and digest != file.etag:
-                    raise Damaged(file.what)
+                    raise CorruptDownload(file.label)
                 return
-            except Damaged:
+            except CorruptDownload:
                 partial.unlink(missing_ok=True)
                 if not resumed:
                     raise
             resumed = False  # what was there may have been to blame: once more, from the start
 
-    def _fill(self, file: RemoteFile, out: BinaryIO, stop: threading.Event, report: Report) -> str | None:
+    def _append_missing(
+        self, file: RemoteFile, out: BinaryIO, stop: threading.Event, on_progress: TransferCallback
+    ) -> str | None:
         """Append to `out` what it lacks of `file`, and flush it to the disk. Returns the hash of it all."""
         hashed = _hash(file)
         out.seek(0)
         done = 0
-        while block := out.read(READ):
+        while block := out.read(READ_BLOCK_BYTES):
             if stop.is_set():
-                raise Stopped
+                raise DownloadStopped
             hashed.update(block)
             done += len(block)
-            report(CHECKING, done)
+            on_progress(CHECKING, done)
         if done > file.size:
-            raise Damaged(file.what)
+            raise CorruptDownload(file.label)
         most, failures = done, 0
         while done < file.size:
             if stop.is_set():
-                raise Stopped
-            trouble: Exception = Damaged(file.what)  # if the answer just ends too early
+                raise DownloadStopped
+            trouble: Exception = CorruptDownload(file.label)  # if the answer just ends too early
             try:
-                with self._open(file, done) as response:
-                    if done and response.status_code != PARTIAL:  # a server that knows no ranges sends it all again
+                with self._open_stream(file, done) as response:
+                    if (
+                        done and response.status_code != HTTP_PARTIAL_CONTENT
+                    ):  # a server that knows no ranges sends it all again
                         out.truncate(0)
                         hashed, done = _hash(file), 0
                     for block in response.iter_bytes():
                         if stop.is_set():
-                            raise Stopped
+                            raise DownloadStopped
                         out.write(block)
                         out.flush()  # a program that is killed takes its buffers along
                         hashed.update(block)
                         done += len(block)
                         if done > file.size:
-                            raise Damaged(file.what)
-                        report(DOWNLOADING, done)
+                            raise CorruptDownload(file.label)
+                        on_progress(DOWNLOADING, done)
             except TransportError as error:
                 trouble = error
             except HfHubHTTPError as error:
-                if error.response.status_code not in PASSING:
+                if error.response.status_code not in HTTP_RETRYABLE:
                     raise
                 trouble = error
             if done > most:
@@ -186,14 +201,14 @@ class Transfer:
             elif done < file.size:
                 if failures == len(self._pauses):
                     raise trouble
-                report(RETRYING, done)
+                on_progress(RETRYING, done)
                 stop.wait(self._pauses[failures])
                 failures += 1
         os.fsync(out.fileno())  # before it gets its name: a power cut could leave the name, and holes behind it
         return None if file.digest is None else hashed.hexdigest()
 
     @contextmanager
-    def _open(self, file: RemoteFile, start: int) -> Iterator[Response]:
+    def _open_stream(self, file: RemoteFile, start: int) -> Iterator[Response]:
         """The hub's answer, from byte `start` on as far as one request reaches."""
         # Always from the hub's own address: its redirect to where the bytes are is valid for an hour only.
         headers = _headers() | {"Accept-Encoding": "identity"}
@@ -203,12 +218,12 @@ class Transfer:
         with get_session().stream(
             "GET", self._url(file.repo, file.commit, file.name), headers=headers, timeout=self._patience
         ) as response:
-            if response.status_code == NOT_SATISFIABLE:
-                raise Damaged(file.what)
+            if response.status_code == HTTP_RANGE_NOT_SATISFIABLE:
+                raise CorruptDownload(file.label)
             hf_raise_for_status(response)
             span = response.headers.get("Content-Range", "")
-            if response.status_code == PARTIAL and not span.startswith(f"bytes {start}-"):
-                raise Damaged(file.what)
+            if response.status_code == HTTP_PARTIAL_CONTENT and not span.startswith(f"bytes {start}-"):
+                raise CorruptDownload(file.label)
             yield response
 
     def _url(self, repo: str, commit: str, name: str) -> str:
@@ -222,10 +237,10 @@ def _headers() -> dict[str, str]:
 
 def _described(sibling: RepoSibling) -> bool:
     etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-    return sibling.size is not None and sibling.blob_id is not None and etag is not None and _plain(etag)
+    return sibling.size is not None and sibling.blob_id is not None and etag is not None and _is_safe_path(etag)
 
 
-def _plain(name: str | None) -> TypeGuard[str]:
+def _is_safe_path(name: str | None) -> TypeGuard[str]:
     """Whether `name`, which a hub made up and which becomes a path, stays inside its folder."""
     return (
         name is not None and all(part not in ("", ".", "..") for part in re.split(r"[/\\]", name)) and ":" not in name

@@ -10,7 +10,7 @@ import torch
 
 # Where Linux says what a container may have, what it has, and how much of that is files kept for speed: the newer
 # interface, then the older one.
-CONTAINERS = (
+CGROUP_MEMORY_FILES = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
 )
@@ -26,7 +26,7 @@ def free_memory(device: torch.device) -> int:
     return free_host_memory()
 
 
-def returnable(device: torch.device, held: int) -> int:
+def reclaimable_bytes(device: torch.device, held: int) -> int:
     """How many of the `held` bytes of weights would become free if they left `device`.
 
     On a processor they may be mapped from their files, and count as free already: only memory of no file comes back.
@@ -37,18 +37,18 @@ def returnable(device: torch.device, held: int) -> int:
     return min(held, process.rss - process.shared)
 
 
-def whole_memory(device: torch.device) -> int:
+def total_memory(device: torch.device) -> int:
     """Bytes that `device` has, in use or not."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in container())])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in read_container_memory())])
 
 
 def free_host_memory() -> int:
     """Bytes of main memory that can still be had, files that the system keeps in it for speed included."""
-    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in container())])
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in read_container_memory())])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -59,7 +59,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-def container(places: Iterable[tuple[Path, str, str, str]] = CONTAINERS) -> list[tuple[int, int]]:
+def read_container_memory(places: Iterable[tuple[Path, str, str, str]] = CGROUP_MEMORY_FILES) -> list[tuple[int, int]]:
     """(limit, used) in bytes of the container that this process is in; [] where there is none or no limit.
 
     places: folders and names of the files that say so, and what files kept for speed are called in memory.stat.

@@ -8,10 +8,12 @@ import torch
 
 from flux2_studio.checkpoints import Checkpoint, Part
 from flux2_studio.engine.runtime.processor import has_bfloat16
-from flux2_studio.engine.weights.loading import Storage
+from flux2_studio.engine.weights.loading import WeightStorage
 from flux2_studio.errors import DeviceError
 
-LARGE = 2 * 10**9  # bytes of bfloat16 weights (a billion parameters) from which a CPU had better stay at bfloat16
+LARGE_MODEL_BYTES = (
+    2 * 10**9
+)  # bytes of bfloat16 weights (a billion parameters) from which a CPU had better stay at bfloat16
 
 
 def choose_device(name: str) -> torch.device:
@@ -53,7 +55,7 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
         return torch.float32
     if name == "auto":
         whole = part if part.kind == "text" or checkpoint is None else checkpoint.flow
-        if device.type == "cpu" and (whole.size < LARGE or not has_bfloat16()):
+        if device.type == "cpu" and (whole.size < LARGE_MODEL_BYTES or not has_bfloat16()):
             name = "float32"
         elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = "float16"
@@ -64,7 +66,7 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def choose_storage(quantize: str, dtype: str, device: torch.device, part: Part) -> Storage:
+def choose_storage(quantize: str, dtype: str, device: torch.device, part: Part) -> WeightStorage:
     """How the weights of `part` are held in memory. dtype: the precision that was asked for, see `choose_dtype`.
 
     As the user set it, for the two parts that are large. Otherwise as the file has them, so that an 8-bit or 4-bit
@@ -72,8 +74,8 @@ def choose_storage(quantize: str, dtype: str, device: torch.device, part: Part) 
     where 8-bit floats cannot be held (Apple). A processor without bfloat16 that computes in float32 for that reason
     holds them in bfloat16: its products are five times as fast so, and take no more memory (benchmarks/NOTES.md).
     """
-    if part.kind in ("flow", "text") and quantize != "off" and part.size >= LARGE:
+    if part.kind in ("flow", "text") and quantize != "off" and part.size >= LARGE_MODEL_BYTES:
         return "fp8" if quantize == "fp8" else "int8"
-    if part.kind in ("flow", "text") and part.size >= LARGE and device.type == "cpu" and dtype == "auto":
+    if part.kind in ("flow", "text") and part.size >= LARGE_MODEL_BYTES and device.type == "cpu" and dtype == "auto":
         return "stored" if has_bfloat16() else "bfloat16"
-    return "plain" if device.type == "mps" or part.size < LARGE else "stored"
+    return "plain" if device.type == "mps" or part.size < LARGE_MODEL_BYTES else "stored"

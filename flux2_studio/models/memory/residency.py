@@ -18,35 +18,35 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flux2_studio.engine.runtime.streaming import Streaming, host_memory, lane_for, stream
+from flux2_studio.engine.runtime.streaming import StreamedModule, allocate_host_memory, copy_stream_for, stream_blocks
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 @dataclass(kw_only=True)
-class _Entry:
-    """One part in memory. `host`: a copy of each tensor in main memory, by where the tensor hangs; kept when the part
+class _LoadedPart:
+    """One part in memory. `host_copies`: a copy of each tensor in main memory, by where the tensor hangs; kept when the part
     comes back to the device, so that leaving again costs nothing."""
 
     model: Any
     module: nn.Module
     size: int  # bytes
-    on_device: bool
-    host: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)
-    streaming: Streaming | None = None
+    is_on_device: bool
+    host_copies: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)
+    streaming: StreamedModule | None = None
     streamed: list[nn.Module] = field(default_factory=list)
 
     @property
     def device_bytes(self) -> int:
         if self.streaming is not None:
             return self.streaming.device_bytes
-        return self.size if self.on_device else 0
+        return self.size if self.is_on_device else 0
 
     @property
     def host_bytes(self) -> int:
-        if self.streaming is not None and self.on_device:
+        if self.streaming is not None and self.is_on_device:
             return self.streaming.host_bytes
-        return self.size if self.host or self.streaming is not None else 0
+        return self.size if self.host_copies or self.streaming is not None else 0
 
 
 class Residency(Generic[KeyT]):
@@ -56,11 +56,13 @@ class Residency(Generic[KeyT]):
     leaving: called with a part's model before it is moved or dropped, to take off what is not its own.
     """
 
-    def __init__(self, device: torch.device, host_budget: int, leaving: Callable[[Any], None] = lambda _: None) -> None:
+    def __init__(
+        self, device: torch.device, host_budget: int, on_evict: Callable[[Any], None] = lambda _: None
+    ) -> None:
         self.device = device
         self._host_budget = host_budget
-        self._leaving = leaving
-        self._entries: OrderedDict[KeyT, _Entry] = OrderedDict()  # least recently used first
+        self._on_evict = on_evict
+        self._entries: OrderedDict[KeyT, _LoadedPart] = OrderedDict()  # least recently used first
 
     @property
     def device_bytes(self) -> int:
@@ -72,73 +74,75 @@ class Residency(Generic[KeyT]):
         """What parts, or copies of them, take in main memory beside the device's."""
         return sum(entry.host_bytes for entry in list(self._entries.values()))
 
-    def on_device(self, key: KeyT) -> int:
+    def device_bytes_of(self, key: KeyT) -> int:
         """Bytes that the part under `key` takes on the device at the moment."""
         return self._entries[key].device_bytes if key in self._entries else 0
 
-    def holds(self, key: KeyT) -> bool:
+    def is_loaded(self, key: KeyT) -> bool:
         """Whether the part under `key` is in memory, the device's or main memory."""
         return key in self._entries
 
-    def held(self, key: KeyT) -> Any | None:
+    def get_on_device(self, key: KeyT) -> Any | None:
         """The part under `key` if it is on the device."""
         entry = self._entries.get(key)
-        return entry.model if entry is not None and entry.on_device else None
+        return entry.model if entry is not None and entry.is_on_device else None
 
-    def leave(self, key: KeyT) -> None:
+    def offload(self, key: KeyT) -> None:
         """Have the part under `key` leave the device, if it is there: to main memory, or altogether."""
-        if self.held(key) is not None:
-            self._leave(key)
+        if self.get_on_device(key) is not None:
+            self._offload(key)
             empty_cache(self.device)
 
-    def make_room(self, size: int, limit: int, keep: Collection[KeyT] = ()) -> None:
+    def evict_until(self, size: int, limit: int, keep: Collection[KeyT] = ()) -> None:
         """Have parts leave, least recently used first, until `size` more bytes stay within `limit`.
 
         keep: those that must not. If even then it is too little, nothing is said: the device will.
         """
         for key, entry in self._entries.items():
             if key not in keep:  # what others put onto it would take room that is not counted
-                self._leaving(entry.model)
+                self._on_evict(entry.model)
         left = False
-        for key in [key for key, entry in self._entries.items() if entry.on_device and key not in keep]:
+        for key in [key for key, entry in self._entries.items() if entry.is_on_device and key not in keep]:
             if self.device_bytes + size <= limit:
                 break
-            self._leave(key)
+            self._offload(key)
             left = True
         if left:
             empty_cache(self.device)
 
-    def bring(
+    def acquire(
         self,
         key: KeyT,
         load: Callable[[torch.device], Any],
-        module_of: Callable[[Any], nn.Module],
+        get_module: Callable[[Any], nn.Module],
         *,
-        blocks: Callable[[Any], Sequence[nn.Module]] | None = None,
+        get_streamed_blocks: Callable[[Any], Sequence[nn.Module]] | None = None,
     ) -> Any:
         """The part under `key`, on the device; room must have been made.
 
-        load: reads it onto a device. module_of: its weights. blocks: if given, the blocks of it to stream.
+        load: reads it onto a device. get_module: its weights. get_streamed_blocks: if given, the blocks of it to stream.
         """
         entry = self._entries.get(key)
-        if entry is not None and entry.on_device:
-            wanted = len(blocks(entry.model)) if blocks is not None else 0
+        if entry is not None and entry.is_on_device:
+            wanted = len(get_streamed_blocks(entry.model)) if get_streamed_blocks is not None else 0
             if not entry.streamed and wanted:
-                self._leaving(entry.model)
-                entry.on_device = False  # in part: what is streamed leaves, block by block
+                self._on_evict(entry.model)
+                entry.is_on_device = False  # in part: what is streamed leaves, block by block
             # More than are streamed would not fit; fewer would, but are not worth moving all of it again.
             elif wanted > len(entry.streamed) or (entry.streamed and not wanted):
-                self._leave(key)
+                self._offload(key)
                 entry = self._entries.get(key)
         if entry is None:
-            model = load(torch.device("cpu") if blocks is not None else self.device)
-            module = module_of(model)
+            model = load(torch.device("cpu") if get_streamed_blocks is not None else self.device)
+            module = get_module(model)
             size = sum(tensor.nbytes for tensor in _tensors(module).values())
-            entry = _Entry(model=model, module=module, size=size, on_device=blocks is None)
+            entry = _LoadedPart(model=model, module=module, size=size, is_on_device=get_streamed_blocks is None)
             self._entries[key] = entry
-        if not entry.on_device:
+        if not entry.is_on_device:
             try:
-                self._enter(key, entry, blocks(entry.model) if blocks is not None else ())
+                self._move_to_device(
+                    key, entry, get_streamed_blocks(entry.model) if get_streamed_blocks is not None else ()
+                )
             except BaseException:  # half of it may be there: nobody could say how much it takes
                 self.drop(key)
                 raise
@@ -151,7 +155,7 @@ class Residency(Generic[KeyT]):
         entry = self._entries.pop(key, None)
         if entry is None:
             return False
-        self._leaving(entry.model)
+        self._on_evict(entry.model)
         if entry.streaming is not None:
             entry.streaming.close()
         for (owner, name), tensor in _tensors(entry.module).items():
@@ -162,18 +166,18 @@ class Residency(Generic[KeyT]):
         """Forget all parts and give their memory back."""
         for key in list(self._entries):
             self.drop(key)
-        release(self.device)
+        collect_and_empty_cache(self.device)
 
-    def _enter(self, key: KeyT, entry: _Entry, blocks: Sequence[nn.Module]) -> None:
+    def _move_to_device(self, key: KeyT, entry: _LoadedPart, blocks: Sequence[nn.Module]) -> None:
         if entry.streaming is not None and list(blocks) != entry.streamed:
             entry.streaming.close()
             entry.streaming = None
         if entry.streaming is not None:
             entry.streaming.resume()
         elif blocks:
-            entry.host.clear()
-            self._make_host_room(entry.size, key)
-            entry.streaming = stream(entry.module, blocks, self.device)
+            entry.host_copies.clear()
+            self._evict_host_until(entry.size, key)
+            entry.streaming = stream_blocks(entry.module, blocks, self.device)
         else:
             before = _tensors(entry.module)
             for (owner, name), tensor in before.items():
@@ -181,60 +185,60 @@ class Residency(Generic[KeyT]):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # before what is copied from may be freed
         entry.streamed = list(blocks)
-        entry.on_device = True
+        entry.is_on_device = True
 
-    def _leave(self, key: KeyT) -> None:
+    def _offload(self, key: KeyT) -> None:
         """Off the device: to main memory where that has room, else out of memory."""
         entry = self._entries[key]
-        self._leaving(entry.model)
-        if not self._host_room(entry.size - entry.host_bytes, key):
+        self._on_evict(entry.model)
+        if not self._ensure_host_room(entry.size - entry.host_bytes, key):
             self.drop(key)
             return
         if entry.streaming is not None:
             entry.streaming.pause()
-        elif entry.host or self._copy_to_host(entry):
-            for (owner, name), tensor in entry.host.items():
+        elif entry.host_copies or self._copy_to_host(entry):
+            for (owner, name), tensor in entry.host_copies.items():
                 _put(owner, name, tensor)
         else:
             self.drop(key)
             return
-        entry.on_device = False
+        entry.is_on_device = False
 
-    def _copy_to_host(self, entry: _Entry) -> bool:
+    def _copy_to_host(self, entry: _LoadedPart) -> bool:
         """Give `entry` its copy in main memory; False where the system has none left."""
-        lane = lane_for(self.device)
+        lane = copy_stream_for(self.device)
         for place, tensor in _tensors(entry.module).items():
-            flat = host_memory(tensor.nbytes, lane)  # one for each, so that each can be freed for itself
+            flat = allocate_host_memory(tensor.nbytes, lane)  # one for each, so that each can be freed for itself
             if flat is None:
-                entry.host.clear()
+                entry.host_copies.clear()
                 return False
-            entry.host[place] = flat.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+            entry.host_copies[place] = flat.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
         return True
 
-    def _host_room(self, size: int, key: KeyT) -> bool:
+    def _ensure_host_room(self, size: int, key: KeyT) -> bool:
         """Whether `size` more bytes fit into the budget, once parts that are only kept there have made room."""
-        streamed = {other for other, it in self._entries.items() if it.streaming is not None and it.on_device}
+        streamed = {other for other, it in self._entries.items() if it.streaming is not None and it.is_on_device}
         bound = sum(self._entries[other].host_bytes for other in streamed | {key})
         if bound + size > self._host_budget:  # then nobody need leave for it
             return False
-        self._make_host_room(size, key)
+        self._evict_host_until(size, key)
         return self.host_bytes + size <= self._host_budget
 
-    def _make_host_room(self, size: int, key: KeyT) -> None:
+    def _evict_host_until(self, size: int, key: KeyT) -> None:
         """Have what is only kept in main memory leave it, until `size` more bytes fit into the budget or nothing is
         left that could. key: whom it is for."""
         for other, entry in list(self._entries.items()):
             if self.host_bytes + size <= self._host_budget:
                 break
-            if other == key or (entry.streaming is not None and entry.on_device):
+            if other == key or (entry.streaming is not None and entry.is_on_device):
                 continue
-            if entry.on_device:
-                entry.host.clear()
+            if entry.is_on_device:
+                entry.host_copies.clear()
             else:
                 self.drop(other)
 
 
-def release(device: torch.device) -> None:
+def collect_and_empty_cache(device: torch.device) -> None:
     """Give all memory back to the device that nothing occupies, what only the garbage collector finds included: that
     takes a fifth of a second, so not at every swap."""
     gc.collect()

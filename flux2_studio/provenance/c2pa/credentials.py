@@ -29,28 +29,30 @@ from typing import Any
 
 from flux2_studio import __version__
 from flux2_studio.errors import CredentialsError
-from flux2_studio.provenance.c2pa.report import Credentials, from_report, unreadable, without
+from flux2_studio.provenance.c2pa.report import Credentials, no_credentials, parse_report, unreadable_credentials
 from flux2_studio.provenance.identity import Identity, known_identity, load_identity
 
-MAX_BYTES = 200 * 10**6  # of a picture to be read, as for references
+MAX_INSPECTED_BYTES = 200 * 10**6  # of a picture to be read, as for references
 MAX_MANIFESTS = 16 * 10**6  # bytes that the references' credentials may add to a picture
-READER = Path(__file__).with_name("reader.py")
+READER_SCRIPT = Path(__file__).with_name("reader.py")
 
-SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
-USAGES = "\n".join(  # the extended key usages that C2PA allows; the library, left alone, knows only the first
-    (
-        "1.3.6.1.5.5.7.3.4",  # e-mail protection
-        "1.3.6.1.5.5.7.3.36",  # document signing
-        "1.3.6.1.5.5.7.3.8",  # time stamping
-        "1.3.6.1.5.5.7.3.9",  # OCSP signing
-        "1.3.6.1.4.1.311.76.59.1.9",  # Microsoft's C2PA signing
-        "1.3.6.1.4.1.62558.2.1",  # C2PA's own claim signing
+SOURCE_TYPE_URL = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+ALLOWED_KEY_USAGES = (
+    "\n".join(  # the extended key usages that C2PA allows; the library, left alone, knows only the first
+        (
+            "1.3.6.1.5.5.7.3.4",  # e-mail protection
+            "1.3.6.1.5.5.7.3.36",  # document signing
+            "1.3.6.1.5.5.7.3.8",  # time stamping
+            "1.3.6.1.5.5.7.3.9",  # OCSP signing
+            "1.3.6.1.4.1.311.76.59.1.9",  # Microsoft's C2PA signing
+            "1.3.6.1.4.1.62558.2.1",  # C2PA's own claim signing
+        )
     )
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ReferenceIngredient:
     """One reference as an ingredient: `data` only where it has credentials to go along; `note` tells of trouble."""
 
     mime: str | None
@@ -59,7 +61,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signed:
+class SignedPicture:
     """A signed picture's bytes, and what the user should know of it."""
 
     data: bytes
@@ -74,7 +76,7 @@ class ManifestReader:
     """
 
     def __init__(
-        self, script: Path = READER, memory: int = 3 << 30, seconds: int = 10, longest: int = 4 * 10**6
+        self, script: Path = READER_SCRIPT, memory: int = 3 << 30, seconds: int = 10, longest: int = 4 * 10**6
     ) -> None:
         self._script = script
         self._memory = memory
@@ -83,13 +85,15 @@ class ManifestReader:
 
     def read(self, data: bytes, identity: Identity | None = None) -> Credentials:
         """The credentials in the bytes of a picture; `identity` is the one to be recognised as one's own."""
-        if len(data) > MAX_BYTES:
-            return unreadable(f"the file is larger than {MAX_BYTES // 10**6} MB")
+        if len(data) > MAX_INSPECTED_BYTES:
+            return unreadable_credentials(f"the file is larger than {MAX_INSPECTED_BYTES // 10**6} MB")
         if b"c2pa" not in data and b"provenance" not in data:  # each manifest, and each pointer to one, has the word
-            return without()
-        mime = _mime(data)
+            return no_credentials()
+        mime = _detect_mime(data)
         if mime is None:
-            return unreadable("this is not a picture of a kind that is read here: PNG, JPEG, WebP, AVIF, GIF or TIFF")
+            return unreadable_credentials(
+                "this is not a picture of a kind that is read here: PNG, JPEG, WebP, AVIF, GIF or TIFF"
+            )
         asked = {
             "mime": mime,
             "settings": _settings(identity),
@@ -106,16 +110,18 @@ class ManifestReader:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return unreadable("reading them takes too long")
+            return unreadable_credentials("reading them takes too long")
         except OSError as error:
-            return unreadable(f"no process could be started to read them ({error.strerror or 'unknown reason'})")
+            return unreadable_credentials(
+                f"no process could be started to read them ({error.strerror or 'unknown reason'})"
+            )
         try:
             answer = json.loads(done.stdout)
         except ValueError:
-            return unreadable("they made the reader fail: too large, or made to do so")
+            return unreadable_credentials("they made the reader fail: too large, or made to do so")
         if "report" in answer:
-            return from_report(answer["report"], identity.serial if identity else None)
-        return without() if answer.get("absent") else unreadable(str(answer.get("problem")))
+            return parse_report(answer["report"], identity.serial if identity else None)
+        return no_credentials() if answer.get("absent") else unreadable_credentials(str(answer.get("problem")))
 
 
 class Signer:
@@ -144,49 +150,51 @@ class Signer:
     def identity(self) -> Identity:
         """Who signs; made at the first use, renewed when it is due. Raises `CredentialsError`."""
         with self._lock:
-            if self._loaded is None or not self._loaded.usable[0] <= self._now() < self._loaded.usable[1]:
-                self._loaded = _proven(self._load())
+            if self._loaded is None or not self._loaded.valid_between[0] <= self._now() < self._loaded.valid_between[1]:
+                self._loaded = _verified_identity(self._load())
             return self._loaded
 
-    def source(self, number: int, data: bytes) -> Source:
+    def make_ingredient(self, number: int, data: bytes) -> ReferenceIngredient:
         """What of reference `number` (1-based), a file's bytes, goes into the credentials of a picture: once per run.
 
         A reference with damaged or hostile credentials is named without them, and `note` says so.
         """
-        mime = _mime(data)
+        mime = _detect_mime(data)
         found = self._reader.read(data)
         if found.state == "none":
-            return Source(mime=mime)
+            return ReferenceIngredient(mime=mime)
         if found.state == "unreadable":
-            return Source(mime=mime, note=f"Image {number}: {found.summary} They are left out of the new picture's.")
+            return ReferenceIngredient(
+                mime=mime, note=f"Image {number}: {found.summary} They are left out of the new picture's."
+            )
         if found.state == "broken":
             note = f"Image {number}: {found.summary} Its credentials go along, marked as what they are."
-            return Source(mime=mime, data=data, note=note)
-        return Source(mime=mime, data=data)
+            return ReferenceIngredient(mime=mime, data=data, note=note)
+        return ReferenceIngredient(mime=mime, data=data)
 
-    def signed(
+    def sign(
         self,
         data: bytes,
         model: str,
-        sources: Sequence[Source] = (),
+        ingredients: Sequence[ReferenceIngredient] = (),
         watermark: str | None = None,
         prompt: str | None = None,
-    ) -> Signed:
+    ) -> SignedPicture:
         """The bytes of a finished picture (PNG, JPEG or WebP), signed.
 
-        model: what made it, as users call it. sources: `self.source` of each of its references. watermark: how it was
+        model: what made it, as users call it. ingredients: `self.make_ingredient` of each of its references. watermark: how it was
         marked, None if it was not. prompt: given only where the user wants it published. Raises `CredentialsError`.
         """
-        mime = _mime(data)
+        mime = _detect_mime(data)
         if mime not in ("image/png", "image/jpeg", "image/webp"):
             raise CredentialsError("Only PNG, JPEG and WebP pictures can be signed: choose one of these formats.")
-        identity, definition = self.identity, self._definition(model, sources, watermark, prompt)
-        wanted = [number for number, source in enumerate(sources) if source.data is not None]
-        sound = [number for number in wanted if sources[number].note is None]
+        identity, definition = self.identity, self._definition(model, ingredients, watermark, prompt)
+        wanted = [number for number, source in enumerate(ingredients) if source.data is not None]
+        sound = [number for number in wanted if ingredients[number].note is None]
         for kept in (wanted, sound, []):
             try:
-                made = _sign(data, mime, identity, definition, sources, kept)
-            except _Refused:
+                made = _sign(data, mime, identity, definition, ingredients, kept)
+            except _SigningRefused:
                 if not kept:
                     raise
                 continue
@@ -194,7 +202,7 @@ class Signer:
                 break
         left = ", ".join(f"Image {number + 1}" for number in wanted if number not in kept)
         notes = (f"Too large or too damaged to go along: the content credentials of {left}.",) if left else ()
-        return Signed(data=made, notes=notes)
+        return SignedPicture(data=made, notes=notes)
 
     def read(self, picture: Path | bytes) -> Credentials:
         """The credentials of any picture, hostile ones too: whatever is wrong is said in the result."""
@@ -203,13 +211,13 @@ class Signer:
         else:
             try:
                 with picture.open("rb") as file:
-                    data = file.read(MAX_BYTES + 1)
+                    data = file.read(MAX_INSPECTED_BYTES + 1)
             except OSError as error:
-                return unreadable(f"the file cannot be opened ({error.strerror or 'unknown reason'})")
+                return unreadable_credentials(f"the file cannot be opened ({error.strerror or 'unknown reason'})")
         return self._reader.read(data, self._known())
 
     def _definition(
-        self, model: str, sources: Sequence[Source], watermark: str | None, prompt: str | None
+        self, model: str, ingredients: Sequence[ReferenceIngredient], watermark: str | None, prompt: str | None
     ) -> dict[str, Any]:
         """The manifest, but for its ingredients. The names of its fields are the specification's."""
         agent = {"name": "flux2-studio", "version": __version__, "model": _encodable(model)}
@@ -218,13 +226,16 @@ class Signer:
         if prompt is not None:
             made["parameters"]["flux2-studio.prompt"] = _encodable(prompt)
         actions = [made]
-        if sources:
-            made |= {"action": "c2pa.edited", "digitalSourceType": f"{SOURCE_TYPE}compositeWithTrainedAlgorithmicMedia"}
-            if len(sources) > 1:
-                made["parameters"]["ingredientIds"] = [_label(number) for number in range(1, len(sources))]
+        if ingredients:
+            made |= {
+                "action": "c2pa.edited",
+                "digitalSourceType": f"{SOURCE_TYPE_URL}compositeWithTrainedAlgorithmicMedia",
+            }
+            if len(ingredients) > 1:
+                made["parameters"]["ingredientIds"] = [_label(number) for number in range(1, len(ingredients))]
             actions.insert(0, {"action": "c2pa.opened", "parameters": {"ingredientIds": [_label(0)]}})
         else:
-            made |= {"action": "c2pa.created", "digitalSourceType": f"{SOURCE_TYPE}trainedAlgorithmicMedia"}
+            made |= {"action": "c2pa.created", "digitalSourceType": f"{SOURCE_TYPE_URL}trainedAlgorithmicMedia"}
         if watermark is not None:
             actions.append({"action": "c2pa.watermarked.unbound", "softwareAgent": agent, "description": watermark})
         return {
@@ -233,7 +244,7 @@ class Signer:
         }
 
 
-class _Refused(CredentialsError):
+class _SigningRefused(CredentialsError):
     """The library did not sign."""
 
 
@@ -248,7 +259,7 @@ def _encodable(text: str) -> str:
 
 def _settings(identity: Identity | None) -> dict[str, Any]:
     """The library's settings: offline in every respect, nothing trusted but `identity`."""
-    trust = {"trust_config": USAGES} | ({"user_anchors": identity.issuer} if identity else {})
+    trust = {"trust_config": ALLOWED_KEY_USAGES} | ({"user_anchors": identity.issuer} if identity else {})
     return {
         "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": True},
         "core": {"allowed_network_hosts": [], "allow_redirects": False, "decode_identity_assertions": False},
@@ -262,10 +273,10 @@ def _sign(
     mime: str,
     identity: Identity,
     definition: dict[str, Any],
-    sources: Sequence[Source],
-    kept: Sequence[int],
+    ingredients: Sequence[ReferenceIngredient],
+    with_credentials: Sequence[int],
 ) -> bytes:
-    """`data`, signed. kept: the sources whose own credentials go along."""
+    """`data`, signed. with_credentials: the sources whose own credentials go along."""
     try:
         import c2pa
     except (ImportError, OSError, RuntimeError) as error:  # what it raises where its binary part is missing
@@ -277,9 +288,9 @@ def _sign(
     described = [
         {"title": f"Image {number + 1}", "label": _label(number), "relationship": "inputTo" if number else "parentOf"}
         | ({"format": source.mime} if source.mime else {})
-        for number, source in enumerate(sources)
+        for number, source in enumerate(ingredients)
     ]
-    bare = [ingredient for number, ingredient in enumerate(described) if number not in kept]
+    bare = [ingredient for number, ingredient in enumerate(described) if number not in with_credentials]
     info = c2pa.C2paSignerInfo(identity.algorithm, identity.chain.encode(), identity.key, None)
     out = io.BytesIO()
     try:
@@ -288,27 +299,29 @@ def _sign(
             c2pa.Signer.from_info(info) as signer,
             c2pa.Builder(definition | {"ingredients": bare}, context=context) as builder,
         ):
-            for number in kept:
-                builder.add_ingredient(described[number], sources[number].mime, io.BytesIO(sources[number].data or b""))
+            for number in with_credentials:
+                builder.add_ingredient(
+                    described[number], ingredients[number].mime, io.BytesIO(ingredients[number].data or b"")
+                )
             builder.sign(signer, mime, io.BytesIO(data), out)
     except c2pa.C2paError as error:
-        raise _Refused(
+        raise _SigningRefused(
             f"The picture could not be signed ({str(error)[:200]}): check the certificate and its key, or do not sign."
         ) from error
     return out.getvalue()
 
 
-def _proven(identity: Identity) -> Identity:
+def _verified_identity(identity: Identity) -> Identity:
     """`identity`, after it has signed a picture that the library then found valid: before hours of work, not after."""
     from PIL import Image
 
     blank = io.BytesIO()
     Image.new("RGB", (8, 8)).save(blank, "PNG")
-    created = {"action": "c2pa.created", "digitalSourceType": f"{SOURCE_TYPE}trainedAlgorithmicMedia"}
+    created = {"action": "c2pa.created", "digitalSourceType": f"{SOURCE_TYPE_URL}trainedAlgorithmicMedia"}
     definition = {"assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [created]}}]}
     try:
         _sign(blank.getvalue(), "image/png", identity, definition, (), ())
-    except _Refused as error:
+    except _SigningRefused as error:
         raise CredentialsError(
             "The certificate that FLUX2_C2PA_CERTIFICATE names is not one for signing pictures: name one that follows "
             "C2PA's profile, with all of its chain, or unset FLUX2_C2PA_CERTIFICATE and FLUX2_C2PA_KEY to sign with a "
@@ -319,7 +332,7 @@ def _proven(identity: Identity) -> Identity:
     return identity
 
 
-def _mime(data: bytes) -> str | None:
+def _detect_mime(data: bytes) -> str | None:
     """The kind of a picture by its first bytes; None for anything that is not to reach the library."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "image/webp"

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 
-def limit(memory: int, seconds: int) -> None:
+def limit_process(memory: int, seconds: int) -> None:
     """Bound this process, as far as its system can: on Windows, only whoever started it bounds its time."""
     try:
         import resource
@@ -35,15 +35,15 @@ def limit(memory: int, seconds: int) -> None:
             resource.setrlimit(kind, (most, most))
 
 
-def read(data: bytes, asked: dict[str, Any]) -> dict[str, Any]:
+def read_manifest(data: bytes, options: dict[str, Any]) -> dict[str, Any]:
     try:
         import c2pa
     except (ImportError, OSError, RuntimeError):
         return {"problem": "the library that reads them (c2pa-python) cannot be loaded here"}
     try:
         with (
-            c2pa.Context.from_dict(asked["settings"]) as context,
-            c2pa.Reader(asked["mime"], io.BytesIO(data), context=context) as reader,
+            c2pa.Context.from_dict(options["settings"]) as context,
+            c2pa.Reader(options["mime"], io.BytesIO(data), context=context) as reader,
         ):
             report = reader.json()
     except c2pa.C2paError.ManifestNotFound:
@@ -53,7 +53,7 @@ def read(data: bytes, asked: dict[str, Any]) -> dict[str, Any]:
         if text.startswith("Remote:"):
             return {"problem": f"they are kept on the network, which is not asked ({text.rpartition(' ')[2]})"}
         return {"problem": text or "they take too much memory"}
-    if len(report) > asked["longest"]:
+    if len(report) > options["longest"]:
         return {"problem": f"they are {len(report)} characters long"}
     return {"report": report}
 
@@ -61,8 +61,8 @@ def read(data: bytes, asked: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     asked = json.loads(sys.stdin.buffer.readline())
     data = sys.stdin.buffer.read()
-    limit(asked["memory"], asked["seconds"])
-    sys.stdout.write(json.dumps(read(data, asked)))
+    limit_process(asked["memory"], asked["seconds"])
+    sys.stdout.write(json.dumps(read_manifest(data, asked)))
 
 
 if __name__ == "__main__":

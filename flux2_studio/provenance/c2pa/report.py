@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-LONGEST = 200  # characters of a text that is shown
-MOST = 50  # of a list that is shown
+MAX_TEXT_CHARS = 200  # characters of a text that is shown
+MAX_LIST_ITEMS = 50  # of a list that is shown
 
 ACTIONS = {
     "c2pa.created": "Created",
@@ -115,7 +115,7 @@ class Credentials:
         return self.state == "intact"
 
 
-def without() -> Credentials:
+def no_credentials() -> Credentials:
     """Of a picture that has none."""
     return Credentials(
         state="none",
@@ -124,7 +124,7 @@ def without() -> Credentials:
     )
 
 
-def unreadable(why: str) -> Credentials:
+def unreadable_credentials(why: str) -> Credentials:
     """Of a picture that cannot be judged. why: half a sentence, without a full stop."""
     return Credentials(
         state="unreadable",
@@ -133,17 +133,17 @@ def unreadable(why: str) -> Credentials:
     )
 
 
-def from_report(report: str, serial: str | None) -> Credentials:
+def parse_report(report: str, serial: str | None) -> Credentials:
     """The credentials in the JSON text of c2pa's `Reader`. serial: of one's own certificate, which is trusted."""
     try:
         store = _object(json.loads(report))
     except (ValueError, RecursionError):
-        return unreadable("what they say is not well-formed")
+        return unreadable_credentials("what they say is not well-formed")
     manifests = _object(store.get("manifests"))
     label = store.get("active_manifest")
     manifest = _object(manifests.get(label)) if isinstance(label, str) else {}
     if not manifest:
-        return unreadable("they name no manifest that is there")
+        return unreadable_credentials("they name no manifest that is there")
     results = _object(store.get("validation_results"))
     problems = _problems(_object(results.get("activeManifest")))
     for delta in _objects(results.get("ingredientDeltas")):
@@ -159,11 +159,15 @@ def from_report(report: str, serial: str | None) -> Credentials:
         own=own,
         signer=signer,
         generator=_generator(manifest),
-        actions=tuple(_cut(_actions(manifest), _more_actions)),
+        actions=tuple(_truncate_list(_actions(manifest), _more_actions)),
         ingredients=tuple(
-            _cut((_ingredient(it, manifests) for it in _in_order(manifest.get("ingredients"))), _more_ingredients)
+            _truncate_list(
+                (_ingredient(it, manifests) for it in _in_order(manifest.get("ingredients"))), _more_ingredients
+            )
         ),
-        assertions=tuple(_cut((_text(it.get("label")) for it in _objects(manifest.get("assertions"))), _more)),
+        assertions=tuple(
+            _truncate_list((_text(it.get("label")) for it in _objects(manifest.get("assertions"))), _more)
+        ),
         problems=problems,
         report=json.dumps(store, indent=2),
     )
@@ -196,7 +200,7 @@ def _problems(results: Mapping[str, Any]) -> tuple[str, ...]:
         code = _text(status.get("code"))
         if code != UNTRUSTED:
             found[PROBLEMS.get(code) or f"{_text(status.get('explanation')) or 'A check failed'} ({code})."] = None
-    return tuple(_cut(found, _more))
+    return tuple(_truncate_list(found, _more))
 
 
 def _actions(manifest: Mapping[str, Any]) -> Iterable[Action]:
@@ -264,12 +268,12 @@ def _more_ingredients(left: int) -> Ingredient:
     return Ingredient(title=_more(left), relation="", signed=False, generator="", problems=())
 
 
-def _cut(items: Iterable[T], more: Callable[[int], T]) -> list[T]:
+def _truncate_list(items: Iterable[T], more: Callable[[int], T]) -> list[T]:
     found = list(items)
-    return found if len(found) <= MOST else [*found[:MOST], more(len(found) - MOST)]
+    return found if len(found) <= MAX_LIST_ITEMS else [*found[:MAX_LIST_ITEMS], more(len(found) - MAX_LIST_ITEMS)]
 
 
-def _text(value: object, longest: int = LONGEST) -> str:
+def _text(value: object, longest: int = MAX_TEXT_CHARS) -> str:
     """`value` if it is a text: on one line, without control and direction characters, cut; else ""."""
     if not isinstance(value, str):
         return ""

@@ -41,4 +41,4 @@ class Examples:
         return cls(folder=folder, toy=read("toy"), full=read("full"))
 
     def of(self, form: str, checkpoint: Checkpoint) -> tuple[Example, ...]:
-        return (self.toy if checkpoint.toy else self.full).get(form, ())
+        return (self.toy if checkpoint.is_toy else self.full).get(form, ())

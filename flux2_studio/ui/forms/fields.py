@@ -17,10 +17,10 @@ import gradio as gr
 
 from flux2_studio.checkpoints import CHECKPOINTS, GB, MB, Checkpoint, Part
 from flux2_studio.models.loras import LoraEntry
-from flux2_studio.request import MAX_COUNT, SAMPLING, size_for_aspect
+from flux2_studio.request import MAX_COUNT, SAMPLING_LIMITS, size_for_aspect
 from flux2_studio.ui.forms.examples import Example
 from flux2_studio.ui.forms.reference_names import caption
-from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.gradio_compat.language import i18n, translate, translate_message
 
 ASPECTS: dict[str, tuple[int, int]] = {
     "1:1": (1, 1),
@@ -37,7 +37,7 @@ FREE = "Free"
 FIXED = "Fixed by distillation."
 
 # Draws the rows of `loras`, and redraws them when the value is changed from outside. Names are set as text, not HTML.
-LORA_ROWS = """
+LORA_ROWS_JS = """
 const rows = element.querySelector('.rows');
 const value = () => props.value ?? [];
 const make = (tag, attributes) => Object.assign(document.createElement(tag), attributes);
@@ -69,37 +69,37 @@ draw();
 watch('value', () => { draw(); trigger('input'); });
 """
 # Adds the one that was picked to the rows, unless it is there; in the browser, so that a run started at once has it.
-ADD_LORA = """(name, loras) => {
+ADD_LORA_JS = """(name, loras) => {
   const chosen = loras ?? [];
   return [null, !name || chosen.some((lora) => lora.name === name) ? chosen : [...chosen, {name, weight: 1}]];
 }"""
 
 
 def checkpoint(choices: Sequence[Checkpoint], chosen: str) -> gr.Dropdown:
-    toys = {shipped.label for shipped in CHECKPOINTS if shipped.toy}  # the only names that have words in them
+    toys = {shipped.label for shipped in CHECKPOINTS if shipped.is_toy}  # the only names that have words in them
     return gr.Dropdown(
-        choices=[(t(choice.label) if choice.label in toys else choice.label, choice.name) for choice in choices],
+        choices=[(i18n(choice.label) if choice.label in toys else choice.label, choice.name) for choice in choices],
         value=chosen,
-        label=t("Checkpoint"),
+        label=i18n("Checkpoint"),
         filterable=False,
         elem_id="checkpoint",
     )
 
 
-def about(checkpoint: Checkpoint, on_disk: bool) -> str:
+def checkpoint_summary_html(checkpoint: Checkpoint, on_disk: bool) -> str:
     """What `checkpoint` is good for, its licence, and what choosing it will cost, as HTML."""
     licence = link(checkpoint.licence_url, checkpoint.licence)
     if on_disk:
-        here = f'<span class="chip here">{say("on disk")}</span>'
+        here = f'<span class="chip here">{translate("on disk")}</span>'
     else:
         size = sum(part.size for part in {*checkpoint.parts, checkpoint.tiny_autoencoder} if part.repo)
-        here = f'<span class="chip">{say("first run downloads up to {size}", size=_bytes(size))}</span>'
+        here = f'<span class="chip">{translate("first run downloads up to {size}", size=_bytes(size))}</span>'
     lines = [
-        f"<p>{escape(told(checkpoint.good_for))}</p>",
+        f"<p>{escape(translate_message(checkpoint.good_for))}</p>",
         f'<p class="facts"><span class="chip">{licence}</span>{here}</p>',
     ]
     if checkpoint.gated and not on_disk:
-        lines.append(gate([_hub_page(part) for part in checkpoint.parts if part.gated]))
+        lines.append(gated_notice_html([_hub_page(part) for part in checkpoint.parts if part.gated]))
     return "".join(lines)
 
 
@@ -107,10 +107,10 @@ def _hub_page(part: Part) -> str:
     return link(f"https://huggingface.co/{part.repo}", str(part.repo))
 
 
-def gate(pages: Sequence[str]) -> str:
+def gated_notice_html(pages: Sequence[str]) -> str:
     """What to do for a gated checkpoint, as HTML; pages: links to where its licence is accepted."""
-    listed = say(" and ").join(pages)
-    do = say(
+    listed = translate(" and ").join(pages)
+    do = translate(
         "Gated: accept the licence on {pages}, then start the studio with your access token in HF_TOKEN.", pages=listed
     )
     return f'<p class="gate">{do}</p>'
@@ -131,14 +131,14 @@ def prompt(label: str, placeholder: str) -> gr.Textbox:
 def negative_prompt(checkpoint: Checkpoint, value: str | None = None) -> gr.Textbox:
     """value: None leaves what is there."""
     # Emptied where it is not used: a hidden text would be refused with the rest of the form.
-    shown = value if checkpoint.takes_negative_prompt else ""
+    shown = value if checkpoint.supports_negative_prompt else ""
     given: dict[str, Any] = {} if shown is None else {"value": shown}
     return gr.Textbox(
-        label=t("Negative prompt"),
-        placeholder=t("What the picture should not show"),
+        label=i18n("Negative prompt"),
+        placeholder=i18n("What the picture should not show"),
         lines=2,
         max_lines=6,
-        visible=checkpoint.takes_negative_prompt,
+        visible=checkpoint.supports_negative_prompt,
         elem_classes="negative",
         **given,
     )
@@ -147,7 +147,7 @@ def negative_prompt(checkpoint: Checkpoint, value: str | None = None) -> gr.Text
 def references(label: str, columns: int, value: Sequence[Path] = ()) -> gr.Gallery:
     """Pictures to start from. A gallery even for one: it hands over the uploaded file itself, unopened."""
     return gr.Gallery(
-        value=numbered(value),
+        value=captioned_items(value),
         label=label,
         type="filepath",
         file_types=["image"],
@@ -162,23 +162,23 @@ def references(label: str, columns: int, value: Sequence[Path] = ()) -> gr.Galle
     )
 
 
-def up_to(most: int) -> str:
-    """What a gallery for `most` references is called."""
-    return say("Up to {most} pictures: drop, paste or choose", most=most)
+def references_label(max_count: int) -> str:
+    """What a gallery for `max_count` references is called."""
+    return translate("Up to {most} pictures: drop, paste or choose", most=max_count)
 
 
-def numbered(paths: Sequence[Path], names: Mapping[Path, str] = MappingProxyType({})) -> list[tuple[str, str]]:
+def captioned_items(paths: Sequence[Path], names: Mapping[Path, str] = MappingProxyType({})) -> list[tuple[str, str]]:
     """Gallery items captioned as a prompt may call them."""
     return [(str(path), caption(number, names.get(path, ""))) for number, path in enumerate(paths, 1)]
 
 
-def name(value: str = "", *, of_one: bool = False) -> gr.Textbox:
+def reference_name_field(value: str = "", *, of_one: bool = False) -> gr.Textbox:
     """What the selected picture is called. of_one: whether one is selected."""
     return gr.Textbox(
         value,
-        label=t("Name"),
-        info=t("Write it as @name in the instruction."),
-        placeholder=t("fox, then Enter") if of_one else t("Select a picture first"),
+        label=i18n("Name"),
+        info=i18n("Write it as @name in the instruction."),
+        placeholder=i18n("fox, then Enter") if of_one else i18n("Select a picture first"),
         max_lines=1,
         interactive=of_one,
         elem_classes="name",
@@ -190,7 +190,7 @@ def examples(entries: Sequence[Example]) -> gr.Dataset:
         components=["textbox"],
         samples=_samples(entries),
         type="index",
-        label=t("Try"),
+        label=i18n("Try"),
         visible=bool(entries),
         elem_classes="examples",
     )
@@ -205,18 +205,18 @@ def _samples(entries: Sequence[Example]) -> list[list[str]]:
     return [[entry.prompt] for entry in entries]
 
 
-def lora_offer(entries: Sequence[LoraEntry], checkpoint: Checkpoint) -> gr.Dropdown:
+def lora_dropdown(entries: Sequence[LoraEntry], checkpoint: Checkpoint) -> gr.Dropdown:
     """What can be added to `loras`: those made for `checkpoint` first, the others with whom they are for."""
     fitting = [(entry.name, entry.name) for entry in entries if entry.width == checkpoint.hidden_width]
     others = [
-        (say("{name} (for {family})", name=entry.name, family=entry.family), entry.name)
+        (translate("{name} (for {family})", name=entry.name, family=entry.family), entry.name)
         for entry in entries
         if entry.width != checkpoint.hidden_width
     ]
     return gr.Dropdown(
         choices=[*fitting, *others],
         value=None,
-        label=t("Add a LoRA"),
+        label=i18n("Add a LoRA"),
         visible=bool(entries),
         min_width=140,
         elem_classes="lora-offer",
@@ -229,26 +229,26 @@ def loras() -> gr.HTML:
     A component of its own, because name and weight must travel together: a run that is started while a slider still
     moves gets what is shown. The event "input" tells that one was added or taken off.
     """
-    return gr.HTML([], html_template='<div class="rows"></div>', js_on_load=LORA_ROWS, elem_classes="loras")
+    return gr.HTML([], html_template='<div class="rows"></div>', js_on_load=LORA_ROWS_JS, elem_classes="loras")
 
 
 def lora_title(chosen: int) -> str:
     """How the folded panel is called: nobody should forget the LoRAs in it."""
-    return say("LoRAs ({chosen})", chosen=chosen) if chosen else t("LoRAs")
+    return translate("LoRAs ({chosen})", chosen=chosen) if chosen else i18n("LoRAs")
 
 
 def aspect(*, with_references: bool) -> gr.Radio:
     values = [*([AS_REFERENCE] if with_references else []), *ASPECTS, FREE]
-    choices = [(value if value in ASPECTS else t(value), value) for value in values]
-    return gr.Radio(choices=choices, value=values[0], label=t("Shape"), elem_classes="aspect")
+    choices = [(value if value in ASPECTS else i18n(value), value) for value in values]
+    return gr.Radio(choices=choices, value=values[0], label=i18n("Shape"), elem_classes="aspect")
 
 
 def sides(size: tuple[int, int] | None) -> tuple[gr.Number, gr.Number]:
     """Width and height; None leaves both to the first reference and hides them."""
     width, height = size or (None, None)
     return (
-        gr.Number(width, label=t("Width"), precision=0, step=16, visible=size is not None, min_width=90),
-        gr.Number(height, label=t("Height"), precision=0, step=16, visible=size is not None, min_width=90),
+        gr.Number(width, label=i18n("Width"), precision=0, step=16, visible=size is not None, min_width=90),
+        gr.Number(height, label=i18n("Height"), precision=0, step=16, visible=size is not None, min_width=90),
     )
 
 
@@ -267,31 +267,37 @@ def ratio(width: int, height: int) -> str:
 
 def live(checkpoint: Checkpoint, *, on: bool | None = None) -> gr.Checkbox:
     """on: None leaves it as it is; a checkpoint that takes many steps has none of it."""
-    given: dict[str, Any] = {} if on is None and checkpoint.quick else {"value": bool(on) and checkpoint.quick}
+    given: dict[str, Any] = (
+        {} if on is None and checkpoint.supports_live else {"value": bool(on) and checkpoint.supports_live}
+    )
     return gr.Checkbox(
-        label=t("Live"),
-        info=t("The picture follows as you type and is not saved. Press the button to keep it."),
-        visible=checkpoint.quick,
+        label=i18n("Live"),
+        info=i18n("The picture follows as you type and is not saved. Press the button to keep it."),
+        visible=checkpoint.supports_live,
         elem_classes="live",
         **given,
     )
 
 
-def pulse() -> gr.Number:
+def hidden_counter() -> gr.Number:
     """What is counted up to start an event: in the page's tree, for what is not there tells of no change."""
     return gr.Number(0, precision=0, visible="hidden", elem_classes="pulse")
 
 
 def count() -> gr.Slider:
-    return gr.Slider(1, MAX_COUNT, value=1, step=1, precision=0, label=t("Pictures"), buttons=[], elem_classes="count")
+    return gr.Slider(
+        1, MAX_COUNT, value=1, step=1, precision=0, label=i18n("Pictures"), buttons=[], elem_classes="count"
+    )
 
 
 def seed() -> gr.Number:
-    return gr.Number(None, label=t("Seed"), precision=0, placeholder=t("random"), min_width=120, elem_classes="seed")
+    return gr.Number(
+        None, label=i18n("Seed"), precision=0, placeholder=i18n("random"), min_width=120, elem_classes="seed"
+    )
 
 
 def lock() -> gr.Checkbox:
-    return gr.Checkbox(False, label=t("Lock"), info=t("keep this seed"), min_width=90, elem_classes="lock")
+    return gr.Checkbox(False, label=i18n("Lock"), info=i18n("keep this seed"), min_width=90, elem_classes="lock")
 
 
 def steps(checkpoint: Checkpoint, value: int | None = None) -> gr.Slider:
@@ -302,8 +308,8 @@ def steps(checkpoint: Checkpoint, value: int | None = None) -> gr.Slider:
         value=checkpoint.steps if value is None else value,
         step=1,
         precision=0,
-        label=t("Steps"),
-        info=t(FIXED) if checkpoint.steps_fixed else t("More is finer and slower."),
+        label=i18n("Steps"),
+        info=i18n(FIXED) if checkpoint.steps_fixed else i18n("More is finer and slower."),
         interactive=not checkpoint.steps_fixed,
         buttons=[],
         elem_classes="steps",
@@ -317,8 +323,8 @@ def guidance(checkpoint: Checkpoint, value: float | None = None) -> gr.Slider:
         checkpoint.max_guidance,
         value=checkpoint.guidance if value is None else value,
         step=0.1,
-        label=t("Guidance"),
-        info=t(FIXED) if checkpoint.guidance_fixed else t("How closely the prompt is followed."),
+        label=i18n("Guidance"),
+        info=i18n(FIXED) if checkpoint.guidance_fixed else i18n("How closely the prompt is followed."),
         interactive=not checkpoint.guidance_fixed,
         buttons=[],
         elem_classes="guidance",
@@ -327,10 +333,10 @@ def guidance(checkpoint: Checkpoint, value: float | None = None) -> gr.Slider:
 
 def upsample_by(chosen: str) -> gr.Radio:
     return gr.Radio(
-        [(t("Off"), "none"), (t("On this machine"), "local"), (t("OpenRouter or your server"), "openrouter")],
+        [(i18n("Off"), "none"), (i18n("On this machine"), "local"), (i18n("OpenRouter or your server"), "openrouter")],
         value=chosen,
-        label=t("By a language model"),
-        info=t("It turns a rough idea into a full prompt, in the same run or with Enrich now."),
+        label=i18n("By a language model"),
+        info=i18n("It turns a rough idea into a full prompt, in the same run or with Enrich now."),
         elem_classes="upsample-by",
     )
 
@@ -340,7 +346,7 @@ def local_model(offers: Sequence[tuple[str, str]], *, visible: bool) -> gr.Dropd
     return gr.Dropdown(
         choices=list(offers),
         value=offers[0][1] if offers else None,
-        label=t("Language model"),
+        label=i18n("Language model"),
         filterable=False,
         visible=visible and bool(offers),
         elem_classes="local-model",
@@ -353,8 +359,8 @@ def remote_model(models: Sequence[tuple[str, str]], chosen: str, *, visible: boo
     return gr.Dropdown(
         choices=[*models, *([] if chosen in known else [(chosen, chosen)])],
         value=chosen,
-        label=t("Language model"),
-        info=t("Choose one, or type the name that the server knows it by."),
+        label=i18n("Language model"),
+        info=i18n("Choose one, or type the name that the server knows it by."),
         allow_custom_value=True,
         visible=visible,
         elem_classes="remote-model",
@@ -364,9 +370,9 @@ def remote_model(models: Sequence[tuple[str, str]], chosen: str, *, visible: boo
 def api_key(*, visible: bool) -> gr.Textbox:
     """Not a Request's field: it travels beside it, and is kept nowhere."""
     return gr.Textbox(
-        label=t("API key"),
+        label=i18n("API key"),
         type="password",
-        placeholder=t("for this session only"),
+        placeholder=i18n("for this session only"),
         visible=visible,
         max_lines=1,
         html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
@@ -375,8 +381,8 @@ def api_key(*, visible: bool) -> gr.Textbox:
 
 
 def sampling(name: str, label: str) -> gr.Number:
-    """One of `SAMPLING`; empty leaves it to what is advised for the model."""
-    low, high = SAMPLING[name]
+    """One of `SAMPLING_LIMITS`; empty leaves it to what is advised for the model."""
+    low, high = SAMPLING_LIMITS[name]
     whole = name == "max_tokens"
     return gr.Number(
         None,
@@ -385,7 +391,7 @@ def sampling(name: str, label: str) -> gr.Number:
         maximum=high,
         step=1 if whole else 0.05,
         precision=0 if whole else None,
-        placeholder=t("advised"),
+        placeholder=i18n("advised"),
         min_width=90,
         elem_classes="sampling",
     )
@@ -393,9 +399,9 @@ def sampling(name: str, label: str) -> gr.Number:
 
 def image_format() -> gr.Radio:
     return gr.Radio(
-        [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")], value="png", label=t("Save as"), elem_classes="format"
+        [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")], value="png", label=i18n("Save as"), elem_classes="format"
     )
 
 
-def mark(label: str, info: str, elem_class: str, *, on: bool = True) -> gr.Checkbox:
+def provenance_checkbox(label: str, info: str, elem_class: str, *, on: bool = True) -> gr.Checkbox:
     return gr.Checkbox(on, label=label, info=info, elem_classes=["mark", elem_class])

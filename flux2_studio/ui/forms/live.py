@@ -18,168 +18,189 @@ import gradio as gr
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Drafted, Failed, Notice, Preview, Queued, Status
 from flux2_studio.jobs.queue import JobQueue
-from flux2_studio.jobs.tasks import Draft
+from flux2_studio.jobs.tasks import DraftJob
 from flux2_studio.request import MAX_COUNT, MAX_SEED, Request
 from flux2_studio.ui.forms import fields
-from flux2_studio.ui.forms.tabs import Form, LivePanel, Stage
-from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.forms.tabs import Form, LivePanel, StagePanel
+from flux2_studio.ui.gradio_compat.language import translate, translate_message
 from flux2_studio.ui.gradio_compat.visitors import owner_of
-from flux2_studio.ui.gradio_compat.wiring import Update, follow, listen
-from flux2_studio.ui.stage import compare, show
-from flux2_studio.ui.stage.following import Watch
+from flux2_studio.ui.gradio_compat.wiring import Update, follow_task, listen
+from flux2_studio.ui.stage import compare, render
+from flux2_studio.ui.stage.follower import TabState
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-LOOK = 0.02  # seconds between two looks at a draft: it is done in a few of them
+DRAFT_POLL_SECONDS = 0.02  # seconds between two looks at a draft: it is done in a few of them
 # Seconds from one picture to the next preview: each costs the browser time that the typing and the picture itself need.
-REST = 0.4
-SAYS_NOTHING = ("count", "format", "watermark", "metadata", "sign", "sign_prompt")  # of how the picture looks
-EMPTY = "Live: write a prompt, and its picture appears here."
+MIN_PREVIEW_INTERVAL_SECONDS = 0.4
+NON_VISUAL_FIELDS = ("count", "format", "watermark", "metadata", "sign", "sign_prompt")  # of how the picture looks
+LIVE_HINT = "Live: write a prompt, and its picture appears here."
 
 # Another seed would be another picture after every letter: one is taken, and kept.
-KEEP_SEED = f"""(on, seed, locked) => on
+KEEP_SEED_JS = f"""(on, seed, locked) => on
   ? [seed ?? Math.floor(Math.random() * {MAX_SEED - MAX_COUNT}), true]
   : [seed, locked]"""
-COUNT = "(on, pulse) => on ? pulse + 1 : pulse"
+COUNT_CHANGE_JS = "(on, pulse) => on ? pulse + 1 : pulse"
 
-Read = Callable[[bool, str, str, Mapping[str, Any]], Request]
+FormReader = Callable[[bool, str, str, Mapping[str, Any]], Request]
 
 
 @dataclass
-class Latest:
-    """What one tab last wanted to see. following: whether a handler is showing it. painted: when a picture was last
+class LiveState:
+    """What one tab last wanted to see. is_following: whether a handler is showing it. shown_at: when a picture was last
     shown, by the clock that only goes on."""
 
-    draft: Draft | None = None
-    following: bool = False
-    painted: float = 0.0
+    draft: DraftJob | None = None
+    is_following: bool = False
+    shown_at: float = 0.0
 
 
 def wire_live(
     studio: Studio,
     jobs: JobQueue,
-    chosen: gr.Dropdown,
+    checkpoint_dropdown: gr.Dropdown,
     forms: Sequence[Form],
-    stage: Stage,
-    watch: gr.State,
-    read: Read,
+    stage: StagePanel,
+    tab_state: gr.State,
+    read_form: FormReader,
 ) -> None:
-    """Let each of `forms` that can be live be so. watch: what the tab follows; a run goes before every draft."""
-    latest = gr.State(Latest())
-    mat = [stage.preview, stage.gallery, stage.actions, stage.keep, stage.details]
-    shown_on = [*mat, stage.comparison.folded, stage.comparison.before, stage.progress, stage.message, stage.notices]
+    """Let each of `forms` that can be live be so. tab_state: what the tab follows; a run goes before every draft."""
+    latest = gr.State(LiveState())
+    mat = [stage.preview, stage.gallery, stage.actions, stage.keep_preview, stage.details]
+    shown_on = [
+        *mat,
+        stage.comparison.accordion,
+        stage.comparison.original,
+        stage.progress,
+        stage.message,
+        stage.notices,
+    ]
 
-    async def follow_latest(latest: Latest, watch: Watch) -> AsyncIterator[Update]:
-        if latest.following or latest.draft is None:
+    async def follow_latest(live_state: LiveState, tab_state: TabState) -> AsyncIterator[Update]:
+        if live_state.is_following or live_state.draft is None:
             yield gr.skip()  # who follows already comes to it
             return
-        latest.following = True
+        live_state.is_following = True
         try:
-            while (draft := latest.draft) is not None:
-                async for update in shown(latest, watch, draft, stage):
+            while (draft := live_state.draft) is not None:
+                async for update in follow_draft(live_state, tab_state, draft, stage):
                     yield update
-                if latest.draft is draft:
-                    latest.draft = None
+                if live_state.draft is draft:
+                    live_state.draft = None
         finally:
-            latest.following = False
+            live_state.is_following = False
 
     def wire(form: Form, panel: LivePanel) -> None:
         async def draw(
             request: gr.Request,
             on: bool,
             wake: int,
-            latest: Latest,
-            watch: Watch,
+            live_state: LiveState,
+            tab_state: TabState,
             locked: bool,
-            laid_out_for: str,
+            form_checkpoint: str,
             aspect: str,
             **values: Any,
         ) -> Any:
             def runs() -> bool:
-                return watch.following
+                return tab_state.is_following
 
-            if not on or runs() or not studio.settings.checkpoint(values["checkpoint"]).quick:
+            if not on or runs() or not studio.settings.checkpoint(values["checkpoint"]).supports_live:
                 return gr.skip()
             if not str(values["prompt"]).strip():
-                return {stage.progress: show.hint(say(EMPTY))}
+                return {stage.progress: render.hint(translate(LIVE_HINT))}
             try:
-                asked = await asyncio.to_thread(read, locked, laid_out_for, aspect, values)  # a mask is decoded
+                asked = await asyncio.to_thread(read_form, locked, form_checkpoint, aspect, values)  # a mask is decoded
                 if runs():  # one began meanwhile
                     return gr.skip()
-                latest.draft = jobs.draft(asked, owner_of(request))
+                live_state.draft = jobs.draft(asked, owner_of(request))
             except StudioError as error:
-                return {stage.progress: show.hint(say("Live: {problem}", problem=told(str(error))))}
+                return {
+                    stage.progress: render.hint(translate("Live: {problem}", problem=translate_message(str(error))))
+                }
             # An event costs the browser time that the typing needs: none where the one under way comes to this draft.
-            return gr.skip() if latest.following else {panel.wake: wake + 1}
+            return gr.skip() if live_state.is_following else {panel.wake_counter: wake + 1}
 
         seed = form.fields["seed"]
-        listen(panel.on.input, None, [panel.on, seed, form.lock], [seed, form.lock], js=KEEP_SEED)
-        looks = [field for name, field in form.fields.items() if name not in SAYS_NOTHING]
-        changes = [panel.on.input, form.lock.input, *(field.change for field in looks)]
-        listen(changes, None, [panel.on, panel.pulse], panel.pulse, js=COUNT)
+        listen(panel.on.input, None, [panel.on, seed, form.seed_lock], [seed, form.seed_lock], js=KEEP_SEED_JS)
+        looks = [field for name, field in form.fields.items() if name not in NON_VISUAL_FIELDS]
+        changes = [panel.on.input, form.seed_lock.input, *(field.change for field in looks)]
+        listen(changes, None, [panel.on, panel.change_counter], panel.change_counter, js=COUNT_CHANGE_JS)
         listen(
-            panel.pulse.change,
+            panel.change_counter.change,
             draw,
-            [panel.on, panel.wake, latest, watch, form.lock, form.laid_out_for, form.aspect],
-            [stage.progress, panel.wake],
+            [panel.on, panel.wake_counter, latest, tab_state, form.seed_lock, form.form_checkpoint, form.aspect],
+            [stage.progress, panel.wake_counter],
             inputs_kwargs=form.fields | form.upsampling.inputs,
             queue=False,
             trigger_mode="always_last",
         )
         listen(
-            panel.wake.change,
+            panel.wake_counter.change,
             follow_latest,
-            [latest, watch],
+            [latest, tab_state],
             shown_on,
             concurrency_limit=None,
             trigger_mode="multiple",
         )
-        listen(chosen.change, lambda name: fields.live(studio.settings.checkpoint(name)), chosen, panel.on, queue=False)
+        listen(
+            checkpoint_dropdown.change,
+            lambda name: fields.live(studio.settings.checkpoint(name)),
+            checkpoint_dropdown,
+            panel.on,
+            queue=False,
+        )
 
     for form in forms:
         if form.live is not None:
             wire(form, form.live)
 
 
-async def shown(latest: Latest, watch: Watch, draft: Draft, stage: Stage) -> AsyncIterator[Update]:
+async def follow_draft(
+    live_state: LiveState, tab_state: TabState, draft: DraftJob, stage: StagePanel
+) -> AsyncIterator[Update]:
     """What `draft` changes on the stage, until it is done, or not wanted any more."""
     notices: list[str] = []
     # As long as it is the latest, and the tab shows no run.
-    async for event in follow(draft, LOOK, lambda: latest.draft is draft and not watch.following):
+    async for event in follow_task(
+        draft, DRAFT_POLL_SECONDS, lambda: live_state.draft is draft and not tab_state.is_following
+    ):
         match event:
             case Queued():
-                yield {stage.progress: show.queued(event)}
+                yield {stage.progress: render.queued(event)}
             case Status(fraction=fraction) if fraction is not None:  # a load or a download; the rest is over too soon
-                yield {stage.progress: show.status(event)}
+                yield {stage.progress: render.status(event)}
             case Notice():
                 notices.append(event.text)
-            case Preview(images=images) if images and time.monotonic() - latest.painted > REST:
-                latest.painted = time.monotonic()
-                picture = await asyncio.to_thread(show.draft, images[0], draft.request.prompt)
-                yield {**_mat(stage, picture), stage.progress: show.step(event)}
+            case Preview(images=images) if (
+                images and time.monotonic() - live_state.shown_at > MIN_PREVIEW_INTERVAL_SECONDS
+            ):
+                live_state.shown_at = time.monotonic()
+                picture = await asyncio.to_thread(render.draft, images[0], draft.request.prompt)
+                yield {**_show_picture(stage, picture), stage.progress: render.step(event)}
             case Drafted():
-                latest.painted = time.monotonic()
-                picture = await asyncio.to_thread(show.draft, event.image, event.request.prompt)
+                live_state.shown_at = time.monotonic()
+                picture = await asyncio.to_thread(render.draft, event.image, event.request.prompt)
                 yield {
-                    **_mat(stage, picture),
-                    stage.progress: show.drafted(event),
-                    stage.notices: show.notices(notices),
+                    **_show_picture(stage, picture),
+                    stage.progress: render.drafted(event),
+                    stage.notices: render.notices(notices),
                     stage.message: "",
                 }
             case Failed(message=message):
-                yield {stage.progress: "", stage.message: show.problem(told(message))}
+                yield {stage.progress: "", stage.message: render.problem(translate_message(message))}
             case _:  # Stopped, which only what comes in its place does; and words that nobody could read
                 pass
 
 
-def _mat(stage: Stage, picture: str) -> Update:
+def _show_picture(stage: StagePanel, picture: str) -> Update:
     """`picture` in place of whatever lay there."""
     return {
         stage.preview: gr.HTML(picture, visible=True),
         stage.gallery: gr.Gallery(visible=False),
         stage.actions: gr.Row(visible=False),
-        stage.keep: gr.Button(visible=False),
+        stage.keep_preview: gr.Button(visible=False),
         stage.details: gr.Accordion(visible=False),
-        **compare.hidden(stage.comparison),
+        **compare.hide_comparison(stage.comparison),
     }

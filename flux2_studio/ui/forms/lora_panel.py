@@ -9,20 +9,20 @@ import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError
-from flux2_studio.models.loras import LoraEntry, Loras
+from flux2_studio.models.loras import LoraEntry, LoraLibrary
 from flux2_studio.request import LoraChoice
 from flux2_studio.ui.forms import fields
 from flux2_studio.ui.forms.tabs import Form
 from flux2_studio.ui.gradio_compat.wiring import Update, listen
-from flux2_studio.ui.stage import show
+from flux2_studio.ui.stage import render
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-TOLD = 3  # problems that the page lists; a folder shared with other models' LoRAs has hundreds
+MAX_PROBLEMS_LISTED = 3  # problems that the page lists; a folder shared with other models' LoRAs has hundreds
 
 
-def choices(rows: Any) -> tuple[LoraChoice, ...]:
+def read_loras(rows: Any) -> tuple[LoraChoice, ...]:
     """The rows of `fields.loras` as a request has them. Raises `RequestError`: they come as the browser sent them."""
     try:
         return tuple(LoraChoice(name=row["name"], weight=row["weight"]) for row in rows or ())
@@ -30,7 +30,7 @@ def choices(rows: Any) -> tuple[LoraChoice, ...]:
         raise RequestError("The LoRAs came in a form that is not read: load the page again.") from error
 
 
-def kept(
+def keep_compatible(
     rows: Sequence[Mapping[str, Any]], entries: Sequence[LoraEntry], checkpoint: Checkpoint
 ) -> tuple[list[Mapping[str, Any]], list[str]]:
     """Those of `rows` that `checkpoint` takes, and a sentence about every other one."""
@@ -48,55 +48,61 @@ def kept(
     return staying, dropped
 
 
-def told(entries: Sequence[LoraEntry], problems: Sequence[str], loras: Loras) -> str:
+def loras_note(entries: Sequence[LoraEntry], problems: Sequence[str], loras: LoraLibrary) -> str:
     """What to know of the folder, as HTML: where to put files while there are none, and which files are none."""
-    texts = list(problems[:TOLD])
+    texts = list(problems[:MAX_PROBLEMS_LISTED])
     if not entries:
         texts.insert(0, f"No LoRAs yet. Put their .safetensors files into {loras.folder} and press Refresh.")
-    if more := len(problems) - len(problems[:TOLD]):
+    if more := len(problems) - len(problems[:MAX_PROBLEMS_LISTED]):
         files = "1 more file is" if more == 1 else f"{more} more files are"
         texts.append(f"{files} no LoRA for FLUX.2 either: `flux2-studio models loras` names them all.")
-    return show.notes(texts)
+    return render.notes(texts)
 
 
-def wire_loras(studio: Studio, chosen: gr.Dropdown, forms: Sequence[Form]) -> None:
+def wire_loras(studio: Studio, checkpoint_dropdown: gr.Dropdown, forms: Sequence[Form]) -> None:
     panels = [form.loras for form in forms]
 
     def offer(name: str) -> Update:
-        entries, problems = studio.loras.look()
+        entries, problems = studio.loras.scan()
         checkpoint = studio.settings.checkpoint(name)
-        note = told(entries, problems, studio.loras)
+        note = loras_note(entries, problems, studio.loras)
         update: Update = {}
         for panel in panels:
-            update |= {panel.offer: fields.lora_offer(entries, checkpoint), panel.note: note}
+            update |= {panel.add_dropdown: fields.lora_dropdown(entries, checkpoint), panel.note: note}
         return update
 
     def drop(name: str, *chosen_rows: Any) -> Update:
-        entries, _ = studio.loras.look()
+        entries, _ = studio.loras.scan()
         checkpoint = studio.settings.checkpoint(name)
         update: Update = {}
         for form, rows in zip(forms, chosen_rows, strict=True):
-            staying, dropped = kept(rows or (), entries, checkpoint)
-            update[form.loras.dropped] = show.notes(dropped)
+            staying, dropped = keep_compatible(rows or (), entries, checkpoint)
+            update[form.loras.dropped] = render.notes(dropped)
             if dropped:
                 update[form.fields["loras"]] = staying
         return update
 
-    offered = [component for panel in panels for component in (panel.offer, panel.note)]
+    offered = [component for panel in panels for component in (panel.add_dropdown, panel.note)]
     lists = [form.fields["loras"] for form in forms]
     dropped = [*(panel.dropped for panel in panels), *lists]
     # With no trigger named: at every choice of a checkpoint and when the page is opened.
-    listen(None, offer, chosen, offered)
-    listen(chosen.change, drop, [chosen, *lists], dropped)
+    listen(None, offer, checkpoint_dropdown, offered)
+    listen(checkpoint_dropdown.change, drop, [checkpoint_dropdown, *lists], dropped)
     for form, panel, rows in zip(forms, panels, lists, strict=True):
-        listen(panel.refresh.click, offer, chosen, offered)
-        listen(panel.refresh.click, drop, [chosen, *lists], dropped)
-        listen(panel.offer.input, None, [panel.offer, rows], [panel.offer, rows], js=fields.ADD_LORA)
+        listen(panel.refresh.click, offer, checkpoint_dropdown, offered)
+        listen(panel.refresh.click, drop, [checkpoint_dropdown, *lists], dropped)
+        listen(
+            panel.add_dropdown.input,
+            None,
+            [panel.add_dropdown, rows],
+            [panel.add_dropdown, rows],
+            js=fields.ADD_LORA_JS,
+        )
         # A folded panel shows that there is something in it.
         listen(
             rows.input,
             lambda now: gr.Accordion(fields.lora_title(len(now or ()))),
             rows,
-            form.loras.folded,
+            form.loras.accordion,
             queue=False,
         )

@@ -25,15 +25,15 @@ from PIL import Image
 from flux2_studio.errors import RequestError
 from flux2_studio.request import Outpaint
 from flux2_studio.ui.forms import fields
-from flux2_studio.ui.gradio_compat.language import t
+from flux2_studio.ui.gradio_compat.language import i18n
 
-TITLE = "Mask and outpainting"
-SHOWN = 1024  # pixels along a side of the picture to paint on
-PNG = "data:image/png;base64,"
-LONGEST = 16 * 10**6  # characters of a mask; one of 4 megapixels in black and white takes a hundredth
-SIDES = ("left", "top", "right", "bottom")
+MASK_PANEL_TITLE = "Mask and outpainting"
+BOARD_SIDE_PIXELS = 1024  # pixels along a side of the picture to paint on
+PNG_DATA_PREFIX = "data:image/png;base64,"
+MAX_MASK_CHARS = 16 * 10**6  # characters of a mask; one of 4 megapixels in black and white takes a hundredth
+MARGIN_SIDES = ("left", "top", "right", "bottom")
 
-BOARD = """<div class="mask">
+MASK_BOARD_HTML = """<div class="mask">
   <p class="said" role="status"></p>
   <div class="board"><canvas data-i18n aria-label="Paint on the picture what may change"></canvas></div>
   <div class="acts">
@@ -57,7 +57,7 @@ BOARD = """<div class="mask">
 
 # The canvas holds the mask alone, in one colour on nothing; the picture lies behind it. `seen` is the picture that it
 # belongs to, `sent` the value that it stands for.
-PAINTING = """
+MASK_BOARD_JS = """
 const find = (selector) => element.querySelector(selector);
 const value = () => props.value ?? {};
 const canvas = find('canvas'), board = find('.board'), said = find('.said');
@@ -220,7 +220,7 @@ follow();
 watch('value', follow);
 """
 
-MARGINS = """<div class="outpaint">
+MARGINS_HTML = """<div class="outpaint">
   <p class="said" data-i18n>Outpaint: the picture grows, and only what is new is drawn.</p>
   <div class="numbers">
     <label data-i18n>Left<input type="number" min="0" step="8" value="0" data-side="left"></label>
@@ -231,7 +231,7 @@ MARGINS = """<div class="outpaint">
   </div>
 </div>"""
 
-GROWING = """
+MARGINS_JS = """
 const find = (selector) => element.querySelector(selector);
 const SIDES = ['left', 'top', 'right', 'bottom'];
 const box = (side) => find(`[data-side=${side}]`);
@@ -280,7 +280,7 @@ watch('value', show);
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class MaskSubject:
     """The picture that a form edits: as it is shown, its size as the result has it, and a name that no other has."""
 
     picture: str  # a data: address
@@ -289,36 +289,38 @@ class Subject:
     subject: str
 
 
-def layout() -> tuple[dict[str, Any], gr.Accordion]:
+def build_mask_panel() -> tuple[dict[str, Any], gr.Accordion]:
     """The fields of a request that say what of a picture may change, and what they are folded into."""
     shapes = "".join(f"<option>{shape}</option>" for shape in fields.ASPECTS)
-    with gr.Accordion(t(TITLE), open=False, elem_classes=["edits", "extra"]) as folded:
+    with gr.Accordion(i18n(MASK_PANEL_TITLE), open=False, elem_classes=["edits", "extra"]) as folded:
         found = {
-            "mask": gr.HTML(_board(None), html_template=BOARD, js_on_load=PAINTING, elem_classes="mask-board"),
+            "mask": gr.HTML(
+                _board(None), html_template=MASK_BOARD_HTML, js_on_load=MASK_BOARD_JS, elem_classes="mask-board"
+            ),
             "outpaint": gr.HTML(
                 _margins(None),
-                html_template=MARGINS.replace("${props_shapes}", shapes),
-                js_on_load=GROWING,
+                html_template=MARGINS_HTML.replace("${props_shapes}", shapes),
+                js_on_load=MARGINS_JS,
                 elem_classes="margins",
             ),
             "match_colours": gr.Checkbox(
                 False,
-                label=t("Match colours"),
-                info=t("The result gets the colours of image 1 on the whole; with a mask, by what lies outside."),
+                label=i18n("Match colours"),
+                info=i18n("The result gets the colours of image 1 on the whole; with a mask, by what lies outside."),
                 elem_classes=["mark", "match-colours"],
             ),
         }
     return found, folded
 
 
-def subject_of(image: Image.Image, size: tuple[int, int]) -> Subject:
+def make_mask_subject(image: Image.Image, size: tuple[int, int]) -> MaskSubject:
     """`image` (RGB), which a result has in `size`."""
     small = image.copy()
-    small.thumbnail((SHOWN, SHOWN))
+    small.thumbnail((BOARD_SIDE_PIXELS, BOARD_SIDE_PIXELS))
     file = io.BytesIO()
     small.save(file, "WEBP", quality=85, method=0)
     data = file.getvalue()
-    return Subject(
+    return MaskSubject(
         picture=f"data:image/webp;base64,{base64.b64encode(data).decode()}",
         width=size[0],
         height=size[1],
@@ -326,38 +328,43 @@ def subject_of(image: Image.Image, size: tuple[int, int]) -> Subject:
     )
 
 
-def followed(form: Mapping[str, Any], subject: Subject | None) -> dict[Any, Any]:
-    """The fields of `form`, where it has such, for the picture that it edits now. A mask stays with its picture: where
+def mask_panel_update(form_fields: Mapping[str, Any], subject: MaskSubject | None) -> dict[Any, Any]:
+    """The fields of `form_fields`, where it has such, for the picture that it edits now. A mask stays with its picture: where
     that is another one by now, it is cleared."""
-    if "mask" not in form:
+    if "mask" not in form_fields:
         return {}
-    return {form["mask"]: _board(subject), form["outpaint"]: _margins(subject)}
+    return {form_fields["mask"]: _board(subject), form_fields["outpaint"]: _margins(subject)}
 
 
-def restored(
-    form: Mapping[str, Any], subject: Subject | None, mask: Image.Image | None, outpaint: Outpaint, *, match: bool
+def restore_mask_panel(
+    form_fields: Mapping[str, Any],
+    subject: MaskSubject | None,
+    mask: Image.Image | None,
+    outpaint: Outpaint,
+    *,
+    match_colours: bool,
 ) -> dict[Any, Any]:
     """The same with what a picture was made with. mask: L, of the subject's size."""
-    if "mask" not in form:
+    if "mask" not in form_fields:
         return {}
     value = ""
     if mask is not None:
         file = io.BytesIO()
         mask.save(file, "PNG")
-        value = PNG + base64.b64encode(file.getvalue()).decode()
+        value = PNG_DATA_PREFIX + base64.b64encode(file.getvalue()).decode()
     # Not by the picture's own name: whatever was painted on it before goes.
     return {
-        form["mask"]: _board(replace(subject, subject=secrets.token_hex(8)) if subject else None, value),
-        form["outpaint"]: _margins(subject, outpaint),
-        form["match_colours"]: match,
+        form_fields["mask"]: _board(replace(subject, subject=secrets.token_hex(8)) if subject else None, value),
+        form_fields["outpaint"]: _margins(subject, outpaint),
+        form_fields["match_colours"]: match_colours,
     }
 
 
-def _board(subject: Subject | None, mask: str = "") -> dict[str, Any]:
+def _board(subject: MaskSubject | None, mask: str = "") -> dict[str, Any]:
     return {"mask": mask, **(vars(subject) if subject else {})}
 
 
-def _margins(subject: Subject | None, outpaint: Outpaint | None = None) -> dict[str, int]:
+def _margins(subject: MaskSubject | None, outpaint: Outpaint | None = None) -> dict[str, int]:
     size = {"width": subject.width, "height": subject.height} if subject else {}
     return {**vars(outpaint or Outpaint()), **size}
 
@@ -367,10 +374,10 @@ def read_mask(value: object) -> Path | None:
     painted = value.get("mask", "") if isinstance(value, dict) else value
     if painted in (None, ""):
         return None
-    if not isinstance(painted, str) or not painted.startswith(PNG) or len(painted) > LONGEST:
+    if not isinstance(painted, str) or not painted.startswith(PNG_DATA_PREFIX) or len(painted) > MAX_MASK_CHARS:
         raise RequestError("The mask did not arrive as it was painted: clear it and paint it again.")
     try:
-        data = base64.b64decode(painted.removeprefix(PNG), validate=True)
+        data = base64.b64decode(painted.removeprefix(PNG_DATA_PREFIX), validate=True)
     except binascii.Error as error:
         raise RequestError("The mask did not arrive as it was painted: clear it and paint it again.") from error
     # Beside the pictures that the same browser sent, and forgotten with them.
@@ -396,4 +403,4 @@ def read_outpaint(value: object) -> Outpaint:
         return Outpaint()
     if not isinstance(value, dict):
         raise RequestError("Outpainting takes a number of pixels for each side: type them again.")
-    return Outpaint(**{side: value.get(side, 0) for side in SIDES})
+    return Outpaint(**{side: value.get(side, 0) for side in MARGIN_SIDES})

@@ -18,15 +18,15 @@ from gradio.utils import get_upload_folder
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import PresetError, StudioError
-from flux2_studio.storage.own_presets import NameTaken
-from flux2_studio.storage.presets import HELD, FormName, Preset, holding, read_preset
-from flux2_studio.ui.forms.lora_panel import choices
-from flux2_studio.ui.forms.preset_panel import OWN, PARTS, PresetPanel, Shelf, card
+from flux2_studio.storage.own_presets import PresetNameTaken
+from flux2_studio.storage.presets import PRESET_FIELDS, FormName, Preset, make_preset, read_preset
+from flux2_studio.ui.forms.lora_panel import read_loras
+from flux2_studio.ui.forms.preset_panel import OWN_PREFIX, PRESET_PARTS, AvailablePresets, PresetPanel, preset_card_html
 from flux2_studio.ui.forms.tabs import Form
-from flux2_studio.ui.gradio_compat.language import say, t
+from flux2_studio.ui.gradio_compat.language import i18n, translate
 from flux2_studio.ui.gradio_compat.visitors import owner_of
 from flux2_studio.ui.gradio_compat.wiring import Update, listen
-from flux2_studio.ui.stage import show
+from flux2_studio.ui.stage import render
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
@@ -34,41 +34,50 @@ if TYPE_CHECKING:
 TABS: Mapping[FormName, str] = {"generate": "Generate", "edit": "Edit", "multi": "Multi-reference"}
 
 
-def wire_own_presets(studio: Studio, shelf: Shelf, forms: Sequence[Form]) -> None:
+def wire_own_presets(studio: Studio, available_presets: AvailablePresets, forms: Sequence[Form]) -> None:
     """What the visitor does with presets of their own, in each of `forms`."""
     panels = {form.name: form.presets for form in forms}
     for form in forms:
-        _wire_form(studio, shelf, form, panels)
+        _wire_form(studio, available_presets, form, panels)
 
 
-def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, PresetPanel]) -> None:
+def _wire_form(
+    studio: Studio, available_presets: AvailablePresets, form: Form, panels: Mapping[str, PresetPanel]
+) -> None:
     panel = form.presets
     offered = [it.choice for it in panels.values()]
     shown = [panel.card, panel.apply, panel.name, panel.rename, panel.delete, panel.export]
-    asked = [panel.question, panel.replace, panel.keep, panel.pending]
-    outcome = [*offered, *shown, *asked, panel.told, panel.restore, panel.deleted]
+    asked = [panel.question, panel.replace, panel.keep_existing, panel.pending]
+    outcome = [*offered, *shown, *asked, panel.own_message, panel.restore, panel.deleted]
 
     def chosen(choice: str | None, request: gr.Request) -> Update:
         if not choice:
-            return _nothing(panel)
+            return _clear_chosen(panel)
         try:
-            return {**_chosen(panel, shelf.find(choice, owner_of(request)), own=choice.startswith(OWN)), panel.told: ""}
+            return {
+                **_show_chosen(
+                    panel, available_presets.find(choice, owner_of(request)), own=choice.startswith(OWN_PREFIX)
+                ),
+                panel.own_message: "",
+            }
         except StudioError as error:
-            return {**_nothing(panel), panel.card: show.problem(str(error))}
+            return {**_clear_chosen(panel), panel.card: render.problem(str(error))}
 
     def changed(owner: str, preset: Preset, id: str, said: str) -> Update:
         """The page after `preset` of `owner`, called `id`, became what it is now."""
         there = panels[preset.form]
-        update: Update = {there.choice: gr.Dropdown(choices=shelf.choices(preset.form, owner), value=None)}
+        update: Update = {there.choice: gr.Dropdown(choices=available_presets.choices(preset.form, owner), value=None)}
         if there is panel:
-            update[panel.choice] = gr.Dropdown(choices=shelf.choices(preset.form, owner), value=f"{OWN}{id}")
-            update |= _chosen(panel, preset, own=True)
+            update[panel.choice] = gr.Dropdown(
+                choices=available_presets.choices(preset.form, owner), value=f"{OWN_PREFIX}{id}"
+            )
+            update |= _show_chosen(panel, preset, own=True)
         else:
-            said += " " + say("It is in the tab {tab}.", tab=say(TABS[preset.form]))
+            said += " " + translate("It is in the tab {tab}.", tab=translate(TABS[preset.form]))
         return {
             **update,
-            **_answered(panel),
-            panel.told: show.notes([said]),
+            **_clear_question(panel),
+            panel.own_message: render.notes([said]),
             panel.restore: gr.Button(visible=False),
             panel.deleted: None,
         }
@@ -79,26 +88,26 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
         try:
             preset = make()
             assert preset is not None
-            return changed(owner, preset, shelf.own.save(owner, preset), said(preset.name))
-        except NameTaken as error:
+            return changed(owner, preset, available_presets.own_presets.save(owner, preset), said(preset.name))
+        except PresetNameTaken as error:
             return {
-                panel.question: show.notes(
-                    [say("You have a preset called {name} already. Replace it?", name=error.name)]
+                panel.question: render.notes(
+                    [translate("You have a preset called {name} already. Replace it?", name=error.name)]
                 ),
                 panel.replace: gr.Button(visible=True),
-                panel.keep: gr.Button(visible=True),
+                panel.keep_existing: gr.Button(visible=True),
                 panel.pending: preset,
-                panel.told: "",
+                panel.own_message: "",
             }
         except StudioError as error:
-            return {**_answered(panel), panel.told: show.problem(str(error))}
+            return {**_clear_question(panel), panel.own_message: render.problem(str(error))}
 
     def save(name: str, parts: list[str], request: gr.Request, **values: Any) -> Update:
         checkpoint = studio.settings.checkpoint(values["checkpoint"])
         return add(
             owner_of(request),
-            lambda: holding(name or "", form.name, saved(values, parts, checkpoint)),  # type: ignore[arg-type]
-            lambda name: say("Saved as {name}. Only you see it.", name=name),
+            lambda: make_preset(name or "", form.name, saved_values(values, parts, checkpoint)),  # type: ignore[arg-type]
+            lambda name: translate("Saved as {name}. Only you see it.", name=name),
         )
 
     def take(file: str | None, request: gr.Request) -> Update:
@@ -110,38 +119,38 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
             except PresetError as error:
                 raise PresetError(f"{Path(file).name}: {error}") from error
 
-        return add(owner_of(request), read, lambda name: say("Imported {name}. Only you see it.", name=name))
+        return add(owner_of(request), read, lambda name: translate("Imported {name}. Only you see it.", name=name))
 
     def replace(pending: Preset | None, request: gr.Request) -> Update:
         if pending is None:
-            return _answered(panel)
+            return _clear_question(panel)
         owner = owner_of(request)
         try:
-            id = shelf.own.save(owner, pending, replace=True)
-            return changed(owner, pending, id, say("{name} is replaced.", name=pending.name))
+            id = available_presets.own_presets.save(owner, pending, replace=True)
+            return changed(owner, pending, id, translate("{name} is replaced.", name=pending.name))
         except StudioError as error:
-            return {**_answered(panel), panel.told: show.problem(str(error))}
+            return {**_clear_question(panel), panel.own_message: render.problem(str(error))}
 
     def rename(choice: str | None, name: str, request: gr.Request) -> Update:
-        owner, id = owner_of(request), (choice or "").removeprefix(OWN)
+        owner, id = owner_of(request), (choice or "").removeprefix(OWN_PREFIX)
         try:
-            preset = shelf.own.rename(owner, id, name or "")
-            return changed(owner, preset, id, say("It is called {name} now.", name=preset.name))
+            preset = available_presets.own_presets.rename(owner, id, name or "")
+            return changed(owner, preset, id, translate("It is called {name} now.", name=preset.name))
         except StudioError as error:
-            return {panel.told: show.problem(str(error))}
+            return {panel.own_message: render.problem(str(error))}
 
     def delete(choice: str | None, request: gr.Request) -> Update:
         owner = owner_of(request)
         try:
-            gone = shelf.own.delete(owner, (choice or "").removeprefix(OWN))
-            left = shelf.choices(form.name, owner)
+            gone = available_presets.own_presets.delete(owner, (choice or "").removeprefix(OWN_PREFIX))
+            left = available_presets.choices(form.name, owner)
         except StudioError as error:
-            return {panel.told: show.problem(str(error))}
+            return {panel.own_message: render.problem(str(error))}
         return {
-            **_nothing(panel),
-            **_answered(panel),
+            **_clear_chosen(panel),
+            **_clear_question(panel),
             panel.choice: gr.Dropdown(choices=left, value=None),
-            panel.told: show.notes([say("{name} is deleted.", name=gone.name)]),
+            panel.own_message: render.notes([translate("{name} is deleted.", name=gone.name)]),
             panel.restore: gr.Button(visible=True),
             panel.deleted: gone,
         }
@@ -149,50 +158,50 @@ def _wire_form(studio: Studio, shelf: Shelf, form: Form, panels: Mapping[str, Pr
     def restore(gone: Preset | None, request: gr.Request) -> Update:
         if gone is None:
             return {panel.restore: gr.Button(visible=False)}
-        return add(owner_of(request), lambda: gone, lambda name: say("{name} is back.", name=name))
+        return add(owner_of(request), lambda: gone, lambda name: translate("{name} is back.", name=name))
 
-    listen(panel.choice.input, chosen, panel.choice, [*shown, panel.told])
-    values = {name: form.fields[name] for name in HELD}
+    listen(panel.choice.input, chosen, panel.choice, [*shown, panel.own_message])
+    values = {name: form.fields[name] for name in PRESET_FIELDS}
     listen(panel.save.click, save, [panel.name, panel.parts], outcome, inputs_kwargs=values)
-    listen(panel.take.upload, take, panel.take, outcome)
+    listen(panel.import_file.upload, take, panel.import_file, outcome)
     listen(panel.replace.click, replace, panel.pending, outcome)
-    listen(panel.keep.click, lambda: _answered(panel), None, asked, queue=False)
+    listen(panel.keep_existing.click, lambda: _clear_question(panel), None, asked, queue=False)
     listen(panel.rename.click, rename, [panel.choice, panel.name], outcome)
     listen(panel.delete.click, delete, panel.choice, outcome)
     listen(panel.restore.click, restore, panel.deleted, outcome)
 
 
-def saved(values: Mapping[str, Any], parts: Sequence[str], checkpoint: Checkpoint) -> dict[str, Any]:
+def saved_values(values: Mapping[str, Any], parts: Sequence[str], checkpoint: Checkpoint) -> dict[str, Any]:
     """Of a form's `values` those that `parts` name and that say something. Raises `RequestError`."""
-    names = [name for part in parts for name in PARTS.get(part, ())]
+    names = [name for part in parts for name in PRESET_PARTS.get(part, ())]
     held = {name: values[name] for name in names if values[name] not in (None, "", [])}
     if "loras" in held:
-        held["loras"] = [asdict(choice) for choice in choices(held["loras"])]
+        held["loras"] = [asdict(choice) for choice in read_loras(held["loras"])]
     for name, fixed in (("steps", checkpoint.steps_fixed), ("guidance", checkpoint.guidance_fixed)):
         if fixed:
             held.pop(name, None)
     return held
 
 
-def file_name(preset: Preset) -> str:
+def preset_file_name(preset: Preset) -> str:
     """How the file of `preset` is called: as those that come with the studio are."""
     plain = unicodedata.normalize("NFKD", preset.name).encode("ascii", "ignore").decode().lower()
     return f"{re.sub('[^a-z0-9]+', '-', plain).strip('-') or 'preset'}.json"
 
 
-def _chosen(panel: PresetPanel, preset: Preset, *, own: bool) -> Update:
-    file = save_bytes_to_cache(preset.as_json().encode(), file_name(preset), get_upload_folder())
+def _show_chosen(panel: PresetPanel, preset: Preset, *, own: bool) -> Update:
+    file = save_bytes_to_cache(preset.as_json().encode(), preset_file_name(preset), get_upload_folder())
     return {
-        panel.card: card(preset),
+        panel.card: preset_card_html(preset),
         panel.apply: gr.Button(interactive=True),
         panel.name: gr.Textbox(preset.name) if own else gr.Textbox(),
         panel.rename: gr.Button(visible=own),
         panel.delete: gr.Button(visible=own),
-        panel.export: gr.DownloadButton(t("Export"), value=file, visible=True),
+        panel.export: gr.DownloadButton(i18n("Export"), value=file, visible=True),
     }
 
 
-def _nothing(panel: PresetPanel) -> Update:
+def _clear_chosen(panel: PresetPanel) -> Update:
     return {
         panel.card: "",
         panel.apply: gr.Button(interactive=False),
@@ -202,11 +211,11 @@ def _nothing(panel: PresetPanel) -> Update:
     }
 
 
-def _answered(panel: PresetPanel) -> Update:
+def _clear_question(panel: PresetPanel) -> Update:
     """Nothing is asked any more."""
     return {
         panel.question: "",
         panel.replace: gr.Button(visible=False),
-        panel.keep: gr.Button(visible=False),
+        panel.keep_existing: gr.Button(visible=False),
         panel.pending: None,
     }

@@ -15,17 +15,17 @@ from flux2_studio.events import Failed, Queued, Status
 from flux2_studio.images.references import fit_size, reference_size
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
-from flux2_studio.ui.forms.lora_panel import choices
+from flux2_studio.ui.forms.lora_panel import read_loras
 from flux2_studio.ui.forms.mask_panel import read_outpaint
-from flux2_studio.ui.forms.reference_panel import paths
+from flux2_studio.ui.forms.reference_panel import gallery_paths
 from flux2_studio.ui.forms.tabs import Form
-from flux2_studio.ui.gradio_compat.wiring import follow, listen
-from flux2_studio.ui.stage import show
+from flux2_studio.ui.gradio_compat.wiring import follow_task, listen
+from flux2_studio.ui.stage import render
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-DECISIVE = (
+ESTIMATE_FIELDS = (
     "checkpoint",
     "references",
     "outpaint",
@@ -38,27 +38,27 @@ DECISIVE = (
 )  # what a request's memory and time depend on
 
 
-def wire_outlook(studio: Studio, form: Form, news: Sequence[Callable[..., Any]], turn: asyncio.Lock) -> None:
-    """Tell under `form` what it asks for will take, whenever that changes: with its fields, and after `news`, events
+def wire_estimate(studio: Studio, form: Form, triggers: Sequence[Callable[..., Any]], lock: asyncio.Lock) -> None:
+    """Tell under `form` what it asks for will take, whenever that changes: with its fields, and after `triggers`, events
     of what else it depends on.
 
-    turn: has one form after the other look. While a checkpoint's files are read all of them wait for that, and would
+    lock: has one form after the other look. While a checkpoint's files are read all of them wait for that, and would
     between them hold the few threads that History and the queue are answered from, too.
     """
-    components = {name: form.fields[name] for name in DECISIVE if name in form.fields}
+    components = {name: form.fields[name] for name in ESTIMATE_FIELDS if name in form.fields}
     components["upsample_by"] = form.upsampling.inputs["upsample_by"]
 
     async def tell(**values: Any) -> str:
-        async with turn:
-            return await asyncio.to_thread(outlook, studio, **values)
+        async with lock:
+            return await asyncio.to_thread(form_estimate_html, studio, **values)
 
     # With no trigger named: at every change, and when the page is opened.
-    events: list[Callable[..., Any]] = [partial(listen, None), *news]
+    events: list[Callable[..., Any]] = [partial(listen, None), *triggers]
     for event in events:
         event(
             tell,
             None,
-            form.fit,
+            form.estimate,
             inputs_kwargs=components,
             concurrency_limit=None,
             trigger_mode="always_last",
@@ -67,7 +67,7 @@ def wire_outlook(studio: Studio, form: Form, news: Sequence[Callable[..., Any]],
         )
 
 
-def outlook(
+def form_estimate_html(
     studio: Studio,
     *,
     checkpoint: str,
@@ -84,8 +84,8 @@ def outlook(
     """What a form's values will take, as HTML; "" for values that cannot be run, which the run will tell."""
     try:
         chosen = studio.settings.checkpoint(checkpoint)
-        files = paths(references)
-        cap = chosen.reference_cap(len(files))
+        files = gallery_paths(references)
+        cap = chosen.max_pixels_per_reference(len(files))
         sizes = [fit_size(reference_size(file), cap) for file in files]
         asked = Request(
             prompt="any",
@@ -98,36 +98,45 @@ def outlook(
             # Numbers that were laid out for the checkpoint before are not this one's.
             guidance=None if chosen.guidance_fixed else guidance,
             steps=None if chosen.steps_fixed else steps,
-            loras=choices(loras),
+            loras=read_loras(loras),
         )
-        return show.outlook(studio.outlook(asked, sizes), enriched=upsample_by != "none")
+        return render.run_estimate(studio.estimate_run(asked, sizes), enriched=upsample_by != "none")
     except OutOfMemory as error:
-        return show.problem(str(error))
+        return render.problem(str(error))
     except StudioError:
         return ""
 
 
-def wire_preparation(studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, loading: gr.HTML) -> Callable[..., Any]:
+def wire_preload(
+    studio: Studio, jobs: JobQueue, checkpoint_dropdown: gr.Dropdown, loading: gr.HTML
+) -> Callable[..., Any]:
     """Load a checkpoint that is on disk as soon as it is chosen, after the run under way, and show how far that is.
     Returns the event of its end."""
 
     async def prepare(name: str, request: gr.Request) -> AsyncIterator[str]:
         checkpoint = studio.settings.checkpoint(name)
-        if not await asyncio.to_thread(studio.on_disk, checkpoint):
+        if not await asyncio.to_thread(studio.is_on_disk, checkpoint):
             yield ""
             return
-        async for event in follow(jobs.prepare(name, request.session_hash or "")):
+        async for event in follow_task(jobs.preload(name, request.session_hash or "")):
             match event:
                 case Queued():
-                    yield show.status(Status(text=f"{checkpoint.label} is loaded after the run under way"))
+                    yield render.status(Status(text=f"{checkpoint.label} is loaded after the run under way"))
                 case Status():
-                    yield show.status(event)
+                    yield render.status(event)
                 case Failed(message=message):
-                    yield show.problem(message)
+                    yield render.problem(message)
                 case _:
                     yield ""
 
     # By hand only: opening the page is no wish, and a new choice takes the place of the one before.
-    prepared = listen(chosen.input, prepare, chosen, loading, concurrency_limit=None, trigger_mode="multiple")
+    prepared = listen(
+        checkpoint_dropdown.input,
+        prepare,
+        checkpoint_dropdown,
+        loading,
+        concurrency_limit=None,
+        trigger_mode="multiple",
+    )
     ended: Callable[..., Any] = prepared.then
     return ended

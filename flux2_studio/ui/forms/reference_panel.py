@@ -16,11 +16,11 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
 from flux2_studio.images.references import fit_size, load_reference
 from flux2_studio.ui.forms import fields, mask_panel
-from flux2_studio.ui.forms.reference_names import names_in, renamed
+from flux2_studio.ui.forms.reference_names import names_in, rename_reference
 from flux2_studio.ui.forms.tabs import Form, ReferencePanel, ReferenceTools
-from flux2_studio.ui.gradio_compat.language import say
+from flux2_studio.ui.gradio_compat.language import translate
 from flux2_studio.ui.gradio_compat.wiring import Update, listen
-from flux2_studio.ui.stage import show
+from flux2_studio.ui.stage import render
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
@@ -36,31 +36,31 @@ CLEARED_AND_DRAGGED = """(_, heard, __, ...others) =>
   [window.studioReferences.cleared('{form}'), heard, window.studioReferences.moved, ...others]"""
 
 
-def paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
+def gallery_paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
     """The files of a gallery's value."""
     return tuple(Path(file) for file, _ in items or ())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examined:
-    """Offered files, sorted: `kept` can be used, `notes` tell what becomes of them, `refused` why others were not.
-    `first` is the first of the kept ones, as it is painted on."""
+class ExaminedFiles:
+    """Offered files, sorted: `usable` can be used, `notes` tell what becomes of them, `problems` why others were not.
+    `first_subject` is the first of the kept ones, as it is painted on."""
 
-    kept: tuple[Path, ...] = ()
+    usable: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
-    first: mask_panel.Subject | None = None
+    first_subject: mask_panel.MaskSubject | None = None
 
 
-def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Examined:
-    """Look at the `offered` files until `most` are kept."""
+def examine(offered: Sequence[Path], checkpoint: Checkpoint, max_count: int) -> ExaminedFiles:
+    """Look at the `offered` files until `max_count` are kept."""
     kept: list[Path] = []
     notes: list[str] = []
     refused: list[str] = []
     left_out: list[str] = []
     first: Image.Image | None = None
     for path in offered:
-        if len(kept) == most:
+        if len(kept) == max_count:
             left_out.append(path.name)
             continue
         try:
@@ -73,14 +73,14 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Exami
         notes += loaded.notes
     if left_out:
         were = f"{_listed(left_out)} {'was' if len(left_out) == 1 else 'were'} left out"
-        refused.append(f"{checkpoint.label} takes at most {most} pictures: {were}.")
+        refused.append(f"{checkpoint.label} takes at most {max_count} pictures: {were}.")
     subject = None
     if first is not None:
-        width, height = fit_size(first.size, checkpoint.reference_cap(len(kept)))
+        width, height = fit_size(first.size, checkpoint.max_pixels_per_reference(len(kept)))
         shape = fields.ratio(width, height)
-        size = say("As image 1: {width} x {height} pixels ({shape}).", width=width, height=height, shape=shape)
+        size = translate("As image 1: {width} x {height} pixels ({shape}).", width=width, height=height, shape=shape)
         if first.size != (width, height):
-            size += " " + say(
+            size += " " + translate(
                 "Image 1 is scaled from {width} x {height} to {across} x {down}.",
                 width=first.width,
                 height=first.height,
@@ -88,19 +88,19 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, most: int) -> Exami
                 down=height,
             )
         notes.insert(0, size)
-        subject = mask_panel.subject_of(first, (width, height))
-    return Examined(kept=tuple(kept), notes=tuple(notes), refused=tuple(refused), first=subject)
+        subject = mask_panel.make_mask_subject(first, (width, height))
+    return ExaminedFiles(usable=tuple(kept), notes=tuple(notes), refused=tuple(refused), first_subject=subject)
 
 
-def newest(offered: Sequence[Path], checkpoint: Checkpoint) -> Examined:
+def newest_usable(offered: Sequence[Path], checkpoint: Checkpoint) -> ExaminedFiles:
     """The last of the `offered` files that can be used, with why those after it cannot."""
     refused: tuple[str, ...] = ()
     for path in reversed(offered):
         examined = examine([path], checkpoint, 1)
-        if examined.kept:
+        if examined.usable:
             return replace(examined, refused=refused)
         refused += examined.refused
-    return Examined(refused=refused)
+    return ExaminedFiles(refused=refused)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -109,7 +109,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
 
 
-def reordered(order: Sequence[Path], index: int | None, by: int) -> tuple[list[Path], int | None]:
+def move_item(order: Sequence[Path], index: int | None, by: int) -> tuple[list[Path], int | None]:
     """`order` with the item at `index` moved `by` places as far as there is room, and where it is now."""
     moved = list(order)
     if index is None or index >= len(moved):
@@ -119,7 +119,7 @@ def reordered(order: Sequence[Path], index: int | None, by: int) -> tuple[list[P
     return moved, place
 
 
-def dragged(order: Sequence[Path], sent: str) -> list[Path] | None:
+def apply_drag(order: Sequence[Path], sent: str) -> list[Path] | None:
     """`order` with one item moved as the page `sent` it: "2,0" brings the third to the front. None for what asks for no
     move that can be made."""
     asked = re.fullmatch(r"([0-9]{1,3}),([0-9]{1,3})", sent)
@@ -128,20 +128,20 @@ def dragged(order: Sequence[Path], sent: str) -> list[Path] | None:
     start, end = map(int, asked.groups())
     if max(start, end) >= len(order):
         return None
-    return reordered(order, start, end - start)[0]
+    return move_item(order, start, end - start)[0]
 
 
-def selected(sent: str | None) -> int | None:
+def parse_selected_index(sent: str | None) -> int | None:
     """The index of the selected picture as the page `sent` it, None for none."""
     return int(sent) if sent and re.fullmatch(r"[0-9]{1,3}", sent) else None
 
 
-def times(sent: str | None) -> int:
+def parse_clear_count(sent: str | None) -> int:
     """How often the pictures were cleared as the page `sent` it, 0 for anything else."""
     return int(sent) if sent and re.fullmatch(r"[0-9]{1,6}", sent) else 0
 
 
-def offer(
+def set_references(
     form: Form,
     offered: Sequence[Path],
     checkpoint: Checkpoint,
@@ -153,29 +153,29 @@ def offer(
     names: of those that have one. Told outright with every change that we make, because a gallery does not always
     notice a change from outside.
     """
-    assert form.panel is not None
-    tools = form.panel.tools
-    examined = examine(offered, checkpoint, checkpoint.max_references) if tools else newest(offered, checkpoint)
+    assert form.reference_panel is not None
+    tools = form.reference_panel.tools
+    examined = examine(offered, checkpoint, checkpoint.max_references) if tools else newest_usable(offered, checkpoint)
     update: Update = {
-        form.fields["references"]: gr.Gallery(fields.numbered(examined.kept, names), selected_index=chosen),
-        form.panel.refused: "".join(map(show.problem, examined.refused)),
-        form.panel.note: show.notes(examined.notes),
-        **mask_panel.followed(form.fields, examined.first),
+        form.fields["references"]: gr.Gallery(fields.captioned_items(examined.usable, names), selected_index=chosen),
+        form.reference_panel.problems: "".join(map(render.problem, examined.refused)),
+        form.reference_panel.note: render.notes(examined.notes),
+        **mask_panel.mask_panel_update(form.fields, examined.first_subject),
     }
     if tools is not None:
-        named = examined.kept[chosen] if chosen is not None and chosen < len(examined.kept) else None
-        update |= {tools.row: gr.Row(visible=bool(examined.kept)), **_naming(tools, named, names)}
+        named = examined.usable[chosen] if chosen is not None and chosen < len(examined.usable) else None
+        update |= {tools.row: gr.Row(visible=bool(examined.usable)), **_naming(tools, named, names)}
     return update
 
 
-def offered_to(form: Form) -> list[Any]:
-    """The components that `offer` sets."""
-    assert form.panel is not None
-    tools = form.panel.tools
+def reference_outputs(form: Form) -> list[Any]:
+    """The components that `set_references` sets."""
+    assert form.reference_panel is not None
+    tools = form.reference_panel.tools
     return [
         form.fields["references"],
-        form.panel.refused,
-        form.panel.note,
+        form.reference_panel.problems,
+        form.reference_panel.note,
         form.fields["mask"],
         form.fields["outpaint"],
         *([tools.row, tools.name, tools.named] if tools else []),
@@ -183,48 +183,51 @@ def offered_to(form: Form) -> list[Any]:
 
 
 def _naming(tools: ReferenceTools, selected: Path | None, names: Mapping[Path, str]) -> Update:
-    """The field for a name, for the `selected` picture."""
+    """The field for a name, for the `parse_selected_index` picture."""
     if selected is None:
-        return {tools.name: fields.name(), tools.named: ""}
-    return {tools.name: fields.name(names.get(selected, ""), of_one=True), tools.named: str(selected)}
+        return {tools.name: fields.reference_name_field(), tools.named: ""}
+    return {tools.name: fields.reference_name_field(names.get(selected, ""), of_one=True), tools.named: str(selected)}
 
 
-def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: ReferencePanel) -> None:
+def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form, panel: ReferencePanel) -> None:
     references, tools = form.fields["references"], panel.tools
 
     def unless_cleared(action: Callable[..., Any]) -> Callable[..., Any]:
         """What was cleared since it was asked for is gone, even where that was heard first."""
 
         def answer(sent: str | None, heard: int, *rest: Any) -> Any:
-            if times(sent) < heard:
+            if parse_clear_count(sent) < heard:
                 return gr.skip()
             update = action(*rest)
             # It was asked for after so many clears, the last of which may be heard after it.
-            return update if update == gr.skip() else update | {panel.cleared: times(sent)}
+            return update if update == gr.skip() else update | {panel.clear_count: parse_clear_count(sent)}
 
         return answer
 
     def check(items: Any, name: str) -> Update:
-        return offer(form, paths(items), studio.settings.checkpoint(name), names=names_in(items))
+        return set_references(form, gallery_paths(items), studio.settings.checkpoint(name), names=names_in(items))
 
     def clear(sent: str | None, heard: int, name: str) -> Any:
         # Whatever the gallery holds: an answer to what was asked before may just have filled it again.
-        if times(sent) <= heard:
+        if parse_clear_count(sent) <= heard:
             return gr.skip()
-        return offer(form, (), studio.settings.checkpoint(name)) | {panel.cleared: times(sent)}
+        return set_references(form, (), studio.settings.checkpoint(name)) | {panel.clear_count: parse_clear_count(sent)}
 
     def describe(items: Any, name: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
-        examined = examine(paths(items), checkpoint, checkpoint.max_references)
-        return {panel.note: show.notes(examined.notes), **mask_panel.followed(form.fields, examined.first)}
+        examined = examine(gallery_paths(items), checkpoint, checkpoint.max_references)
+        return {
+            panel.note: render.notes(examined.notes),
+            **mask_panel.mask_panel_update(form.fields, examined.first_subject),
+        }
 
     # Each is heard, and answered in turn: what came while one was checked would be gone with its answer.
     turns: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_id": f"references of {form.name}"}
-    since, told = [panel.told, panel.cleared], [*offered_to(form), panel.cleared]
+    since, told = [panel.client_state, panel.clear_count], [*reference_outputs(form), panel.clear_count]
     listen(
         [references.upload, references.delete],
         unless_cleared(check),
-        [*since, references, chosen],
+        [*since, references, checkpoint_dropdown],
         told,
         js=CLEARED.format(form=form.name),
         **turns,
@@ -233,17 +236,19 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
     listen(
         references.change,
         clear,
-        [*since, chosen],
+        [*since, checkpoint_dropdown],
         told,
         js=TO_CLEAR.format(form=form.name),
         **turns,
     )
     described = [panel.note, form.fields["mask"], form.fields["outpaint"]]
-    listen(chosen.change, describe, [references, chosen], described)  # it may have another cap
+    listen(
+        checkpoint_dropdown.change, describe, [references, checkpoint_dropdown], described
+    )  # it may have another cap
     # When the page is opened, for a label with a number in it is not known before whose language it is to be in.
     most = studio.settings.checkpoint(None).max_references
     if tools is not None:
-        listen(None, lambda: gr.Gallery(label=fields.up_to(most)), None, references, queue=False)
+        listen(None, lambda: gr.Gallery(label=fields.references_label(most)), None, references, queue=False)
     if tools is None:
         # A gallery with a selected picture takes no upload.
         listen(references.select, lambda: gr.Gallery(selected_index=None), None, references, queue=False)
@@ -254,69 +259,71 @@ def wire_references(studio: Studio, chosen: gr.Dropdown, form: Form, panel: Refe
         pictures does this first: nobody need press Enter for a name to stay."""
         names = names_in(items)
         path, typed = Path(named or ""), typed or ""
-        if path not in paths(items) or typed == names.get(path, ""):
+        if path not in gallery_paths(items) or typed == names.get(path, ""):
             return names, ""
         try:
-            return renamed(names, path, typed), ""
+            return rename_reference(names, path, typed), ""
         except StudioError as error:
-            return names, show.problem(str(error))
+            return names, render.problem(str(error))
 
     def offered(order: Sequence[Path], name: str, items: Any, *field: str | None, place: int | None = None) -> Update:
         names, wrong = call(items, *field)
-        update = offer(form, order, studio.settings.checkpoint(name), place, names)
-        return update | {panel.refused: wrong + update[panel.refused]}
+        update = set_references(form, order, studio.settings.checkpoint(name), place, names)
+        return update | {panel.problems: wrong + update[panel.problems]}
 
     def add(new: Sequence[str], *rest: Any) -> Update:
         _, items, *_ = rest
-        return offered([*paths(items), *map(Path, new)], *rest)
+        return offered([*gallery_paths(items), *map(Path, new)], *rest)
 
     def move(by: int) -> Callable[..., Update]:
         def moved(sent: str | None, *rest: Any) -> Update:
             _, items, *_ = rest
-            order, place = reordered(paths(items), selected(sent), by)
+            order, place = move_item(gallery_paths(items), parse_selected_index(sent), by)
             return offered(order, *rest, place=place)
 
         return moved
 
     def remove(sent: str | None, *rest: Any) -> Update:
         _, items, *_ = rest
-        gone = selected(sent)
-        return offered([path for number, path in enumerate(paths(items)) if number != gone], *rest)
+        gone = parse_selected_index(sent)
+        return offered([path for number, path in enumerate(gallery_paths(items)) if number != gone], *rest)
 
     def drop(sent: str, *rest: Any) -> Any:
         _, items, *_ = rest
-        order = dragged(paths(items), str(sent))
+        order = apply_drag(gallery_paths(items), str(sent))
         return gr.skip() if order is None else offered(order, *rest)
 
     def choose(items: Any, typed: str | None, named: str | None, event: gr.SelectData) -> Update:
         index = int(event.index)
         names, wrong = call(items, typed, named)
-        update: Update = _naming(tools, paths(items)[index], names)
+        update: Update = _naming(tools, gallery_paths(items)[index], names)
         if names != names_in(items):
-            update[references] = gr.Gallery(fields.numbered(paths(items), names), selected_index=index)
+            update[references] = gr.Gallery(fields.captioned_items(gallery_paths(items), names), selected_index=index)
         if wrong:
-            update[panel.refused] = wrong
+            update[panel.problems] = wrong
         return update
 
     def enter(sent: str | None, items: Any, typed: str | None, named: str | None) -> Update:
         names, wrong = call(items, typed, named)
         if wrong:
-            return {panel.refused: wrong}
-        gallery = gr.Gallery(fields.numbered(paths(items), names), selected_index=selected(sent))
-        return {references: gallery, panel.refused: "", tools.name: names.get(Path(named or ""), "")}
+            return {panel.problems: wrong}
+        gallery = gr.Gallery(
+            fields.captioned_items(gallery_paths(items), names), selected_index=parse_selected_index(sent)
+        )
+        return {references: gallery, panel.problems: "", tools.name: names.get(Path(named or ""), "")}
 
     called = [references, tools.name, tools.named]
-    about = [tools.name, tools.named, references, panel.refused]
+    about = [tools.name, tools.named, references, panel.problems]
     listen(references.select, choose, called, about, queue=False, trigger_mode="multiple")  # the last is the one
-    entered = [references, panel.refused, tools.name]
-    listen(tools.name.submit, enter, [panel.told, *called], entered, js=SELECTED, queue=False)
-    rest = [chosen, *called]
+    entered = [references, panel.problems, tools.name]
+    listen(tools.name.submit, enter, [panel.client_state, *called], entered, js=SELECTED, queue=False)
+    rest = [checkpoint_dropdown, *called]
     presses: list[tuple[Any, Callable[..., Any], Any, str]] = [
-        (tools.drop.click, drop, panel.told, CLEARED_AND_DRAGGED),
+        (tools.drag_button.click, drop, panel.client_state, CLEARED_AND_DRAGGED),
         (tools.add.upload, add, tools.add, CLEARED),
-        (tools.earlier.click, move(-1), panel.told, CLEARED_AND_SELECTED),
-        (tools.later.click, move(1), panel.told, CLEARED_AND_SELECTED),
-        (tools.remove.click, remove, panel.told, CLEARED_AND_SELECTED),
+        (tools.earlier.click, move(-1), panel.client_state, CLEARED_AND_SELECTED),
+        (tools.later.click, move(1), panel.client_state, CLEARED_AND_SELECTED),
+        (tools.remove.click, remove, panel.client_state, CLEARED_AND_SELECTED),
     ]
     for pressed, action, what, js in presses:
         listen(

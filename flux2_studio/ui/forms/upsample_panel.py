@@ -11,30 +11,38 @@ import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError, UpsampleError
-from flux2_studio.events import Failed, Notice, Queued, Stopped, Upsampled, Writing
+from flux2_studio.events import Failed, Notice, PromptEnhanced, PromptProgress, Queued, Stopped
 from flux2_studio.events import Status as StatusEvent
 from flux2_studio.jobs.queue import JobQueue
-from flux2_studio.prompting.openai_server import ApiKey, no_writers
+from flux2_studio.prompting.openai_server import ApiKey, no_local_writers_message
 from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
-from flux2_studio.ui.forms.tabs import UPSAMPLING, Form, UpsamplingPanel
-from flux2_studio.ui.gradio_compat.language import say, t, told
-from flux2_studio.ui.gradio_compat.wiring import Update, follow, listen, stopper, tab_of
-from flux2_studio.ui.stage import show
+from flux2_studio.ui.forms.tabs import UPSAMPLING_TITLE, Form, UpsamplingPanel
+from flux2_studio.ui.gradio_compat.language import i18n, translate, translate_message
+from flux2_studio.ui.gradio_compat.wiring import Update, follow_task, listen, make_stop_handler, tab_owner_of
+from flux2_studio.ui.stage import render
 
 if TYPE_CHECKING:
     from flux2_studio.models.writers import WriterOffer
     from flux2_studio.studio import Studio
 
-Read = Callable[..., Request]  # a form's values, and what stands around them -> its request
-GROWING = "It is still being written."
-OFFERED = "Change it as you like, then use it as your prompt."
-DRAWN = "Drawn as it stands here. To change it for the next run, use it as your prompt."
-USED = "Your prompt is the enriched one now, and is drawn as it stands."
-INPUTS = ("upsample_by", "upsample_local", "upsample_remote", "temperature", "top_p", "max_tokens", "api_key")
+UpsamplingFormReader = Callable[..., Request]  # a form's values, and what stands around them -> its request
+WRITING_INFO = "It is still being written."
+ENHANCED_INFO = "Change it as you like, then use it as your prompt."
+DRAWN_INFO = "Drawn as it stands here. To change it for the next run, use it as your prompt."
+USED_NOTE = "Your prompt is the enriched one now, and is drawn as it stands."
+UPSAMPLING_INPUTS = (
+    "upsample_by",
+    "upsample_local",
+    "upsample_remote",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "api_key",
+)
 
 
-def read_choice(values: Mapping[str, Any]) -> Upsampling:
+def read_upsampling(values: Mapping[str, Any]) -> Upsampling:
     """The values of `UpsamplingPanel.inputs` as a request has them. Raises `RequestError`."""
     by = values["upsample_by"]
     if by == "none":
@@ -50,88 +58,93 @@ def read_choice(values: Mapping[str, Any]) -> Upsampling:
     )
 
 
-def read_key(values: Mapping[str, Any]) -> ApiKey | None:
+def read_api_key(values: Mapping[str, Any]) -> ApiKey | None:
     """The key that was typed, where it is of use. Raises `UpsampleError` for what is none."""
     typed = (values["api_key"] or "").strip()
     return ApiKey(typed) if typed and values["upsample_by"] == "openrouter" else None
 
 
-def told_of(
+def provider_note_html(
     by: str, offers: Sequence[WriterOffer], checkpoint: Checkpoint, chosen: str | None, settings: Settings
 ) -> str:
     """What to know of the choice, as HTML."""
     if by == "local":
         if not offers:
-            return show.notes([no_writers(checkpoint)])
+            return render.notes([no_local_writers_message(checkpoint)])
         offer = next((offer for offer in offers if offer.name == chosen), offers[0])
-        sees = "" if offer.sees else f" {say('It reads text only: references it does not see.')}"
-        return show.notes([f"{told(offer.text)}{sees}"])
+        sees = "" if offer.has_vision else f" {translate('It reads text only: references it does not see.')}"
+        return render.notes([f"{translate_message(offer.description)}{sees}"])
     if by == "openrouter":
-        host = urlsplit(settings.openrouter_url).hostname or say("the server")
+        host = urlsplit(settings.openrouter_url).hostname or translate("the server")
         key = (
-            say("This studio has a key for it; one that you type goes before.")
+            translate("This studio has a key for it; one that you type goes before.")
             if settings.openrouter_key
-            else say("The key is sent with your runs, and kept nowhere.")
+            else translate("The key is sent with your runs, and kept nowhere.")
         )
-        goes = say("Your prompt, and your references scaled down, go to {host}.", host=host)
-        return show.notes([f"{goes} {key}"])
+        goes = translate("Your prompt, and your references scaled down, go to {host}.", host=host)
+        return render.notes([f"{goes} {key}"])
     return ""
 
 
-def begun(panel: UpsamplingPanel) -> Update:
+def clear_enhanced_prompt(panel: UpsamplingPanel) -> Update:
     """Whatever was written before goes, so that nobody takes it for what comes now."""
     return {
-        panel.written: gr.Textbox("", visible=False),
+        panel.enhanced_prompt: gr.Textbox("", visible=False),
         panel.use: gr.Button(visible=False),
-        panel.enrich: gr.Button(interactive=False),
+        panel.enhance: gr.Button(interactive=False),
     }
 
 
-def writing(event: Writing, panel: UpsamplingPanel) -> Update:
+def show_partial_prompt(event: PromptProgress, panel: UpsamplingPanel) -> Update:
     return {
-        panel.written: gr.Textbox(
-            event.text, visible=True, interactive=False, label=t("Enriched prompt"), info=t(GROWING)
+        panel.enhanced_prompt: gr.Textbox(
+            event.text, visible=True, interactive=False, label=i18n("Enriched prompt"), info=i18n(WRITING_INFO)
         ),
-        panel.folded: gr.Accordion(open=True),
+        panel.accordion: gr.Accordion(open=True),
     }
 
 
-def enriched(event: Upsampled, panel: UpsamplingPanel, info: str) -> Update:
+def show_enhanced_prompt(event: PromptEnhanced, panel: UpsamplingPanel, info: str) -> Update:
     """info: what becomes of it."""
     return {
-        panel.written: gr.Textbox(
+        panel.enhanced_prompt: gr.Textbox(
             event.prompt,
             visible=True,
             interactive=True,
-            label=say("Enriched prompt, by {name}", name=event.by),
-            info=t(info),
+            label=translate("Enriched prompt, by {name}", name=event.by),
+            info=i18n(info),
         ),
         panel.use: gr.Button(visible=True),
-        panel.folded: gr.Accordion(open=True),
+        panel.accordion: gr.Accordion(open=True),
     }
 
 
-def ended(panel: UpsamplingPanel, done: Upsampled | None, info: str) -> Update:
+def show_enhancement_end(panel: UpsamplingPanel, done: PromptEnhanced | None, info: str) -> Update:
     """At the end once more what was written, for of updates that follow each other at once the browser may lose the
     first; or nothing, where it came to nothing."""
-    ready = {panel.enrich: gr.Button(interactive=True)}
-    return {**begun(panel), **(enriched(done, panel, info) if done else {}), **ready}
+    ready = {panel.enhance: gr.Button(interactive=True)}
+    return {**clear_enhanced_prompt(panel), **(show_enhanced_prompt(done, panel, info) if done else {}), **ready}
 
 
-def shown(panel: UpsamplingPanel) -> list[Any]:
+def upsampling_outputs(panel: UpsamplingPanel) -> list[Any]:
     """The components that these set."""
-    return [panel.written, panel.use, panel.folded, panel.enrich]
+    return [panel.enhanced_prompt, panel.use, panel.accordion, panel.enhance]
 
 
 def wire_upsampling(
-    studio: Studio, jobs: JobQueue, chosen: gr.Dropdown, form: Form, read: Read, around: Sequence[Any]
+    studio: Studio,
+    jobs: JobQueue,
+    checkpoint_dropdown: gr.Dropdown,
+    form: Form,
+    read_form: UpsamplingFormReader,
+    form_state: Sequence[Any],
 ) -> None:
-    """read: makes a request of the values of `around` and of the form's fields, its panel's included."""
+    """read_form: makes a request of the values of `form_state` and of the form's fields, its panel's included."""
     panel = form.upsampling
 
     def offer(name: str, by: str, now: str | None) -> Update:
         checkpoint = studio.settings.checkpoint(name)
-        offers = studio.writers(checkpoint)
+        offers = studio.list_writers(checkpoint)
         names = [writer.name for writer in offers]
         model = now if now in names else names[0] if names else None
         possible = by == "openrouter" or (by == "local" and bool(names))
@@ -141,14 +154,14 @@ def wire_upsampling(
             ),
             panel.remote: gr.Dropdown(visible=by == "openrouter"),
             panel.key: gr.Textbox(visible=by == "openrouter"),
-            panel.row: gr.Row(visible=possible or "hidden"),
-            panel.enrich: gr.Button(visible=possible),
-            panel.about: told_of(by, offers, checkpoint, model, studio.settings),
-            panel.folded: gr.Accordion(label=t("Enrich the prompt (on)") if possible else t(UPSAMPLING)),
+            panel.sampling_row: gr.Row(visible=possible or "hidden"),
+            panel.enhance: gr.Button(visible=possible),
+            panel.about: provider_note_html(by, offers, checkpoint, model, studio.settings),
+            panel.accordion: gr.Accordion(label=i18n("Enrich the prompt (on)") if possible else i18n(UPSAMPLING_TITLE)),
         }
 
-    changed = [panel.local, panel.remote, panel.key, panel.row, panel.enrich, panel.about, panel.folded]
-    asked = [chosen, panel.by, panel.local]
+    changed = [panel.local, panel.remote, panel.key, panel.sampling_row, panel.enhance, panel.about, panel.accordion]
+    asked = [checkpoint_dropdown, panel.provider, panel.local]
     # With no trigger named: at every choice, and when the page is opened. At once: what it says is of another choice.
     listen(None, offer, asked, changed, queue=False)
     # Gradio shows a Number that was made with None as its least value until it is set once more.
@@ -157,51 +170,51 @@ def wire_upsampling(
 
     async def enrich(request: gr.Request, *around: Any, **values: Any) -> AsyncIterator[Update]:
         yield {
-            **begun(panel),
-            panel.status: show.status(StatusEvent(text="Starting")),
-            panel.stop: gr.Button(t("Stop"), visible=True, interactive=True),
+            **clear_enhanced_prompt(panel),
+            panel.status: render.status(StatusEvent(text="Starting")),
+            panel.stop: gr.Button(i18n("Stop"), visible=True, interactive=True),
         }
         problem = ""
-        done: Upsampled | None = None
+        done: PromptEnhanced | None = None
         try:
-            asked_for, key = await asyncio.to_thread(_asked, read, around, values)
-            job = await asyncio.to_thread(jobs.enrich, asked_for, tab_of(request), key)
+            asked_for, key = await asyncio.to_thread(_read_enhancement_request, read_form, around, values)
+            job = await asyncio.to_thread(jobs.enhance_prompt, asked_for, tab_owner_of(request), key)
         except StudioError as error:
-            problem = show.problem(str(error))
+            problem = render.problem(str(error))
         else:
-            yield {panel.job: job.id}
+            yield {panel.job_id: job.id}
             notes: list[str] = []
-            async for event in follow(job):
+            async for event in follow_task(job):
                 match event:
                     case Queued():
-                        yield {panel.status: show.queued(event)}
+                        yield {panel.status: render.queued(event)}
                     case StatusEvent():
-                        yield {panel.status: show.status(event)}
-                    case Writing():
-                        yield writing(event, panel)
-                    case Upsampled():
+                        yield {panel.status: render.status(event)}
+                    case PromptProgress():
+                        yield show_partial_prompt(event, panel)
+                    case PromptEnhanced():
                         done = event
                     case Notice(text=text):
                         notes.append(text)
                     case Failed(message=message):
-                        problem, done = show.problem(message), None
+                        problem, done = render.problem(message), None
                     case Stopped():
                         notes.append("Stopped.")
                     case _:
                         pass  # Ready: Upsampled came before
-            problem += show.notes(notes)
+            problem += render.notes(notes)
         yield {
-            **ended(panel, done, OFFERED),
+            **show_enhancement_end(panel, done, ENHANCED_INFO),
             panel.stop: gr.Button(visible=False),
             panel.status: problem,
-            panel.job: "",
+            panel.job_id: "",
         }
 
     listen(
-        panel.enrich.click,
+        panel.enhance.click,
         enrich,
-        around,
-        [*shown(panel), panel.stop, panel.status, panel.job],
+        form_state,
+        [*upsampling_outputs(panel), panel.stop, panel.status, panel.job_id],
         inputs_kwargs=form.fields | panel.inputs,
         concurrency_limit=None,
     )
@@ -209,39 +222,41 @@ def wire_upsampling(
     def use(prompt: str, by: str, text: str, before: list[tuple[str, str]]) -> Update:
         return {
             form.fields["prompt"]: text,
-            panel.by: "none",  # or it would be enriched once more
-            panel.before: [*before, (prompt, by)],
-            panel.written: gr.Textbox(visible=False),
+            panel.provider: "none",  # or it would be enriched once more
+            panel.undo_stack: [*before, (prompt, by)],
+            panel.enhanced_prompt: gr.Textbox(visible=False),
             panel.use: gr.Button(visible=False),
             panel.undo: gr.Button(visible=True),
-            panel.status: show.notes([USED]),
+            panel.status: render.notes([USED_NOTE]),
         }
 
     def undo(before: list[tuple[str, str]]) -> Update:
         *left, (prompt, by) = before
         return {
             form.fields["prompt"]: prompt,
-            panel.by: by,
-            panel.before: left,
+            panel.provider: by,
+            panel.undo_stack: left,
             panel.undo: gr.Button(visible=bool(left)),
             panel.status: "",
         }
 
-    restored = [form.fields["prompt"], panel.by, panel.before, panel.undo, panel.status]
-    listen(panel.stop.click, stopper(jobs), panel.job, panel.stop, queue=False)
+    restored = [form.fields["prompt"], panel.provider, panel.undo_stack, panel.undo, panel.status]
+    listen(panel.stop.click, make_stop_handler(jobs), panel.job_id, panel.stop, queue=False)
     listen(
         panel.use.click,
         use,
-        [form.fields["prompt"], panel.by, panel.written, panel.before],
-        [*restored, panel.written, panel.use],
+        [form.fields["prompt"], panel.provider, panel.enhanced_prompt, panel.undo_stack],
+        [*restored, panel.enhanced_prompt, panel.use],
         queue=False,
     )
-    listen(panel.undo.click, undo, panel.before, restored, queue=False)
+    listen(panel.undo.click, undo, panel.undo_stack, restored, queue=False)
 
 
-def _asked(read: Read, around: Sequence[Any], values: Mapping[str, Any]) -> tuple[Request, ApiKey | None]:
+def _read_enhancement_request(
+    read_form: UpsamplingFormReader, form_state: Sequence[Any], values: Mapping[str, Any]
+) -> tuple[Request, ApiKey | None]:
     """The form's request, and the key beside it. Raises `StudioError`."""
-    request = read(*around, values)
+    request = read_form(*form_state, values)
     if request.upsampling.by == "none":
         raise UpsampleError("Choose first who enriches the prompt.")
-    return request, read_key(values)
+    return request, read_api_key(values)

@@ -9,7 +9,7 @@ from gradio.block_function import BlockFunction
 from gradio.components import Component
 
 
-class Page(gr.Blocks):
+class StudioBlocks(gr.Blocks):
     """A page that loses no update, however busy the browser is, and keeps it less busy.
 
     Between two yields Gradio sends differences only. Its script applies them as they come in, to the very objects of
@@ -31,7 +31,7 @@ class Page(gr.Blocks):
         whole = super().handle_streaming_diffs(block_fn, data, session_hash, run, final, simple_format=True)
         return whole if first or final or simple_format else [[["replace", [], value]] for value in whole]
 
-    def keep_status_at(self, component: Component) -> None:
+    def show_status_only_at(self, component: Component) -> None:
         """Have the state of every event so far (pending, done) noted at `component` alone.
 
         Gradio's script notes it at each output that any event has had, and goes through all of these whenever any

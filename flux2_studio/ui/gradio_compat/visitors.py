@@ -11,12 +11,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "flux2_visitor"
-YEAR = 365 * 24 * 3600  # seconds
+VISITOR_COOKIE = "flux2_visitor"
+COOKIE_MAX_AGE_SECONDS = 365 * 24 * 3600  # seconds
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32,64}")
 
 
-class Visitors:
+class VisitorCookieMiddleware:
     """ASGI middleware that gives each new browser its cookie."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -35,7 +35,7 @@ class Visitors:
         async def with_cookie(message: Message) -> None:
             if message["type"] == "http.response.start" and scope["path"] == "/":
                 token = secrets.token_urlsafe(32)
-                cookie = f"{COOKIE}={token}; Path=/; Max-Age={YEAR}; HttpOnly; {kind}"
+                cookie = f"{VISITOR_COOKIE}={token}; Path=/; Max-Age={COOKIE_MAX_AGE_SECONDS}; HttpOnly; {kind}"
                 MutableHeaders(scope=message).append("set-cookie", cookie)
             await send(message)
 
@@ -58,5 +58,5 @@ def owner_of(request: gr.Request | HTTPConnection) -> str:
 
 
 def _cookie(cookies: Any) -> str:
-    value = cookies.get(COOKIE, "")
+    value = cookies.get(VISITOR_COOKIE, "")
     return value if _TOKEN.fullmatch(value) else ""

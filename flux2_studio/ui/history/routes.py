@@ -25,30 +25,38 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from flux2_studio.errors import ReferenceImageError, RequestError, StudioError
-from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.images.references import load_reference
-from flux2_studio.images.thumbnails import Thumbnails, read_saved
+from flux2_studio.images.thumbnails import ThumbnailCache, read_saved
 from flux2_studio.provenance.inspect import setting_rows
-from flux2_studio.storage.history import MOST, PAGE, Details, Entry, History, Page, Search
+from flux2_studio.storage.history import (
+    DEFAULT_PAGE_SIZE,
+    MAX_PICTURES_PER_CALL,
+    History,
+    HistoryEntry,
+    HistoryPage,
+    HistorySearch,
+    PictureDetails,
+)
 from flux2_studio.ui.gradio_compat.visitors import owner_of
-from flux2_studio.ui.history.original import Befores
+from flux2_studio.ui.history.original import OriginalLoader
 
-TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
-SHOWN = 300  # characters of a prompt in a list; one picture's own page has all of it
-MAX_BODY = 64 * 1024  # bytes of a change
-MAX_ZIP = 4 * 10**9  # bytes of pictures in one file
-CHUNK = 1 << 20  # bytes
-SAFE = {
+MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+LISTED_PROMPT_CHARS = 300  # characters of a prompt in a list; one picture's own page has all of it
+MAX_JSON_BYTES = 64 * 1024  # bytes of a change
+MAX_ZIP_BYTES = 4 * 10**9  # bytes of pictures in one file
+ZIP_CHUNK_BYTES = 1 << 20  # bytes
+SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Vary": "Cookie",
 }
-PRIVATE = {**SAFE, "Cache-Control": "private, no-store"}
-UNKNOWN = "There is no such picture in your history."
-GONE = "The file of this picture is missing or damaged."
+PRIVATE_HEADERS = {**SAFE_HEADERS, "Cache-Control": "private, no-store"}
+NO_SUCH_PICTURE = "There is no such picture in your history."
+FILE_MISSING_OR_DAMAGED = "The file of this picture is missing or damaged."
 
 
-class _Refused(Exception):
+class _HttpError(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
@@ -61,55 +69,55 @@ class HistoryRoutes:
     def __init__(
         self,
         history: History,
-        thumbnails: Thumbnails,
-        kept: KeptReferences | None,
-        befores: Befores | None = None,
+        thumbnails: ThumbnailCache,
+        reference_store: ReferenceStore | None,
+        originals: OriginalLoader | None = None,
     ) -> None:
-        self._befores = befores
+        self._originals = originals
         self._history = history
         self._thumbnails = thumbnails
-        self._kept = kept
+        self._reference_store = reference_store
 
     def routes(self) -> list[Route]:
         return [
-            Route("/history/page", asked(self._page)),
-            Route("/history/entry/{id}", asked(self._details)),
-            Route("/history/picture/{id}", asked(self._picture)),
-            Route("/history/before/{id}", asked(self._before)),
-            Route("/history/thumbnail/{id}", asked(self._thumbnail)),
-            Route("/history/source/{id}/{place:int}", asked(self._source)),
-            Route("/history/zip", asked(self._zip)),
-            Route("/history/favourite", asked(self._favourite), methods=["POST"]),
-            Route("/history/delete", asked(self._delete), methods=["POST"]),
-            Route("/history/restore", asked(self._restore), methods=["POST"]),
-            Route("/history/empty", asked(self._empty), methods=["POST"]),
+            Route("/history/page", owner_endpoint(self._page)),
+            Route("/history/entry/{id}", owner_endpoint(self._details)),
+            Route("/history/picture/{id}", owner_endpoint(self._picture)),
+            Route("/history/before/{id}", owner_endpoint(self._before)),
+            Route("/history/thumbnail/{id}", owner_endpoint(self._thumbnail)),
+            Route("/history/source/{id}/{place:int}", owner_endpoint(self._source)),
+            Route("/history/zip", owner_endpoint(self._zip)),
+            Route("/history/favourite", owner_endpoint(self._favourite), methods=["POST"]),
+            Route("/history/delete", owner_endpoint(self._delete), methods=["POST"]),
+            Route("/history/restore", owner_endpoint(self._restore), methods=["POST"]),
+            Route("/history/empty", owner_endpoint(self._empty), methods=["POST"]),
         ]
 
     # Each runs in a thread: all of them read the disk.
 
     def _page(self, owner: str, request: WebRequest, body: Any) -> Response:
         query = request.query_params
-        search, before, limit = _search(query), query.get("before"), _number(query, "limit") or PAGE
+        search, before, limit = _search(query), query.get("before"), _number(query, "limit") or DEFAULT_PAGE_SIZE
         if before is not None:
             return _json(_list(self._history.page(owner, search, before, limit)))
         self._history.purge()
-        opening = self._history.opening(owner, search, limit)
+        opening = self._history.overview(owner, search, limit)
         return _json(
             {
                 **_list(opening.page),
                 "count": opening.found,
-                "all": opening.all,
-                "trashed": opening.trashed,
+                "all": opening.total,
+                "trashed": opening.trashed_ids,
                 "checkpoints": [{"name": name, "label": label} for name, label in opening.checkpoints],
             }
         )
 
     def _details(self, owner: str, request: WebRequest, body: Any) -> Response:
-        details = self._known(owner, request)
+        details = self._require_details(owner, request)
         sources = [
-            _entry(source.picture)
-            if source.picture
-            else {"source": f"{details.entry.id}/{place}", "kept": self._kept_file(source.sha256) is not None}
+            _entry(source.entry)
+            if source.entry
+            else {"source": f"{details.entry.id}/{place}", "kept": self._reference_file(source.sha256) is not None}
             for place, source in enumerate(details.made_from)
         ]
         rows = setting_rows(details.record) if details.record else []
@@ -118,127 +126,131 @@ class HistoryRoutes:
                 **_entry(details.entry),
                 "prompt": details.entry.prompt,
                 "rows": [[name, text] for name, text in rows if name not in ("Prompt", "References")],
-                "before": self._befores is not None and self._befores.known(owner, details),
+                "before": self._originals is not None and self._originals.has_original(owner, details),
                 "madeFrom": sources,
                 "madeInto": [_entry(it) for it in details.made_into],
             }
         )
 
     def _picture(self, owner: str, request: WebRequest, body: Any) -> Response:
-        entry, path = self._found(owner, request)
+        entry, path = self._require_picture(owner, request)
         return FileResponse(
             path,
-            media_type=TYPES[entry.ending],
-            filename=file_name(entry),
+            media_type=MEDIA_TYPES[entry.suffix],
+            filename=picture_download_name(entry),
             content_disposition_type="attachment" if "download" in request.query_params else "inline",
-            headers={**SAFE, "Cache-Control": "private, max-age=3600"},
+            headers={**SAFE_HEADERS, "Cache-Control": "private, max-age=3600"},
         )
 
     def _before(self, owner: str, request: WebRequest, body: Any) -> Response:
-        details = self._known(owner, request)
+        details = self._require_details(owner, request)
         try:
-            data = self._befores.picture(owner, details) if self._befores is not None else None
+            data = self._originals.load_png(owner, details) if self._originals is not None else None
         except (OSError, ReferenceImageError) as error:
-            raise _Refused(410, GONE) from error
+            raise _HttpError(410, FILE_MISSING_OR_DAMAGED) from error
         if data is None:
-            raise _Refused(404, UNKNOWN)
-        return Response(data, media_type="image/png", headers={**SAFE, "Cache-Control": "private, max-age=3600"})
+            raise _HttpError(404, NO_SUCH_PICTURE)
+        return Response(
+            data, media_type="image/png", headers={**SAFE_HEADERS, "Cache-Control": "private, max-age=3600"}
+        )
 
     def _thumbnail(self, owner: str, request: WebRequest, body: Any) -> Response:
-        entry, path = self._found(owner, request)
-        return self._small(entry.id, lambda: read_saved(path))
+        entry, path = self._require_picture(owner, request)
+        return self._thumbnail_response(entry.id, lambda: read_saved(path))
 
     def _source(self, owner: str, request: WebRequest, body: Any) -> Response:
-        made_from = self._known(owner, request).made_from
+        made_from = self._require_details(owner, request).made_from
         place = int(request.path_params["place"])
-        path = self._kept_file(made_from[place].sha256) if place < len(made_from) else None
+        path = self._reference_file(made_from[place].sha256) if place < len(made_from) else None
         if path is None:
-            raise _Refused(404, UNKNOWN)
+            raise _HttpError(404, NO_SUCH_PICTURE)
         found = path
-        return self._small(made_from[place].sha256, lambda: load_reference(found).image)
+        return self._thumbnail_response(made_from[place].sha256, lambda: load_reference(found).image)
 
     def _zip(self, owner: str, request: WebRequest, body: Any) -> Response:
         ids = request.query_params.get("ids", "").split(",")
-        if len(ids) > MOST:
-            raise _Refused(400, f"Choose at most {MOST} pictures to download at once.")
+        if len(ids) > MAX_PICTURES_PER_CALL:
+            raise _HttpError(400, f"Choose at most {MAX_PICTURES_PER_CALL} pictures to download at once.")
         entries = self._history.find(owner, ids)
         if not entries:
-            raise _Refused(404, UNKNOWN)
-        found = [(entry, self._history.file(owner, entry.id)) for entry in entries]
+            raise _HttpError(404, NO_SUCH_PICTURE)
+        found = [(entry, self._history.find_file(owner, entry.id)) for entry in entries]
         files = [(entry, path) for entry, path in found if path is not None]
         if not files:
-            raise _Refused(410, GONE)
-        if sum(path.stat().st_size for _, path in files) > MAX_ZIP:
-            raise _Refused(400, f"These are more than {MAX_ZIP // 10**9} GB: choose fewer to download at once.")
+            raise _HttpError(410, FILE_MISSING_OR_DAMAGED)
+        if sum(path.stat().st_size for _, path in files) > MAX_ZIP_BYTES:
+            raise _HttpError(400, f"These are more than {MAX_ZIP_BYTES // 10**9} GB: choose fewer to download at once.")
         name = f"flux2-studio-{len(files)}-pictures.zip"
         headers = {
-            **SAFE,
+            **SAFE_HEADERS,
             "Cache-Control": "private, no-store",
             "Content-Disposition": f'attachment; filename="{name}"',
         }
-        return StreamingResponse(zipped(files), media_type="application/zip", headers=headers)
+        return StreamingResponse(stream_zip(files), media_type="application/zip", headers=headers)
 
     def _favourite(self, owner: str, request: WebRequest, body: Any) -> Response:
         on = body.get("on")
         if not isinstance(on, bool):
-            raise _Refused(400, 'Say whether it is a favourite: {"ids": [...], "on": true}.')
-        count = self._history.favourite(owner, _ids(body), on)
+            raise _HttpError(400, 'Say whether it is a favourite: {"ids": [...], "on": true}.')
+        count = self._history.set_favourite(owner, _ids(body), on)
         if not count:
-            raise _Refused(404, UNKNOWN)
+            raise _HttpError(404, NO_SUCH_PICTURE)
         return _json({"count": count})
 
     def _delete(self, owner: str, request: WebRequest, body: Any) -> Response:
         ids = self._history.delete(owner, _ids(body))
         if not ids:
-            raise _Refused(404, UNKNOWN)
+            raise _HttpError(404, NO_SUCH_PICTURE)
         return _json({"ids": ids})
 
     def _restore(self, owner: str, request: WebRequest, body: Any) -> Response:
         ids = self._history.restore(owner, _ids(body))
         if not ids:
-            raise _Refused(404, "There is nothing to undo: the trash was emptied, or a day has passed.")
+            raise _HttpError(404, "There is nothing to undo: the trash was emptied, or a day has passed.")
         return _json({"ids": ids})
 
     def _empty(self, owner: str, request: WebRequest, body: Any) -> Response:
         return _json({"count": self._history.empty_trash(owner)})
 
-    def _known(self, owner: str, request: WebRequest) -> Details:
+    def _require_details(self, owner: str, request: WebRequest) -> PictureDetails:
         details = self._history.details(owner, request.path_params["id"])
         if details is None:
-            raise _Refused(404, UNKNOWN)
+            raise _HttpError(404, NO_SUCH_PICTURE)
         return details
 
-    def _found(self, owner: str, request: WebRequest) -> tuple[Entry, Path]:
-        """The picture and its file. Raises `_Refused` for one that is not `owner`'s, or whose file is gone."""
-        located = self._history.located(owner, request.path_params["id"])
+    def _require_picture(self, owner: str, request: WebRequest) -> tuple[HistoryEntry, Path]:
+        """The picture and its file. Raises `_HttpError` for one that is not `owner`'s, or whose file is gone."""
+        located = self._history.find_with_file(owner, request.path_params["id"])
         if located is None:
-            raise _Refused(404, UNKNOWN)
+            raise _HttpError(404, NO_SUCH_PICTURE)
         entry, path = located
         if path is None:
-            raise _Refused(410, GONE)
+            raise _HttpError(410, FILE_MISSING_OR_DAMAGED)
         return entry, path
 
-    def _kept_file(self, sha256: str) -> Path | None:
-        return self._kept.find(sha256) if self._kept is not None else None
+    def _reference_file(self, sha256: str) -> Path | None:
+        return self._reference_store.find(sha256) if self._reference_store is not None else None
 
-    def _small(self, name: str, picture: Callable[[], Image.Image]) -> Response:
+    def _thumbnail_response(self, name: str, picture: Callable[[], Image.Image]) -> Response:
         try:
-            path = self._thumbnails.get(name, picture)
+            path = self._thumbnails.get_or_create(name, picture)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, ReferenceImageError) as error:
-            raise _Refused(410, GONE) from error
+            raise _HttpError(410, FILE_MISSING_OR_DAMAGED) from error
         return Response(
-            path.read_bytes(), media_type="image/webp", headers={**SAFE, "Cache-Control": "private, max-age=86400"}
+            path.read_bytes(),
+            media_type="image/webp",
+            headers={**SAFE_HEADERS, "Cache-Control": "private, max-age=86400"},
         )
 
 
-def file_name(entry: Entry) -> str:
+def picture_download_name(entry: HistoryEntry) -> str:
     """The name under which `entry` is downloaded, in plain ASCII and without what makes our own name unguessable."""
     made = datetime.fromtimestamp(entry.created / 10**6)
     checkpoint = re.sub(r"[^A-Za-z0-9.-]+", "-", entry.checkpoint)[:60].strip("-.") or "picture"
-    return f"{made:%Y-%m-%d-%H%M%S}-{checkpoint}-{entry.seed}{entry.ending}"
+    return f"{made:%Y-%m-%d-%H%M%S}-{checkpoint}-{entry.seed}{entry.suffix}"
 
 
-class _Outbox:
+class _ZipBuffer:
     """What `zipfile` writes to: a file that only grows, and is emptied by whoever sends it on."""
 
     def __init__(self) -> None:
@@ -257,21 +269,21 @@ class _Outbox:
         return data
 
 
-def zipped(files: Sequence[tuple[Entry, Path]]) -> Iterator[bytes]:
+def stream_zip(files: Sequence[tuple[HistoryEntry, Path]]) -> Iterator[bytes]:
     """A zip file of `files`, piece by piece. Pictures are not compressed again."""
-    outbox = _Outbox()
+    outbox = _ZipBuffer()
     names: set[str] = set()
     with zipfile.ZipFile(outbox, "w") as archive:  # type: ignore[call-overload]
         for entry, path in files:
-            plain = file_name(entry)
+            plain = picture_download_name(entry)
             name, number = plain, 1
             while name in names:
                 number += 1
-                name = f"{plain.removesuffix(entry.ending)}-{number}{entry.ending}"
+                name = f"{plain.removesuffix(entry.suffix)}-{number}{entry.suffix}"
             names.add(name)
             member = zipfile.ZipInfo(name, datetime.fromtimestamp(entry.created / 10**6).timetuple()[:6])
             with path.open("rb") as file, archive.open(member, "w") as packed:
-                while chunk := file.read(CHUNK):
+                while chunk := file.read(ZIP_CHUNK_BYTES):
                     packed.write(chunk)
                     yield outbox.take()
     yield outbox.take()
@@ -280,19 +292,19 @@ def zipped(files: Sequence[tuple[Entry, Path]]) -> Iterator[bytes]:
 # --- who asks, and what ------------------------------------------------------------------------------------------
 
 
-Answer = Callable[[str, WebRequest, Any], Response]
+OwnerHandler = Callable[[str, WebRequest, Any], Response]
 
 
-def asked(answer: Answer) -> Callable[[WebRequest], Awaitable[Response]]:
-    """An endpoint that gives `answer` for the owner, and what was sent, where the request may be made at all."""
+def owner_endpoint(handler: OwnerHandler) -> Callable[[WebRequest], Awaitable[Response]]:
+    """An endpoint that gives `handler` for the owner, and what was sent, where the request may be made at all."""
 
     async def endpoint(request: WebRequest) -> Response:
         try:
             _check_site(request)
             owner = await _owner(request)
             body = await _body(request) if request.method == "POST" else None
-            return await asyncio.to_thread(answer, owner, request, body)
-        except _Refused as refused:
+            return await asyncio.to_thread(handler, owner, request, body)
+        except _HttpError as refused:
             return _text(str(refused), refused.status)
         except RequestError as error:
             return _text(str(error), 400)
@@ -303,7 +315,7 @@ def asked(answer: Answer) -> Callable[[WebRequest], Awaitable[Response]]:
 
 
 async def _owner(request: WebRequest) -> str:
-    """Whose history is asked for, by the rules of Gradio's own `/user`. Raises `_Refused` for a stranger."""
+    """Whose history is asked for, by the rules of Gradio's own `/user`. Raises `_HttpError` for a stranger."""
     app = request.app
     if app.auth_dependency is not None:
         user = app.auth_dependency(request)
@@ -314,15 +326,15 @@ async def _owner(request: WebRequest) -> str:
     if user:
         return f"user:{user}"
     if app.auth is not None or app.auth_dependency is not None:
-        raise _Refused(401, "Sign in first: open the page again.")
+        raise _HttpError(401, "Sign in first: open the page again.")
     owner = owner_of(request)
     if not owner:
-        raise _Refused(404, UNKNOWN)
+        raise _HttpError(404, NO_SUCH_PICTURE)
     return owner
 
 
 def _check_site(request: WebRequest) -> None:
-    """Raises `_Refused` for a request that another site's page makes, and for a change that does not say from where."""
+    """Raises `_HttpError` for a request that another site's page makes, and for a change that does not say from where."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     changes = request.method == "POST"
     if site is not None:  # every browser's word, where the connection is encrypted or local
@@ -332,37 +344,41 @@ def _check_site(request: WebRequest) -> None:
     else:
         allowed = not changes
     if not allowed:
-        raise _Refused(403, "Another site may not ask for this: open the studio itself.")
+        raise _HttpError(403, "Another site may not ask for this: open the studio itself.")
 
 
 async def _body(request: WebRequest) -> dict[str, Any]:
-    """The JSON object that was sent. Raises `_Refused` for anything else."""
+    """The JSON object that was sent. Raises `_HttpError` for anything else."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise _Refused(415, "Send JSON.")
+        raise _HttpError(415, "Send JSON.")
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
-        if len(data) > MAX_BODY:
-            raise _Refused(413, f"That is too much at once: name at most {MOST} pictures.")
+        if len(data) > MAX_JSON_BYTES:
+            raise _HttpError(413, f"That is too much at once: name at most {MAX_PICTURES_PER_CALL} pictures.")
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _Refused(400, "That is no well-formed JSON.") from error
+        raise _HttpError(400, "That is no well-formed JSON.") from error
     if not isinstance(body, dict):
-        raise _Refused(400, "Send a JSON object.")
+        raise _HttpError(400, "Send a JSON object.")
     return body
 
 
 def _ids(body: dict[str, Any]) -> list[str]:
     ids = body.get("ids")
-    if not isinstance(ids, list) or not 0 < len(ids) <= MOST or not all(isinstance(it, str) for it in ids):
-        raise _Refused(400, f'Name between 1 and {MOST} pictures: {{"ids": [...]}}.')
+    if (
+        not isinstance(ids, list)
+        or not 0 < len(ids) <= MAX_PICTURES_PER_CALL
+        or not all(isinstance(it, str) for it in ids)
+    ):
+        raise _HttpError(400, f'Name between 1 and {MAX_PICTURES_PER_CALL} pictures: {{"ids": [...]}}.')
     return ids
 
 
-def _search(query: QueryParams) -> Search:
+def _search(query: QueryParams) -> HistorySearch:
     since, until = _number(query, "since"), _number(query, "until")
-    return Search(
+    return HistorySearch(
         words=query.get("words", "")[:1000],
         checkpoint=query.get("checkpoint", ""),
         since=None if since is None else since * 1000,
@@ -376,15 +392,15 @@ def _number(query: QueryParams, name: str) -> int | None:
     if not value:
         return None
     if not re.fullmatch(r"[0-9]{1,14}", value):
-        raise _Refused(400, f"{name} must be a whole number.")
+        raise _HttpError(400, f"{name} must be a whole number.")
     return int(value)
 
 
-def _list(page: Page) -> dict[str, Any]:
-    return {"entries": [_entry(it) for it in page.entries], "more": page.more}
+def _list(page: HistoryPage) -> dict[str, Any]:
+    return {"entries": [_entry(it) for it in page.entries], "more": page.next_cursor}
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
+def _entry(entry: HistoryEntry) -> dict[str, Any]:
     """`entry` as the script takes it; `created` in milliseconds, for JavaScript."""
     return {
         "id": entry.id,
@@ -393,15 +409,15 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "height": entry.height,
         "seed": entry.seed,
         "label": entry.label,
-        "prompt": entry.prompt[:SHOWN],
+        "prompt": entry.prompt[:LISTED_PROMPT_CHARS],
         "favourite": entry.favourite,
         "missing": entry.missing,
     }
 
 
 def _json(value: Any) -> Response:
-    return JSONResponse(value, headers=PRIVATE)
+    return JSONResponse(value, headers=PRIVATE_HEADERS)
 
 
 def _text(text: str, status: int) -> Response:
-    return PlainTextResponse(text, status_code=status, headers=PRIVATE)
+    return PlainTextResponse(text, status_code=status, headers=PRIVATE_HEADERS)

@@ -15,27 +15,29 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from flux2_studio.errors import StudioError
-from flux2_studio.images.reference_store import KeptReferences
+from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.storage.history import History
 from flux2_studio.ui.forms.reference_names import names_in
-from flux2_studio.ui.forms.reference_panel import offer, offered_to, paths
+from flux2_studio.ui.forms.reference_panel import gallery_paths, reference_outputs, set_references
 from flux2_studio.ui.forms.tabs import Form
-from flux2_studio.ui.gradio_compat.language import say, t, told
+from flux2_studio.ui.gradio_compat.language import i18n, translate, translate_message
 from flux2_studio.ui.gradio_compat.visitors import owner_of
 from flux2_studio.ui.gradio_compat.wiring import Update, listen
-from flux2_studio.ui.inspect_tab import GO_TO_FORM, fillable, filled, restoration
+from flux2_studio.ui.inspect_tab import SCROLL_TO_TABS_JS, plan_restoration, restoration_outputs, restoration_update
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-UNKNOWN = "This picture is not in your history any more: open History again."
-GONE = "The file of this picture is missing: choose another one, or make it again with Run again."
-MOST = 100  # pictures that are taken at once: more than any checkpoint takes, which is told of those it leaves out
-READ_FOR = 12  # seconds that a note stays
-ASKED = "(_, ...others) => [window.studioHistory.asked, ...others]"
-RUN = "(form) => { if (form) window.studioHistory.run(form); }"
+NOT_IN_HISTORY = "This picture is not in your history any more: open History again."
+PICTURE_FILE_MISSING = "The file of this picture is missing: choose another one, or make it again with Run again."
+MAX_PICTURES_SENT = (
+    100  # pictures that are taken at once: more than any checkpoint takes, which is told of those it leaves out
+)
+NOTE_SECONDS = 12  # seconds that a note stays
+SEND_PICTURE_ID_JS = "(_, ...others) => [window.studioHistory.asked, ...others]"
+RUN_FORM_JS = "(form) => { if (form) window.studioHistory.run(form); }"
 
-MARKUP = """<div class="history">
+HISTORY_HTML = """<div class="history">
 <form class="filters" data-i18n role="search" aria-label="Find pictures">
 <input type="search" data-i18n name="words" placeholder="Words of the prompt" aria-label="Words of the prompt"
 autocomplete="off">
@@ -95,10 +97,10 @@ aria-label="Next older picture (right arrow)">→</button></figure>
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryTab:
-    """asked: in whose place the script sends the picture's id. target: the form that is to run once it is filled."""
+    """picture_id: in whose place the script sends the picture's id. form_to_run: the form that is to run once it is filled."""
 
-    asked: gr.Textbox
-    target: gr.Textbox
+    picture_id: gr.Textbox
+    form_to_run: gr.Textbox
     edit: gr.Button
     multi: gr.Button
     reuse: gr.Button
@@ -106,68 +108,68 @@ class HistoryTab:
     vary: gr.Button
 
 
-class Owned:
+class OwnerPictures:
     """The pictures that `owner` may use as references: their own, and those kept from runs."""
 
-    def __init__(self, history: History, kept: KeptReferences | None, owner: str) -> None:
+    def __init__(self, history: History, reference_store: ReferenceStore | None, owner: str) -> None:
         self._history = history
-        self._kept = kept
+        self._reference_store = reference_store
         self._owner = owner
 
     def find(self, sha256: str) -> Path | None:
         """The file with this hash; None where there is none."""
-        own = self._history.file_by_hash(self._owner, sha256)
-        return own if own is not None or self._kept is None else self._kept.find(sha256)
+        own = self._history.find_file_by_hash(self._owner, sha256)
+        return own if own is not None or self._reference_store is None else self._reference_store.find(sha256)
 
 
-def layout() -> HistoryTab:
-    with gr.Tab(t("History"), id="history", elem_id="history", elem_classes="sheet"):
-        gr.HTML(MARKUP, elem_id="history-root", apply_default_css=False)
+def build_history_tab() -> HistoryTab:
+    with gr.Tab(i18n("History"), id="history", elem_id="history", elem_classes="sheet"):
+        gr.HTML(HISTORY_HTML, elem_id="history-root", apply_default_css=False)
         buttons = {
             name: gr.Button(name, visible="hidden", elem_id=f"history-{name}")
             for name in ("edit", "multi", "reuse", "again", "vary")
         }
         asked, target = gr.Textbox(visible=False), gr.Textbox(visible=False)
-    return HistoryTab(asked=asked, target=target, **buttons)
+    return HistoryTab(picture_id=asked, form_to_run=target, **buttons)
 
 
-def script(assets: Path) -> str:
+def history_script_tag(assets: Path) -> str:
     """What the page's head needs for this tab."""
     return f"<script>\n{(assets / 'history.js').read_text(encoding='utf-8')}</script>"
 
 
-def wire(
+def wire_history_tab(
     tab: HistoryTab,
     studio: Studio,
     history: History,
     *,
     forms: Sequence[Form],
-    chosen: gr.Dropdown,
+    checkpoint_dropdown: gr.Dropdown,
     tabs: gr.Tabs,
-    references: KeptReferences | None,
+    reference_store: ReferenceStore | None,
 ) -> None:
-    """Connect the tab. chosen, tabs, forms: of the page. references: where those of runs are kept, if they are."""
+    """Connect the tab. checkpoint_dropdown, tabs, forms: of the page. reference_store: where those of runs are kept, if they are."""
     edit, multi = (next(form for form in forms if form.name == name) for name in ("edit", "multi"))
 
     def file(id_: str, request: gr.Request) -> Path:
         try:
-            located = history.located(owner_of(request), str(id_))
+            located = history.find_with_file(owner_of(request), str(id_))
         except StudioError as error:
-            raise gr.Error(escape(told(str(error))), print_exception=False) from error
+            raise gr.Error(escape(translate_message(str(error))), print_exception=False) from error
         if located is None:
-            raise gr.Error(say(UNKNOWN), print_exception=False)
+            raise gr.Error(translate(NOT_IN_HISTORY), print_exception=False)
         _, path = located
         if path is None:
-            raise gr.Error(say(GONE), print_exception=False)
+            raise gr.Error(translate(PICTURE_FILE_MISSING), print_exception=False)
         return path
 
     def to_edit(id_: str, name: str, request: gr.Request) -> Update:
         picture = file(id_, request)
-        return {tabs: gr.Tabs(selected=edit.name), **offer(edit, [picture], studio.settings.checkpoint(name))}
+        return {tabs: gr.Tabs(selected=edit.name), **set_references(edit, [picture], studio.settings.checkpoint(name))}
 
     def to_multi(ids: str, name: str, items: Any, request: gr.Request) -> Update:
-        pictures = [*paths(items), *(file(id_, request) for id_ in str(ids).split(",")[:MOST])]
-        update = offer(multi, pictures, studio.settings.checkpoint(name), names=names_in(items))
+        pictures = [*gallery_paths(items), *(file(id_, request) for id_ in str(ids).split(",")[:MAX_PICTURES_SENT])]
+        update = set_references(multi, pictures, studio.settings.checkpoint(name), names=names_in(items))
         return {tabs: gr.Tabs(selected=multi.name), **update}
 
     def restored(id_: str, request: gr.Request, *, run: bool, vary: bool) -> Update:
@@ -175,32 +177,32 @@ def wire(
         try:
             details = history.details(owner, str(id_))
         except StudioError as error:
-            raise gr.Error(escape(told(str(error))), print_exception=False) from error
+            raise gr.Error(escape(translate_message(str(error))), print_exception=False) from error
         if details is None:
-            raise gr.Error(say(UNKNOWN), print_exception=False)
+            raise gr.Error(translate(NOT_IN_HISTORY), print_exception=False)
         record = details.record
         if record is None:
             raise gr.Error(
-                say("The settings of this picture were written by another version of the studio: use that one."),
+                translate("The settings of this picture were written by another version of the studio: use that one."),
                 print_exception=False,
             )
         if vary:  # another picture is wanted: nothing need be the same bit by bit
             record = replace(record, place=0, together=1, checkpoint="", versions={}, computed={})
-        plan = restoration(record, studio, Owned(history, references, owner))
+        plan = plan_restoration(record, studio, OwnerPictures(history, reference_store, owner))
         if plan.request is None:
-            raise gr.Error(escape(told(plan.notes[0])), print_exception=False)
+            raise gr.Error(escape(translate_message(plan.notes[0])), print_exception=False)
         if plan.notes:
             gr.Info(
-                "<br>".join(escape(told(note)) for note in plan.notes),
-                duration=READ_FOR,
-                title=say("Settings from History"),
+                "<br>".join(escape(translate_message(note)) for note in plan.notes),
+                duration=NOTE_SECONDS,
+                title=translate("Settings from History"),
             )
-        update = filled(plan, forms, chosen, tabs)
+        update = restoration_update(plan, forms, checkpoint_dropdown, tabs)
         form = next(form for form in forms if form.name == plan.form)
         if vary:
-            update |= {form.fields["seed"]: None, form.lock: False}
+            update |= {form.fields["seed"]: None, form.seed_lock: False}
         complete = len(plan.references) == len(record.references)  # without one of them it would be another run
-        return {**update, tab.target: form.name if run and complete else ""}
+        return {**update, tab.form_to_run: form.name if run and complete else ""}
 
     def reuse(id_: str, _: str, request: gr.Request) -> Update:
         return restored(id_, request, run=False, vary=False)
@@ -211,13 +213,23 @@ def wire(
     def vary(id_: str, _: str, request: gr.Request) -> Update:
         return restored(id_, request, run=True, vary=True)
 
-    given = [tab.asked, chosen]
-    assert edit.panel is not None and multi.panel is not None
-    clicked = [tab.edit.click, edit.panel.pick.click]
-    listen(clicked, to_edit, given, [tabs, *offered_to(edit)], js=ASKED).success(None, js=GO_TO_FORM)
-    clicked = [tab.multi.click, multi.panel.pick.click]
+    given = [tab.picture_id, checkpoint_dropdown]
+    assert edit.reference_panel is not None and multi.reference_panel is not None
+    clicked = [tab.edit.click, edit.reference_panel.history_button.click]
+    listen(clicked, to_edit, given, [tabs, *reference_outputs(edit)], js=SEND_PICTURE_ID_JS).success(
+        None, js=SCROLL_TO_TABS_JS
+    )
+    clicked = [tab.multi.click, multi.reference_panel.history_button.click]
     inputs = [*given, multi.fields["references"]]
-    listen(clicked, to_multi, inputs, [tabs, *offered_to(multi)], js=ASKED).success(None, js=GO_TO_FORM)
+    listen(clicked, to_multi, inputs, [tabs, *reference_outputs(multi)], js=SEND_PICTURE_ID_JS).success(
+        None, js=SCROLL_TO_TABS_JS
+    )
     for button, action in ((tab.reuse, reuse), (tab.again, again), (tab.vary, vary)):
-        done = listen(button.click, action, given, [*fillable(forms, chosen, tabs), tab.target], js=ASKED)
-        done.success(None, js=GO_TO_FORM).success(None, tab.target, None, js=RUN)
+        done = listen(
+            button.click,
+            action,
+            given,
+            [*restoration_outputs(forms, checkpoint_dropdown, tabs), tab.form_to_run],
+            js=SEND_PICTURE_ID_JS,
+        )
+        done.success(None, js=SCROLL_TO_TABS_JS).success(None, tab.form_to_run, None, js=RUN_FORM_JS)

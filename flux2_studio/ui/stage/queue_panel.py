@@ -20,24 +20,24 @@ from starlette.routing import Route
 
 from flux2_studio.errors import StudioError
 from flux2_studio.events import Preview, Status
-from flux2_studio.jobs.journal import Entry
-from flux2_studio.jobs.queue import JobQueue, Standing
+from flux2_studio.jobs.journal import JournalEntry
+from flux2_studio.jobs.queue import JobQueue, QueuePosition
 from flux2_studio.jobs.tasks import Job
-from flux2_studio.ui.forms.tabs import Stage
-from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.forms.tabs import StagePanel
+from flux2_studio.ui.gradio_compat.language import translate, translate_message
 from flux2_studio.ui.gradio_compat.visitors import owner_of
 from flux2_studio.ui.gradio_compat.wiring import Update, listen
-from flux2_studio.ui.history.routes import PRIVATE, asked
-from flux2_studio.ui.stage import show
-from flux2_studio.ui.stage.following import Follower, Watch, form_of
+from flux2_studio.ui.history.routes import PRIVATE_HEADERS, owner_endpoint
+from flux2_studio.ui.stage import render
+from flux2_studio.ui.stage.follower import Follower, TabState, form_name_for
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-SHOWN = 90  # characters of a prompt
+ROW_PROMPT_CHARS = 90  # characters of a prompt
 
 # Rows are kept while they stay, by their id, and only what changed in them is written.
-DRAW = """
+QUEUE_JS = """
 const list = element.querySelector('ol'), foot = element.querySelector('.foot');
 const make = (tag, className) => Object.assign(document.createElement(tag), {className});
 const set = (node, text) => { if (node.textContent !== text) node.textContent = text; };
@@ -108,137 +108,143 @@ const look = async () => {
 const looking = setInterval(look, PAUSE);
 """
 
-Rows = dict[str, Any]
+QueueValue = dict[str, Any]
 
 
-def layout() -> gr.HTML:
+def build_queue_panel() -> gr.HTML:
     """The panel, to be rendered where it belongs; it is hidden while it is empty."""
     return gr.HTML(
         {"rows": [], "clear": False},
         html_template="<ol data-i18n aria-label='Your runs'></ol><div class='foot'></div>",
-        js_on_load=DRAW,
+        js_on_load=QUEUE_JS,
         elem_id="queue",
         render=False,
     )
 
 
-def rows(jobs: JobQueue, label_of: Callable[[str | None], str], owner: str) -> Rows:
+def queue_value(jobs: JobQueue, label_of: Callable[[str | None], str], owner: str) -> QueueValue:
     """What the panel shows to `owner`. label_of: what users call a checkpoint."""
-    standing = jobs.standing(owner)
-    waiting = [one for one in standing if one.ahead or not one.job.started]
+    standing = jobs.queue_positions(owner)
+    waiting = [one for one in standing if one.runs_ahead or not one.job.started]
     entries = jobs.interrupted(owner)
-    told = [_standing(one, waiting, label_of(one.job.request.checkpoint)) for one in standing]
-    told += [_interrupted(entry, label_of(entry.request.checkpoint)) for entry in entries]
+    told = [_queued_row(one, waiting, label_of(one.job.request.checkpoint)) for one in standing]
+    told += [_interrupted_row(entry, label_of(entry.request.checkpoint)) for entry in entries]
     return {"rows": told, "clear": len(entries) > 1}
 
 
-def routes(studio: Studio, jobs: JobQueue) -> list[Route]:
+def queue_routes(studio: Studio, jobs: JobQueue) -> list[Route]:
     """Where the panel asks whether it shows what there is."""
 
     def state(owner: str, request: WebRequest, body: Any) -> Response:
         """A word that changes with what the panel of `owner` would show; none while that is nothing."""
-        now = rows(jobs, _labels(studio), owner)
+        now = queue_value(jobs, _label_lookup(studio), owner)
         word = hashlib.sha256(json.dumps(now).encode()).hexdigest() if now["rows"] else ""
-        return PlainTextResponse(word, headers=PRIVATE)
+        return PlainTextResponse(word, headers=PRIVATE_HEADERS)
 
-    return [Route("/queue/state", asked(state))]
+    return [Route("/queue/state", owner_endpoint(state))]
 
 
-def _labels(studio: Studio) -> Callable[[str | None], str]:
+def _label_lookup(studio: Studio) -> Callable[[str | None], str]:
     """What users call a checkpoint."""
 
     def label_of(name: str | None) -> str:
         known = {checkpoint.name: checkpoint.label for checkpoint in studio.settings.checkpoints}
-        return told(known.get(name or "", name or ""))
+        return translate_message(known.get(name or "", name or ""))
 
     return label_of
 
 
-def _standing(standing: Standing, waiting: list[Standing], label: str) -> Rows:
+def _queued_row(standing: QueuePosition, waiting: list[QueuePosition], label: str) -> QueueValue:
     job = standing.job
     acts = []
     if standing in waiting:
         place = waiting.index(standing)
         if place > 0:
-            acts.append(("earlier", "▲", say("Earlier")))
+            acts.append(("earlier", "▲", translate("Earlier")))
         if place < len(waiting) - 1:
-            acts.append(("later", "▼", say("Later")))
-    acts.append(("cancel", say("Cancel") if standing in waiting else say("Stop"), say("Take this run off the queue")))
+            acts.append(("later", "▼", translate("Later")))
+    acts.append(
+        (
+            "cancel",
+            translate("Cancel") if standing in waiting else translate("Stop"),
+            translate("Take this run off the queue"),
+        )
+    )
     return {
         "id": job.id,
         "state": "waiting" if standing in waiting else "running",
-        "prompt": shortened(job.request.prompt),
-        "detail": f"{_where(standing, job)} · {label}",
+        "prompt": shorten_prompt(job.request.prompt),
+        "detail": f"{_position_text(standing, job)} · {label}",
         "acts": acts,
     }
 
 
-def _where(standing: Standing, job: Job) -> str:
-    if standing.ahead:
-        ahead, others = standing.ahead, standing.others
+def _position_text(standing: QueuePosition, job: Job) -> str:
+    if standing.runs_ahead:
+        ahead, others = standing.runs_ahead, standing.others_ahead
         if ahead == 1:
-            return say("1 run before it, somebody else's") if others else say("1 run before it")
+            return translate("1 run before it, somebody else's") if others else translate("1 run before it")
         if others == 1:
-            return say("{ahead} runs before it, 1 of them somebody else's", ahead=ahead)
+            return translate("{ahead} runs before it, 1 of them somebody else's", ahead=ahead)
         if others:
-            return say("{ahead} runs before it, {others} of them other people's", ahead=ahead, others=others)
-        return say("{ahead} runs before it", ahead=ahead)
-    match job.newest():
+            return translate("{ahead} runs before it, {others} of them other people's", ahead=ahead, others=others)
+        return translate("{ahead} runs before it", ahead=ahead)
+    match job.latest_event():
         case Preview(step=step, steps=steps, seconds_left=left):
-            rest = "" if left is None or left < 0.5 else f", {show.left(left)}"
-            return say("Step {step} of {steps}", step=step, steps=steps) + rest
+            rest = "" if left is None or left < 0.5 else f", {render.time_left(left)}"
+            return translate("Step {step} of {steps}", step=step, steps=steps) + rest
         case Status(text=text):
-            return told(text)
+            return translate_message(text)
         case _:
-            return say("Under way") if job.started else say("Next")
+            return translate("Under way") if job.started else translate("Next")
 
 
-def _interrupted(entry: Entry, label: str) -> Rows:
-    again = say("Run without enriching") if entry.needs_key else say("Run again")
+def _interrupted_row(entry: JournalEntry, label: str) -> QueueValue:
+    again = translate("Run without enriching") if entry.needs_key else translate("Run again")
     saved = len(entry.pictures)
     if saved:
-        again = say("Run the rest")
+        again = translate("Run the rest")
     count = entry.request.count
-    kept = " " + say("{saved} of {count} pictures are saved.", saved=saved, count=count) if saved else ""
+    kept = " " + translate("{saved} of {count} pictures are saved.", saved=saved, count=count) if saved else ""
     return {
         "id": entry.id,
         "state": "interrupted",
-        "prompt": shortened(entry.request.prompt),
-        "detail": f"{told(entry.message)}{kept} · {label}",
-        "acts": [("again", again, again), ("discard", say("Discard"), say("Take this run off the queue"))],
+        "prompt": shorten_prompt(entry.request.prompt),
+        "detail": f"{translate_message(entry.message)}{kept} · {label}",
+        "acts": [("again", again, again), ("discard", translate("Discard"), translate("Take this run off the queue"))],
     }
 
 
-def shortened(prompt: str) -> str:
+def shorten_prompt(prompt: str) -> str:
     """`prompt` on one line, its end left out where it is long."""
     line = " ".join(prompt.split())
-    return line if len(line) <= SHOWN else f"{line[: SHOWN - 1].rstrip()}…"
+    return line if len(line) <= ROW_PROMPT_CHARS else f"{line[: ROW_PROMPT_CHARS - 1].rstrip()}…"
 
 
-def wire(
+def wire_queue_panel(
     studio: Studio,
     jobs: JobQueue,
     panel: gr.HTML,
     follower: Follower,
-    watch: gr.State,
-    stage: Stage,
+    tab_state: gr.State,
+    stage: StagePanel,
 ) -> Any:
     """Keep the panel up to date, and do what its buttons say. Returns the event after which there may be a run to
     follow."""
 
-    label_of = _labels(studio)
+    label_of = _label_lookup(studio)
 
-    async def look(tab: Watch, request: gr.Request) -> Any:
+    async def look(tab_state: TabState, request: gr.Request) -> Any:
         try:
-            now = await asyncio.to_thread(rows, jobs, label_of, owner_of(request))
+            now = await asyncio.to_thread(queue_value, jobs, label_of, owner_of(request))
         except StudioError:  # the notebook cannot be read, which the next run tells: once, not at every look
             return gr.skip()
-        if now == tab.rows:
+        if now == tab_state.queue_rows:
             return gr.skip()
-        tab.rows = now
+        tab_state.queue_rows = now
         return now
 
-    async def act(tab: Watch, request: gr.Request, event: gr.EventData) -> Update:
+    async def act(tab_state: TabState, request: gr.Request, event: gr.EventData) -> Update:
         sent = event._data if isinstance(event._data, dict) else {}
         id_, wish = str(sent.get("id", "")), sent.get("act")
         owner = owner_of(request)
@@ -249,25 +255,25 @@ def wire(
             elif wish in ("earlier", "later"):
                 await asyncio.to_thread(jobs.move, id_, owner, later=wish == "later")
             elif wish == "again":
-                job = await asyncio.to_thread(jobs.renew, id_, owner)
-                update = follower.begin(tab, job, form_of(job.request))
+                job = await asyncio.to_thread(jobs.resume_interrupted, id_, owner)
+                update = follower.begin(tab_state, job, form_name_for(job.request))
             elif wish == "discard":
                 await asyncio.to_thread(jobs.discard, id_, owner)
             elif wish == "clear":
                 for entry in await asyncio.to_thread(jobs.interrupted, owner):
                     await asyncio.to_thread(jobs.discard, entry.id, owner)
         except StudioError as error:
-            return {stage.message: show.problem(str(error))}
-        tab.rows = await asyncio.to_thread(rows, jobs, label_of, owner)
-        return {panel: tab.rows, **update}
+            return {stage.message: render.problem(str(error))}
+        tab_state.queue_rows = await asyncio.to_thread(queue_value, jobs, label_of, owner)
+        return {panel: tab_state.queue_rows, **update}
 
     # The page's script does not ask again for what it has seen: a look that comes while one is under way is made then.
-    listen(panel.input, look, watch, panel, queue=False, trigger_mode="always_last")
+    listen(panel.input, look, tab_state, panel, queue=False, trigger_mode="always_last")
     return listen(
         panel.click,
         act,
-        watch,
-        [panel, *stage.parts],
+        tab_state,
+        [panel, *stage.components],
         concurrency_limit=None,
         trigger_mode="multiple",
     )

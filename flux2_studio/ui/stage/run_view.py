@@ -15,88 +15,88 @@ from flux2_studio.events import (
     Failed,
     Notice,
     Preview,
+    PromptEnhanced,
+    PromptProgress,
     Queued,
     Result,
     Saved,
     Status,
     Stopped,
-    Upsampled,
     Withheld,
-    Writing,
 )
-from flux2_studio.jobs.journal import Entry
+from flux2_studio.jobs.journal import JournalEntry
 from flux2_studio.jobs.tasks import Job
-from flux2_studio.jobs.unfinished import Kept
+from flux2_studio.jobs.unfinished import SavedPreview
 from flux2_studio.request import Request, Upsampling
-from flux2_studio.ui.forms.tabs import EMPTY, Stage, UpsamplingPanel
-from flux2_studio.ui.forms.upsample_panel import DRAWN, enriched, writing
-from flux2_studio.ui.gradio_compat.language import say, t
+from flux2_studio.ui.forms.tabs import EMPTY_STAGE_HTML, StagePanel, UpsamplingPanel
+from flux2_studio.ui.forms.upsample_panel import DRAWN_INFO, show_enhanced_prompt, show_partial_prompt
+from flux2_studio.ui.gradio_compat.language import i18n, translate
 from flux2_studio.ui.gradio_compat.wiring import Update
-from flux2_studio.ui.stage import compare, show
+from flux2_studio.ui.stage import compare, render
 
 
 class RunView:
     """What the page shows of one run, event by event: on the stage, and in its form's panel what a language model
     writes."""
 
-    def __init__(self, stage: Stage, panel: UpsamplingPanel, checkpoint: Checkpoint) -> None:
+    def __init__(self, stage: StagePanel, panel: UpsamplingPanel, checkpoint: Checkpoint) -> None:
         self.failure: str | None = None
         self.upsampling_failed = False
         self._stage = stage
         self._panel = panel
-        self.upsampled: Upsampled | None = None
+        self.upsampled: PromptEnhanced | None = None
         self._saved: dict[Path, int] = {}  # with the seed of each
         self._count = 1
         self._checkpoint = checkpoint
         self._notices: list[str] = []
         self._images: dict[int, Image.Image] = {}
         self._request: Request | None = None
-        self._looked = False
-        self._before: Image.Image | None = None  # what an edit is made of
-        self._job: Job | Entry | None = None
+        self._original_loaded = False
+        self._original: Image.Image | None = None  # what an edit is made of
+        self._job: Job | JournalEntry | None = None
 
-    def begin(self, job: Job | Entry) -> Update:
+    def begin(self, job: Job | JournalEntry) -> Update:
         stage = self._stage
         self._request, self._job = job.request, job
         return {
-            stage.job: job.id,
-            stage.shown: job.id,
+            stage.job_id: job.id,
+            stage.shown_job_id: job.id,
             stage.message: "",
-            stage.preview: gr.HTML(EMPTY, visible=True),
+            stage.preview: gr.HTML(EMPTY_STAGE_HTML, visible=True),
             stage.gallery: gr.Gallery(visible=False),
-            stage.progress: show.status(Status(text="Starting")),
-            stage.stop: gr.Button(t("Stop"), visible=True, interactive=True),
-            stage.keep: gr.Button(visible=False),
-            stage.notices: show.notices(self._notices),
+            stage.progress: render.status(Status(text="Starting")),
+            stage.stop: gr.Button(i18n("Stop"), visible=True, interactive=True),
+            stage.keep_preview: gr.Button(visible=False),
+            stage.notices: render.notices(self._notices),
             stage.actions: gr.Row(visible=False),
             stage.details: gr.Accordion(visible=False),
-            **compare.hidden(stage.comparison),
+            **compare.hide_comparison(stage.comparison),
         }
 
     def update(self, event: Event) -> Update:
         """The components that `event` changes. Draws previews, so not for the event loop."""
         stage = self._stage
-        self._look()  # while it is there: a run's references go when it ends
+        self._load_original()  # while it is there: a run's references go when it ends
         match event:
             case Queued():
-                return {stage.progress: show.queued(event)}
+                return {stage.progress: render.queued(event)}
             case Status():
-                return {stage.progress: show.status(event)}
+                return {stage.progress: render.status(event)}
             case Notice():
                 self._notices.append(event.text)
-                return {stage.notices: show.notices(self._notices)}
-            case Writing():
-                return writing(event, self._panel)
-            case Upsampled():
+                return {stage.notices: render.notices(self._notices)}
+            case PromptProgress():
+                return show_partial_prompt(event, self._panel)
+            case PromptEnhanced():
                 self.upsampled = event
                 assert self._request is not None, "begin first"
                 self._request = replace(self._request, prompt=event.prompt, upsampling=Upsampling())
-                return enriched(event, self._panel, DRAWN)
+                return show_enhanced_prompt(event, self._panel, DRAWN_INFO)
             case Preview():
-                shown: Update = {stage.progress: show.step(event)}
+                shown: Update = {stage.progress: render.step(event)}
                 self._count = event.count
                 if event.images:
-                    self._images.update(enumerate(event.images, event.first))
+                    self._images.update(enumerate(event.images, event.first_index))
                     shown[stage.preview] = self._previews()
                 return shown
             case Saved():
@@ -107,48 +107,51 @@ class RunView:
                 return {stage.preview: self._previews()}
             case Result():
                 return {
-                    stage.progress: show.done(event),
+                    stage.progress: render.done(event),
                     **self._pictures(event.images, event.seeds, event.provenance),
                 }
             case Stopped():
-                update: Update = {stage.progress: show.stopped(len(event.images)), **self._end()}
+                update: Update = {stage.progress: render.stopped(len(event.images)), **self._end()}
                 if not event.images:
-                    return {**update, **self._offer()}
+                    return {**update, **self._offer_keep_preview()}
                 return {**update, **self._pictures(event.images, event.seeds)}
             case Failed():
-                self.failure, self.upsampling_failed = event.message, event.upsampling
-                failed: Update = {stage.progress: "", stage.message: show.problem(event.message), **self._end()}
+                self.failure, self.upsampling_failed = event.message, event.in_prompt_enhancement
+                failed: Update = {stage.progress: "", stage.message: render.problem(event.message), **self._end()}
                 if not self._saved:
-                    return {**failed, **self._offer()}
+                    return {**failed, **self._offer_keep_preview()}
                 return {**failed, **self._pictures(list(self._saved), list(self._saved.values()))}
             case _:
                 raise AssertionError(f"{event} is no run's")
 
-    def _look(self) -> None:
+    def _load_original(self) -> None:
         """Find, once, the picture that an edit is made of."""
-        if self._looked:
+        if self._original_loaded:
             return
         assert self._request is not None, "begin first"
-        self._looked, self._before = True, compare.original(self._request, self._checkpoint)
-        if self._before is None and isinstance(self._job, Job):  # the run was over before its page looked
-            self._before = compare.original(self._job.asked, self._checkpoint)
+        self._original_loaded, self._original = True, compare.load_original(self._request, self._checkpoint)
+        if self._original is None and isinstance(self._job, Job):  # the run was over before its page looked
+            self._original = compare.load_original(self._job.submitted_request, self._checkpoint)
 
     def _previews(self) -> str:
-        return show.picture(self._images, self._count) if self._images else EMPTY
+        return render.picture(self._images, self._count) if self._images else EMPTY_STAGE_HTML
 
     def _end(self) -> Update:
-        return {self._stage.stop: gr.Button(visible=False), self._stage.job: "", self._stage.shown: ""}
+        return {self._stage.stop: gr.Button(visible=False), self._stage.job_id: "", self._stage.shown_job_id: ""}
 
-    def _offer(self) -> Update:
+    def _offer_keep_preview(self) -> Update:
         """Keeping what is on the mat, where the studio still has it."""
-        count = len(self._job.sketches) if isinstance(self._job, Job) else 0
-        label = t("Keep this preview") if count == 1 else say("Keep these {count} previews", count=count)
+        count = len(self._job.unfinished) if isinstance(self._job, Job) else 0
+        label = i18n("Keep this preview") if count == 1 else translate("Keep these {count} previews", count=count)
         assert self._job is not None, "begin first"
-        return {self._stage.keep: gr.Button(label, visible=bool(count)), self._stage.unfinished: self._job.id}
+        return {
+            self._stage.keep_preview: gr.Button(label, visible=bool(count)),
+            self._stage.unfinished_job_id: self._job.id,
+        }
 
-    def kept(self, kept: Kept) -> Update:
+    def show_kept_previews(self, kept: SavedPreview) -> Update:
         """The previews of a run that ended early, which are pictures now. Begin first."""
-        self._look()
+        self._load_original()
         record = kept.pictures[0].record
         assert record.unfinished and self._request is not None, "begin first"
         step, steps = record.unfinished
@@ -156,10 +159,10 @@ class RunView:
         images, seeds = zip(*((saved.image, saved.seed) for saved in kept.pictures), strict=True)
         stage = self._stage
         return {
-            stage.progress: show.kept(len(images), step, steps),
+            stage.progress: render.kept_previews(len(images), step, steps),
             stage.message: "",
-            stage.notices: show.notices(kept.notes),
-            stage.keep: gr.Button(visible=False),
+            stage.notices: render.notices(kept.notes),
+            stage.keep_preview: gr.Button(visible=False),
             **self._pictures(images, seeds),
         }
 
@@ -169,35 +172,38 @@ class RunView:
         stage, request = self._stage, self._request
         assert request is not None, "begin first"
         one = len(images) == 1
-        captions = [say("seed {seed}", seed=seed) for seed in seeds]
+        captions = [translate("seed {seed}", seed=seed) for seed in seeds]
         return {
             **self._end(),
-            stage.results: [str(path) for path in images],
-            stage.picked: 0,
+            stage.result_paths: [str(path) for path in images],
+            stage.selected_index: 0,
             stage.preview: gr.HTML(visible=False),
             stage.gallery: gr.Gallery(
                 [(str(path), caption) for path, caption in zip(images, captions, strict=True)],
                 visible=True,
-                columns=show.columns(len(images)),
+                columns=render.columns(len(images)),
                 selected_index=0 if one else None,
             ),
             stage.actions: gr.Row(visible=True),
-            stage.download: download(images, 0),
-            stage.edit: gr.Button(use_label(0, len(images))),
-            **compare.shown(stage.comparison, self._before, images[0]),
+            stage.download: download_button(images, 0),
+            stage.use_in_edit: gr.Button(use_in_edit_label(0, len(images))),
+            **compare.show_comparison(stage.comparison, self._original, images[0]),
             stage.details: gr.Accordion(visible=True),
-            stage.table: show.settings(request, seeds, self._checkpoint, self.upsampled) + show.provenance(provenance),
-            stage.json: show.settings_json(request),
+            stage.table: render.settings(request, seeds, self._checkpoint, self.upsampled)
+            + render.provenance(provenance),
+            stage.json: render.settings_json(request),
         }
 
 
-def download(images: Sequence[Path | str], index: int) -> gr.DownloadButton:
+def download_button(images: Sequence[Path | str], index: int) -> gr.DownloadButton:
     count = len(images)
     label = (
-        say("Download") if count == 1 else say("Download picture {number} of {count}", number=index + 1, count=count)
+        translate("Download")
+        if count == 1
+        else translate("Download picture {number} of {count}", number=index + 1, count=count)
     )
     return gr.DownloadButton(label, value=str(images[index]))
 
 
-def use_label(index: int, count: int) -> str:
-    return say("Use in Edit") if count == 1 else say("Use picture {number} in Edit", number=index + 1)
+def use_in_edit_label(index: int, count: int) -> str:
+    return translate("Use in Edit") if count == 1 else translate("Use picture {number} in Edit", number=index + 1)

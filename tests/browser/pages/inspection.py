@@ -43,7 +43,7 @@ def changed(data: bytes) -> bytes:
     return bare[:33] + data[start : start + length] + bare[33:]  # behind IHDR, as it was
 
 
-GOOD = metadata.as_dict(
+GOOD = metadata.record_to_dict(
     Record(
         request=Request(prompt="a fox", width=64, height=64, seed=1).resolve(NANO),
         label=NANO.label,

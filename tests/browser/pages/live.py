@@ -34,7 +34,7 @@ def seen(page: Page) -> np.ndarray:
 
 def made(app: App, prompt: str) -> list[Path]:
     """The saved pictures of `prompt`, oldest first: a run of another test may still go on."""
-    records = ((path, metadata.read(path.read_bytes()).record) for path in app.pictures())
+    records = ((path, metadata.read_settings(path.read_bytes()).record) for path in app.pictures())
     return [path for path, record in records if record is not None and record.request.prompt == prompt]
 
 

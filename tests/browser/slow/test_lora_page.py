@@ -36,7 +36,7 @@ def test_two_with_their_weights_are_in_the_file(folder: Path, page: Page, app: A
     expect(row(page, "styles/grain").locator("input[type=number]")).to_have_value("0.5")
     made = draw(page, app)
     expect(page.locator("#notices li").filter(has_text="tensors fit")).to_have_count(2)
-    written = metadata.read(made.read_bytes()).record
+    written = metadata.read_settings(made.read_bytes()).record
     assert written is not None
     assert [(lora.name, lora.weight) for lora in written.request.loras] == [("ink", 1), ("styles/grain", 0.5)]
     assert all(len(sha256) == 64 for sha256 in written.loras)

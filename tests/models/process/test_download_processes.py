@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flux2_studio.errors import WeightsError
-from flux2_studio.models.hub.cache import Cache
-from flux2_studio.models.hub.part_files import picks
+from flux2_studio.models.hub.cache import HubCache
+from flux2_studio.models.hub.part_files import select_repo_files
 from tests.models.downloading import (
     HELD,
     LAST,
@@ -34,7 +34,7 @@ from pathlib import Path
 from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, settings, silent
 there = Path({str(tmp_path)!r})
-Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}).locate(FLOW, silent)
+Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", timeout={PATIENCE}).find_or_download(FLOW, silent)
 """
     with start(program) as running:
         until(lambda: arrived(tmp_path) > MB or running.poll() is not None)
@@ -45,9 +45,9 @@ Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PAT
     assert MB < there <= HELD and partial(tmp_path).read_bytes() == TOY[:there]
     fake.hold_at = None
     ours = hub(fake, tmp_path)
-    assert ours.size_on_disk(FLOW) == there and not ours.on_disk(FLOW)
+    assert ours.size_on_disk(FLOW) == there and not ours.is_on_disk(FLOW)
     told: list[tuple[str, float | None]] = []
-    files = ours.locate(FLOW, lambda text, fraction: told.append((text, fraction)))
+    files = ours.find_or_download(FLOW, lambda text, fraction: told.append((text, fraction)))
     assert files.weights.read_bytes() == TOY and not partial(tmp_path).exists()
     assert fake.sent[1:] == [("toy.safetensors", f"bytes={there}-{LAST}")]
     assert told[-1] == ("Downloading Toy-4B: 3.0 of 3.0 MB", 1.0)
@@ -60,15 +60,15 @@ from pathlib import Path
 from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, settings, silent
 there = Path({str(tmp_path)!r})
-print(Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}).locate(FLOW, silent))
+print(Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", timeout={PATIENCE}).find_or_download(FLOW, silent))
 """
     with start(program) as running:
         until(lambda: arrived(tmp_path) > MB or running.poll() is not None)
         ours = Waiting(downloads(fake, tmp_path))
         until(lambda: ours.sees("Waiting for another program that downloads Toy-4B: 2.0 of 3.0 MB"))
-        cache = Cache(tmp_path / "cache", patience=0.05)
+        cache = HubCache(tmp_path / "cache", lock_timeout=0.05)
         with pytest.raises(WeightsError, match=r"toy\.safetensors is being downloaded at the moment: stop that first"):
-            cache.remove(picks(FLOW), [])
+            cache.remove(select_repo_files(FLOW), [])
         fake.go.set()
         out, err = running.communicate(timeout=PATIENCE)
     assert "toy.safetensors" in out, err

@@ -25,9 +25,9 @@ from flux2_studio.errors import DownloadError
 from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, VAE, settings, silent
 ours = Hub(settings(Path({str(tmp_path)!r})))
-print(ours.on_disk(VAE), ours.locate(VAE, silent).weights)
+print(ours.is_on_disk(VAE), ours.find_or_download(VAE, silent).weights)
 try:
-    print(ours.locate(FLOW, silent).weights.name)
+    print(ours.find_or_download(FLOW, silent).weights.name)
 except DownloadError as error:
     print(error)
 """
@@ -56,7 +56,7 @@ from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, settings, silent
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 try:
-    Hub(settings(Path({str(tmp_path)!r}))).locate(FLOW, silent)
+    Hub(settings(Path({str(tmp_path)!r}))).find_or_download(FLOW, silent)
 except DownloadError as error:
     print(error)
 """
@@ -67,5 +67,5 @@ except DownloadError as error:
     )
     ours = Hub(settings(tmp_path), endpoint=fake.url, cache=home / "hub")
     assert ours.size_on_disk(FLOW) == MB
-    assert ours.locate(FLOW, silent).weights.read_bytes() == TOY
+    assert ours.find_or_download(FLOW, silent).weights.read_bytes() == TOY
     assert fake.sent == [("toy.safetensors", None), ("toy.safetensors", f"bytes={MB}-{3 * MB - 1}")]

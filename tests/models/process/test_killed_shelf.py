@@ -18,26 +18,26 @@ import time
 from pathlib import Path
 from dataclasses import replace
 from flux2_studio.models.hub.repositories import Hub
-from flux2_studio.models.hub.library import Shelf
+from flux2_studio.models.hub.library import CheckpointLibrary
 from tests.models.fake_hub import CHECKPOINT, settings
 there = Path({str(tmp_path)!r})
 known = replace(settings(there), checkpoints=(CHECKPOINT,), default_checkpoint={NAME!r})
-shelf = Shelf(known, Hub(known, endpoint={fake.url!r}, cache=there / "cache", patience={PATIENCE}))
-shelf.download({NAME!r})
+library = CheckpointLibrary(known, Hub(known, endpoint={fake.url!r}, cache=there / "cache", timeout={PATIENCE}))
+library.download({NAME!r})
 time.sleep({PATIENCE})
 """
     ours, _ = shelf(fake, tmp_path)
     with start(program) as running:
-        until(lambda: ours.entry(NAME).here > HELD or running.poll() is not None)
+        until(lambda: ours.get_status(NAME).bytes_on_disk > HELD or running.poll() is not None)
         os.kill(running.pid, signal.SIGKILL)
         running.communicate()
     assert running.returncode == -signal.SIGKILL
     fake.hold_at = None
     fake.sent.clear()
     ours, _ = shelf(fake, tmp_path)
-    entry = ours.entry(NAME)
-    assert entry.state == "paused" and entry.here > HELD and 0 < entry.to_come < 1.1 * MB
-    assert ours.entry("other").state == "absent"  # what the two share is whole
+    entry = ours.get_status(NAME)
+    assert entry.state == "paused" and entry.bytes_on_disk > HELD and 0 < entry.remaining_bytes < 1.1 * MB
+    assert ours.get_status("other").state == "absent"  # what the two share is whole
     ours.download(NAME)
     reaches(ours, "complete")
     assert weights(tmp_path) == TOY

@@ -33,7 +33,7 @@ def test_whatever_is_asked_the_second_time_it_is_compiled(fields: Any, toys: Toy
     graphs = Graphs()
     studio = studio_with(toys, tmp_path, "on", graphs)
     first, _, _ = drawn(studio, **fields)
-    studio._models.compiled.settle()
+    studio._models.background_compiler.wait_until_idle()
     (again, _, _), compiled, ran = graphs.since(lambda: drawn(studio, **fields))
     assert set(first) == {"as written"} and set(again) == {"compiled"}
     assert compiled == 0 and ran
@@ -50,12 +50,12 @@ def test_while_something_is_compiled_everything_runs_as_it_is_written(toys: Toys
     studio = studio_with(toys, tmp_path, "on", slow)
     going_on.set()
     drawn(studio)
-    studio._models.compiled.settle()
+    studio._models.background_compiler.wait_until_idle()
     assert drawn(studio)[0] == ["compiled"]
     going_on.clear()
     assert set(drawn(studio, count=2)[0]) == {"as written"}
     (ways, _, _), _, ran = graphs.since(lambda: drawn(studio))
-    assert studio._models.compiled.busy and ways == ["as written"] and ran == 0
+    assert studio._models.background_compiler.is_compiling and ways == ["as written"] and ran == 0
     going_on.set()
-    studio._models.compiled.settle()
+    studio._models.background_compiler.wait_until_idle()
     assert drawn(studio)[0] == ["compiled"] and set(drawn(studio, count=2)[0]) == {"compiled"}

@@ -17,7 +17,7 @@ import torch
 from flux2_studio.checkpoints import DEV, GB, KLEIN_4B, Checkpoint
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.manager import ModelManager
-from flux2_studio.models.memory.plan import Workload
+from flux2_studio.models.memory.plan import RequestShape
 from tests.tiny import Toys
 
 
@@ -45,9 +45,9 @@ def swaps(models: ModelManager, checkpoints: list[Checkpoint]) -> Iterator[int]:
     while True:
         for checkpoint in checkpoints:
             told: list[str] = []
-            session = models.open(checkpoint, Workload(width=64, height=64), silent)
-            session.encode(["a house"], lambda text, _: told.append(text))  # noqa: B023 - called at once
-            session.draw(lambda text, _: told.append(text))  # noqa: B023
+            session = models.open(checkpoint, RequestShape(width=64, height=64), silent)
+            session.encode_prompts(["a house"], lambda text, _: told.append(text))  # noqa: B023 - called at once
+            session.prepare_transformer(lambda text, _: told.append(text))  # noqa: B023
             session.decode(torch.zeros(1, 128, 4, 4), lambda text, _: told.append(text))  # noqa: B023
             yield sum(text.startswith("Loading") for text in told)
 
@@ -56,9 +56,10 @@ def swaps(models: ModelManager, checkpoints: list[Checkpoint]) -> Iterator[int]:
 def test_memory_stays_flat_over_a_hundred_swaps(toys: Toys, tmp_path: Path, host_budget: int) -> None:
     settings = toys.settings(tmp_path, ["klein-4b", "dev"])
     peaks = [
-        ModelManager(settings, Hub(settings)).outlook(it, Workload(width=64, height=64)).peak for it in (KLEIN_4B, DEV)
+        ModelManager(settings, Hub(settings)).predict_plan(it, RequestShape(width=64, height=64)).peak
+        for it in (KLEIN_4B, DEV)
     ]
-    tight = replace(settings, memory=1.03 * max(peaks) / GB)  # either, but not both
+    tight = replace(settings, memory_limit_gb=1.03 * max(peaks) / GB)  # either, but not both
     models: Any = ModelManager(tight, Hub(tight), host_budget=host_budget)
     running = swaps(models, [KLEIN_4B, DEV])
     for _ in range(20):

@@ -12,7 +12,7 @@ import pytest
 from flux2_studio.checkpoints import CHECKPOINTS
 from flux2_studio.ui import handlers, inspect_tab
 from flux2_studio.ui.forms import reference_panel
-from flux2_studio.ui.gradio_compat import keys
+from flux2_studio.ui.gradio_compat import shortcuts
 from flux2_studio.ui.history import picker
 from flux2_studio.ui.history import tab as history_tab
 from flux2_studio.ui.stage import compare
@@ -28,19 +28,19 @@ def results() -> Iterator[Results]:
         pytest.fail("The tests of the scripts need Chromium: `make chromium` installs it, or put it on the PATH.")
     # The studio's own markup, so that a script is tested with what it finds on the page.
     markup = {
-        "history": history_tab.MARKUP,
-        "picker": picker.MARKUP,
-        "keys": keys.layout().value,
-        "hold": compare.HOLD,
+        "history": history_tab.HISTORY_HTML,
+        "picker": picker.PICKER_HTML,
+        "keys": shortcuts.build_shortcut_help().value,
+        "hold": compare.HOLD_HTML,
     }
     # What a press sends along, as the page finds it out: JavaScript that Gradio runs with the event's inputs.
     sends = {
         **{name: getattr(reference_panel, name) for name in ("SELECTED", "CLEARED", "TO_CLEAR")},
         **{name: getattr(reference_panel, name) for name in ("CLEARED_AND_SELECTED", "CLEARED_AND_DRAGGED")},
-        "PICKED": handlers.PICKED,
+        "PICKED": handlers.SELECTED_INDEX_JS,
         "SIZES": handlers._sizes(CHECKPOINTS),
-        "NOW": inspect_tab.NOW,
-        "ASKED": history_tab.ASKED,
+        "NOW": inspect_tab.SEND_TIME_JS,
+        "ASKED": history_tab.SEND_PICTURE_ID_JS,
     }
     given = {"CHROMIUM": chromium, "MARKUP": json.dumps(markup), "SENDS": json.dumps(sends)}
     yield Results(HERE, given)

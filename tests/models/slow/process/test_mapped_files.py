@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[4]
 def test_files_of_ones_own_may_shrink_and_change_while_they_are_used(toys: Toys, tmp_path: Path) -> None:
     """In a process of its own: reading a mapped file that has become shorter would end it with SIGBUS."""
     settings = toys.settings(tmp_path, ["klein-4b"])
-    copies: Mapping[str, str] = {name: str(tmp_path / name) for name in settings.overrides}
-    for name, path in settings.overrides.items():
+    copies: Mapping[str, str] = {name: str(tmp_path / name) for name in settings.path_overrides}
+    for name, path in settings.path_overrides.items():
         (shutil.copytree if path.is_dir() else shutil.copy)(path, copies[name])
     done = subprocess.run(
         [sys.executable, "-c", USE, str(tmp_path), json.dumps(copies)],
@@ -36,7 +36,7 @@ import hashlib, json, os, sys
 from pathlib import Path
 import torch
 from flux2_studio.models.hub.repositories import Hub
-from flux2_studio.models.checkpoint_files import Opener
+from flux2_studio.models.checkpoint_files import CheckpointOpener
 from flux2_studio.settings import Settings
 
 home, copies = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -44,12 +44,12 @@ settings = Settings(
     home=home,
     device="cpu",
     dtype="float32",
-    overrides={name: Path(path) for name, path in copies.items()},
+    path_overrides={name: Path(path) for name, path in copies.items()},
 )
-opened = Opener(settings, Hub(settings), torch.device("cpu")).open(settings.checkpoint("klein-4b"), lambda *_: None)
+opened = CheckpointOpener(settings, Hub(settings), torch.device("cpu")).open(settings.checkpoint("klein-4b"), lambda *_: None)
 parts = {kind: opened.load(kind, torch.device("cpu")) for kind in opened.keys}
 assert set(parts) == {"flow", "autoencoder", "text", "tiny"}
-modules = [getattr(part, "tower", part) for part in parts.values()]
+modules = [getattr(part, "text_decoder", part) for part in parts.values()]
 
 
 def digest():

@@ -14,13 +14,13 @@ import torch
 
 # Where Linux says which part of its time a container may compute: microseconds of computing in a period of so many, by
 # the newer interface in one file, by the older one in two.
-QUOTAS = (
+CGROUP_CPU_FILES = (
     (Path("/sys/fs/cgroup/cpu.max"),),
     (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")),
 )
 
 
-def quota(places: Iterable[tuple[Path, ...]] = QUOTAS) -> float | None:
+def read_cpu_quota(places: Iterable[tuple[Path, ...]] = CGROUP_CPU_FILES) -> float | None:
     """The processors that the container may keep busy, on average; None where there is no limit."""
     for files in places:
         try:
@@ -32,7 +32,7 @@ def quota(places: Iterable[tuple[Path, ...]] = QUOTAS) -> float | None:
     return None
 
 
-def keep_to_quota(allowed: float | None) -> None:
+def limit_torch_threads(allowed: float | None) -> None:
     """Have torch compute with no more threads than the container's share has processors."""
     if allowed is not None and allowed < torch.get_num_threads():
         torch.set_num_threads(max(1, math.ceil(allowed)))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import gradio as gr
 
-SCRIPTS = ("page.js", "references.js")
+SHORTCUT_SCRIPTS = ("page.js", "references.js")
 
-KEYS: tuple[tuple[str, tuple[tuple[tuple[str, ...], str], ...]], ...] = (
+SHORTCUTS: tuple[tuple[str, tuple[tuple[tuple[str, ...], str], ...]], ...] = (
     (
         "Everywhere",
         (
@@ -40,9 +40,9 @@ KEYS: tuple[tuple[str, tuple[tuple[tuple[str, ...], str], ...]], ...] = (
 )
 
 
-def layout() -> gr.HTML:
+def build_shortcut_help() -> gr.HTML:
     """The dialog; assets/page.js opens it."""
-    tables = "".join(_table(title, rows) for title, rows in KEYS)
+    tables = "".join(_table(title, rows) for title, rows in SHORTCUTS)
     return gr.HTML(
         '<dialog id="keys-help" aria-labelledby="keys-title">'
         '<button type="button" class="close" data-i18n aria-label="Close (Escape)">✕</button>'
@@ -63,6 +63,6 @@ def _table(title: str, rows: Sequence[tuple[Sequence[str], str]]) -> str:
     return f"<table><caption data-i18n>{escape(title)}</caption><tbody>{body}</tbody></table>"
 
 
-def scripts(assets: Path) -> str:
+def shortcut_script_tags(assets: Path) -> str:
     """What the page's head needs for all of it."""
-    return "".join(f"<script>\n{(assets / name).read_text(encoding='utf-8')}</script>" for name in SCRIPTS)
+    return "".join(f"<script>\n{(assets / name).read_text(encoding='utf-8')}</script>" for name in SHORTCUT_SCRIPTS)

@@ -14,27 +14,27 @@ import gradio as gr
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
-from flux2_studio.storage.presets import HELD, Preset, applied, field_names
+from flux2_studio.storage.presets import PRESET_FIELDS, Preset, apply_preset, describe_fields
 from flux2_studio.ui.forms import fields
-from flux2_studio.ui.forms.lora_panel import kept
-from flux2_studio.ui.forms.preset_panel import Shelf
+from flux2_studio.ui.forms.lora_panel import keep_compatible
+from flux2_studio.ui.forms.preset_panel import AvailablePresets
 from flux2_studio.ui.forms.tabs import Form
-from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.gradio_compat.language import translate, translate_message
 from flux2_studio.ui.gradio_compat.visitors import owner_of
 from flux2_studio.ui.gradio_compat.wiring import Update, listen
-from flux2_studio.ui.stage import show
+from flux2_studio.ui.stage import render
 
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-STEPS_BACK = 20  # presets that can be undone
+MAX_UNDO_STEPS = 20  # presets that can be undone
 # What keeps its meaning under every checkpoint.
-ANYWHERE = ("prompt", "count", "format")
-BY_CHECKPOINT = ("steps", "guidance", "negative_prompt", "width", "height")
+CHECKPOINT_INDEPENDENT_FIELDS = ("prompt", "count", "format")
+CHECKPOINT_DEPENDENT_FIELDS = ("steps", "guidance", "negative_prompt", "width", "height")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Before:
+class FormSnapshot:
     """A form before a preset was put into it: the fields that were changed, and what stood beside them."""
 
     values: Mapping[str, Any]
@@ -43,131 +43,135 @@ class Before:
     applied: tuple[Preset, str] | None
 
 
-def wire_presets(studio: Studio, shelf: Shelf, forms: Sequence[Form]) -> None:
+def wire_presets(studio: Studio, available_presets: AvailablePresets, forms: Sequence[Form]) -> None:
     """Choosing, applying and undoing in each of `forms`."""
 
     def offer(request: gr.Request) -> Update:
         update: Update = {}
         for form in forms:
             try:
-                choices, problem = shelf.choices(form.name, owner_of(request)), ""
+                choices, problem = available_presets.choices(form.name, owner_of(request)), ""
             except StudioError as error:  # the studio's own presets need no database
-                choices, problem = shelf.shipped(form.name), show.problem(str(error))
-            broken = [f"{say('A preset could not be read.')} {text}" for text in shelf.presets.problems]
+                choices, problem = available_presets.shipped(form.name), render.problem(str(error))
+            broken = [
+                f"{translate('A preset could not be read.')} {text}" for text in available_presets.presets.problems
+            ]
             update |= {
                 form.presets.choice: gr.Dropdown(choices=choices, value=None),
-                form.presets.told: problem + show.notes(broken),
+                form.presets.own_message: problem + render.notes(broken),
             }
         return update
 
     # When the page is opened.
-    listen(None, offer, None, [it for form in forms for it in (form.presets.choice, form.presets.told)])
+    listen(None, offer, None, [it for form in forms for it in (form.presets.choice, form.presets.own_message)])
     for form in forms:
-        _wire_form(studio, shelf, form)
+        _wire_form(studio, available_presets, form)
 
 
-def _wire_form(studio: Studio, shelf: Shelf, form: Form) -> None:
+def _wire_form(studio: Studio, available_presets: AvailablePresets, form: Form) -> None:
     panel = form.presets
 
     def apply(
         choice: str | None,
         aspect: str,
-        before: list[Before],
+        before: list[FormSnapshot],
         last: tuple[Preset, str] | None,
         request: gr.Request,
         **now: Any,
     ) -> Update:
         try:
-            preset = shelf.find(choice, owner_of(request))
+            preset = available_presets.find(choice, owner_of(request))
             checkpoint = studio.settings.checkpoint(preset.request.get("checkpoint", now["checkpoint"]))
-            words = words_of(now["prompt"] or "", last)
-            made = applied(preset, words, checkpoint)
+            words = user_words(now["prompt"] or "", last)
+            made = apply_preset(preset, words, checkpoint)
         except StudioError as error:
-            return {panel.said: show.problem(str(error))}
+            return {panel.apply_message: render.problem(str(error))}
         values, notes = dict(made.values), list(made.notes)
         if "loras" in values:
-            values["loras"], dropped = kept(values["loras"], studio.loras.look()[0], checkpoint)
+            values["loras"], dropped = keep_compatible(values["loras"], studio.loras.scan()[0], checkpoint)
             notes += dropped
         switched = checkpoint.name != now["checkpoint"]
-        changed = {*values, *(BY_CHECKPOINT if switched else ())}
-        earlier = Before(
-            values={name: now[name] for name in HELD if name in changed},
+        changed = {*values, *(CHECKPOINT_DEPENDENT_FIELDS if switched else ())}
+        earlier = FormSnapshot(
+            values={name: now[name] for name in PRESET_FIELDS if name in changed},
             aspect=aspect,
             checkpoint=now["checkpoint"],
             applied=last,
         )
-        held = ", ".join(map(told, field_names(values)))
-        sentence = say("{name} set: {fields}.", name=preset.name, fields=held)
+        held = ", ".join(map(translate_message, describe_fields(values)))
+        sentence = translate("{name} set: {fields}.", name=preset.name, fields=held)
         if preset.takes_subject and not words:
-            sentence += " " + say('Its subject is an example, "{words}": write your own there.', words=preset.subject)
+            sentence += " " + translate(
+                'Its subject is an example, "{words}": write your own there.', words=preset.subject
+            )
         return {
-            **put(form, values, checkpoint, aspect, switched=switched),
-            panel.said: show.notes([sentence, *notes]),
-            panel.before: [*before, earlier][-STEPS_BACK:],
+            **preset_update(form, values, checkpoint, aspect, switched=switched),
+            panel.apply_message: render.notes([sentence, *notes]),
+            panel.undo_stack: [*before, earlier][-MAX_UNDO_STEPS:],
             panel.applied: (preset, words),
             panel.undo: gr.Button(visible=True),
         }
 
-    def undo(before: list[Before], name: str) -> Update:
+    def undo(before: list[FormSnapshot], name: str) -> Update:
         if not before:
             return {panel.undo: gr.Button(visible=False)}
         *left, then = before
         switched = "checkpoint" in then.values and then.checkpoint != name
         checkpoint = studio.settings.checkpoint(then.checkpoint if switched else name)
-        values, said = dict(then.values), say("As it was before the preset.")
+        values, said = dict(then.values), translate("As it was before the preset.")
         if checkpoint.name != then.checkpoint:  # meanwhile another one was chosen: its numbers stay
-            values = {field: value for field, value in values.items() if field not in BY_CHECKPOINT}
-            said = say(
+            values = {field: value for field, value in values.items() if field not in CHECKPOINT_DEPENDENT_FIELDS}
+            said = translate(
                 "As it was before the preset, but for the size and the numbers, which are {label}'s.",
                 label=checkpoint.label,
             )
         return {
-            **put(form, values, checkpoint, then.aspect, switched=switched, back=True),
-            panel.said: show.notes([said]),
-            panel.before: left,
+            **preset_update(form, values, checkpoint, then.aspect, switched=switched, is_undo=True),
+            panel.apply_message: render.notes([said]),
+            panel.undo_stack: left,
             panel.applied: then.applied,
             panel.undo: gr.Button(visible=bool(left)),
         }
 
-    state = [panel.said, panel.before, panel.applied, panel.undo]
+    state = [panel.apply_message, panel.undo_stack, panel.applied, panel.undo]
     listen(
         panel.apply.click,
         apply,
-        [panel.choice, form.aspect, panel.before, panel.applied],
-        [*fillable(form), *state],
-        inputs_kwargs={name: form.fields[name] for name in HELD},
+        [panel.choice, form.aspect, panel.undo_stack, panel.applied],
+        [*preset_outputs(form), *state],
+        inputs_kwargs={name: form.fields[name] for name in PRESET_FIELDS},
     )
-    listen(panel.undo.click, undo, [panel.before, form.fields["checkpoint"]], [*fillable(form), *state])
+    listen(panel.undo.click, undo, [panel.undo_stack, form.fields["checkpoint"]], [*preset_outputs(form), *state])
 
 
-def words_of(prompt: str, last: tuple[Preset, str] | None) -> str:
-    """What the user themselves said in `prompt`, in which `last` may stand: a preset, and their words by then."""
-    if last is None:
+def user_words(prompt: str, last_applied: tuple[Preset, str] | None) -> str:
+    """What the user themselves said in `prompt`, in which `last_applied` may stand: a preset, and their words by then."""
+    if last_applied is None:
         return prompt
-    preset, earlier = last
-    said = preset.words(prompt)
+    preset, earlier = last_applied
+    said = preset.extract_subject(prompt)
     return prompt if said is None else said or earlier
 
 
-def put(
+def preset_update(
     form: Form,
     values: Mapping[str, Any],
     checkpoint: Checkpoint,
     aspect: str,
     *,
     switched: bool,
-    back: bool = False,
+    is_undo: bool = False,
 ) -> Update:
     """`values` of a request in `form`, which shows the shape `aspect`, and the rest as it stands there.
 
-    switched: whether `checkpoint` is another one than before. back: whether the values are the form's own of earlier,
+    switched: whether `checkpoint` is another one than before. is_undo: whether the values are the form's own of earlier,
     with `aspect`.
     """
     components = form.fields
-    update: Update = {components[name]: values[name] for name in ANYWHERE if name in values}
+    update: Update = {components[name]: values[name] for name in CHECKPOINT_INDEPENDENT_FIELDS if name in values}
     if switched:
         # Or the choice would overwrite what is put here.
-        update |= {components["checkpoint"]: checkpoint.name, form.laid_out_for: checkpoint.name}
+        update |= {components["checkpoint"]: checkpoint.name, form.form_checkpoint: checkpoint.name}
     for name, make in (("steps", fields.steps), ("guidance", fields.guidance)):
         if name in values or switched:
             update[components[name]] = make(checkpoint, values.get(name))
@@ -175,9 +179,9 @@ def put(
         update[components["negative_prompt"]] = fields.negative_prompt(checkpoint, values.get("negative_prompt"))
     if "loras" in values:
         rows = values["loras"] or []
-        update |= {components["loras"]: rows, form.loras.folded: gr.Accordion(fields.lora_title(len(rows)))}
+        update |= {components["loras"]: rows, form.loras.accordion: gr.Accordion(fields.lora_title(len(rows)))}
     size = (values["width"], values["height"]) if "width" in values else None
-    if size is not None and not back:
+    if size is not None and not is_undo:
         aspect = _shape(size, checkpoint)
     elif size is None and switched and aspect in fields.ASPECTS:
         size = fields.size_of(aspect, checkpoint)
@@ -188,12 +192,12 @@ def put(
     return update
 
 
-def fillable(form: Form) -> list[Any]:
-    """The components that `put` may set."""
+def preset_outputs(form: Form) -> list[Any]:
+    """The components that `preset_update` may set."""
     return [
-        *(form.fields[name] for name in HELD),
-        form.laid_out_for,
-        form.loras.folded,
+        *(form.fields[name] for name in PRESET_FIELDS),
+        form.form_checkpoint,
+        form.loras.accordion,
         form.aspect,
         form.size_note,
     ]

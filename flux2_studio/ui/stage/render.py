@@ -17,20 +17,24 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
-from flux2_studio.events import Drafted, Preview, Queued, Result, Status, Upsampled
+from flux2_studio.events import Drafted, Preview, PromptEnhanced, Queued, Result, Status
 from flux2_studio.request import Request
-from flux2_studio.ui.gradio_compat.language import say, told
+from flux2_studio.ui.gradio_compat.language import translate, translate_message
 
 if TYPE_CHECKING:
-    from flux2_studio.stages.estimates import Outlook
+    from flux2_studio.stages.estimates import RunEstimate
 
-ADDRESS = re.compile(r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])")  # a comma or full stop behind it is the sentence's
-SHEET = 1024  # pixels along a side of the contact sheet; a preview need not be larger than the screen shows it
+URL_PATTERN = re.compile(
+    r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])"
+)  # a comma or full stop behind it is the sentence's
+PREVIEW_SHEET_PIXELS = (
+    1024  # pixels along a side of the contact sheet; a preview need not be larger than the screen shows it
+)
 
 
 def problem(text: str) -> str:
     """A sentence that says what is wrong; the pages that it names can be opened."""
-    pieces = ADDRESS.split(told(text))
+    pieces = URL_PATTERN.split(translate_message(text))
     linked = [
         f'<a href="{escape(piece)}" target="_blank" rel="noopener">{escape(piece)}</a>' if number % 2 else escape(piece)
         for number, piece in enumerate(pieces)
@@ -39,73 +43,79 @@ def problem(text: str) -> str:
 
 
 def notes(texts: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(told(text))}</p>" for text in texts)
+    return "".join(f"<p>{escape(translate_message(text))}</p>" for text in texts)
 
 
 def notices(texts: Sequence[str]) -> str:
     if not texts:
         return ""
-    return f'<div role="status"><ul>{"".join(f"<li>{escape(told(text))}</li>" for text in texts)}</ul></div>'
+    return (
+        f'<div role="status"><ul>{"".join(f"<li>{escape(translate_message(text))}</li>" for text in texts)}</ul></div>'
+    )
 
 
 def queued(event: Queued) -> str:
-    if event.ahead == 1:
-        return _bar(say("Waiting: 1 run before yours"), None)
-    return _bar(say("Waiting: {ahead} runs before yours", ahead=event.ahead), None)
+    if event.runs_ahead == 1:
+        return _bar(translate("Waiting: 1 run before yours"), None)
+    return _bar(translate("Waiting: {ahead} runs before yours", ahead=event.runs_ahead), None)
 
 
 def status(event: Status) -> str:
-    return _bar(told(event.text), event.fraction)
+    return _bar(translate_message(event.text), event.fraction)
 
 
 def step(event: Preview) -> str:
     """ "Step 2 of 4", with the pictures it belongs to where a run goes in batches, and the time left."""
-    text = say("Step {step} of {steps}", step=event.step, steps=event.steps)
+    text = translate("Step {step} of {steps}", step=event.step, steps=event.steps)
     drawn = max(1, len(event.images))
     if event.count > drawn:
-        last = event.first + drawn
+        last = event.first_index + drawn
         if drawn == 1:
-            which = say("Picture {number} of {count}", number=last, count=event.count)
+            which = translate("Picture {number} of {count}", number=last, count=event.count)
         else:
-            which = say("Pictures {first}-{last} of {count}", first=event.first + 1, last=last, count=event.count)
+            which = translate(
+                "Pictures {first}-{last} of {count}", first=event.first_index + 1, last=last, count=event.count
+            )
         text = f"{which} · {text}"
     if event.seconds_left is not None and event.seconds_left >= 0.5:
-        text += f" · {left(event.seconds_left)}"
-    return _bar(text, (event.first + drawn * event.step / event.steps) / event.count)
+        text += f" · {time_left(event.seconds_left)}"
+    return _bar(text, (event.first_index + drawn * event.step / event.steps) / event.count)
 
 
-def outlook(look: Outlook, *, enriched: bool) -> str:
+def run_estimate(estimate: RunEstimate, *, enriched: bool) -> str:
     """What a run will take, before it is begun. enriched: its prompt is, first, which takes as long as it takes."""
-    size = say("{tokens} image tokens", tokens=f"{look.tokens:,}")
-    if read := sum(look.reference_tokens):
-        count, tokens = len(look.reference_tokens), f"{read:,}"
-        of = say("{tokens} of the reference", tokens=tokens)
-        size += f" + {of if count == 1 else say('{tokens} of {count} references', tokens=tokens, count=count)}"
-    steps = say("1 step") if look.steps == 1 else say("{count} steps", count=look.steps)
-    steps += say(", each computed for two prompts") if look.guided else ""
-    pictures = say("1 picture") if look.pictures == 1 else say("{count} pictures", count=look.pictures)
-    if look.seconds is None:
-        long = say("The first run will tell how long it takes.")
+    size = translate("{tokens} image tokens", tokens=f"{estimate.tokens:,}")
+    if read := sum(estimate.reference_tokens):
+        count, tokens = len(estimate.reference_tokens), f"{read:,}"
+        of = translate("{tokens} of the reference", tokens=tokens)
+        size += f" + {of if count == 1 else translate('{tokens} of {count} references', tokens=tokens, count=count)}"
+    steps = translate("1 step") if estimate.steps == 1 else translate("{count} steps", count=estimate.steps)
+    steps += translate(", each computed for two prompts") if estimate.use_cfg else ""
+    pictures = (
+        translate("1 picture") if estimate.pictures == 1 else translate("{count} pictures", count=estimate.pictures)
+    )
+    if estimate.seconds is None:
+        long = translate("The first run will tell how long it takes.")
     else:
-        long = say("About {duration}, as runs on this machine go.", duration=duration(look.seconds))
-    first = [] if look.there else [say("the download")]
-    first += [] if look.loaded else [say("loading the checkpoint")]
-    first += [say("enriching the prompt")] if enriched else []
+        long = translate("About {duration}, as runs on this machine go.", duration=duration_text(estimate.seconds))
+    first = [] if estimate.is_on_disk else [translate("the download")]
+    first += [] if estimate.is_loaded else [translate("loading the checkpoint")]
+    first += [translate("enriching the prompt")] if enriched else []
     if first:
-        long += " " + say("Before that: {what}.", what=", ".join(first))
+        long += " " + translate("Before that: {what}.", what=", ".join(first))
     facts = f'<p class="pace">{escape(f"{size} · {steps} · {pictures}")}<br>{escape(long)}</p>'
-    return notes([told(look.fit)] if look.fit else []) + facts
+    return notes([translate_message(estimate.memory_fit)] if estimate.memory_fit else []) + facts
 
 
 def done(event: Result) -> str:
-    took = duration(event.seconds)
+    took = duration_text(event.seconds)
     if len(event.images) == 1:
-        return _bar(say("1 picture in {duration}", duration=took), 1.0)
-    return _bar(say("{count} pictures in {duration}", count=len(event.images), duration=took), 1.0)
+        return _bar(translate("1 picture in {duration}", duration=took), 1.0)
+    return _bar(translate("{count} pictures in {duration}", count=len(event.images), duration=took), 1.0)
 
 
 def drafted(event: Drafted) -> str:
-    return _bar(say("Live: {duration} · not saved", duration=duration(event.seconds)), 1.0)
+    return _bar(translate("Live: {duration} · not saved", duration=duration_text(event.seconds)), 1.0)
 
 
 def hint(text: str) -> str:
@@ -115,34 +125,34 @@ def hint(text: str) -> str:
 
 def stopped(finished: int) -> str:
     if not finished:
-        return _bar(say("Stopped before a picture was finished."), 0.0)
+        return _bar(translate("Stopped before a picture was finished."), 0.0)
     if finished == 1:
-        return _bar(say("Stopped. 1 finished picture was kept."), 0.0)
-    return _bar(say("Stopped. {count} finished pictures were kept.", count=finished), 0.0)
+        return _bar(translate("Stopped. 1 finished picture was kept."), 0.0)
+    return _bar(translate("Stopped. {count} finished pictures were kept.", count=finished), 0.0)
 
 
-def left(seconds: float) -> str:
-    return say("{duration} left", duration=duration(seconds))
+def time_left(seconds: float) -> str:
+    return translate("{duration} left", duration=duration_text(seconds))
 
 
-def kept(count: int, step: int, steps: int) -> str:
+def kept_previews(count: int, step: int, steps: int) -> str:
     after = {"step": step, "steps": steps}
     if count == 1:
-        text = say("Kept an unfinished preview, after step {step} of {steps}.", **after)
+        text = translate("Kept an unfinished preview, after step {step} of {steps}.", **after)
     else:
-        text = say("Kept {count} unfinished previews, after step {step} of {steps}.", count=count, **after)
+        text = translate("Kept {count} unfinished previews, after step {step} of {steps}.", count=count, **after)
     return _bar(text, step / steps if steps else 0.0)
 
 
-def duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     if seconds < 10:
-        return say("{seconds} s", seconds=f"{max(0.1, seconds):.1f}")
+        return translate("{seconds} s", seconds=f"{max(0.1, seconds):.1f}")
     if seconds < 60:
-        return say("{seconds} s", seconds=f"{seconds:.0f}")
+        return translate("{seconds} s", seconds=f"{seconds:.0f}")
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return say("{minutes} min {seconds} s", minutes=minutes, seconds=rest)
-    return say("{hours} h {minutes} min", hours=minutes // 60, minutes=minutes % 60)
+        return translate("{minutes} min {seconds} s", minutes=minutes, seconds=rest)
+    return translate("{hours} h {minutes} min", hours=minutes // 60, minutes=minutes % 60)
 
 
 def _bar(text: str, fraction: float | None) -> str:
@@ -152,11 +162,11 @@ def _bar(text: str, fraction: float | None) -> str:
 
 def picture(images: Mapping[int, Image.Image], count: int) -> str:
     """One <img> of all pictures of the run so far, by their index."""
-    return _img(contact_sheet(images, count), say("Preview of the picture as it forms"))
+    return _img(preview_sheet(images, count), translate("Preview of the picture as it forms"))
 
 
 def draft(image: Image.Image, prompt: str) -> str:
-    return _img(contact_sheet({0: image}, 1), say("Live picture: {prompt}", prompt=prompt))
+    return _img(preview_sheet({0: image}, 1), translate("Live picture: {prompt}", prompt=prompt))
 
 
 def _img(image: Image.Image, alt: str) -> str:
@@ -172,13 +182,13 @@ def columns(count: int) -> int:
     return math.ceil(math.sqrt(count))
 
 
-def contact_sheet(images: Mapping[int, Image.Image], count: int) -> Image.Image:
+def preview_sheet(images: Mapping[int, Image.Image], count: int) -> Image.Image:
     """`images` in a square-ish grid with room for `count`, each scaled down so that the sheet fits SHEET."""
     first = next(iter(images.values()))  # all are of one size
     across = columns(count)
     down = math.ceil(count / across)
     gap = 0 if count == 1 else max(2, first.width // 64)
-    scale = min(1.0, SHEET / (across * first.width), SHEET / (down * first.height))
+    scale = min(1.0, PREVIEW_SHEET_PIXELS / (across * first.width), PREVIEW_SHEET_PIXELS / (down * first.height))
     tile = (max(1, round(first.width * scale)), max(1, round(first.height * scale)))
     size = (across * tile[0] + (across - 1) * gap, down * tile[1] + (down - 1) * gap)
     sheet = Image.new("RGBA", size)
@@ -189,25 +199,27 @@ def contact_sheet(images: Mapping[int, Image.Image], count: int) -> Image.Image:
     return sheet
 
 
-def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint, upsampled: Upsampled | None = None) -> str:
+def settings(
+    request: Request, seeds: Sequence[int], checkpoint: Checkpoint, upsampled: PromptEnhanced | None = None
+) -> str:
     """What was run, as a table. upsampled: how the prompt came about, where a language model wrote it."""
     rows = [
         ("Prompt", request.prompt),
         ("Original prompt", upsampled.original if upsampled else ""),
         ("Enriched by", upsampled.by if upsampled else ""),
         ("Negative prompt", request.negative_prompt or ""),
-        ("Checkpoint", told(checkpoint.label)),
+        ("Checkpoint", translate_message(checkpoint.label)),
         ("References", ", ".join(path.name for path in request.references)),
         ("Mask", request.mask.name if request.mask else ""),
         (
             "Outpainted by",
             ", ".join(
-                say("{pixels} on the {side}", pixels=by, side=say(side))
+                translate("{pixels} on the {side}", pixels=by, side=translate(side))
                 for side, by in vars(request.outpaint).items()
                 if by
             ),
         ),
-        ("Colours", say("matched to image 1") if request.match_colours else ""),
+        ("Colours", translate("matched to image 1") if request.match_colours else ""),
         ("LoRAs", ", ".join(f"{lora.name} ({lora.weight:g})" for lora in request.loras)),
         ("Size", f"{request.width} x {request.height}"),
         ("Seed" if len(seeds) == 1 else "Seeds", ", ".join(map(str, seeds))),
@@ -215,7 +227,9 @@ def settings(request: Request, seeds: Sequence[int], checkpoint: Checkpoint, ups
         ("Guidance", f"{request.guidance:g}"),
     ]
     body = "".join(
-        f"<tr><th scope='row'>{escape(told(name))}</th><td>{escape(value)}</td></tr>" for name, value in rows if value
+        f"<tr><th scope='row'>{escape(translate_message(name))}</th><td>{escape(value)}</td></tr>"
+        for name, value in rows
+        if value
     )
     return f"<table>{body}</table>"
 
@@ -226,7 +240,7 @@ def provenance(sentences: Sequence[str] | None) -> str:
         return ""
     if not sentences:
         return '<p class="carries" data-i18n>The files say nothing of how they were made.</p>'
-    return f'<ul class="carries">{"".join(f"<li>{escape(told(text))}</li>" for text in sentences)}</ul>'
+    return f'<ul class="carries">{"".join(f"<li>{escape(translate_message(text))}</li>" for text in sentences)}</ul>'
 
 
 def settings_json(request: Request) -> str:

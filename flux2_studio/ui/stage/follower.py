@@ -1,0 +1,179 @@
+"""What a tab follows: the runs that were started in it, and those that it found under way when it was opened.
+
+There is one follower for both. A tab shows one run at a time, the one under way before one that waits; when that is
+done it goes on with the next, and leaves the finished pictures in sight until the next has something to show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import gradio as gr
+
+from flux2_studio.errors import StudioError
+from flux2_studio.events import FINAL_EVENTS, Event, Notice, PromptEnhanced, Queued
+from flux2_studio.jobs.journal import JournalEntry
+from flux2_studio.jobs.queue import JobQueue
+from flux2_studio.jobs.tasks import Job
+from flux2_studio.request import Request
+from flux2_studio.ui.forms.tabs import Form, StagePanel
+from flux2_studio.ui.gradio_compat.language import translate_message
+from flux2_studio.ui.gradio_compat.visitors import owner_of
+from flux2_studio.ui.gradio_compat.wiring import Update, follow_task
+
+ENDED_MEANWHILE = "This run ended while the page was closed."
+
+
+class RunViewProtocol(Protocol):
+    """How one run is shown, event by event. Its failure and what was enriched are known once the event was shown."""
+
+    failure: str | None
+    upsampling_failed: bool
+    upsampled: PromptEnhanced | None
+
+    def begin(self, job: Job | JournalEntry) -> Update: ...
+
+    def update(self, event: Event) -> Update: ...
+
+
+@dataclass
+class TabState:
+    """What one tab follows: the names of the jobs, each with that of the form which shows what is enriched for it."""
+
+    form_by_job: dict[str, str] = field(default_factory=dict)
+    is_following: bool = False
+    unconfirmed_jobs: list[str] = field(default_factory=list)  # shown to the end, as far as is known here
+    queue_rows: Any = None  # what its queue panel shows
+
+
+class Follower:
+    """Shows runs on `stage`. view_of: how a run is shown whose form is given; ended: what becomes of everything around
+    it when it is over, given how it was shown, its form and its request."""
+
+    def __init__(
+        self,
+        jobs: JobQueue,
+        forms: Sequence[Form],
+        stage: StagePanel,
+        make_view: Callable[[Request, Form], RunViewProtocol],
+        on_end: Callable[[RunViewProtocol, Form, Request], Update],
+    ) -> None:
+        self._jobs = jobs
+        self._forms: Mapping[str, Form] = {form.name: form for form in forms}
+        self._stage = stage
+        self._make_view = make_view
+        self._on_end = on_end
+
+    def begin(self, tab_state: TabState, job: Job, form: str) -> Update:
+        """Have the tab of `tab_state` follow `job`, from `form`; what it shows at once, unless it shows another run."""
+        tab_state.form_by_job[job.id] = form
+        return {} if tab_state.is_following else self._make_view(job.request, self._forms[form]).begin(job)
+
+    async def attach(self, tab_state: TabState, request: gr.Request) -> AsyncIterator[Update]:
+        """When a tab is opened: follow what its owner has under way, or show what ended since it was left."""
+        owner = owner_of(request)
+        for standing in self._jobs.queue_positions(owner):
+            tab_state.form_by_job.setdefault(standing.job.id, form_name_for(standing.job.request))
+        if tab_state.form_by_job:
+            async for update in self.follow(tab_state, request):
+                yield update
+            return
+        try:
+            entry = await asyncio.to_thread(self._jobs.latest_unseen, owner)
+        except StudioError as error:
+            raise gr.Error(translate_message(str(error)), print_exception=False) from error
+        if entry is None:
+            yield gr.skip()
+            return
+        job = self._jobs.get(entry.id, owner)
+        events = entry.final_events() if job is None else tuple(event for _, event in job.events(timeout=0))
+        if events and isinstance(events[-1], FINAL_EVENTS):
+            yield await asyncio.to_thread(self._replay, entry, (Notice(text=ENDED_MEANWHILE), *events))
+        else:
+            yield gr.skip()  # its pictures are gone
+        tab_state.unconfirmed_jobs.append(entry.id)
+
+    def confirm_shown(self, tab_state: TabState) -> None:
+        """The browser has had what was sent: only now is it no news any more. A tab that was closed in between sends no
+        such word, and its run is shown when the page is opened again."""
+        ended, tab_state.unconfirmed_jobs = tab_state.unconfirmed_jobs, []
+        for id_ in ended:
+            self._jobs.mark_seen(id_)
+
+    def _replay(self, entry: JournalEntry, events: Sequence[Event]) -> Update:
+        form = self._forms[form_name_for(entry.request)]
+        view = self._make_view(entry.request, form)
+        shown = view.begin(entry)
+        for event in events:
+            shown |= view.update(event)
+        return shown | self._on_end(view, form, entry.request)
+
+    async def follow(self, tab_state: TabState, request: gr.Request) -> AsyncIterator[Update]:
+        """Show the runs of `tab_state` until the last of them has ended. Raises `gr.Error` where that one failed."""
+        if tab_state.is_following or self._next(tab_state, owner_of(request)) is None:
+            yield gr.skip()  # who follows already comes to it
+            return
+        tab_state.is_following = True
+        failure: str | None = None
+        first = True
+        try:
+            while (job := self._next(tab_state, owner_of(request))) is not None:
+                if failure is not None:
+                    gr.Warning(translate_message(failure))
+                view = self._make_view(job.request, self._forms[tab_state.form_by_job[job.id]])
+                async for update in self._shown(tab_state, job, view, keep_previous=not first):
+                    yield update
+                first, failure = False, view.failure
+        finally:
+            tab_state.is_following = False
+        if failure is not None:
+            raise gr.Error(translate_message(failure), print_exception=False)
+
+    async def _shown(
+        self, tab_state: TabState, job: Job, view: RunViewProtocol, *, keep_previous: bool
+    ) -> AsyncIterator[Update]:
+        """`job` from its beginning to its end, or until another one of the tab's is begun before it. keep_previous: leave what
+        is on the mat until there is something to see of it."""
+        stage, form = self._stage, self._forms[tab_state.form_by_job[job.id]]
+        begun = view.begin(job)
+        mat = (
+            {part: begun[part] for part in (stage.preview, stage.gallery, stage.actions, stage.details)}
+            if keep_previous
+            else {}
+        )
+        yield {part: value for part, value in begun.items() if part not in mat}
+        async for event in follow_task(job):
+            if isinstance(event, Queued) and self._is_overtaken(tab_state, job):
+                return
+            update = await asyncio.to_thread(view.update, event)
+            if mat and (stage.preview in update or stage.gallery in update):
+                if isinstance(picture := update.get(stage.preview), str):
+                    update[stage.preview] = gr.HTML(picture, visible=True)
+                update, mat = mat | update, {}
+            if isinstance(event, FINAL_EVENTS):
+                # In one with the end: where a run ends as soon as it begins, the browser may mix up two updates.
+                update |= self._on_end(view, form, job.request)
+            if update:  # Gradio takes none for a mistake
+                yield update
+        tab_state.form_by_job.pop(job.id, None)
+        tab_state.unconfirmed_jobs.append(job.id)
+
+    def _next(self, tab_state: TabState, owner: str) -> Job | None:
+        """What to show now: what has ended and was not shown yet, then in the order in which it is done."""
+        known = {id_: job for id_ in tab_state.form_by_job if (job := self._jobs.get(id_, owner)) is not None}
+        tab_state.form_by_job = {id_: tab_state.form_by_job[id_] for id_ in known}
+        over = [job for job in known.values() if job.finished]
+        standing = [standing.job for standing in self._jobs.queue_positions(owner) if standing.job.id in known]
+        return next(iter((*over, *standing)), None)
+
+    def _is_overtaken(self, tab_state: TabState, job: Job) -> bool:
+        others = (self._jobs.get(id_, job.owner) for id_ in tab_state.form_by_job if id_ != job.id)
+        return any(other is not None and other.started and not other.finished for other in others)
+
+
+def form_name_for(request: Request) -> str:
+    """The form that a run like this comes from, as far as that can be told."""
+    return {0: "generate", 1: "edit"}.get(len(request.references), "multi")
