@@ -15,7 +15,7 @@ import resource, sys
 from pathlib import Path
 from flux2_studio.errors import SaveError
 from flux2_studio.images.reference_store import ReferenceStore
-from flux2_studio.storage.library import Library
+from flux2_studio.storage.library import OutputLibrary
 from flux2_studio.request import Request
 
 folder, most = Path(sys.argv[1]), int(sys.argv[2])
@@ -33,8 +33,8 @@ except SaveError as error:
 @pytest.mark.parametrize(
     ("call", "most", "what"),
     [
-        ("Library(folder).save(bytes(300_000), request)", 0, "save the picture"),
-        ("Library(folder).check_writable()", 0, "save the picture"),
+        ("OutputLibrary(folder).save(bytes(300_000), request)", 0, "save the picture"),
+        ("OutputLibrary(folder).check_writable()", 0, "save the picture"),
         ("ReferenceStore(folder).save(bytes(100_000))", 1000, "keep a copy of the reference"),
     ],
     ids=["a picture", "before a run", "a reference"],

@@ -174,7 +174,7 @@ def test_no_text_becomes_html() -> None:
                 failure=f"https://{HOSTILE}",
                 licence_urls=(HOSTILE,),
                 shared=shared,
-                own=own,
+                is_local_file=own,
             )
             html = models_tab.checkpoint_card_html(bad, HOSTILE)
             assert "<img" not in html and "&lt;img" in html
