@@ -28,7 +28,8 @@ class Part:
     """One set of weights, and the key under which it stays in memory.
 
     A part ships with the studio (`repo` is None, `path` is relative to assets/) or comes from hub repository `repo`.
-    `path` is a file, or for text encoders a folder. `path_variable` is the environment variable that names a local copy.
+    `path` is a file, or for text encoders a folder. `path_variable` is the environment variable that names a local
+    copy.
     """
 
     kind: PartKind
@@ -44,8 +45,8 @@ class Part:
 class Checkpoint:
     """One model that a user can choose, with its defaults and limits.
 
-    `steps_fixed` and `guidance_fixed` mark values that distillation has burnt in: they are shown, not offered.
-    Pixel numbers are areas (width x height). `context_width` and `name_keywords` tell whose a user's own file is: its tensors
+    `steps_fixed` and `guidance_fixed` mark values that distillation has burnt in: they are shown, not offered. Pixel
+    numbers are areas (width x height). `context_width` and `name_keywords` tell whose a user's own file is: its tensors
     have the width, and its name has the words (no tensor tells a Base checkpoint from a distilled one). `hidden_width`
     tells which LoRAs it takes.
     """

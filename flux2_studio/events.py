@@ -67,10 +67,10 @@ class PromptEnhanced:
 class Preview:
     """Step `step` (1-based) of `steps` is done; `images` is what the pictures would be by now.
 
-    A run of many pictures may be made in several batches: `images` are pictures `first_index`, `first + 1`, ... (0-based)
-    of `count`, and `step` and `steps` count within this batch. `images` is empty where previews are switched off.
-    `seconds_left` is the estimate for the rest of the run, None before the first step was timed. `unfinished` is what the
-    studio needs to make a file of each picture as it is by now, should the run end here.
+    A run of many pictures may be made in several batches: `images` are pictures `first_index`, `first + 1`, ...
+    (0-based) of `count`, and `step` and `steps` count within this batch. `images` is empty where previews are switched
+    off. `seconds_left` is the estimate for the rest of the run, None before the first step was timed. `unfinished` is
+    what the studio needs to make a file of each picture as it is by now, should the run end here.
     """
 
     step: int

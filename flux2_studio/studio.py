@@ -78,9 +78,9 @@ def make_guard(settings: Settings, *, shared: bool) -> SafetyGuard:
 class Studio:
     """Turns requests into pictures, one at a time. `jobs.JobQueue` puts many callers in line.
 
-    guard: the safety check, by default that of a studio for its owner alone. reference_store: where references are kept, so that
-    their pictures can be made again; None keeps none. pace: learns how long runs take; None for nobody. Raises
-    `StudioError` for a watermark that cannot be laid.
+    guard: the safety check, by default that of a studio for its owner alone. reference_store: where references are
+    kept, so that their pictures can be made again; None keeps none. pace: learns how long runs take; None for nobody.
+    Raises `StudioError` for a watermark that cannot be laid.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class Studio:
         return self._models.is_on_disk(checkpoint)
 
     def resolve(self, request: Request, api_key: ApiKey | None = None) -> Request:
-        """`request` with nothing left open, its references looked at. api_key: see `generate`. Raises `RequestError` for
-        what cannot be done, `UpsampleError` where nobody could enrich the prompt."""
+        """`request` with nothing left open, its references looked at. api_key: see `generate`. Raises `RequestError`
+        for what cannot be done, `UpsampleError` where nobody could enrich the prompt."""
         checkpoint = self._check_request(request)
         check_upsampling_choice(request.upsampling, checkpoint, self.settings, api_key)
         sizes: list[tuple[int, int]] = []
@@ -201,7 +201,8 @@ class Studio:
         sizes = [part.size for part in checkpoint.parts]
         there = self._models.memory_capacity
         return (
-            f"Takes about {format_size(sum(sizes))} of memory at once, {format_size(max(sizes))} when its parts take turns; "
+            f"Takes about {format_size(sum(sizes))} of memory at once, {format_size(max(sizes))} when its parts take "
+            "turns; "
             f"{self._models.device_label} has {format_size(there)}."
         )
 
@@ -376,8 +377,8 @@ class Studio:
         preview_interval: float = 0.0,
         check_seconds: float = 0.0,
     ) -> Generator[Event, None, RunContext]:
-        """A run of what `_check_inputs` gave, with its checkpoint open. failed_plan: the plan that turned out to be too much; the
-        others are as in `RunContext`."""
+        """A run of what `_check_inputs` gave, with its checkpoint open. failed_plan: the plan that turned out to be too
+        much; the others are as in `RunContext`."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
         workload = make_request_shape(request, [reference.image.size for reference in references], checkpoint)
         session = yield from in_worker_thread(
@@ -412,8 +413,8 @@ class Studio:
     def _check_inputs(
         self, submitted: Request, cancelled: Callable[[], bool], outputs: RunOutputs, *, for_generation: bool
     ) -> Generator[Event, None, tuple[Request, list[PreparedReference], EditRegion | None]]:
-        """The resolved request, its references and what of the first may change, all of it checked. for_generation: whether
-        pictures will be made of the references, which are then kept, and named in the pictures' credentials."""
+        """The resolved request, its references and what of the first may change, all of it checked. for_generation:
+        whether pictures will be made of the references, which are then kept, and named in the pictures' credentials."""
         checkpoint = self._check_request(submitted)
         yield from outputs.new_notices(self.guard.check_prompt(submitted.prompt))
         references = []

@@ -72,7 +72,9 @@ def test_text_recipes() -> None:
     assert (qwen.hidden_layers, qwen.length, qwen.padding_side, qwen.generation_prompt, qwen.layer_count) == (
         (9, 18, 27), 512, "right", True, 27,
     )  # fmt: skip
-    assert (mistral.hidden_layers, mistral.length, mistral.padding_side, mistral.generation_prompt, mistral.layer_count) == (
+    assert (
+        mistral.hidden_layers, mistral.length, mistral.padding_side, mistral.generation_prompt, mistral.layer_count
+    ) == (
         (10, 20, 30), 512, "left", False, 30,
     )  # fmt: skip
     assert mistral.removed_tokens == ("[IMG]",)

@@ -30,7 +30,8 @@ class SheetLayout:
 def draw_sheet(layout: SheetLayout, pictures: Mapping[tuple[int, int], Image.Image]) -> Image.Image:
     """The sheet of `pictures`, by (column, row); a place without one stays blank.
 
-    Pictures are scaled down to `TILE_PIXELS`, and further where the sheet would be larger than `MAX_SHEET_PIXELS`; never up.
+    Pictures are scaled down to `TILE_PIXELS`, and further where the sheet would be larger than `MAX_SHEET_PIXELS`;
+    never up.
     """
     width = max((it.width for it in pictures.values()), default=TILE_PIXELS)
     height = max((it.height for it in pictures.values()), default=TILE_PIXELS)

@@ -51,7 +51,8 @@ TO_LAB = np.array(
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """edit_mask: L, 255 where a picture of its size may change, else 0. data: the file, and sha256 that of its bytes."""
+    """edit_mask: L, 255 where a picture of its size may change, else 0. data: the file, and sha256 that of its
+    bytes."""
 
     edit_mask: Image.Image
     data: bytes = field(repr=False)
@@ -60,8 +61,8 @@ class Mask:
 
 @dataclass(frozen=True, kw_only=True)
 class EditRegion:
-    """Of a result, what may change. original: RGB, what is kept, its edge pixels repeated into what is new. edit_mask: L,
-    of the same size, 255 where anything may change, else 0. mask: the mask's file, where there is one."""
+    """Of a result, what may change. original: RGB, what is kept, its edge pixels repeated into what is new. edit_mask:
+    L, of the same size, 255 where anything may change, else 0. mask: the mask's file, where there is one."""
 
     original: Image.Image
     edit_mask: Image.Image
@@ -175,8 +176,8 @@ def feather_weights(inside: BoolArray, width: int) -> NDArray[np.float32]:
 def match_colours(image: Image.Image, target: Image.Image, edit_mask: Image.Image | None = None) -> Image.Image | None:
     """`image` with the mean and standard deviation that `target` has in each channel of Oklab; both RGB.
 
-    edit_mask: where the two (of one size then) may differ, which is not looked at. None where too little is left to look
-    at.
+    edit_mask: where the two (of one size then) may differ, which is not looked at. None where too little is left to
+    look at.
     """
     now, wanted = _oklab(image), _oklab(target)
     stays = None if edit_mask is None else np.asarray(edit_mask) == 0

@@ -80,7 +80,8 @@ def fit(image: Image.Image, cap_pixels: int) -> Image.Image:
     """`image` scaled down to an area of at most `cap_pixels`, to the sides that `fit_size` gives; else as it is.
 
     Exactly as Black Forest Labs' code and diffusers scale (LANCZOS, sides cut to whole pixels). What they do next, cut
-    the centre out to multiples of 16, would move an edit by up to 7 pixels against its reference: see `pad_to_multiple`.
+    the centre out to multiples of 16, would move an edit by up to 7 pixels against its reference: see
+    `pad_to_multiple`.
     """
     size = fit_size(image.size, cap_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)

@@ -133,7 +133,8 @@ class JobQueue:
             waiting = [job for job in self._waiting if not job.finished and not isinstance(job, EnhanceJob)]
         if sum(job.owner == owner and job.is_persistent for job in waiting) >= MAX_WAITING_PER_OWNER:
             raise StudioError(
-                f"{MAX_WAITING_PER_OWNER} runs of yours are waiting, and more cannot: take one off the queue, or try again when "
+                f"{MAX_WAITING_PER_OWNER} runs of yours are waiting, and more cannot: take one off the queue, or try "
+                "again when "
                 f"one is done."
             )
         if len(waiting) >= MAX_WAITING_RUNS:

@@ -14,7 +14,8 @@ MAX_SKIPS = 3  # runs of the loaded checkpoint that may go before an older one o
 
 
 class WaitingRun(Protocol):
-    """A run that waits. required_checkpoint: the checkpoint that it runs with; checkpoint_after: the one that is loaded when it is done.
+    """A run that waits. required_checkpoint: the checkpoint that it runs with; checkpoint_after: the one that is loaded
+    when it is done.
 
     skipped: how many younger ones were taken before it. predecessors: those that its owner put before it.
     """

@@ -93,9 +93,9 @@ class Task:
 
 
 class Job(Task):
-    """One submitted run, with its resolved request. api_key: its owner's, for the server that enriches prompts; forgotten
-    when the run has ended. told: hears of each event, before its followers do. skipped, behind, needs, leaves: its place
-    in the line. is_persistent: whether it is written down, and stands in its owner's queue."""
+    """One submitted run, with its resolved request. api_key: its owner's, for the server that enriches prompts;
+    forgotten when the run has ended. told: hears of each event, before its followers do. skipped, behind, needs,
+    leaves: its place in the line. is_persistent: whether it is written down, and stands in its owner's queue."""
 
     is_persistent = True
 

@@ -67,8 +67,8 @@ class UnfinishedPictures:
             self._found = {**found, **self._found}
 
     def save_all(self, saver: PreviewSaver, add_to_history: Callable[[Saved], str | None]) -> SavedPreview:
-        """Have `saver` make files of them. add_to_history: puts one where its owner finds it; what is wrong with that, if
-        anything is. Raises `StudioError`: what can be tried again is still there then."""
+        """Have `saver` make files of them. add_to_history: puts one where its owner finds it; what is wrong with that,
+        if anything is. Raises `StudioError`: what can be tried again is still there then."""
         left = self.take_all()
         if not left:
             raise StudioError(PREVIEW_GONE_MESSAGE)

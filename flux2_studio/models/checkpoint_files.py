@@ -78,9 +78,9 @@ class PartKey:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFiles:
-    """A checkpoint whose files fit together. `text_encoder` is None where another machine encodes, and the whole language model
-    where that is to be loaded in its place; `tiny` is None where the autoencoder draws previews itself or none are
-    drawn by a decoder."""
+    """A checkpoint whose files fit together. `text_encoder` is None where another machine encodes, and the whole
+    language model where that is to be loaded in its place; `tiny` is None where the autoencoder draws previews itself
+    or none are drawn by a decoder."""
 
     checkpoint: Checkpoint
     flow: WeightFile[Transformer]
@@ -94,8 +94,9 @@ class CheckpointFiles:
     on_unreadable: Callable[[PartKey], None]
 
     def load(self, kind: str, device: torch.device, on_progress: Callable[[float], None] | None = None) -> Any:
-        """Read the part of that kind onto `device`. on_progress: called with the share that has been read, and may raise to
-        give up. Raises what `weights.WeightFile.load` does; a file that is to blame is opened anew the next time."""
+        """Read the part of that kind onto `device`. on_progress: called with the share that has been read, and may
+        raise to give up. Raises what `weights.WeightFile.load` does; a file that is to blame is opened anew the next
+        time."""
         parts: dict[str, Any] = {
             "text": self.text, "flow": self.flow, "autoencoder": self.autoencoder, "tiny": self.tiny
         }  # fmt: skip
@@ -115,8 +116,8 @@ class CheckpointFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWriterFiles:
-    """A language model whose files fit. extra_bytes: bytes of its weights that the text encoder made of them does not load.
-    writing_bytes: bytes that it takes to write so many tokens beside pictures of (height, width), see
+    """A language model whose files fit. extra_bytes: bytes of its weights that the text encoder made of them does not
+    load. writing_bytes: bytes that it takes to write so many tokens beside pictures of (height, width), see
     `WriterFile.writing_bytes`."""
 
     model: LocalWriter
@@ -493,7 +494,8 @@ def check_parts_match(
         raise WeightsError(
             f"{names['autoencoder']} makes latents of {4 * autoencoder.latent_channels} channels, one for "
             f"{autoencoder.patch} x {autoencoder.patch} pixels, but {flow} reads {transformer.in_channels} channels, "
-            f"one for {SIZE_MULTIPLE} x {SIZE_MULTIPLE}. Choose {label}'s own autoencoder{_path_variable_hint(checkpoint.autoencoder)}."
+            f"one for {SIZE_MULTIPLE} x {SIZE_MULTIPLE}. Choose {label}'s own "
+            f"autoencoder{_path_variable_hint(checkpoint.autoencoder)}."
         )
 
 

@@ -79,7 +79,8 @@ _LABELS = {"text": "text encoder", "flow": "transformer", "autoencoder": "autoen
 
 
 class ModelManager:
-    """Opens checkpoints. One run at a time: sessions are not made for concurrent use; `predict_plan` may be asked any time.
+    """Opens checkpoints. One run at a time: sessions are not made for concurrent use; `predict_plan` may be asked any
+    time.
 
     host_budget: bytes of main memory for weights that have left the device. streaming: whether blocks may wait there;
     both by default only where the device has a memory of its own. compiler: torch's by default.
@@ -133,10 +134,11 @@ class ModelManager:
     ) -> Session:
         """`checkpoint` for a request of `shape`, from disk or the hub. `progress` may raise to give up.
 
-        failed_plan: the plan that ran out of memory, to be leaner than. load_vision_model: whether to load all of the text encoder's
-        language model in place of the encoder where that sees pictures, so that it can be asked about them; where that
-        cannot be, the session's notes say so. Without it, too, prompts are read with the whole model while it is on
-        the device, having written, unless drawing would be slower for that. So `acquire_writer` goes before `open`.
+        failed_plan: the plan that ran out of memory, to be leaner than. load_vision_model: whether to load all of the
+        text encoder's language model in place of the encoder where that sees pictures, so that it can be asked about
+        them; where that cannot be, the session's notes say so. Without it, too, prompts are read with the whole model
+        while it is on the device, having written, unless drawing would be slower for that. So `acquire_writer` goes
+        before `open`.
 
         Raises `WeightsError` for files that are missing, damaged or not of this checkpoint, and LoRAs that are not;
         `OutOfMemory` where no plan fits.
@@ -205,8 +207,9 @@ class ModelManager:
         return list_writer_offers(checkpoint, self._settings, self._hub, self._opener)
 
     def quick_hash(self, checkpoint: Checkpoint) -> str | None:
-        """The SHA-256 of the transformer's weights if it is known or read in a moment, see `compute_hash`; None otherwise,
-        and where they are not on this machine. Uses no network. Raises `WeightsError` for files that cannot be read.
+        """The SHA-256 of the transformer's weights if it is known or read in a moment, see `compute_hash`; None
+        otherwise, and where they are not on this machine. Uses no network. Raises `WeightsError` for files that cannot
+        be read.
         """
         if not self._hub.is_on_disk(checkpoint.flow):
             return None
@@ -361,8 +364,9 @@ class ModelManager:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """What a picture is drawn with, on the device. `applied_loras`: the LoRAs on the transformer. `previewer` is None where
-    previews are off. `background_compiler`: whether the blocks run compiled. `take_notes`: what the user should know of that."""
+    """What a picture is drawn with, on the device. `applied_loras`: the LoRAs on the transformer. `previewer` is None
+    where previews are off. `background_compiler`: whether the blocks run compiled. `take_notes`: what the user should
+    know of that."""
 
     transformer: Transformer
     previewer: Previewer | None
@@ -375,8 +379,8 @@ class Session:
     """A checkpoint under a plan. Each method brings what it needs to the device, telling `progress`, which may raise
     to give up. Build it with `ModelManager.open`.
 
-    loading_seconds: seconds that went into reading weights from their files so far. used_cache: whether a prompt or a reference
-    needed no reading, for it was known.
+    loading_seconds: seconds that went into reading weights from their files so far. used_cache: whether a prompt or a
+    reference needed no reading, for it was known.
     """
 
     def __init__(
@@ -477,8 +481,8 @@ class Session:
         return latent
 
     def prepare_transformer(self, progress: ProgressCallback, batch_size: int = 1) -> Sampler:
-        """Transformer and previews' decoder, and the LoRAs that the request chose on the former. batch_size: how many are
-        drawn together."""
+        """Transformer and previews' decoder, and the LoRAs that the request chose on the former. batch_size: how many
+        are drawn together."""
         parts = self._acquire_stage(DENOISING_STAGE, progress)
         transformer: Transformer = parts["flow"]
         applied = self._loras.apply_to(transformer, self._lora_choices)

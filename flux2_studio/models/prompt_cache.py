@@ -59,7 +59,8 @@ class PromptCache:
     def get_or_encode(
         self, encoder: Hashable, prompts: Sequence[str], encode_missing: Callable[[Sequence[str]], EncodedPrompts]
     ) -> EncodedPrompts:
-        """The contexts of `prompts`. encoder: what they depend on. encode_missing: called once, with those not remembered."""
+        """The contexts of `prompts`. encoder: what they depend on. encode_missing: called once, with those not
+        remembered."""
         rows = {prompt: self._known.get((encoder, prompt)) for prompt in prompts}
         missing = [prompt for prompt, row in rows.items() if row is None]
         if missing:
@@ -82,7 +83,8 @@ class ReferenceLatentCache:
     def get_or_encode(
         self, autoencoder: Hashable, image: Image.Image, encode_missing: Callable[[Image.Image], Tensor]
     ) -> Tensor:
-        """The latent [1, 128, h, w] of `image`. autoencoder: what it depends on. encode_missing: makes it, if need be."""
+        """The latent [1, 128, h, w] of `image`. autoencoder: what it depends on. encode_missing: makes it, if need
+        be."""
         key = (autoencoder, image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
         latent = self._known.get(key)
         if latent is None:

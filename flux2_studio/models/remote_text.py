@@ -207,7 +207,10 @@ class RemoteTextEncoder:
         if status == 401 and self.token is None:
             return f"{service} asks for a token: set FLUX2_TEXT_ENCODER_TOKEN to it, or {_ENCODE_LOCALLY_HINT}."
         if status == 401:
-            return f"{service} does not accept the token in FLUX2_TEXT_ENCODER_TOKEN: set the right one, or {_ENCODE_LOCALLY_HINT}."
+            return (
+                f"{service} does not accept the token in FLUX2_TEXT_ENCODER_TOKEN: set the right one, or "
+                f"{_ENCODE_LOCALLY_HINT}."
+            )
         if status == 403:
             return (
                 f"{service} does not let you in: it may want another token (FLUX2_TEXT_ENCODER_TOKEN), or a licence "
@@ -222,7 +225,8 @@ class RemoteTextEncoder:
         if status in REDIRECTS:
             return (
                 f"What answers at {self.host} sends us on to another address, where we do not take the prompt and the "
-                f"token: look where it leads, and set FLUX2_TEXT_ENCODER_URL to that if you trust it, or {_ENCODE_LOCALLY_HINT}."
+                "token: look where it leads, and set FLUX2_TEXT_ENCODER_URL to that if you trust it, or "
+                f"{_ENCODE_LOCALLY_HINT}."
             )
         if status in BUSY:
             return f"{service} is too busy at the moment (HTTP {status}): try again later, or {_ENCODE_LOCALLY_HINT}."

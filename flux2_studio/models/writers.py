@@ -56,10 +56,10 @@ class WriterPlan:
 class WriterOffer:
     """A language model that can enrich prompts beside a checkpoint, as it is now.
 
-    is_text_encoder: whether it is the checkpoint's text encoder, which is on this machine for reading anyway. is_on_disk: whether it
-    can be loaded without a download; download: bytes still to come. memory: bytes that it takes beside what the
-    checkpoint does; by its published size where it is not on disk, an upper bound for an own one. description: all of that
-    in a sentence, or what is wrong with its files.
+    is_text_encoder: whether it is the checkpoint's text encoder, which is on this machine for reading anyway.
+    is_on_disk: whether it can be loaded without a download; download: bytes still to come. memory: bytes that it takes
+    beside what the checkpoint does; by its published size where it is not on disk, an upper bound for an own one.
+    description: all of that in a sentence, or what is wrong with its files.
     """
 
     name: str
@@ -132,8 +132,8 @@ def plan_writer(
 ) -> WriterPlan:
     """How `opened` fits into `budget` bytes of the device's memory while it writes. Other parts have left by then.
 
-    tokens: of the conversation, the answer included. image_sizes: (height, width) of each in pixels. free_host_bytes, streaming: as
-    for `plan.make_plan`. Raises `OutOfMemory`.
+    tokens: of the conversation, the answer included. image_sizes: (height, width) of each in pixels. free_host_bytes,
+    streaming: as for `plan.make_plan`. Raises `OutOfMemory`.
     """
     weights, limit = opened.weights, usable_bytes(budget, device)
     activations = opened.writing_bytes(tokens, tuple(image_sizes))
@@ -145,14 +145,18 @@ def plan_writer(
     label = opened.model.label
     if streaming and free_host_bytes is not None and weights.device_bytes(blocks) + activations <= limit:
         raise OutOfMemory(
-            f"{label} takes {format_gigabytes(weights.total)} GB, too much for this device's memory at once; to send its "
-            f"layers over one by one takes as much main memory, of which {format_gigabytes(free_host_bytes)} GB are free. {OTHER_WRITER_HINT}, or "
+            f"{label} takes {format_gigabytes(weights.total)} GB, too much for this device's memory at once; to send "
+            "its "
+            f"layers over one by one takes as much main memory, of which {format_gigabytes(free_host_bytes)} GB are "
+            f"free. {OTHER_WRITER_HINT}, or "
             f"close other programs."
         )
     least = min(weights.total, weights.device_bytes(blocks)) if streams else weights.total
     raise OutOfMemory(
-        f"{label} needs about {format_gigabytes(required_budget(least + activations, device))} GB of memory to write, and "
-        f"{format_gigabytes(budget)} GB can be used. {OTHER_WRITER_HINT}; weights in 8 bits (FLUX2_QUANTIZE=int8) need less."
+        f"{label} needs about {format_gigabytes(required_budget(least + activations, device))} GB of memory to "
+        "write, and "
+        f"{format_gigabytes(budget)} GB can be used. {OTHER_WRITER_HINT}; weights in 8 bits (FLUX2_QUANTIZE=int8) "
+        "need less."
     )
 
 

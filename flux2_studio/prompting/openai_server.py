@@ -1,10 +1,10 @@
 """Prompts enriched by a language model: one on this machine, or one behind OpenRouter or any server that speaks its
 protocol (vLLM, llama.cpp, Ollama, ...).
 
-`upsample_prompt` is the whole of it: pieces of text as they come, then the prompt, or an `UpsampleError`. Nothing falls back
-to the prompt as it was. The other side of `ChatServerUpsampler` may be slow, gone or hostile: what it says in its errors is not
-passed on, redirects are not followed, and the key is put on each request at the last moment, out of reach of everything
-that logs or prints.
+`upsample_prompt` is the whole of it: pieces of text as they come, then the prompt, or an `UpsampleError`. Nothing falls
+back to the prompt as it was. The other side of `ChatServerUpsampler` may be slow, gone or hostile: what it says in its
+errors is not passed on, redirects are not followed, and the key is put on each request at the last moment, out of reach
+of everything that logs or prints.
 """
 
 from __future__ import annotations

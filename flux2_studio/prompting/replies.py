@@ -76,14 +76,16 @@ class ParsedReply:
 
 
 def max_reply_characters(original_prompt: str) -> int:
-    """How long an answer to the prompt `original_prompt` may be: a long prompt may stay long, as far as a request takes it."""
+    """How long an answer to the prompt `original_prompt` may be: a long prompt may stay long, as far as a request takes
+    it."""
     return min(MAX_PROMPT, max(MAX_PROMPT_REPLY_CHARACTERS, 2 * len(original_prompt)))
 
 
 def reply_too_long_error(count: int, original_prompt: str) -> UpsampleError:
     """The error for an answer of `count` characters and perhaps more to come."""
     return UpsampleError(
-        f"The language model wrote {count:,} characters and more, where a prompt has {max_reply_characters(original_prompt):,} at "
+        f"The language model wrote {count:,} characters and more, where a prompt has "
+        f"{max_reply_characters(original_prompt):,} at "
         f"most. Try again, choose another model, {OR_WITHOUT_ENHANCING}."
     )
 

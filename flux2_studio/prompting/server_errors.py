@@ -18,7 +18,8 @@ from flux2_studio.prompting.replies import OR_WITHOUT_ENHANCING
 
 
 class ChatServerError(Exception):
-    """What is wrong, in words. is_retryable: whether asking again may help, after so many seconds if the server says so."""
+    """What is wrong, in words. is_retryable: whether asking again may help, after so many seconds if the server says
+    so."""
 
     def __init__(self, text: str, *, is_retryable: bool = False, retry_delay: float | None = None) -> None:
         super().__init__(text)
@@ -74,7 +75,8 @@ class ChatServer:
 
     def timeout_error(self, seconds: float) -> ChatServerError:
         return ChatServerError(
-            f"{self.name} did not answer within {seconds:.0f} s: try again, choose a faster model, {OR_WITHOUT_ENHANCING}."
+            f"{self.name} did not answer within {seconds:.0f} s: try again, choose a faster model, "
+            f"{OR_WITHOUT_ENHANCING}."
         )
 
     def interrupted_error(self) -> ChatServerError:
@@ -94,15 +96,22 @@ class ChatServer:
 
     def key_leak_error(self) -> ChatServerError:
         return ChatServerError(
-            f"{self.name} put your API key into its answer: do not use it any more, and replace the key, {OR_WITHOUT_ENHANCING}."
+            f"{self.name} put your API key into its answer: do not use it any more, and replace the key, "
+            f"{OR_WITHOUT_ENHANCING}."
         )
 
     def _refusal(self, status: int) -> str:
         who = self.name
         if status == 401 and not self.has_key:
-            return f"{who} asks for an API key: type it on the page, or set OPENROUTER_API_KEY to it, {OR_WITHOUT_ENHANCING}."
+            return (
+                f"{who} asks for an API key: type it on the page, or set OPENROUTER_API_KEY to it, "
+                f"{OR_WITHOUT_ENHANCING}."
+            )
         if status == 401:
-            return f"{who} does not accept the API key: type the right one, check OPENROUTER_API_KEY, {OR_WITHOUT_ENHANCING}."
+            return (
+                f"{who} does not accept the API key: type the right one, check OPENROUTER_API_KEY, "
+                f"{OR_WITHOUT_ENHANCING}."
+            )
         if status == 402:
             return (
                 f"{who} says that the key has no credit left: add some there (at OpenRouter under "
@@ -135,7 +144,10 @@ class ChatServer:
                 f"{who} gave up waiting for {self.model} (HTTP {status}): choose another model, {OR_WITHOUT_ENHANCING}."
             )
         if status >= 500:
-            return f"{who} or {self.model} has trouble (HTTP {status}): try again, choose another model, {OR_WITHOUT_ENHANCING}."
+            return (
+                f"{who} or {self.model} has trouble (HTTP {status}): try again, choose another model, "
+                f"{OR_WITHOUT_ENHANCING}."
+            )
         return (
             f"{who} does not take the request (HTTP {status}): {self.model} may not see pictures, or not know these "
             f"sampling settings. Choose another model, {OR_WITHOUT_ENHANCING}."

@@ -54,8 +54,8 @@ class Finisher:
     ) -> FinishedFile:
         """The file of `image` (RGB), as the record's request wants it.
 
-        ingredients: `Signer.source` of each reference. edit_mask: L, 0 where no pixel may be touched; None for nowhere. Raises
-        `CredentialsError`.
+        ingredients: `Signer.source` of each reference. edit_mask: L, 0 where no pixel may be touched; None for nowhere.
+        Raises `CredentialsError`.
         """
         request = record.request
         notes: list[str] = []
@@ -84,7 +84,8 @@ class Finisher:
                     f"on, where a reader has to look: {found}."
                 )
             provenance.append(
-                f"Invisible watermark: {mark.matching_bits} of the {len(mark.message.bits)} bits of {mark.message.label} were "
+                f"Invisible watermark: {mark.matching_bits} of the {len(mark.message.bits)} bits of "
+                f"{mark.message.label} were "
                 f"read back.{where}"
             )
         if request.metadata and not encoded.notes:
@@ -111,7 +112,8 @@ class Finisher:
             return found
         bits = len(self.message.bits)
         notes.append(
-            f"No watermark that can be relied on: only {found.matching_bits if found else 0} of its {bits} bits outlived the "
+            f"No watermark that can be relied on: only {found.matching_bits if found else 0} of its {bits} bits "
+            "outlived the "
             f"compression. Save as PNG to keep it."
         )
         return None

@@ -41,8 +41,8 @@ class Inspection:
     format: PNG, JPEG, ...; "" for a file that is no picture, or none that can be opened, and then `problem` says why.
     width, height: pixels, as they are stored; 0 where they are not known. bytes: the file's size. sha256: of the whole
     file, "" for one that is too large to be read. watermark: what comes closest to one of the messages; None where it
-    could not be looked for, and then `watermark_problem` says why. watermark_box: where in the picture it was found, if not in
-    the whole.
+    could not be looked for, and then `watermark_problem` says why. watermark_box: where in the picture it was found, if
+    not in the whole.
     """
 
     name: str

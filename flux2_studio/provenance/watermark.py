@@ -126,8 +126,8 @@ class WatermarkDetection:
         """How likely so many bits or more agree by chance, were every bit a coin's toss: the binomial tail.
 
         Pictures without a mark do not quite toss coins: in an even area all bits come out the same, for which
-        `WatermarkMessage.parse` sees to it that a message has both kinds. Over varied pictures and messages, matches spread no
-        wider than the coins' do (measured: standard deviation 0.067 for 46 bits, by coins 0.074).
+        `WatermarkMessage.parse` sees to it that a message has both kinds. Over varied pictures and messages, matches
+        spread no wider than the coins' do (measured: standard deviation 0.067 for 46 bits, by coins 0.074).
         """
         return _binomial_tail(self.matching_bits, len(self.message.bits))
 
@@ -136,7 +136,8 @@ class WatermarkDetection:
         return self.chance_probability <= MAX_CHANCE
 
     def __str__(self) -> str:
-        agree = f"{self.matching_bits} of the {len(self.message.bits)} bits of {self.message.label} agree ({self.match_ratio:.0%})"
+        bits = f"{self.matching_bits} of the {len(self.message.bits)} bits"
+        agree = f"{bits} of {self.message.label} agree ({self.match_ratio:.0%})"
         if not self.found:
             return f"No watermark found: {agree}, which chance brings about too."
         return f"Watermark found: {agree}. By chance, one picture in {self.odds} does so well."
@@ -189,7 +190,8 @@ def embed_watermark(image: Image.Image, message: WatermarkMessage) -> MarkedPict
 
 
 def embed_watermark_within(image: Image.Image, edit_mask: Image.Image, message: WatermarkMessage) -> MarkedPicture:
-    """As `embed_watermark`, but only where `edit_mask` (L, of the size of `image`) is not 0: every other pixel stays as it is.
+    """As `embed_watermark`, but only where `edit_mask` (L, of the size of `image`) is not 0: every other pixel stays as
+    it is.
 
     The mark stands in the smallest rectangle around that, which needs 256 pixels a side, and is read back there.
     """
@@ -331,6 +333,7 @@ def _largest_singular_values(squares: Float32Array) -> tuple[Float32Array, Float
 
 
 def _expand_blocks(averages: Float32Array, rows: int, columns: int) -> Float32Array:
-    """[4, 4, rows columns], laid out as by `_haar_blocks` -> [8 rows, 8 columns], each value in all of its 2 x 2 pixels."""
+    """[4, 4, rows columns], laid out as by `_haar_blocks` -> [8 rows, 8 columns], each value in all of its 2 x 2
+    pixels."""
     plane = averages.reshape(4, 4, rows, columns).transpose(2, 0, 3, 1).reshape(rows * 4, columns * 4)
     return plane.repeat(2, axis=0).repeat(2, axis=1)

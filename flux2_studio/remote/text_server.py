@@ -67,11 +67,12 @@ class RequestRefused(Exception):
 
 
 class EncodeServer(ThreadingTCPServer):
-    """Serves `encoder`, the text encoder of `checkpoint` whose contexts have `width`, once `accept_connections` was called.
+    """Serves `encoder`, the text encoder of `checkpoint` whose contexts have `width`, once `accept_connections` was
+    called.
 
-    The address is taken at once, so that one that cannot be had is told before anything is loaded; connections are
-    only taken from `accept_connections` on. Leaving it as a context answers what was begun. Raises `StudioError` for an address that
-    cannot be used, or that others can reach while no token is set.
+    The address is taken at once, so that one that cannot be had is told before anything is loaded; connections are only
+    taken from `accept_connections` on. Leaving it as a context answers what was begun. Raises `StudioError` for an
+    address that cannot be used, or that others can reach while no token is set.
     """
 
     allow_reuse_address = True

@@ -84,7 +84,8 @@ class SafetyGuard:
     def check_with_model(
         self, yes_no_model: YesNoModel, prompt: str, references: Sequence[Image.Image] = ()
     ) -> tuple[str, ...]:
-        """What rules and classifiers cannot know of them, of each by itself. yes_no_model: a language model that is there.
+        """What rules and classifiers cannot know of them, of each by itself. yes_no_model: a language model that is
+        there.
 
         Raises `SafetyError`.
         """
@@ -96,7 +97,8 @@ class SafetyGuard:
         return told
 
     def check_output(self, image: Image.Image, yes_no_model: YesNoModel | None = None) -> tuple[str, ...]:
-        """yes_no_model: as for `check_with_model`. Raises `SafetyError` and `ClassifierError`: `image` must then go nowhere."""
+        """yes_no_model: as for `check_with_model`. Raises `SafetyError` and `ClassifierError`: `image` must then go
+        nowhere."""
         advice = "It was neither saved nor shown. Change the prompt, or try another seed."
         return self._picture(image, "A finished picture", advice, yes_no_model)
 

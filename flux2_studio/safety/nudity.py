@@ -132,7 +132,8 @@ class NudeNet:
 def judge_detections(
     detections: Sequence[BodyPartDetection], second_pass: Sequence[BodyPartDetection] | None = None
 ) -> Verdict:
-    """The verdict on what was `detections`, by `CLASS_THRESHOLDS`; of that only what a second look saw `second_pass`, if there was one."""
+    """The verdict on what was `detections`, by `CLASS_THRESHOLDS`; of that only what a second look saw `second_pass`,
+    if there was one."""
     scores = _best(detections)
     bodily = {label for label, score in scores.items() if score >= MIN_BODY_PART_SCORE}
     flagged = [

@@ -1,22 +1,20 @@
 """Rules for prompts: combinations of meanings, in every reading that `spelling` offers.
 
-| what is refused | when |
-|---|---|
-| sexual content with minors | a minor, by word or by age, and what is explicit or naked anywhere in the prompt, or what is suggestive in the same sentence; under every policy |
-| sexual violence | acts that are that in themselves, or force, drugs or secrecy together with what is explicit or naked |
-| undressing somebody | "remove her clothes", "make him naked", as edits are asked for |
-| real people | somebody who exists (a first name with a surname, "my neighbour", "the woman in image 1") and what is explicit or naked |
-| pornography | what is explicit |
+| what is refused | when | |---|---| | sexual content with minors | a minor, by word or by age, and what is explicit or
+naked anywhere in the prompt, or what is suggestive in the same sentence; under every policy | | sexual violence | acts
+that are that in themselves, or force, drugs or secrecy together with what is explicit or naked | | undressing somebody
+| "remove her clothes", "make him naked", as edits are asked for | | real people | somebody who exists (a first name
+with a surname, "my neighbour", "the woman in image 1") and what is explicit or naked | | pornography | what is explicit
+|
 
 Nudity alone is not refused by its name: it is more often art, make-up or a figure of speech, and the picture is looked
 at. Harmless phrases ("chicken breast", "nude lipstick") are taken out before anything is looked for.
 
 What rules of words cannot do: understand. They miss paraphrase, innuendo, stories, languages other than the dozen whose
 words `lexicon` has, and tricks that `spelling` does not know; they refuse a report on what they look for as they refuse
-the thing. They know no celebrities beyond a first name with a surname, and nothing of violence, hatred, fraud, brands or
-protected characters. They are a first sieve, of a few milliseconds, before the GPU starts; a person who shares a studio with
-strangers remains responsible for it.
-"""  # noqa: E501 - a table
+the thing. They know no celebrities beyond a first name with a surname, and nothing of violence, hatred, fraud, brands
+or protected characters. They are a first sieve, of a few milliseconds, before the GPU starts; a person who shares a
+studio with strangers remains responsible for it."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def make_yes_no_model(writer: Writer) -> YesNoModel:
 
 
 def judge_with_model(yes_no_model: YesNoModel, prompt: str, images: Sequence[Image.Image] = ()) -> Verdict:
-    """The verdict of the model behind `yes_no_model` on a prompt with its reference images, or on images alone (prompt "")."""
+    """The verdict of the model behind `yes_no_model` on a prompt with its reference images, or on images alone (prompt
+    "")."""
     scores = {"any": yes_no_model(SAFETY_SYSTEM_PROMPT, build_question(GENERAL_QUESTION, prompt), images)}
     if scores["any"] < YES_THRESHOLD:
         return Verdict(allowed=True, scores=scores)

@@ -38,7 +38,8 @@ UNTILED = "whole"
 
 @dataclass
 class RunOutputs:
-    """What a run has done so far: `sampler` pictures, of which those in `images` are saved and the rest were withheld."""
+    """What a run has done so far: `sampler` pictures, of which those in `images` are saved and the rest were
+    withheld."""
 
     completed_count: int = 0
     images: list[Path] = field(default_factory=list)
@@ -83,7 +84,8 @@ class PreparedReference:
 class UnfinishedPicture:
     """A picture as it is after some of its steps, and all that it takes to make a file of it.
 
-    region: what of the first reference may change, None for all of it. first_reference: the first reference, scaled to its cap.
+    region: what of the first reference may change, None for all of it. first_reference: the first reference, scaled to
+    its cap.
     """
 
     image: Image.Image
@@ -107,8 +109,8 @@ class RunContext:
     """One run under way: its resolved request, and what goes along with it from stage to stage.
 
     enhanced: how its prompt came about, where a language model wrote it. region: what of the first reference may
-    change, where not all of it may. preview_interval: seconds that lie between two previews, at least, by `clock`. looking:
-    seconds that it took to open and check the references.
+    change, where not all of it may. preview_interval: seconds that lie between two previews, at least, by `clock`.
+    looking: seconds that it took to open and check the references.
     """
 
     request: Request
@@ -285,8 +287,8 @@ def generate_batch(
     conditioning: Conditioning,
     timer: StepTimer,
 ) -> Generator[Event, None, list[tuple[Image.Image, str]] | None]:
-    """The pictures of `records`, drawn as one batch with a Preview per step, and how each was decoded (see `describe_tiling`);
-    None if they do not fit into memory.
+    """The pictures of `records`, drawn as one batch with a Preview per step, and how each was decoded (see
+    `describe_tiling`); None if they do not fit into memory.
 
     remaining: how many pictures of the request are not done yet, these included.
     """
@@ -337,7 +339,8 @@ def composite_region(
     image: Image.Image, request: Request, region: EditRegion | None, first_reference: Image.Image | None
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """A picture as drawn, of the size that `request` asks for, with its colours matched if it asks for that, and with
-    every pixel outside `region` as it was; and what the user should know of that. first_reference: the first reference."""
+    every pixel outside `region` as it was; and what the user should know of that. first_reference: the first
+    reference."""
     notes: tuple[str, ...] = ()
     if request.match_colours and first_reference is not None:
         like, change = (region.original, region.edit_mask) if region else (first_reference, None)
@@ -351,8 +354,8 @@ def composite_region(
 
 
 class StepTimer:
-    """Estimates the time left from the steps so far, counting a step once per picture. step_seconds: the seconds of each step
-    since it was started."""
+    """Estimates the time left from the steps so far, counting a step once per picture. step_seconds: the seconds of
+    each step since it was started."""
 
     def __init__(self) -> None:
         self.step_seconds: list[float] = []

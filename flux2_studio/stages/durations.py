@@ -72,7 +72,8 @@ class RunFeatures:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """Pictures that are drawn together. text, image, references: tokens of each. use_cfg: every step for two prompts."""
+    """Pictures that are drawn together. text, image, references: tokens of each. use_cfg: every step for two
+    prompts."""
 
     text: int
     image: int
@@ -89,8 +90,9 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTiming:
-    """What one batch took, in seconds: a `step_seconds`, `picture_seconds` picture after the last one, and `setup_seconds` before the first; None
-    where that was remembered. is_cold: it may have been slower than the next will be."""
+    """What one batch took, in seconds: a `step_seconds`, `picture_seconds` picture after the last one, and
+    `setup_seconds` before the first; None where that was remembered. is_cold: it may have been slower than the next
+    will be."""
 
     batch: BatchShape
     step_seconds: float
@@ -174,8 +176,8 @@ def estimate_seconds(
 ) -> float:
     """Seconds that `asked` will take, by what is `known`, newest first: features, seconds, and whether that was cold.
 
-    The features are 1, a number that time is proportional to where a single size is known and it is `proportional`, and any
-    more. See the head of this file for the formula.
+    The features are 1, a number that time is proportional to where a single size is known and it is `proportional`, and
+    any more. See the head of this file for the formula.
     """
     sizes = _by_size(known)
     if asked in sizes:
@@ -200,7 +202,8 @@ def _by_size(known: Iterable[tuple[FeatureVector, float, bool]]) -> dict[Feature
 
 
 def _fit(sizes: Sequence[FeatureVector], seconds: Sequence[float]) -> np.ndarray:
-    """The coefficients, none below 0, whose sums of features come closest to `predict_seconds`, relatively; newest first.
+    """The coefficients, none below 0, whose sums of features come closest to `predict_seconds`, relatively; newest
+    first.
 
     Least squares without negative coefficients is ordinary least squares over the right choice of features: there are
     few enough to try each. Of choices that are as good, which two sizes alone allow, the one with the higher powers is

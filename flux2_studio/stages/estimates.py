@@ -24,8 +24,8 @@ STREAMED_FRACTION_STEPS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunEstimate:
-    """What a request will take. memory_fit: how it will fit into memory, "" where that cannot be told; tokens: of the picture
-    and of each reference, in the transformer's sequence; use_cfg: every step is computed twice.
+    """What a request will take. memory_fit: how it will fit into memory, "" where that cannot be told; tokens: of the
+    picture and of each reference, in the transformer's sequence; use_cfg: every step is computed twice.
 
     seconds: of the run, without what is loaded for it; None where nothing like it was timed on this machine. there,
     is_loaded: whether the checkpoint is on disk, and in memory.
@@ -54,8 +54,8 @@ def make_estimate(
     is_on_disk: bool,
     is_loaded: bool,
 ) -> RunEstimate:
-    """The outlook of a resolved request. features, batch: how it would be drawn, and how many pictures at once; None where
-    that is not known. Raises `SaveError` where what was learnt cannot be read."""
+    """The outlook of a resolved request. features, batch: how it would be drawn, and how many pictures at once; None
+    where that is not known. Raises `SaveError` where what was learnt cannot be read."""
     assert request.steps, "resolve the request first"
     seconds = None
     if features is not None and durations is not None:
@@ -120,8 +120,8 @@ def learn_duration(
     finish_seconds: float,
     setup_seconds: float | None,
 ) -> None:
-    """Have `durations` know what a batch of `run` took. finish_seconds: seconds from the last step on, of all its pictures; once:
-    those before the first step, None after the first batch. A run does not fail for it."""
+    """Have `durations` know what a batch of `run` took. finish_seconds: seconds from the last step on, of all its
+    pictures; once: those before the first step, None after the first batch. A run does not fail for it."""
     timed = BatchTiming(
         batch=_batch(run.session.checkpoint, run.request_shape, pictures),
         step_seconds=sum(timer.step_seconds) / len(timer.step_seconds),

@@ -101,8 +101,8 @@ class PictureDetails:
 
 @dataclass(frozen=True, kw_only=True)
 class HistorySearch:
-    """What to look for: all of `words` anywhere in the prompt, and what else is given. Times as `HistoryEntry.created`, from
-    `since` to before `until`."""
+    """What to look for: all of `words` anywhere in the prompt, and what else is given. Times as `HistoryEntry.created`,
+    from `since` to before `until`."""
 
     words: str = ""
     checkpoint: str = ""

@@ -7,10 +7,10 @@ One JSON file each, from this studio's presets/ folder or from anybody:
      "picture": a file of examples/, or "shows": what comes out, in words,
      "request": {"prompt": "... {subject} ...", "width": ..., "height": ..., ...}}
 
-`request` holds fields of `Request`, those in `PRESET_FIELDS`. Not the seed and the references: a preset is a recipe, not one
-picture (that is what Inspect restores), and a stranger's file must name no path of this machine. And not who enriches
-the prompt, nor what a finished file says of itself: where a prompt is sent and what is published stays the user's own
-choice, whatever file they took in.
+`request` holds fields of `Request`, those in `PRESET_FIELDS`. Not the seed and the references: a preset is a recipe,
+not one picture (that is what Inspect restores), and a stranger's file must name no path of this machine. And not who
+enriches the prompt, nor what a finished file says of itself: where a prompt is sent and what is published stays the
+user's own choice, whatever file they took in.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ _PICTURE = re.compile(r"[a-z0-9][a-z0-9-]{0,59}\.webp")
 class Preset:
     """A partial request and its card.
 
-    request: of the fields in `PRESET_FIELDS` those that it sets, as `Request.as_dict` has them. subject: an example for the
-    prompt's `{subject}`. picture: an example of what comes out, where there is one. Raises `PresetError` for what no
-    card and no request may hold.
+    request: of the fields in `PRESET_FIELDS` those that it sets, as `Request.as_dict` has them. subject: an example for
+    the prompt's `{subject}`. picture: an example of what comes out, where there is one. Raises `PresetError` for what
+    no card and no request may hold.
     """
 
     name: str
@@ -116,7 +116,8 @@ class Preset:
         return f"{before}{said or self.subject}{after}"
 
     def extract_subject(self, prompt: str) -> str | None:
-        """What the user had said where `fill_prompt` came from this preset ("" for the example); None where it did not."""
+        """What the user had said where `fill_prompt` came from this preset ("" for the example); None where it did
+        not."""
         if not self.takes_subject:
             return "" if self.template and prompt == self.template else None
         before, _, after = self.template.partition(SUBJECT_PLACEHOLDER)

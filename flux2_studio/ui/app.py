@@ -68,9 +68,9 @@ def build_page(
 ) -> gr.Blocks:
     """The page of `studio`, whose runs go through `jobs`; not launched yet.
 
-    describe_memory_needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether checkpoints of `library`
-    can be downloaded and deleted there. history: what its History tab shows; None for a page without one. explorations:
-    those of its Explore tab; None for new ones.
+    describe_memory_needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether
+    checkpoints of `library` can be downloaded and deleted there. history: what its History tab shows; None for a page
+    without one. explorations: those of its Explore tab; None for new ones.
     """
     settings = studio.settings
     default = settings.checkpoint(None)

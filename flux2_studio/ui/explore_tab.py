@@ -49,7 +49,8 @@ EXPLORE_INTRO_HTML = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExploreTab:
-    """`fields` and `values` are the three sides of a grid; `exploration_id` is the exploration that is shown, by its id."""
+    """`fields` and `values` are the three sides of a grid; `exploration_id` is the exploration that is shown, by its
+    id."""
 
     source: gr.Radio
     kind: gr.Radio
@@ -370,7 +371,8 @@ def _cell(exploration: Exploration, number: int | None, layout: SheetLayout) -> 
             f'<img src="{small}" alt="{label}" loading="lazy"></a>'
         )
     elif number in progress.failed:
-        inner = f'<span class="tile failed" title="{escape(translate_message(progress.failed[number]))}">{translate("failed")}</span>'
+        reason = escape(translate_message(progress.failed[number]))
+        inner = f'<span class="tile failed" title="{reason}">{translate("failed")}</span>'
     else:
         inner = '<span class="tile"></span>'
     caption = f"<small>{label}</small>" if layout.captions else ""

@@ -111,8 +111,8 @@ def read_form(
     """A form's values as a request, without the key that is among them. An unlocked seed is left to chance. Raises
     `StudioError`.
 
-    Whoever chooses a checkpoint and runs at once sends the numbers that were `form_checkpoint` the one before: then they
-    are left to `checkpoint`, and so is the size unless it was typed.
+    Whoever chooses a checkpoint and runs at once sends the numbers that were `form_checkpoint` the one before: then
+    they are left to `checkpoint`, and so is the size unless it was typed.
     """
     read = {name: value for name, value in values.items() if name not in UPSAMPLING_INPUTS}
     read["upsampling"] = read_upsampling(values)

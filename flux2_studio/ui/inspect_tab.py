@@ -57,8 +57,8 @@ class ReferenceFinder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectTab:
-    """`inspection` is the last `Inspection`, None for none: what Restore puts back. `sent_at` is sent by the browser with what it
-    asks, and says when it did; `latest` keeps when that was last."""
+    """`inspection` is the last `Inspection`, None for none: what Restore puts back. `sent_at` is sent by the browser
+    with what it asks, and says when it did; `latest` keeps when that was last."""
 
     picture: gr.Gallery
     findings: gr.HTML  # what it amounts to
@@ -150,8 +150,8 @@ def wire_inspect_tab(
 ) -> None:
     """Connect the tab.
 
-    signer, messages: see `inspect_picture`. checkpoint_dropdown, tabs, forms: of the page. reference_store: where those of runs are kept; None
-    where none are handed out, because others use this studio too.
+    signer, messages: see `inspect_picture`. checkpoint_dropdown, tabs, forms: of the page. reference_store: where those
+    of runs are kept; None where none are handed out, because others use this studio too.
     """
 
     def look(items: Any, sent_at: float, latest: LatestInspection) -> Iterator[Any]:
@@ -415,6 +415,7 @@ def _picture() -> gr.Gallery:
 
 
 def _nothing(tab: InspectTab) -> Update:
+    findings = "".join(f"<li>{escape(translate_message(finding))}</li>" for finding in seen.findings)
     return {
         tab.findings: INSPECT_INTRO_HTML,
         tab.restore: gr.Button(visible=False),
@@ -430,8 +431,9 @@ def _nothing(tab: InspectTab) -> Update:
 def _shown(tab: InspectTab, seen: Inspection, plan: Restoration | None) -> Update:
     raw = seen.as_dict()
     report = raw["credentials"].pop("report")
+    findings = "".join(f"<li>{escape(translate_message(finding))}</li>" for finding in seen.findings)
     return {
-        tab.findings: f"<ul>{''.join(f'<li>{escape(translate_message(finding))}</li>' for finding in seen.findings)}</ul>",
+        tab.findings: f"<ul>{findings}</ul>",
         tab.restore: gr.Button(visible=plan is not None and plan.request is not None),
         tab.note: render.notes(plan.notes) if plan else "",
         tab.report: inspection_html(seen),

@@ -76,7 +76,8 @@ def wire_models_tab(
     checkpoint_dropdown: gr.Dropdown,
     about: gr.HTML,
 ) -> None:
-    """Connect the tab. `checkpoint_dropdown` is the page's checkpoint choice, `checkpoint_summary_html` what it says of the chosen one."""
+    """Connect the tab. `checkpoint_dropdown` is the page's checkpoint choice, `checkpoint_summary_html` what it says of
+    the chosen one."""
     timer = gr.Timer(
         REFRESH_SECONDS, active=False
     )  # outside the tab, for what is in one lives only once it has been opened
@@ -278,7 +279,8 @@ def _room(library: CheckpointLibrary, may_change: bool) -> str:
         return f"<p>{translate(READ_ONLY_NOTE, download=download, remove=remove)}</p>"
     folder, free = library.free_space()
     where = f"<code>{escape(folder)}</code>"
-    return f"<p>{translate('Downloads go to {folder}, where {amount} are free.', folder=where, amount=format_size(free))}</p>"
+    amount = format_size(free)
+    return f"<p>{translate('Downloads go to {folder}, where {amount} are free.', folder=where, amount=amount)}</p>"
 
 
 def _others(sentences: Sequence[str]) -> str:

@@ -189,7 +189,8 @@ def test_a_language_model_is_asked_about_what_it_sees(toys: Any) -> None:
     assert chance != ask(
         SAFETY_SYSTEM_PROMPT, build_question(GENERAL_QUESTION, ""), [picture.transpose(Image.Transpose.ROTATE_180)]
     )
-    text = f"<s>[SYSTEM_PROMPT]{SAFETY_SYSTEM_PROMPT}[/SYSTEM_PROMPT][INST]{build_question(GENERAL_QUESTION, 'a fox')}[/INST]"
+    question = build_question(GENERAL_QUESTION, "a fox")
+    text = f"<s>[SYSTEM_PROMPT]{SAFETY_SYSTEM_PROMPT}[/SYSTEM_PROMPT][INST]{question}[/INST]"
     ids = oracle.mistral_tokenizer(toys.mistral)(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         likely = toys.mistral.model(ids).logits[0, -1].softmax(0)

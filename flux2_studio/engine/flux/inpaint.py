@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintMask:
-    """known_latent: [1, 128, h, w], the latent of the picture that is edited. editable: [h, w] bool, where it may change."""
+    """known_latent: [1, 128, h, w], the latent of the picture that is edited. editable: [h, w] bool, where it may
+    change."""
 
     known_latent: Tensor
     editable: Tensor

@@ -25,7 +25,8 @@ from flux2_studio.engine.flux.transformer import ReferenceCache, Transformer
 class DenoisingStep:
     """After step `index` (0-based) of `steps`. latents and clean: [B, 128, h, w] in float32, normalised.
 
-    `known_latent` is the estimate of the finished latent that this step's velocity gives; after the last step it is `latents`.
+    `known_latent` is the estimate of the finished latent that this step's velocity gives; after the last step it is
+    `latents`.
     """
 
     index: int

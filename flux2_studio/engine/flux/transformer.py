@@ -300,8 +300,8 @@ class SingleBlock(nn.Module):
         reference_kv: ReferenceKV | None = None,
         output_range: tuple[int, int] | None = None,
     ) -> Tensor:
-        """What x [B, tokens, D] becomes: all of it, or the `output_range` tokens alone (the first and how many) where no
-        other is read any more. Those are no references that are being kept."""
+        """What x [B, tokens, D] becomes: all of it, or the `output_range` tokens alone (the first and how many) where
+        no other is read any more. Those are no references that are being kept."""
         shift, scale, gate = mod
         q, k, v, inner = self._project(modulate(x, shift, scale), output_range)
         k = rope(self.norm.key(k)).to(v.dtype)
@@ -399,7 +399,8 @@ class Transformer(nn.Module):
     ) -> Modulations:
         """Of times t [B], as `forward` takes them and `guidance`: of all rows of a batch, or of all steps to come.
 
-        cache_fill: L, N and R where the evaluation fills a reference cache: the last R tokens are modulated as at t = 0.
+        cache_fill: L, N and R where the evaluation fills a reference cache: the last R tokens are modulated as at t =
+        0.
         """
         vec = self._embed_time(t, guidance)[:, None]
         last = self.final_layer.modulation(vec)

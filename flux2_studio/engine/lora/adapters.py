@@ -1,16 +1,16 @@
 """LoRAs: files of small changes to a transformer's linear layers, put onto it and taken off without loading it again.
 
-Does: says which tensors of a file (`lora_file`) fit a transformer and why others do not (`check_lora`), and makes any set
-of LoRAs, each with a weight, the one that a transformer carries (`set_loras`). Does not know: where files come from, which
-checkpoint a transformer is.
+Does: says which tensors of a file (`lora_file`) fit a transformer and why others do not (`check_lora`), and makes any
+set of LoRAs, each with a weight, the one that a transformer carries (`set_loras`). Does not know: where files come
+from, which checkpoint a transformer is.
 
 A change D of a layer's weight W counts as W + weight * scale * D, where scale = alpha / rank if the file states an
 alpha; DoRA's as W + weight * (its W' - W). Several add up, each reckoned from the bare W: their order is all one.
 
-`set_loras` has two ways. On the fly, a layer is wrapped with paths that run beside it (`lora_paths`): the weights are not
-touched, quantised ones do as well as others, and changing LoRAs is a matter of their own size. Fused, the changes are
-added to the weights: no cost per step, but the originals of the touched layers are kept on the CPU, because W + D - D
-is not W in floating point. Either way an empty set gives back the transformer bit by bit.
+`set_loras` has two ways. On the fly, a layer is wrapped with paths that run beside it (`lora_paths`): the weights are
+not touched, quantised ones do as well as others, and changing LoRAs is a matter of their own size. Fused, the changes
+are added to the weights: no cost per step, but the originals of the touched layers are kept on the CPU, because W + D -
+D is not W in floating point. Either way an empty set gives back the transformer bit by bit.
 
 Pitfall: fused LoRAs are in the weights. Whoever saves, quantises or copies weights takes the LoRAs off first.
 """
@@ -86,7 +86,8 @@ def check_lora(lora: Lora, transformer: Transformer) -> LoraFitReport:
     width = transformer.params.hidden
     if lora.width != width:
         raise WeightsError(
-            f"{lora.name} is a LoRA for {_describe_width(lora.width)}; the checkpoint in use has {_describe_width(width)}. {_CHOOSE_ANOTHER}"
+            f"{lora.name} is a LoRA for {_describe_width(lora.width)}; the checkpoint in use has "
+            f"{_describe_width(width)}. {_CHOOSE_ANOTHER}"
         )
     reasons = ", ".join(f"{count} are {reason}" for reason, count in Counter(unmatched.values()).most_common())
     raise WeightsError(

@@ -54,8 +54,8 @@ OF_UNKNOWN_KIND = "not of a kind of LoRA that we know"
 class LoraChange:
     """The change of one layer, or of some of its rows.
 
-    keys: the file's key of each field. shape: [out, in] of the change. kind: of `FIELDS_BY_KIND`. rank: None where the change
-    is no product. scale: alpha / rank.
+    keys: the file's key of each field. shape: [out, in] of the change. kind: of `FIELDS_BY_KIND`. rank: None where the
+    change is no product. scale: alpha / rank.
     """
 
     target: LoraTarget
@@ -214,7 +214,8 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     if config.get("peft_type", "LORA") != "LORA":
         raise WeightsError(
-            f"{path.name} was made by PEFT as {printable_text(str(config['peft_type']))}, whose configuration is not read. Save "
+            f"{path.name} was made by PEFT as {printable_text(str(config['peft_type']))}, whose configuration is not "
+            "read. Save "
             f"it in LyCORIS' or ComfyUI's form, or choose another LoRA."
         )
     return config

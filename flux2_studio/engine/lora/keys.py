@@ -110,7 +110,8 @@ _READS_HIDDEN = re.compile(r".*(?:attn\.(?:qkv|proj)|mlp\.0|linear1|\.lin|\.out_
 def parse_key(key: str) -> tuple[str, str] | None:
     """(layer as the file spells it, field) of a key; None if it is none of a LoRA's that we know.
 
-    Fields are down, up, alpha, magnitude (DoRA), diff, LyCORIS' `lokr_...` and `hada_...`, and those of `CONVOLUTION_FIELDS`.
+    Fields are down, up, alpha, magnitude (DoRA), diff, LyCORIS' `lokr_...` and `hada_...`, and those of
+    `CONVOLUTION_FIELDS`.
     """
     match = _KEY.fullmatch(key) if len(key) <= MAX_KEY_LENGTH else None
     return (match["layer"], _FIELDS[match["field"]]) if match else None

@@ -171,8 +171,8 @@ def build_branch(
 ) -> LoraBranch:
     """The path of one change.
 
-    tensors: by their fields (`lora_keys.parse`), whole and of fitting shapes, in float32. scale: the file's own
-    (alpha / rank). weight: the user's. get_base_weight: gives the layer's weight [out, in] in float32; called for DoRA only.
+    tensors: by their fields (`lora_keys.parse`), whole and of fitting shapes, in float32. scale: the file's own (alpha
+    / rank). weight: the user's. get_base_weight: gives the layer's weight [out, in] in float32; called for DoRA only.
     """
     magnitude = tensors.get("magnitude")
     path = _branch_without_dora(tensors, target, scale if magnitude is not None else scale * weight)
@@ -226,7 +226,8 @@ def merge_low_rank(branches: Iterable[LoraBranch]) -> list[LoraBranch]:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with LoRAs: `branches` beside it, or fused into its weight, the `original_weight` being kept on the CPU.
+    """A linear layer with LoRAs: `branches` beside it, or fused into its weight, the `original_weight` being kept on
+    the CPU.
 
     applied_loras: whatever tells the caller which LoRAs these are. State dicts look as if the layer stood here itself.
     """

@@ -38,8 +38,8 @@ SETTING_TYPES = (bool, int, float, str)  # settings of a layer; others may be wh
 
 
 class CompileError(Exception):
-    """A block could not be compiled: no compiler on this machine, mostly. is_permanent: whether it never will be, as when it
-    is not for want of memory."""
+    """A block could not be compiled: no compiler on this machine, mostly. is_permanent: whether it never will be, as
+    when it is not for want of memory."""
 
     def __init__(self, reason: str, *, is_permanent: bool) -> None:
         super().__init__(reason)
@@ -48,8 +48,8 @@ class CompileError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class CompileKey:
-    """What a block is compiled for. is_batched: whether batches have more than one row. cache_access: what it does about a
-    reference cache, see `ReferenceKV`."""
+    """What a block is compiled for. is_batched: whether batches have more than one row. cache_access: what it does
+    about a reference cache, see `ReferenceKV`."""
 
     is_batched: bool = False
     cache_access: CacheAccess = "none"
@@ -99,8 +99,8 @@ class Compiler:
         self._compiled: dict[Hashable, CompiledForward] = {}
 
     def uncompiled_blocks(self, model: Transformer, compile_key: CompileKey) -> list[nn.Module]:
-        """A block of each structure that is not compiled for `compile_key` yet; none where one of them cannot be, for then
-        the others are of no use."""
+        """A block of each structure that is not compiled for `compile_key` yet; none where one of them cannot be, for
+        then the others are of no use."""
         found: dict[Hashable, nn.Module] = {}
         for block in _transformer_blocks(model):
             found.setdefault(structure_key(block), block)
@@ -110,7 +110,8 @@ class Compiler:
         return [block for it, block in compiled if it is None or not it.is_ready]
 
     def make_job(self, model: Transformer, compile_key: CompileKey) -> CompileJob:
-        """What is `uncompiled_blocks`, to be compiled whatever becomes of `model` meanwhile; its weights are held until then."""
+        """What is `uncompiled_blocks`, to be compiled whatever becomes of `model` meanwhile; its weights are held until
+        then."""
         return CompileJob(
             blocks=tuple(clone_sharing_weights(block) for block in self.uncompiled_blocks(model, compile_key)),
             compile_key=compile_key,

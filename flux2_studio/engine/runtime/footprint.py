@@ -66,9 +66,9 @@ def transformer_bytes(
 ) -> int:
     """Peak of one evaluation of the transformer, with the keys and values that a reference cache keeps after it.
 
-    batch: rows (twice the pictures under classifier-free guidance). image_tokens, text, references: of each row. quantized:
-    whether the blocks' weights are held in few bits, and restored layer by layer. on_cpu: whether this machine's
-    processor computes it.
+    batch: rows (twice the pictures under classifier-free guidance). image_tokens, text, references: of each row.
+    quantized: whether the blocks' weights are held in few bits, and restored layer by layer. on_cpu: whether this
+    machine's processor computes it.
     """
     shallow = replace(params, double_blocks=min(2, params.double_blocks), single_blocks=min(2, params.single_blocks))
     cached = reference_tokens if reference_cache else 0
@@ -118,8 +118,8 @@ def decode_bytes(
 ) -> int:
     """Peak of decoding one picture of width x height pixels, in strips of `strip_height` or whole.
 
-    offload_activations: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's processor
-    computes it.
+    offload_activations: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's
+    processor computes it.
     """
     with META:
         model = _build_autoencoder(params, dtype)
@@ -142,8 +142,8 @@ def encode_bytes(
 ) -> int:
     """Peak of encoding one picture of width x height pixels, in strips of `strip_height` or whole.
 
-    offload_activations: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's processor
-    computes it.
+    offload_activations: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's
+    processor computes it.
     """
     with META:
         model = _build_autoencoder(params, dtype)

@@ -90,8 +90,8 @@ class CapturedGraph:
 
 @dataclass(eq=False)
 class _ModelGraphs:
-    """Of one model, as it was when it had this `identity`: its recordings, the last used last, which `capture` made, and
-    the shapes that ran as they are written."""
+    """Of one model, as it was when it had this `identity`: its recordings, the last used last, which `capture` made,
+    and the shapes that ran as they are written."""
 
     identity: Hashable
     capture: CaptureFn
@@ -103,8 +103,8 @@ class _ModelGraphs:
 class GraphRunner:
     """Records and replays the runs of models. For the thread that runs them, all under `torch.inference_mode`.
 
-    recorder: makes what records the runs of one model, see `CudaGraphCapture`. is_paused: whether nothing is recorded for now,
-    and only replayed. error: why a run could not be recorded; nothing more is recorded then.
+    recorder: makes what records the runs of one model, see `CudaGraphCapture`. is_paused: whether nothing is recorded
+    for now, and only replayed. error: why a run could not be recorded; nothing more is recorded then.
     """
 
     def __init__(self, make_capture: Callable[[], CaptureFn]) -> None:
@@ -186,7 +186,8 @@ class GraphRunner:
         tokens: int,
         keep_alive: object,
     ) -> Tensor:
-        """`run` with `inputs`, as it is written, recorded or replayed. static_key: what it depends on but for its inputs."""
+        """`run` with `inputs`, as it is written, recorded or replayed. static_key: what it depends on but for its
+        inputs."""
         key = static_key, tuple((given.shape, given.stride(), given.dtype, given.device) for given in inputs)
         if (found := model_graphs.graphs.get(key)) is not None:
             model_graphs.graphs.move_to_end(key)

@@ -11,9 +11,10 @@ last blocks that is one of the first: a denoising loop comes back at once. Nothi
 or to the end: whoever finds another block in its slot has its own copied first.
 
 Pitfalls: a slot holds the weights of its block only while that block runs. Who reads or changes the weights of a layer
-at other times says so by `wait_until_loaded` or `editable_weights`. Do not call `.to()` on a streamed module, not even while it pauses:
-`close` it first. Blocks must be called as modules, since hooks do the work. An odd number of streamed blocks has the
-first and the last in one slot: nothing but what runs between these two hides the copy from one forward to the next.
+at other times says so by `wait_until_loaded` or `editable_weights`. Do not call `.to()` on a streamed module, not even
+while it pauses: `close` it first. Blocks must be called as modules, since hooks do the work. An odd number of streamed
+blocks has the first and the last in one slot: nothing but what runs between these two hides the copy from one forward
+to the next.
 """
 
 from __future__ import annotations
@@ -126,8 +127,8 @@ def copy_stream_for(device: torch.device) -> CopyStream:
 
 
 def allocate_host_memory(size: int, copy_stream: CopyStream) -> Tensor | None:
-    """`size` bytes of main memory from which `copy_stream` copies best: pinned where that makes a difference, for as long as
-    anything holds a view of them. None where the system does not give so much."""
+    """`size` bytes of main memory from which `copy_stream` copies best: pinned where that makes a difference, for as
+    long as anything holds a view of them. None where the system does not give so much."""
     pages = max(1, -(-size // PAGE_BYTES)) * PAGE_BYTES
     try:
         array = np.empty(pages + PAGE_BYTES, np.uint8)
@@ -366,7 +367,8 @@ def stream_blocks(
     """Let `module`, which is in host memory, run on `device` with only two of `blocks` there at a time.
 
     blocks: modules inside it, in the order in which a forward runs them, whose forwards are not nested. They need not
-    be all that it has: the others stay on the device with the rest. copy_stream: how copies are made; None: as fits `device`.
+    be all that it has: the others stay on the device with the rest. copy_stream: how copies are made; None: as fits
+    `device`.
 
     The tensors of a block are moved to one flat as they come, so that host memory holds no more than one of them twice.
     On CUDA the flats are pinned, for as long as anything holds a view of them. Whatever goes wrong, the module is left

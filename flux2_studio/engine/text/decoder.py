@@ -31,7 +31,8 @@ QWEN3_DEFAULT_HEAD_WIDTH = 128  # a head's width where a Qwen3 config does not s
 
 @dataclass(frozen=True, kw_only=True)
 class TextDecoderParams:
-    """A decoder's sizes. attention_bias: whether attention's linear layers have biases. rope_theta: base of the rotations."""
+    """A decoder's sizes. attention_bias: whether attention's linear layers have biases. rope_theta: base of the
+    rotations."""
 
     vocabulary: int
     hidden: int
@@ -143,8 +144,8 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv_cache: KVCache | None = None, layer_index: int = 0
     ) -> Tensor:
-        """x [B, L, W]; cos, sin [L, d]; mask [B or none, 1, L, L]: True where a row's token sees a column's. kv_cache: what
-        goes before, which the columns begin with, and which is extended; `layer_index` is which one this is."""
+        """x [B, L, W]; cos, sin [L, d]; mask [B or none, 1, L, L]: True where a row's token sees a column's. kv_cache:
+        what goes before, which the columns begin with, and which is extended; `layer_index` is which one this is."""
         heads = (-1, self._head_width)
         q = apply_rope(self.q_norm(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2), cos, sin)
         k = apply_rope(self.k_norm(self.k_proj(x).unflatten(-1, heads)).transpose(1, 2), cos, sin)

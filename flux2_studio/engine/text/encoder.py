@@ -40,7 +40,8 @@ _UNUSED_TENSORS = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """context: [B, L, taps * W]. truncated_tokens: for each prompt, how many tokens did not fit into L and were left out."""
+    """context: [B, L, taps * W]. truncated_tokens: for each prompt, how many tokens did not fit into L and were left
+    out."""
 
     context: Tensor
     truncated_tokens: tuple[int, ...]

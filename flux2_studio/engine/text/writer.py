@@ -58,8 +58,8 @@ _PREFIX_TO_MODULE = {
 
 
 class LanguageModel(nn.Module):
-    """body: a `FullTextDecoder`, or transformers' Mistral3 around one, to see with. tied: whether the embedding is the head as
-    well."""
+    """body: a `FullTextDecoder`, or transformers' Mistral3 around one, to see with. tied: whether the embedding is the
+    head as well."""
 
     def __init__(self, body: Any, *, tie_embeddings: bool) -> None:
         super().__init__()
@@ -249,8 +249,8 @@ class Writer:
 
 @dataclass(frozen=True)
 class WriterFile:
-    """A writer whose files fit: all that is left is to read the weights. text_encoder: its encoder's part, as if alone. sees:
-    whether it looks at pictures."""
+    """A writer whose files fit: all that is left is to read the weights. text_encoder: its encoder's part, as if alone.
+    sees: whether it looks at pictures."""
 
     text_encoder: TextEncoderFile
     has_vision: bool

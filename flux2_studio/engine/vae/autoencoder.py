@@ -226,9 +226,10 @@ class Autoencoder(nn.Module):
     ) -> Tensor:
         """pixels [B, 3, H, W] in -1..1, sides multiples of 16 -> normalised packed latent [B, 128, H/16, W/16].
 
-        strip_height: None is the fast way. A number of pixel rows, multiple of 16, takes strips of that height through each
-        layer in turn, picture by picture: equal up to rounding, in a fraction of the memory. offload_device: where feature maps
-        wait meanwhile, such as the host; None keeps them on the device. ValueError for any other `strip_height`.
+        strip_height: None is the fast way. A number of pixel rows, multiple of 16, takes strips of that height through
+        each layer in turn, picture by picture: equal up to rounding, in a fraction of the memory. offload_device: where
+        feature maps wait meanwhile, such as the host; None keeps them on the device. ValueError for any other
+        `strip_height`.
         """
         pixels = pixels.to(self.device, self.dtype)
         if strip_height is None:

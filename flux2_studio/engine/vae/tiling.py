@@ -1,7 +1,7 @@
 """The autoencoder strip by strip: the same pictures and latents, up to rounding, in a fraction of the memory.
 
-Does: walk through the layers of `autoencoder.VAEEncoder` and `VAEDecoder` with every feature map cut into strips of rows.
-Does not know: how high a strip should be, packing, normalisation of latents.
+Does: walk through the layers of `autoencoder.VAEEncoder` and `VAEDecoder` with every feature map cut into strips of
+rows. Does not know: how high a strip should be, packing, normalisation of latents.
 
 Tiles that go through the whole network apart from each other show seams and shifts of colour: their borders lack
 neighbours, the attention sees one tile, and each GroupNorm measures its own tile. So here the layers are the outer
@@ -9,9 +9,9 @@ loop and the strips the inner one. A convolution is lent the row above and the r
 statistics are gathered over all strips before the first one is normalised, and attention reads the keys and values of
 the whole map (at 1/8 of the resolution).
 
-Whole are at most two feature maps: a residual block's input, or the shortcut made of it, and what its first
-convolution made. They lie in `offload_device`, on the host if so wished, and are used up strip by strip while the next map
-grows. All else is a small multiple of one strip.
+Whole are at most two feature maps: a residual block's input, or the shortcut made of it, and what its first convolution
+made. They lie in `offload_device`, on the host if so wished, and are used up strip by strip while the next map grows.
+All else is a small multiple of one strip.
 
     strip [1, C, h, W]      row [1, C, 1, W]      window [1, C, h + 2, W]: a strip between its two neighbouring rows
 
@@ -50,7 +50,8 @@ TensorFn = Callable[[Tensor], Tensor]
 def encode_in_strips(
     encoder: VAEEncoder, pixels: Tensor, strip_height: int, offload_device: torch.device | None
 ) -> Tensor:
-    """`encoder(pixels)`. strip_height: of a strip of pixels [B, 3, H, W]; it halves with every level, without a rest."""
+    """`encoder(pixels)`. strip_height: of a strip of pixels [B, 3, H, W]; it halves with every level, without a
+    rest."""
     return torch.cat([_encode(encoder, Strips.from_tensor(x, strip_height, offload_device)) for x in pixels.split(1)])
 
 

@@ -53,8 +53,8 @@ _MAX_MARK_BYTES = 4096  # bytes of one comfy_quant
 class TensorEntry:
     """One tensor: the shape of its values, and where they come from.
 
-    keys: names in the file, the first that of the values or codes. make_matrix: makes the matrix of the keys' tensors; None
-    where the first is made of plain values. problem: why it cannot be read, as the end of a sentence.
+    keys: names in the file, the first that of the values or codes. make_matrix: makes the matrix of the keys' tensors;
+    None where the first is made of plain values. problem: why it cannot be read, as the end of a sentence.
     """
 
     shape: Shape
@@ -93,7 +93,8 @@ class CheckpointContents:
             values = scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale
             if not bool(((values.float() >= 0) & values.float().isfinite()).all()):
                 raise WeightsError(
-                    f"{self.name} has a scale, {printable_text(key)}, that is negative or no number: {DOWNLOAD_AGAIN_ADVICE}"
+                    f"{self.name} has a scale, {printable_text(key)}, that is negative or no number: "
+                    f"{DOWNLOAD_AGAIN_ADVICE}"
                 )
         return entry.restore(tensors)
 
@@ -111,7 +112,8 @@ def open_checkpoint_contents(path: Path, subfolder: str = "", prefixes: Sequence
             name = name.removeprefix(prefix)
         if name in names:
             raise WeightsError(
-                f"{files.name} has both {printable_text(names[name])} and {printable_text(key)}: {DOWNLOAD_AGAIN_ADVICE}"
+                f"{files.name} has both {printable_text(names[name])} and {printable_text(key)}: "
+                f"{DOWNLOAD_AGAIN_ADVICE}"
             )
         names[name] = key
     return CheckpointContents(files, _FormatDetector(files, names, prefixes).entries())

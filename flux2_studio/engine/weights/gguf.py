@@ -4,8 +4,8 @@ Does: the header, with every count, size and offset checked against the file bef
 of the blocks in torch, on any device. Format: docs/gguf.md and ggml-common.h of ggml-org/ggml.
 Does not know: what the tensors are for. What else a header says (architecture, tokenizer) is stepped over.
 
-A block restores `dequantize_rows` neighbours of a row from `bytes_per_block` bytes. In the K formats a block of 256 is made of sub-blocks
-with small scales of their own, which are multiples of the block's scale.
+A block restores `dequantize_rows` neighbours of a row from `bytes_per_block` bytes. In the K formats a block of 256 is
+made of sub-blocks with small scales of their own, which are multiples of the block's scale.
 
     blocks: uint8 [n, size] -> float32 [n, values]
 """
@@ -186,7 +186,8 @@ class GGUFFile:
         tensors, alignment = header.tensors()
         if foreign := sorted({kind for _, kind, _ in tensors.values()} - BLOCK_FORMATS.keys() - PLAIN_DTYPES.keys()):
             raise WeightsError(
-                f"{self.name} holds {printable_list(foreign)} tensors; of GGUF's formats {', '.join(BLOCK_FORMATS)}, F16, BF16 and "
+                f"{self.name} holds {printable_list(foreign)} tensors; of GGUF's formats {', '.join(BLOCK_FORMATS)}, "
+                "F16, BF16 and "
                 f"F32 are read. Choose the checkpoint's Q4_K, Q5_K, Q6_K or Q8_0 file."
             )
         data = _align_up(header.offset, alignment)

@@ -68,8 +68,8 @@ class WeightFile(Generic[ModuleT]):
     """A file whose header fits: all that is left is to read it. `params` are the sizes that it was found to have.
 
     meta_model: what `build` makes, on the meta device, to look at: a deep model takes half a second to build. float32:
-    prefixes of parameters that keep full precision. unquantized_prefixes: of those that are never held quantised. block_prefixes: of those
-    that may be quantised on loading.
+    prefixes of parameters that keep full precision. unquantized_prefixes: of those that are never held quantised.
+    block_prefixes: of those that may be quantised on loading.
     """
 
     params: Any
@@ -93,11 +93,11 @@ class WeightFile(Generic[ModuleT]):
     ) -> ModuleT:
         """Build the module on meta and give it its tensors, each converted and moved once.
 
-        dtype: what is computed in, and what plain parameters are held in. storage: how the weights of linear layers
-        are held. Only these can be quantised; everything else is restored at once. reader: what reads the files; None
-        is one for `device`. use_mmap: whether the files may be mapped where that is no GPU that CUDA runs on, so that
-        what needs no conversion is not even copied; see `TensorFiles.read_mapped` for which may. on_progress: called now and then
-        with the share of the bytes that has been read, and with 1 in the end; what it raises ends the load and is
+        dtype: what is computed in, and what plain parameters are held in. storage: how the weights of linear layers are
+        held. Only these can be quantised; everything else is restored at once. reader: what reads the files; None is
+        one for `device`. use_mmap: whether the files may be mapped where that is no GPU that CUDA runs on, so that what
+        needs no conversion is not even copied; see `TensorFiles.read_mapped` for which may. on_progress: called now and
+        then with the share of the bytes that has been read, and with 1 in the end; what it raises ends the load and is
         passed on. Raises `WeightsError`, and `DeviceError` where `device` does not know the types that are to be kept.
         """
         self._check_device(device, storage)
@@ -335,7 +335,8 @@ def check_weight_file(
         raise WeightsError(f"{contents.name} has {problem}. Download it again, or choose the bfloat16 file.")
     if foreign := sorted({entry.dtype for entry in entries if not entry.is_readable}):
         raise WeightsError(
-            f"{contents.name} holds {printable_list(foreign)} tensors; float32, bfloat16, float16, fp8 (float8_e4m3fn), NVFP4 "
+            f"{contents.name} holds {printable_list(foreign)} tensors; float32, bfloat16, float16, fp8 "
+            "(float8_e4m3fn), NVFP4 "
             f"and GGUF files can be read. Choose the checkpoint's bfloat16 file."
         )
     if meta_model is None:

@@ -142,8 +142,8 @@ class NVFP4Matrix(StoredMatrix):
 class QuantizedLinear(nn.Module):
     """A linear layer without bias over stored matrices, one under the other (q, k, v from three tensors of a file).
 
-    allow_int8_activations: whether its inputs may be brought to int8, which is for values of like sizes: language models have a few
-    that are a thousand times the others, and would lose the rest.
+    allow_int8_activations: whether its inputs may be brought to int8, which is for values of like sizes: language
+    models have a few that are a thousand times the others, and would lose the rest.
     """
 
     allow_int8_activations = False

@@ -72,7 +72,8 @@ def _stat_key(found: os.stat_result) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where a tensor lies: the bytes of `file` from `start` on. meta_tensor: the tensor without its values (on meta)."""
+    """Where a tensor lies: the bytes of `file` from `start` on. meta_tensor: the tensor without its values (on
+    meta)."""
 
     file: FileSnapshot
     start: int
@@ -106,8 +107,8 @@ class _FileRange:
 class StagedReader:
     """Reads tensors to `device`.
 
-    buffer_count: how many reads go on at a time, each with a thread and a buffer of `buffer_bytes` bytes. The buffers are pinned
-    where the device is a GPU, and gone when `read` has ended.
+    buffer_count: how many reads go on at a time, each with a thread and a buffer of `buffer_bytes` bytes. The buffers
+    are pinned where the device is a GPU, and gone when `read` has ended.
     """
 
     def __init__(
@@ -124,9 +125,9 @@ class StagedReader:
     ) -> Generator[tuple[str, Tensor], None, None]:
         """(key, tensor on the device) for each of `spans`, in the order of the files.
 
-        on_bytes_read: called with the bytes of each part that has come; what it raises ends the reading and is passed on.
-        Close the iterator where it is not read to its end: its threads end with it. On a GPU the copies are queued on
-        the stream that is current at each step. Raises `WeightsError`.
+        on_bytes_read: called with the bytes of each part that has come; what it raises ends the reading and is passed
+        on. Close the iterator where it is not read to its end: its threads end with it. On a GPU the copies are queued
+        on the stream that is current at each step. Raises `WeightsError`.
         """
         parts = list(_file_ranges(spans, self.buffer_bytes))
         length = max((part.size for part in parts), default=0)

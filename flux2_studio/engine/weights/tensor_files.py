@@ -56,7 +56,8 @@ class SafetensorsFiles:
                 header, data = _read_header(file)
             except (_SafetensorsHeaderError, OSError) as error:
                 raise WeightsError(
-                    f"{shard.name} is not a whole safetensors file ({printable_text(str(error))}). Download it again; files in "
+                    f"{shard.name} is not a whole safetensors file ({printable_text(str(error))}). Download it "
+                    "again; files in "
                     f"other formats (.ckpt, .pt, .bin) are not read."
                 ) from error
             self.metadata |= header.pop("__metadata__", None) or {}
@@ -68,7 +69,8 @@ class SafetensorsFiles:
                 shape = tuple(said["shape"])
                 if key in self.shapes:
                     raise WeightsError(
-                        f"{self._file_by_key[key].path.name} and {shard.name} both have {printable_text(key)}: {DOWNLOAD_AGAIN_ADVICE}"
+                        f"{self._file_by_key[key].path.name} and {shard.name} both have {printable_text(key)}: "
+                        f"{DOWNLOAD_AGAIN_ADVICE}"
                     )
                 if (0 in shape and key.rpartition(".")[2] != SCALED_FP8_MARKER) or is_impossible_shape(shape):
                     what = (
@@ -108,7 +110,8 @@ class SafetensorsFiles:
         beside = {file.name: file for file in index.parent.glob("*.safetensors") if file.is_file()}
         if missing := sorted(names - beside.keys()):
             raise WeightsError(
-                f"The folder {self.name} lacks {printable_list(missing)}, which its index names. Download the folder again."
+                f"The folder {self.name} lacks {printable_list(missing)}, which its index names. Download the folder "
+                "again."
             )
         return [beside[name] for name in sorted(names)]
 
@@ -154,7 +157,8 @@ class _SafetensorsHeaderError(ValueError):
 
 
 def _read_header(file: FileSnapshot) -> tuple[dict[str, Any], int]:
-    """What a safetensors file's header says, and where the data begin. Raises `_SafetensorsHeaderError`, `WeightsError`, `OSError`."""
+    """What a safetensors file's header says, and where the data begin. Raises `_SafetensorsHeaderError`,
+    `WeightsError`, `OSError`."""
     with file.open() as opened:
         start = opened.read(8)
         length = int.from_bytes(start, "little")

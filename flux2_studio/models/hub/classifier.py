@@ -15,7 +15,8 @@ CLASSIFIER_FILES = ("config.json", "model.safetensors")
 
 
 def find_classifier(local_folder: Path | None, cache: Path | None = None) -> Path | None:
-    """The folder of Falconsai's classifier: the user's `local_folder` copy, or that of the hub's cache; None if there is none.
+    """The folder of Falconsai's classifier: the user's `local_folder` copy, or that of the hub's cache; None if there
+    is none.
 
     cache: another cache folder than huggingface_hub's own choice. Raises `ClassifierError` for an own copy that is not
     there: what was asked for must not be replaced in silence.
@@ -23,7 +24,8 @@ def find_classifier(local_folder: Path | None, cache: Path | None = None) -> Pat
     if local_folder is not None:
         if not all((local_folder / name).is_file() for name in CLASSIFIER_FILES):
             raise ClassifierError(
-                f"FLUX2_NSFW_MODEL_PATH points to {local_folder}, where there is no {' with '.join(CLASSIFIER_FILES)}: set it to the "
+                f"FLUX2_NSFW_MODEL_PATH points to {local_folder}, where there is no "
+                f"{' with '.join(CLASSIFIER_FILES)}: set it to the "
                 f"folder of {CLASSIFIER_REPO}, or unset it."
             )
         return local_folder

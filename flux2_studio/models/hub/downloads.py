@@ -161,8 +161,8 @@ class Downloads:
 class DownloadProgress:
     """How far a download is.
 
-    done, total: bytes; a total of 0 is not known yet. verified_bytes: while what is here is read again, how many bytes of how
-    many have been. bytes_per_second: bytes, while they come in and as soon as it can be told.
+    done, total: bytes; a total of 0 is not known yet. verified_bytes: while what is here is read again, how many bytes
+    of how many have been. bytes_per_second: bytes, while they come in and as soon as it can be told.
     """
 
     label: str  # "Downloading FLUX.2-klein-4B text encoder"

@@ -41,7 +41,8 @@ class WeightHashes:
 
     def get_quick(self, weights: Path, subfolder: str = "") -> str | None:
         """The hash of `weights`, a file or a folder with files (which may be in `subfolder` of it), as long as no more
-        than `MAX_QUICK_HASH_BYTES` bytes have to be read for it; else None. Raises `WeightsError` for what cannot be read."""
+        than `MAX_QUICK_HASH_BYTES` bytes have to be read for it; else None. Raises `WeightsError` for what cannot be
+        read."""
         files = _files(weights, subfolder)
         found = self._lookup(files)
         missing = [file for file in files if file not in found]

@@ -39,7 +39,8 @@ class HubErrorMessages:
         causes = list(_iterate_causes(error))
         if any(getattr(cause, "errno", None) in DISK_FULL_ERRNOS for cause in causes):
             return (
-                f"There is no room for {what} ({format_size(part.size)}) in {self._cache}: free some space, or set HF_HOME "
+                f"There is no room for {what} ({format_size(part.size)}) in {self._cache}: free some space, or set "
+                "HF_HOME "
                 f"to a folder on a larger drive{or_local_copy}. What has arrived is kept."
             )
         if isinstance(error, CorruptDownload):
@@ -98,8 +99,10 @@ class HubErrorMessages:
     def no_space_message(self, what: str, needed: int, free: int, margin: int, or_else: str = "") -> str:
         """There is too little space for the `needed` bytes that are still to come, with `margin` left over."""
         return (
-            f"There is no room for {what} in {self._cache}: {format_size(needed)} are still to come and {format_size(margin)} "
-            f"should stay free, but only {format_size(free)} are free. Free some space, or set HF_HOME to a folder on a "
+            f"There is no room for {what} in {self._cache}: {format_size(needed)} are still to come and "
+            f"{format_size(margin)} "
+            f"should stay free, but only {format_size(free)} are free. Free some space, or set HF_HOME to a folder "
+            "on a "
             f"larger drive{or_else}."
         )
 

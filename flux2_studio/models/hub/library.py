@@ -41,10 +41,11 @@ class SharedPart:
 class CheckpointStatus:
     """One checkpoint, as it is now. Sizes are in bytes.
 
-    total_bytes: all that it consists of. bytes_on_disk: what was downloaded of it, unfinished files too. remaining_bytes: what is still to
-    download. removable_bytes: what deleting it would free. doing and per_second: of its download; None as long as it is too
-    early to tell. fetching_kinds: kinds of parts that a run, or another checkpoint's download, is fetching. failure: the
-    sentence that ended the last download, or why what is here cannot be used.
+    total_bytes: all that it consists of. bytes_on_disk: what was downloaded of it, unfinished files too.
+    remaining_bytes: what is still to download. removable_bytes: what deleting it would free. doing and per_second: of
+    its download; None as long as it is too early to tell. fetching_kinds: kinds of parts that a run, or another
+    checkpoint's download, is fetching. failure: the sentence that ended the last download, or why what is here cannot
+    be used.
     """
 
     checkpoint: Checkpoint

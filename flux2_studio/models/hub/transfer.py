@@ -104,7 +104,8 @@ class Transfer:
         return sorted(chosen.values(), key=lambda file: (file.size, file.name))
 
     def fetch(self, file: RemoteFile, stop: threading.Event, on_progress: TransferCallback) -> None:
-        """Have `file` in the cache. Raises `DownloadStopped` soon after `stop` is set, `CorruptDownload`, and what `list_files` raises."""
+        """Have `file` in the cache. Raises `DownloadStopped` soon after `stop` is set, `CorruptDownload`, and what
+        `list_files` raises."""
         if self._cache.is_complete(file):
             return
         partial = self._cache.partial_path(file)

@@ -116,9 +116,9 @@ class RequestShape:
 class PlannedStage:
     """One stage of a run.
 
-    parts: those that it uses. resident_parts: those that are on the device meanwhile. weights, activations: bytes. streamed:
-    how many blocks of its first part are. strip_height: the height of the strips in which it goes through a picture, None for
-    the whole; offload_activations: whether what is between two layers waits in main memory then.
+    parts: those that it uses. resident_parts: those that are on the device meanwhile. weights, activations: bytes.
+    streamed: how many blocks of its first part are. strip_height: the height of the strips in which it goes through a
+    picture, None for the whole; offload_activations: whether what is between two layers waits in main memory then.
     """
 
     name: str
@@ -188,7 +188,8 @@ class MemoryPlan:
         ]
         for part, streamed in {stage.parts[0]: stage.streamed for stage in self.stages if stage.streamed}.items():
             told.append(
-                f"{streamed} of the {_PART_LABELS[part]}'s {self.block_counts[part]} blocks wait in main memory and are sent over "
+                f"{streamed} of the {_PART_LABELS[part]}'s {self.block_counts[part]} blocks wait in main memory and "
+                "are sent over "
                 f"when they are needed, which is slower."
             )
         if any(stage.strip_height for stage in self.stages):
@@ -232,9 +233,9 @@ def make_plan(
 ) -> MemoryPlan:
     """The quickest plan within `budget` bytes of the device's memory.
 
-    max_bytes: bytes to do with this time, where that is less. free_host_bytes: bytes of main memory for parts whose blocks are
-    streamed, None for no limit. streaming: whether the device has a main memory beside its own. Raises `OutOfMemory`
-    where nothing fits, with the nearest request that would.
+    max_bytes: bytes to do with this time, where that is less. free_host_bytes: bytes of main memory for parts whose
+    blocks are streamed, None for no limit. streaming: whether the device has a main memory beside its own. Raises
+    `OutOfMemory` where nothing fits, with the nearest request that would.
     """
     limit = usable_bytes(min(budget, max_bytes or budget), device)
 
@@ -272,7 +273,8 @@ def required_budget(size: int, device: torch.device) -> int:
 
 
 def count_weight_bytes(sizes: Mapping[str, int], prefixes: Sequence[str] = ()) -> PartWeightBytes:
-    """`PartWeightBytes` from bytes by parameter name. prefixes: what the names of blocks begin with, before their number."""
+    """`PartWeightBytes` from bytes by parameter name. prefixes: what the names of blocks begin with, before their
+    number."""
     blocks: dict[tuple[int, int], int] = {}
     rest = 0
     for name, size in sizes.items():
@@ -292,8 +294,8 @@ def spread_evenly(chosen: int, total: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class _StageMemory:
-    """A stage before it is planned. candidates: how it may be done, as in `STRIP_CANDIDATES`. activations: the bytes that one takes,
-    reckoned only when it is asked for."""
+    """A stage before it is planned. candidates: how it may be done, as in `STRIP_CANDIDATES`. activations: the bytes
+    that one takes, reckoned only when it is asked for."""
 
     name: str
     parts: tuple[str, ...]

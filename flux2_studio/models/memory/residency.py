@@ -25,8 +25,8 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 
 @dataclass(kw_only=True)
 class _LoadedPart:
-    """One part in memory. `host_copies`: a copy of each tensor in main memory, by where the tensor hangs; kept when the part
-    comes back to the device, so that leaving again costs nothing."""
+    """One part in memory. `host_copies`: a copy of each tensor in main memory, by where the tensor hangs; kept when the
+    part comes back to the device, so that leaving again costs nothing."""
 
     model: Any
     module: nn.Module
@@ -120,7 +120,8 @@ class Residency(Generic[KeyT]):
     ) -> Any:
         """The part under `key`, on the device; room must have been made.
 
-        load: reads it onto a device. get_module: its weights. get_streamed_blocks: if given, the blocks of it to stream.
+        load: reads it onto a device. get_module: its weights. get_streamed_blocks: if given, the blocks of it to
+        stream.
         """
         entry = self._entries.get(key)
         if entry is not None and entry.is_on_device:

@@ -182,8 +182,9 @@ class Signer:
     ) -> SignedPicture:
         """The bytes of a finished picture (PNG, JPEG or WebP), signed.
 
-        model: what made it, as users call it. ingredients: `self.make_ingredient` of each of its references. watermark: how it was
-        marked, None if it was not. prompt: given only where the user wants it published. Raises `CredentialsError`.
+        model: what made it, as users call it. ingredients: `self.make_ingredient` of each of its references. watermark:
+        how it was marked, None if it was not. prompt: given only where the user wants it published. Raises
+        `CredentialsError`.
         """
         mime = _detect_mime(data)
         if mime not in ("image/png", "image/jpeg", "image/webp"):

@@ -329,8 +329,8 @@ def make_mask_subject(image: Image.Image, size: tuple[int, int]) -> MaskSubject:
 
 
 def mask_panel_update(form_fields: Mapping[str, Any], subject: MaskSubject | None) -> dict[Any, Any]:
-    """The fields of `form_fields`, where it has such, for the picture that it edits now. A mask stays with its picture: where
-    that is another one by now, it is cleared."""
+    """The fields of `form_fields`, where it has such, for the picture that it edits now. A mask stays with its picture:
+    where that is another one by now, it is cleared."""
     if "mask" not in form_fields:
         return {}
     return {form_fields["mask"]: _board(subject), form_fields["outpaint"]: _margins(subject)}

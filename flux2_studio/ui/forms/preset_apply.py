@@ -145,7 +145,8 @@ def _wire_form(studio: Studio, available_presets: AvailablePresets, form: Form) 
 
 
 def user_words(prompt: str, last_applied: tuple[Preset, str] | None) -> str:
-    """What the user themselves said in `prompt`, in which `last_applied` may stand: a preset, and their words by then."""
+    """What the user themselves said in `prompt`, in which `last_applied` may stand: a preset, and their words by
+    then."""
     if last_applied is None:
         return prompt
     preset, earlier = last_applied
@@ -164,8 +165,8 @@ def preset_update(
 ) -> Update:
     """`values` of a request in `form`, which shows the shape `aspect`, and the rest as it stands there.
 
-    switched: whether `checkpoint` is another one than before. is_undo: whether the values are the form's own of earlier,
-    with `aspect`.
+    switched: whether `checkpoint` is another one than before. is_undo: whether the values are the form's own of
+    earlier, with `aspect`.
     """
     components = form.fields
     update: Update = {components[name]: values[name] for name in CHECKPOINT_INDEPENDENT_FIELDS if name in values}

@@ -29,7 +29,8 @@ PRESET_PARTS: Mapping[str, tuple[str, ...]] = {  # of a form, as they are offere
 
 @dataclass(frozen=True, kw_only=True)
 class PresetPanel:
-    """`undo_stack` is what can be undone, the last one last; `applied` the preset in the form and the user's words then.
+    """`undo_stack` is what can be undone, the last one last; `applied` the preset in the form and the user's words
+    then.
 
     `pending` waits to be told whether it may replace another one; `deleted` was the last one to go.
     """

@@ -39,8 +39,8 @@ ESTIMATE_FIELDS = (
 
 
 def wire_estimate(studio: Studio, form: Form, triggers: Sequence[Callable[..., Any]], lock: asyncio.Lock) -> None:
-    """Tell under `form` what it asks for will take, whenever that changes: with its fields, and after `triggers`, events
-    of what else it depends on.
+    """Tell under `form` what it asks for will take, whenever that changes: with its fields, and after `triggers`,
+    events of what else it depends on.
 
     lock: has one form after the other look. While a checkpoint's files are read all of them wait for that, and would
     between them hold the few threads that History and the queue are answered from, too.

@@ -56,8 +56,8 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class LivePanel:
-    """Whether the picture follows what is typed: `hidden_counter` counts the changes to follow, in the browser, and `wake_counter` how
-    often nobody was there to show what became of one."""
+    """Whether the picture follows what is typed: `hidden_counter` counts the changes to follow, in the browser, and
+    `wake_counter` how often nobody was there to show what became of one."""
 
     on: gr.Checkbox
     change_counter: gr.Number
@@ -91,9 +91,9 @@ class UpsamplingPanel:
 class ReferencePanel:
     """What stands around a form's references: what was refused and why, and what to know of those that stay.
 
-    `history_button` sends what was chosen of History. In the place of `client_state` the page's script sends what it knows itself: which
-    picture is selected, from which index to which one was dragged, or how often all were cleared; `clear_count` is how
-    often they were, as far as that was heard.
+    `history_button` sends what was chosen of History. In the place of `client_state` the page's script sends what it
+    knows itself: which picture is selected, from which index to which one was dragged, or how often all were cleared;
+    `clear_count` is how often they were, as far as that was heard.
     """
 
     problems: gr.HTML
@@ -117,8 +117,8 @@ class LoraPanel:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTools:
-    """What puts several references in order, and names them. `named` is the file that `reference_name_field` is the name of, as the
-    browser saw it when it was typed. Where one was dragged, the page's script presses `drag_button`."""
+    """What puts several references in order, and names them. `named` is the file that `reference_name_field` is the
+    name of, as the browser saw it when it was typed. Where one was dragged, the page's script presses `drag_button`."""
 
     row: gr.Row
     name: gr.Textbox
@@ -132,9 +132,10 @@ class ReferenceTools:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePanel:
-    """Where a run is followed. `job_id` is its id, and `shown_job_id` that of the run which the browser shows: the one that Stop
-    means. `result_paths` are the saved paths, `selected_index` the index of the shown one. One `without_` each form runs it without
-    enriching its prompt, where that failed. `keep_preview` saves the preview of the run `unfinished_job_id`, which ended with that."""
+    """Where a run is followed. `job_id` is its id, and `shown_job_id` that of the run which the browser shows: the one
+    that Stop means. `result_paths` are the saved paths, `selected_index` the index of the shown one. One `without_`
+    each form runs it without enriching its prompt, where that failed. `keep_preview` saves the preview of the run
+    `unfinished_job_id`, which ended with that."""
 
     job_id: gr.State
     shown_job_id: gr.Textbox

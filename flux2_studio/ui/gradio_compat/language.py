@@ -2,7 +2,8 @@
 
 There are three ways, by what puts the words on the screen, and one catalogue, assets/languages/:
 - `i18n` marks what a component holds (a label, an info, a placeholder, a choice): Gradio's page translates it;
-- `translate` is for what a handler sends, in the language of the browser whose event it answers; `translate_message` is the same for
+- `translate` is for what a handler sends, in the language of the browser whose event it answers; `translate_message` is
+the same for
   sentences from the layers below, which know no language and write English;
 - fixed HTML has elements with `data-i18n`, and scripts call `studioSay`: see assets/language.js.
 In the catalogue's files, "page" are the texts of ui/ and of scripts, and "studio" sentences with placeholders that come
@@ -92,7 +93,8 @@ def translate(text: str, /, **values: object) -> str:
 
 
 def translate_message(sentence: str) -> str:
-    """An English `sentence` that was written below the page, like `translate` where the catalogue has it, else as it is."""
+    """An English `sentence` that was written below the page, like `translate` where the catalogue has it, else as it
+    is."""
     if (asking := _current_catalogue()) is None:
         return sentence
     words, language = asking

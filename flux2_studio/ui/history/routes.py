@@ -334,7 +334,8 @@ async def _owner(request: WebRequest) -> str:
 
 
 def _check_site(request: WebRequest) -> None:
-    """Raises `_HttpError` for a request that another site's page makes, and for a change that does not say from where."""
+    """Raises `_HttpError` for a request that another site's page makes, and for a change that does not say from
+    where."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     changes = request.method == "POST"
     if site is not None:  # every browser's word, where the connection is encrypted or local

@@ -97,7 +97,8 @@ aria-label="Next older picture (right arrow)">→</button></figure>
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryTab:
-    """picture_id: in whose place the script sends the picture's id. form_to_run: the form that is to run once it is filled."""
+    """picture_id: in whose place the script sends the picture's id. form_to_run: the form that is to run once it is
+    filled."""
 
     picture_id: gr.Textbox
     form_to_run: gr.Textbox
@@ -148,7 +149,8 @@ def wire_history_tab(
     tabs: gr.Tabs,
     reference_store: ReferenceStore | None,
 ) -> None:
-    """Connect the tab. checkpoint_dropdown, tabs, forms: of the page. reference_store: where those of runs are kept, if they are."""
+    """Connect the tab. checkpoint_dropdown, tabs, forms: of the page. reference_store: where those of runs are kept, if
+    they are."""
     edit, multi = (next(form for form in forms if form.name == name) for name in ("edit", "multi"))
 
     def file(id_: str, request: gr.Request) -> Path:

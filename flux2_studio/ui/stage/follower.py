@@ -135,8 +135,8 @@ class Follower:
     async def _shown(
         self, tab_state: TabState, job: Job, view: RunViewProtocol, *, keep_previous: bool
     ) -> AsyncIterator[Update]:
-        """`job` from its beginning to its end, or until another one of the tab's is begun before it. keep_previous: leave what
-        is on the mat until there is something to see of it."""
+        """`job` from its beginning to its end, or until another one of the tab's is begun before it. keep_previous:
+        leave what is on the mat until there is something to see of it."""
         stage, form = self._stage, self._forms[tab_state.form_by_job[job.id]]
         begun = view.begin(job)
         mat = (

@@ -60,7 +60,8 @@ from pathlib import Path
 from flux2_studio.models.hub.repositories import Hub
 from tests.models.fake_hub import FLOW, settings, silent
 there = Path({str(tmp_path)!r})
-print(Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", timeout={PATIENCE}).find_or_download(FLOW, silent))
+hub = Hub(settings(there), endpoint={fake.url!r}, cache=there / "cache", timeout={PATIENCE})
+print(hub.find_or_download(FLOW, silent))
 """
     with start(program) as running:
         until(lambda: arrived(tmp_path) > MB or running.poll() is not None)

@@ -46,7 +46,8 @@ settings = Settings(
     dtype="float32",
     path_overrides={name: Path(path) for name, path in copies.items()},
 )
-opened = CheckpointOpener(settings, Hub(settings), torch.device("cpu")).open(settings.checkpoint("klein-4b"), lambda *_: None)
+opener = CheckpointOpener(settings, Hub(settings), torch.device("cpu"))
+opened = opener.open(settings.checkpoint("klein-4b"), lambda *_: None)
 parts = {kind: opened.load(kind, torch.device("cpu")) for kind in opened.keys}
 assert set(parts) == {"flow", "autoencoder", "text", "tiny"}
 modules = [getattr(part, "text_decoder", part) for part in parts.values()]
