@@ -136,8 +136,8 @@ class WatermarkDetection:
         return self.chance_probability <= MAX_CHANCE
 
     def __str__(self) -> str:
-        bits = f"{self.matching_bits} of the {len(self.message.bits)} bits"
-        agree = f"{bits} of {self.message.label} agree ({self.match_ratio:.0%})"
+        total = len(self.message.bits)
+        agree = f"{self.matching_bits} of the {total} bits of {self.message.label} agree ({self.match_ratio:.0%})"
         if not self.found:
             return f"No watermark found: {agree}, which chance brings about too."
         return f"Watermark found: {agree}. By chance, one picture in {self.odds} does so well."

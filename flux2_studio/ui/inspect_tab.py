@@ -415,7 +415,6 @@ def _picture() -> gr.Gallery:
 
 
 def _nothing(tab: InspectTab) -> Update:
-    findings = "".join(f"<li>{escape(translate_message(finding))}</li>" for finding in seen.findings)
     return {
         tab.findings: INSPECT_INTRO_HTML,
         tab.restore: gr.Button(visible=False),
