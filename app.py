@@ -1,4 +1,4 @@
-"""Starts the page: `python app.py`, and what a Hugging Face Space runs."""
+"""Start the page: `python app.py`; also the entry point of a Hugging Face Space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flux2_studio.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until interrupted; 2 and one line on stderr for what the user can mend."""
+    """Serve until interrupted. Returns 2, with one line on stderr, for errors that the user can fix."""
     parser = argparse.ArgumentParser(description="flux2-studio: pictures with the FLUX.2 open models, in the browser")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")

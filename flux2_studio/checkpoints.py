@@ -1,8 +1,8 @@
-"""The checkpoints that the studio knows, as data. The only file that says "klein", "dev" or "nano".
+"""The checkpoints that the studio knows, as data. The only file that mentions "klein", "dev" or "nano".
 
-A `Checkpoint` names its `Part`s: the sets of weights that it is made of. Parts are hashable and compared by value, so
-two checkpoints that share one (all share the autoencoder) share it in memory too. Sizes, licences and repositories
-are those published on the model cards (black-forest-labs on the Hugging Face hub, 2025-11 to 2026-08).
+A `Checkpoint` consists of `Part`s: sets of weights. Parts are hashable and compared by value, so checkpoints that have
+a part in common (all FLUX.2 checkpoints have the autoencoder) share it in memory too. Sizes, licences and repositories
+come from the model cards (black-forest-labs on the Hugging Face hub, 2025-11 to 2026-08).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flux2_studio.engine.params import TextRecipe
 PartKind = Literal["flow", "text", "autoencoder", "tiny autoencoder"]
 GuidanceMode = Literal["none", "cfg", "embedded"]
 
-PART_LABELS: dict[PartKind, str] = {  # as users call them
+PART_LABELS: dict[PartKind, str] = {  # shown to users
     "flow": "transformer",
     "text": "text encoder",
     "autoencoder": "autoencoder",
@@ -25,30 +25,30 @@ PART_LABELS: dict[PartKind, str] = {  # as users call them
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One set of weights, and the key under which it stays in memory.
+    """One set of weights. Also the key under which it is cached in memory.
 
-    A part ships with the studio (`repo` is None, `path` is relative to assets/) or comes from hub repository `repo`.
-    `path` is a file, or for text encoders a folder. `path_variable` is the environment variable that names a local
-    copy.
+    `repo` is the hub repository. With None, the part ships with the studio and `path` is relative to assets/, or it is
+    the user's own file and `path` is absolute. `path` is a file, or a folder for text encoders. `path_variable` is the
+    environment variable that names a local copy.
     """
 
     kind: PartKind
     repo: str | None
     path: str
-    size: int  # bytes to download, for the page; about right is enough
+    size: int  # approximate download size in bytes
     path_variable: str | None = None
-    tokenizer: tuple[str | None, str] | None = None  # (repo, folder) of a text part's tokenizer
-    gated: bool = False  # its repository asks for a licence to be accepted and a token
+    tokenizer: tuple[str | None, str] | None = None  # (repo, folder); text parts only
+    gated: bool = False  # the repository requires an accepted licence and a token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """One model that a user can choose, with its defaults and limits.
 
-    `steps_fixed` and `guidance_fixed` mark values that distillation has burnt in: they are shown, not offered. Pixel
-    numbers are areas (width x height). `context_width` and `name_keywords` tell whose a user's own file is: its tensors
-    have the width, and its name has the words (no tensor tells a Base checkpoint from a distilled one). `hidden_width`
-    tells which LoRAs it takes.
+    `steps_fixed` and `guidance_fixed` mark values fixed by distillation: the user sees them but cannot change them.
+    Pixel limits are areas (width x height). `context_width` and `name_keywords` match a user's own file to a known
+    checkpoint: the width by its tensors, the keywords by its file name (no tensor distinguishes a Base checkpoint from
+    a distilled one). `hidden_width` determines which LoRAs fit.
     """
 
     name: str
@@ -58,25 +58,25 @@ class Checkpoint:
     text: Part
     recipe: TextRecipe
     autoencoder: Part
-    tiny_autoencoder: Part  # draws the previews; may be the autoencoder itself
+    tiny_autoencoder: Part  # decodes previews; may be the autoencoder itself
     steps: int
     guidance: float
     guidance_mode: GuidanceMode
     licence: str
     licence_url: str
-    context_width: int  # of one text token, as the transformer reads it
-    hidden_width: int  # of the transformer
+    context_width: int  # features per text token at the transformer's input
+    hidden_width: int  # hidden size of the transformer
     name_keywords: tuple[str, ...] = ()
     steps_fixed: bool = False
     guidance_fixed: bool = False
-    caches_reference_kv: bool = False  # trained so that reference keys and values can be kept between steps
+    caches_reference_kv: bool = False  # trained so that reference keys and values can be reused between steps
     max_steps: int = 100
     max_guidance: float = 10.0
     max_references: int = 10
     default_pixels: int = 1024 * 1024
     max_pixels: int = 2048 * 2048
-    single_reference_pixels: int = 2024 * 2024  # cap of a single reference
-    multi_reference_pixels: int = 1024 * 1024  # cap of each of several
+    single_reference_pixels: int = 2024 * 2024  # limit for a single reference
+    multi_reference_pixels: int = 1024 * 1024  # limit for each of several references
     is_toy: bool = False
 
     @property
@@ -89,7 +89,7 @@ class Checkpoint:
 
     @property
     def supports_live(self) -> bool:
-        """Whether a picture can follow the typing: distilled to so few steps that nobody waits for them."""
+        """Whether Live mode is offered: the checkpoint is distilled to at most four steps."""
         return self.steps_fixed and self.steps <= 4
 
     @property
@@ -97,16 +97,16 @@ class Checkpoint:
         return self.guidance_mode == "cfg"
 
     def max_pixels_per_reference(self, references: int) -> int:
-        """The pixel area to which each of `references` pictures is scaled down."""
+        """Returns the pixel area to which each of `references` pictures is scaled down."""
         return self.single_reference_pixels if references <= 1 else self.multi_reference_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWriter:
-    """A text encoder that can also write, and so enrich prompts, when all of its layers are kept.
+    """A text encoder whose complete language model can also write, and so enhance prompts.
 
-    `part` and `recipe` are those of the checkpoints that read with it. `has_vision`: whether it looks at references.
-    `temperature` and `top_p` are what its makers advise.
+    `part` and `recipe` are equal to those of the checkpoints that use it as their text encoder. `has_vision`: whether
+    it can look at references. `temperature` and `top_p` are the values that its authors recommend.
     """
 
     name: str
@@ -125,7 +125,7 @@ _NON_COMMERCIAL = "FLUX non-commercial licence"
 
 _AUTOENCODER = Part(
     kind="autoencoder",
-    repo="black-forest-labs/FLUX.2-klein-4B",  # the same weights as FLUX.2-dev's ae.safetensors, but not gated
+    repo="black-forest-labs/FLUX.2-klein-4B",  # the same weights as FLUX.2-dev's ae.safetensors, without the gate
     path="vae/diffusion_pytorch_model.safetensors",
     size=336 * MB,
     path_variable="AE_MODEL_PATH",
@@ -147,7 +147,7 @@ _QWEN3_4B = Part(
 )
 _QWEN3_8B = Part(
     kind="text",
-    repo="Qwen/Qwen3-8B",  # what the gated klein 9B repositories carry in text_encoder/, without the gate
+    repo="Qwen/Qwen3-8B",  # the same weights as text_encoder/ in the gated klein 9B repositories, without the gate
     path="",
     tokenizer=("Qwen/Qwen3-8B", ""),
     size=16 * GB,
@@ -157,7 +157,7 @@ _MISTRAL = Part(
     kind="text",
     repo="mistralai/Mistral-Small-3.2-24B-Instruct-2506",
     path="",
-    # 3.2 publishes no processor in the transformers layout; the official code uses that of 3.1
+    # 3.2 has no processor in the transformers layout; the official code uses the one of 3.1
     tokenizer=("mistralai/Mistral-Small-3.1-24B-Instruct-2503", ""),
     size=48 * GB,
     path_variable="MISTRAL_MODEL_PATH",
@@ -170,7 +170,7 @@ _MISTRAL_RECIPE = TextRecipe(
     length=512,
     padding_side="left",
     generation_prompt=False,
-    # The system message that FLUX.2-dev was trained with: a constant of the weights, line break included.
+    # FLUX.2-dev was trained with exactly this system message, including the line break.
     system_prompt=(
         "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
         "relationships, object\nattribution and actions without speculation."
@@ -186,7 +186,7 @@ def _flow(repo: str, file: str, size: int, override: str, *, gated: bool) -> Par
     )
 
 
-# 32 tokens are a short paragraph in nano's own vocabulary, and what it was trained with.
+# Nano was trained with 32 tokens, which is a short paragraph in its own vocabulary.
 _NANO_RECIPE = TextRecipe(hidden_layers=(1, 2, 3), length=32, padding_side="right", generation_prompt=False)
 _NANO_TEXT = Part(kind="text", repo=None, path="nano/text_encoder", tokenizer=(None, "nano/text_encoder"), size=5 * MB)
 
@@ -411,7 +411,7 @@ LOCAL_WRITERS: tuple[LocalWriter, ...] = (
 
 
 def list_local_writers(checkpoint: Checkpoint) -> tuple[LocalWriter, ...]:
-    """Those to offer beside `checkpoint`: its own text encoder first, which is there anyway, then those that see."""
+    """Returns the writers offered for `checkpoint`: its own text encoder, then those with vision; none for toys."""
     if checkpoint.is_toy:
         return ()
     own = [writer for writer in LOCAL_WRITERS if writer.part == checkpoint.text]

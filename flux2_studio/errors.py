@@ -1,30 +1,30 @@
 """Every error that a user may read. Each message says what is wrong and what to do next.
 
     StudioError
-    ├── RequestError                the request cannot be carried out as it was made
+    ├── RequestError                the request is invalid
     │   ├── ReferenceImageError     a reference picture cannot be used
-    │   ├── PresetError             a preset cannot be read, kept or applied
-    │   └── SafetyError             the safety check does not let a prompt, a reference or a finished picture through
-    ├── WeightsError                a checkpoint's file is missing, damaged, or another model's
-    │   └── DownloadError           the hub did not give a file
-    ├── DeviceError                 the chosen device or precision is not to be had here
-    │   └── OutOfMemory             the device's memory does not suffice for this request
-    ├── RemoteTextError             the text encoder on another machine gave no context
-    ├── ClassifierError             pictures cannot be checked here
-    ├── UpsampleError               the language model gave no prompt that can be used
+    │   ├── PresetError             a preset cannot be read, saved or applied
+    │   └── SafetyError             the safety check rejects a prompt, a reference or a finished picture
+    ├── WeightsError                a checkpoint file is missing, damaged, or belongs to another model
+    │   └── DownloadError           a file could not be downloaded from the hub
+    ├── DeviceError                 the chosen device or precision is not available on this machine
+    │   └── OutOfMemory             the device has too little memory for this request
+    ├── RemoteTextError             the remote text encoder returned no usable context
+    ├── ClassifierError             the classifier of the safety check is missing or fails
+    ├── UpsampleError               the language model returned no usable prompt
     ├── CredentialsError            a finished picture could not be signed
     └── SaveError                   a finished picture could not be written
 
-Anything else that escapes is a defect of ours, not the user's doing.
+Any other exception that escapes is a bug in the studio.
 """
 
 
 class StudioError(Exception):
-    """Base of the errors whose text is written for the user and may be shown as it stands."""
+    """Base of all errors whose message is written for the user and may be shown unchanged."""
 
 
 class RequestError(StudioError):
-    """The request cannot be carried out as it was made."""
+    """The request is invalid."""
 
 
 class ReferenceImageError(RequestError):
@@ -32,39 +32,39 @@ class ReferenceImageError(RequestError):
 
 
 class PresetError(RequestError):
-    """A preset cannot be read, kept or applied."""
+    """A preset cannot be read, saved or applied."""
 
 
 class SafetyError(RequestError):
-    """The safety check does not let a prompt, a reference or a finished picture through."""
+    """The safety check rejects a prompt, a reference or a finished picture."""
 
 
 class WeightsError(StudioError):
-    """A checkpoint's file is missing, damaged, or belongs to another model."""
+    """A checkpoint file is missing, damaged, or belongs to another model."""
 
 
 class DownloadError(WeightsError):
-    """The hub did not give a file."""
+    """A file could not be downloaded from the hub."""
 
 
 class DeviceError(StudioError):
-    """The chosen device or precision is not to be had on this machine."""
+    """The chosen device or precision is not available on this machine."""
 
 
 class OutOfMemory(DeviceError):
-    """The device's memory does not suffice for this request."""
+    """The device has too little memory for this request."""
 
 
 class RemoteTextError(StudioError):
-    """The text encoder on another machine gave no context."""
+    """The remote text encoder returned no usable context."""
 
 
 class ClassifierError(StudioError):
-    """The classifier that the safety check of pictures needs is missing or fails."""
+    """The classifier that checks pictures for safety is missing or fails."""
 
 
 class UpsampleError(StudioError):
-    """The language model that was to enrich a prompt gave none that can be used."""
+    """Prompt enhancement failed: the language model returned no usable prompt."""
 
 
 class CredentialsError(StudioError):

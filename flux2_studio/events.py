@@ -1,11 +1,11 @@
-"""What a run tells whoever follows it:
+"""The events that a run reports to its followers, by kind of run.
 
-(Queued | Status | Notice | Writing | Upsampled | Preview | Saved | Withheld)*
-then exactly one of  Result | Stopped | Failed
-
-Enriching a prompt without drawing tells  (Queued | Status | Notice | Writing | Upsampled)*  and then
-Ready | Stopped | Failed. Loading a checkpoint ahead of a run tells  (Queued | Status)*  and then
-Ready | Stopped | Failed. A draft tells  (Queued | Status | Notice | Preview)*  and then  Drafted | Stopped | Failed.
+Generating:  (Queued | Status | Notice | PromptProgress | PromptEnhanced | Preview | Saved | Withheld)*
+             then exactly one of  Result | Stopped | Failed
+Enhancing a prompt without drawing:  (Queued | Status | Notice | PromptProgress | PromptEnhanced)*
+             then  Ready | Stopped | Failed
+Preloading a checkpoint:  (Queued | Status)*  then  Ready | Stopped | Failed
+A draft:  (Queued | Status | Notice | Preview)*  then  Drafted | Stopped | Failed
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Queued:
-    """The run waits; `runs_ahead` runs come first."""
+    """The run is waiting; `runs_ahead` runs come first."""
 
     runs_ahead: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What is being done now, in the user's words; the next Status replaces it.
+    """The current activity, in words for the user; the next Status replaces it.
 
-    `fraction` is how much of it is done, 0..1, where that is known (a download), else None.
+    `fraction` is its progress, 0..1, where that is known (a download), else None.
     """
 
     text: str
@@ -41,22 +41,21 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """Something the user should know of this run and that stays true: a rounded size, a cut prompt."""
+    """Lasting information about this run for the user, such as a rounded size or a truncated prompt."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptProgress:
-    """A language model is enriching the prompt: `text` is all that it has written so far."""
+    """A language model is enhancing the prompt; `text` is everything it has written so far."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEnhanced:
-    """The language model called `by` is done: `prompt` is what it made of `original`, and what is drawn if the run
-    goes on."""
+    """The language model `by` turned `original` into `prompt`; a run that continues draws `prompt`."""
 
     original: str
     prompt: str
@@ -65,12 +64,12 @@ class PromptEnhanced:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """Step `step` (1-based) of `steps` is done; `images` is what the pictures would be by now.
+    """Step `step` (1-based) of `steps` is done; `images` are previews of the pictures at this step.
 
-    A run of many pictures may be made in several batches: `images` are pictures `first_index`, `first + 1`, ...
-    (0-based) of `count`, and `step` and `steps` count within this batch. `images` is empty where previews are switched
+    A run of many pictures may be split into several batches: `images` are pictures `first_index`, `first_index + 1`,
+    ... (0-based) of `count`, and `step` and `steps` count within this batch. `images` is empty if previews are switched
     off. `seconds_left` is the estimate for the rest of the run, None before the first step was timed. `unfinished` is
-    what the studio needs to make a file of each picture as it is by now, should the run end here.
+    what the studio needs to save each picture in its present state if the run ends here.
     """
 
     step: int
@@ -84,7 +83,7 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """Picture `index` (0-based) of the run is finished: `image` is its file, drawn with `seed`, as `record` says."""
+    """Picture `index` (0-based) of the run is finished: its file is `image`, its seed `seed`, its metadata `record`."""
 
     index: int
     image: Path
@@ -94,7 +93,7 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Withheld:
-    """The safety check keeps picture `index` (0-based) of the run back: nothing of it is to be seen any more."""
+    """The safety check withholds picture `index` (0-based) of the run: its previews must disappear too."""
 
     index: int
 
@@ -103,19 +102,19 @@ class Withheld:
 class Result:
     """The run is done: `images[i]` is the saved file of the picture drawn with `seeds[i]`.
 
-    Fewer than were asked for where the safety check withheld some, which a Notice told.
+    There are fewer pictures than requested if the safety check withheld some; a Notice reported that.
     """
 
-    request: Request  # resolved, its prompt enriched if that was asked for: exactly what was run
+    request: Request  # resolved, with the enhanced prompt if there is one: exactly what was run
     images: tuple[Path, ...]
     seeds: tuple[int, ...]
     seconds: float
-    provenance: tuple[str, ...] = ()  # what the pictures carry so that others can tell where they come from
+    provenance: tuple[str, ...] = ()  # the provenance marks in the files, in sentences
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drafted:
-    """The draft is done: `image` is what `request` (resolved) gives. It is neither saved nor marked."""
+    """The draft is done: `image` is the picture of `request` (resolved). It is neither saved nor watermarked."""
 
     request: Request
     image: Image
@@ -124,14 +123,14 @@ class Drafted:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """The checkpoint called `checkpoint` is loaded as far as the memory allows, or its prompt enriched."""
+    """The checkpoint called `checkpoint` is loaded as far as memory allows, or the prompt was enhanced."""
 
     checkpoint: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped:
-    """The run was cancelled by its owner. `images` are the pictures that were finished and saved before."""
+    """The run was cancelled. `images` are the pictures that were finished and saved before that."""
 
     images: tuple[Path, ...] = ()
     seeds: tuple[int, ...] = ()
@@ -141,7 +140,7 @@ class Stopped:
 class Failed:
     """The run ended with an error; `message` is written for the user.
 
-    `in_prompt_enhancement`: what failed was enriching the prompt, and the run would go on without it.
+    `in_prompt_enhancement`: prompt enhancement failed, and the run would work without it.
     """
 
     message: str

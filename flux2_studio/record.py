@@ -1,4 +1,4 @@
-"""What is known of how one picture was made: what goes into its file, and what is read back to make it again."""
+"""How one picture was made: written into its file, and read back to make it again."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ EAGER_BLOCKS, COMPILED_BLOCKS = "as written", "compiled"  # how the transformer'
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One picture's making. Hashes are SHA-256 of a file's bytes, in hexadecimal.
+    """How one picture was made. Hashes are SHA-256 of a file's bytes, in hexadecimal.
 
-    `request` is resolved, with this picture's own seed and count 1; its prompt is what the transformer drew, and no
-    language model is asked again (`upsampling.by` is none). Its references are no paths: `references` names them by
-    hash, in order, and so does `loras` the request's LoRAs, and `mask` its mask. `marked` is where the watermark lies.
+    `request` is resolved, with this picture's own seed and count 1. Its prompt is the one that the transformer drew,
+    and `upsampling.by` is none, so no language model runs again. The files are named by hash instead of by path:
+    `references` and `loras` in the request's order, and `mask`. `marked` is the region of the watermark.
 
-    Pictures that are drawn together differ in a shade here and there from the same pictures drawn alone: matrices of
-    another shape are multiplied in another order. So this was number `place` (0-based) of `together`, and the same bits
-    come out where the request's seed is less by `place` and its count is `together`.
+    Pictures drawn in one batch differ slightly from the same pictures drawn alone, because matmuls of another shape sum
+    in another order. This was picture `place` (0-based) of a batch of `together`; a request with the seed reduced by
+    `place` and with count `together` gives the same bits.
 
-    `unfinished` is (n, m) for the preview of a run that ended after step n of m: no request gives that picture.
+    `unfinished` is (n, m) for a saved preview of a run that ended after step n of m; no request reproduces it.
     """
 
     request: Request
-    label: str  # the checkpoint's, as users call it
-    checkpoint: str = ""  # hash of the transformer's file, "" where it is not known
+    label: str  # the checkpoint's label for users
+    checkpoint: str = ""  # hash of the transformer's file, "" if unknown
     references: tuple[str, ...] = ()
     mask: str = ""  # "" for none
     loras: tuple[str, ...] = ()
-    original_prompt: str | None = None  # before a language model enriched it
-    upsampled_by: str | None = None  # which one
+    original_prompt: str | None = None  # before a language model enhanced it
+    upsampled_by: str | None = None  # the language model
     place: int = 0
     together: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)  # of flux2-studio, torch, ...
-    marked: tuple[int, int, int, int] | None = (
-        None  # left, top, right, bottom in pixels; None for the whole, or nowhere
-    )
+    # Left, top, right, bottom in pixels; None for the whole picture, or for no watermark.
+    marked: tuple[int, int, int, int] | None = None
     unfinished: tuple[int, int] | None = None
-    computed: Mapping[str, str] = field(default_factory=dict)  # device, precision, ...: what else the pixels depend on
+    computed: Mapping[str, str] = field(default_factory=dict)  # device, precision, ...: what else affects the pixels

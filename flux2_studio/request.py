@@ -1,4 +1,4 @@
-"""What a user asks for. The browser, the command line and every other caller build one of these, and nothing else."""
+"""What a user asks for. The page, the command line and every other caller build a `Request`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ MAX_COUNT = 16
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 20_000  # characters; far beyond what any text encoder reads
 MAX_LORAS = 16
-MAX_LORA_WEIGHT = 4.0  # either way; beyond it no LoRA leaves more than noise
-MAX_MARGIN = 8192  # pixels that outpainting adds to one side; what a checkpoint can draw is less
+MAX_LORA_WEIGHT = 4.0  # absolute value; with more, LoRAs give only noise
+MAX_MARGIN = 8192  # pixels that outpainting may add to one side; checkpoints draw less
 MAX_NAME = 250  # characters of the name of a LoRA or of a language model
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 UpsamplingBackend = Literal["none", "local", "openrouter"]
-# How a language model may choose its words, as servers take it: temperature 0 takes the likeliest each time; top_p
-# keeps those that make up so much of the probability.
+# Sampling settings of language models, as in the OpenAI API. Temperature 0 is greedy; top_p is nucleus sampling.
 SAMPLING_LIMITS: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.01, 1.0),
@@ -36,9 +35,9 @@ SAMPLING_LIMITS: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoraChoice:
-    """A LoRA, called as `models.loras` lists it, and how strongly it counts: 1 is its full effect, 0 none.
+    """A LoRA, named as `models.loras` lists it, and its weight: 1 is its full effect, 0 none.
 
-    Raises `RequestError` for a weight out of range, or a name that no LoRA can have.
+    Raises `RequestError` for a weight out of range or an invalid name.
     """
 
     name: str
@@ -47,8 +46,8 @@ class LoraChoice:
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and is_lora_name(self.name)):
             raise RequestError(f"{str(self.name)[:MAX_NAME]!r} is no LoRA's name: choose one of the list.")
-        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not (number and abs(self.weight) <= MAX_LORA_WEIGHT):
+        is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not (is_number and abs(self.weight) <= MAX_LORA_WEIGHT):
             raise RequestError(
                 f"The weight of the LoRA {self.name} must be a number from {-MAX_LORA_WEIGHT:g} to "
                 f"{MAX_LORA_WEIGHT:g}, not {self.weight!r}."
@@ -56,18 +55,18 @@ class LoraChoice:
 
 
 def is_lora_name(name: str) -> bool:
-    """Whether `name` is plain and relative, with / between folders: none that leads elsewhere or hides something."""
+    """Return whether `name` is a plain relative path with / between folders, without empty, . or .. parts."""
     plain = name.isprintable() and name == name.strip() and "\\" not in name
     return 0 < len(name) <= MAX_NAME and plain and not {"", ".", ".."} & set(name.split("/"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upsampling:
-    """Whether a language model enriches the prompt first: nobody, one on this machine, or one behind OpenRouter or
-    another server of its kind.
+    """Which language model enhances the prompt first: none, one on this machine, or one behind OpenRouter or another
+    OpenAI-compatible server.
 
-    model: a `LocalWriter`'s name, or what the server calls it. None leaves it, and how the model chooses its words, to
-    what is advised. Raises `RequestError` for what no model takes.
+    model: a `LocalWriter`'s name, or the server's name for it. None uses the default for this field and for each of the
+    sampling settings. Raises `RequestError` for values that no model accepts.
     """
 
     by: UpsamplingBackend = "none"
@@ -87,14 +86,14 @@ class Upsampling:
             raise RequestError("Choose a language model or type its name, or generate without enriching.")
         for name, (low, high) in SAMPLING_LIMITS.items():
             value = getattr(self, name)
-            number = isinstance(value, int if name == "max_tokens" else int | float) and not isinstance(value, bool)
-            if value is not None and not (number and low <= value <= high):
+            is_number = isinstance(value, int if name == "max_tokens" else int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and low <= value <= high):
                 raise RequestError(f"Set the language model's {name} to a number from {low:g} to {high:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outpaint:
-    """How many pixels a picture grows by on each side. Raises `RequestError` for what is no such number."""
+    """How many pixels a picture grows by on each side. Raises `RequestError` for anything but 0 to `MAX_MARGIN`."""
 
     left: int = 0
     top: int = 0
@@ -103,8 +102,8 @@ class Outpaint:
 
     def __post_init__(self) -> None:
         for side, pixels in vars(self).items():
-            whole = isinstance(pixels, int) and not isinstance(pixels, bool)
-            if not (whole and 0 <= pixels <= MAX_MARGIN):
+            is_integer = isinstance(pixels, int) and not isinstance(pixels, bool)
+            if not (is_integer and 0 <= pixels <= MAX_MARGIN):
                 raise RequestError(
                     f"To outpaint, give the pixels on the {side} as a whole number from 0 to {MAX_MARGIN}, not "
                     f"{str(pixels)[:50]!r}."
@@ -114,25 +113,26 @@ class Outpaint:
         return any(vars(self).values())
 
     def grown(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The (width, height) of a picture of `size` once it has grown."""
+        """Return the (width, height) of a picture of `size` after growing."""
         return size[0] + self.left + self.right, size[1] + self.top + self.bottom
 
     def shrunk(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The size that has grown to `size`; not above 0 where there is none."""
+        """Return the size that grows to `size`; a side is 0 or less if there is no such size."""
         return size[0] - self.left - self.right, size[1] - self.top - self.bottom
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One run: `count` pictures of `prompt`, each from `references` (none: from nothing, one: an edit, more: combined).
+    """One run: `count` pictures of `prompt`, each from `references` (none: text to image; one: an edit; more:
+    combined).
 
-    None means that the checkpoint, the first reference or chance decides; `resolve` returns a request with no None
-    left, but for `mask`. Picture i is drawn with seed + i. The pictures are saved as `format`, with an invisible
-    watermark (`watermark`), with the settings that made them (`metadata`) and signed (`sign`), the prompt in the signed
-    credentials only where `sign_prompt`. Raises `RequestError` for what no checkpoint could do.
+    None means that the checkpoint, the first reference or chance decides; `resolve` returns a request with no None left
+    except `mask`. Picture i is drawn with seed + i. The pictures are saved as `format`, with an invisible watermark
+    (`watermark`), with the settings that made them (`metadata`) and signed (`sign`). The signed credentials contain the
+    prompt only with `sign_prompt`. Raises `RequestError` for what no checkpoint can do.
 
-    mask: a picture that is white where the first reference may change; all else of it stays, pixel by pixel. outpaint:
-    the first reference grows, and only what is new, beside what the mask allows, is drawn. match_colours: the result
+    mask: a picture that is white where the first reference may change; every other pixel keeps its value. outpaint: the
+    first reference grows, and only the new margin and the white part of the mask are drawn. match_colours: the result
     gets the colour statistics of the first reference.
     """
 
@@ -171,12 +171,12 @@ class Request:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise RequestError(f"{name} must be a whole number, not {value!r}.")
-        number = isinstance(self.guidance, int | float) and not isinstance(self.guidance, bool)
-        if self.guidance is not None and not (number and abs(self.guidance) < 1e6):
+        is_number = isinstance(self.guidance, int | float) and not isinstance(self.guidance, bool)
+        if self.guidance is not None and not (is_number and abs(self.guidance) < 1e6):
             raise RequestError(f"guidance must be a number, not {self.guidance!r}.")
         if not 1 <= self.count <= MAX_COUNT:
             raise RequestError(f"Choose between 1 and {MAX_COUNT} pictures a run, not {self.count}.")
-        last_seed = MAX_SEED - self.count + 1  # each picture's own seed must be one that can be asked for again
+        last_seed = MAX_SEED - self.count + 1  # the seed of every picture must itself be a valid request seed
         if self.seed is not None and not 0 <= self.seed <= last_seed:
             raise RequestError(f"Choose a seed between 0 and {last_seed}, not {self.seed}.")
         if self.format not in get_args(ImageFormat):
@@ -194,12 +194,12 @@ class Request:
                 raise RequestError(f"The LoRA {name} is chosen twice: keep one of them, with the weight that you want.")
 
     def resolve(self, checkpoint: Checkpoint, reference_sizes: Sequence[tuple[int, int]] = ()) -> Request:
-        """This request with every None decided; resolving a resolved request changes nothing.
+        """Return this request with every None decided; resolving a resolved request changes nothing.
 
-        reference_sizes: (width, height) in pixels of each reference once it is scaled to the checkpoint's cap. Without
-        a width and a height the picture gets the size of the first, to the pixel, grown by `outpaint`; so does one that
-        asks for just that size. Any other is rounded to the nearest multiple of 16. Raises `RequestError` for what
-        `checkpoint` cannot do; a value that distillation fixed is refused, never quietly replaced.
+        reference_sizes: (width, height) in pixels of each reference after scaling to the checkpoint's cap. Without a
+        width and a height the picture gets exactly the size of the first one, grown by `outpaint`. That size is also
+        kept exactly if it is requested; any other is rounded to the nearest multiple of 16. Raises `RequestError` for
+        what `checkpoint` cannot do. A value that distillation fixed is refused, never silently replaced.
         """
         if not self.references and (self.mask or self.outpaint or self.match_colours):
             raise RequestError(
@@ -211,8 +211,8 @@ class Request:
                 f"{len(self.references)}: remove some."
             )
         width, height = self._size(checkpoint, reference_sizes)
-        across, down = padded_size(width, height)
-        if across * down > checkpoint.max_pixels:
+        padded_width, padded_height = padded_size(width, height)
+        if padded_width * padded_height > checkpoint.max_pixels:
             raise RequestError(
                 f"{width} x {height} is too large for {checkpoint.label}: it goes up to "
                 f"{checkpoint.max_pixels / 1e6:.1f} megapixels (for example "
@@ -222,8 +222,8 @@ class Request:
             raise RequestError(
                 f"{checkpoint.label} does not use a negative prompt: leave it empty, or choose a Base checkpoint."
             )
-        steps = _within(checkpoint, "steps", self.steps, 1, checkpoint.max_steps, fixed=checkpoint.steps_fixed)
-        guidance = _within(
+        steps = _in_range(checkpoint, "steps", self.steps, 1, checkpoint.max_steps, fixed=checkpoint.steps_fixed)
+        guidance = _in_range(
             checkpoint, "guidance", self.guidance, 1.0, checkpoint.max_guidance, fixed=checkpoint.guidance_fixed
         )
         return replace(
@@ -242,30 +242,30 @@ class Request:
             default = size_for_aspect(1, 1, checkpoint.default_pixels)
         else:
             default = self.outpaint.grown(reference_sizes[0])
-        asked = default[0] if self.width is None else self.width, default[1] if self.height is None else self.height
-        if reference_sizes and asked == default:
-            return asked
+        size = default[0] if self.width is None else self.width, default[1] if self.height is None else self.height
+        if reference_sizes and size == default:
+            return size
         if reference_sizes and (self.mask or self.outpaint):
             raise RequestError(
                 f"With a mask or outpainting the picture keeps its scale, which gives {default[0]} x {default[1]}, not "
-                f"{asked[0]} x {asked[1]}: leave width and height to the picture, on the page by the shape As image 1."
+                f"{size[0]} x {size[1]}: leave width and height to the picture, on the page by the shape As image 1."
             )
-        return round_side(asked[0], "width"), round_side(asked[1], "height")
+        return round_side(size[0], "width"), round_side(size[1], "height")
 
     @property
     def padded_size(self) -> tuple[int, int]:
-        """The (width, height) that the engine draws, of which the picture is the upper left; needs a resolved one."""
+        """The (width, height) that the engine draws; the picture is its upper left part. Needs a resolved request."""
         assert self.width and self.height, "resolve the request first"
         return padded_size(self.width, self.height)
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each picture; needs a resolved request."""
+        """The seed of each picture. Needs a resolved request."""
         assert self.seed is not None, "resolve the request first"
         return tuple(self.seed + i for i in range(self.count))
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them; paths become strings."""
+        """Return the fields as JSON types; paths become strings."""
         fields = dict(vars(self))
         fields["mask"] = str(self.mask) if self.mask else None
         fields["outpaint"] = asdict(self.outpaint)
@@ -276,18 +276,18 @@ class Request:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Request:
-        """The request that `as_dict` gave, or one that somebody wrote. Raises `RequestError` for anything else."""
-        read = dict(fields)
-        unknown = read.keys() - {field.name for field in fields_of(cls)}
+        """Return the request in `fields`, from `as_dict` or written by hand. Raises `RequestError` if it is invalid."""
+        values = dict(fields)
+        unknown = values.keys() - {field.name for field in fields_of(cls)}
         if unknown:
             raise RequestError(f"A request has no field {min(map(str, unknown))[:MAX_NAME]!r}: leave it out.")
         try:
-            read["references"] = tuple(Path(path) for path in read.get("references", ()))
-            read["mask"] = Path(read["mask"]) if read.get("mask") else None
-            read["outpaint"] = Outpaint(**read.get("outpaint", {}))
-            read["loras"] = tuple(LoraChoice(**entry) for entry in read.get("loras", ()))
-            read["upsampling"] = Upsampling(**read.get("upsampling", {}))
-            return cls(**read)
+            values["references"] = tuple(Path(path) for path in values.get("references", ()))
+            values["mask"] = Path(values["mask"]) if values.get("mask") else None
+            values["outpaint"] = Outpaint(**values.get("outpaint", {}))
+            values["loras"] = tuple(LoraChoice(**entry) for entry in values.get("loras", ()))
+            values["upsampling"] = Upsampling(**values.get("upsampling", {}))
+            return cls(**values)
         except (TypeError, AttributeError) as error:
             raise RequestError(
                 "That is no request: it needs a prompt, a list of file names as references, a file name as mask, "
@@ -297,19 +297,19 @@ class Request:
 
 
 def round_side(pixels: int, name: str) -> int:
-    """`pixels` as the nearest multiple of 16. Raises `RequestError` below 64."""
+    """Round `pixels` to the nearest multiple of 16. Raises `RequestError` below 64."""
     if pixels < MIN_SIDE:
         raise RequestError(f"The {name} must be at least {MIN_SIDE} pixels, not {pixels}.")
     return max(MIN_SIDE, (pixels + SIZE_MULTIPLE // 2) // SIZE_MULTIPLE * SIZE_MULTIPLE)
 
 
 def padded_size(width: int, height: int) -> tuple[int, int]:
-    """The sides as the next multiples of 16: what the engine takes and draws for a picture of that size."""
+    """Round both sides up to multiples of 16: the size that the engine draws for such a picture."""
     return -(-width // SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-height // SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 
 def size_for_aspect(across: float, down: float, pixels: int) -> tuple[int, int]:
-    """The (width, height) in multiples of 16 with aspect ratio across:down whose area is nearest to `pixels`."""
+    """Return the (width, height) in multiples of 16 with aspect ratio across:down and an area near `pixels`."""
     height = math.sqrt(pixels * down / across)
     width = height * across / down
     width, height = (max(MIN_SIDE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in (width, height))
@@ -317,7 +317,7 @@ def size_for_aspect(across: float, down: float, pixels: int) -> tuple[int, int]:
 
 
 def describe_changes(asked: Request, resolved: Request) -> tuple[str, ...]:
-    """What resolving altered of what was asked, in sentences for the user; () if nothing."""
+    """Return sentences for the user about what resolving changed; () if nothing."""
     notes = []
     for name in ("width", "height"):
         before, after = getattr(asked, name), getattr(resolved, name)
@@ -328,8 +328,9 @@ def describe_changes(asked: Request, resolved: Request) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _within(checkpoint: Checkpoint, name: str, value: float | None, low: float, high: float, *, fixed: bool) -> float:
-    """`value`, or the checkpoint's own for None. Raises `RequestError` outside low..high or beside a fixed one."""
+def _in_range(checkpoint: Checkpoint, name: str, value: float | None, low: float, high: float, *, fixed: bool) -> float:
+    """Return `value`, or the checkpoint's default for None. Raises `RequestError` outside low..high, or if it differs
+    from a fixed default."""
     default: float = getattr(checkpoint, name)
     if value is None:
         return default

@@ -1,32 +1,32 @@
-"""How this installation is set up. The only reader of the environment and the only place that decides on paths.
+"""The settings of this installation. The only reader of the environment and the only place that decides on paths.
 
 | variable | meaning |
 |---|---|
-| FLUX2_HOME | where everything the studio writes lives (default: the platform's user data folder) |
-| FLUX2_CHECKPOINT | the checkpoint chosen when a request names none |
-| FLUX2_CHECKPOINTS_DIR | a folder of one's own checkpoint files, offered beside the known ones |
-| FLUX2_LORAS_DIR | a folder of LoRAs, as ComfyUI's models/loras (default: loras in FLUX2_HOME) |
+| FLUX2_HOME | the folder for everything that the studio writes (default: the platform's user data folder) |
+| FLUX2_CHECKPOINT | the default checkpoint |
+| FLUX2_CHECKPOINTS_DIR | a folder of the user's own checkpoint files, offered in addition to the known ones |
+| FLUX2_LORAS_DIR | a folder of LoRAs, for example ComfyUI's models/loras (default: loras in FLUX2_HOME) |
 | FLUX2_DEVICE | auto, cuda, cuda:1, mps or cpu |
 | FLUX2_DTYPE | auto, float32, bfloat16 or float16 |
-| FLUX2_QUANTIZE | off, fp8 or int8: hold transformer and text encoder in 8 bits, made when they are loaded |
+| FLUX2_QUANTIZE | off, fp8 or int8: quantise transformer and text encoder to 8 bits when they are loaded |
 | FLUX2_COMPILE | auto, on or off: compile the transformer's blocks, see `models/background_compiler.py` |
-| FLUX2_GRAPHS | on or off: record small runs as CUDA graphs, see `models/graph_runs.py` |
-| FLUX2_MEMORY | gigabytes of the device's memory that the studio may take (default: what is free) |
+| FLUX2_GRAPHS | on or off: capture small runs as CUDA graphs, see `models/cuda_graphs.py` |
+| FLUX2_MEMORY | gigabytes of device memory that the studio may use (default: all free memory) |
 | FLUX2_PREVIEW | tiny (a small decoder), linear (rough colours, no extra weights) or off |
 | FLUX2_TEXT_ENCODER_URL | the address of a text encoder on another machine, see `models/remote_text.py` |
-| FLUX2_TEXT_ENCODER_TOKEN | the token that it asks for |
-| FLUX2_TEXT_ENCODER_FOR | the checkpoint whose text encoder it has; all that share that encoder use it (default: dev) |
-| FLUX2_ENCODE_TOKEN | the token that our own `encode-server` asks for |
-| FLUX2_UPSAMPLE | none, local or openrouter: who enriches prompts for new pictures when nothing is chosen |
-| FLUX2_OPENROUTER_URL | the OpenAI-compatible server that enriches prompts (default: OpenRouter's) |
-| FLUX2_OPENROUTER_MODEL | the model that is asked there when none is chosen |
-| OPENROUTER_API_KEY | the key that it asks for |
-| FLUX2_C2PA_CERTIFICATE | one's own certificate chain that signs pictures, PEM (default: a local identity, made once) |
-| FLUX2_C2PA_KEY | its private key, PEM, not encrypted |
-| FLUX2_WATERMARK_MESSAGE | what the invisible watermark says: 4 to 16 characters, or 0x and 8 to 32 hex digits |
-| FLUX2_SAFETY | auto, on, warn or off: what the safety check does (default: auto, see `safety/policy.py`) |
-| FLUX2_NSFW_MODEL_PATH | a folder with Falconsai/nsfw_image_detection, which then checks pictures |
-| *_MODEL_PATH | a local copy of one part, named as in `checkpoints.py` (the official command line's names) |
+| FLUX2_TEXT_ENCODER_TOKEN | the token for that text encoder |
+| FLUX2_TEXT_ENCODER_FOR | the checkpoint whose text encoder it serves; all that share it use it (default: dev) |
+| FLUX2_ENCODE_TOKEN | the token that clients must send to this studio's `encode-server` |
+| FLUX2_UPSAMPLE | none, local or openrouter: the default backend of prompt enhancement |
+| FLUX2_OPENROUTER_URL | the OpenAI-compatible server for prompt enhancement (default: OpenRouter's) |
+| FLUX2_OPENROUTER_MODEL | the default model on that server |
+| OPENROUTER_API_KEY | the API key for that server |
+| FLUX2_C2PA_CERTIFICATE | the user's own certificate chain that signs pictures, PEM (default: a local identity) |
+| FLUX2_C2PA_KEY | the private key of that certificate, PEM, not encrypted |
+| FLUX2_WATERMARK_MESSAGE | the message of the invisible watermark: 4 to 16 characters, or 0x and 8 to 32 hex digits |
+| FLUX2_SAFETY | auto, on, warn or off: the mode of the safety check (default: auto, see `safety/policy.py`) |
+| FLUX2_NSFW_MODEL_PATH | a folder with Falconsai/nsfw_image_detection, to check pictures with it |
+| *_MODEL_PATH | a local copy of one part; `checkpoints.py` lists the names (same as the official command line's) |
 
 The hub's own variables (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) are read by huggingface_hub.
 """
@@ -55,7 +55,7 @@ GraphsMode = Literal["on", "off"]
 PreviewKind = Literal["tiny", "linear", "off"]
 SafetyMode = Literal["auto", "on", "warn", "off"]
 
-# In a repository both folders stand beside the package, in an installed wheel inside it.
+# Both folders are next to the package in the repository, and inside it in an installed wheel.
 _PACKAGE = Path(__file__).resolve().parent
 ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent / "assets"
 PRESETS = ASSETS.parent / "presets"
@@ -63,14 +63,14 @@ PRESETS = ASSETS.parent / "presets"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One installation's choices. Build it with `Settings.from_environment()`, or by hand in tests."""
+    """The settings of one installation. Build it with `Settings.from_environment()`, or directly in tests."""
 
     home: Path
     assets: Path = ASSETS
     presets: Path = PRESETS
     checkpoints: tuple[Checkpoint, ...] = CHECKPOINTS
     default_checkpoint: str = "nano"
-    checkpoints_dir: Path | None = None  # whose files `models.own` adds to `checkpoints`
+    checkpoints_dir: Path | None = None  # `add_local_checkpoints` adds its files to `checkpoints`
     loras_dir: Path | None = None  # None: `home`/loras
     path_overrides: Mapping[str, Path] = field(default_factory=dict)  # variable -> local file or folder
     device: DeviceName = "auto"
@@ -78,7 +78,7 @@ class Settings:
     quantize: QuantizeMode = "off"
     compile: CompileMode = "auto"
     graphs: GraphsMode = "off"
-    memory_limit_gb: float | None = None  # gigabytes
+    memory_limit_gb: float | None = None  # None: all free memory
     preview: PreviewKind = "tiny"
     text_encoder_url: str | None = None
     text_encoder_token: str | None = field(default=None, repr=False)
@@ -88,18 +88,18 @@ class Settings:
     openrouter_url: str = "https://openrouter.ai/api/v1"
     openrouter_model: str | None = None
     openrouter_key: str | None = field(default=None, repr=False)
-    c2pa_certificate: Path | None = None  # None: the local identity in `identity`
+    c2pa_certificate: Path | None = None  # None: the local identity in the folder `identity`
     c2pa_key: Path | None = None
-    watermark_message: str | None = None  # None: Black Forest Labs' published one
+    watermark_message: str | None = None  # None: Black Forest Labs' published message
     safety: SafetyMode = "auto"
     nsfw_model: Path | None = None
     on_space: bool = False  # running as a Hugging Face Space
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the variables of the module's table; an empty one counts as unset.
+        """Reads the variables listed in the module docstring. An empty variable counts as unset.
 
-        Raises `StudioError` for a value that is not allowed.
+        Raises `StudioError` for an invalid value.
         """
         env = os.environ if environ is None else environ
         variables = {
@@ -140,54 +140,55 @@ class Settings:
             nsfw_model=_path(env, "FLUX2_NSFW_MODEL_PATH"),
             on_space="SPACE_ID" in env,
         )
-        if settings.checkpoints_dir is None:  # otherwise it may be one of that folder's
+        if settings.checkpoints_dir is None:  # otherwise the name may belong to a file of that folder
             settings.checkpoint(settings.default_checkpoint)
         return settings
 
     @property
     def outputs(self) -> Path:
-        """The folder under which finished pictures are saved."""
+        """The folder for finished pictures."""
         return self.home / "outputs"
 
     @property
     def database(self) -> Path:
-        """The file in which jobs and history are kept."""
+        """The database file of jobs and history."""
         return self.home / "studio.sqlite3"
 
     @property
     def trash(self) -> Path:
-        """The folder where deleted pictures wait for a day: beside `outputs`, so that moving one is a rename."""
+        """The folder that keeps deleted pictures for a day. Next to `outputs`, so that moving a picture is a rename."""
         return self.home / "trash"
 
     @property
     def thumbnails(self) -> Path:
-        """The folder of small copies for lists, which are made again where they are missing."""
+        """The folder of thumbnails. Missing ones are recreated."""
         return self.home / "thumbnails"
 
     @property
     def queue(self) -> Path:
-        """Where waiting runs keep their references."""
+        """The folder for the references of queued runs."""
         return self.home / "queue"
 
     @property
     def references(self) -> Path:
-        """The folder where references are kept, so that pictures made from them can be made again."""
+        """The folder of the reference store, which keeps references so that pictures can be reproduced."""
         return self.home / "references"
 
     @property
     def compile_cache(self) -> Path:
-        """The folder where torch keeps what it compiled, from one start to the next."""
+        """The folder of torch's compile cache."""
         return self.home / "compiled"
 
     @property
     def identity(self) -> Path:
-        """The folder of the identity that signs pictures where the user has none of their own."""
+        """The folder of the local identity, which signs pictures if the user has configured no certificate."""
         return self.home / "identity"
 
     def uses_remote_text_encoder(self, checkpoint: Checkpoint) -> bool:
-        """Whether the prompts of `checkpoint` go to the text encoder at `text_encoder_url`.
+        """Whether the text encoder at `text_encoder_url` encodes the prompts of `checkpoint`.
 
-        They do where it has the same text encoder as `text_encoder_for`: a user's own quantised file of dev, too.
+        True if `checkpoint` has the same text encoder as `text_encoder_for`. That includes a user's own file, such as
+        a quantised dev.
         """
         if self.text_encoder_url is None:
             return False
@@ -196,32 +197,32 @@ class Settings:
 
     @property
     def loras(self) -> Path:
-        """The folder where users put LoRAs."""
+        """The folder of the user's LoRAs."""
         return self.loras_dir or self.home / "loras"
 
     @property
     def wildcards(self) -> Path:
-        """The folder of the lists that prompts may name."""
+        """The folder of the wildcard lists."""
         return self.home / "wildcards"
 
     def set_environment_defaults(self) -> None:
-        """Set what libraries read from the environment, where the user has not; call it before torch is imported.
+        """Sets environment variables that libraries read, unless the user has set them. Call before importing torch.
 
-        Gradio keeps uploads, and copies of what it shows, under `home`; torch what it compiles. OpenMP's threads sleep
-        while they wait: spinning, they starve each other as soon as another program wants a core.
+        Gradio's uploads and copies and torch's compile cache go below `home`. OpenMP threads sleep while they wait:
+        spinning threads starve each other as soon as another program needs a core.
         """
         os.environ.setdefault("GRADIO_TEMP_DIR", str(self.home / "uploads"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.compile_cache))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def checkpoint(self, name: str | None) -> Checkpoint:
-        """The checkpoint called `name`, the default one for None. Raises `RequestError` for an unknown name."""
-        wanted = self.default_checkpoint if name is None else name
+        """Returns the checkpoint `name`, or the default one for None. Raises `RequestError` for an unknown name."""
+        wanted_name = self.default_checkpoint if name is None else name
         for checkpoint in self.checkpoints:
-            if checkpoint.name == wanted:
+            if checkpoint.name == wanted_name:
                 return checkpoint
         known = ", ".join(checkpoint.name for checkpoint in self.checkpoints)
-        raise RequestError(f"There is no checkpoint called {wanted!r}. Choose one of: {known}.")
+        raise RequestError(f"There is no checkpoint called {wanted_name!r}. Choose one of: {known}.")
 
 
 def _url(env: Mapping[str, str], name: str) -> str | None:
@@ -230,11 +231,11 @@ def _url(env: Mapping[str, str], name: str) -> str | None:
         return None
     try:
         parts = urlsplit(value)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # no number as the port, half a pair of brackets
-        fits = False
-    # What is wrong is not repeated: it may hold a secret.
-    if not fits or not re.fullmatch(r"[!-~]+", value):
+        is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # the port is not a number, or a bracket is unbalanced
+        is_valid = False
+    # The message does not repeat the value: it may contain a secret.
+    if not is_valid or not re.fullmatch(r"[!-~]+", value):
         raise StudioError(f"{name} is not an address: write it as http://encoder.example:7870/ or with https.")
     if "@" in parts.netloc:
         raise StudioError(f"{name} holds a name or password: write the address alone, and use a token.")

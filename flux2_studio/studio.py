@@ -6,7 +6,6 @@ references -> denoise (previews) -> decode -> check image -> watermark, settings
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +21,9 @@ from flux2_studio.engine.weights.quantize import has_8bit_matmul
 from flux2_studio.errors import CredentialsError, OutOfMemory, SafetyError, UpsampleError
 from flux2_studio.events import Drafted, Event, Notice, PromptEnhanced, Ready, Result, Saved, Stopped, Withheld
 from flux2_studio.images.masks import EditRegion, load_mask, make_edit_region
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.images.reference_store import ReferenceStore
-from flux2_studio.images.references import fit, fit_note, load_reference
+from flux2_studio.images.references import fit_note
 from flux2_studio.models.hub.classifier import find_classifier
 from flux2_studio.models.hub.hub_errors import format_size
 from flux2_studio.models.hub.repositories import Hub, ProgressCallback
@@ -46,22 +46,18 @@ from flux2_studio.request import Request, Upsampling, describe_changes
 from flux2_studio.safety.guard import SafetyGuard
 from flux2_studio.safety.policy import decide_policy
 from flux2_studio.settings import Settings
-from flux2_studio.stages.drawing import (
-    UNTILED,
+from flux2_studio.stages.compositing import composite_region
+from flux2_studio.stages.conditioning import encode_conditioning, find_yes_no_model
+from flux2_studio.stages.denoising import UNTILED, StepTimer, describe_tiling, generate_batch
+from flux2_studio.stages.durations import DurationModel, RunFeatures
+from flux2_studio.stages.estimates import RunEstimate, StageStopwatch, learn_duration, make_estimate, make_run_features
+from flux2_studio.stages.run_context import (
     PreparedReference,
     RunContext,
     RunOutputs,
-    StepTimer,
     UnfinishedPicture,
-    composite_region,
-    describe_tiling,
-    encode_conditioning,
-    find_yes_no_model,
-    generate_batch,
     make_request_shape,
 )
-from flux2_studio.stages.durations import DurationModel, RunFeatures
-from flux2_studio.stages.estimates import RunEstimate, StageStopwatch, learn_duration, make_estimate, make_run_features
 from flux2_studio.storage.library import OutputLibrary
 
 DRAFT_PREVIEW_SECONDS = (
@@ -100,12 +96,12 @@ class Studio:
         own = settings.watermark_message
         self.message = WatermarkMessage.parse(own) if own else PUBLISHED_MESSAGE
         self.reference_store = reference_store
+        self.pictures = PictureCache()  # of the references that runs and the page read
         self._durations = durations
         self._clock = clock
         self._models = models or ModelManager(settings, Hub(settings))
         self._library = library or OutputLibrary(settings.outputs)
         self._finisher = Finisher(self.message, self.signer)
-        self._decode_lock = threading.Lock()
 
     @property
     def _needs_vision_model(self) -> bool:
@@ -129,7 +125,7 @@ class Studio:
         sizes: list[tuple[int, int]] = []
         for reference, _ in self._references(request):
             if request.mask and not sizes:
-                load_mask(request.mask, reference.image.size)
+                load_mask(request.mask, reference.image.size, self.pictures)
             sizes.append(reference.image.size)
         return request.resolve(checkpoint, sizes)
 
@@ -429,7 +425,7 @@ class Studio:
                 reference = replace(reference, ingredient=source)
             references.append(reference)
         request = submitted.resolve(checkpoint, [reference.image.size for reference in references])
-        region = make_edit_region(request, references[0].image) if references else None
+        region = make_edit_region(request, references[0].image, self.pictures) if references else None
         if for_generation and submitted.metadata and self.reference_store is not None and region and region.mask:
             self.reference_store.save(region.mask.data)
         yield from outputs.new_notices(describe_changes(submitted, request))
@@ -443,16 +439,13 @@ class Studio:
         return checkpoint
 
     def _references(self, request: Request) -> Iterator[tuple[PreparedReference, bytes]]:
-        """Each reference, scaled to its cap, and its file; one at a time, for a photograph takes hundreds of megabytes
-        until it is fitted. Raises `ReferenceImageError`."""
+        """Each reference, scaled to its cap, and its file. Raises `ReferenceImageError`."""
         cap = self.settings.checkpoint(request.checkpoint).max_pixels_per_reference(len(request.references))
         for number, path in enumerate(request.references, start=1):
-            with self._decode_lock:  # those of one run after the other's, too: runs are submitted from many threads
-                whole = load_reference(path)
-                image = fit(whole.image, cap)
-            note = fit_note(number, whole.image.size, image.size)
-            notes = (*whole.notes, *([note] if note else []))
-            yield PreparedReference(image=image, notes=notes, sha256=whole.sha256), whole.data
+            found = self.pictures.fitted(path, cap)
+            note = fit_note(number, found.full_size, found.image.size)
+            notes = (*found.notes, *([note] if note else []))
+            yield PreparedReference(image=found.image, notes=notes, sha256=found.sha256), found.data
 
     def _generate_pictures(self, run: RunContext) -> Iterator[Event]:
         """Draw and save the pictures of `run` that are not finished yet."""

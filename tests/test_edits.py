@@ -17,6 +17,7 @@ from flux2_studio.engine.weights.loading import load_autoencoder
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.events import Event, Notice, Preview, Result, Saved
 from flux2_studio.images.masks import load_mask
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.images.references import fit, pad_to_multiple
 from flux2_studio.images.tensors import images_from_pixels, pixels_from_image
@@ -125,7 +126,7 @@ def test_outside_the_mask_every_pixel_stays(studio: Studio, fox: Path, mask: Pat
     events, result = run(studio, references=(fox, FOX)[:references], mask=mask, count=2)
     # Several references have a smaller cap: what stays are the pixels of the first as it was scaled, once.
     before = np.asarray(fit(Image.open(fox).convert("RGB"), NANO.max_pixels_per_reference(references)))
-    inside = np.asarray(load_mask(mask, before.shape[1::-1]).edit_mask) > 0
+    inside = np.asarray(load_mask(mask, before.shape[1::-1], PictureCache()).edit_mask) > 0
     assert len(result.images) == 2
     for path in result.images:
         after = pixels(path)

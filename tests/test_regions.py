@@ -10,10 +10,12 @@ from PIL import Image, ImageDraw
 
 from flux2_studio.errors import ReferenceImageError
 from flux2_studio.images.masks import composite_within, feather_weights, load_mask, make_edit_region, match_colours
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.images.references import MAX_REFERENCE_PIXELS
 from flux2_studio.request import Outpaint, Request
 
 SIZE = (157, 211)
+PICTURES = PictureCache()
 
 
 def speckle(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -39,25 +41,23 @@ def test_white_changes_in_whatever_mode_a_mask_comes(tmp_path: Path) -> None:
     white_on_nothing = Image.new("RGBA", SIZE, (255, 255, 255, 0))
     white_on_nothing.paste((255, 255, 255, 255), box)
     for image in (grey, grey.convert("1"), grey.convert("RGB"), grey.convert("P"), white_on_nothing):
-        assert load_mask(saved(tmp_path, image), SIZE).edit_mask.tobytes() == grey.tobytes(), image.mode
+        assert load_mask(saved(tmp_path, image), SIZE, PICTURES).edit_mask.tobytes() == grey.tobytes(), image.mode
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    assert load_mask(saved(tmp_path, deep), SIZE).edit_mask.tobytes() == grey.tobytes()
+    assert load_mask(saved(tmp_path, deep), SIZE, PICTURES).edit_mask.tobytes() == grey.tobytes()
 
 
 def test_a_mask_of_the_same_shape_is_scaled(tmp_path: Path) -> None:
-    large = load_mask(saved(tmp_path, rectangle((471, 633), (90, 90, 300, 300))), SIZE).edit_mask
+    large = load_mask(saved(tmp_path, rectangle((471, 633), (90, 90, 300, 300))), SIZE, PICTURES).edit_mask
     assert large.size == SIZE and large.getbbox() == (30, 30, 100, 100)
     # As large as the picture was before it was scaled to a cap, which cuts sides to whole pixels.
-    assert load_mask(saved(tmp_path, rectangle((4000, 3000), (0, 0, 2000, 3000))), (1182, 886)).edit_mask.size == (
-        1182,
-        886,
-    )
+    scaled = load_mask(saved(tmp_path, rectangle((4000, 3000), (0, 0, 2000, 3000))), (1182, 886), PICTURES)
+    assert scaled.edit_mask.size == (1182, 886)
 
 
 @pytest.mark.parametrize("size", [(211, 157), (157, 200), (200, 211)])
 def test_a_mask_of_another_shape_is_refused_in_words(tmp_path: Path, size: tuple[int, int]) -> None:
     with pytest.raises(ReferenceImageError, match=r"mask\.png has another shape than the picture .* same aspect ratio"):
-        load_mask(saved(tmp_path, rectangle(size, (0, 0, 50, 50))), SIZE)
+        load_mask(saved(tmp_path, rectangle(size, (0, 0, 50, 50))), SIZE, PICTURES)
 
 
 def test_hostile_masks_are_refused_in_words(tmp_path: Path) -> None:
@@ -72,18 +72,18 @@ def test_hostile_masks_are_refused_in_words(tmp_path: Path) -> None:
         (saved(tmp_path, Image.new("L", SIZE, 100), "grey.png"), "grey.png has no white"),
     ):
         with pytest.raises(ReferenceImageError, match=said):
-            load_mask(path, SIZE)
+            load_mask(path, SIZE, PICTURES)
 
 
 def test_the_latents_mask_loses_no_pixel(tmp_path: Path) -> None:
     path = saved(tmp_path, rectangle(SIZE, (31, 16, 33, 17)))
-    region = make_edit_region(Request(prompt="a", references=(path,), mask=path), speckle(SIZE))
+    region = make_edit_region(Request(prompt="a", references=(path,), mask=path), speckle(SIZE), PICTURES)
     assert region is not None
     tokens = region.token_mask
     assert tokens.shape == (14, 10)
     assert sorted(zip(*np.nonzero(tokens), strict=True)) == [(1, 1), (1, 2)]
     at_the_end = saved(tmp_path, rectangle(SIZE, (156, 210, 157, 211)))
-    region = make_edit_region(Request(prompt="a", references=(path,), mask=at_the_end), speckle(SIZE))
+    region = make_edit_region(Request(prompt="a", references=(path,), mask=at_the_end), speckle(SIZE), PICTURES)
     assert region is not None and region.token_mask.sum() == 1 and region.token_mask[-1, -1]
 
 
@@ -96,7 +96,7 @@ def test_outside_every_byte_is_the_pictures(tmp_path: Path, shape: str) -> None:
     if shape == "whole":
         mask = Image.new("L", SIZE, 255)
     path = saved(tmp_path, mask)
-    region = make_edit_region(Request(prompt="a", references=(path,), mask=path), before)
+    region = make_edit_region(Request(prompt="a", references=(path,), mask=path), before, PICTURES)
     assert region is not None
     result, old, new = (np.asarray(image) for image in (composite_within(drawn, region), before, drawn))
     inside = np.asarray(mask) > 0
@@ -121,7 +121,7 @@ def test_outpainting_keeps_the_picture_and_what_its_mask_allows(tmp_path: Path) 
     before = speckle(SIZE)
     path = saved(tmp_path, rectangle(SIZE, (0, 0, 20, 20)))
     request = Request(prompt="a", references=(path,), mask=path, outpaint=Outpaint(left=30, bottom=9))
-    region = make_edit_region(request, before)
+    region = make_edit_region(request, before, PICTURES)
     assert region is not None
     assert region.original.size == region.edit_mask.size == (187, 220)
     assert region.original.crop((30, 0, 187, 211)).tobytes() == before.tobytes()

@@ -1,6 +1,6 @@
-"""`flux2-studio inspect`: what a picture says of where it comes from, and what of that can be relied on.
+"""`flux2-studio inspect`: what a picture says about its origin, and how reliable that is.
 
-What looks at pictures is imported only once there is one to look at.
+The modules that read pictures are imported only when the command runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_inspect_command(commands: argparse._SubParsersAction) -> None:
-    """Add `inspect_picture` to the command line, with its function as its `run` default."""
+    """Add the `inspect` command to the parser, with `run_inspect` as its `run` default."""
     command = commands.add_parser(
         "inspect",
         allow_abbrev=False,
@@ -35,7 +35,7 @@ def add_inspect_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    """`inspect FILE`: what was found, to stdout. Raises `RequestError` for no file, or one that is no picture."""
+    """`inspect FILE`: print the findings to stdout. Raises `RequestError` if there is no picture at the path."""
     from PIL import Image
 
     from flux2_studio.provenance.c2pa.credentials import Signer
@@ -43,20 +43,23 @@ def run_inspect(options: argparse.Namespace) -> int:
     from flux2_studio.provenance.watermark import PUBLISHED_MESSAGE, WatermarkMessage
 
     settings = Settings.from_environment()
-    own = [WatermarkMessage.parse(settings.watermark_message)] if settings.watermark_message else []
+    own_messages = [WatermarkMessage.parse(settings.watermark_message)] if settings.watermark_message else []
     signer = Signer(settings.identity, settings.c2pa_certificate, settings.c2pa_key)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is told in our words
-    seen = inspect_picture(options.file, signer, [*own, PUBLISHED_MESSAGE])
-    if not seen.is_picture:
-        raise RequestError(seen.problem or "This is not a picture.")
+    # The report has its own message for pictures that are too large.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    inspection = inspect_picture(options.file, signer, [*own_messages, PUBLISHED_MESSAGE])
+    if not inspection.is_picture:
+        raise RequestError(inspection.problem or "This is not a picture.")
     print_lines(
-        [json.dumps(seen.as_dict(), indent=2)] if options.json else map(strip_control_characters, report_lines(seen))
+        [json.dumps(inspection.as_dict(), indent=2)]
+        if options.json
+        else map(strip_control_characters, report_lines(inspection))
     )
     return 0
 
 
 def report_lines(seen: Inspection) -> Iterator[str]:
-    """What is told of a picture, line by line; texts of the file are still as they are in it."""
+    """Yield the report on a picture, line by line; texts from the file are not sanitized."""
     from flux2_studio.provenance.inspect import credential_rows, setting_rows
 
     yield f"{seen.name}: {seen.format}, {seen.width} x {seen.height} pixels, {seen.bytes:,} bytes"
@@ -75,5 +78,5 @@ def report_lines(seen: Inspection) -> Iterator[str]:
 
 
 def strip_control_characters(line: str) -> str:
-    """`line` without what would move the cursor of a terminal, or change the order in which it is read."""
+    """Replace unprintable characters, which could move a terminal's cursor or change the reading order."""
     return "".join(it if it.isprintable() else " " for it in line)

@@ -1,8 +1,8 @@
 """The command line: a thin shell over the same `Request` that the page builds.
 
-It knows words and files, nothing of models. Pictures go to stdout as paths, everything else to stderr. Exit codes: 0
-done, 2 a user's error told in one line, 130 stopped by Ctrl-C. torch, transformers and gradio are imported only once
-there is work for them, so that `--help` and a mistyped option answer at once.
+Paths of pictures go to stdout, everything else to stderr. Exit codes: 0 done, 2 an error that the user can fix (one
+line), 130 stopped by Ctrl-C. torch, transformers and gradio are imported only when needed, so that `--help` and a
+mistyped option answer at once.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ SUFFIX_FORMATS: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; argparse's own exits are `SystemExit`, as usual."""
+    """Run the command line and return its exit code; argparse itself exits with `SystemExit`, as usual."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold what cannot be encoded
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: paths may contain unencodable characters
     options = build_parser().parse_args(arguments)
     try:
         try:
@@ -65,20 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"{PROGRAM}: stopped", file=sys.stderr)
             return EXIT_INTERRUPTED
-    except BrokenPipeError:  # of `2>&1 | head`, say: nobody is left to be told
+    except BrokenPipeError:  # e.g. `2>&1 | head`: stderr is closed too
         discard_output(sys.stderr)
         return EXIT_BROKEN_PIPE
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the usage before it."""
+    """An argparse parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER_ERROR, f"{PROGRAM}: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> Parser:
-    """The options of every command. Each command's function is its `run` default."""
+    """Build the parser of every command. Each command's function is its `run` default."""
     top = Parser(prog=PROGRAM, description="Make and edit images with the FLUX.2 open models.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -189,7 +189,7 @@ def build_parser() -> Parser:
 
 
 def run_ui(options: argparse.Namespace) -> int:
-    """`ui`: the page, until it is stopped."""
+    """`ui`: serve the page until it is stopped."""
     settings, notes = _settings(options)
     from flux2_studio.ui.app import serve_page
 
@@ -198,9 +198,9 @@ def run_ui(options: argparse.Namespace) -> int:
 
 
 def run_encode_server(options: argparse.Namespace) -> int:
-    """`encode-server`: a text encoder for others, until it is stopped."""
+    """`encode-server`: serve a text encoder until it is stopped."""
     settings, _ = _settings(options)
-    settings.checkpoint(options.model)  # an unknown name is said before torch loads
+    settings.checkpoint(options.model)  # fails for an unknown name before torch loads
     settings.set_environment_defaults()
     from flux2_studio.remote.text_server import open_server, serve_until_interrupted
 
@@ -211,10 +211,10 @@ def run_encode_server(options: argparse.Namespace) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    """`generate`: one run, its pictures copied to --out."""
+    """`generate`: run once and copy the pictures to --out."""
     settings, _ = _settings(options)
     by = options.upsample or ("none" if options.image else settings.upsample)
-    asked = {
+    options_by_field = {
         "prompt": options.prompt,
         "negative_prompt": options.negative,
         "checkpoint": options.model,
@@ -226,7 +226,7 @@ def run_generate(options: argparse.Namespace) -> int:
         "loras": tuple(options.lora) or None,
         "format": output_format(options.out, options.format),
     }
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in options_by_field.items() if value is not None}
     if options.preset is not None:
         given = cli_presets.complete_from_preset(given, options.preset, len(options.image), settings)
     if "prompt" not in given:
@@ -244,11 +244,11 @@ def run_generate(options: argparse.Namespace) -> int:
         metadata=not options.no_metadata,
     )
     targets = output_files(options.out, request.count)
-    # Nobody sees previews here, and they would cost time and, for most checkpoints, a download.
+    # Previews are not shown here; they would cost time and, for most checkpoints, a download.
     settings = replace(settings, preview="off", safety="off" if options.no_check else settings.safety)
-    # What is wrong with the numbers is said before torch loads.
+    # Fails for invalid numbers before torch loads.
     resolved = request.resolve(settings.checkpoint(request.checkpoint))
-    request = replace(request, seed=resolved.seed)  # chosen here, to know which picture is which
+    request = replace(request, seed=resolved.seed)  # chosen here, to map each picture to its target
     assert request.seed is not None
     settings.set_environment_defaults()
     from flux2_studio.images.reference_store import ReferenceStore
@@ -262,23 +262,24 @@ def run_generate(options: argparse.Namespace) -> int:
         durations=DurationModel(Database(settings.database)),
     )
     with stop_on_interrupt() as cancelled, ProgressLine(sys.stderr) as progress:
-        end = show_events(studio.generate(request, cancelled), progress)
-    # A stopped run has fewer, and one of which the safety check withheld some has gaps.
-    made = [targets[seed - request.seed] for seed in end.seeds]
-    for source, target in zip(end.images, made, strict=True):
+        outcome = show_events(studio.generate(request, cancelled), progress)
+    # A stopped run has fewer pictures; withheld pictures leave gaps.
+    written = [targets[seed - request.seed] for seed in outcome.seeds]
+    for source, target in zip(outcome.images, written, strict=True):
         copy_file(source, target)
-    print_paths(made)
-    if isinstance(end, Stopped):
-        print(f"{PROGRAM}: stopped, with {len(end.images)} of {request.count} done", file=sys.stderr)
+    print_paths(written)
+    if isinstance(outcome, Stopped):
+        print(f"{PROGRAM}: stopped, with {len(outcome.images)} of {request.count} done", file=sys.stderr)
         return EXIT_INTERRUPTED
-    for text in end.provenance:
+    for text in outcome.provenance:
         print(text, file=sys.stderr)
-    print(f"{_seeds(end.seeds)}, {end.seconds:.1f} s", file=sys.stderr)
+    print(f"{_format_seeds(outcome.seeds)}, {outcome.seconds:.1f} s", file=sys.stderr)
     return 0
 
 
 def parse_lora_choice(text: str) -> LoraChoice:
-    """`NAME` or `NAME:WEIGHT`. A number behind the last colon is the weight, so a name that ends in one needs both."""
+    """Parse `NAME` or `NAME:WEIGHT`. A number after the last colon is the weight, so a name that ends in one needs
+    both."""
     name, colon, number = text.rpartition(":")
     try:
         choice = LoraChoice(name=name, weight=float(number)) if colon and _is_number(number) else LoraChoice(name=text)
@@ -288,7 +289,7 @@ def parse_lora_choice(text: str) -> LoraChoice:
 
 
 def parse_outpaint(text: str) -> Outpaint:
-    """`L,T,R,B`, in pixels."""
+    """Parse `L,T,R,B`, in pixels."""
     try:
         left, top, right, bottom = map(int, text.split(","))
         return Outpaint(left=left, top=top, right=right, bottom=bottom)
@@ -309,19 +310,19 @@ def _is_number(text: str) -> bool:
 
 
 def output_format(out: Path, wanted: ImageFormat | None) -> ImageFormat:
-    """The format that --out ends in. Raises `RequestError` where that is none, or not the one that is `wanted`."""
-    found = SUFFIX_FORMATS.get(out.suffix.lower())
-    if found is None:
+    """Return the format of --out's suffix. Raises `RequestError` if there is none, or if it is not `wanted`."""
+    image_format = SUFFIX_FORMATS.get(out.suffix.lower())
+    if image_format is None:
         raise RequestError(f"--out must end in .png, .jpg, .jpeg or .webp, not {out.name!r}.")
-    if wanted not in (None, found):
+    if wanted not in (None, image_format):
         raise RequestError(f"--out {out.name!r} is not named as a picture of --format {wanted}: change one of them.")
-    return found
+    return image_format
 
 
 def output_files(out: Path, count: int) -> tuple[Path, ...]:
-    """The files that --out stands for: itself, or numbered for several.
+    """Return the files for --out: itself, or numbered ones for several pictures.
 
-    Raises `RequestError` where they could not be written.
+    Raises `RequestError` if they cannot be written.
     """
     if not out.parent.is_dir():
         raise RequestError(f"There is no folder {str(out.parent)!r} for --out: create it first.")
@@ -335,7 +336,7 @@ def output_files(out: Path, count: int) -> tuple[Path, ...]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy so that `target` is never half written. Raises `SaveError`, naming where the picture is."""
+    """Copy atomically. Raises `SaveError` with the path of the original."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         shutil.copyfile(source, part)
@@ -348,7 +349,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def print_paths(paths: Sequence[Path]) -> None:
-    """Write `paths` to stdout, one a line. Raises `SaveError` where stdout does not take them."""
+    """Write `paths` to stdout, one per line. Raises `SaveError` if that fails."""
     try:
         for path in paths:
             print(path, flush=True)
@@ -362,19 +363,19 @@ def print_paths(paths: Sequence[Path]) -> None:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives the function that says whether Ctrl-C was pressed. A second one ends the program there and then."""
+    """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C ends the program at once."""
     pressed = threading.Event()
 
     def on_interrupt(*_: object) -> None:
         if pressed.is_set():
             tell(f"\n{PROGRAM}: stopped\n")
-            os._exit(EXIT_INTERRUPTED)  # an exception would first wait for the thread that loads weights
+            os._exit(EXIT_INTERRUPTED)  # an exception would wait for the thread that loads weights
         pressed.set()
         tell("\nstopping after this step; Ctrl-C again stops at once\n")
 
     def tell(text: str) -> None:
         with suppress(OSError):
-            os.write(sys.stderr.fileno(), text.encode())  # not print: the signal may have come in the middle of one
+            os.write(sys.stderr.fileno(), text.encode())  # not print: the signal may have interrupted one
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
@@ -384,7 +385,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def show_events(events: Iterator[Event], progress: ProgressLine) -> Result | Stopped:
-    """Show a run's events as they come, and return how it ended."""
+    """Show a run's events as they come; return its final event."""
     for event in events:
         match event:
             case Status(text=text, fraction=fraction):
@@ -404,20 +405,20 @@ def show_events(events: Iterator[Event], progress: ProgressLine) -> Result | Sto
     raise AssertionError("a run must end with Result or Stopped")
 
 
-def _seeds(seeds: Sequence[int]) -> str:
+def _format_seeds(seeds: Sequence[int]) -> str:
     if len(seeds) == 1:
         return f"seed {seeds[0]}"
-    whole = len(seeds) == seeds[-1] - seeds[0] + 1
-    return f"seeds {seeds[0]} to {seeds[-1]}" if whole else f"seeds {', '.join(map(str, seeds))}"
+    contiguous = len(seeds) == seeds[-1] - seeds[0] + 1
+    return f"seeds {seeds[0]} to {seeds[-1]}" if contiguous else f"seeds {', '.join(map(str, seeds))}"
 
 
 def _settings(options: argparse.Namespace) -> tuple[Settings, list[str]]:
-    """The environment's settings with the user's own checkpoints, overruled by --dtype and --device.
+    """Return the environment's settings with the user's own checkpoints, overridden by --dtype and --device.
 
-    With a sentence about each file of the user's folder that is no checkpoint.
+    Also returns a sentence about each invalid file in the user's checkpoint folder.
     """
     chosen = {name: value for name in ("dtype", "device") if (value := getattr(options, name, None)) is not None}
     settings, notes = add_local_checkpoints(Settings.from_environment())
-    if settings.compile == "auto":  # a single run is over before it could be any quicker
+    if settings.compile == "auto":  # a single run ends before compiling could speed it up
         chosen["compile"] = "off"
     return replace(settings, **chosen), notes

@@ -1,6 +1,6 @@
-"""`flux2-studio models`: the checkpoints on this machine, listed, downloaded, removed and found.
+"""`flux2-studio models`: list, download, remove and locate the checkpoints on this machine.
 
-huggingface_hub is imported only once there is work for it.
+huggingface_hub is imported only when a command needs it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_models_command(commands: argparse._SubParsersAction) -> None:
-    """Add `models` and what it can do to the command line. Each one's function is its `run` default."""
+    """Add the `models` command and its subcommands to the parser, each with its function as its `run` default."""
     models = commands.add_parser(
         "models",
         allow_abbrev=False,
@@ -44,7 +44,7 @@ def add_models_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run_models_list(options: argparse.Namespace) -> int:
-    """`models list`: a few lines for every checkpoint, to stdout."""
+    """`models list`: print a few lines about every checkpoint to stdout."""
     settings, notes = add_local_checkpoints(Settings.from_environment())
     from flux2_studio.models.hub.repositories import Hub
 
@@ -60,7 +60,7 @@ def run_models_list(options: argparse.Namespace) -> int:
 
 
 def run_models_download(options: argparse.Namespace) -> int:
-    """`models download NAME`: with its progress on stderr; Ctrl-C pauses it."""
+    """`models download NAME`: download, with progress on stderr; Ctrl-C pauses."""
     settings, _ = add_local_checkpoints(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
     from flux2_studio.models.hub.repositories import Hub
@@ -70,15 +70,17 @@ def run_models_download(options: argparse.Namespace) -> int:
         with ProgressLine(sys.stderr, min_fraction_step=0.05) as progress:
             Hub(settings).download(checkpoint, (*checkpoint.parts, *preview), progress.show)
     except KeyboardInterrupt:
-        again = f"{PROGRAM} models download {checkpoint.name}"
-        print(f"{PROGRAM}: paused; what has arrived is kept, and `{again}` goes on from there", file=sys.stderr)
+        resume_command = f"{PROGRAM} models download {checkpoint.name}"
+        print(
+            f"{PROGRAM}: paused; what has arrived is kept, and `{resume_command}` goes on from there", file=sys.stderr
+        )
         return EXIT_INTERRUPTED
     print(f"{checkpoint.label} is on this machine", file=sys.stderr)
     return 0
 
 
 def run_models_remove(options: argparse.Namespace) -> int:
-    """`models remove NAME`: what was freed and what was kept goes to stderr."""
+    """`models remove NAME`: delete, and report on stderr what was freed and what was kept."""
     settings, _ = add_local_checkpoints(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
     from flux2_studio.models.hub.hub_errors import format_size
@@ -95,7 +97,7 @@ def run_models_remove(options: argparse.Namespace) -> int:
 
 
 def run_models_loras(options: argparse.Namespace) -> int:
-    """`models loras`: each LoRA's name, a tab and what it is, to stdout; files that are none go to stderr."""
+    """`models loras`: print each LoRA's name, a tab and its kind to stdout; invalid files to stderr."""
     settings, _ = add_local_checkpoints(Settings.from_environment())
     loras = LoraLibrary(settings)
     entries, problems = loras.scan()
@@ -108,30 +110,31 @@ def run_models_loras(options: argparse.Namespace) -> int:
 
 
 def run_models_path(options: argparse.Namespace) -> int:
-    """`models path NAME`: each part's kind, a tab and its place, to stdout. Raises `WeightsError` if one is missing."""
+    """`models path NAME`: print each part's kind, a tab and its path to stdout. Raises `WeightsError` if one is
+    missing."""
     settings, _ = add_local_checkpoints(Settings.from_environment())
     checkpoint = settings.checkpoint(options.name)
     from flux2_studio.models.hub.repositories import Hub
 
     hub = Hub(settings)
-    found = {part.kind: hub.find(part) for part in checkpoint.parts}
-    places = []
-    for kind, files in found.items():
+    files_by_kind = {part.kind: hub.find(part) for part in checkpoint.parts}
+    lines = []
+    for kind, files in files_by_kind.items():
         if files:
-            places.append(f"{PART_LABELS[kind]}\t{files.weights}")
-            places += [f"tokenizer\t{files.tokenizer}"] if files.tokenizer else []
-    print_lines(places)
-    if missing := [f"the {PART_LABELS[kind]}" for kind, files in found.items() if files is None]:
-        *most, last = missing
+            lines.append(f"{PART_LABELS[kind]}\t{files.weights}")
+            lines += [f"tokenizer\t{files.tokenizer}"] if files.tokenizer else []
+    print_lines(lines)
+    if missing := [f"the {PART_LABELS[kind]}" for kind, files in files_by_kind.items() if files is None]:
+        *others, last = missing
         raise WeightsError(
-            f"Of {checkpoint.label}, {', '.join(most) + ' and ' if most else ''}{last} must be downloaded first: "
+            f"Of {checkpoint.label}, {', '.join(others) + ' and ' if others else ''}{last} must be downloaded first: "
             f"`{PROGRAM} models download {checkpoint.name}`."
         )
     return 0
 
 
 def describe_checkpoint(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint], hub: Hub) -> Iterator[str]:
-    """What `models list` says of `checkpoint`, line by line."""
+    """Yield the lines of `models list` about `checkpoint`."""
     yield f"{checkpoint.name}: {checkpoint.label}"
     yield f"  {describe_disk_state(checkpoint, hub)}"
     gate = f"gated: accept it at {checkpoint.licence_url}, then set HF_TOKEN" if checkpoint.gated else "not gated"
@@ -141,23 +144,30 @@ def describe_checkpoint(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint
 
 
 def describe_disk_state(checkpoint: Checkpoint, hub: Hub) -> str:
-    """Whether `checkpoint` is on this machine, and how much of it is still to download."""
+    """Return whether `checkpoint` is on this machine, and how much is still to download."""
     from flux2_studio.models.hub.hub_errors import format_size
 
     try:
         missing = [part for part in checkpoint.parts if hub.find(part) is None]
     except WeightsError as error:
         return f"cannot be used: {one_line(error)}"
-    here = sum(hub.size_on_disk(part) for part in checkpoint.parts)
-    to_come = sum(max(part.size - hub.size_on_disk(part), 0) for part in missing)
+    bytes_on_disk = sum(hub.size_on_disk(part) for part in checkpoint.parts)
+    bytes_to_download = sum(max(part.size - hub.size_on_disk(part), 0) for part in missing)
     if missing:
-        state = f"partly on disk ({format_size(here)})" if here else "not on disk"
-        return f"{state}, {format_size(to_come)} to download"
-    return f"on disk, {format_size(here)} downloaded" if here else "on board" if checkpoint.is_toy else "on disk"
+        state = f"partly on disk ({format_size(bytes_on_disk)})" if bytes_on_disk else "not on disk"
+        return f"{state}, {format_size(bytes_to_download)} to download"
+    return (
+        f"on disk, {format_size(bytes_on_disk)} downloaded"
+        if bytes_on_disk
+        else "on board"
+        if checkpoint.is_toy
+        else "on disk"
+    )
 
 
 def describe_sharing(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str:
-    """'the text encoder with a, b; the autoencoder with b': what `checkpoint` has in common with others."""
+    """Return the parts that `checkpoint` shares with others, such as 'the text encoder with a, b; the autoencoder with
+    b'."""
     shared = {
         PART_LABELS[part.kind]: [other for other in checkpoints if other != checkpoint and part in other.parts]
         for part in checkpoint.parts

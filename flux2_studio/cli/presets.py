@@ -1,4 +1,4 @@
-"""`flux2-studio presets`, which lists them, and what `generate --preset` makes of one."""
+"""`flux2-studio presets`, which lists them, and `generate --preset`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORM_REQUIREMENTS: Mapping[FormName, str] = {
 
 
 def add_presets_command(commands: argparse._SubParsersAction) -> None:
-    """Add `presets` to the command line, with its function as its `run` default."""
+    """Add the `presets` command to the parser, with `run_presets` as its `run` default."""
     command = commands.add_parser(
         "presets",
         allow_abbrev=False,
@@ -35,7 +35,7 @@ def add_presets_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run_presets(options: argparse.Namespace) -> int:
-    """`presets`: all that come with the studio, to stdout; files that are none, to stderr."""
+    """`presets`: list the studio's presets on stdout; invalid files on stderr."""
     presets = Presets.load(Settings.from_environment().presets)
     if options.json:
         listed = [{"preset": slug, **preset.as_dict()} for slug, preset in presets.by_slug.items()]
@@ -61,24 +61,24 @@ def _lines(presets: Presets) -> Iterator[str]:
 
 
 def complete_from_preset(given: Mapping[str, Any], name: str, images: int, settings: Settings) -> dict[str, Any]:
-    """The fields of a request that are `given`, and of the others those that the preset `name` sets.
+    """Return the fields of a request: those in `given`, and the others that the preset `name` sets.
 
-    A given prompt is the preset's subject, where it takes one. What the checkpoint cannot take is told on stderr.
-    Raises `RequestError`, for a preset that takes another number of `images`, too.
+    A given prompt becomes the preset's subject, if it takes one. Values that the checkpoint cannot use are reported on
+    stderr. Raises `PresetError`, also if the preset takes another number of `images`, and `RequestError`.
     """
     preset = _find(name, settings)
     if form_for(images) != preset.form:
         raise PresetError(f"The preset {preset.name} {FORM_REQUIREMENTS[preset.form]}.")
     subject = str(given.get("prompt", "")) if preset.takes_subject else ""
-    kept = {field: value for field, value in given.items() if field != "prompt" or not preset.takes_subject}
-    # Half of a size says nothing of a shape.
-    sized = {"width", "height"} if {"width", "height"} & kept.keys() else set()
+    overrides = {field: value for field, value in given.items() if field != "prompt" or not preset.takes_subject}
+    # A given width or height replaces the preset's size completely: half of it would distort the shape.
+    size_fields = {"width", "height"} if {"width", "height"} & overrides.keys() else set()
     checkpoint = settings.checkpoint(given.get("checkpoint") or preset.request.get("checkpoint"))
-    made = apply_preset(preset, subject, checkpoint, kept.keys() | sized)
-    for note in made.notes:
+    applied = apply_preset(preset, subject, checkpoint, overrides.keys() | size_fields)
+    for note in applied.notes:
         print(f"note: {note}", file=sys.stderr)
-    read = Request.from_dict({"prompt": "a preset", **made.values})  # for its LoRAs as a request has them
-    return {**{field: getattr(read, field) for field in made.values}, **kept}
+    converted = Request.from_dict({"prompt": "a preset", **applied.values})  # converts the LoRAs
+    return {**{field: getattr(converted, field) for field in applied.values}, **overrides}
 
 
 def _find(name: str, settings: Settings) -> Preset:

@@ -1,4 +1,4 @@
-"""What the command line's commands have in common: exit codes, and how they write to a terminal, a file or a pipe."""
+"""Shared by the commands: exit codes, and output to a terminal, a file or a pipe."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import TextIO
 
 PROGRAM = "flux2-studio"
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
-EXIT_BROKEN_PIPE = 141  # and of one whose reader went away
+EXIT_INTERRUPTED = 130  # as shells report SIGINT
+EXIT_BROKEN_PIPE = 141  # as shells report SIGPIPE
 BAR_WIDTH = 24  # characters
 
 
 class ProgressLine:
-    """What a run is doing: one line that redraws itself on a terminal, plain lines elsewhere.
+    """Progress of a run: one line that redraws itself on a terminal, plain lines elsewhere.
 
-    grain: off a terminal, how much more (0..1) must be done before the same thing is told again; 0: every change is.
+    min_fraction_step: off a terminal, print the same activity again only after that much more progress (0..1); 0 prints
+    every change.
     """
 
     def __init__(self, stream: TextIO, min_fraction_step: float = 0.0) -> None:
@@ -34,7 +35,7 @@ class ProgressLine:
         self._clear()
 
     def show(self, text: str, fraction: float | None = None) -> None:
-        """What is being done now, and how much of it (0..1) where that is known."""
+        """Show the current activity, and its progress (0..1) if known."""
         if self._terminal:
             bar = "" if fraction is None else f"{_bar(fraction)} "
             columns = shutil.get_terminal_size().columns
@@ -42,31 +43,32 @@ class ProgressLine:
             self._stream.write(f"{bar}{text}"[: columns - 1])
             self._stream.flush()
             return
-        told: object = text
+        shown: object = text
         if self._grain and fraction is not None:
-            told = text.partition(":")[0], int(fraction / self._grain + 1e-6)  # 1 / 0.05 may be a little less than 20
-        if told != self._last:
+            # 1e-6: a quotient such as 1 / 0.05 may be slightly below 20.
+            shown = text.partition(":")[0], int(fraction / self._grain + 1e-6)
+        if shown != self._last:
             print(text, file=self._stream)
-        self._last = told
+        self._last = shown
 
     def show_tail(self, text: str) -> None:
-        """The end of a growing text that anybody may have written; only where the line redraws itself."""
+        """Show the end of a growing, untrusted text; only on a terminal."""
         if self._terminal:
             self.show("".join(it if it.isprintable() else " " for it in text[-200:])[-60:])
 
     def note(self, text: str) -> None:
-        """Something that stays to be read."""
+        """Print a line that stays."""
         self._clear()
         print(f"note: {text}", file=self._stream)
 
     def _clear(self) -> None:
         if self._terminal:
-            self._stream.write("\r\033[K")  # to the line's start, and erase it
+            self._stream.write("\r\033[K")  # return to the line's start and erase the line
             self._stream.flush()
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Write `lines` to stdout at once, so that a reader who has gone is noticed here."""
+    """Write `lines` to stdout and flush, so that a closed pipe raises here."""
     try:
         for line in lines:
             print(line)
@@ -77,7 +79,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Let go of what `stream` still holds: at exit it would be written once more, and fail once more."""
+    """Redirect `stream` to os.devnull, because Python would write its buffer again at exit, and fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -1,7 +1,7 @@
-"""Sizes and constants that describe one model. Plain data: no torch, nothing about files.
+"""Sizes and constants that describe one model. Plain data: no torch, no files.
 
-Widths and depths are read from a checkpoint's own tensors (`loading.py` builds these), so a checkpoint of any size
-takes the same path. `TextRecipe` is what a file cannot tell: how its text encoder was used in training.
+`loading.py` reads widths and depths from the tensors of a checkpoint, so checkpoints of all sizes share one code path.
+`TextRecipe` holds what a weight file does not contain: how the text encoder was used in training.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerParams:
-    """The flow transformer's sizes."""
+    """Sizes of the flow transformer."""
 
-    in_channels: int  # of one packed latent token (128)
-    context_width: int  # of one text token
+    in_channels: int  # channels of one packed latent token (128)
+    context_width: int  # width of one text token
     hidden: int
     head_width: int
     mlp: int  # inner width of the SwiGLU MLP (3 x hidden in every published checkpoint)
@@ -30,7 +30,7 @@ class TransformerParams:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderParams:
-    """The autoencoder's sizes. Channels run from full resolution to the latent's, one entry per level."""
+    """Sizes of the autoencoder. Channel tuples have one entry per level, from full resolution down to the latent's."""
 
     encoder_channels: tuple[int, ...]
     decoder_channels: tuple[int, ...]
@@ -40,26 +40,26 @@ class AutoencoderParams:
 
     @property
     def patch(self) -> int:
-        """Pixels along one side of a packed latent token: 2x2 packing over the levels' downsampling."""
+        """Pixels along one side of a packed latent token: the downsampling of all levels, times 2 for 2x2 packing."""
         return 2 * 2 ** (len(self.encoder_channels) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextRecipe:
-    """How a prompt becomes the context: chat template, padding, and the hidden states that are read.
+    """How a prompt becomes the context: chat template, padding and hidden states.
 
-    `hidden_layers` index hidden states as transformers counts them: 0 is the token embedding, n the output of layer n.
+    `hidden_layers` numbers the hidden states as transformers does: 0 is the token embedding, n the output of layer n.
     """
 
     hidden_layers: tuple[int, ...]
-    length: int  # tokens, padded; every one of them takes part in attention
+    length: int  # in tokens, padded; the flow transformer attends to padding too
     padding_side: str  # "left" | "right"
-    generation_prompt: bool  # add_generation_prompt of the chat template
+    generation_prompt: bool  # the chat template's add_generation_prompt
     system_prompt: str | None = None
     content_as_parts: bool = False  # the template expects [{"type": "text", ...}] instead of a string
-    removed_tokens: tuple[str, ...] = ()  # special tokens a user could type and the encoder must not see
+    removed_tokens: tuple[str, ...] = ()  # special tokens to remove from the user's prompt
 
     @property
     def layer_count(self) -> int:
-        """How many decoder layers the taps need."""
+        """Number of decoder layers needed to compute `hidden_layers`."""
         return max(self.hidden_layers)

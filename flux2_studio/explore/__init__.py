@@ -1,1 +1,1 @@
-"""Trying many ideas at once: a request and what is to vary become cells, a run each, and one sheet of them all."""
+"""Explorations: a request and the values that vary become cells, one run each, and a contact sheet."""

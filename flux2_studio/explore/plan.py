@@ -1,4 +1,4 @@
-"""What an exploration makes: its cells in the order in which they are drawn, and where each stands."""
+"""The plan of an exploration: its cells in drawing order, with their positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_LABEL = 200  # characters
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One picture: its request, with a seed, and its place: column, row, table (0-based)."""
+    """One picture: its request, with a seed, and its column, row and table (0-based)."""
 
     request: Request
     column: int
@@ -26,8 +26,8 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplorationPlan:
-    """`cells` in the order in which they are drawn. The labels of the columns, rows and tables; () where nothing varies
-    along that side. `titles` say what does."""
+    """`cells` in drawing order. `columns`, `rows` and `tables` are the labels; () for a side along which nothing
+    varies. `titles` are the names of the three sides."""
 
     cells: tuple[Cell, ...]
     columns: tuple[str, ...]
@@ -37,7 +37,7 @@ class ExplorationPlan:
 
     @property
     def prompt_count(self) -> int:
-        """How many prompts have to be read."""
+        """The number of prompts to encode."""
         return len({(cell.request.checkpoint, cell.request.prompt) for cell in self.cells})
 
 
@@ -47,20 +47,21 @@ def plan_grid(
     wildcards: Wildcards,
     check: Callable[[Request], object],
 ) -> ExplorationPlan:
-    """The cells of `base` over up to three axes: columns, rows, tables; None for a side along which nothing varies.
+    """Return the cells of `base` over up to three axes: columns, rows, tables; None for a side along which nothing
+    varies.
 
-    A prompt that stands for several varies along the first side that is free. All cells share one seed, unless seeds
-    vary. check: raises `RequestError` for a request that cannot be carried out.
+    A prompt that expands to several varies along the first free side. All cells share one seed, unless seeds vary.
+    check: raises `RequestError` for a request that cannot be run.
     """
     sides = [*axes, None, None, None][:3]
-    texts = expand_prompt(base.prompt, wildcards)
-    if len(texts) > 1 or texts[0] != base.prompt:
-        if len(texts) > 1:
+    prompts = expand_prompt(base.prompt, wildcards)
+    if len(prompts) > 1 or prompts[0] != base.prompt:
+        if len(prompts) > 1:
             if None not in sides:
                 raise RequestError("The prompt stands for several, and all three sides vary already: free one.")
-            sides[sides.index(None)] = prompt_axis(texts)
+            sides[sides.index(None)] = prompt_axis(prompts)
         else:
-            base = replace(base, prompt=texts[0])
+            base = replace(base, prompt=prompts[0])
     columns, rows, tables = (side or UNVARIED_AXIS for side in sides)
     count = len(columns.values) * len(rows.values) * len(tables.values)
     if count > MAX_CELLS:
@@ -74,7 +75,7 @@ def plan_grid(
                 check(request)
                 cells.append(Cell(request=request, column=column, row=row, table=table))
     return ExplorationPlan(
-        cells=_ordered(cells),
+        cells=_in_drawing_order(cells),
         columns=_labels(columns),
         rows=_labels(rows),
         tables=_labels(tables),
@@ -83,7 +84,7 @@ def plan_grid(
 
 
 def plan_seeds(base: Request, count: int, across: int, check: Callable[[Request], object]) -> ExplorationPlan:
-    """`count` pictures of `base` that differ by their seeds, `across` of them side by side. check: see `plan_grid`."""
+    """Return `count` pictures of `base` with consecutive seeds, `across` of them per row. check: see `plan_grid`."""
     if not 1 <= count <= MAX_CELLS:
         raise RequestError(f"Choose between 1 and {MAX_CELLS} seeds, not {count}.")
     base = single_picture_request(base)
@@ -97,12 +98,12 @@ def plan_seeds(base: Request, count: int, across: int, check: Callable[[Request]
 
 
 def plan_list(requests: Sequence[Request], across: int, labels: Sequence[str], title: str) -> ExplorationPlan:
-    """`requests` one after another, `across` of them side by side, a label each."""
+    """Arrange `requests` in rows of `across`, with a label each."""
     cells = [
         Cell(request=single_picture_request(it), column=i % across, row=i // across) for i, it in enumerate(requests)
     ]
     return ExplorationPlan(
-        cells=_ordered(cells),
+        cells=_in_drawing_order(cells),
         columns=tuple(label[:MAX_LABEL] for label in labels),
         rows=(),
         tables=(),
@@ -111,8 +112,8 @@ def plan_list(requests: Sequence[Request], across: int, labels: Sequence[str], t
 
 
 def single_picture_request(base: Request) -> Request:
-    """`base` for one cell: a single picture, with a seed, of the prompt as it is written. Nothing but what varies is to
-    make two cells differ."""
+    """Return `base` for one cell: a single picture, with a seed and without prompt enhancement, so that cells differ
+    only in what varies."""
     seed = secrets.randbelow(MAX_SEED - MAX_COUNT) if base.seed is None else base.seed
     return replace(base, seed=seed, count=1, upsampling=Upsampling())
 
@@ -121,17 +122,17 @@ def _labels(axis: Axis) -> tuple[str, ...]:
     return () if axis is UNVARIED_AXIS else tuple(value.label[:MAX_LABEL] for value in axis.values)
 
 
-def _ordered(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """By checkpoint, LoRAs and prompt, each as it first comes: none of them is loaded or read twice."""
+def _in_drawing_order(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """Sort by checkpoint, prompt and LoRAs, each in order of first appearance, to group cells that share them."""
     checkpoints: dict[object, int] = {}
     loras: dict[object, int] = {}
-    texts: dict[object, int] = {}
+    prompts: dict[object, int] = {}
 
     def key(cell: Cell) -> tuple[int, int, int]:
         request = cell.request
         return (
             checkpoints.setdefault(request.checkpoint, len(checkpoints)),
-            texts.setdefault((request.prompt, request.negative_prompt), len(texts)),
+            prompts.setdefault((request.prompt, request.negative_prompt), len(prompts)),
             loras.setdefault(request.loras, len(loras)),
         )
 

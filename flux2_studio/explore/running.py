@@ -1,8 +1,7 @@
-"""Explorations under way: a cell after another through the job queue, so that others' runs come in between.
+"""Running explorations: one cell after another through the job queue, so that runs of others come in between.
 
-What is done is written down after every cell: an exploration that was stopped goes on where it left off once its owner
-wants it to, and one whose studio ended by itself, in the next studio. Several may share a folder: whoever is at an
-exploration holds its lock.
+The state is written after every cell. A stopped exploration resumes when its owner asks for it; one whose studio ended
+resumes in the next studio. Several studios may share a folder: the one that runs an exploration holds its lock.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ log = logging.getLogger(__name__)
 
 ExplorationState = Literal["running", "stopped", "done"]
 CELL_THUMBNAIL_PIXELS = 320  # pixels along the longer side
-MAX_EXPLORATIONS_PER_OWNER = 20  # explorations of one owner that can be looked at again
-ABANDONED_AFTER_SECONDS = 30 * 24 * 3600  # seconds until one is, whose owner did not come by; its pictures stay
-MAX_CONSECUTIVE_FAILURES = 3  # cells that fail one after another before the rest is not tried
+MAX_EXPLORATIONS_PER_OWNER = 20  # explorations kept for one owner
+ABANDONED_AFTER_SECONDS = 30 * 24 * 3600  # since the owner's last visit; the pictures stay
+MAX_CONSECUTIVE_FAILURES = 3  # then the remaining cells are not tried
 FILE_FORMAT_VERSION = 1
 
 
 @dataclass
 class ExplorationProgress:
-    """How far an exploration is. `done` and `failed` are by the cell's number in `plan.cells`: the picture's file, and
-    why there is none. `version` rises with every change."""
+    """The progress of an exploration. `done` (the picture's file) and `failed` (the error message) are by the cell's
+    number in `plan.cells`. `version` rises with every change."""
 
     state: ExplorationState = "running"
     done: dict[int, Path] = field(default_factory=dict)
@@ -70,25 +69,25 @@ class Exploration:
         self.started_at = time.time() if started_at is None else started_at
         self.owner = owner
         self.plan = plan
-        self.folder = folder  # of its small pictures and sheets
+        self.folder = folder  # for thumbnails and sheets
         self.progress = progress or ExplorationProgress()
         self.stop_requested = threading.Event()
-        self.current_cell = 0  # the cell under way
+        self.current_cell = 0  # number of the running cell
         self.current_job: Job | None = None  # and its job
-        self.was_running = False  # when it was read: whether the studio ended before it did
-        self.interrupted_cell: tuple[int, str] | None = None  # and the cell that was under way then, and its job's id
+        self.was_running = False  # whether it was running when its studio ended
+        self.interrupted_cell: tuple[int, str] | None = None  # (cell, job id) that ran then
 
     def thumbnail(self, number: int) -> Path:
-        """The file of cell `number`'s small picture, once that is done."""
+        """Return the path of cell `number`'s thumbnail, which exists once the cell is done."""
         return self.folder / f"{number}.webp"
 
     @property
     def remaining_cells(self) -> list[int]:
-        """The cells that are still to be made, in order."""
+        """The numbers of the cells not done yet, in order."""
         return [number for number in range(len(self.plan.cells)) if number not in self.progress.done]
 
     def sheet(self, table: int) -> Image.Image:
-        """The contact sheet of one table, with what is done so far. A file that is gone leaves its place blank."""
+        """Draw the contact sheet of one table with the pictures so far. Missing files leave blank cells."""
         pictures = {}
         for number, path in list(self.progress.done.items()):
             cell = self.plan.cells[number]
@@ -105,7 +104,7 @@ class Exploration:
         plan = self.plan
         columns = 1 + max(cell.column for cell in plan.cells)
         rows = 1 + max(cell.row for cell in plan.cells)
-        listed = not plan.rows and rows > 1  # a label for each picture, not for each column
+        listed = not plan.rows and rows > 1  # each picture has its own label
         title = f"{plan.titles[2]}: {plan.tables[table]}" if plan.tables else ""
         return SheetLayout(
             columns=columns,
@@ -120,8 +119,8 @@ class Exploration:
 class ExplorationManager:
     """All explorations of this studio.
 
-    notebooks: the folder of what is written down, which is nobody's business. pictures: that of small pictures and
-    sheets, which the page shows to whoever knows their names.
+    state_folder: for the state files, which are private. pictures_folder: for thumbnails and sheets, which the page
+    serves to anyone who knows their names.
     """
 
     def __init__(self, jobs: JobQueue, state_folder: Path, pictures_folder: Path) -> None:
@@ -129,12 +128,12 @@ class ExplorationManager:
         self._notebooks = state_folder
         self._pictures = pictures_folder
         self._known: dict[str, Exploration] = {}
-        self._owners: dict[str, tuple[str, float]] = {}  # of each notebook that was read, and when it was begun
+        self._owners: dict[str, tuple[str, float]] = {}  # exploration id -> (owner, start time)
         self._locks: dict[str, sqlite3.Connection] = {}
         self._lock = threading.Lock()
 
     def start(self, plan: ExplorationPlan, owner: str) -> Exploration:
-        """Begin `plan`. Raises `RequestError` while another one of `owner` is under way, `SaveError` where nothing can
+        """Start `plan`. Raises `RequestError` while another exploration of `owner` runs, and `SaveError` if nothing can
         be written."""
         with self._lock:
             self._check_none_running(owner)
@@ -155,61 +154,65 @@ class ExplorationManager:
         return exploration
 
     def resume_interrupted(self) -> None:
-        """Go on with those that were under way when their studio ended, and forget those of owners who stay away.
+        """Resume the explorations that ran when their studio ended, and delete abandoned ones.
 
-        Once, when the studio opens, and after the queue has taken up its runs again.
+        Call this once at startup, after the queue has restored its waiting runs.
         """
         with self._lock:
             self._delete_abandoned()
             for path in sorted(self._notebooks.glob("*.json")):
-                if path.stem in self._known or (read := self._read(path.stem)) is None or not read.was_running:
+                if (
+                    path.stem in self._known
+                    or (exploration := self._read(path.stem)) is None
+                    or not exploration.was_running
+                ):
                     continue
                 try:
-                    ours = self._hold(read)
+                    locked = self._hold(exploration)
                 except SaveError as error:
                     log.error("the exploration %s cannot go on by itself: %s", path.stem, error)
                     continue
-                if ours:
-                    read.progress.failed.clear()
-                    self._begin(read)
+                if locked:
+                    exploration.progress.failed.clear()
+                    self._begin(exploration)
 
     def resume(self, id_: str, owner: str) -> Exploration:
-        """Make the cells that are still missing of the one that was stopped. Raises `RequestError`."""
+        """Run the remaining cells of a stopped exploration. Raises `RequestError`."""
         with self._lock:
-            found = self._lookup(id_, owner)
-            if found is None:
+            exploration = self._lookup(id_, owner)
+            if exploration is None:
                 raise RequestError("That exploration is gone: start it again.")
-            if found.progress.state == "running":
-                return found
+            if exploration.progress.state == "running":
+                return exploration
             self._check_none_running(owner)
-            if not self._hold(found):
+            if not self._hold(exploration):
                 raise RequestError("Another studio on this machine is at this exploration: look for it there.")
-            found.progress.failed.clear()
-            found.stop_requested.clear()
-            self._begin(found)
-        return found
+            exploration.progress.failed.clear()
+            exploration.stop_requested.clear()
+            self._begin(exploration)
+        return exploration
 
     def get(self, id_: str, owner: str) -> Exploration | None:
-        """The exploration of that id, if it is `owner`'s."""
+        """Return the exploration with this id if it belongs to `owner`."""
         with self._lock:
             return self._lookup(id_, owner)
 
     def latest(self, owner: str) -> Exploration | None:
-        """The one of `owner` that was begun last."""
+        """Return the exploration that `owner` started last."""
         with self._lock:
-            mine = self._state_files(owner)
-            for path in mine:
+            files = self._state_files(owner)
+            for path in files:
                 with suppress(OSError):
-                    os.utime(path)  # its owner is still there
-            return self._lookup(mine[-1].stem, owner) if mine else None
+                    os.utime(path)  # the owner's last visit, see `_delete_abandoned`
+            return self._lookup(files[-1].stem, owner) if files else None
 
     def stop(self, exploration: Exploration) -> None:
-        """End it after the step under way. What is done is kept."""
+        """Stop after the current step. Finished cells are kept."""
         exploration.stop_requested.set()
         if (job := exploration.current_job) is not None:
             job.cancel()
 
-    # --- under the lock ------------------------------------------------------------------------------------------
+    # --- callers hold self._lock -------------------------------------------------------------------------------
 
     def _check_none_running(self, owner: str) -> None:
         if any(it.owner == owner and it.progress.state == "running" for it in self._known.values()):
@@ -225,22 +228,22 @@ class ExplorationManager:
         if not re.fullmatch("[0-9a-f]{32}", id_):
             return None
         if id_ not in self._known:
-            read = self._read(id_)
-            if read is None:
+            exploration = self._read(id_)
+            if exploration is None:
                 return None
-            self._known[id_] = read
+            self._known[id_] = exploration
         found = self._known[id_]
         return found if found.owner == owner else None
 
     def _state_files(self, owner: str) -> list[Path]:
-        """The notebooks of `owner`, oldest first."""
+        """Return the state files of `owner`, oldest first."""
         found = []
         for path in self._notebooks.glob("*.json"):
-            if path.stem not in self._owners and (read := self._read(path.stem)) is not None:
-                self._owners[path.stem] = read.owner, read.started_at
-            whose, began = self._owners.get(path.stem, ("", 0.0))
-            if path.stem in self._owners and whose == owner:
-                found.append((began, path))
+            if path.stem not in self._owners and (exploration := self._read(path.stem)) is not None:
+                self._owners[path.stem] = exploration.owner, exploration.started_at
+            file_owner, started_at = self._owners.get(path.stem, ("", 0.0))
+            if path.stem in self._owners and file_owner == owner:
+                found.append((started_at, path))
         return [path for _, path in sorted(found)]
 
     def _forget_old(self, owner: str) -> None:
@@ -248,7 +251,7 @@ class ExplorationManager:
             self._forget(path)
 
     def _delete_abandoned(self) -> None:
-        """Forget those that nobody looked at, or went on with, for a month."""
+        """Delete explorations that were neither viewed nor resumed for `ABANDONED_AFTER_SECONDS`."""
         for path in self._notebooks.glob("*.json"):
             with suppress(OSError, sqlite3.Error):  # tried again when the studio is opened the next time
                 if time.time() - path.stat().st_mtime < ABANDONED_AFTER_SECONDS:
@@ -259,7 +262,7 @@ class ExplorationManager:
                     self._forget(path)
 
     def _forget(self, path: Path) -> None:
-        """Only what was made of the pictures; they themselves stay."""
+        """Delete the state, the lock and the thumbnails; the pictures themselves stay."""
         self._known.pop(path.stem, None)
         self._owners.pop(path.stem, None)
         path.unlink(missing_ok=True)
@@ -267,7 +270,7 @@ class ExplorationManager:
         shutil.rmtree(self._pictures / path.stem, ignore_errors=True)
 
     def _hold(self, exploration: Exploration) -> bool:
-        """Whether this studio may go on with it, which none other may then. Raises `SaveError`."""
+        """Lock the exploration for this studio; return False if another studio holds it. Raises `SaveError`."""
         try:
             lock = acquire_file_lock(self._lock_of(exploration.id))
         except sqlite3.Error as error:
@@ -286,57 +289,57 @@ class ExplorationManager:
     def _run(self, exploration: Exploration) -> None:
         try:
             self._cells(exploration)
-        finally:  # whatever happens, nobody waits for it for ever
+        finally:  # so that no follower waits forever
             with self._lock:
                 self._locks.pop(exploration.id).close()
             exploration.progress.state = "stopped" if exploration.remaining_cells else "done"
-            if not self._jobs.closed:  # else it is under way still, and the next studio goes on with it
+            if not self._jobs.closed:  # else it stays running, and the next studio resumes it
                 self._changed(exploration)
 
     def _cells(self, exploration: Exploration) -> None:
-        in_a_row = 0
+        consecutive_failures = 0
         for number in exploration.remaining_cells:
-            if exploration.stop_requested.is_set() or in_a_row == MAX_CONSECUTIVE_FAILURES:
+            if exploration.stop_requested.is_set() or consecutive_failures == MAX_CONSECUTIVE_FAILURES:
                 break
             problem = self._cell(exploration, number)
             if self._jobs.closed and number not in exploration.progress.done:
-                break  # the studio ends; the next one finds written down that this cell was under way
-            in_a_row = in_a_row + 1 if problem else 0
+                break  # the studio is ending; the state file names this cell for the next one
+            consecutive_failures = consecutive_failures + 1 if problem else 0
             if problem is not None:
                 exploration.progress.failed[number] = problem
             self._changed(exploration)
 
     def _cell(self, exploration: Exploration, number: int) -> str | None:
-        """Make cell `number`; why there is no picture, or None. A cancelled cell is neither made nor failed."""
+        """Draw cell `number`; return an error message, or None. A cancelled cell is neither done nor failed."""
         try:
             job = self._job_of(exploration, number)
         except StudioError as error:
             return str(error)
         exploration.current_cell, exploration.current_job = number, job
         self._note(exploration)
-        if exploration.stop_requested.is_set():  # since the loop looked
+        if exploration.stop_requested.is_set():  # set after the loop's check
             job.cancel()
         problem = None
         for _, event in job.events():
             match event:
                 case Saved():
-                    problem = _shrink(event.image, exploration.thumbnail(number))
+                    problem = _write_thumbnail(event.image, exploration.thumbnail(number))
                     if problem is None:
                         exploration.progress.done[number] = event.image
                 case Failed():
                     problem = event.message
         exploration.current_job = None
-        self._jobs.mark_seen(job.id)  # its sheet tells of it, of a failure too
+        self._jobs.mark_seen(job.id)  # the sheet shows its end, also a failure
         return problem
 
     def _job_of(self, exploration: Exploration, number: int) -> Job:
-        """The run of cell `number`: one that the studio before had begun, or a new one. Raises `StudioError`."""
+        """Return the job of cell `number`: one that an earlier studio started, or a new one. Raises `StudioError`."""
         if exploration.interrupted_cell is not None and exploration.interrupted_cell[0] == number:
             (_, id_), exploration.interrupted_cell = exploration.interrupted_cell, None
-            job = self._jobs.get(id_, exploration.owner)  # it waited, and is in the queue again
+            job = self._jobs.get(id_, exploration.owner)  # it was waiting and is in the queue again
             if job is not None and (not job.finished or any(isinstance(it, Saved) for _, it in job.events())):
                 return job
-            self._jobs.discard(id_, exploration.owner)  # it was cut short, and is done again here
+            self._jobs.discard(id_, exploration.owner)  # it was interrupted: run it again
         return self._jobs.submit(exploration.plan.cells[number].request, exploration.owner)
 
     def _changed(self, exploration: Exploration) -> None:
@@ -344,7 +347,7 @@ class ExplorationManager:
         self._note(exploration)
 
     def _note(self, exploration: Exploration) -> None:
-        """Write down how far it is. Where that fails, it ends."""
+        """Write the state. If that fails, stop the exploration."""
         try:
             self._write(exploration)
         except SaveError as error:
@@ -355,7 +358,7 @@ class ExplorationManager:
 
     def _write(self, exploration: Exploration) -> None:
         plan, progress = exploration.plan, exploration.progress
-        told = {
+        state = {
             "version": FILE_FORMAT_VERSION,
             "owner": exploration.owner,
             "began": exploration.started_at,
@@ -367,33 +370,33 @@ class ExplorationManager:
                 "titles": plan.titles,
             },
             "done": {str(number): str(path) for number, path in progress.done.items()},
-            "failed": {str(number): why for number, why in progress.failed.items()},
+            "failed": {str(number): message for number, message in progress.failed.items()},
             "going": progress.state == "running",
             "job": [exploration.current_cell, exploration.current_job.id]
             if exploration.current_job is not None
             else None,
         }
         target = self._notebooks / f"{exploration.id}.json"
-        part = target.with_suffix(".part")
+        part_file = target.with_suffix(".part")
         try:
-            part.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
-            part.replace(target)
+            part_file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+            part_file.replace(target)
         except OSError as error:
             raise SaveError(
                 f"How far the exploration is could not be written to {target} ({error.strerror}): free some space."
             ) from error
 
     def _read(self, id_: str) -> Exploration | None:
-        return _read(self._notebooks / f"{id_}.json", self._pictures / id_)
+        return _read_exploration(self._notebooks / f"{id_}.json", self._pictures / id_)
 
 
-def _read(notebook: Path, folder: Path) -> Exploration | None:
-    """What an earlier studio wrote; None where there is nothing that can be read."""
+def _read_exploration(state_file: Path, folder: Path) -> Exploration | None:
+    """Read the exploration that an earlier studio wrote; None if it cannot be read."""
     try:
-        told: Mapping[str, Any] = json.loads(notebook.read_text(encoding="utf-8"))
-        if told["version"] != FILE_FORMAT_VERSION:
+        state: Mapping[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
+        if state["version"] != FILE_FORMAT_VERSION:
             return None
-        plan = told["plan"]
+        plan = state["plan"]
         cells = tuple(
             Cell(
                 request=Request.from_dict(cell["request"]),
@@ -406,14 +409,14 @@ def _read(notebook: Path, folder: Path) -> Exploration | None:
         titles = plan["titles"]
         progress = ExplorationProgress(
             state="stopped",
-            done={int(number): Path(path) for number, path in told["done"].items() if Path(path).is_file()},
-            failed={int(number): str(why) for number, why in told["failed"].items()},
+            done={int(number): Path(path) for number, path in state["done"].items() if Path(path).is_file()},
+            failed={int(number): str(message) for number, message in state["failed"].items()},
         )
         if len(progress.done) == len(cells):
             progress.state = "done"
-        read = Exploration(
-            notebook.stem,
-            str(told["owner"]),
+        exploration = Exploration(
+            state_file.stem,
+            str(state["owner"]),
             ExplorationPlan(
                 cells=cells,
                 columns=tuple(plan["columns"]),
@@ -423,22 +426,22 @@ def _read(notebook: Path, folder: Path) -> Exploration | None:
             ),
             folder,
             progress,
-            started_at=float(told["began"]),
+            started_at=float(state["began"]),
         )
-        read.was_running = told.get("going") is True and progress.state != "done"
-        read.interrupted_cell = (int(told["job"][0]), str(told["job"][1])) if told.get("job") else None
-        return read
+        exploration.was_running = state.get("going") is True and progress.state != "done"
+        exploration.interrupted_cell = (int(state["job"][0]), str(state["job"][1])) if state.get("job") else None
+        return exploration
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StudioError):
         return None
 
 
-def _shrink(picture: Path, target: Path) -> str | None:
-    """Write the small picture; why it could not be, or None."""
+def _write_thumbnail(picture: Path, target: Path) -> str | None:
+    """Write the thumbnail; return an error message, or None."""
     try:
         with Image.open(picture) as file:
-            small = file.convert("RGB")
-            small.thumbnail((CELL_THUMBNAIL_PIXELS, CELL_THUMBNAIL_PIXELS))
-            small.save(target, "WEBP", quality=85)
+            thumbnail = file.convert("RGB")
+            thumbnail.thumbnail((CELL_THUMBNAIL_PIXELS, CELL_THUMBNAIL_PIXELS))
+            thumbnail.save(target, "WEBP", quality=85)
     except OSError as error:
         return f"A small picture for the sheet could not be written ({error}): free some space and go on."
     return None

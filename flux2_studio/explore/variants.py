@@ -1,8 +1,8 @@
-"""Prompts that stand for many: `a {red|green} fox in __place__`.
+"""Prompts that expand to many: `a {red|green} fox in __place__`.
 
-`{a|b}` is each of its parts, which may be empty and hold more of the same; braces without `|` mean nothing, so prompts
-in JSON stay what they are. `__name__` is each line of the file `name.txt` in the wildcards' folder, where there is one
-of that name. A backslash takes `{`, `|`, `}` and `_` their meaning.
+`{a|b}` is each of its parts, which may be empty and may be nested. Braces without `|` have no meaning, so that JSON
+prompts are unchanged. `__name__` is each line of the file `name.txt` in the wildcards folder, if that exists. A
+backslash escapes `{`, `|`, `}`, `_` and itself.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from pathlib import Path
 
 from flux2_studio.errors import RequestError
 
-MAX_CELLS = 400  # pictures of one exploration, and prompts of one text
-MAX_WILDCARD_FILE_BYTES = 1_000_000  # of a wildcards file
-MAX_BRACE_DEPTH = 20  # braces in braces
+MAX_CELLS = 400  # limit of the pictures of an exploration, and of the prompts of a text
+MAX_WILDCARD_FILE_BYTES = 1_000_000  # of one file
+MAX_BRACE_DEPTH = 20  # nested braces
 
 _TOKEN = re.compile(r"\\[{}|_\\]|[{}|]|__[\w-]+(?:/[\w-]+)*__|[^\\{}|_]+|.", re.DOTALL)
-Choices = list[tuple[str, ...]]  # the parts of a text in order, each with what it may be
+Choices = list[tuple[str, ...]]  # the alternatives of each part of a text, in order
 
 
 class Wildcards:
-    """The lists in `folder`: `animal.txt`, or `animals/cat.txt` for `__animals/cat__`, an entry a line.
+    """The lists in `folder`, with one entry per line: `animal.txt`, or `animals/cat.txt` for `__animals/cat__`.
 
-    Blank lines and what follows a `#` at a line's start are left out.
+    Blank lines and lines that start with `#` are skipped.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Those that there are, sorted."""
-        found = (path for path in self.folder.rglob("*.txt") if path.is_file())
-        return sorted(path.relative_to(self.folder).with_suffix("").as_posix() for path in found)
+        """Return the names of all lists, sorted."""
+        files = (path for path in self.folder.rglob("*.txt") if path.is_file())
+        return sorted(path.relative_to(self.folder).with_suffix("").as_posix() for path in files)
 
     def entries(self, name: str) -> tuple[str, ...] | None:
-        """The entries of list `name`; None where there is none. Raises `RequestError` for a file that is no list."""
+        """Return the entries of list `name`, or None if there is none. Raises `RequestError` for an invalid file."""
         if not re.fullmatch(r"[\w-]+(/[\w-]+)*", name):
             return None
         path = self.folder / f"{name}.txt"
@@ -56,22 +56,23 @@ class Wildcards:
 
 
 def expand_prompt(text: str, wildcards: Wildcards, most: int = MAX_CELLS) -> tuple[str, ...]:
-    """All prompts that `text` stands for, the last part varying fastest; `text` alone where it stands for itself.
+    """Return all prompts that `text` stands for, the last part varying fastest; `text` alone if nothing expands.
 
-    Entries of wildcards are taken as they are. Raises `RequestError` where there are more than `most`.
+    Entries of wildcards are not expanded further. Raises `RequestError` for more than `most` prompts.
     """
     tokens = _TOKEN.findall(text)
     options, position = _alternatives(tokens, 0, wildcards, most, depth=0)
-    while position < len(tokens):  # a } that closes nothing
+    while position < len(tokens):  # an unmatched }
         rest, position = _alternatives(tokens, position + 1, wildcards, most, depth=0)
-        options = _joined([options, ("}",), rest], most)
+        options = _combine([options, ("}",), rest], most)
     return tuple(dict.fromkeys(options))
 
 
 def _alternatives(
     tokens: Sequence[str], position: int, wildcards: Wildcards, most: int, depth: int
 ) -> tuple[tuple[str, ...], int]:
-    """What the tokens from `position` to the `}` of this depth, or to the end, may be; and where that is."""
+    """Expand the tokens from `position` to the `}` of this depth, or to the end; return the texts and the index of that
+    end."""
     if depth > MAX_BRACE_DEPTH:
         raise RequestError(f"The prompt has more than {MAX_BRACE_DEPTH} braces inside each other: take some out.")
     branches: list[Choices] = [[]]
@@ -84,11 +85,11 @@ def _alternatives(
             else:
                 branches[-1].append(("|",))
         elif token == "{":
-            inner, end = _alternatives(tokens, position, wildcards, most, depth + 1)
+            nested, end = _alternatives(tokens, position, wildcards, most, depth + 1)
             if end < len(tokens):
-                branches[-1].append(inner)
+                branches[-1].append(nested)
                 position = end + 1
-            elif _chooses(tokens[position:]):
+            elif _has_choice(tokens[position:]):
                 raise RequestError("The prompt opens a { that it does not close: close it, or write \\{ for a brace.")
             else:
                 branches[-1].append(("{",))
@@ -98,16 +99,16 @@ def _alternatives(
             branches[-1].append(entries)
         else:
             branches[-1].append((token,))
-    found = tuple(text for branch in branches for text in _joined(branch, most))
-    if depth and len(branches) == 1:  # braces without |
-        found = tuple(f"{{{text}}}" for text in found)
-    if len(found) > most:
+    texts = tuple(text for branch in branches for text in _combine(branch, most))
+    if depth and len(branches) == 1:  # braces without | are literal
+        texts = tuple(f"{{{text}}}" for text in texts)
+    if len(texts) > most:
         raise _too_many(most)
-    return found, position
+    return texts, position
 
 
-def _chooses(tokens: Sequence[str]) -> bool:
-    """Whether the text behind an unclosed { has a | that belongs to it."""
+def _has_choice(tokens: Sequence[str]) -> bool:
+    """Return whether the text after an unclosed { has a | at the same depth."""
     depth = 0
     for token in tokens:
         depth += {"{": 1, "}": -1}.get(token, 0)
@@ -116,7 +117,7 @@ def _chooses(tokens: Sequence[str]) -> bool:
     return False
 
 
-def _joined(parts: Choices, most: int) -> tuple[str, ...]:
+def _combine(parts: Choices, most: int) -> tuple[str, ...]:
     count = 1
     for part in parts:
         count *= len(part)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flux2_studio.errors import ReferenceImageError
-from flux2_studio.images.references import display_name, load_reference, pad_edges
+from flux2_studio.images.picture_cache import PictureCache
+from flux2_studio.images.references import display_name, pad_edges
 from flux2_studio.request import SIZE_MULTIPLE, Request, padded_size
 
 BoolArray = NDArray[np.bool_]
@@ -79,12 +80,12 @@ class EditRegion:
         return np.asarray(squares.any(axis=(1, 3)))
 
 
-def load_mask(path: Path, size: tuple[int, int]) -> Mask:
+def load_mask(path: Path, size: tuple[int, int], pictures: PictureCache) -> Mask:
     """The mask at `path` for a picture of `size`: white may change, black and what is transparent stays.
 
     It is scaled to `size` if it has the same shape. Raises `ReferenceImageError` for anything that cannot serve.
     """
-    loaded = load_reference(path, background="black")
+    loaded = pictures.load(path, background="black")
     name, (across, down), (width, height) = display_name(path), loaded.image.size, size
     # Of one shape, but for a pixel to which either picture was rounded.
     if abs(down * width / across - height) > max(1, width / across) and abs(across * height / down - width) > max(
@@ -105,12 +106,12 @@ def load_mask(path: Path, size: tuple[int, int]) -> Mask:
     return Mask(edit_mask=change, data=loaded.data, sha256=loaded.sha256)
 
 
-def make_edit_region(request: Request, picture: Image.Image) -> EditRegion | None:
+def make_edit_region(request: Request, picture: Image.Image, pictures: PictureCache) -> EditRegion | None:
     """What of the result `request` lets change; None for all of it. picture: the first reference, scaled to its cap.
 
     Raises `ReferenceImageError` for a mask that cannot serve.
     """
-    mask = load_mask(request.mask, picture.size) if request.mask else None
+    mask = load_mask(request.mask, picture.size, pictures) if request.mask else None
     margins = request.outpaint
     if not margins:
         return (

@@ -49,10 +49,17 @@ class LoadedReference:
 
 
 def load_reference(path: Path, background: str = "white") -> LoadedReference:
-    """Read the picture at `path`, what is transparent on `background`. Raises `ReferenceImageError` for anything that
-    cannot serve as a reference."""
-    name = display_name(path)
-    data = _read(path, name)
+    """Read the picture at `path`, transparent parts on `background`.
+
+    Raises `ReferenceImageError` for a file that cannot serve as a reference. See `PictureCache` for pictures that are
+    needed again.
+    """
+    data = read_reference(path)
+    return decode_reference(data, hash_of(data), display_name(path), background)
+
+
+def decode_reference(data: bytes, sha256: str, name: str, background: str = "white") -> LoadedReference:
+    """The picture in `data`, a file called `name` whose hash is `sha256`. Raises `ReferenceImageError`."""
     notes: list[str] = []
     with open_image(data, name) as file:
         # (A phone's MPO holds a photo and its depth map or the like: nothing worth a note.)
@@ -62,7 +69,12 @@ def load_reference(path: Path, background: str = "white") -> LoadedReference:
         _check_size(file.size, name)  # a decoder may find another size than the header told
         image = _flatten(_to_srgb(_to_8_bit(_upright(file, name, notes)), name, notes), background)
     image.info.clear()  # an orientation or a colour profile left here would no longer be true
-    return LoadedReference(image=image, notes=tuple(notes), data=data, sha256=hashlib.sha256(data).hexdigest())
+    return LoadedReference(image=image, notes=tuple(notes), data=data, sha256=sha256)
+
+
+def hash_of(data: bytes) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal: the name of a reference in a saved picture's metadata."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def reference_size(path: Path) -> tuple[int, int]:
@@ -155,6 +167,16 @@ def open_image(data: bytes | BinaryIO, name: str, *, any_size: bool = False) -> 
         ) from error
 
 
+def read_reference(path: Path) -> bytes:
+    """The bytes of the file at `path`. Raises `ReferenceImageError` where it cannot be a picture or cannot be read."""
+    name = display_name(path)
+    with _file(path, name) as stream:
+        try:
+            return stream.read(MAX_REFERENCE_BYTES + 1)
+        except OSError as error:
+            raise ReferenceImageError(f"{name} cannot be read: choose it again, or another.") from error
+
+
 @contextmanager
 def _file(path: Path, name: str) -> Iterator[BinaryIO]:
     """The file at `path`, open for reading, if it is one that can be a picture."""
@@ -175,14 +197,6 @@ def _file(path: Path, name: str) -> Iterator[BinaryIO]:
                 f"{name} is larger than {MAX_REFERENCE_BYTES // 10**6} MB: make it smaller, or save it as JPEG or PNG."
             )
         yield stream
-
-
-def _read(path: Path, name: str) -> bytes:
-    with _file(path, name) as stream:
-        try:
-            return stream.read(MAX_REFERENCE_BYTES + 1)
-        except OSError as error:
-            raise ReferenceImageError(f"{name} cannot be read: choose it again, or another.") from error
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:

@@ -1,10 +1,10 @@
-"""Which runs were asked for, and what became of them: written down as it happens, so that a killed studio loses none.
+"""The journal of runs: requests, progress and results, written as they happen, so that a killed studio loses none.
 
-A run's references are kept beside it until it is over, for the uploads that they come from are deleted sooner. An API
-key is never written: a run that waits with one cannot go on in another process, and is told so.
+A run's references and mask are copied here until the run ends, because uploads are deleted sooner. API keys are never
+written: a waiting run that needs one cannot continue in another process, and its owner gets a message.
 
-Several studios may share one notebook. Each holds a lock for as long as it lives, and a new one takes over only what
-belongs to none that does.
+Several studios may share a database. Each holds a lock while it lives, and a new studio takes over only the runs of
+studios whose lock is free.
 """
 
 from __future__ import annotations
@@ -31,18 +31,16 @@ from flux2_studio.storage.database import Database, acquire_file_lock
 log = logging.getLogger(__name__)
 
 JournalState = Literal["queued", "running", "done", "stopped", "failed", "interrupted"]
-MAX_FINISHED_RUNS = 1000  # runs that are over and can still be looked up
+MAX_FINISHED_RUNS = 1000  # ended runs that can still be looked up
 HOUR = 3600.0  # seconds
-INTERRUPTED_RUN_SECONDS = (
-    30 * 24 * HOUR
-)  # until an interrupted run that nobody runs again is given up, with its references
+INTERRUPTED_RUN_SECONDS = 30 * 24 * HOUR  # seconds until an interrupted run is deleted, with its references
 
 KEY_LOST = (
     "The studio ended before it was done, and the key that was typed for it is kept nowhere: run it without enriching, "
     "or start it anew from its form, with the key."
 )
 INTERRUPTED_MESSAGE = "The studio ended before it was done: run it again."
-UNFINISHED_STATES_SQL = "('queued', 'running', 'interrupted')"  # what still needs its references
+UNFINISHED_STATES_SQL = "('queued', 'running', 'interrupted')"  # states that still need the references
 
 CREATE_RUNS_TABLE = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -70,7 +68,10 @@ CREATE_RUNS_INDEX = "CREATE INDEX IF NOT EXISTS runs_of_owner ON runs (owner, st
 
 @dataclass(frozen=True, kw_only=True)
 class JournalEntry:
-    """One run as it stands in the journal. `pictures` were saved with `seeds`, and `drawn` counts withheld ones too."""
+    """One run in the journal. `pictures` were saved with `seeds`; `drawn` also counts withheld pictures.
+
+    `keyed`: whether the run was submitted with its owner's key. `seen`: whether its end was shown to its owner.
+    """
 
     id: str
     owner: str
@@ -88,19 +89,19 @@ class JournalEntry:
 
     @property
     def needs_key(self) -> bool:
-        """Whether its prompt is yet to be enriched, with a key that only its owner has."""
+        """Whether its prompt still has to be enhanced with a key that only its owner has."""
         return self.keyed and self.upsampled is None
 
     @property
     def effective_request(self) -> Request:
-        """The request as it is drawn: its prompt enriched where that is done, and never once more."""
+        """The request as it is drawn: with the enhanced prompt, if there is one, and no further enhancement."""
         if self.upsampled is not None:
             return replace(self.request, prompt=self.upsampled.prompt, upsampling=Upsampling())
         return self.request
 
     def remaining_request(self) -> Request:
-        """What is left to do of it: the pictures that are not drawn yet, of the prompt that the others have; without
-        enriching where the key for that is gone."""
+        """Return a request for the pictures not drawn yet, with the same prompt as the others; without prompt
+        enhancement if its key is gone."""
         request = replace(self.request, upsampling=Upsampling()) if self.needs_key else self.effective_request
         if self.drawn < request.count:
             assert request.seed is not None, "a run is resolved before it is written down"
@@ -108,34 +109,34 @@ class JournalEntry:
         return request
 
     def final_events(self) -> tuple[Event, ...]:
-        """How it ended, as whoever followed it was told. Of its pictures those that are still there."""
-        there = [(path, seed) for path, seed in zip(self.pictures, self.seeds, strict=True) if path.is_file()]
-        images, seeds = tuple(path for path, _ in there), tuple(seed for _, seed in there)
-        told: list[Event] = [] if self.upsampled is None else [self.upsampled]
+        """Return how the run ended, as events for a follower. Pictures whose files are gone are left out."""
+        existing = [(path, seed) for path, seed in zip(self.pictures, self.seeds, strict=True) if path.is_file()]
+        images, seeds = tuple(path for path, _ in existing), tuple(seed for _, seed in existing)
+        enhanced: list[Event] = [] if self.upsampled is None else [self.upsampled]
         match self.state:
             case "done" if images:
-                end = Result(
+                result = Result(
                     request=self.effective_request,
                     images=images,
                     seeds=seeds,
                     seconds=self.seconds,
                     provenance=self.provenance,
                 )
-                return (*told, end)
+                return (*enhanced, result)
             case "failed":
-                kept = [Stopped(images=images, seeds=seeds)] if images else []
-                return (*told, *kept, Failed(message=self.message))
+                stopped = [Stopped(images=images, seeds=seeds)] if images else []
+                return (*enhanced, *stopped, Failed(message=self.message))
             case "stopped":
-                return (*told, Stopped(images=images, seeds=seeds))
+                return (*enhanced, Stopped(images=images, seeds=seeds))
             case _:
                 return ()
 
 
 class Journal:
-    """The runs of all studios that share `database`; `folder` is for their references and for the studios' locks.
+    """The runs of all studios that share `database`; `folder` holds copies of their references and the studios' locks.
 
-    now: seconds since 1970. Safe to use from any thread. Every method raises `SaveError` where the notebook or the
-    folder cannot be used. `close` it, or end the process, to leave what it holds to the next one.
+    now: seconds since 1970. Safe to use from any thread. Every method raises `SaveError` if the database or the folder
+    cannot be used. After `close`, or the end of the process, the next studio takes over the runs.
     """
 
     def __init__(self, database: Database, folder: Path, now: Callable[[], float] = time.time) -> None:
@@ -145,11 +146,11 @@ class Journal:
         self._id = uuid.uuid4().hex
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held = acquire_file_lock(self._lock_of(self._id))
+            lock = acquire_file_lock(self._lock_of(self._id))
         except (OSError, sqlite3.Error) as error:
             raise self._trouble(error) from error
-        assert held is not None, "a new name is nobody else's"
-        self._lock = held
+        assert lock is not None, "a new name is nobody else's"
+        self._lock = lock
         with database.transaction() as connection:
             connection.execute(CREATE_RUNS_TABLE)
             connection.execute(CREATE_RUNS_INDEX)
@@ -159,29 +160,29 @@ class Journal:
         with suppress(OSError):
             self._lock_of(self._id).unlink()
 
-    # --- what happens to a run ----------------------------------------------------------------------------------
+    # --- recording --------------------------------------------------------------------------------------------
 
     def add(self, id_: str, owner: str, request: Request, *, keyed: bool = False) -> Request:
-        """Write down that `request` (resolved) waits as run `id_`; `keyed`: with a key of its owner's. Returns the
-        request with its references and its mask at a place where they stay until the run is over."""
+        """Record that `request` (resolved) waits as run `id_`; `keyed`: with its owner's key. Returns the request with
+        paths to copies of its references and mask that stay until the run ends."""
         files = self._copy_inputs(id_, [*request.references, *([request.mask] if request.mask else [])])
         count = len(request.references)
-        kept = replace(request, references=files[:count], mask=files[count] if request.mask else None)
+        stored = replace(request, references=files[:count], mask=files[count] if request.mask else None)
         with self._database.transaction() as connection:
             (last,) = connection.execute("SELECT coalesce(max(place), 0) FROM runs").fetchone()
             connection.execute(
                 "INSERT INTO runs (id, owner, studio, state, place, request, keyed, submitted) "
                 "VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
-                (id_, owner, self._id, last + 1, json.dumps(kept.as_dict()), keyed, self._now()),
+                (id_, owner, self._id, last + 1, json.dumps(stored.as_dict()), keyed, self._now()),
             )
-        return kept
+        return stored
 
     def start(self, id_: str) -> None:
-        """Run `id_` is being done."""
+        """Record that run `id_` has started."""
         self._set(id_, state="running", started=self._now())
 
     def record_event(self, id_: str, event: Event) -> None:
-        """Write down what `event` says of run `id_` that is worth keeping."""
+        """Record the parts of `event` of run `id_` that must survive a restart."""
         match event:
             case Saved(image=image, seed=seed):
                 with self._database.transaction() as connection:
@@ -205,7 +206,7 @@ class Journal:
                 pass
 
     def reorder(self, ids: Sequence[str]) -> None:
-        """Runs `ids`, which wait, are to be taken in this order by a later studio."""
+        """Record the order in which a later studio takes the waiting runs `ids`."""
         with self._database.transaction() as connection:
             marks = ", ".join("?" * len(ids))
             rows = connection.execute(f"SELECT place FROM runs WHERE id IN ({marks}) ORDER BY place", ids).fetchall()
@@ -213,35 +214,35 @@ class Journal:
             connection.executemany("UPDATE runs SET place = ? WHERE id = ?", list(zip(places, ids, strict=True)))
 
     def mark_seen(self, id_: str) -> None:
-        """The owner of run `id_` was shown how it ended."""
+        """Record that the owner of run `id_` was shown how it ended."""
         self._set(id_, seen=1)
 
     def discard(self, id_: str) -> None:
-        """Forget run `id_`. The pictures that it saved stay."""
+        """Delete run `id_` from the journal. The pictures that it saved stay."""
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM runs WHERE id = ?", (id_,))
         self._delete_inputs(id_)
 
     def discard_interrupted(self, owner: str) -> None:
-        """Forget the interrupted runs of `owner`. The pictures that they saved stay."""
+        """Delete the interrupted runs of `owner` from the journal. The pictures that they saved stay."""
         for entry in self.interrupted(owner):
             self.discard(entry.id)
 
-    # --- looking it up ------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------------------
 
     def entry(self, id_: str, owner: str) -> JournalEntry | None:
-        """Run `id_`, if it is `owner`'s and still known."""
-        found = self._select("WHERE id = ? AND owner = ?", id_, owner)
-        return found[0] if found else None
+        """Return run `id_` if it belongs to `owner` and is still in the journal."""
+        entries = self._select("WHERE id = ? AND owner = ?", id_, owner)
+        return entries[0] if entries else None
 
     def interrupted(self, owner: str) -> tuple[JournalEntry, ...]:
-        """The runs of `owner` that an earlier studio left undone, oldest first."""
+        """Return the runs of `owner` that an earlier studio did not finish, oldest first."""
         return self._select("WHERE owner = ? AND state = 'interrupted' ORDER BY place", owner)
 
     def latest_unseen(self, owner: str) -> JournalEntry | None:
-        """The run of `owner` that ended last, well or not, unless its end was shown already."""
-        found = self._select("WHERE owner = ? AND state IN ('done', 'failed') ORDER BY ended DESC LIMIT 1", owner)
-        return found[0] if found and not found[0].seen else None
+        """Return the run of `owner` that was done or failed last, unless its end was shown already."""
+        entries = self._select("WHERE owner = ? AND state IN ('done', 'failed') ORDER BY ended DESC LIMIT 1", owner)
+        return entries[0] if entries and not entries[0].seen else None
 
     def _select(self, where: str, *values: str) -> tuple[JournalEntry, ...]:
         with self._database.read_transaction() as connection:
@@ -249,17 +250,17 @@ class Journal:
         entries = []
         for row in rows:
             try:
-                entries.append(_entry(row))
-            except RequestError:  # of another version of the studio
+                entries.append(_entry_from_row(row))
+            except RequestError:  # written by another version of the studio
                 log.warning("run %s in %s cannot be read, and is left out", row["id"], self._database.path)
         return tuple(entries)
 
-    # --- after a studio has ended -------------------------------------------------------------------------------
+    # --- takeover ---------------------------------------------------------------------------------------------
 
     def take_over_orphaned(self) -> tuple[JournalEntry, ...]:
-        """Take over what studios that are no more have left: the runs that waited, in their order.
+        """Take over the runs of studios that have ended; return those that waited, in their order.
 
-        Whatever ran is interrupted from now on, and so is what waited with a key.
+        Runs that had started become interrupted, and so do waiting runs that need a key.
         """
         with self._database.transaction() as connection:
             studios = [
@@ -270,7 +271,7 @@ class Journal:
             ]
             now = self._now()
             for studio in filter(self._is_gone, studios):
-                # All that it was to draw is saved: only its end was not told any more.
+                # Everything was drawn; only the final event is missing.
                 connection.execute(
                     "UPDATE runs SET state = 'done', seconds = ended - started WHERE studio = ? AND "
                     "state = 'running' AND pictures != '[]' AND drawn >= json_extract(request, '$.count')",
@@ -307,17 +308,17 @@ class Journal:
         return lock is not None
 
     def _sweep(self, known: AbstractSet[str]) -> None:
-        """Delete locks that nobody holds any more, and references of runs that are not `known`."""
+        """Delete abandoned locks, and the references of runs that are not in `known`."""
         for path in self._folder.iterdir():
             with suppress(OSError):
-                if self._now() - path.stat().st_mtime < HOUR:  # made by another studio that is only just beginning
+                if self._now() - path.stat().st_mtime < HOUR:  # another studio may be just starting
                     continue
                 if path.suffix == ".lock" and self._is_gone(path.stem):
                     path.unlink()
                 elif path.is_dir() and path.name not in known:
                     shutil.rmtree(path)
 
-    # --- rows and files -----------------------------------------------------------------------------------------
+    # --- rows and files ---------------------------------------------------------------------------------------
 
     def _set(self, id_: str, **values: str | float) -> None:
         columns = ", ".join(f"{name} = ?" for name in values)
@@ -335,24 +336,25 @@ class Journal:
         self._delete_inputs(id_)
 
     def _copy_inputs(self, id_: str, files: Sequence[Path]) -> tuple[Path, ...]:
-        """Copies of `files`, under their own names, which their owner knows them by."""
-        kept = []
+        """Return copies of `files`, with the file names that their owner knows."""
+        copies = []
         try:
             for number, path in enumerate(files):
                 folder = self._folder / id_ / str(number)
                 folder.mkdir(parents=True)
                 try:
-                    os.link(path, folder / path.name)  # takes no time and no room, where both are on one drive
+                    os.link(path, folder / path.name)  # instant and takes no space, if both are on one drive
                 except OSError:
                     shutil.copyfile(path, folder / path.name)
-                kept.append(folder / path.name)
+                copies.append(folder / path.name)
         except OSError as error:
             self._delete_inputs(id_)
             raise self._trouble(error) from error
-        return tuple(kept)
+        return tuple(copies)
 
     def _delete_inputs(self, id_: str) -> None:
-        shutil.rmtree(self._folder / id_, ignore_errors=True)  # the next studio sweeps up what is in use
+        # The next studio's sweep deletes files that are still in use.
+        shutil.rmtree(self._folder / id_, ignore_errors=True)
 
     def _lock_of(self, studio: str) -> Path:
         return self._folder / f"{studio}.lock"
@@ -364,8 +366,8 @@ class Journal:
         )
 
 
-def _entry(row: sqlite3.Row) -> JournalEntry:
-    """Raises `RequestError` for a run that this version cannot read."""
+def _entry_from_row(row: sqlite3.Row) -> JournalEntry:
+    """Read a row. Raises `RequestError` for a run that this version cannot read."""
     pictures = json.loads(row["pictures"])
     return JournalEntry(
         id=row["id"],

@@ -1,10 +1,11 @@
-"""Runs belong to the server, not to the browser tab: a job goes on when nobody looks, and anyone may come back to it.
+"""The job queue: runs belong to the server, not to a browser tab. A job continues without followers, and its owner can
+come back to it.
 
-`submit` checks the request at once, so a mistake is told to the one who made it; a worker thread per device runs
-the jobs, in the order of `scheduler.py`. A checkpoint that somebody has merely chosen is loaded when nothing else is to
-be done. With a journal, runs belong to no process either: what a killed studio left is taken up by the next one.
+`submit` checks the request at once, so the caller gets its errors. One worker thread runs the jobs in the order of
+`scheduler.py`, and preloads a chosen checkpoint while no run waits. With a journal, a restarted studio takes over the
+waiting runs.
 
-Cancelling takes effect between two denoising steps. Of an owner's drafts only the newest goes on.
+Cancelling takes effect between two denoising steps. A new draft cancels its owner's earlier ones.
 """
 
 from __future__ import annotations
@@ -28,13 +29,11 @@ from flux2_studio.storage.history import History
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING_PER_OWNER = 20  # runs of one owner that may wait
-MAX_WAITING_RUNS = 100  # and of all
-MAX_ENHANCE_JOBS = (
-    8  # prompts that are enriched or wait for it, at most; each that another machine enriches is a thread
-)
-MAX_UNFINISHED_RUNS = 8  # runs that ended early and whose last previews can still be kept: they take memory
-MAX_FINISHED_JOBS = 200  # finished jobs that can still be asked for
+MAX_WAITING_PER_OWNER = 20  # waiting runs of one owner
+MAX_WAITING_RUNS = 100  # waiting runs of all owners
+MAX_ENHANCE_JOBS = 8  # unfinished prompt enhancements; each one with a remote model has its own thread
+MAX_UNFINISHED_RUNS = 8  # ended runs whose unfinished pictures stay in memory
+MAX_FINISHED_JOBS = 200  # finished jobs that `get` still returns
 INTERNAL_ERROR_MESSAGE = (
     "Something went wrong inside the studio; its log has the details. Try again, and restart the studio if it "
     "happens twice."
@@ -42,7 +41,7 @@ INTERNAL_ERROR_MESSAGE = (
 
 
 class StudioProtocol(Protocol):
-    """What a job queue needs of a studio."""
+    """What the job queue needs of a studio."""
 
     def resolve(self, request: Request, api_key: ApiKey | None = None) -> Request: ...
 
@@ -63,7 +62,7 @@ class StudioProtocol(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class QueuePosition:
-    """Where a job stands that is not done: `runs_ahead` runs go before it, `others_ahead` of them not its owner's."""
+    """The position of an unfinished job: `runs_ahead` runs go before it, `others_ahead` of them of other owners."""
 
     job: Job
     runs_ahead: int
@@ -71,9 +70,9 @@ class QueuePosition:
 
 
 class JobQueue:
-    """Runs jobs one after another in a thread of its own.
+    """Runs jobs one after another in a worker thread.
 
-    journal: where they are written down; history: where their pictures are remembered. None: nowhere.
+    journal: records the runs; history: records their pictures. None: not recorded.
     """
 
     def __init__(self, studio: StudioProtocol, journal: Journal | None = None, history: History | None = None) -> None:
@@ -84,7 +83,7 @@ class JobQueue:
         self._running: Task | None = None
         self._waiting: list[Job] = []  # oldest first
         self._pending_preload: PreloadTask | None = None
-        self._loaded_checkpoint: str | None = None  # the checkpoint that is in memory; None where that is not known
+        self._loaded_checkpoint: str | None = None  # None if unknown
         self._closed = False
         self._changed = threading.Condition()
         self._resume_lock = threading.Lock()
@@ -92,7 +91,7 @@ class JobQueue:
         self._worker.start()
 
     def restore_waiting(self) -> None:
-        """Queue again, in their order, the runs that waited when a studio of the same journal ended."""
+        """Queue, in their order, the runs that were waiting when an earlier studio with the same journal ended."""
         if self._journal is None:
             return
         for entry in self._journal.take_over_orphaned():
@@ -101,15 +100,16 @@ class JobQueue:
     def submit(
         self, request: Request, owner: str = "", api_key: ApiKey | None = None, *, tab: str | None = None
     ) -> Job:
-        """Check and resolve `request`, and queue it. Raises `StudioError` at once for what cannot be done.
+        """Check and resolve `request`, and queue it. Raises `StudioError` at once if that is not possible.
 
-        tab: who has prompts enriched in the place where this run shows what it has enriched; by default its owner.
+        tab: the owner under which this page runs its prompt enhancements; those are cancelled if this run enhances its
+        prompt too. Defaults to `owner`.
         """
         self._check_capacity(owner)
         resolved = self._studio.resolve(request, api_key)
         job = Job(resolved, owner, api_key, on_event=self._note)
-        self._cancel_drafts(owner)  # what is wanted goes before what was only tried
-        if resolved.upsampling.by != "none":  # it shows what it writes in the same place
+        self._cancel_drafts(owner)  # runs take precedence over drafts
+        if resolved.upsampling.by != "none":  # the page shows both texts in the same place
             with self._changed:
                 for other in self._active_enhance_jobs(owner if tab is None else tab):
                     other.cancel()
@@ -122,13 +122,13 @@ class JobQueue:
         job.request = self._journal.add(job.id, owner, resolved, keyed=keyed)
         try:
             self._queue(job, self._check_capacity)
-        except StudioError:  # it has filled up meanwhile
+        except StudioError:  # the queue has filled up meanwhile
             self._journal.discard(job.id)
             raise
         return job
 
     def _check_capacity(self, owner: str) -> None:
-        """Raises `StudioError` where `owner` has enough waiting, or all have."""
+        """Raises `StudioError` if `owner`, or all owners together, have too many runs waiting."""
         with self._changed:
             waiting = [job for job in self._waiting if not job.finished and not isinstance(job, EnhanceJob)]
         if sum(job.owner == owner and job.is_persistent for job in waiting) >= MAX_WAITING_PER_OWNER:
@@ -144,24 +144,24 @@ class JobQueue:
             )
 
     def _note(self, job: Job, event: Event) -> None:
-        """Have the journal write down what `event` says of `job`."""
+        """Record `event` of `job` in the journal."""
         if self._journal is None or not job.is_persistent:
             return
         if self._closed and isinstance(event, Stopped):
-            return  # nobody wanted it to: whoever opens the studio next goes on with it
+            return  # stopped by `close`, not by its owner: the next studio takes it over
         try:
             self._journal.record_event(job.id, event)
         except SaveError as error:
             self._warn(job, error)
 
     def _warn(self, job: Job, error: SaveError) -> None:
-        """The run goes on, for its pictures have files of their own; but a new start may not know of them."""
+        """Log that the journal failed and add a Notice. The run continues: its pictures are files of their own."""
         log.error("run %s is not written down: %s", job.id, error)
         job.add_event(Notice(text=f"Should the studio end, it will not know how far this run was. {error}"))
 
     def enhance_prompt(self, request: Request, owner: str = "", api_key: ApiKey | None = None) -> EnhanceJob:
-        """Have the prompt of `request` enriched, in place of any other that `owner` has waiting for that. What another
-        machine does for it waits for no run here."""
+        """Enhance the prompt of `request`, cancelling earlier enhancements of `owner`. With a remote model it starts at
+        once; only a local one waits in the queue."""
         job = EnhanceJob(self._studio.resolve(request, api_key), owner, api_key)
         with self._changed:
             for other in self._active_enhance_jobs(owner):
@@ -177,8 +177,8 @@ class JobQueue:
         return job
 
     def draft(self, request: Request, owner: str = "") -> DraftJob:
-        """Have `request` drawn once for a look, in place of any other draft of `owner`. What is wrong with it the draft
-        tells: nobody should wait here until its references are read. Raises `StudioError` where there is no room."""
+        """Draw `request` once as a quick preview, cancelling earlier drafts of `owner`. Errors of the request arrive as
+        events, because checking it here would wait for its references. Raises `StudioError` if the queue is full."""
         draft = DraftJob(request, owner)
         with self._changed:
             self._cancel_drafts(owner)
@@ -192,35 +192,35 @@ class JobQueue:
                     job.cancel()
 
     def _active_enhance_jobs(self, owner: str | None = None) -> list[Job]:
-        """Those of `owner`, or all, that are not done."""
-        found = [job for job in self._jobs.values() if isinstance(job, EnhanceJob) and not job.finished]
-        return [job for job in found if owner in (None, job.owner)]
+        """Return the unfinished enhancements of `owner`, or of everyone."""
+        jobs = [job for job in self._jobs.values() if isinstance(job, EnhanceJob) and not job.finished]
+        return [job for job in jobs if owner in (None, job.owner)]
 
     def _queue(self, job: Job, check: Callable[[str], None] = lambda owner: None) -> None:
-        """Let `job` wait, if `check` of its owner raises nothing then."""
+        """Append `job` to the waiting runs, unless `check(job.owner)` raises."""
         with self._changed:
             check(job.owner)
             self._admit(job)
             self._waiting.append(job)
             if isinstance(self._running, PreloadTask) and self._running.checkpoint != job.request.checkpoint:
-                self._running.cancel()  # a run goes first
+                self._running.cancel()  # runs take precedence over preloads
             self._report_positions()
             self._changed.notify_all()
 
     def _admit(self, job: Job) -> None:
-        """Let `job` be asked for by its name. Raises `StudioError` once the queue is closed."""
+        """Make `job` available to `get`. Raises `StudioError` once the queue is closed."""
         if self._closed:
             raise StudioError("The studio is shutting down: start it again for further runs.")
         if isinstance(job, DraftJob):
-            return  # whoever had it made holds it
+            return  # only the caller of `draft` needs it
         self._jobs[job.id] = job
         finished = [id_ for id_, other in self._jobs.items() if other.finished]
         for id_ in finished[: max(0, len(finished) - MAX_FINISHED_JOBS)]:
             del self._jobs[id_]
 
     def preload(self, checkpoint: str, owner: str = "") -> PreloadTask:
-        """Have `checkpoint` loaded as soon as no run is to be done. Whatever was to be prepared before is not."""
-        wanted = PreloadTask(checkpoint, owner)
+        """Load `checkpoint` as soon as no run waits. Replaces an earlier preload."""
+        task = PreloadTask(checkpoint, owner)
         with self._changed:
             for earlier in (self._pending_preload, self._running):
                 if isinstance(earlier, PreloadTask):
@@ -229,24 +229,24 @@ class JobQueue:
                     earlier.cancel()
             self._pending_preload = None
             if self._loaded_checkpoint == checkpoint and not self._closed:
-                wanted.add_event(Ready(checkpoint=checkpoint))
-                return wanted
+                task.add_event(Ready(checkpoint=checkpoint))
+                return task
             if self._closed:
-                wanted.cancel()
+                task.cancel()
             elif isinstance(self._running, Job):
-                wanted.add_event(Queued(runs_ahead=1 + len(self._waiting)))
-            self._pending_preload = wanted
+                task.add_event(Queued(runs_ahead=1 + len(self._waiting)))
+            self._pending_preload = task
             self._changed.notify_all()
-        return wanted
+        return task
 
     def get(self, id_: str, owner: str = "") -> Job | None:
-        """The job called `id_` if it is `owner`'s and still known."""
+        """Return job `id_` if it belongs to `owner` and is still known."""
         with self._changed:
             job = self._jobs.get(id_)
         return job if job is not None and job.owner == owner else None
 
     def save_previews(self, id_: str, owner: str) -> SavedPreview:
-        """Save the previews with which `owner`'s run `id_` ended before it was done. Raises `StudioError`."""
+        """Save the last previews of `owner`'s run `id_`, which ended early. Raises `StudioError`."""
         job = self.get(id_, owner)
         if job is None or not job.finished:
             raise StudioError(PREVIEW_GONE_MESSAGE)
@@ -255,21 +255,21 @@ class JobQueue:
     # --- an owner's runs ----------------------------------------------------------------------------------------
 
     def queue_positions(self, owner: str) -> tuple[QueuePosition, ...]:
-        """The runs of `owner` that are not done, in the order in which they are taken, the one under way first."""
+        """Return the unfinished runs of `owner` in the order of execution, the running one first."""
         with self._changed:
             running = [self._running] if isinstance(self._running, Job) else []
-            left = [job for job in self._waiting if not job.finished]
-            ahead = [*running, *scheduler.predict_order(left, self._next_loaded_checkpoint)]
-        found, others = [], 0
-        for place, job in enumerate(ahead):
+            waiting = [job for job in self._waiting if not job.finished]
+            ordered = [*running, *scheduler.predict_order(waiting, self._next_loaded_checkpoint)]
+        positions, others_ahead = [], 0
+        for index, job in enumerate(ordered):
             if job.owner != owner:
-                others += 1
+                others_ahead += 1
             elif job.is_persistent and not job.finished:
-                found.append(QueuePosition(job=job, runs_ahead=place, others_ahead=others))
-        return tuple(found)
+                positions.append(QueuePosition(job=job, runs_ahead=index, others_ahead=others_ahead))
+        return tuple(positions)
 
     def move(self, id_: str, owner: str, *, later: bool) -> None:
-        """Have the waiting run `id_` of `owner` change places with their one before it or, `later`, after it."""
+        """Swap the waiting run `id_` of `owner` with their run before it or, with `later`, after it."""
         with self._changed:
             waiting = [job for job in self._waiting if not job.finished]
             job = next((job for job in waiting if job.id == id_ and job.owner == owner), None)
@@ -278,16 +278,16 @@ class JobQueue:
             self._waiting = waiting
             self._report_positions()
             self._changed.notify_all()
-            arranged = [job.id for job in waiting if job.is_persistent]
+            order = [job.id for job in waiting if job.is_persistent]
         if self._journal is not None:
-            self._journal.reorder(arranged)
+            self._journal.reorder(order)
 
     def interrupted(self, owner: str) -> tuple[JournalEntry, ...]:
-        """The runs of `owner` that an earlier studio left undone."""
+        """Return the runs of `owner` that an earlier studio did not finish."""
         return () if self._journal is None else self._journal.interrupted(owner)
 
     def resume_interrupted(self, id_: str, owner: str) -> Job:
-        """Queue what is left to do of the interrupted run `id_` of `owner`. Raises `StudioError`."""
+        """Queue the rest of the interrupted run `id_` of `owner`. Raises `StudioError`."""
         with self._resume_lock:
             entry = None if self._journal is None else self._journal.entry(id_, owner)
             if self._journal is None or entry is None or entry.state != "interrupted":
@@ -297,31 +297,31 @@ class JobQueue:
         return job
 
     def discard(self, id_: str, owner: str) -> None:
-        """Forget the interrupted run `id_` of `owner`."""
+        """Delete the interrupted run `id_` of `owner` from the journal."""
         with self._resume_lock:
             entry = None if self._journal is None else self._journal.entry(id_, owner)
             if self._journal is not None and entry is not None and entry.state == "interrupted":
                 self._journal.discard(id_)
 
     def latest_unseen(self, owner: str) -> JournalEntry | None:
-        """The run of `owner` that ended last, if its end has not been shown."""
+        """Return the run of `owner` that ended last, if its end has not been shown."""
         return None if self._journal is None else self._journal.latest_unseen(owner)
 
     def mark_seen(self, id_: str) -> None:
-        """The owner of the run `id_` was shown how it ended."""
+        """Record that the owner of run `id_` was shown how it ended."""
         if self._journal is not None:
             try:
                 self._journal.mark_seen(id_)
-            except SaveError as error:  # so it will be shown once more, which does no harm
+            except SaveError as error:  # harmless: it will be shown once more
                 log.error("the end of run %s is not marked as shown: %s", id_, error)
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more runs, for the studio ends."""
+        """Whether the queue is closed, because the studio is ending."""
         return self._closed
 
     def close(self) -> None:
-        """Cancel everything and end the worker."""
+        """Cancel everything, end the worker and close the journal."""
         with self._changed:
             self._closed = True
             for task in (*self._jobs.values(), *self._waiting, self._pending_preload, self._running):
@@ -333,17 +333,17 @@ class JobQueue:
             self._journal.close()
 
     def _report_positions(self) -> None:
-        """Tell every waiting run how many go before it, in the order in which they will be taken."""
+        """Send every waiting run the number of runs before it, in the predicted order."""
         running = self._running
-        replaced = isinstance(running, DraftJob) and running.cancelled  # it makes room at its next step
-        ahead = int(isinstance(running, Job) and not replaced)
-        left = [job for job in self._waiting if not job.finished]
-        for place, job in enumerate(scheduler.predict_order(left, self._next_loaded_checkpoint), start=ahead):
-            if place:
-                job.add_event(Queued(runs_ahead=place))
+        is_ending = isinstance(running, DraftJob) and running.cancelled  # it ends at its next step
+        start = int(isinstance(running, Job) and not is_ending)
+        waiting = [job for job in self._waiting if not job.finished]
+        for position, job in enumerate(scheduler.predict_order(waiting, self._next_loaded_checkpoint), start=start):
+            if position:
+                job.add_event(Queued(runs_ahead=position))
 
     def _next_task(self) -> Task | None:
-        """What to do next, waiting for it; None once the queue is closed."""
+        """Wait for the next task and return it; None once the queue is closed."""
         with self._changed:
             while True:
                 self._waiting = [job for job in self._waiting if not job.finished]
@@ -351,29 +351,28 @@ class JobQueue:
                     job = scheduler.take_next(self._waiting, self._loaded_checkpoint)
                     self._running = job
                     if job.checkpoint_after != self._loaded_checkpoint or job.request.upsampling.by == "local":
-                        self._loaded_checkpoint = (
-                            None  # until the run shows that its own is: a language model may take its place
-                        )
+                        # Unknown until the run reports progress: a language model may evict the checkpoint.
+                        self._loaded_checkpoint = None
                     self._report_positions()
                     return job
                 if self._closed:
                     return None
                 if self._pending_preload is not None:
                     if self._pending_preload.checkpoint != self._loaded_checkpoint:
-                        self._loaded_checkpoint = None  # it makes room for the other
+                        self._loaded_checkpoint = None  # evicted by the preload
                     self._running, self._pending_preload = self._pending_preload, None
                     return self._running
                 self._changed.wait()
 
     @property
     def _next_loaded_checkpoint(self) -> str | None:
-        """The checkpoint that is in memory once the run under way is done."""
+        """The checkpoint in memory after the current run."""
         return self._running.checkpoint_after if isinstance(self._running, Job) else self._loaded_checkpoint
 
     def _update_loaded_checkpoint(self, task: Task, event: Event) -> None:
-        """Note what `event` says of the checkpoint in memory: after a failure nobody knows which one is."""
+        """Update the loaded checkpoint from an event; after a failure it is unknown."""
         with self._changed:
-            if task is not self._running or not isinstance(task, Job | PreloadTask):  # it is done on another machine
+            if task is not self._running or not isinstance(task, Job | PreloadTask):  # enhanced on another machine
                 return
             if isinstance(event, Preview | Drafted | Result | Ready):
                 self._loaded_checkpoint = task.checkpoint_after
@@ -396,16 +395,16 @@ class JobQueue:
             self._begin(task)
         try:
             for event in self._events(task):
-                if isinstance(event, Saved):  # before anybody is told: whoever looks then finds it
+                if isinstance(event, Saved):  # before the event, so that followers find it in the history
                     self._add_to_history(task, event)
                 self._update_loaded_checkpoint(task, event)
                 task.add_event(event)
-            if not task.finished:  # its followers would wait for ever
+            if not task.finished:  # else its followers would wait forever
                 raise RuntimeError("the run ended without a final event")
         except StudioError as error:
             self._fail(task, Failed(message=str(error), in_prompt_enhancement=isinstance(error, UpsampleError)))
         except Exception:
-            # A defect of ours: the log has it whole, the user reads what can be done.
+            # A bug: the log gets the traceback, the user a message.
             log.exception("run %s failed", task.id)
             self._fail(task, Failed(message=INTERNAL_ERROR_MESSAGE))
 
@@ -414,12 +413,12 @@ class JobQueue:
         task.add_event(event)
 
     def _add_to_history(self, task: Task, saved: Saved) -> None:
-        """Put the picture into the history. Where that fails, it is on disk all the same, and the run goes on."""
-        if (trouble := self._try_add_to_history(task, saved)) is not None:
-            task.add_event(Notice(text=trouble))
+        """Add the picture to the history. If that fails, the file still exists and the run continues with a Notice."""
+        if (problem := self._try_add_to_history(task, saved)) is not None:
+            task.add_event(Notice(text=problem))
 
     def _try_add_to_history(self, task: Task, saved: Saved) -> str | None:
-        """Put the picture into the history; why it is not there, if it is not."""
+        """Add the picture to the history; return an error message, or None."""
         try:
             if self._history is not None:
                 self._history.add(task.owner, task.id, saved)

@@ -1,6 +1,7 @@
-"""What a worker does, and the events that it has had so far: a run, a draft, an enrichment, a preparation.
+"""What the worker does, with the events so far: a run, a draft, a prompt enhancement or a preload.
 
-A follower reads `events(since)`; it may be slower than the work, so of previews and the like only the newest is kept.
+Followers read `events(since)`. A follower may be slower than the work, so only the newest event of each transient kind
+is kept.
 """
 
 from __future__ import annotations
@@ -15,65 +16,65 @@ from flux2_studio.jobs.unfinished import UnfinishedPictures
 from flux2_studio.prompting.openai_server import ApiKey
 from flux2_studio.request import Request
 
-TRANSIENT_EVENTS = (Queued, Status, PromptProgress, Preview)  # what a later event of the same kind makes worthless
+TRANSIENT_EVENTS = (Queued, Status, PromptProgress, Preview)  # superseded by the next event of the same kind
 
 
 class Task:
-    """Something that the worker does, and the events it has had so far. Safe to use from any thread."""
+    """Work for the worker thread, and its events so far. Safe to use from any thread."""
 
     def __init__(self, owner: str, id_: str | None = None) -> None:
         self.id = id_ or uuid.uuid4().hex
         self.owner = owner
         self._changed = threading.Condition()
-        self._events: list[tuple[int, Event]] = []  # (number, event), numbers rising, old previews dropped
+        self._events: list[tuple[int, Event]] = []  # (number, event), ascending, without superseded events
         self._next = 0
         self._started = False
         self._cancelled = False
 
     def add_event(self, event: Event) -> bool:
-        """Append an event and wake the followers; nothing, and False, after the last one. Of passing events the newest
-        is kept."""
+        """Append an event and wake the followers; return False after the final event. Keeps only the newest of each
+        transient kind."""
         with self._changed:
-            if self.finished:  # whatever comes late (a place in the queue, say) would reopen it
+            if self.finished:  # a late event, such as a queue position, would reopen the task
                 return False
-            passing = TRANSIENT_EVENTS if isinstance(event, FINAL_EVENTS) else type(event)
+            superseded = TRANSIENT_EVENTS if isinstance(event, FINAL_EVENTS) else type(event)
             if isinstance(event, TRANSIENT_EVENTS + FINAL_EVENTS):
-                self._events = [(n, e) for n, e in self._events if not isinstance(e, passing)]
+                self._events = [(n, e) for n, e in self._events if not isinstance(e, superseded)]
             self._events.append((self._next, event))
             self._next += 1
             self._changed.notify_all()
             return True
 
     def latest_event(self) -> Event | None:
-        """The last event so far."""
+        """Return the last event so far; None if there is none."""
         with self._changed:
             return self._events[-1][1] if self._events else None
 
     def events(self, since: int = 0, *, timeout: float | None = None) -> Iterator[tuple[int, Event]]:
-        """The events numbered `since` and later as (number, event), waiting for more until the run has ended.
+        """Yield the events numbered `since` and later as (number, event), waiting for more until the task has ended.
 
-        timeout: give up silently after so many seconds without an event (None: wait for ever).
+        timeout: stop silently after that many seconds without an event (None: wait forever).
         """
         while True:
             with self._changed:
                 while self._next <= since and not self.finished:
                     if not self._changed.wait(timeout):
                         return
-                fresh = [(n, event) for n, event in self._events if n >= since]
+                new_events = [(n, event) for n, event in self._events if n >= since]
                 since, ended = self._next, self.finished
-            yield from fresh
+            yield from new_events
             if ended:
                 return
 
     def cancel(self) -> None:
-        """Ask the run to stop between two steps; a run that still waits ends at once."""
+        """Ask the task to stop at its next check (between two steps); a task that still waits ends at once."""
         with self._changed:
             self._cancelled = True
             if not self._started and not self.finished:
                 self.add_event(Stopped())
 
     def start(self) -> bool:
-        """Mark the run as begun; False if it was cancelled before."""
+        """Mark the task as started; return False if it was cancelled before."""
         with self._changed:
             self._started = not self._cancelled
             return self._started
@@ -93,9 +94,12 @@ class Task:
 
 
 class Job(Task):
-    """One submitted run, with its resolved request. api_key: its owner's, for the server that enriches prompts;
-    forgotten when the run has ended. told: hears of each event, before its followers do. skipped, behind, needs,
-    leaves: its place in the line. is_persistent: whether it is written down, and stands in its owner's queue."""
+    """A submitted run.
+
+    request: for drafts as submitted, else resolved. api_key: the owner's, for prompt enhancement; dropped when the run
+    has ended. on_event: called with each event before followers see it. skipped, predecessors, required_checkpoint,
+    checkpoint_after: see `scheduler.WaitingRun`. is_persistent: whether it is journaled and shown in its owner's queue.
+    """
 
     is_persistent = True
 
@@ -110,9 +114,8 @@ class Job(Task):
     ) -> None:
         super().__init__(owner, id_)
         self.request = request
-        self.submitted_request = (
-            request  # with its references where they came from: what the journal keeps goes when the run ends
-        )
+        # With the original reference paths: the journal deletes its copies when the run ends.
+        self.submitted_request = request
         self.api_key = api_key
         self.skipped = 0
         self.predecessors: set[Any] = set()
@@ -129,7 +132,7 @@ class Job(Task):
 
     def add_event(self, event: Event) -> bool:
         if not self.finished:
-            self._on_event(self, event)  # first: what its followers know must be written down
+            self._on_event(self, event)  # first, so that followers only see journaled events
         added = super().add_event(event)
         if added:
             self.unfinished.on_event(event)
@@ -139,24 +142,24 @@ class Job(Task):
 
 
 class EnhanceJob(Job):
-    """Having a prompt enriched, and nothing drawn."""
+    """Prompt enhancement without drawing."""
 
     is_persistent = False
 
     @property
     def checkpoint_after(self) -> str | None:
-        """None: a language model that writes may have taken the place of whatever was loaded."""
+        """None: the language model may have evicted the loaded checkpoint."""
         return None
 
 
 class DraftJob(Job):
-    """Having a picture drawn for a look while its owner still types: nothing of it is kept."""
+    """A picture drawn as a quick preview while its owner still types; nothing of it is kept."""
 
     is_persistent = False
 
 
 class PreloadTask(Task):
-    """Loading a checkpoint before it is needed."""
+    """Load a checkpoint before it is needed."""
 
     def __init__(self, checkpoint: str, owner: str) -> None:
         super().__init__(owner)

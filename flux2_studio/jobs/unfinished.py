@@ -1,6 +1,6 @@
-"""What a run has drawn and not finished: kept with its job, so that somebody who stops it may keep what was on view.
+"""A run's unfinished pictures, kept with its job so that a user who stops the run can still save the previews.
 
-A `Preview` brings a sketch of each picture that is under way; one that is finished, or withheld, has none any more.
+Each `Preview` event carries one unfinished picture per picture in progress; finished and withheld pictures are removed.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ PREVIEW_GONE_MESSAGE = (
 
 
 class PreviewSaver(Protocol):
-    """What it takes to keep a sketch: a studio."""
+    """Saves an unfinished picture as a file; the studio implements it."""
 
     def save_preview(self, unfinished: Any) -> tuple[Saved, tuple[str, ...]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedPreview:
-    """Sketches that are files now. notes: what the user should know of them."""
+    """Previews saved as files. notes: what the user should know about them."""
 
     pictures: tuple[Saved, ...]
     notes: tuple[str, ...]
 
 
 class UnfinishedPictures:
-    """Those of one run, by the picture's index. Safe to use from any thread."""
+    """The unfinished pictures of one run, by the picture's index. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._found: dict[int, Any] = {}
@@ -44,7 +44,7 @@ class UnfinishedPictures:
             return len(self._found)
 
     def on_event(self, event: Event) -> None:
-        """What `event` of the run says of them."""
+        """Update the pictures from an event of the run."""
         with self._lock:
             match event:
                 case Preview():
@@ -57,37 +57,37 @@ class UnfinishedPictures:
                     pass
 
     def take_all(self) -> dict[int, Any]:
-        """All of them; there are none afterwards."""
+        """Remove and return all pictures."""
         with self._lock:
-            found, self._found = self._found, {}
-        return found
+            pictures, self._found = self._found, {}
+        return pictures
 
     def _give_back(self, found: Mapping[int, Any]) -> None:
         with self._lock:
             self._found = {**found, **self._found}
 
     def save_all(self, saver: PreviewSaver, add_to_history: Callable[[Saved], str | None]) -> SavedPreview:
-        """Have `saver` make files of them. add_to_history: puts one where its owner finds it; what is wrong with that,
-        if anything is. Raises `StudioError`: what can be tried again is still there then."""
-        left = self.take_all()
-        if not left:
+        """Have `saver` write all pictures as files. add_to_history: adds one to its owner's history; returns an error
+        message or None. Raises `StudioError`; pictures that can be tried again are then kept."""
+        unfinished = self.take_all()
+        if not unfinished:
             raise StudioError(PREVIEW_GONE_MESSAGE)
         pictures: list[Saved] = []
         notes: list[str] = []
-        refused: SafetyError | None = None
-        for index in sorted(left):
+        refusal: SafetyError | None = None
+        for index in sorted(unfinished):
             try:
-                saved, told = saver.save_preview(left[index])
-            except SafetyError as error:  # this one goes nowhere, and the others are none the worse for it
-                refused = error
+                saved, saver_notes = saver.save_preview(unfinished[index])
+            except SafetyError as error:  # drop this one and save the others
+                refusal = error
                 notes.append(str(error))
                 continue
             except StudioError:
-                self._give_back({number: sketch for number, sketch in left.items() if number >= index})
+                self._give_back({number: picture for number, picture in unfinished.items() if number >= index})
                 raise
-            trouble = add_to_history(saved)
+            problem = add_to_history(saved)
             pictures.append(saved)
-            notes += [*told, *([trouble] if trouble else [])]
-        if refused is not None and not pictures:
-            raise refused
+            notes += [*saver_notes, *([problem] if problem else [])]
+        if refusal is not None and not pictures:
+            raise refusal
         return SavedPreview(pictures=tuple(pictures), notes=tuple(dict.fromkeys(notes)))

@@ -1,1 +1,1 @@
-"""Where weights come from (`hub`) and where they live while in use (`manager`)."""
+"""Finds and downloads weights (`hub`), and loads them and manages their memory (`manager`)."""

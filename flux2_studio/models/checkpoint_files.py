@@ -1,6 +1,6 @@
-"""A checkpoint's files, opened: headers checked, sizes known, nothing read yet.
+"""Opens a checkpoint's files: checks headers and measures sizes without reading any weights.
 
-Headers are opened once and again only where a file has changed, so that a plan for every request costs no reading.
+A header is read again only if its file has changed, so planning a request reads nothing.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from flux2_studio.models.memory.plan import ModelFootprint, PartWeightBytes, cou
 from flux2_studio.request import SIZE_MULTIPLE
 from flux2_studio.settings import Settings
 
-PartStamp = tuple[tuple[str, int, int, int], ...]  # path, inode, size and time of change of each file
-# Where in the folder that is given for a part its files may be; else they are in that folder itself.
+PartStamp = tuple[tuple[str, int, int, int], ...]  # path, inode, size and modification time of each file
+# Subfolder of a part's folder that may contain its files; otherwise they are in the folder itself.
 PART_SUBFOLDERS = {"flow": TRANSFORMER_FOLDER, "autoencoder": AUTOENCODER_FOLDER, "text": TEXT_ENCODER_FOLDER}
-# What is read of a folder, by the ends of names. Whatever else lies there is nothing to us.
+# Suffixes of the files that are read from a folder. Other files are ignored.
 STAMPED_SUFFIXES = (".safetensors", ".json", ".model", ".jinja", "merges.txt")
-# Tokens of one conversation with a language model, the answer included: system message and chat template (under 700),
-# a prompt of some 2,000 words, which is far more than the 512 tokens that are read of it to draw, and a long answer.
+# Tokens of one conversation with a language model: system message and chat template (under 700), a prompt of about
+# 2,000 words (far more than the 512 tokens that are encoded for drawing), and a long answer.
 MAX_CONVERSATION_TOKENS = 4096
-VISION_IMAGE_SIZE = (768, 768)  # pixels, at most, of a picture that a language model is asked a question about
+VISION_IMAGE_SIZE = (768, 768)  # largest picture, in pixels, that a language model is asked about
 
 
 @dataclass(frozen=True)
 class PartKey:
-    """What one part in memory is: whoever asks for the same gets the same.
+    """Identifies a part in memory. Equal keys share the same loaded part.
 
-    recipe: of a text encoder. is_whole_model: whether that is the whole language model, which can write as well.
+    recipe: of text encoders only. is_whole_model: whether the part is the complete language model, which can write too.
     """
 
     part: Part
@@ -66,21 +66,22 @@ class PartKey:
 
     @property
     def context_key(self) -> PartKey:
-        """What a prompt's context depends on: the text encoder and the whole model of the same weights give the same
-        one, to the bit."""
+        """Cache key of prompt contexts: a text encoder and its complete model return bit-identical contexts."""
         return replace(self, is_whole_model=False)
 
     @property
     def shared_with(self) -> PartKey | None:
-        """The other of these two; None for what is no text encoder."""
+        """The key of the complete model for a text encoder, and vice versa; None for other parts."""
         return None if self.recipe is None else replace(self, is_whole_model=not self.is_whole_model)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFiles:
-    """A checkpoint whose files fit together. `text_encoder` is None where another machine encodes, and the whole
-    language model where that is to be loaded in its place; `tiny` is None where the autoencoder draws previews itself
-    or none are drawn by a decoder."""
+    """The opened files of a checkpoint, checked to match each other.
+
+    `text` is None if another machine encodes prompts, and a `WriterFile` if the complete language model is loaded
+    instead of the text encoder. `tiny` is None if the autoencoder decodes previews itself or no decoder is used.
+    """
 
     checkpoint: Checkpoint
     flow: WeightFile[Transformer]
@@ -90,13 +91,15 @@ class CheckpointFiles:
     keys: dict[str, PartKey]  # by kind of part: text, flow, autoencoder, tiny
     footprint: ModelFootprint
     notes: tuple[str, ...]
-    mapped: frozenset[str]  # kinds of the parts whose files nobody writes over
+    mapped: frozenset[str]  # kinds of the parts whose files are never modified in place
     on_unreadable: Callable[[PartKey], None]
 
     def load(self, kind: str, device: torch.device, on_progress: Callable[[float], None] | None = None) -> Any:
-        """Read the part of that kind onto `device`. on_progress: called with the share that has been read, and may
-        raise to give up. Raises what `weights.WeightFile.load` does; a file that is to blame is opened anew the next
-        time."""
+        """Reads the part of that kind onto `device`.
+
+        on_progress: called with the fraction read; may raise to cancel. Raises what `WeightFile.load` raises; after a
+        `WeightsError`, the header is read again next time.
+        """
         parts: dict[str, Any] = {
             "text": self.text, "flow": self.flow, "autoencoder": self.autoencoder, "tiny": self.tiny
         }  # fmt: skip
@@ -116,9 +119,11 @@ class CheckpointFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWriterFiles:
-    """A language model whose files fit. extra_bytes: bytes of its weights that the text encoder made of them does not
-    load. writing_bytes: bytes that it takes to write so many tokens beside pictures of (height, width), see
-    `WriterFile.writing_bytes`."""
+    """The opened files of a language model.
+
+    extra_bytes: bytes of its weights that the text encoder alone does not load. writing_bytes: returns the activation
+    bytes for a number of tokens and the (height, width) of each picture, see `WriterFile.writing_bytes`.
+    """
 
     model: LocalWriter
     writer_file: WriterFile
@@ -130,7 +135,7 @@ class LocalWriterFiles:
     on_unreadable: Callable[[PartKey], None]
 
     def load(self, device: torch.device, on_progress: Callable[[float], None] | None = None) -> Writer:
-        """Read it onto `device`; see `CheckpointFiles.load`."""
+        """Reads the model onto `device`; see `CheckpointFiles.load`."""
         key = self.key
         try:
             return self.writer_file.load(
@@ -142,7 +147,7 @@ class LocalWriterFiles:
 
 
 class CheckpointOpener:
-    """Opens checkpoints and language models for a device. May be asked from several threads."""
+    """Opens checkpoints and language models for a device. Thread-safe."""
 
     def __init__(self, settings: Settings, hub: Hub, device: torch.device) -> None:
         self._settings = settings
@@ -150,26 +155,26 @@ class CheckpointOpener:
         self._device = device
         self._lock = threading.Lock()
         self._headers: dict[tuple[Part, TextRecipe | None, bool], tuple[PartStamp, Any]] = {}
-        # By checkpoint, and whether its text encoder is the whole language model, as its files were last.
+        # The latest, by checkpoint name and whether its text encoder is the complete language model.
         self._footprints: dict[tuple[str, bool], tuple[tuple[PartKey, ...], ModelFootprint]] = {}
-        self._writers: dict[str, LocalWriterFiles] = {}  # by name, as their files were last
-        self._unavailable: dict[Part, str] = {}  # tiny autoencoders, and why: not asked for again at every run
+        self._writers: dict[str, LocalWriterFiles] = {}  # the latest, by name
+        self._unavailable: dict[Part, str] = {}  # tiny autoencoders with the error message; not retried at every run
 
     def parts(self, checkpoint: Checkpoint) -> tuple[Part, ...]:
-        """The parts of `checkpoint` that must be on this machine."""
+        """Returns the parts of `checkpoint` that must be on this machine."""
         remote = self._settings.uses_remote_text_encoder(checkpoint)
         return tuple(part for part in checkpoint.parts if not (remote and part.kind == "text"))
 
     def open(
         self, checkpoint: Checkpoint, progress: ProgressCallback, *, fetch_preview_decoder: bool = True
     ) -> CheckpointFiles:
-        """`checkpoint`'s files, downloaded if need be and checked. `progress` may raise to give up.
+        """Opens and checks `checkpoint`'s files, downloading missing ones. `progress` may raise to cancel.
 
-        fetch_preview_decoder: whether a decoder for previews that is not here is worth a download, too.
+        fetch_preview_decoder: whether to download a missing preview decoder too.
 
-        Raises `WeightsError` for files that are missing, damaged or not of this checkpoint.
+        Raises `WeightsError` for files that are missing, damaged or do not belong to this checkpoint.
         """
-        # What may be refused comes first: the gate is met before the gigabytes.
+        # Gated parts first: a refusal comes before gigabytes are downloaded.
         parts_by_gate = sorted(self.parts(checkpoint), key=lambda part: not part.gated)
         files: dict[str, PartFiles] = {part.kind: self._hub.find_or_download(part, progress) for part in parts_by_gate}
         stamps = {kind: stamp_part(kind, found) for kind, found in files.items()}
@@ -225,9 +230,9 @@ class CheckpointOpener:
         )
 
     def writer(self, model: LocalWriter, progress: ProgressCallback) -> LocalWriterFiles:
-        """The files of `model`, downloaded if need be and checked. `progress` may raise to give up.
+        """Opens and checks the files of `model`, downloading missing ones. `progress` may raise to cancel.
 
-        Raises `WeightsError` for files that are missing, damaged or no language model that can write.
+        Raises `WeightsError` for files that are missing, damaged or of a model that cannot write.
         """
         part = model.part
         files = self._hub.find_or_download(part, progress)
@@ -241,18 +246,18 @@ class CheckpointOpener:
             is_whole_model=True,
         )
         with self._lock:
-            known = self._writers.get(model.name)
-        if known is not None and (known.key, known.model) == (key, model):
-            return known
+            cached = self._writers.get(model.name)
+        if cached is not None and (cached.key, cached.model) == (key, model):
+            return cached
         progress(f"Checking the files of {model.label}", None)
-        checked: WriterFile = self._get_header(
+        writer_file: WriterFile = self._get_header(
             part,
             stamp,
             lambda: open_writer(files.weights, files.tokenizer or files.weights, model.recipe),
             model.recipe,
             is_whole_model=True,
         )
-        opened = self._opened_writer(model, checked, key)
+        opened = self._opened_writer(model, writer_file, key)
         with self._lock:
             self._writers[model.name] = opened
         return opened
@@ -260,9 +265,9 @@ class CheckpointOpener:
     def with_whole_model(
         self, opened: CheckpointFiles, model: LocalWriter, progress: ProgressCallback
     ) -> CheckpointFiles:
-        """`opened` with all of its text encoder's language model, which is `model`, in the place of the encoder.
+        """Returns `opened` with `model`, the complete language model of its text encoder, in place of the encoder.
 
-        Raises what `writer` does.
+        Raises what `writer` raises.
         """
         writer = self.writer(model, progress)
         keys = {**opened.keys, "text": writer.key}
@@ -280,7 +285,7 @@ class CheckpointOpener:
         sizes = checked.tensor_bytes(dtype=dtype, storage=key.storage)
 
         @lru_cache
-        def writing(tokens: int, pictures: tuple[tuple[int, int], ...]) -> int:
+        def writing_bytes(tokens: int, pictures: tuple[tuple[int, int], ...]) -> int:
             return checked.writing_bytes(dtype=dtype, tokens=tokens, pictures=pictures, quantized=quantized)
 
         return LocalWriterFiles(
@@ -290,7 +295,7 @@ class CheckpointOpener:
             weights=count_weight_bytes(sizes, checked.block_prefixes),
             extra_bytes=sum(sizes.values())
             - sum(checked.text_encoder.tensor_bytes(dtype=dtype, storage=key.storage).values()),
-            writing_bytes=writing,
+            writing_bytes=writing_bytes,
             mapped=is_safe_to_mmap(model.part, self._settings),
             on_unreadable=self._forget,
         )
@@ -309,14 +314,14 @@ class CheckpointOpener:
         is_whole_model: bool = False,
     ) -> Any:
         with self._lock:
-            of, opened = self._headers.get((part, recipe, is_whole_model), (None, None))
-            if of != stamp:
+            cached_stamp, opened = self._headers.get((part, recipe, is_whole_model), (None, None))
+            if cached_stamp != stamp:
                 opened = read()
                 self._headers[part, recipe, is_whole_model] = stamp, opened
             return opened
 
     def _forget(self, key: PartKey) -> None:
-        """The header of what `key` stands for may be no longer true."""
+        """Drops everything cached about the files of `key`, which may have changed."""
         with self._lock:
             self._headers.pop((key.part, key.recipe, key.is_whole_model), None)
             self._footprints = {name: found for name, found in self._footprints.items() if key not in found[0]}
@@ -336,9 +341,9 @@ class CheckpointOpener:
             return None, ()
         if part not in self._unavailable or self._hub.is_on_disk(part):
             try:
-                at = self._hub.find_or_download(part, progress)
-                stamps["tiny"] = stamp_part("tiny", at)
-                return self._get_header(part, stamps["tiny"], lambda: open_tiny_decoder(at.weights)), ()
+                files = self._hub.find_or_download(part, progress)
+                stamps["tiny"] = stamp_part("tiny", files)
+                return self._get_header(part, stamps["tiny"], lambda: open_tiny_decoder(files.weights)), ()
             except WeightsError as error:
                 self._unavailable[part] = str(error)
         return None, (f"Previews show rough colours only: {self._unavailable[part]}",)
@@ -352,15 +357,15 @@ class CheckpointOpener:
         tiny: WeightFile[TinyDecoder] | None,
         keys: dict[str, PartKey],
     ) -> ModelFootprint:
-        """As `_measure_footprint`, reckoned once for the same files."""
-        whose = tuple(keys.values())
-        name = checkpoint.name, isinstance(text, WriterFile)
+        """Returns `_measure_footprint`, cached until the files change."""
+        part_keys = tuple(keys.values())
+        cache_key = checkpoint.name, isinstance(text, WriterFile)
         with self._lock:
-            of, needs = self._footprints.get(name, ((), None))
-            if needs is None or of != whose:
-                needs = self._measure_footprint(checkpoint, flow, autoencoder, text, tiny, keys)
-                self._footprints[name] = whose, needs
-            return needs
+            cached_keys, footprint = self._footprints.get(cache_key, ((), None))
+            if footprint is None or cached_keys != part_keys:
+                footprint = self._measure_footprint(checkpoint, flow, autoencoder, text, tiny, keys)
+                self._footprints[cache_key] = part_keys, footprint
+            return footprint
 
     def _measure_footprint(
         self,
@@ -371,27 +376,27 @@ class CheckpointOpener:
         tiny: WeightFile[TinyDecoder] | None,
         keys: dict[str, PartKey],
     ) -> ModelFootprint:
-        def held(opened: WeightFile[Any] | TextEncoderFile | WriterFile, kind: str) -> PartWeightBytes:
+        def weight_bytes(opened: WeightFile[Any] | TextEncoderFile | WriterFile, kind: str) -> PartWeightBytes:
             sizes = opened.tensor_bytes(dtype=keys[kind].dtype, storage=keys[kind].storage)
             return count_weight_bytes(sizes, opened.block_prefixes)
 
-        text_activations = _nothing
+        text_activations = _no_activations
         if text is not None:
             quantized = _is_quantized(text, keys["text"])
             text_activations = lru_cache(partial(_text_activation_bytes, text, keys["text"].dtype, quantized))
         return ModelFootprint(
             label=checkpoint.label,
-            flow=held(flow, "flow"),
+            flow=weight_bytes(flow, "flow"),
             transformer_params=flow.params,
             flow_dtype=keys["flow"].dtype,
             flow_quantized=_is_quantized(flow, keys["flow"]),
-            autoencoder=held(autoencoder, "autoencoder"),
+            autoencoder=weight_bytes(autoencoder, "autoencoder"),
             autoencoder_params=autoencoder.params,
             autoencoder_dtype=keys["autoencoder"].dtype,
-            text=held(text, "text") if text is not None else None,
+            text=weight_bytes(text, "text") if text is not None else None,
             text_activations=text_activations,
             text_length=checkpoint.recipe.length,
-            tiny=held(tiny, "tiny") if tiny is not None else None,
+            tiny=weight_bytes(tiny, "tiny") if tiny is not None else None,
             tiny_dtype=keys["tiny"].dtype if tiny is not None else torch.float32,
             decodes_previews=self._settings.preview != "off" and (tiny is not None or decodes_own_previews(checkpoint)),
             caches_reference_kv=checkpoint.caches_reference_kv,
@@ -399,73 +404,77 @@ class CheckpointOpener:
 
 
 def is_safe_to_mmap(part: Part, settings: Settings) -> bool:
-    """Whether the files of `part` are never written to in place, so that they may be mapped: those in the hub's cache
-    and those that ship with the studio. Of a user's own files nobody knows."""
+    """Returns whether the files of `part` may be memory-mapped because nothing modifies them in place.
+
+    True for files in the hub cache and those that ship with the studio; users may overwrite their own files.
+    """
     if part.path_variable is not None and part.path_variable in settings.path_overrides:
         return False
     return part.repo is not None or not Path(part.path).is_absolute()
 
 
 def decodes_own_previews(checkpoint: Checkpoint) -> bool:
-    """Whether the autoencoder of `checkpoint` is small enough to draw its previews."""
+    """Returns whether `checkpoint` decodes previews with its full autoencoder."""
     return checkpoint.tiny_autoencoder == checkpoint.autoencoder
 
 
 def _text_activation_bytes(
     text: TextEncoderFile | WriterFile, dtype: torch.dtype, quantized: bool, prompts: int
 ) -> int:
-    """Bytes alive at once, at most, while so many prompts are encoded, or the model is asked about a picture."""
-    reading = text.activation_bytes(dtype=dtype, prompts=prompts, quantized=quantized)
+    """Returns the peak activation bytes of encoding `prompts` prompts, or of asking the model about a picture."""
+    encoding = text.activation_bytes(dtype=dtype, prompts=prompts, quantized=quantized)
     if isinstance(text, WriterFile) and text.has_vision:
-        asking = text.writing_bytes(
+        answering = text.writing_bytes(
             dtype=dtype, tokens=MAX_CONVERSATION_TOKENS, pictures=[VISION_IMAGE_SIZE], quantized=quantized
         )
-        return max(reading, asking)
-    return reading
+        return max(encoding, answering)
+    return encoding
 
 
 def _is_quantized(opened: WeightFile[Any] | TextEncoderFile | WriterFile, key: PartKey) -> bool:
-    """Whether weights are held in fewer bits than they are computed in."""
-    as_held = sum(opened.tensor_bytes(dtype=key.dtype, storage=key.storage).values())
-    return as_held < sum(opened.tensor_bytes(dtype=key.dtype).values())
+    """Returns whether weights take fewer bytes in memory than in the compute dtype."""
+    stored_bytes = sum(opened.tensor_bytes(dtype=key.dtype, storage=key.storage).values())
+    return stored_bytes < sum(opened.tensor_bytes(dtype=key.dtype).values())
 
 
-def _nothing(prompts: int) -> int:
+def _no_activations(prompts: int) -> int:
     return 0
 
 
 def stamp_part(kind: str, files: PartFiles) -> PartStamp:
-    """By which files that have changed are known, of all that are read for a part of that kind.
+    """Returns the stamp of all files that are read for a part of that kind. It changes if one of them changes.
 
-    Raises `WeightsError` for what cannot be looked at.
+    Raises `WeightsError` for files that cannot be accessed.
     """
-    places = [files.weights]
+    folders = [files.weights]
     if kind in PART_SUBFOLDERS:
-        places.append(files.weights / PART_SUBFOLDERS[kind])
+        folders.append(files.weights / PART_SUBFOLDERS[kind])
     if files.tokenizer is not None:
-        places.append(files.tokenizer)
+        folders.append(files.tokenizer)
     try:
         if not files.weights.is_dir():
-            found = files.weights.stat()
-            return ((str(files.weights), found.st_ino, found.st_size, found.st_mtime_ns),)
-        return tuple(sorted(stamp for place in dict.fromkeys(places) if place.is_dir() for stamp in _stamps(place)))
+            stat = files.weights.stat()
+            return ((str(files.weights), stat.st_ino, stat.st_size, stat.st_mtime_ns),)
+        return tuple(
+            sorted(stamp for folder in dict.fromkeys(folders) if folder.is_dir() for stamp in _iterate_stamps(folder))
+        )
     except OSError as error:
         raise WeightsError(
             f"{files.weights} cannot be read ({error.strerror or error}): put it back, or download it again."
         ) from error
 
 
-def _stamps(folder: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Of the files in `folder` itself: never of all that is below it, which may be anything."""
+def _iterate_stamps(folder: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Yields the stamps of the files directly in `folder`. Subfolders are skipped, since they may contain anything."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.endswith(STAMPED_SUFFIXES):
                 continue
             try:
-                found = entry.stat()
-            except OSError:  # gone, or a link to nothing: whoever needs it says so
+                stat = entry.stat()
+            except OSError:  # deleted, or a dangling link: opening the part reports it if needed
                 continue
-            yield entry.path, found.st_ino, found.st_size, found.st_mtime_ns
+            yield entry.path, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def check_parts_match(
@@ -475,7 +484,7 @@ def check_parts_match(
     autoencoder: AutoencoderParams,
     text_width: int,
 ) -> None:
-    """Raise `WeightsError` if the parts do not belong together. names: the file or folder of each kind of part."""
+    """Raises `WeightsError` if the parts do not match. names: the file or folder name of each kind of part."""
     flow, label = names["flow"], checkpoint.label
     own = f"{label}'s own file{_path_variable_hint(checkpoint.flow)}"
     if transformer.context_width != text_width:

@@ -1,8 +1,8 @@
-"""A user's own LoRAs: which there are, and those that a run has chosen put onto its transformer.
+"""Finds the user's LoRAs and applies those that a run has chosen to its transformer.
 
-The folders are looked at anew whenever somebody asks, so files may come, change and go while the studio runs. A file
-that is as it was is not opened again and gives the same `Lora`, by which `engine.lora` knows what a transformer
-carries already. A name from a request is looked up among the files found, never made into a path.
+Every call scans the folders again, so files may be added, changed and removed while the studio runs. An unchanged file
+is not reopened and yields the same `Lora` object, by which `engine.lora` recognises what a transformer already has.
+Names from requests are looked up among the files found and never turned into paths.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from flux2_studio.engine.params import TransformerParams
 
 LORA_SUFFIX = ".safetensors"
-# What PEFT and diffusers call every LoRA that they save: its folder has the name.
+# PEFT and diffusers save every LoRA under these names; the folder has the actual name.
 GENERIC_FILE_STEMS = ("adapter_model", "pytorch_lora_weights")
 
-LoraFileStamp = tuple[int, ...]  # sizes and times of change; a file with the same stamp is the same
+LoraFileStamp = tuple[int, ...]  # sizes and modification times; an equal stamp means an unchanged file
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraEntry:
-    """A LoRA that can be chosen. width: the hidden width of the transformers that it is for, `family` their name."""
+    """A LoRA that can be chosen. width: hidden width of the transformers that it fits. family: their name."""
 
     name: str
     kind: str
@@ -46,7 +46,7 @@ class LoraEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class AppliedLora:
-    """What became of a chosen LoRA: how its tensors fit, and the SHA-256 of its file."""
+    """An applied LoRA: how its tensors fit, and the SHA-256 of its file."""
 
     report: LoraFitReport
     sha256: str
@@ -54,7 +54,7 @@ class AppliedLora:
 
 @dataclass
 class _LoraFile:
-    """A file as it was when it had this stamp: a LoRA, or a problem to tell of, or neither (a checkpoint, say)."""
+    """The cached result of opening a file: a LoRA, or a problem to report, or neither (for example a checkpoint)."""
 
     path: Path
     stamp: LoraFileStamp
@@ -64,7 +64,7 @@ class _LoraFile:
 
 
 class LoraLibrary:
-    """The LoRAs below the user's folder for them, and those among their checkpoint files. For any thread."""
+    """The LoRAs in the LoRA folder and among the user's checkpoint files, searched recursively. Thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -75,11 +75,11 @@ class LoraLibrary:
 
     @property
     def folder(self) -> Path:
-        """Where LoRAs are put."""
+        """The LoRA folder."""
         return self._settings.loras
 
     def scan(self) -> tuple[list[LoraEntry], list[str]]:
-        """The LoRAs there are now, by name, and a sentence about every file that should be one and is not."""
+        """Returns the current LoRAs sorted by name, and a sentence for every file that should be a LoRA but is not."""
         names = self._scan_files()
         entries = [
             LoraEntry(name=name, kind=file.lora.kind, width=file.lora.width, family=self._family(file.lora.width))
@@ -91,18 +91,19 @@ class LoraLibrary:
         return entries, missing + [file.problem for file in names.values() if file.problem]
 
     def load(self, choices: Sequence[LoraChoice]) -> list[tuple[Lora, float]]:
-        """The chosen LoRAs with their weights; the same `Lora` again until its file changes.
+        """Returns the chosen LoRAs with their weights. A LoRA is the same object until its file changes.
 
-        Raises `RequestError` for a name that no LoRA here has, `WeightsError` for a file that is damaged.
+        Raises `RequestError` for an unknown name, `WeightsError` for a damaged file.
         """
         return [(lora, choice.weight) for choice, (_, lora) in zip(choices, self._find(choices), strict=True)]
 
     def check(self, choices: Sequence[LoraChoice], checkpoint: Checkpoint, params: TransformerParams | None) -> None:
-        """Raises what `load` does, and `WeightsError` for a LoRA that is another model's: before anything is loaded.
+        """Checks the chosen LoRAs before any weights are loaded.
 
-        params: of the checkpoint's transformer, None where its file is not on this machine yet; then widths must do.
+        params: of the checkpoint's transformer; None if its file is not on this machine yet, then only the hidden
+        widths are compared. Raises what `load` raises, and `WeightsError` for a LoRA of another model.
         """
-        if not choices:  # spares whoever uses none the search, and importing torch
+        if not choices:  # skips the scan and the import of torch
             return
         from flux2_studio.engine.lora.adapters import check_lora_for_params
 
@@ -116,9 +117,9 @@ class LoraLibrary:
                 )
 
     def memory_bytes(self, choices: Sequence[LoraChoice], itemsize: int) -> int:
-        """Bytes that the chosen LoRAs will take beside a transformer that computes in numbers of `itemsize` bytes.
+        """Returns the bytes that the chosen LoRAs add to a transformer whose compute dtype has `itemsize` bytes.
 
-        Raises what `load` does.
+        Raises what `load` raises.
         """
         if not choices:
             return 0
@@ -127,20 +128,20 @@ class LoraLibrary:
         return itemsize * sum(added_parameter_count(lora) for lora, weight in self.load(choices) if weight)
 
     def hash_of(self, choice: LoraChoice) -> str:
-        """SHA-256 of the chosen LoRA's file, read once for as long as it stays as it is. Raises what `load` does."""
+        """Returns the SHA-256 of the chosen LoRA's file, cached until the file changes. Raises what `load` raises."""
         ((file, _),) = self._find([choice])
         return _hash_lora_file(file)
 
     def apply_to(self, transformer: Transformer, choices: Sequence[LoraChoice]) -> list[AppliedLora]:
-        """Make the chosen LoRAs exactly those that `transformer` carries; with none chosen, all are taken off.
+        """Sets the LoRAs of `transformer` to exactly the chosen ones; an empty list removes all.
 
-        Raises what `load` and `engine.lora.set_loras` do; the transformer then carries what it did before.
+        Raises what `load` and `engine.lora.adapters.set_loras` raise; the transformer then keeps its previous LoRAs.
         """
         from flux2_studio.engine.lora.adapters import set_loras
 
-        found = self._find(choices)
-        hashes = [_hash_lora_file(file) for file, _ in found]
-        loras = [(lora, choice.weight) for choice, (_, lora) in zip(choices, found, strict=True)]
+        matches = self._find(choices)
+        hashes = [_hash_lora_file(file) for file, _ in matches]
+        loras = [(lora, choice.weight) for choice, (_, lora) in zip(choices, matches, strict=True)]
         reports = set_loras(transformer, loras)
         return [AppliedLora(report=report, sha256=sha256) for report, sha256 in zip(reports, hashes, strict=True)]
 
@@ -154,15 +155,15 @@ class LoraLibrary:
         if not choices:
             return []
         names = self._scan_files()
-        found = []
+        matches = []
         for choice in choices:
             file = names.get(choice.name)
             if file is None:
                 raise RequestError(self._unknown_name_message(choice.name, names))
             if file.lora is None:
                 raise WeightsError(file.problem)
-            found.append((file, file.lora))
-        return found
+            matches.append((file, file.lora))
+        return matches
 
     def _unknown_name_message(self, name: str, names: dict[str, _LoraFile]) -> str:
         folder = self._settings.loras_dir
@@ -174,10 +175,14 @@ class LoraLibrary:
         if not usable:
             return f"There is no LoRA called {name!r}, nor any other: put LoRA files into {self.folder}."
         wanted = name.lower().removesuffix(LORA_SUFFIX)
-        likely = {known: max(_likeness(wanted, it) for it in (known, known.rpartition("/")[2])) for known in usable}
-        near = sorted((known for known in usable if likely[known] > 0.6), key=lambda known: -likely[known])
-        if near:
-            return f"There is no LoRA called {name!r}. Did you mean {' or '.join(near[:3])}?"
+        similarity = {
+            known: max(_similarity_ratio(wanted, it) for it in (known, known.rpartition("/")[2])) for known in usable
+        }
+        suggestions = sorted(
+            (known for known in usable if similarity[known] > 0.6), key=lambda known: -similarity[known]
+        )
+        if suggestions:
+            return f"There is no LoRA called {name!r}. Did you mean {' or '.join(suggestions[:3])}?"
         return f"There is no LoRA called {name!r}. Choose one of: {', '.join(usable[:10])}" + (
             "." if len(usable) <= 10 else f" and {len(usable) - 10} more."
         )
@@ -186,19 +191,19 @@ class LoraLibrary:
     def _no_folder(folder: Path) -> str:
         return f"FLUX2_LORAS_DIR is {folder}, where there is no folder: make it, or unset the variable."
 
-    # --- the folders ---
+    # --- scanning the folders ---
 
     def _scan_files(self) -> dict[str, _LoraFile]:
-        """The files that are LoRAs, or should be, by their names."""
+        """Returns the files that are or should be LoRAs, by LoRA name."""
         with self._lock:
             files: dict[Path, _LoraFile] = {}
             names: dict[str, _LoraFile] = {}
             for folder, path, must_be_lora in self._paths():
-                if path in files:  # where one folder lies in the other
+                if path in files:  # one folder is inside the other
                     continue
                 try:
                     stamp = _stamp(path)
-                except OSError:  # it went while we were looking
+                except OSError:  # deleted during the scan
                     continue
                 file = self._files.get(path)
                 if file is None or file.stamp != stamp:
@@ -211,37 +216,37 @@ class LoraLibrary:
             return self._names
 
     def _paths(self) -> Iterator[tuple[Path, Path, bool]]:
-        """(folder, file, whether it must be a LoRA) of every safetensors file, the LoRAs' own folder first."""
+        """Yields (folder, file, whether it must be a LoRA) for every safetensors file, the LoRA folder first."""
         for folder, must_be_lora in ((self._settings.loras, True), (self._settings.checkpoints_dir, False)):
             if folder is None or not folder.is_dir():
                 continue
-            whole = folder.resolve()
-            for path in sorted(whole.rglob("*")):
-                hidden = any(part.startswith(".") for part in path.relative_to(whole).parts)
-                if path.suffix.lower() == LORA_SUFFIX and not hidden and path.is_file():
-                    yield whole, path, must_be_lora
+            resolved = folder.resolve()
+            for path in sorted(resolved.rglob("*")):
+                is_hidden = any(part.startswith(".") for part in path.relative_to(resolved).parts)
+                if path.suffix.lower() == LORA_SUFFIX and not is_hidden and path.is_file():
+                    yield resolved, path, must_be_lora
 
 
 def _stamp(path: Path) -> LoraFileStamp:
-    """Of the file, and of the configuration that PEFT writes beside its own."""
+    """Returns the stamp of `path`, including the adapter_config.json that PEFT writes next to it."""
     files = [path]
-    beside = path.with_name("adapter_config.json")
-    if path.stem == "adapter_model" and beside.is_file():
-        files.append(beside)
+    config = path.with_name("adapter_config.json")
+    if path.stem == "adapter_model" and config.is_file():
+        files.append(config)
     return tuple(number for file in files for stat in [file.stat()] for number in (stat.st_size, stat.st_mtime_ns))
 
 
 def _open_lora_file(path: Path, stamp: LoraFileStamp, must_be_lora: bool) -> _LoraFile:
     if problem := find_name_problem(path):
         return _LoraFile(path, stamp, problem=problem)
-    # Torch takes seconds to import, and whoever has no such files does not need it here.
+    # Imported late: torch takes seconds to import and is not needed if there are no LoRA files.
     from flux2_studio.engine.lora.file import open_lora
     from flux2_studio.engine.weights.tensor_files import SafetensorsFiles
 
     try:
         if not must_be_lora and detect_file_kind(SafetensorsFiles(path).shapes) != "lora":
             return _LoraFile(path, stamp)
-    except WeightsError:  # told by `models.own`
+    except WeightsError:  # `local_checkpoints` reports it
         return _LoraFile(path, stamp)
     try:
         return _LoraFile(path, stamp, lora=open_lora(path))
@@ -250,10 +255,18 @@ def _open_lora_file(path: Path, stamp: LoraFileStamp, must_be_lora: bool) -> _Lo
 
 
 def _iterate_lora_names(path: Path, folder: Path) -> Iterator[str]:
-    """Names for a LoRA, until one is free: its path below the folder, which another file that comes does not change."""
-    below = path.relative_to(folder)
-    named = below.parent if path.stem in GENERIC_FILE_STEMS and below.parent.name else below.with_suffix("")
-    parts = ("".join(it if it.isprintable() and it != "\\" else "_" for it in part).strip(". ") for part in named.parts)
+    """Yields candidate names for a LoRA: its path in the folder, which other new files do not change, then numbered
+    variants of it."""
+    relative_path = path.relative_to(folder)
+    name_path = (
+        relative_path.parent
+        if path.stem in GENERIC_FILE_STEMS and relative_path.parent.name
+        else relative_path.with_suffix("")
+    )
+    parts = (
+        "".join(char if char.isprintable() and char != "\\" else "_" for char in part).strip(". ")
+        for part in name_path.parts
+    )
     name = "/".join(part or "_" for part in parts)[: MAX_NAME - 10].strip("/ ")
     yield name
     number = 2
@@ -263,11 +276,11 @@ def _iterate_lora_names(path: Path, folder: Path) -> Iterator[str]:
 
 
 def _hash_lora_file(file: _LoraFile) -> str:
-    """Of the file's bytes; reckoned once. Raises `WeightsError` where it cannot be read, or changed since."""
+    """Returns the SHA-256 of the file, computed once. Raises `WeightsError` if it cannot be read or has changed."""
     if not file.sha256:
         try:
             with file.path.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
             changed = _stamp(file.path) != file.stamp
         except OSError as error:
             raise WeightsError(
@@ -275,9 +288,9 @@ def _hash_lora_file(file: _LoraFile) -> str:
             ) from error
         if changed:
             raise WeightsError(f"The LoRA {file.path.name} is being written to: run again when it is whole.")
-        file.sha256 = found
+        file.sha256 = sha256
     return file.sha256
 
 
-def _likeness(wanted: str, known: str) -> float:
+def _similarity_ratio(wanted: str, known: str) -> float:
     return difflib.SequenceMatcher(None, wanted, known.lower()).ratio()

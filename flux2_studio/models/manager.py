@@ -1,8 +1,8 @@
-"""Checkpoints ready to run: files opened, a plan made to fit the memory, parts brought in as a run's stages ask.
+"""Opens checkpoints, plans their memory and loads their parts stage by stage.
 
-`open` reads nothing but headers and decides how the request will fit; the `Session` that it gives brings each part to
-the device when its stage comes. Parts are shared by what they are, so a swap between two checkpoints moves only what
-differs, and as much of both stays in memory as fits.
+`ModelManager.open` reads only file headers and makes the memory plan. The `Session` that it returns moves each part to
+the device when its stage needs it. Parts with equal keys are shared, so switching between checkpoints only moves the
+parts that differ, and as much of both stays in memory as fits.
 """
 
 from __future__ import annotations
@@ -73,17 +73,19 @@ from flux2_studio.settings import Settings
 
 CPU_DEVICE = torch.device("cpu")
 OUT_OF_MEMORY_REASON = "memory ran out"
-HOST_MEMORY_SHARE = 0.5  # of main memory, for weights that have left the device
-RETRY_MEMORY_FACTOR = 0.75  # of what a plan was to take that turned out to be too much
+HOST_MEMORY_SHARE = 0.5  # share of main memory for offloaded weights
+RETRY_MEMORY_FACTOR = 0.75  # a retry may use this share of the peak that ran out of memory
 _LABELS = {"text": "text encoder", "flow": "transformer", "autoencoder": "autoencoder", "tiny": "preview decoder"}
 
 
 class ModelManager:
-    """Opens checkpoints. One run at a time: sessions are not made for concurrent use; `predict_plan` may be asked any
-    time.
+    """Opens checkpoints and owns the loaded weights.
 
-    host_budget: bytes of main memory for weights that have left the device. streaming: whether blocks may wait there;
-    both by default only where the device has a memory of its own. compiler: torch's by default.
+    Sessions are not for concurrent use, so only one run at a time; `predict_plan` may be called at any time.
+
+    host_budget: bytes of main memory for offloaded weights. streaming: whether blocks may be streamed from main memory.
+    Both are used by default only on CUDA. compiler: torch.compile by default.
+    capture: captures CUDA graphs, by default with `CudaGraphCapture`.
     """
 
     def __init__(
@@ -100,16 +102,15 @@ class ModelManager:
         self._hub = hub
         self.device = choose_device(settings.device)
         limit_torch_threads(read_cpu_quota())
-        apart = self.device.type == "cuda"
+        has_own_memory = self.device.type == "cuda"
         if host_budget is None:
-            host_budget = int(HOST_MEMORY_SHARE * memory.total_memory(CPU_DEVICE)) if apart else 0
-        self._streaming = apart if streaming is None else streaming
+            host_budget = int(HOST_MEMORY_SHARE * memory.total_memory(CPU_DEVICE)) if has_own_memory else 0
+        self._streaming = has_own_memory if streaming is None else streaming
         self.loras = LoraLibrary(settings)
         self._opener = CheckpointOpener(settings, hub, self.device)
         self._residency: Residency[PartKey] = Residency(self.device, host_budget, on_evict=self._detach_extras)
-        self._failed_peak_bytes: dict[
-            tuple[str, RequestShape], int
-        ] = {}  # peaks of plans that ran out of memory all the same
+        # Planned peaks, by checkpoint name and shape, of runs that still ran out of memory.
+        self._failed_peak_bytes: dict[tuple[str, RequestShape], int] = {}
         self._prompt_cache = PromptCache()
         self._reference_cache = ReferenceLatentCache()
         self.background_compiler = BackgroundCompiler(
@@ -119,7 +120,7 @@ class ModelManager:
         self._fingerprints = WeightHashes(settings.home / "hashes.json")
 
     def is_on_disk(self, checkpoint: Checkpoint) -> bool:
-        """Whether `checkpoint` can be loaded without a download."""
+        """Returns whether `checkpoint` can be loaded without a download."""
         return all(self._hub.is_on_disk(part) for part in self._opener.parts(checkpoint))
 
     def open(
@@ -132,16 +133,15 @@ class ModelManager:
         failed_plan: MemoryPlan | None = None,
         load_vision_model: bool = False,
     ) -> Session:
-        """`checkpoint` for a request of `shape`, from disk or the hub. `progress` may raise to give up.
+        """Opens `checkpoint` for a request of `shape`, from disk or the hub. `progress` may raise to cancel.
 
-        failed_plan: the plan that ran out of memory, to be leaner than. load_vision_model: whether to load all of the
-        text encoder's language model in place of the encoder where that sees pictures, so that it can be asked about
-        them; where that cannot be, the session's notes say so. Without it, too, prompts are read with the whole model
-        while it is on the device, having written, unless drawing would be slower for that. So `acquire_writer` goes
-        before `open`.
+        failed_plan: a plan that ran out of memory; the new one takes less. load_vision_model: whether to load the
+        complete language model instead of the text encoder, if it has vision, to ask it about pictures; if that is not
+        possible, the session's notes say so. Without it, prompts are still encoded with the complete model if it is on
+        the device after writing and does not make drawing slower. So call `acquire_writer` before `open`.
 
-        Raises `WeightsError` for files that are missing, damaged or not of this checkpoint, and LoRAs that are not;
-        `OutOfMemory` where no plan fits.
+        Raises `WeightsError` for files that are missing, damaged or do not belong to this checkpoint, including LoRAs;
+        `RequestError` for an unknown LoRA; `OutOfMemory` if no plan fits.
         """
         opened = self._opener.open(checkpoint, progress)
         self.loras.check(loras, checkpoint, opened.flow.params)
@@ -156,7 +156,7 @@ class ModelManager:
         *,
         load_vision_model: bool = False,
     ) -> MemoryPlan:
-        """The plan for a request, of a checkpoint that is on disk. Arguments and errors as for `open`."""
+        """Returns the memory plan for a request; the checkpoint must be on disk. Arguments and errors as for `open`."""
         opened = self._opener.open(checkpoint, _ignore_progress, fetch_preview_decoder=False)
         return self._choose_text_model(opened, shape, loras, None, load_vision_model, _ignore_progress)[1]
 
@@ -168,16 +168,17 @@ class ModelManager:
         *,
         tokens: int = MAX_CONVERSATION_TOKENS,
     ) -> LoadedWriter:
-        """`model` on the device, from disk or the hub, with room for what writing takes; other parts leave for it.
+        """Loads `model` onto the device, from disk or the hub, and evicts other parts until its activations fit too.
 
-        image_sizes: (height, width) in pixels of each that it is to see, as it will be shown. tokens: of the whole
-        conversation, the answer included. `progress` may raise to give up. The writer is the device's until another
-        part needs its room: have it write before anything else is opened.
+        image_sizes: (height, width) in pixels of each picture that it will see, after scaling. tokens: of the whole
+        conversation, including the answer. `progress` may raise to cancel. The writer stays on the device until another
+        part needs its memory, so let it write before opening anything else.
 
-        Raises `WeightsError` for files that are missing, damaged or cannot write, `OutOfMemory` where nothing fits.
+        Raises `WeightsError` for files that are missing, damaged or of a model that cannot write; `OutOfMemory` if no
+        plan fits.
         """
         opened = self._opener.writer(model, progress)
-        place = plan_writer(
+        plan = plan_writer(
             opened,
             self._budget(),
             self.device,
@@ -186,30 +187,31 @@ class ModelManager:
             free_host_bytes=self._free_host_bytes(),
             streaming=self._streaming,
         )
-        key, words = opened.key, f"Loading {model.label}"
+        key, status = opened.key, f"Loading {model.label}"
         _offload_shared_weights(self._residency, key)
-        self._residency.evict_until(place.peak - self._residency.device_bytes_of(key), place.limit, keep=[key])
+        self._residency.evict_until(plan.peak - self._residency.device_bytes_of(key), plan.limit, keep=[key])
         if not self._residency.device_bytes_of(key):
-            progress(words, None)
+            progress(status, None)
         writer: Writer = self._residency.acquire(
             key,
-            partial(opened.load, on_progress=partial(progress, words)),
+            partial(opened.load, on_progress=partial(progress, status)),
             _module_of,
-            get_streamed_blocks=_select_streamed_blocks(place.streamed),
+            get_streamed_blocks=_select_streamed_blocks(plan.streamed),
         )
-        return LoadedWriter(writer=writer, notes=place.make_notes(model.label))
+        return LoadedWriter(writer=writer, notes=plan.make_notes(model.label))
 
     def list_writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
-        """The language models on this machine that may enrich prompts for `checkpoint`, its own first. Uses no network.
+        """Lists the local language models that can enhance prompts for `checkpoint`, its own text encoder first.
 
-        There are none for the toys.
+        Uses no network. The list is empty for toy checkpoints.
         """
         return list_writer_offers(checkpoint, self._settings, self._hub, self._opener)
 
     def quick_hash(self, checkpoint: Checkpoint) -> str | None:
-        """The SHA-256 of the transformer's weights if it is known or read in a moment, see `compute_hash`; None
-        otherwise, and where they are not on this machine. Uses no network. Raises `WeightsError` for files that cannot
-        be read.
+        """Returns the SHA-256 of the transformer's weights (see `compute_hash`) if it is cached or quick to compute.
+
+        Returns None otherwise, or if the files are not on this machine. Uses no network. Raises `WeightsError` for
+        files that cannot be read.
         """
         if not self._hub.is_on_disk(checkpoint.flow):
             return None
@@ -217,43 +219,44 @@ class ModelManager:
         return self._fingerprints.get_quick(files.weights, PART_SUBFOLDERS["flow"]) if files else None
 
     def compute_hash(self, checkpoint: Checkpoint, progress: ProgressCallback) -> str:
-        """The SHA-256 of the transformer's weights; of a folder's, that of its files' lines "name hash", sorted. What
-        is not known by now is read whole, once. `progress` may raise to give up. Raises `WeightsError`."""
+        """Returns the SHA-256 of the transformer's weights. For a folder, it is the hash of its files' lines
+        "name hash", sorted. Each file is read once; its hash is cached. `progress` may raise to cancel. Raises
+        `WeightsError`."""
         files = self._hub.find_or_download(checkpoint.flow, progress)
         return self._fingerprints.compute(files.weights, progress, PART_SUBFOLDERS["flow"])
 
     def is_loaded(self, checkpoint: Checkpoint) -> bool:
-        """Whether the transformer of `checkpoint`, which is on disk, is in memory. Raises `WeightsError`."""
+        """Returns whether `checkpoint`'s transformer is in memory. It must be on disk. Raises `WeightsError`."""
         return self._residency.is_loaded(
             self._opener.open(checkpoint, _ignore_progress, fetch_preview_decoder=False).keys["flow"]
         )
 
     @property
     def device_name(self) -> str:
-        """The device as one tells it from others: how long something takes depends on it."""
+        """A name that identifies the device, since run times depend on it."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} of {platform.machine()} with {torch.get_num_threads()} threads"
 
     @property
     def device_label(self) -> str:
-        """What the memory belongs to, in words."""
+        """The owner of the device memory, for messages."""
         return "the card" if self.device.type == "cuda" else "this machine"
 
     @property
     def memory_capacity(self) -> int:
-        """Bytes of the device's memory that there are, or that the studio may take."""
+        """Bytes of device memory that the studio may use: all of it, or the configured limit."""
         limit = self._settings.memory_limit_gb
-        whole = memory.total_memory(self.device)
-        return whole if limit is None else min(whole, int(limit * GB))
+        total = memory.total_memory(self.device)
+        return total if limit is None else min(total, int(limit * GB))
 
     def release_unused_memory(self) -> None:
-        """Give memory that no weight occupies back to the device, which ran out of it."""
+        """Frees unused device memory and disables CUDA graphs, after the device ran out of memory."""
         self.cuda_graphs.disable(OUT_OF_MEMORY_REASON)
         collect_and_empty_cache(self.device)
 
     def release_all(self) -> None:
-        """Forget all weights."""
+        """Drops all weights and CUDA graphs."""
         self.cuda_graphs.clear()
         self._residency.clear()
 
@@ -266,64 +269,73 @@ class ModelManager:
         load_vision_model: bool,
         progress: ProgressCallback,
     ) -> tuple[CheckpointFiles, MemoryPlan]:
-        """The plan, and what to read prompts with: the text encoder, or the whole language model that it is part of.
+        """Makes the plan and chooses what encodes prompts: the text encoder, or its complete language model.
 
-        The latter where it is asked for and fits. If it just is on the device, it is used as long as drawing is no
-        slower for it: to load the encoder beside it would take longer than anything that its size costs the prompt.
+        The complete model is chosen if it is requested and fits. If it is only on the device already, it is chosen if
+        it does not slow down the stages after the prompt: loading the encoder would take longer than encoding with the
+        larger model.
         """
         model = find_text_encoder_writer(files.checkpoint) if "text" in files.keys else None
-        there = (
+        on_device = (
             model is not None and self._residency.device_bytes_of(replace(files.keys["text"], is_whole_model=True)) > 0
         )
         wanted = model is not None and model.has_vision and load_vision_model
-        if model is None or not (there or wanted):
+        if model is None or not (on_device or wanted):
             return files, self._make_plan(files, shape, loras, failed_plan)
         try:
-            entire = self._opener.with_whole_model(files, model, progress)
-            plan = self._make_plan(entire, shape, loras, failed_plan)
+            whole_files = self._opener.with_whole_model(files, model, progress)
+            plan = self._make_plan(whole_files, shape, loras, failed_plan)
         except (OutOfMemory, WeightsError) as error:
-            plain = self._make_plan(files, shape, loras, failed_plan)  # which raises where that does not fit either
+            encoder_plan = self._make_plan(files, shape, loras, failed_plan)  # raises if this does not fit either
             return replace(
                 files, notes=(*files.notes, _vision_model_unavailable_note(model, error))
-            ) if wanted else files, plain
+            ) if wanted else files, encoder_plan
         if wanted:
-            return entire, plan
+            return whole_files, plan
         with contextlib.suppress(OutOfMemory):
-            plain = self._make_plan(files, shape, loras, failed_plan)
-            if not plan.same_after_prompt(plain):
-                return files, plain
-        return entire, plan
+            encoder_plan = self._make_plan(files, shape, loras, failed_plan)
+            if not plan.same_after_prompt(encoder_plan):
+                return files, encoder_plan
+        return whole_files, plan
 
     def _make_plan(
         self, files: CheckpointFiles, shape: RequestShape, loras: Sequence[LoraChoice], failed_plan: MemoryPlan | None
     ) -> MemoryPlan:
-        needs = replace(files.footprint, lora_bytes=self.loras.memory_bytes(loras, files.footprint.flow_dtype.itemsize))
-        host = self._free_host_bytes()
-        asked = files.checkpoint.name, shape
+        footprint = replace(
+            files.footprint, lora_bytes=self.loras.memory_bytes(loras, files.footprint.flow_dtype.itemsize)
+        )
+        free_host_bytes = self._free_host_bytes()
+        request_key = files.checkpoint.name, shape
         if failed_plan is not None:
-            self._failed_peak_bytes[asked] = failed_plan.peak
+            self._failed_peak_bytes[request_key] = failed_plan.peak
             self.cuda_graphs.disable(OUT_OF_MEMORY_REASON)
 
-        def plan(within: int | None) -> MemoryPlan:
+        def plan(max_bytes: int | None) -> MemoryPlan:
             budget = self._budget()
             return make_plan(
-                needs, shape, budget, self.device, max_bytes=within, free_host_bytes=host, streaming=self._streaming
+                footprint,
+                shape,
+                budget,
+                self.device,
+                max_bytes=max_bytes,
+                free_host_bytes=free_host_bytes,
+                streaming=self._streaming,
             )
 
-        too_much = self._failed_peak_bytes.get(asked)
-        if too_much is None:
+        failed_peak = self._failed_peak_bytes.get(request_key)
+        if failed_peak is None:
             return plan(None)
         with contextlib.suppress(OutOfMemory):
-            return plan(int(RETRY_MEMORY_FACTOR * too_much))
-        return plan(too_much - 1)  # then anything leaner will do
+            return plan(int(RETRY_MEMORY_FACTOR * failed_peak))
+        return plan(failed_peak - 1)  # accepts any plan that takes less
 
     def _budget(self) -> int:
-        """Bytes of the device's memory that weights and activations may take, all in all."""
-        held = memory.reclaimable_bytes(self.device, self._residency.device_bytes)
-        return min(memory.free_memory(self.device) + held, self.memory_capacity)
+        """Returns the bytes of device memory that weights and activations may take together."""
+        reclaimable = memory.reclaimable_bytes(self.device, self._residency.device_bytes)
+        return min(memory.free_memory(self.device) + reclaimable, self.memory_capacity)
 
     def _free_host_bytes(self) -> int | None:
-        """Bytes of main memory for parts whose blocks are streamed; None where the device has no memory of its own."""
+        """Returns the bytes of main memory available for streamed parts, None if the device is not CUDA."""
         return memory.free_host_memory() + self._residency.host_bytes if self.device.type == "cuda" else None
 
     def _session(
@@ -356,7 +368,7 @@ class ModelManager:
         )
 
     def _detach_extras(self, model: Any) -> None:
-        """Take off a part that leaves the device what is not its own."""
+        """Removes LoRAs and CUDA graphs from a part that is about to leave the device."""
         self.cuda_graphs.forget(model)
         if isinstance(model, Transformer):
             lora.set_loras(model, [])
@@ -364,9 +376,11 @@ class ModelManager:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """What a picture is drawn with, on the device. `applied_loras`: the LoRAs on the transformer. `previewer` is None
-    where previews are off. `background_compiler`: whether the blocks run compiled. `take_notes`: what the user should
-    know of that."""
+    """The transformer and previewer on the device, ready to draw.
+
+    `previewer` is None if previews are off. `applied_loras`: the LoRAs on the transformer. `is_compiled`: whether its
+    blocks run compiled. `notes`: messages for the user about compilation and CUDA graphs.
+    """
 
     transformer: Transformer
     previewer: Previewer | None
@@ -376,11 +390,11 @@ class Sampler:
 
 
 class Session:
-    """A checkpoint under a plan. Each method brings what it needs to the device, telling `progress`, which may raise
-    to give up. Build it with `ModelManager.open`.
+    """A checkpoint with its memory plan. Each method moves the parts that it needs to the device and reports to
+    `progress`, which may raise to cancel. Build it with `ModelManager.open`.
 
-    loading_seconds: seconds that went into reading weights from their files so far. used_cache: whether a prompt or a
-    reference needed no reading, for it was known.
+    loading_seconds: seconds spent so far on reading weights from files. used_cache: whether prompts or a reference came
+    from the cache.
     """
 
     def __init__(
@@ -419,12 +433,12 @@ class Session:
         self._streaming = streaming
 
     def encode_prompts(self, prompts: Sequence[str], progress: ProgressCallback) -> EncodedPrompts:
-        """The contexts of `prompts`; only those that are not remembered are read."""
-        known = True
+        """Returns the contexts of `prompts`, from the cache where possible."""
+        all_cached = True
 
-        def read(missing: Sequence[str]) -> EncodedPrompts:
-            nonlocal known
-            known = False
+        def encode_missing(missing: Sequence[str]) -> EncodedPrompts:
+            nonlocal all_cached
+            all_cached = False
             if self._remote_encoder is not None:
                 progress("Sending the prompt to the text encoder", None)
                 return self._remote_encoder.encode(missing, progress)
@@ -435,16 +449,18 @@ class Session:
             return encoder.encode(missing)
 
         key = self._files.keys.get("text")
-        encoded = self._prompt_cache.get_or_encode(key.context_key if key else self._remote_encoder, prompts, read)
-        self.used_cache |= known
+        encoded = self._prompt_cache.get_or_encode(
+            key.context_key if key else self._remote_encoder, prompts, encode_missing
+        )
+        self.used_cache |= all_cached
         return encoded
 
     def acquire_vision_model(self, progress: ProgressCallback | None = None) -> Writer | None:
-        """The language model that the prompts are read with, to be asked about what it sees, with room for that; None
-        where it is not whole or has no eyes, or is not on the device.
+        """Returns the language model that encodes the prompts, with room for asking it about pictures. None if only
+        the text encoder is used, if the model has no vision, or if it is not on the device.
 
-        progress: brings it to the device as the prompt's stage would, which is worth it before that stage; without,
-        nothing is loaded. Nothing else must be computing meanwhile.
+        progress: if given, the model is loaded as in the prompt stage, which is worthwhile before that stage;
+        otherwise nothing is loaded. Nothing else may compute at the same time.
         """
         key = self._files.keys.get("text")
         if (
@@ -455,8 +471,8 @@ class Session:
         ):
             return None
         if progress is not None:
-            brought: Writer = self._acquire_stage(PROMPT_STAGE, progress)["text"]
-            return brought
+            loaded: Writer = self._acquire_stage(PROMPT_STAGE, progress)["text"]
+            return loaded
         writer: Writer | None = self._residency.get_on_device(key)
         if writer is not None:
             stage = self.plan.stage(PROMPT_STAGE)
@@ -464,30 +480,30 @@ class Session:
         return writer
 
     def encode_reference(self, image: Image.Image, progress: ProgressCallback) -> Tensor:
-        """The latent [1, 128, h, w] of `image`, whose sides are multiples of 16, unless it is remembered."""
-        known = True
+        """Returns the latent [1, 128, h, w] of `image`, from the cache if possible. Its sides are multiples of 16."""
+        all_cached = True
 
-        def read(picture: Image.Image) -> Tensor:
-            nonlocal known
-            known = False
+        def encode_missing(picture: Image.Image) -> Tensor:
+            nonlocal all_cached
+            all_cached = False
             autoencoder: Autoencoder = self._acquire_stage(REFERENCES_STAGE, progress)["autoencoder"]
             stage = self.plan.stage(REFERENCES_STAGE)
             return autoencoder.encode(
                 pixels_from_image(picture), stage.strip_height, CPU_DEVICE if stage.offload_activations else None
             )
 
-        latent = self._reference_cache.get_or_encode(self._files.keys["autoencoder"], image, read)
-        self.used_cache |= known
+        latent = self._reference_cache.get_or_encode(self._files.keys["autoencoder"], image, encode_missing)
+        self.used_cache |= all_cached
         return latent
 
     def prepare_transformer(self, progress: ProgressCallback, batch_size: int = 1) -> Sampler:
-        """Transformer and previews' decoder, and the LoRAs that the request chose on the former. batch_size: how many
-        are drawn together."""
+        """Loads the transformer and the preview decoder and applies the request's LoRAs. batch_size: how many pictures
+        are drawn at once."""
         parts = self._acquire_stage(DENOISING_STAGE, progress)
         transformer: Transformer = parts["flow"]
         applied = self._loras.apply_to(transformer, self._lora_choices)
-        cached = self.checkpoint.caches_reference_kv and bool(self._shape.references)
-        needed = compile_keys_for(batch_size * (2 if self._shape.use_cfg else 1), reference_cache=cached)
+        uses_reference_cache = self.checkpoint.caches_reference_kv and bool(self._shape.references)
+        needed = compile_keys_for(batch_size * (2 if self._shape.use_cfg else 1), reference_cache=uses_reference_cache)
         compiled = self._background_compiler.try_use(transformer, self.checkpoint.flow.size, needed)
         self._prepare_graphs(transformer)
         return Sampler(
@@ -504,14 +520,14 @@ class Session:
         )
 
     def decode(self, latent: Tensor, progress: ProgressCallback) -> Tensor:
-        """Pixels [1, 3, H, W] of a latent [1, 128, h, w]."""
+        """Decodes a latent [1, 128, h, w] to pixels [1, 3, H, W]."""
         autoencoder: Autoencoder = self._acquire_stage(DECODING_STAGE, progress)["autoencoder"]
         progress("Decoding", None)
         stage = self.plan.stage(DECODING_STAGE)
         return autoencoder.decode(latent, stage.strip_height, CPU_DEVICE if stage.offload_activations else None)
 
     def reduce_decoding_memory(self) -> bool:
-        """Have `decode` take less memory from now on, after it ran out. False where it cannot."""
+        """Makes `decode` take less memory from now on, after it ran out. Returns False if that is not possible."""
         leaner = reduce_decoding_memory(self.plan, self._shape.height, streaming=self._streaming)
         if leaner is None:
             return False
@@ -521,7 +537,7 @@ class Session:
         return True
 
     def preload(self, progress: ProgressCallback) -> None:
-        """Bring in what fits at once: all, or what the first stage needs."""
+        """Loads all parts if they fit together, otherwise those of the first stage."""
         for stage in self.plan.stages if self.plan.is_resident else self.plan.stages[:1]:
             if stage.name != REFERENCES_STAGE:
                 self._acquire_stage(stage.name, progress)
@@ -534,25 +550,25 @@ class Session:
         return TinyPreview(parts["tiny"]) if "tiny" in parts else LinearPreview()
 
     def _acquire_stage(self, name: str, progress: ProgressCallback) -> dict[str, Any]:
-        """The parts of a stage on the device, by kind, and room beside them for what it computes."""
+        """Loads the parts of a stage and makes room for its activations. Returns the parts by kind."""
         stage = self.plan.stage(name)
-        together = [self._files.keys[kind] for kind in stage.resident_parts]
+        resident_keys = [self._files.keys[kind] for kind in stage.resident_parts]
         for kind in stage.parts:
             _offload_shared_weights(self._residency, self._files.keys[kind])
-        there = sum(self._residency.device_bytes_of(key) for key in together)
-        self._residency.evict_until(stage.peak - there, self.plan.limit, keep=together)
-        found = {}
+        resident_bytes = sum(self._residency.device_bytes_of(key) for key in resident_keys)
+        self._residency.evict_until(stage.peak - resident_bytes, self.plan.limit, keep=resident_keys)
+        acquired = {}
         for kind in stage.parts:
-            key, words = self._files.keys[kind], f"Loading {self.checkpoint.label}: {_LABELS[kind]}"
+            key, status = self._files.keys[kind], f"Loading {self.checkpoint.label}: {_LABELS[kind]}"
             if not self._residency.device_bytes_of(key):
-                progress(words, None)
-            found[kind] = self._residency.acquire(
+                progress(status, None)
+            acquired[kind] = self._residency.acquire(
                 key,
-                partial(self._load_part, kind, on_progress=partial(progress, words)),
+                partial(self._load_part, kind, on_progress=partial(progress, status)),
                 _module_of,
                 get_streamed_blocks=_select_streamed_blocks(stage.streamed) if kind == stage.parts[0] else None,
             )
-        return found
+        return acquired
 
     def _load_part(self, kind: str, device: torch.device, on_progress: Callable[[float], None]) -> Any:
         began = time.monotonic()
@@ -563,9 +579,11 @@ class Session:
 
 
 def _offload_shared_weights(residency: Residency[PartKey], key: PartKey) -> None:
-    """Before the part under `key` comes to the device: if it is a text encoder and the whole language model with the
-    same weights is there, or the other way round, the latter leaves. No weights are held twice: the whole model
-    replaces the encoder wherever that is; it waits in main memory itself, where there is room, to write again."""
+    """Prevents a text encoder and its complete language model from holding the same weights on the device twice.
+
+    Call it before the part `key` is acquired. For a text encoder, the complete model is offloaded to main memory, from
+    where it can return to write again. For a complete model, the text encoder is dropped.
+    """
     if (twin := key.shared_with) is not None:
         if not key.is_whole_model:
             residency.offload(twin)
@@ -581,19 +599,19 @@ def _module_of(model: Any) -> nn.Module:
 
 
 def _select_streamed_blocks(count: int) -> Callable[[Any], list[nn.Module]] | None:
-    """Which blocks of a part are streamed, so many of them; None for none."""
+    """Returns a function that selects `count` evenly spread blocks of a part for streaming; None if `count` is 0."""
     if not count:
         return None
 
-    def chosen(model: Any) -> list[nn.Module]:
+    def select(model: Any) -> list[nn.Module]:
         if isinstance(model, TextEncoder | Writer):
-            tower: Any = model.text_decoder if isinstance(model, TextEncoder) else model.model.decoder
-            blocks = list(tower.layers)
+            decoder: Any = model.text_decoder if isinstance(model, TextEncoder) else model.model.decoder
+            blocks = list(decoder.layers)
         else:
             blocks = [*model.double_blocks, *model.single_blocks]
         return [blocks[i] for i in spread_evenly(count, len(blocks))]
 
-    return chosen
+    return select
 
 
 def _vision_model_unavailable_note(model: LocalWriter, error: StudioError) -> str:

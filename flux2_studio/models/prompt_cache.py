@@ -1,6 +1,7 @@
-"""What prompts and references became, kept for the next run: a re-roll of the seed encodes nothing.
+"""Caches encoded prompts and references between runs, so that a new seed encodes nothing.
 
-Kept by the weights that made it and by content, so it outlives a swap: the weights need not even come back.
+Keys consist of the encoder's weights and the content, so entries stay valid when checkpoints are switched, and a hit
+does not need the weights in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ValueT = TypeVar("ValueT")
 
 
 class LRUCache(Generic[KeyT, ValueT]):
-    """Key -> value up to `max_bytes` bytes in all; the least recently used leave first. Not for several threads."""
+    """A cache that holds at most `max_bytes` bytes of values. Not thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._limit = max_bytes
@@ -38,7 +39,7 @@ class LRUCache(Generic[KeyT, ValueT]):
         return self._entries[key][0]
 
     def put(self, key: KeyT, value: ValueT, size: int) -> None:
-        """size: of the value in bytes. One that is larger than the limit is not kept."""
+        """Stores `value` of `size` bytes, unless it alone is larger than the limit."""
         if key in self._entries:
             self._held -= self._entries.pop(key)[1]
         if size > self._limit:
@@ -46,12 +47,12 @@ class LRUCache(Generic[KeyT, ValueT]):
         self._entries[key] = (value, size)
         self._held += size
         while self._held > self._limit:
-            _, (_, left) = self._entries.popitem(last=False)
-            self._held -= left
+            _, (_, evicted_size) = self._entries.popitem(last=False)
+            self._held -= evicted_size
 
 
 class PromptCache:
-    """Reads a prompt once. Contexts are kept in main memory, where there is room for them."""
+    """Caches prompt contexts in main memory."""
 
     def __init__(self, max_bytes: int = MAX_PROMPT_CACHE_BYTES) -> None:
         self._known: LRUCache[tuple[Hashable, str], tuple[Tensor, int]] = LRUCache(max_bytes)
@@ -59,23 +60,27 @@ class PromptCache:
     def get_or_encode(
         self, encoder: Hashable, prompts: Sequence[str], encode_missing: Callable[[Sequence[str]], EncodedPrompts]
     ) -> EncodedPrompts:
-        """The contexts of `prompts`. encoder: what they depend on. encode_missing: called once, with those not
-        remembered."""
+        """Returns the contexts of `prompts`. encoder: cache key of the encoder. encode_missing: called at most once,
+        with the prompts that are not cached."""
         rows = {prompt: self._known.get((encoder, prompt)) for prompt in prompts}
         missing = [prompt for prompt, row in rows.items() if row is None]
         if missing:
             encoded = encode_missing(missing)
-            for prompt, context, cut in zip(missing, encoded.context.split(1), encoded.truncated_tokens, strict=True):
-                # a row of its own, not a view that keeps the whole batch alive
+            for prompt, context, truncated in zip(
+                missing, encoded.context.split(1), encoded.truncated_tokens, strict=True
+            ):
+                # a copy, because a view would keep the whole batch alive
                 context = context.clone() if context.device.type == "cpu" else context.cpu()
-                rows[prompt] = (context, cut)
-                self._known.put((encoder, prompt), (context, cut), context.nbytes)
-        found = [row for prompt in prompts if (row := rows[prompt]) is not None]
-        return EncodedPrompts(torch.cat([context for context, _ in found]), tuple(cut for _, cut in found))
+                rows[prompt] = (context, truncated)
+                self._known.put((encoder, prompt), (context, truncated), context.nbytes)
+        ordered_rows = [row for prompt in prompts if (row := rows[prompt]) is not None]
+        return EncodedPrompts(
+            torch.cat([context for context, _ in ordered_rows]), tuple(truncated for _, truncated in ordered_rows)
+        )
 
 
 class ReferenceLatentCache:
-    """Reads a picture once. Latents are kept in main memory."""
+    """Caches reference latents in main memory."""
 
     def __init__(self, max_bytes: int = MAX_REFERENCE_CACHE_BYTES) -> None:
         self._known: LRUCache[tuple[Hashable, tuple[int, int], str, bytes], Tensor] = LRUCache(max_bytes)
@@ -83,8 +88,8 @@ class ReferenceLatentCache:
     def get_or_encode(
         self, autoencoder: Hashable, image: Image.Image, encode_missing: Callable[[Image.Image], Tensor]
     ) -> Tensor:
-        """The latent [1, 128, h, w] of `image`. autoencoder: what it depends on. encode_missing: makes it, if need
-        be."""
+        """Returns the latent [1, 128, h, w] of `image`. autoencoder: cache key of the autoencoder. encode_missing:
+        encodes `image` if it is not cached."""
         key = (autoencoder, image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
         latent = self._known.get(key)
         if latent is None:

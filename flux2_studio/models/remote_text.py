@@ -1,12 +1,12 @@
-"""A text encoder on another machine: prompts go there over HTTP, contexts come back.
+"""Client for a text encoder on another machine: sends prompts over HTTP and receives contexts.
 
-It is asked as the service is that Hugging Face runs for FLUX.2 dev (diffusers' `Flux2RemoteTextEncoderStep` is its
-reference): POST {"prompt": [...]} with a bearer token, and a tensor [B, L, W] comes back as torch.save writes it. Our
-own `remote/text_server.py` gives safetensors instead, which we prefer, and tells how much of a prompt it left out.
+The protocol is that of Hugging Face's service for FLUX.2 dev (reference: diffusers' `Flux2RemoteTextEncoderStep`):
+POST {"prompt": [...]} with a bearer token returns a tensor [B, L, W] in torch.save's format. This project's own server
+`remote/text_server.py` returns safetensors, which the client prefers, and also the number of truncated tokens.
 
-The other side may be slow, gone, someone else's, or hostile. Its answer is read up to the size that a context can have,
-looked at before it is used, and not followed anywhere: a redirect would take the token along. Nothing of its words, nor
-of an error's own text, is passed on: they may hold the token.
+The server may be slow, down, the wrong one, or hostile. The client reads at most as many bytes as a context can have
+and validates the tensor. It follows no redirects, since they would forward the token. Its messages quote neither the
+response nor the text of exceptions, which may contain the token.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from flux2_studio.models import tensor_codec
 if TYPE_CHECKING:
     from flux2_studio.models.hub.repositories import ProgressCallback
 
-ENCODE_TIMEOUT_SECONDS = 120.0  # seconds for one answer: an encoder of 24B on a processor takes about as long
-ENCODE_RETRY_DELAYS_SECONDS = (2.0, 5.0)  # seconds before asking a busy service again, where it does not say itself
-MAX_ENCODE_RETRY_DELAY_SECONDS = 30.0  # seconds; whoever asks for more is not waited for
-ENCODE_POLL_SECONDS = 0.1  # seconds between two looks at whether the run was stopped
-READ_CHUNK_BYTES = 2**16  # bytes
+ENCODE_TIMEOUT_SECONDS = 120.0  # for one response: a 24B encoder on a CPU takes about as long
+ENCODE_RETRY_DELAYS_SECONDS = (2.0, 5.0)  # before each retry of a busy service that sends no Retry-After
+MAX_ENCODE_RETRY_DELAY_SECONDS = 30.0  # a longer Retry-After is an error
+ENCODE_POLL_SECONDS = 0.1  # between two checks for cancellation
+READ_CHUNK_BYTES = 2**16
 
-_ENCODE_LOCALLY_HINT = "unset FLUX2_TEXT_ENCODER_URL to read prompts on this machine"  # the way out of every error
+_ENCODE_LOCALLY_HINT = "unset FLUX2_TEXT_ENCODER_URL to read prompts on this machine"  # ends nearly every message
 
-OK, REDIRECTS, BUSY = 200, range(300, 400), (429, 503)  # HTTP
+OK, REDIRECTS, BUSY = 200, range(300, 400), (429, 503)  # HTTP statuses
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class _HttpResponse:
 
 
 class _ResponseTooLarge(Exception):
-    """More comes than a context can have."""
+    """The response is larger than any valid context."""
 
 
 class _ResponseTruncated(Exception):
-    """Less came than was announced."""
+    """The response is shorter than its Content-Length."""
 
 
 def _ignore_progress(text: str, fraction: float | None) -> None:
@@ -71,11 +71,12 @@ def _ignore_progress(text: str, fraction: float | None) -> None:
 
 @dataclass(frozen=True)
 class RemoteTextEncoder:
-    """The text encoder at `url`, used like an `engine.text.TextEncoder`. Asks nothing before the first prompt.
+    """The text encoder at `url`, with the interface of `engine.text.encoder.TextEncoder`. Sends nothing before the
+    first prompt. Equal instances return equal contexts, so an instance is a cache key.
 
-    url: http or https. token: sent as a bearer token, None for none. recipe: of the checkpoint, which reads contexts of
-    `width`; label: what to call it. timeout: seconds for one answer, from connecting to its last byte. sleep: sleeps
-    for so many seconds. Those that are equal give the same contexts.
+    url: http or https. token: sent as a bearer token, None for none. recipe, width, label: the text recipe, context
+    width and display name of the checkpoint. timeout: seconds for one response, from connecting to its last byte.
+    sleep: called with seconds.
     """
 
     url: str
@@ -88,32 +89,32 @@ class RemoteTextEncoder:
 
     @property
     def host(self) -> str:
-        """Where it is, as users are told: without a name and password, and without a query."""
+        """Host and port for messages, without credentials, path and query."""
         return urlsplit(self.url).netloc.rpartition("@")[2]
 
     def encode(self, prompts: Sequence[str], progress: ProgressCallback = _ignore_progress) -> EncodedPrompts:
-        """The context of each prompt [B, L, width], on the CPU, in the precision in which it came (16 or 32 bits).
+        """Returns the contexts [B, L, width] on the CPU, in the dtype that the server sent (16 or 32 bits).
 
-        `cut` is known of our own server only; 0 stands for services that do not tell. `progress` is called while we
-        wait, and may raise to give up. Raises `RemoteTextError`.
+        Only this project's own server reports `truncated_tokens`; they are 0 for other services. `progress` is called
+        while waiting and may raise to cancel. Raises `RemoteTextError`.
         """
-        for wait in (*ENCODE_RETRY_DELAYS_SECONDS, None):
-            answer = self._post(prompts, progress)
-            if answer.status not in BUSY or wait is None:
+        for delay in (*ENCODE_RETRY_DELAYS_SECONDS, None):
+            response = self._post(prompts, progress)
+            if response.status not in BUSY or delay is None:
                 break
-            asked = _parse_retry_after(answer.headers.get("Retry-After"))
-            if asked is not None and asked > MAX_ENCODE_RETRY_DELAY_SECONDS:
+            seconds = _parse_retry_after(response.headers.get("Retry-After"))
+            if seconds is not None and seconds > MAX_ENCODE_RETRY_DELAY_SECONDS:
                 raise RemoteTextError(
-                    f"The text encoder at {self.host} is too busy, and asks to come back in {asked:.0f} s: do so, or "
+                    f"The text encoder at {self.host} is too busy, and asks to come back in {seconds:.0f} s: do so, or "
                     f"{_ENCODE_LOCALLY_HINT}."
                 )
-            self._wait(wait if asked is None else asked, progress)
-        if answer.status != OK:
-            raise RemoteTextError(self._refusal(answer))
-        return self._parse_context(answer, len(prompts))
+            self._wait(delay if seconds is None else seconds, progress)
+        if response.status != OK:
+            raise RemoteTextError(self._refusal(response))
+        return self._parse_context(response, len(prompts))
 
     def _post(self, prompts: Sequence[str], progress: ProgressCallback) -> _HttpResponse:
-        """One request, in a thread of its own: however slow the other side is, stopping takes effect at once."""
+        """Sends one request in its own thread, so that cancelling takes effect at once however slow the server is."""
         request = Request(
             self.url,
             data=json.dumps({"prompt": list(prompts)}).encode(),
@@ -126,37 +127,37 @@ class RemoteTextEncoder:
         )
         if self.token:
             request.add_header("Authorization", f"Bearer {self.token}")
-        most = tensor_codec.max_packed_bytes(len(prompts), self.recipe.length, self.width)
-        came: queue.SimpleQueue[_HttpResponse | BaseException] = queue.SimpleQueue()
+        max_bytes = tensor_codec.max_packed_bytes(len(prompts), self.recipe.length, self.width)
+        results: queue.SimpleQueue[_HttpResponse | BaseException] = queue.SimpleQueue()
         abandoned = threading.Event()
 
         def exchange() -> None:
             try:
-                with _opener().open(request, timeout=self.timeout) as response:
-                    body = _read(response, most, abandoned) if response.status == OK else b""
-                    came.put(_HttpResponse(response.status, response.headers, body))
-            except BaseException as error:  # noqa: BLE001 -- whoever waits gets it
-                came.put(error)
+                with _make_opener().open(request, timeout=self.timeout) as response:
+                    body = _read_body(response, max_bytes, abandoned) if response.status == OK else b""
+                    results.put(_HttpResponse(response.status, response.headers, body))
+            except BaseException as error:  # noqa: BLE001 -- the waiting thread handles it
+                results.put(error)
 
-        # A daemon: what is abandoned ends with its socket's patience, and nobody waits for that.
+        # A daemon thread: an abandoned request ends at its socket timeout, and nothing waits for it.
         threading.Thread(target=exchange, name="flux2-remote-text", daemon=True).start()
         deadline = time.monotonic() + self.timeout
         try:
             while True:
                 progress(f"Waiting for the text encoder at {self.host}", None)
                 try:
-                    answer = came.get(timeout=ENCODE_POLL_SECONDS)
+                    result = results.get(timeout=ENCODE_POLL_SECONDS)
                 except queue.Empty:
                     if time.monotonic() < deadline:
                         continue
-                    answer = TimeoutError()
-                if isinstance(answer, _HttpResponse):
-                    return answer
+                    result = TimeoutError()
+                if isinstance(result, _HttpResponse):
+                    return result
                 if not isinstance(
-                    answer, OSError | HTTPException | UnicodeError | _ResponseTooLarge | _ResponseTruncated
+                    result, OSError | HTTPException | UnicodeError | _ResponseTooLarge | _ResponseTruncated
                 ):
-                    raise answer
-                raise RemoteTextError(self._failure(answer)) from None
+                    raise result
+                raise RemoteTextError(self._failure(result)) from None
         finally:
             abandoned.set()
 
@@ -170,9 +171,9 @@ class RemoteTextEncoder:
         try:
             context = tensor_codec.unpack_tensor(answer.body)
         except tensor_codec.UnreadableTensor as error:
-            found = "a web page" if answer.body.lstrip().startswith(b"<") else error
+            got = "a web page" if answer.body.lstrip().startswith(b"<") else error
             raise RemoteTextError(
-                f"What answers at {self.host} gave {found} instead of a prompt's context: set FLUX2_TEXT_ENCODER_URL "
+                f"What answers at {self.host} gave {got} instead of a prompt's context: set FLUX2_TEXT_ENCODER_URL "
                 f"to a text encoder for FLUX.2, or {_ENCODE_LOCALLY_HINT}."
             ) from None
         length = self.recipe.length
@@ -193,16 +194,16 @@ class RemoteTextEncoder:
                 f"The text encoder at {self.host} gave numbers that are none (NaN or infinite), which no picture can "
                 f"be drawn from: it may be broken or run at too low a precision. Restart it, or {_ENCODE_LOCALLY_HINT}."
             )
-        cut = answer.headers.get(tensor_codec.TRUNCATED_TOKENS_HEADER, ",".join("0" * prompts))
-        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", cut) or len(cut.split(",")) != prompts:
+        truncated = answer.headers.get(tensor_codec.TRUNCATED_TOKENS_HEADER, ",".join("0" * prompts))
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", truncated) or len(truncated.split(",")) != prompts:
             raise RemoteTextError(
                 f"The text encoder at {self.host} counts the tokens that it left out in a way we do not know: is it "
                 f"another version of flux2-studio? Install the same one on both machines."
             )
-        return EncodedPrompts(context, tuple(int(count) for count in cut.split(",")))
+        return EncodedPrompts(context, tuple(int(count) for count in truncated.split(",")))
 
     def _refusal(self, answer: _HttpResponse) -> str:
-        """Any status but 200, in words."""
+        """Returns the message for a status other than 200."""
         service, status = f"The text encoder at {self.host}", answer.status
         if status == 401 and self.token is None:
             return f"{service} asks for a token: set FLUX2_TEXT_ENCODER_TOKEN to it, or {_ENCODE_LOCALLY_HINT}."
@@ -240,7 +241,7 @@ class RemoteTextEncoder:
         )
 
     def _failure(self, error: Exception) -> str:
-        """What kept an answer from coming, in words."""
+        """Returns the message for a request that failed without a response."""
         reason = error.reason if isinstance(error, URLError) else error
         service = f"The text encoder at {self.host}"
         if isinstance(reason, _ResponseTooLarge):
@@ -254,7 +255,7 @@ class RemoteTextEncoder:
                 f"{service} did not answer within {self.timeout:.0f} s: it is overloaded, still starting, or behind "
                 f"a firewall. Try again, look at that machine, or {_ENCODE_LOCALLY_HINT}."
             )
-        if isinstance(reason, socket.gaierror | UnicodeError):  # the latter: no name that a machine can have
+        if isinstance(reason, socket.gaierror | UnicodeError):  # UnicodeError: not a valid host name
             return (
                 f"There is no machine called {self.host}, or it cannot be looked up from here: check "
                 f"FLUX2_TEXT_ENCODER_URL and the network, or {_ENCODE_LOCALLY_HINT}."
@@ -285,31 +286,32 @@ class RemoteTextEncoder:
         )
 
 
-def _opener() -> OpenerDirector:
-    """Neither follows redirects nor raises for a status; proxies are the environment's, as everywhere."""
+def _make_opener() -> OpenerDirector:
+    """Returns an opener that neither follows redirects nor raises for a status, with the environment's proxies."""
     opener = OpenerDirector()
     for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
         opener.add_handler(handler)
     return opener
 
 
-def _read(response: HTTPResponse, most: int, abandoned: threading.Event) -> bytes:
-    """The body. Raises `_ResponseTooLarge` beyond `most` bytes, `_ResponseTruncated` where it ends too early."""
-    announced = response.length
-    if announced is not None and announced > most:
+def _read_body(response: HTTPResponse, max_bytes: int, abandoned: threading.Event) -> bytes:
+    """Reads the body until it ends or `abandoned` is set. Raises `_ResponseTooLarge` beyond `max_bytes` bytes,
+    `_ResponseTruncated` if it is shorter than its Content-Length."""
+    content_length = response.length
+    if content_length is not None and content_length > max_bytes:
         raise _ResponseTooLarge
     body = bytearray()
     while not abandoned.is_set() and (chunk := response.read1(READ_CHUNK_BYTES)):
         body += chunk
-        if len(body) > most:
+        if len(body) > max_bytes:
             raise _ResponseTooLarge
-    if announced is not None and len(body) < announced:
+    if content_length is not None and len(body) < content_length:
         raise _ResponseTruncated
     return bytes(body)
 
 
 def _parse_retry_after(retry_after: str | None) -> float | None:
-    """Retry-After in seconds: a number or a date (RFC 9110, 10.2.3); None where it is neither."""
+    """Returns Retry-After (a number or a date, RFC 9110, 10.2.3) in seconds, None if it is neither."""
     if retry_after is None:
         return None
     if re.fullmatch(r"\d{1,9}", retry_after.strip()):

@@ -1,8 +1,8 @@
-"""A context as bytes, for its way from one machine to another: safetensors, or what torch.save writes.
+"""Serialises a prompt context for transfer between machines, as safetensors or in torch.save's format.
 
-What comes in is not trusted. safetensors can hold nothing but numbers. torch.save writes a zip with a pickle in it:
-`torch.load(weights_only=True)` runs no code of it, but would unpack a small archive to any size, and make any tensor
-or bytearray that the pickle orders. So only archives of one plain tensor get that far.
+Received bytes are not trusted. safetensors holds nothing but numbers. torch.save writes a zip with a pickle in it:
+`torch.load(weights_only=True)` runs no code from it, but it would unpack a small archive to any size and create any
+tensor or bytearray that the pickle requests. So only archives of one plain tensor are passed to it.
 """
 
 from __future__ import annotations
@@ -18,31 +18,30 @@ from torch import Tensor
 
 SAFETENSORS_MEDIA_TYPE = "application/x-safetensors"
 TORCH_MEDIA_TYPE = "application/octet-stream"  # torch.save's format; it has no media type of its own
-TRUNCATED_TOKENS_HEADER = (
-    "X-Cut-Tokens"  # header of our own server: for each prompt, how many tokens did not fit, as "0,12"
-)
+# Header of our own server: the number of truncated tokens of each prompt, as "0,12".
+TRUNCATED_TOKENS_HEADER = "X-Cut-Tokens"
 
 ALLOWED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_FORMAT_OVERHEAD_BYTES = 2**16  # bytes of an answer that are not the tensor's numbers, at most
-# All that the pickle of a tensor names.
-_NAMES = {
+MAX_FORMAT_OVERHEAD_BYTES = 2**16  # largest part of a response that is not tensor data
+# All names that the pickle of a plain tensor imports.
+_ALLOWED_PICKLE_NAMES = {
     *("torch._utils _rebuild_tensor_v2", "collections OrderedDict"),
     *("torch FloatStorage", "torch BFloat16Storage", "torch HalfStorage"),
 }
-_ZIP = b"PK\x03\x04"
+_ZIP_MAGIC = b"PK\x03\x04"
 
 
 class UnreadableTensor(Exception):
-    """The bytes are no tensor of one of `ALLOWED_DTYPES`."""
+    """The bytes are not a tensor of one of `ALLOWED_DTYPES`."""
 
 
 def max_packed_bytes(prompts: int, length: int, width: int) -> int:
-    """The size of the largest context [prompts, length, width], in float32, in either format."""
+    """Returns the largest size in bytes of a context [prompts, length, width], float32, in either format."""
     return prompts * length * width * 4 + MAX_FORMAT_OVERHEAD_BYTES
 
 
 def pack_tensor(context: Tensor, media_type: str) -> bytes:
-    """`context` in the format `media_type`."""
+    """Serialises `context` in the format `media_type`."""
     context = context.detach().cpu().contiguous()
     if media_type == SAFETENSORS_MEDIA_TYPE:
         return save({"context": context})
@@ -52,17 +51,17 @@ def pack_tensor(context: Tensor, media_type: str) -> bytes:
 
 
 def unpack_tensor(body: bytes) -> Tensor:
-    """The tensor in `body`, of any shape; which format it is, its first bytes tell. Raises `UnreadableTensor`."""
-    context = _load_torch_archive(body) if body.startswith(_ZIP) else _safetensors(body)
+    """Returns the tensor in `body`, of any shape. Its first bytes determine the format. Raises `UnreadableTensor`."""
+    context = _load_torch_archive(body) if body.startswith(_ZIP_MAGIC) else _load_safetensors(body)
     if context.dtype not in ALLOWED_DTYPES:
         raise UnreadableTensor(f"numbers of type {str(context.dtype).removeprefix('torch.')}")
     return context
 
 
-def _safetensors(body: bytes) -> Tensor:
+def _load_safetensors(body: bytes) -> Tensor:
     try:
         tensors = load(body)
-    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type of numbers that torch lacks
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a dtype that torch lacks
         raise UnreadableTensor("no tensor") from error
     if len(tensors) != 1:
         raise UnreadableTensor(f"{len(tensors)} tensors instead of one")
@@ -76,7 +75,7 @@ def _load_torch_archive(body: bytes) -> Tensor:
     except UnreadableTensor:
         raise
     except Exception as error:
-        # A damaged archive or pickle raises nearly anything: BadZipFile, UnpicklingError, RuntimeError, IndexError, ...
+        # A damaged archive or pickle can raise almost anything: BadZipFile, UnpicklingError, RuntimeError, IndexError.
         raise UnreadableTensor("a damaged tensor") from error
     if type(context) is not Tensor:
         raise UnreadableTensor("no tensor")
@@ -84,9 +83,10 @@ def _load_torch_archive(body: bytes) -> Tensor:
 
 
 def _sanitise_archive(body: bytes) -> io.BytesIO:
-    """The archive `body` written anew, so that what was looked at here is what torch reads.
+    """Copies the archive `body`, so that torch reads exactly what was checked here.
 
-    Raises `UnreadableTensor` where it unpacks to more than it is, or its pickle names anything but a tensor's parts.
+    Raises `UnreadableTensor` if the archive is compressed, or if its pickle imports anything that a plain tensor does
+    not need.
     """
     plain = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(body)) as archive, zipfile.ZipFile(plain, "w") as copy:
@@ -95,8 +95,8 @@ def _sanitise_archive(body: bytes) -> io.BytesIO:
             raise UnreadableTensor("a packed archive")
         for entry in entries:
             content = archive.read(entry)
-            # torch finds data.pkl in whichever case it is written.
-            if entry.filename.lower().endswith(".pkl") and not _list_pickle_names(content) <= _NAMES:
+            # torch finds data.pkl regardless of case.
+            if entry.filename.lower().endswith(".pkl") and not _list_pickle_names(content) <= _ALLOWED_PICKLE_NAMES:
                 raise UnreadableTensor("more than a tensor")
             copy.writestr(entry.filename, content)
     plain.seek(0)
@@ -104,9 +104,11 @@ def _sanitise_archive(body: bytes) -> io.BytesIO:
 
 
 def _list_pickle_names(pickle: bytes) -> set[str]:
-    """What `pickle` would import, as 'module name'; nothing of it is run."""
+    """Returns what `pickle` would import, as 'module name', without running it."""
     names = set()
     for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-            names.add(str(argument))  # STACK_GLOBAL has none: its names lie on the stack, and torch.save never uses it
+            names.add(
+                str(argument)
+            )  # STACK_GLOBAL has no argument (its names are on the stack); torch.save never uses it
     return names

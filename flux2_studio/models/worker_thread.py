@@ -1,4 +1,4 @@
-"""Long work in a thread of its own, which tells how far it is and can be given up."""
+"""Runs long work in a worker thread, with progress events and cancellation."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ T = TypeVar("T")
 
 
 class Cancelled(Exception):
-    """The owner wants no more of this run."""
+    """The run was cancelled by its owner."""
 
 
 def in_worker_thread(work: Callable[[ProgressCallback], T], cancelled: Callable[[], bool]) -> Generator[Event, None, T]:
-    """Run `work` in a thread of its own, yielding what it tells as Status; cancelling ends it at its next word."""
-    told: queue.SimpleQueue[Status | None] = queue.SimpleQueue()
+    """Runs `work` in a worker thread and yields its progress as `Status` events. Returns its result.
+
+    If `cancelled` returns True, the next progress call of `work` raises `Cancelled`.
+    """
+    statuses: queue.SimpleQueue[Status | None] = queue.SimpleQueue()
     abandoned = threading.Event()
 
     def progress(text: str, fraction: float | None) -> None:
         if abandoned.is_set() or cancelled():
             raise Cancelled
-        told.put(Status(text=text, fraction=fraction))
+        statuses.put(Status(text=text, fraction=fraction))
 
     with ThreadPoolExecutor(1, thread_name_prefix="flux2-loader") as pool:
         future = pool.submit(work, progress)
-        future.add_done_callback(lambda _: told.put(None))
+        future.add_done_callback(lambda _: statuses.put(None))
         try:
-            while (status := told.get()) is not None:
+            while (status := statuses.get()) is not None:
                 yield status
         finally:
-            abandoned.set()  # whoever stops listening must not leave a download running
+            abandoned.set()  # a consumer that stops early must not leave a download running
         try:
             return future.result()
         finally:
-            # An exception's traceback holds this frame, and the future holds the exception: together they would keep
-            # alive whatever was half loaded.
+            # Breaks the cycle between this frame, the future and the exception's traceback, which would keep partly
+            # loaded weights alive.
             del future
 
 

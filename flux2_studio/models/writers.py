@@ -1,8 +1,7 @@
-"""Language models that write on this machine: a place in memory for one, and what the page says of each.
+"""Local language models for prompt enhancement: their memory plan and the offers that the page lists.
 
-Does: plans the memory of a language model that is to write, by itself: whole on the device, else with as few of its
-layers streamed as will do. Does not know: how it gets there (`manager.py`), what it writes
-(`prompting/openai_server.py`).
+A writer is planned alone on the device: whole if it fits, otherwise with as few layers streamed as possible.
+`manager.py` loads it; `prompting/openai_server.py` runs it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ OTHER_WRITER_HINT = "Choose a smaller language model, OpenRouter, or draw withou
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedWriter:
-    """A language model on the device, ready to write. notes: what the user should know of how it got there."""
+    """A language model on the device, ready to write. notes: messages for the user about how it was loaded."""
 
     writer: Writer
     notes: tuple[str, ...] = ()
@@ -34,8 +33,8 @@ class LoadedWriter:
 
 @dataclass(frozen=True, kw_only=True)
 class WriterPlan:
-    """How a language model fits: `peak` bytes of the `limit` that there are while it writes, with `streamed` of its
-    `bytes_per_block` layers waiting in main memory."""
+    """The memory plan of a language model. While it writes, it takes `peak` of the `limit` usable bytes, and `streamed`
+    of its `blocks` layers stay in main memory."""
 
     peak: int
     limit: int
@@ -54,12 +53,13 @@ class WriterPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class WriterOffer:
-    """A language model that can enrich prompts beside a checkpoint, as it is now.
+    """A language model that can enhance prompts for a checkpoint, with its current state.
 
-    is_text_encoder: whether it is the checkpoint's text encoder, which is on this machine for reading anyway.
-    is_on_disk: whether it can be loaded without a download; download: bytes still to come. memory: bytes that it takes
-    beside what the checkpoint does; by its published size where it is not on disk, an upper bound for an own one.
-    description: all of that in a sentence, or what is wrong with its files.
+    is_text_encoder: whether it is the checkpoint's own text encoder, used on this machine.
+    is_on_disk: whether it can be loaded without a download. download: bytes still to download.
+    memory: bytes that it takes in addition to the checkpoint. If it is not on disk, this is its published size, which
+    is an upper bound for the checkpoint's own text encoder.
+    description: a sentence with all of that, or with the problem of its files.
     """
 
     name: str
@@ -73,7 +73,7 @@ class WriterOffer:
 
 
 def find_text_encoder_writer(checkpoint: Checkpoint) -> LocalWriter | None:
-    """The language model that the text encoder of `checkpoint` is made of, None where that cannot write."""
+    """Returns the language model of which `checkpoint`'s text encoder is a part, None if that model cannot write."""
     return next((it for it in LOCAL_WRITERS if (it.part, it.recipe) == (checkpoint.text, checkpoint.recipe)), None)
 
 
@@ -81,14 +81,14 @@ def list_writer_offers(
     checkpoint: Checkpoint, settings: Settings, hub: Hub, opener: CheckpointOpener
 ) -> tuple[WriterOffer, ...]:
     """See `ModelManager.writers`."""
-    here = not settings.uses_remote_text_encoder(checkpoint)
-    own = find_text_encoder_writer(checkpoint) if here else None
-    return tuple(_offer(model, model == own, hub, opener) for model in list_local_writers(checkpoint))
+    runs_locally = not settings.uses_remote_text_encoder(checkpoint)
+    own = find_text_encoder_writer(checkpoint) if runs_locally else None
+    return tuple(_make_offer(model, model == own, hub, opener) for model in list_local_writers(checkpoint))
 
 
-def _offer(model: LocalWriter, is_text_encoder: bool, hub: Hub, opener: CheckpointOpener) -> WriterOffer:
+def _make_offer(model: LocalWriter, is_text_encoder: bool, hub: Hub, opener: CheckpointOpener) -> WriterOffer:
     part = model.part
-    memory, download, text = part.size, 0, ""
+    memory, download, problem = part.size, 0, ""
     on_disk = hub.is_on_disk(part)
     try:
         if on_disk:
@@ -97,9 +97,9 @@ def _offer(model: LocalWriter, is_text_encoder: bool, hub: Hub, opener: Checkpoi
         elif hub.is_from_hub(part):
             download = max(part.size - hub.size_on_disk(part), 0)
         else:
-            hub.find(part)  # which says what is wrong with a copy that is not there
+            hub.find(part)  # raises if the local copy is missing
     except WeightsError as error:
-        text = str(error)
+        problem = str(error)
     return WriterOffer(
         name=model.name,
         label=model.label,
@@ -108,16 +108,20 @@ def _offer(model: LocalWriter, is_text_encoder: bool, hub: Hub, opener: Checkpoi
         is_on_disk=on_disk,
         download=download,
         memory=memory,
-        description=text or _sentence(model, is_text_encoder, on_disk, download, memory),
+        description=problem or _describe_offer(model, is_text_encoder, on_disk, download, memory),
     )
 
 
-def _sentence(model: LocalWriter, is_text_encoder: bool, on_disk: bool, download: int, memory: int) -> str:
+def _describe_offer(model: LocalWriter, is_text_encoder: bool, on_disk: bool, download: int, memory: int) -> str:
     if is_text_encoder:
-        what = "The checkpoint's own text encoder: to write, it loads the layers that reading leaves out"
-        return f"{what}, {format_size(memory)} more." if on_disk else f"{what}, less than {format_size(memory)} more."
-    coming = f" after a download of {format_size(download)}" if download else ""
-    return f"Loads {model.label} ({format_size(memory)}){coming}."
+        summary = "The checkpoint's own text encoder: to write, it loads the layers that reading leaves out"
+        return (
+            f"{summary}, {format_size(memory)} more."
+            if on_disk
+            else f"{summary}, less than {format_size(memory)} more."
+        )
+    download_note = f" after a download of {format_size(download)}" if download else ""
+    return f"Loads {model.label} ({format_size(memory)}){download_note}."
 
 
 def plan_writer(
@@ -130,16 +134,18 @@ def plan_writer(
     free_host_bytes: int | None,
     streaming: bool,
 ) -> WriterPlan:
-    """How `opened` fits into `budget` bytes of the device's memory while it writes. Other parts have left by then.
+    """Plans how `opened` fits into `budget` bytes of device memory while it writes, with all other parts offloaded.
 
-    tokens: of the conversation, the answer included. image_sizes: (height, width) of each in pixels. free_host_bytes,
-    streaming: as for `plan.make_plan`. Raises `OutOfMemory`.
+    tokens: of the whole conversation, including the answer. image_sizes: (height, width) of each picture in pixels.
+    free_host_bytes, streaming: as for `plan.make_plan`. Raises `OutOfMemory`.
     """
     weights, limit = opened.weights, usable_bytes(budget, device)
     activations = opened.writing_bytes(tokens, tuple(image_sizes))
     blocks = len(weights.bytes_per_block)
-    streams = streaming and (free_host_bytes is None or weights.total <= free_host_bytes)  # it is read there as a whole
-    for streamed in range(blocks + 1 if streams else 1):
+    can_stream = streaming and (
+        free_host_bytes is None or weights.total <= free_host_bytes
+    )  # streaming loads all weights into main memory first
+    for streamed in range(blocks + 1 if can_stream else 1):
         if (peak := weights.device_bytes(streamed) + activations) <= limit:
             return WriterPlan(peak=peak, limit=limit, streamed=streamed, blocks=blocks)
     label = opened.model.label
@@ -151,7 +157,7 @@ def plan_writer(
             f"free. {OTHER_WRITER_HINT}, or "
             f"close other programs."
         )
-    least = min(weights.total, weights.device_bytes(blocks)) if streams else weights.total
+    least = min(weights.total, weights.device_bytes(blocks)) if can_stream else weights.total
     raise OutOfMemory(
         f"{label} needs about {format_gigabytes(required_budget(least + activations, device))} GB of memory to "
         "write, and "

@@ -1,7 +1,7 @@
-"""A run's first stage, where it is wanted: the prompt is enriched by the language model that the request names.
+"""Prompt enhancement, the optional first stage of a run, by the language model that the request names.
 
-Whatever goes wrong here is an `UpsampleError`, so that whoever asked may go on without; nothing goes on without it in
-silence.
+Every failure is an `UpsampleError`, so that the user can choose to run without enhancement. The stage never falls back
+silently.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from flux2_studio.request import Request, Upsampling
 from flux2_studio.settings import Settings
 
 SMALLER_REFERENCES_HINT = "use fewer or smaller references, or try again later"
-MAX_INSTRUCTION_TOKENS = 1024  # tokens, and more than the longest of them has, with the conversation's own marks
+MAX_INSTRUCTION_TOKENS = 1024  # an upper bound, including the tokens of the chat template
 
 
 def check_upsampling_choice(choice: Upsampling, checkpoint: Checkpoint, settings: Settings, key: ApiKey | None) -> None:
-    """Raises `UpsampleError` where what `choice` names is plainly not to be had: before anything else is done."""
+    """Check early what can be checked without loading anything. Raises `UpsampleError` if the choice is unavailable."""
     if choice.by == "openrouter":
         ChatServerUpsampler.from_settings(settings, choice.model, key)
     elif choice.by == "local":
@@ -46,7 +46,7 @@ def check_upsampling_choice(choice: Upsampling, checkpoint: Checkpoint, settings
 
 
 def select_local_writer(choice: Upsampling, checkpoint: Checkpoint) -> LocalWriter:
-    """The local writer that `choice` names, or the first that is offered. Raises `UpsampleError`."""
+    """Return the local writer that `choice` names, or the first one offered. Raises `UpsampleError`."""
     offered = list_local_writers(checkpoint)
     if not offered:
         raise UpsampleError(no_local_writers_message(checkpoint))
@@ -67,31 +67,31 @@ def enhance_prompt(
     key: ApiKey | None,
     cancelled: Callable[[], bool],
 ) -> Generator[Event, None, PromptEnhanced]:
-    """The prompt of `request` (resolved), enriched as its `upsampling` says: what was written, piece by piece, then
-    `PromptEnhanced`, which is yielded as well as returned.
+    """Enhance the prompt of `request` (resolved) as its `upsampling` says. Yields the text as it is written, then a
+    `PromptEnhanced`, which it also returns.
 
-    references: as the engine sees them. key: the user's own, which goes before that of `settings`. Raises
-    `UpsampleError`; `Cancelled` once `cancelled`.
+    references: as the engine sees them. key: the user's own, which takes precedence over that of `settings`. Raises
+    `UpsampleError`, and `Cancelled` once `cancelled` returns True.
     """
     choice = request.upsampling
     checkpoint = settings.checkpoint(request.checkpoint)
     try:
         if choice.by == "openrouter":
             upsampler: PromptUpsampler = ChatServerUpsampler.from_settings(
-                settings, choice.model, key, _sampling(choice)
+                settings, choice.model, key, _sampling_params(choice)
             )
         else:
             model = select_local_writer(choice, checkpoint)
             upsampler = yield from _load_local_upsampler(model, choice, request.prompt, references, models, cancelled)
         answer = yield from _stream_enhanced_prompt(upsampler, request, references, cancelled)
-    except (DeviceError, WeightsError) as error:  # of the model here: it is missing, or too large
+    except (DeviceError, WeightsError) as error:  # the local model is missing or too large
         raise UpsampleError(
             f"The prompt could not be enriched. {error} Choose another model, {OR_WITHOUT_ENHANCING}."
         ) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if choice.by != "local":  # then a run may be under way beside this, with its weights
+        if choice.by != "local":  # a run may be using its weights at the same time: keep them
             raise UpsampleError(
                 f"There is too little main memory left for this: {SMALLER_REFERENCES_HINT}, {OR_WITHOUT_ENHANCING}."
             ) from error
@@ -100,9 +100,9 @@ def enhance_prompt(
             f"The language model does not fit into memory: choose a smaller one, or OpenRouter, {OR_WITHOUT_ENHANCING}."
         ) from error
     yield from (Notice(text=note) for note in answer.notes)
-    done = PromptEnhanced(original=request.prompt, prompt=answer.prompt, by=upsampler.label)
-    yield done
-    return done
+    event = PromptEnhanced(original=request.prompt, prompt=answer.prompt, by=upsampler.label)
+    yield event
+    return event
 
 
 def _load_local_upsampler(
@@ -115,13 +115,14 @@ def _load_local_upsampler(
 ) -> Generator[Event, None, LocalUpsampler]:
     raise_if_cancelled(cancelled)
     sizes = [(image.height, image.width) for image in shrink_references(references)] if model.has_vision else []
-    sampling = _sampling(choice, SamplingParams(temperature=model.temperature, top_p=model.top_p))
-    tokens = MAX_INSTRUCTION_TOKENS + len(prompt.encode()) + sampling.max_tokens  # no text has more tokens than bytes
-    writing = yield from in_worker_thread(
+    sampling = _sampling_params(choice, SamplingParams(temperature=model.temperature, top_p=model.top_p))
+    # A text has at most one token per byte.
+    tokens = MAX_INSTRUCTION_TOKENS + len(prompt.encode()) + sampling.max_tokens
+    loaded = yield from in_worker_thread(
         lambda progress: models.acquire_writer(model, progress, sizes, tokens=tokens), cancelled
     )
-    yield from (Notice(text=note) for note in writing.notes)
-    return LocalUpsampler(writing.writer, model, sampling)
+    yield from (Notice(text=note) for note in loaded.notes)
+    return LocalUpsampler(loaded.writer, model, sampling)
 
 
 def _stream_enhanced_prompt(
@@ -145,8 +146,8 @@ def _stream_enhanced_prompt(
             yield PromptProgress(text=text)
 
 
-def _sampling(choice: Upsampling, advised: SamplingParams | None = None) -> SamplingParams:
-    """How the model chooses its words: as `choice` says, else as `advised`."""
+def _sampling_params(choice: Upsampling, advised: SamplingParams | None = None) -> SamplingParams:
+    """Return the sampling settings of `choice`, with those of `advised` where it sets none."""
     advised = advised or SamplingParams()
     chosen: dict[str, Any] = {
         name: getattr(advised, name) if getattr(choice, name) is None else getattr(choice, name)

@@ -1,8 +1,8 @@
-"""What language models are told when they enrich a prompt. Texts only, shown on the page as they stand here.
+"""The system prompts for prompt enhancement. The page shows them as they stand here.
 
-What they ask for follows Black Forest Labs' advice on prompting FLUX.2 (docs.bfl.ai, 2026): the subject first, then
-what it does, style and setting; light in words of its own; colours as hex codes; lettering in quotation marks; JSON is
-understood as well; no negations. Edits: name the change, and keep the rest in few words. The wording is our own.
+They follow Black Forest Labs' advice on prompting FLUX.2 (docs.bfl.ai, 2026): the subject first, then its action, style
+and setting; a separate phrase for the light; colours as hex codes; lettering in quotation marks; JSON is allowed; no
+negations. Edits name the change and keep the rest in few words. The wording is our own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ well as the new where it is replaced.
 
 
 def build_instructions(mode: PromptMode, references: int, *, seen: bool) -> str:
-    """The system message. references: how many reference pictures there are; seen: whether the model gets them."""
+    """Return the system message for `references` reference pictures; seen: whether the model receives them."""
     text = {"generate": GENERATE, "edit": EDIT}[mode]
     if not references:
         return text

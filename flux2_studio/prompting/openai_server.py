@@ -1,10 +1,10 @@
-"""Prompts enriched by a language model: one on this machine, or one behind OpenRouter or any server that speaks its
-protocol (vLLM, llama.cpp, Ollama, ...).
+"""Prompt enhancement by a language model: one on this machine, or one behind OpenRouter or any OpenAI-compatible server
+(vLLM, llama.cpp, Ollama, ...).
 
-`upsample_prompt` is the whole of it: pieces of text as they come, then the prompt, or an `UpsampleError`. Nothing falls
-back to the prompt as it was. The other side of `ChatServerUpsampler` may be slow, gone or hostile: what it says in its
-errors is not passed on, redirects are not followed, and the key is put on each request at the last moment, out of reach
-of everything that logs or prints.
+`upsample_prompt` yields the text in pieces and returns the prompt, or raises `UpsampleError`. Nothing falls back to the
+original prompt. The server behind `ChatServerUpsampler` may be slow, gone or hostile: its error texts are not passed
+on, redirects are not followed, and the key is added to each HTTP request at the last moment, out of reach of everything
+that logs or prints.
 """
 
 from __future__ import annotations
@@ -42,24 +42,22 @@ if TYPE_CHECKING:
 
     from flux2_studio.engine.text.writer import Writer
 
-SINGLE_REFERENCE_SIDE, MULTI_REFERENCE_SIDE = (
-    768,
-    512,
-)  # pixels: the long side of one reference, and of each of several, as a model sees them
+# Pixels of the long side of a single reference, and of each of several, as language models receive them.
+SINGLE_REFERENCE_SIDE, MULTI_REFERENCE_SIDE = 768, 512
 JPEG_QUALITY = 85
 CHAT_CONNECT_TIMEOUT_SECONDS = 15.0  # seconds to reach a server
-CHAT_IDLE_TIMEOUT_SECONDS = 120.0  # seconds without any sign of life: one's own server may load its model first
-CHAT_TOTAL_TIMEOUT_SECONDS = 600.0  # seconds for an answer altogether, waits included
-CHAT_RETRY_DELAYS_SECONDS = (1.0, 4.0)  # seconds before asking a busy server again, where it does not say itself
-MAX_CHAT_RETRY_DELAY_SECONDS = 30.0  # seconds; a server that asks for more is not waited for
-CHAT_POLL_SECONDS = 0.1  # seconds between two looks at whether the run was stopped
+CHAT_IDLE_TIMEOUT_SECONDS = 120.0  # seconds without any data; a local server may load its model first
+CHAT_TOTAL_TIMEOUT_SECONDS = 600.0  # seconds for a whole reply, including retries
+CHAT_RETRY_DELAYS_SECONDS = (1.0, 4.0)  # seconds before a retry, without a Retry-After header
+MAX_CHAT_RETRY_DELAY_SECONDS = 30.0  # seconds; a longer Retry-After is an error
+CHAT_POLL_SECONDS = 0.1  # seconds between checks for cancellation
 
 _HEADERS = {"host", "accept", "accept-encoding", "connection", "content-length", "content-type", "user-agent"}
 _API_KEY_PATTERN = re.compile(r"[!-~]+")
 
 
 class ApiKey:
-    """A key, kept from whatever prints, copies or stores objects. Raises `UpsampleError` for what is none."""
+    """An API key that printing, copying or pickling cannot expose. Raises `UpsampleError` if it is malformed."""
 
     __slots__ = ("_text",)
 
@@ -69,7 +67,7 @@ class ApiKey:
             raise UpsampleError(f"That is no API key: copy it again, without blanks, {OR_WITHOUT_ENHANCING}.")
 
     def reveal(self) -> str:
-        """The key itself, for a request's header and nothing else."""
+        """Return the key itself, for an HTTP header and nothing else."""
         return self._text
 
     def __repr__(self) -> str:
@@ -87,13 +85,13 @@ class ApiKey:
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteModel:
-    """A model offered in the list: its name at OpenRouter, and what to call it."""
+    """A model offered in the list: its name at OpenRouter, and its label for users."""
 
     name: str
     label: str
 
 
-# All of them see pictures. Any other name may be typed.
+# All of them have vision. Users may type any other name.
 REMOTE_MODELS = (
     RemoteModel(name="mistralai/mistral-small-3.2-24b-instruct", label="Mistral Small 3.2, dev's own text encoder"),
     RemoteModel(name="qwen/qwen3-vl-235b-a22b-instruct", label="Qwen3-VL 235B"),
@@ -105,8 +103,8 @@ REMOTE_MODELS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a model chooses its words. Temperature 0 takes the likeliest each time; top_p keeps those that make up so
-    much of the probability. Raises `UpsampleError` for what no model takes."""
+    """Sampling settings of a language model. Temperature 0 is greedy; top_p is nucleus sampling. Raises `UpsampleError`
+    for values outside `SAMPLING_LIMITS`."""
 
     temperature: float = 0.15
     top_p: float = 1.0
@@ -119,7 +117,7 @@ class SamplingParams:
 
 
 def no_local_writers_message(checkpoint: Checkpoint) -> str:
-    """Why no language model on this machine is offered for `checkpoint`, and what to do."""
+    """Return why no local language model is offered for `checkpoint`, and what to do."""
     return (
         f"{checkpoint.label} has no language model on this machine that could enrich prompts: choose OpenRouter or "
         f"your server, a checkpoint that is no toy, {OR_WITHOUT_ENHANCING}."
@@ -127,7 +125,7 @@ def no_local_writers_message(checkpoint: Checkpoint) -> str:
 
 
 class PromptUpsampler(Protocol):
-    """A language model that enriches prompts. label: what users call it. has_vision: whether it looks at references."""
+    """A language model that enhances prompts. label: its name for users. has_vision: whether it sees references."""
 
     label: str
     has_vision: bool
@@ -141,7 +139,7 @@ class PromptUpsampler(Protocol):
         seed: int,
         cancelled: Callable[[], bool],
     ) -> Generator[str, None, None]:
-        """The answer in pieces, as they come; it just ends once `cancelled`. Raises `UpsampleError`."""
+        """Yield the reply in pieces; end silently once `cancelled`. Raises `UpsampleError`."""
         ...
 
 
@@ -154,9 +152,9 @@ def upsample_prompt(
     seed: int,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Generator[str, None, ParsedReply | None]:
-    """Yields the answer to `prompt` in pieces, as they come; returns the enriched prompt, or None once `cancelled`.
+    """Yield the reply to `prompt` in pieces; return the enhanced prompt, or None once `cancelled`.
 
-    The pieces together are what the model wrote, of which a wrapping may be taken off. Raises `UpsampleError`.
+    The pieces are the model's raw text; the returned prompt may lack a wrapping. Raises `UpsampleError`.
     """
     text = ""
     with closing(upsampler.stream(prompt, references, mode, seed=seed, cancelled=cancelled)) as pieces:
@@ -167,19 +165,19 @@ def upsample_prompt(
             yield piece
     if cancelled():
         return None
-    answer = parse_reply(text, prompt)
+    reply = parse_reply(text, prompt)
     if references and not upsampler.has_vision:
-        return replace(answer, notes=(unseen_references_note(upsampler), *answer.notes))
-    return answer
+        return replace(reply, notes=(unseen_references_note(upsampler), *reply.notes))
+    return reply
 
 
 def unseen_references_note(upsampler: PromptUpsampler) -> str:
-    """What users are told where `upsampler` cannot look at their references."""
+    """Return the note for users that `upsampler` cannot see their references."""
     return f"{upsampler.label} reads text only: it enriched the prompt without seeing the references."
 
 
 def shrink_references(references: Sequence[Image.Image]) -> list[Image.Image]:
-    """`references` at the size at which models see them, in RGB, with nothing but their pixels."""
+    """Return copies of `references` in RGB, at the size that models receive, without metadata."""
     side = SINGLE_REFERENCE_SIDE if len(references) == 1 else MULTI_REFERENCE_SIDE
     small = []
     for reference in references:
@@ -191,7 +189,7 @@ def shrink_references(references: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 class LocalUpsampler:
-    """A language model on this machine: `writer`, loaded from the files of `model`, which also says how to sample."""
+    """A language model on this machine: `writer`, loaded from `model`. sampling: None for the model's defaults."""
 
     def __init__(self, writer: Writer, model: LocalWriter, sampling: SamplingParams | None = None) -> None:
         self.label = model.label
@@ -226,14 +224,15 @@ class LocalUpsampler:
 
 
 class ChatServerUpsampler:
-    """A language model at OpenRouter, or at any OpenAI-compatible server. Asks nothing before `stream`.
+    """A language model at OpenRouter, or at any OpenAI-compatible server. Sends nothing before `stream`.
 
-    url: http or https, with the path before /chat/completions. key: None for a server that wants none. patience:
-    seconds without a sign of life; longest: for the whole. sleep: waits so many seconds before a busy server is asked
-    again. Not to be used from inside an asyncio event loop. Raises `UpsampleError` for what cannot be asked.
+    url: http or https, with the path before /chat/completions. key: None for a server without keys. idle_timeout:
+    seconds without any data; total_timeout: for the whole reply. sleep: waits the given seconds before a busy server is
+    asked again. Do not use it inside an asyncio event loop. Raises `UpsampleError` for an invalid model name or a
+    missing key.
     """
 
-    has_vision = True  # what a model has no eyes for, its server refuses
+    has_vision = True  # the server rejects pictures if the model has no vision
 
     def __init__(
         self,
@@ -269,7 +268,7 @@ class ChatServerUpsampler:
         key: ApiKey | None = None,
         sampling: SamplingParams | None = None,
     ) -> Self:
-        """The server of `settings`. model, key: a user's own, which go before those of `settings`."""
+        """Create one for the server of `settings`. model, key: the user's own, which take precedence."""
         if key is None and settings.openrouter_key:
             key = ApiKey(settings.openrouter_key)
         model = model or settings.openrouter_model or REMOTE_MODELS[0].name
@@ -297,36 +296,36 @@ class ChatServerUpsampler:
                 raise UpsampleError(str(self._server.timeout_error(self._longest)))
 
     async def _stream_with_retries(self, messages: list[dict[str, Any]], seed: int) -> AsyncGenerator[str, None]:
-        """The answer; a server that is busy or in trouble is asked again, unless it has begun to speak."""
-        for wait in (*CHAT_RETRY_DELAYS_SECONDS, None):
-            spoken = False
-            trouble: ChatServerError | None = None
+        """Yield the reply; retry a busy or failing server, unless it has already sent text."""
+        for default_delay in (*CHAT_RETRY_DELAYS_SECONDS, None):
+            has_yielded = False
+            failure: ChatServerError | None = None
             try:
                 async with aclosing(self._stream_once(messages, seed)) as pieces:
                     async for piece in pieces:
-                        spoken = True
+                        has_yielded = True
                         yield piece
             except ChatServerError as error:
-                trouble = error
-            if trouble is None:
+                failure = error
+            if failure is None:
                 return
-            pause = wait if trouble.retry_delay is None else trouble.retry_delay
+            delay = default_delay if failure.retry_delay is None else failure.retry_delay
             if (
-                spoken
-                or not trouble.is_retryable
-                or wait is None
-                or pause is None
-                or pause > MAX_CHAT_RETRY_DELAY_SECONDS
+                has_yielded
+                or not failure.is_retryable
+                or default_delay is None
+                or delay is None
+                or delay > MAX_CHAT_RETRY_DELAY_SECONDS
             ):
-                raise UpsampleError(str(trouble))
-            await self._sleep(pause)
+                raise UpsampleError(str(failure))
+            await self._sleep(delay)
 
     async def _stream_once(self, messages: list[dict[str, Any]], seed: int) -> AsyncGenerator[str, None]:
-        import openai  # takes a second, and most runs do without
+        import openai  # takes a second, and most runs do not need it
 
-        text, reason, kind = "", None, ""
-        trouble: ChatServerError | None = None
-        # What the package raises holds its request, with the key on it: nothing of that goes on from here.
+        text, finish_reason, content_type = "", None, ""
+        failure: ChatServerError | None = None
+        # The package's exceptions hold the HTTP request with the key, so none of them may leave this method.
         async with self._client() as client:
             try:
                 stream: Any = await client.chat.completions.create(
@@ -335,38 +334,38 @@ class ChatServerUpsampler:
                     temperature=self._sampling.temperature,
                     top_p=self._sampling.top_p,
                     max_tokens=self._sampling.max_tokens,
-                    seed=seed % 2**31,  # more is too much for some servers
+                    seed=seed % 2**31,  # some servers reject larger seeds
                     stream=True,
                 )
-                kind = stream.response.headers.get("content-type", "").partition(";")[0].strip().lower()
+                content_type = stream.response.headers.get("content-type", "").partition(";")[0].strip().lower()
                 async for chunk in stream:
-                    piece, ending = _parse_chunk(chunk)
-                    reason = reason or ending
+                    piece, reason_in_chunk = _parse_chunk(chunk)
+                    finish_reason = finish_reason or reason_in_chunk
                     text += piece
                     if self._key is not None and self._key.reveal() in text:
-                        trouble = self._server.key_leak_error()
+                        failure = self._server.key_leak_error()
                         break
                     if piece:
                         yield piece
             except openai.APIStatusError as error:
-                trouble = self._server.status_error(error.status_code, error.response.headers.get("retry-after"))
+                failure = self._server.status_error(error.status_code, error.response.headers.get("retry-after"))
             except openai.APITimeoutError:
-                trouble = self._server.timeout_error(self._patience)
+                failure = self._server.timeout_error(self._patience)
             except openai.APIConnectionError as error:
-                trouble = self._server.interrupted_error() if kind else self._server.connection_error(error)
-            except openai.APIError as error:  # OpenRouter's way to fail once it has said 200
+                failure = self._server.interrupted_error() if content_type else self._server.connection_error(error)
+            except openai.APIError as error:  # OpenRouter reports errors like this after HTTP 200
                 code = str(error.body.get("code")) if isinstance(error.body, dict) else ""
-                trouble = self._server.status_error(int(code) if re.fullmatch(r"[345]\d\d", code) else 500)
-            except ValueError:  # no JSON, no UTF-8
-                trouble = self._server.protocol_error()
-        if trouble := trouble or self._check_ending(text, reason, kind):
-            raise trouble
+                failure = self._server.status_error(int(code) if re.fullmatch(r"[345]\d\d", code) else 500)
+            except ValueError:  # invalid JSON or UTF-8
+                failure = self._server.protocol_error()
+        if failure := failure or self._check_ending(text, finish_reason, content_type):
+            raise failure
 
     def _client(self) -> AsyncOpenAI:
         import openai
 
-        async def address(request: Any) -> None:
-            """Leave only what the request needs (the package adds what it finds in the environment), and the key."""
+        async def rewrite_headers(request: Any) -> None:
+            """Remove all but the necessary headers (the package adds some from the environment); add the key."""
             for name in list(request.headers):
                 if name.lower() not in _HEADERS:
                     del request.headers[name]
@@ -376,12 +375,12 @@ class ChatServerUpsampler:
         http = openai.DefaultAsyncHttpxClient(
             timeout=openai.Timeout(self._patience, connect=min(CHAT_CONNECT_TIMEOUT_SECONDS, self._patience)),
             follow_redirects=False,
-            event_hooks={"request": [address]},
+            event_hooks={"request": [rewrite_headers]},
         )
         return openai.AsyncOpenAI(api_key="put on later", base_url=self._server.url, max_retries=0, http_client=http)
 
     def _check_ending(self, text: str, reason: str | None, kind: str) -> ChatServerError | None:
-        """What is wrong with an answer that came to its end; None if nothing."""
+        """Return the error of a reply that has ended; None if it is complete."""
         if reason == "length":
             return ChatServerError(_cut_off_message(self.label, self._sampling))
         if reason == "content_filter":
@@ -396,12 +395,12 @@ class ChatServerUpsampler:
 def _iterate_async_in_thread(
     pieces: AsyncGenerator[str, None], cancelled: Callable[[], bool]
 ) -> Generator[str, None, None]:
-    """`pieces`, each as soon as it is there, and "" now and then while it is not; it ends once `cancelled`.
+    """Yield `pieces` as they arrive, and an empty string every `CHAT_POLL_SECONDS` in between; end once `cancelled`.
 
-    The event loop runs in a thread of its own, for the caller's may run one already (a notebook's does). However this
-    ends, what goes on ends at once, connection included, and the thread with it.
+    The event loop runs in its own thread, because the caller's thread may already run one (in a notebook, for example).
+    However the generator ends, the request is cancelled, its connection closed and the thread joined.
     """
-    arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None is the last
+    arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None marks the end
     loop = asyncio.new_event_loop()
 
     async def follow() -> None:
@@ -409,15 +408,15 @@ def _iterate_async_in_thread(
             async for piece in pieces:
                 arrived.put(piece)
 
-    following = loop.create_task(follow())
+    task = loop.create_task(follow())
 
     def run() -> None:
         try:
-            loop.run_until_complete(asyncio.wait({following}))
-            # Generators of the package's that nobody holds any more get a task each to close them.
+            loop.run_until_complete(asyncio.wait({task}))
+            # Abandoned async generators of the package get a task each that closes them.
             loop.run_until_complete(asyncio.sleep(0))
-            if rest := asyncio.all_tasks(loop):
-                loop.run_until_complete(asyncio.wait(rest, timeout=CHAT_POLL_SECONDS))
+            if pending := asyncio.all_tasks(loop):
+                loop.run_until_complete(asyncio.wait(pending, timeout=CHAT_POLL_SECONDS))
         finally:
             loop.close()
             arrived.put(None)
@@ -434,16 +433,18 @@ def _iterate_async_in_thread(
                 break
             yield piece
     finally:
-        with suppress(RuntimeError):  # closed by now: there is nothing to end
-            loop.call_soon_threadsafe(following.cancel)
+        with suppress(RuntimeError):  # the loop is closed already
+            loop.call_soon_threadsafe(task.cancel)
         thread.join()
-    if not following.cancelled():
-        following.result()  # or what it failed with
+    if not task.cancelled():
+        task.result()  # raises what it failed with
 
 
 def _parse_chunk(chunk: Any) -> tuple[str, str | None]:
-    """The text in a chunk of an answer, and why the answer ends if it does. Servers leave out and add all sorts of
-    things: usage comes without choices, thoughts come in fields of their own, which are not for us."""
+    """Return the text in a chunk of a reply, and the finish reason if there is one.
+
+    Servers omit and add fields: usage comes without choices; reasoning comes in its own fields, which are ignored.
+    """
     choices = getattr(chunk, "choices", None)
     if not isinstance(choices, list) or not choices:
         return "", None
@@ -456,7 +457,7 @@ def _parse_chunk(chunk: Any) -> tuple[str, str | None]:
 
 def _content(prompt: str, references: Sequence[Image.Image]) -> str | list[dict[str, Any]]:
     if not references:
-        return prompt  # servers without eyes know nothing else
+        return prompt  # servers without vision accept only a string
     parts: list[dict[str, Any]] = []
     for number, image in enumerate(shrink_references(references), start=1):
         parts.append({"type": "text", "text": f"Image {number}:"})

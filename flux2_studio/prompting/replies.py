@@ -1,8 +1,8 @@
-"""What a language model answered, as a prompt or as a refusal of ours.
+"""Parse a language model's reply into a prompt, or reject it.
 
-Models chat, refuse, think aloud and ramble. A wrapping that surely is one (a code fence or a pair of quotation marks
-around the whole, a closed block of thoughts before it) is taken off, and the user told. Everything else that is not
-plainly a prompt is an `UpsampleError`: a wrong prompt costs more than a sentence.
+Models chat, refuse, think aloud and ramble. An unambiguous wrapping (a code fence or a pair of quotation marks around
+everything, a closed block of thoughts before it) is removed, with a note to the user. Everything else that is not
+plainly a prompt raises `UpsampleError`: a wrong prompt costs the user more than an error message.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from flux2_studio.errors import UpsampleError
 from flux2_studio.request import MAX_PROMPT
 
-MAX_PROMPT_REPLY_CHARACTERS = (
-    4000  # characters of an enriched prompt: about twice what the text encoders read (512 tokens)
-)
-OR_WITHOUT_ENHANCING = "or generate without enriching"  # the way out of every error
+# Characters of an enhanced prompt: about twice what the text encoders read (512 tokens).
+MAX_PROMPT_REPLY_CHARACTERS = 4000
+OR_WITHOUT_ENHANCING = "or generate without enriching"  # ends every error message
 
 _QUOTES = ('""', "“”", "„“", "«»", "»«", "「」", "''", "\u2018\u2019")
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
@@ -26,8 +25,8 @@ _THOUGHTS = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)</\1>\s*", 
 _TAG = re.compile(r"</?(?:think|thinking|thought|reasoning|answer|assistant)>|<\|\w+\|>|\[/?INST\]", re.IGNORECASE)
 _PAGE = re.compile(r"<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
 
-# How a text begins that is no prompt. Each wants more than one word or a sign after it, so that "Sure-footed goats",
-# "Great waves" and a sign that says "Sorry" stay what they are.
+# How replies begin that are not prompts. Each pattern needs more than one word, or punctuation after the word, so that
+# "Sure-footed goats", "Great waves" and a sign that says "Sorry" are accepted.
 _REFUSAL = re.compile(
     r"(?:i'?m|i am) (?:very |so |really |truly )?sorry\b"
     r"|(?:i'?m|i am) (?:not able|unable|not comfortable|not permitted|not allowed)\b"
@@ -69,20 +68,19 @@ _CLOSING_REMARK = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedReply:
-    """An enriched prompt, and in sentences for the user what was done to get at it."""
+    """An enhanced prompt, and notes for the user about what was removed from the reply."""
 
     prompt: str
     notes: tuple[str, ...] = ()
 
 
 def max_reply_characters(original_prompt: str) -> int:
-    """How long an answer to the prompt `original_prompt` may be: a long prompt may stay long, as far as a request takes
-    it."""
+    """Return the longest reply accepted for `original_prompt`: long prompts may stay long, up to a request's limit."""
     return min(MAX_PROMPT, max(MAX_PROMPT_REPLY_CHARACTERS, 2 * len(original_prompt)))
 
 
 def reply_too_long_error(count: int, original_prompt: str) -> UpsampleError:
-    """The error for an answer of `count` characters and perhaps more to come."""
+    """Return the error for a reply of `count` characters that may not be complete."""
     return UpsampleError(
         f"The language model wrote {count:,} characters and more, where a prompt has "
         f"{max_reply_characters(original_prompt):,} at "
@@ -91,7 +89,7 @@ def reply_too_long_error(count: int, original_prompt: str) -> UpsampleError:
 
 
 def parse_reply(text: str, original_prompt: str) -> ParsedReply:
-    """The prompt in `text`, which a model wrote in answer to the prompt `original_prompt`. Raises `UpsampleError`."""
+    """Return the prompt in `text`, a model's reply to `original_prompt`. Raises `UpsampleError`."""
     prompt, notes = text.strip(), []
     if thoughts := _THOUGHTS.match(prompt):
         prompt = prompt[thoughts.end() :]
@@ -101,18 +99,18 @@ def parse_reply(text: str, original_prompt: str) -> ParsedReply:
         if "```" not in fence[1]:
             prompt = fence[1].strip()
             notes.append("A code fence around the prompt was taken off.")
-    elif len(prompt) > 2 and _quoted(prompt):
+    elif len(prompt) > 2 and _is_quoted(prompt):
         prompt = prompt[1:-1].strip()
         notes.append("Quotation marks around the prompt were taken off.")
     if len(prompt) > max_reply_characters(original_prompt):
         raise reply_too_long_error(max_reply_characters(original_prompt), original_prompt)
-    if problem := _problem(prompt, original_prompt):
-        raise UpsampleError(f"{problem} Try again, choose another model, {OR_WITHOUT_ENHANCING}.")
+    if reason := _rejection_reason(prompt, original_prompt):
+        raise UpsampleError(f"{reason} Try again, choose another model, {OR_WITHOUT_ENHANCING}.")
     return ParsedReply(prompt=prompt, notes=tuple(notes))
 
 
-def _quoted(text: str) -> bool:
-    """Whether one pair of quotation marks stands around the whole, not just at both ends of it."""
+def _is_quoted(text: str) -> bool:
+    """Return whether a single pair of quotation marks encloses the text: "a" and "b" is not quoted."""
     for pair in _QUOTES:
         opening, closing = pair[0], pair[1]
         if text.startswith(opening) and text.endswith(closing):
@@ -123,8 +121,8 @@ def _quoted(text: str) -> bool:
     return False
 
 
-def _problem(text: str, original_prompt: str) -> str:
-    """Why `text` is no prompt, in a sentence; "" where it is one."""
+def _rejection_reason(text: str, original_prompt: str) -> str:
+    """Return a sentence about why `text` is not a prompt; an empty string if it is one."""
     plain = text.replace("\u2019", "'")
     if not text:
         return "The language model gave an empty answer."
@@ -133,32 +131,32 @@ def _problem(text: str, original_prompt: str) -> str:
     if _PAGE.match(text):
         return "The language model's server gave a web page instead of a prompt."
     if _REFUSAL.match(plain):
-        return f"The language model refused: {_start(text)}."
+        return f"The language model refused: {_quote_start(text)}."
     if _QUESTION.match(plain):
-        return f"The language model asked back instead of writing a prompt: {_start(text)}."
+        return f"The language model asked back instead of writing a prompt: {_quote_start(text)}."
     if _PREAMBLE.match(plain) or (_LABEL.match(plain) and not _LABEL.match(original_prompt.strip())):
-        return f"The language model talked about the prompt instead of only writing it: {_start(text)}."
+        return f"The language model talked about the prompt instead of only writing it: {_quote_start(text)}."
     if _TAG.search(text):
         return "The language model thought aloud, and it cannot be told where its prompt begins."
     if "```" in text and "```" not in original_prompt:
         return "The language model wrote more than a prompt, with code fences in it."
     last = plain.rpartition("\n")[2].strip()
     if last != plain and _CLOSING_REMARK.match(last):
-        return f"The language model talked on after the prompt: {_start(last)}."
+        return f"The language model talked on after the prompt: {_quote_start(last)}."
     if _is_json(text) and not original_prompt.lstrip().startswith(("{", "[")):
         return "The language model answered with JSON, where sentences were asked for."
     return ""
 
 
 def _is_broken_character(character: str) -> bool:
-    """Whether it is a control character, half of one, or the sign that stands for damage."""
+    """Return whether `character` is a control character, a surrogate, unassigned or U+FFFD."""
     return character == "\ufffd" or (
         unicodedata.category(character) in ("Cc", "Cs", "Cn") and character not in "\n\r\t"
     )
 
 
-def _start(text: str) -> str:
-    """The first words of an answer, fit for a message."""
+def _quote_start(text: str) -> str:
+    """Return the first words of a reply, quoted for a message."""
     words = " ".join(text.split())
     return f'"{words if len(words) <= 80 else words[:77] + "..."}"'
 

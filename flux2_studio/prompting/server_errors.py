@@ -1,6 +1,6 @@
-"""An OpenAI-compatible server, OpenRouter or one's own: what users call it, and what goes wrong there, in words.
+"""An OpenAI-compatible server, OpenRouter or the user's own: its name for users, and its errors in words.
 
-Nothing that a server says of itself is passed on: it may hold the key, or anything else.
+Error texts of the server are never passed on: they may contain the key, or anything else.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from flux2_studio.prompting.replies import OR_WITHOUT_ENHANCING
 
 
 class ChatServerError(Exception):
-    """What is wrong, in words. is_retryable: whether asking again may help, after so many seconds if the server says
-    so."""
+    """An error of the server, in words. is_retryable: whether a retry may help; retry_delay: the seconds to wait first,
+    if the server says so."""
 
     def __init__(self, text: str, *, is_retryable: bool = False, retry_delay: float | None = None) -> None:
         super().__init__(text)
@@ -29,7 +29,10 @@ class ChatServerError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatServer:
-    """url: up to the path before /chat/completions. model: who is asked there. has_key: whether a key goes along."""
+    """A server and the model used there.
+
+    url: up to the path before /chat/completions. has_key: whether requests carry a key.
+    """
 
     url: str
     model: str
@@ -42,11 +45,11 @@ class ChatServer:
 
     @property
     def name(self) -> str:
-        """What users call it: without a path, which may hold what is not for everyone."""
+        """The name for users, without the URL's path and credentials, which may be secret."""
         return "OpenRouter" if self.is_openrouter else f"The server at {urlsplit(self.url).netloc.rpartition('@')[2]}"
 
     def status_error(self, status: int, retry_after: str | None = None) -> ChatServerError:
-        """Any HTTP status but 200. retry_after: the header of that name."""
+        """Return the error for any HTTP status but 200. retry_after: the header of that name."""
         return ChatServerError(
             self._refusal(status),
             is_retryable=status == 429 or status >= 500,
@@ -54,7 +57,7 @@ class ChatServer:
         )
 
     def connection_error(self, error: BaseException) -> ChatServerError:
-        """`error` kept it from being reached."""
+        """Return the error for a server that `error` made unreachable."""
         causes = list(_iterate_causes(error))
         if any(isinstance(cause, gaierror | UnicodeError) for cause in causes):
             return ChatServerError(
@@ -83,7 +86,7 @@ class ChatServer:
         return ChatServerError(f"{self.name} broke off in the middle of its answer: try again, {OR_WITHOUT_ENHANCING}.")
 
     def protocol_error(self) -> ChatServerError:
-        """It speaks something else."""
+        """Return the error for a server that does not speak the OpenAI protocol."""
         return ChatServerError(
             f"{self.name} does not answer as an OpenAI-compatible server does: set FLUX2_OPENROUTER_URL to the address "
             f"of one (it usually ends in /v1), {OR_WITHOUT_ENHANCING}."
@@ -155,18 +158,18 @@ class ChatServer:
 
 
 def _iterate_causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and all that led to it."""
-    waiting: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while waiting:
-        if (current := waiting.pop()) is not None and id(current) not in seen:
-            seen.add(id(current))
+    """Yield `error` and everything that led to it."""
+    pending: list[BaseException | None] = [error]
+    visited: set[int] = set()
+    while pending:
+        if (current := pending.pop()) is not None and id(current) not in visited:
+            visited.add(id(current))
             yield current
-            waiting += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
+            pending += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
 
 
 def _parse_retry_after(retry_after: str | None) -> float | None:
-    """Retry-After in seconds: a number or a date (RFC 9110, 10.2.3); None where it is neither."""
+    """Return the seconds in a Retry-After header: a number or a date (RFC 9110, 10.2.3); None if it is neither."""
     if retry_after is None:
         return None
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", retry_after.strip()):

@@ -1,7 +1,7 @@
-"""From a drawn picture to its finished file: watermark, settings, signature, in this order.
+"""Turn a generated picture into its finished file: watermark, settings, signature, in this order.
 
-The watermark lies in the pixels, so it comes before they are encoded; the settings are written with them; the signature
-covers every byte, so it is the last thing that happens to the file. What is done is told, and so is what is not.
+The watermark changes pixels, so it comes before encoding; the settings are written while encoding; the signature covers
+every byte, so it comes last. The result lists what was done and what was not.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from flux2_studio.request import Request
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedFile:
-    """A picture's finished file, and its record, which tells where the watermark lies. notes: what the user should
-    know; provenance: what it carries now, a sentence each."""
+    """A finished file and its record, which includes the position of the watermark.
+
+    notes: for the user. provenance: the marks it carries, one sentence each.
+    """
 
     data: bytes
     record: Record
@@ -31,15 +33,17 @@ class FinishedFile:
 
 
 class Finisher:
-    """Finishes pictures. message: what the watermark says."""
+    """Finishes pictures. message: the watermark's message."""
 
     def __init__(self, message: WatermarkMessage, signer: Signer) -> None:
         self.message = message
         self.signer = signer
 
     def check(self, request: Request) -> None:
-        """Raises `CredentialsError` where the pictures of `request` (resolved) could not be signed, and `RequestError`
-        where their format has no room for them: before hours of work."""
+        """Check that the pictures of `request` (resolved) can be finished, before hours of work.
+
+        Raises `CredentialsError` if they cannot be signed, and `RequestError` if they are too large for their format.
+        """
         assert request.width and request.height, "resolve the request first"
         metadata.check_size(request.width, request.height, request.format)
         if request.sign:
@@ -52,60 +56,66 @@ class Finisher:
         ingredients: Sequence[ReferenceIngredient] = (),
         edit_mask: Image.Image | None = None,
     ) -> FinishedFile:
-        """The file of `image` (RGB), as the record's request wants it.
+        """Make the file of `image` (RGB) as the record's request asks.
 
-        ingredients: `Signer.source` of each reference. edit_mask: L, 0 where no pixel may be touched; None for nowhere.
-        Raises `CredentialsError`.
+        ingredients: `Signer.make_ingredient` of each reference. edit_mask: L, 0 where pixels must not change; None if
+        all may. Raises `CredentialsError`.
         """
         request = record.request
         notes: list[str] = []
         provenance: list[str] = []
-        mark: WatermarkDetection | None = None
+        detection: WatermarkDetection | None = None
         if request.watermark:
             if edit_mask is None:
                 marked = watermark.embed_watermark(image, self.message)
             else:
                 marked = watermark.embed_watermark_within(image, edit_mask, self.message)
             record = replace(record, marked=marked.box)
-            image, mark = marked.image, marked.detection
+            image, detection = marked.image, marked.detection
             notes += [marked.reason] if marked.reason else []
         encoded = metadata.encode_picture(image, request.format, record if request.metadata else None)
         data = encoded.data
         notes += encoded.notes
-        if mark is not None and request.format != "png":
-            mark = self._detect_after_encoding(data, record.marked, notes)
-        if mark is not None:
-            where = ""
+        if detection is not None and request.format != "png":
+            detection = self._detect_after_encoding(data, record.marked, notes)
+        if detection is not None:
+            position_text = ""
             if record.marked is not None:
-                found = "Inspect finds it by the file's settings" if request.metadata else "nothing in the file says so"
+                how_to_find = (
+                    "Inspect finds it by the file's settings" if request.metadata else "nothing in the file says so"
+                )
                 left, top, right, bottom = record.marked
-                where = (
+                position_text = (
                     f" It lies in what was edited alone, {right - left} x {bottom - top} pixels from ({left}, {top}) "
-                    f"on, where a reader has to look: {found}."
+                    f"on, where a reader has to look: {how_to_find}."
                 )
             provenance.append(
-                f"Invisible watermark: {mark.matching_bits} of the {len(mark.message.bits)} bits of "
-                f"{mark.message.label} were "
-                f"read back.{where}"
+                f"Invisible watermark: {detection.matching_bits} of the {len(detection.message.bits)} bits of "
+                f"{detection.message.label} were "
+                f"read back.{position_text}"
             )
         if request.metadata and not encoded.notes:
             provenance.append("Its settings are in the file, and that a model made it.")
         if request.sign:
-            said = f"Invisible watermark: {mark.message.label}" if mark else None
+            mark_description = f"Invisible watermark: {detection.message.label}" if detection else None
             prompt = request.prompt if request.sign_prompt else None
-            signed = self.signer.sign(data, record.label, ingredients, said, prompt)
+            signed = self.signer.sign(data, record.label, ingredients, mark_description, prompt)
             data = signed.data
             notes += signed.notes
             identity = self.signer.identity
-            by = "this installation's own identity" if identity.local else f"the certificate of {identity.name}"
-            provenance.append(f"Content credentials (C2PA), signed with {by}: later changes show.")
+            signer_name = (
+                "this installation's own identity" if identity.local else f"the certificate of {identity.name}"
+            )
+            provenance.append(f"Content credentials (C2PA), signed with {signer_name}: later changes show.")
         return FinishedFile(data=data, record=record, notes=tuple(notes), provenance=tuple(provenance))
 
     def _detect_after_encoding(
         self, data: bytes, box: tuple[int, int, int, int] | None, notes: list[str]
     ) -> WatermarkDetection | None:
-        """The watermark in `box`, or the whole, of a file whose format changes pixels; None, and a note, where that
-        destroyed it."""
+        """Detect the watermark after lossy encoding, in `box` or the whole picture.
+
+        Returns None, and adds to `notes`, if the compression destroyed it.
+        """
         with Image.open(io.BytesIO(data)) as file:
             found = watermark.detect_watermark(file.convert("RGB").crop(box), self.message)
         if found is not None and found.match_ratio >= watermark.MIN_MATCH_RATIO:

@@ -1,14 +1,14 @@
-"""Whose signature stands in a finished picture: a certificate chain and its private key.
+"""The signing identity: a certificate chain and its private key.
 
-Users may bring their own. Everyone else gets a local identity, made once and kept under FLUX2_HOME/identity. The key
-leaves this module only towards the signing library: it is in no message, no log and no `repr`.
+Users may bring their own. Everyone else gets a local identity, made once and stored under FLUX2_HOME/identity. This
+module passes the key to the signing library only: it is in no message, no log and no `repr`.
 
-Pitfalls that are dealt with here:
-- C2PA refuses a self-signed certificate, so a certificate authority is made first. Its key is thrown away as soon as
-  it has signed: nobody, not even this studio, can issue a second certificate under that name.
-- without a time stamp from a server (we never ask one) a signature ends with its certificate. The local one therefore
-  lives long and is renewed at half of its life, so that every picture can be verified for years to come.
-- two processes may start at once: whoever publishes the identity first wins, and the other one takes that.
+Pitfalls handled here:
+- C2PA refuses self-signed certificates, so a certificate authority is made first. Its key is discarded after signing:
+  nobody, not even this studio, can issue a second certificate under that name.
+- Without a time stamp from a server (we never request one) a signature expires with its certificate. So the local
+  certificate is valid for long and is renewed at half of its life: every picture stays verifiable for years.
+- Two processes may start at once: the first to publish its identity wins, and the other one uses it.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 LOCAL_NAME = "flux2-studio, local identity"
 LIFETIME = timedelta(days=3650)
-MAX_PEM_BYTES = 1_000_000  # of a PEM file: a chain takes some kilobytes
+MAX_PEM_BYTES = 1_000_000  # per PEM file; a chain takes a few kilobytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     """A certificate chain and the key of its first certificate, ready for signing."""
 
-    chain: str = field(repr=False)  # PEM: one's own certificate first, then whoever issued it
+    chain: str = field(repr=False)  # PEM: own certificate first, then its issuers
     key: bytes = field(repr=False)  # PEM, PKCS 8, not encrypted
-    algorithm: str  # as C2PA calls it: es256, ps256, ...
-    name: str  # whom the certificate names
-    serial: str  # of the certificate, in decimal as c2pa's reader shows it
+    algorithm: str  # C2PA name: es256, ps256, ...
+    name: str  # the certificate's subject
+    serial: str  # of the certificate, in decimal like c2pa's reader
     issuer: str = field(repr=False)  # PEM: the last certificate of the chain
-    valid_between: tuple[datetime, datetime]  # from, until: outside of it a new one is due
+    valid_between: tuple[datetime, datetime]  # from, until; outside of it a new one is needed
     local: bool
 
     @property
     def signature_meaning(self) -> str:
-        """What a signature by this identity says to others, in a sentence for the page."""
+        """What a signature by this identity proves, in a sentence for the page."""
         if self.local:
             return (
                 "Pictures are signed with an identity made on this machine. It proves that a picture is unchanged "
@@ -69,12 +69,12 @@ def _now() -> datetime:
 def load_identity(
     folder: Path, certificate: Path | None = None, key: Path | None = None, now: Callable[[], datetime] = _now
 ) -> Identity:
-    """The user's own identity from two PEM files, or the local one in `folder`, which is made where there is none.
+    """Load the user's identity from two PEM files, or the local one from `folder`, which is made if it is missing.
 
-    Raises `CredentialsError` for files that cannot be read, do not belong together or are out of date.
+    Raises `CredentialsError` for files that cannot be read, do not belong together or are outside their validity.
     """
     if certificate is None and key is None:
-        return _local(folder, now())
+        return _load_or_make_local(folder, now())
     if certificate is None or key is None:
         raise CredentialsError("Set both FLUX2_C2PA_CERTIFICATE and FLUX2_C2PA_KEY, or neither of them.")
     identity = _parse(_read(certificate, "FLUX2_C2PA_CERTIFICATE"), _read(key, "FLUX2_C2PA_KEY"), local=False)
@@ -88,13 +88,15 @@ def load_identity(
 
 
 def known_identity(folder: Path, certificate: Path | None = None, key: Path | None = None) -> Identity | None:
-    """The identity by which one's own pictures are recognised, in date or not. None is made: None where none is."""
+    """Load the identity by which one's own pictures are recognised, even if expired. Makes none: returns None if there
+    is none.
+    """
     try:
         if certificate is not None and key is not None:
             return _parse(_read(certificate, "FLUX2_C2PA_CERTIFICATE"), _read(key, "FLUX2_C2PA_KEY"), local=False)
         return _load_local(folder / "identity.pem")
     except (CredentialsError, OSError):
-        return None  # signing will say what is wrong; reading a picture does not depend on it
+        return None  # signing reports the problem; reading a picture works without it
 
 
 def _read(path: Path, variable: str) -> bytes:
@@ -111,30 +113,30 @@ def _read(path: Path, variable: str) -> bytes:
     return data
 
 
-def _local(folder: Path, today: datetime) -> Identity:
+def _load_or_make_local(folder: Path, today: datetime) -> Identity:
     path = folder / "identity.pem"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        kept = _load_local(path)
-        if kept is None or not kept.valid_between[0] <= today < kept.valid_between[1]:
-            _write_atomically(_make(today), path, renewing=kept is not None)
-            kept = _load_local(path)
+        identity = _load_local(path)
+        if identity is None or not identity.valid_between[0] <= today < identity.valid_between[1]:
+            _write_atomically(_make_local(today), path, renewing=identity is not None)
+            identity = _load_local(path)
     except OSError as error:
         raise CredentialsError(
             f"The identity that signs pictures cannot be kept in {folder} ({error.strerror or 'unknown reason'}): "
             f"allow writing there, set FLUX2_HOME to a folder of your own, or do not sign."
         ) from error
-    if kept is None:
+    if identity is None:
         raise CredentialsError(f"The identity in {folder} vanished while it was made: try again.")
-    return kept
+    return identity
 
 
 def _load_local(path: Path) -> Identity | None:
-    """The identity in the file at `path`, None where there is no file."""
+    """Load the identity in the file at `path`; None if there is no file."""
     try:
         if path.stat().st_mode & 0o077:
-            path.chmod(0o600)  # restored from a backup, perhaps
+            path.chmod(0o600)  # may have been restored from a backup
         with path.open("rb") as file:
             data = file.read(MAX_PEM_BYTES)
     except FileNotFoundError:
@@ -149,30 +151,30 @@ def _load_local(path: Path) -> Identity | None:
 
 
 def _write_atomically(pem: bytes, path: Path, renewing: bool) -> None:
-    """Put `pem` at `path`, whole from the moment it can be seen; a first one never replaces somebody else's."""
-    handle, hidden = tempfile.mkstemp(dir=path.parent, prefix=".identity-")  # of mode 0600
+    """Write `pem` to `path` atomically. A first identity never replaces one from another process."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".identity-")  # of mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(pem)
             file.flush()
             os.fsync(file.fileno())
         if renewing:
-            Path(hidden).replace(path)
+            Path(temporary).replace(path)
             return
         with suppress(FileExistsError):
             try:
-                path.hardlink_to(hidden)
+                path.hardlink_to(temporary)
             except FileExistsError:
                 raise
-            except OSError:  # no hard links on this drive: then the later of two wins, which serves as well
-                Path(hidden).replace(path)
+            except OSError:  # no hard links on this drive: the later of two processes wins, which is fine too
+                Path(temporary).replace(path)
     finally:
         with suppress(FileNotFoundError):
-            Path(hidden).unlink()
+            Path(temporary).unlink()
 
 
 def _parse(certificates: bytes, key: bytes, local: bool) -> Identity:
-    """The identity made of two PEM texts, checked to belong together. Nothing of the key goes into an error."""
+    """Parse two PEM texts and check that they belong together. Errors contain nothing of the key."""
     from cryptography import x509
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import (
@@ -216,7 +218,7 @@ def _parse(certificates: bytes, key: bytes, local: bool) -> Identity:
         chain="".join(it.public_bytes(Encoding.PEM).decode() for it in chain),
         key=private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         algorithm=algorithm,
-        name=_subject(own),
+        name=_subject_name(own),
         serial=str(own.serial_number),
         issuer=chain[-1].public_bytes(Encoding.PEM).decode(),
         valid_between=(begin, begin + (end - begin) / 2 if local else end),
@@ -225,7 +227,7 @@ def _parse(certificates: bytes, key: bytes, local: bool) -> Identity:
 
 
 def _algorithm(key: object) -> str:
-    """C2PA's name of the algorithm that goes with a private key. Raises `ValueError` for one that it does not know."""
+    """C2PA's name of the algorithm for a private key. Raises `ValueError` for an unsupported key."""
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
     if isinstance(key, ec.EllipticCurvePrivateKey):
@@ -239,7 +241,7 @@ def _algorithm(key: object) -> str:
     return found
 
 
-def _subject(certificate: x509.Certificate) -> str:
+def _subject_name(certificate: x509.Certificate) -> str:
     from cryptography.x509.oid import NameOID
 
     for kind in (NameOID.ORGANIZATION_NAME, NameOID.COMMON_NAME):
@@ -248,11 +250,11 @@ def _subject(certificate: x509.Certificate) -> str:
     return "a certificate without a name"
 
 
-def _make(today: datetime) -> bytes:
-    """A new local identity as one PEM text: key, certificate, certificate of its authority.
+def _make_local(today: datetime) -> bytes:
+    """Make a local identity. Returns one PEM text: key, certificate, certificate of its authority.
 
-    The profile is that of the C2PA specification, section "Certificate profiles": X.509 v3, a key usage of digital
-    signatures alone, an extended key usage that readers know, no authority, and the id of the issuer's key.
+    Follows the C2PA specification, section "Certificate profiles": X.509 v3, key usage for digital signatures only, an
+    extended key usage that readers know, no certificate authority, and the issuer's key id.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
@@ -261,7 +263,7 @@ def _make(today: datetime) -> bytes:
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    # Each authority has a name of its own: a validator that knows two would otherwise have to guess by the name.
+    # A unique name per authority: otherwise a validator that knows two could not tell them apart by name.
     number = secrets.token_hex(8)
 
     def named(text: str) -> x509.Name:
@@ -287,14 +289,14 @@ def _make(today: datetime) -> bytes:
             decipher_only=False,
         )
 
-    def begun(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    def certificate_builder(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(authority)
             .public_key(public)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(today - timedelta(days=1))  # other machines' clocks may be late
+            .not_valid_before(today - timedelta(days=1))  # other machines' clocks may be slow
             .not_valid_after(today + LIFETIME)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .add_extension(
@@ -303,16 +305,16 @@ def _make(today: datetime) -> bytes:
         )
 
     root = (
-        begun(authority, authority_key.public_key())
+        certificate_builder(authority, authority_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage(signs_certificates=True), critical=True)
         .sign(authority_key, hashes.SHA256())
     )
     own = (
-        begun(named("flux2-studio local signer"), key.public_key())
+        certificate_builder(named("flux2-studio local signer"), key.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage(signs_certificates=False), critical=True)
-        # Of the usages that C2PA allows, the one that its readers take without being configured.
+        # The only usage allowed by C2PA that its readers accept by default.
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False)
         .sign(authority_key, hashes.SHA256())
     )

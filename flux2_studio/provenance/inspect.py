@@ -1,11 +1,11 @@
-"""What a picture says of where it comes from, and what of that can be relied on. For any file, by whomever.
+"""Inspect any file for its provenance: what it says about its origin, and how far that can be trusted.
 
-Four things are looked at: the file itself, the settings in it, the invisible watermark and the content credentials.
-Each can be missing, forged or torn off, and each means something only together with the others: settings are what
-somebody wrote into the file, unless a signature that is known and intact covers them. `findings` puts that into words.
+Four things are examined: the file itself, its settings, the invisible watermark and the content credentials. Each can
+be missing, forged or removed, and each means something only together with the others: settings are unproven unless an
+intact signature by a known signer covers them. `Inspection.findings` puts that into words.
 
-Pixels are judged as they are stored, for that is where a watermark lies: not turned as EXIF would have it, not brought
-to another colour space.
+Pixels are examined as stored, because the watermark is in the stored pixels: EXIF orientation and colour profiles are
+not applied.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from flux2_studio.request import Request
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 UNNAMED = "The file"
-FORMAT_NAMES = {"MPO": "JPEG", "WEBP": "WebP"}  # formats by Pillow's names, where people have another one
+FORMAT_NAMES = {"MPO": "JPEG", "WEBP": "WebP"}  # Pillow's names whose usual name differs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found in one file. Texts are plain, on one line but for prompts, and never HTML.
+    """The results for one file. Texts are plain, never HTML, and single lines except prompts.
 
-    format: PNG, JPEG, ...; "" for a file that is no picture, or none that can be opened, and then `problem` says why.
-    width, height: pixels, as they are stored; 0 where they are not known. bytes: the file's size. sha256: of the whole
-    file, "" for one that is too large to be read. watermark: what comes closest to one of the messages; None where it
-    could not be looked for, and then `watermark_problem` says why. watermark_box: where in the picture it was found, if
-    not in the whole.
+    format: PNG, JPEG, ...; "" if the file is not a picture or cannot be opened; `problem` then says why. width, height:
+    in pixels as stored, 0 if unknown. bytes: the file size. sha256: of the whole file, "" if it is too large to read.
+    watermark: the closest match among the messages; None if detection was impossible, and `watermark_problem` says why.
+    watermark_box: where it was found, if not in the whole picture.
     """
 
     name: str
@@ -64,7 +63,7 @@ class Inspection:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What all of that amounts to, in sentences for the user, the most important first."""
+        """Conclusions in sentences for the user, the most important first."""
         found = [self.problem] if self.problem else []
         if self.is_picture and self.settings.record and (unfinished := self.settings.record.unfinished):
             found.append(
@@ -72,12 +71,12 @@ class Inspection:
                 f"do not make this picture again, but the finished one."
             )
         if self.is_picture:
-            found += [_on_settings(self), *_contradictions(self), _on_watermark(self)]
-        said = self.credentials.summary
-        return (*found, f"There are content credentials. {said}" if self.credentials.signer else said)
+            found += [_settings_finding(self), *_contradictions(self), _watermark_finding(self)]
+        summary = self.credentials.summary
+        return (*found, f"There are content credentials. {summary}" if self.credentials.signer else summary)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON knows it."""
+        """Return everything as JSON-compatible values."""
         record, mark = self.settings.record, self.watermark
         return {
             "file": {
@@ -109,10 +108,10 @@ class Inspection:
 
 
 def inspect_picture(picture: Path | bytes, signer: Signer, messages: Sequence[WatermarkMessage]) -> Inspection:
-    """Look at `picture`, a file or its bytes, by whomever; whatever is wrong with it is said in the result.
+    """Inspect `picture`, a file or its bytes; problems with it are reported in the result.
 
-    signer: knows which credentials are one's own. messages: what a watermark may say. Raises `RequestError` for a path
-    at which there is no file that can be read.
+    signer: recognises one's own credentials. messages: the watermark messages to look for. Raises `RequestError` if
+    `picture` is a path without a readable file.
     """
     name = display_name(picture) if isinstance(picture, Path) else UNNAMED
     data, size = _read(picture, name)
@@ -128,31 +127,31 @@ def inspect_picture(picture: Path | bytes, signer: Signer, messages: Sequence[Wa
         )
     settings = metadata.read_settings(data)
     box = settings.record.marked if settings.record else None
-    seen = _examine_picture(data, name, messages, box)
+    picture_findings = _examine_picture(data, name, messages, box)
     return Inspection(
         name=name,
         bytes=size,
         sha256=hashlib.sha256(data).hexdigest(),
-        settings=settings if seen.format else FoundSettings(),
+        settings=settings if picture_findings.format else FoundSettings(),
         credentials=signer.read(data),
-        **vars(seen),
+        **vars(picture_findings),
     )
 
 
 def setting_rows(record: Record) -> list[tuple[str, str]]:
-    """The settings as a table of names and texts, without those that are empty. Prompts may have several lines."""
+    """The settings as rows of name and text, without empty ones. Prompts may have several lines."""
     request = record.request
-    enriched = f"by {record.upsampled_by}" if record.upsampled_by else ""
+    enhanced_by = f"by {record.upsampled_by}" if record.upsampled_by else ""
     size = f"{request.width} x {request.height}"
-    together = f" (picture {record.place + 1} of {record.together} drawn together)" if record.together > 1 else ""
+    batch_position = f" (picture {record.place + 1} of {record.together} drawn together)" if record.together > 1 else ""
     marks = {"watermark": "watermark", "metadata": "settings", "sign": "content credentials"}
-    stopped = (
+    unfinished = (
         f"a preview, kept after step {record.unfinished[0]} of {record.unfinished[1]}" if record.unfinished else ""
     )
     table = [
-        ("Unfinished", stopped),
+        ("Unfinished", unfinished),
         ("Prompt", request.prompt),
-        ("Enriched", enriched),
+        ("Enriched", enhanced_by),
         ("Original prompt", record.original_prompt or ""),
         ("Negative prompt", request.negative_prompt or ""),
         ("Checkpoint", f"{record.label} ({request.checkpoint})"),
@@ -163,7 +162,7 @@ def setting_rows(record: Record) -> list[tuple[str, str]]:
         ("Colours", "matched to image 1" if request.match_colours else ""),
         ("LoRAs", ", ".join(f"{lora.name} ({lora.weight:g})" for lora in request.loras)),
         ("Size", size),
-        ("Seed", f"{request.seed}{together}"),
+        ("Seed", f"{request.seed}{batch_position}"),
         ("Steps", f"{request.steps}"),
         ("Guidance", f"{request.guidance:g}"),
         ("Saved as", request.format),
@@ -175,20 +174,20 @@ def setting_rows(record: Record) -> list[tuple[str, str]]:
 
 
 def describe_outpaint(request: Request) -> str:
-    """By how much the picture grew, in words; "" where it did not."""
+    """By how much the picture was extended, in words; "" if it was not."""
     return ", ".join(f"{pixels} on the {side}" for side, pixels in vars(request.outpaint).items() if pixels)
 
 
 def credential_rows(credentials: Credentials) -> list[tuple[str, str]]:
-    """Who signed, what was done and what went into it, as a table of names and texts; [] where there is nothing."""
+    """Signer, actions and ingredients as rows of name and text; [] if there are none."""
     confirmed = "this installation" if credentials.own else "confirmed by nobody here"
     table = [
         ("Signed by", f"{credentials.signer} ({confirmed})" if credentials.signer else ""),
         ("Program", credentials.generator),
     ]
     for action in credentials.actions:
-        done = ", ".join(filter(None, (action.text, action.agent, action.when)))
-        table += [("Action", done), ("Prompt, published", action.prompt)]
+        description = ", ".join(filter(None, (action.text, action.agent, action.when)))
+        table += [("Action", description), ("Prompt, published", action.prompt)]
     for ingredient in credentials.ingredients:
         signed = f"with credentials of its own{f', by {ingredient.generator}' if ingredient.generator else ''}"
         facts = (ingredient.relation, signed if ingredient.signed else "", *ingredient.problems)
@@ -197,12 +196,12 @@ def credential_rows(credentials: Credentials) -> list[tuple[str, str]]:
     return [(name, text) for name, text in table if text]
 
 
-# --- looking ----------------------------------------------------------------------------------------------------
+# --- examining --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class _PictureFindings:
-    """What the picture itself shows; the fields are those of `Inspection`."""
+    """Results for the picture itself; the fields are those of `Inspection`."""
 
     format: str = ""
     width: int = 0
@@ -214,11 +213,11 @@ class _PictureFindings:
 
 
 def _read(picture: Path | bytes, name: str) -> tuple[bytes, int]:
-    """The bytes of `picture`, one more than `MAX_INSPECTED_BYTES` at most, and how many there are in all."""
+    """Return the bytes of `picture`, at most `MAX_INSPECTED_BYTES` + 1, and its total size."""
     if isinstance(picture, bytes):
         return picture, len(picture)
     try:
-        if not picture.is_file():  # missing, a folder, or a device or pipe, which could be read for ever
+        if not picture.is_file():  # missing, a folder, or a device or pipe, which may never end
             raise RequestError(f"There is no file {name} that could be looked at: check its name.")
         with picture.open("rb") as file:
             data = file.read(MAX_INSPECTED_BYTES + 1)
@@ -228,7 +227,7 @@ def _read(picture: Path | bytes, name: str) -> tuple[bytes, int]:
 
 
 def _examine_picture(data: bytes, name: str, messages: Sequence[WatermarkMessage], box: Box | None) -> _PictureFindings:
-    """box: where the settings say that the watermark lies."""
+    """Decode the picture and look for a watermark. box: where the settings say that the watermark is."""
     if not data:
         return _PictureFindings(problem="The file is empty.")
     format, width, height = "", 0, 0
@@ -244,7 +243,7 @@ def _examine_picture(data: bytes, name: str, messages: Sequence[WatermarkMessage
                 )
             file.load()
             width, height = file.size
-            # No more than a watermark is looked for in: a copy of the whole in RGB may take gigabytes.
+            # Only the part in which a watermark is looked for: an RGB copy of the whole picture may take gigabytes.
             pixels = file.crop((0, 0, width, max(1, min(height, watermark.MAX_READ_PIXELS // width)))).convert("RGB")
             part = None
             if box is not None and box[2] <= width and box[3] <= height:
@@ -261,38 +260,47 @@ def _examine_picture(data: bytes, name: str, messages: Sequence[WatermarkMessage
             problem="The picture cannot be decoded here: it is damaged or incomplete, or of a rare kind.",
             watermark_problem="The pixels cannot be read.",
         )
-    mark, why = _detect_watermark(pixels, (width, height), messages)
-    within = _detect_watermark(part, part.size, messages)[0] if part is not None else None
-    marked = (
-        box if within is not None and (mark is None or within.chance_probability < mark.chance_probability) else None
+    detection, problem = _detect_watermark(pixels, (width, height), messages)
+    in_box = _detect_watermark(part, part.size, messages)[0] if part is not None else None
+    found_box = (
+        box
+        if in_box is not None and (detection is None or in_box.chance_probability < detection.chance_probability)
+        else None
     )
-    if marked is not None:
-        mark, why = within, None
+    if found_box is not None:
+        detection, problem = in_box, None
     return _PictureFindings(
-        format=format, width=width, height=height, watermark=mark, watermark_problem=why, watermark_box=marked
+        format=format,
+        width=width,
+        height=height,
+        watermark=detection,
+        watermark_problem=problem,
+        watermark_box=found_box,
     )
 
 
 def _detect_watermark(
     pixels: Image.Image, size: tuple[int, int], messages: Sequence[WatermarkMessage]
 ) -> tuple[WatermarkDetection | None, str | None]:
-    """Which of `messages` the pixels come closest to saying, or why that cannot be told. size: of the whole picture, of
-    which `pixels` may be the upper part."""
+    """Return the most likely detection of `messages` in the pixels, or the reason why there is none.
+
+    size: of the whole picture; `pixels` may be only its upper part.
+    """
     if min(pixels.size) < watermark.BLOCK_PIXELS or pixels.width * watermark.BLOCK_PIXELS > watermark.MAX_READ_PIXELS:
         return None, f"{size[0]} x {size[1]} pixels is no shape in which one is looked for."
-    read = [found for message in messages if (found := watermark.detect_watermark(pixels, message)) is not None]
-    if not read:
+    detections = [found for message in messages if (found := watermark.detect_watermark(pixels, message)) is not None]
+    if not detections:
         return None, f"{size[0]} x {size[1]} pixels are too few to hold one."
-    return min(read, key=lambda found: found.chance_probability), None
+    return min(detections, key=lambda found: found.chance_probability), None
 
 
-# --- what it amounts to -----------------------------------------------------------------------------------------
+# --- conclusions ------------------------------------------------------------------------------------------------
 
 
-def _on_settings(seen: Inspection) -> str:
-    if seen.settings.record is None:
-        return seen.settings.problem or "There are no settings in the file."
-    credentials = seen.credentials
+def _settings_finding(inspection: Inspection) -> str:
+    if inspection.settings.record is None:
+        return inspection.settings.problem or "There are no settings in the file."
+    credentials = inspection.credentials
     if credentials.own:
         return "The settings in the file are those that this installation wrote: it signed them, and they are intact."
     if credentials.intact:
@@ -305,33 +313,33 @@ def _on_settings(seen: Inspection) -> str:
     return "The settings are only what the file claims: the signature that should vouch for them does not hold."
 
 
-def _contradictions(seen: Inspection) -> list[str]:
-    """Where the settings say one thing, and the file is another."""
-    if seen.settings.record is None:
+def _contradictions(inspection: Inspection) -> list[str]:
+    """Where the settings and the file disagree."""
+    if inspection.settings.record is None:
         return []
-    request = seen.settings.record.request
+    request = inspection.settings.record.request
     found = []
-    if (request.width, request.height) != (seen.width, seen.height):
+    if (request.width, request.height) != (inspection.width, inspection.height):
         found.append(
             f"The settings are of a picture of {request.width} x {request.height} pixels, and this one has "
-            f"{seen.width} x {seen.height}: it was changed since, or they belong to another picture."
+            f"{inspection.width} x {inspection.height}: it was changed since, or they belong to another picture."
         )
-    if request.format.upper() != seen.format.upper():
-        found.append(f"The settings are of a picture saved as {request.format}, and this is {seen.format}.")
-    if request.watermark and seen.watermark is not None and not seen.watermark.found:
+    if request.format.upper() != inspection.format.upper():
+        found.append(f"The settings are of a picture saved as {request.format}, and this is {inspection.format}.")
+    if request.watermark and inspection.watermark is not None and not inspection.watermark.found:
         found.append(
             "The settings ask for a watermark, and there is none: the picture could not hold it, or its pixels were "
             "changed since."
         )
-    if request.sign and not seen.credentials.present:
+    if request.sign and not inspection.credentials.present:
         found.append("The settings ask for content credentials, and there are none: they were taken off since.")
     return found
 
 
-def _on_watermark(seen: Inspection) -> str:
-    if seen.watermark is None:
-        return f"Whether there is a watermark cannot be told. {seen.watermark_problem or ''}".strip()
-    if not seen.watermark.found:
-        return str(seen.watermark)
-    where = " It lies in the part that was edited, as the settings say." if seen.watermark_box else ""
-    return f"{seen.watermark}{where} It tells what kind of program made the picture, not who used it."
+def _watermark_finding(inspection: Inspection) -> str:
+    if inspection.watermark is None:
+        return f"Whether there is a watermark cannot be told. {inspection.watermark_problem or ''}".strip()
+    if not inspection.watermark.found:
+        return str(inspection.watermark)
+    where = " It lies in the part that was edited, as the settings say." if inspection.watermark_box else ""
+    return f"{inspection.watermark}{where} It tells what kind of program made the picture, not who used it."

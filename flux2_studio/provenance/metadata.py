@@ -1,26 +1,27 @@
-"""What a saved picture says of itself, in its file: the settings that made it, and that a model made it.
+"""Metadata in saved pictures: the settings that made a picture, and the statement that an AI model made it.
 
-Written into every format are EXIF (Software, Model) and XMP: `Iptc4xmpExt:DigitalSourceType`, by which search engines
-and archives tell generated pictures, and the system that was used (IPTC Photo Metadata 2025.1). The settings are a JSON
-object, in a PNG the text entry `parameters`, in JPEG and WebP EXIF's UserComment:
+Every format gets EXIF (Software, Model) and XMP: `Iptc4xmpExt:DigitalSourceType`, by which search engines and archives
+recognise generated pictures, and the system used (IPTC Photo Metadata 2025.1). The settings are a JSON object: the text
+entry `parameters` in a PNG, EXIF's UserComment in JPEG and WebP:
 
     {"request": {"prompt": ..., "seed": ..., ...}, "checkpoint": {"name", "label", "sha256"},
      "references": [sha256, ...], "mask": sha256, "outpaint": {"left", "top", "right", "bottom"},
      "loras": [{"name", "weight", "sha256"}, ...], "original_prompt",
      "upsampled_by", "place", "together", "marked": [left, top, right, bottom], "versions": {...}, "computed": {...},
-     "unfinished": [step, steps], only in a preview that was kept}
+     "unfinished": [step, steps], only in a saved preview}
 
-References are given as the SHA-256 of the file's bytes: a path would mean nothing on another machine and may tell more
-about its owner than intended. LoRAs have theirs beside name and weight, because a name may stand for another file
-tomorrow. The JSON is plain ASCII, so that every reader gets it right and no prompt can fail to be written.
+References are stored as the SHA-256 of the file's bytes: a path means nothing on another machine and may reveal more
+about its owner than intended. LoRAs have a hash beside name and weight, because a name may refer to another file later.
+The JSON is plain ASCII, so that every reader gets it right and every prompt can be written.
 
-What is read may come from anybody. No pixel is decoded for it, every value is checked, and what does not pass is left
-alone and said in a sentence. Even then it is only what the file claims: anybody can write anything there.
+Files to read are untrusted. Reading decodes no pixels and checks every value; invalid settings are dropped, and a
+sentence says so. Even valid settings are only what the file claims: anybody can write them.
 
-Pitfalls that are dealt with here:
-- a JPEG's segment holds 64 KB, which a long prompt in an Asian script exceeds: the settings stay out then, as is said;
-- Pillow raises for text that unpacks to more than 1 MB, and for more than 64 MB of it in all, when a file is opened;
-- Pillow writes some of what it once read with a picture (`Image.info`) into the next file.
+Pitfalls handled here:
+- a JPEG segment holds 64 KB, which a long prompt in an Asian script exceeds; then the settings are left out, with a
+  note;
+- on opening a file, Pillow raises for text that unpacks to more than 1 MB, and for more than 64 MB of it in all;
+- Pillow copies some of `Image.info` from the file it read into the next one it writes.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ from flux2_studio.record import Record
 from flux2_studio.request import MAX_COUNT, MAX_NAME, MAX_PROMPT, ImageFormat, Request
 
 SOFTWARE = f"AI generated; flux2-studio {__version__}"
-ENCODING_QUALITY = 95  # of JPEG and WebP; with less, or with colours of half the size, the watermark fades
+ENCODING_QUALITY = 95  # of JPEG and WebP; lower quality or chroma subsampling weakens the watermark
 MAX_FORMAT_SIDE_PIXELS: Mapping[ImageFormat, int] = {
     "png": 2**31 - 1,
     "jpeg": 65_500,
     "webp": 16_383,
-}  # pixels, by the encoders
-METADATA_FORMATS = ("PNG", "JPEG", "WEBP")  # whose settings are read
+}  # limits of the encoders
+METADATA_FORMATS = ("PNG", "JPEG", "WEBP")  # in which settings are read
 MAX_SEGMENT = 65_533  # bytes of EXIF in a JPEG
-MAX_TEXT = 10**6  # characters; three prompts of the longest kind take less
-MAX_ENTRIES = 32  # of a list or a table in the JSON
-MAX_VALUE = 200  # characters of what `versions` and `computed` hold
-MAX_NUMBER = 10**6  # pixels of a side, steps
+MAX_TEXT = 10**6  # characters; three prompts of the maximum length take less
+MAX_ENTRIES = 32  # per list or table in the JSON
+MAX_VALUE = 200  # characters per name or value in `versions` and `computed`
+MAX_NUMBER = 10**6  # pixels per side, steps
 MAX_PROBLEM = 300  # characters
 
 SOURCE_TYPE_URL = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -70,11 +71,11 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 </x:xmpmeta>
 <?xpacket end="w"?>"""
 
-# EXIF's numbers for what is written.
+# EXIF tag numbers.
 MODEL, SOFTWARE_TAG, EXIF_IFD, USER_COMMENT = 0x0110, 0x0131, 0x8769, 0x9286
-ASCII = b"ASCII\0\0\0"  # how a UserComment says that it is plain text
+ASCII = b"ASCII\0\0\0"  # marks a UserComment as plain text
 
-# Fields of a request that stand elsewhere in the JSON, or that are no setting of one picture.
+# Fields of a request that the JSON stores elsewhere, or that are not settings of one picture.
 FIELDS_STORED_ELSEWHERE = {"checkpoint", "references", "mask", "outpaint", "loras", "upsampling", "count"}
 SETTINGS_KEYS = {
     "request",
@@ -98,7 +99,7 @@ DAMAGED = "What the file says of itself is damaged, or made to be: it cannot be 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPicture:
-    """A picture's file. notes: what of it could not be written, for the user; () if nothing."""
+    """A picture's file. notes: what could not be written, for the user."""
 
     data: bytes
     notes: tuple[str, ...] = ()
@@ -106,26 +107,26 @@ class EncodedPicture:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundSettings:
-    """The settings in a file, where there are any; `problem`, where there is something that cannot be used as such."""
+    """The settings in a file, if any; `problem` says why settings that are there cannot be used."""
 
     record: Record | None = None
     problem: str | None = None
 
 
 def check_size(width: int, height: int, format: ImageFormat) -> None:
-    """Raises `RequestError` where no file of `format` holds so many pixels a side: to be asked before the work."""
-    most = MAX_FORMAT_SIDE_PIXELS[format]
-    if max(width, height) > most:
+    """Raise `RequestError` if `format` cannot hold that many pixels per side. Call it before the work starts."""
+    limit = MAX_FORMAT_SIDE_PIXELS[format]
+    if max(width, height) > limit:
         raise RequestError(
-            f"{width} x {height} pixels do not go into a {_called(format)}, which has at most {most:,} a side: save as "
-            f"PNG, or choose a smaller size."
+            f"{width} x {height} pixels do not go into a {_format_name(format)}, which has at most {limit:,} a side: "
+            f"save as PNG, or choose a smaller size."
         )
 
 
 def encode_picture(image: Image.Image, format: ImageFormat, record: Record | None) -> EncodedPicture:
-    """The file of `image` (RGB, [0, 255]) as `format`, with what `record` says; with pixels only for None.
+    """Encode `image` (RGB, [0, 255]) as `format` with the metadata of `record`, or without metadata if it is None.
 
-    PNG keeps the pixels as they are. Raises `RequestError` for more pixels a side than `format` has.
+    PNG is lossless. Raises `RequestError` if the picture is too large for `format`.
     """
     check_size(*image.size, format)
     plain = image.convert("RGB")  # a copy
@@ -158,7 +159,7 @@ def encode_picture(image: Image.Image, format: ImageFormat, record: Record | Non
 
 
 def read_settings(data: bytes) -> FoundSettings:
-    """The settings in the bytes of any file, by whomever: never an exception."""
+    """Read the settings in the bytes of any untrusted file. Never raises."""
     foreign = False
     try:
         with Image.open(io.BytesIO(data), formats=METADATA_FORMATS) as file:
@@ -167,12 +168,12 @@ def read_settings(data: bytes) -> FoundSettings:
                 foreign = not {"prompt", "workflow"}.isdisjoint(file.info)  # ComfyUI's
             else:
                 comment = file.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
-                text = _comment(comment) if isinstance(comment, bytes) else None
+                text = _settings_in_comment(comment) if isinstance(comment, bytes) else None
     except UnidentifiedImageError:
         return FoundSettings(problem="No settings can be read: this is no PNG, JPEG or WebP picture, or a damaged one.")
     except Image.DecompressionBombError:
         return FoundSettings(problem="The picture is too large to be looked at.")
-    except Exception:  # noqa: BLE001 - decoders raise nearly every exception there is for a file that is made to hurt
+    except Exception:  # noqa: BLE001 - for malicious files, decoders raise nearly every exception there is
         return FoundSettings(problem=DAMAGED)
     if not isinstance(text, str) or not text.strip():
         return FoundSettings(problem=OTHER_PROGRAM) if foreign else FoundSettings()
@@ -183,15 +184,15 @@ def read_settings(data: bytes) -> FoundSettings:
     if not text.lstrip().startswith("{"):
         return FoundSettings(problem=OTHER_PROGRAM)
     try:
-        return FoundSettings(record=_record(_parsed(text)))
+        return FoundSettings(record=_parse_record(_parse_json(text)))
     except _InvalidSettings as wrong:
-        return FoundSettings(problem=_shown(str(wrong)))
+        return FoundSettings(problem=_on_one_line(str(wrong)))
     except RequestError as error:
-        return FoundSettings(problem=_shown(f"The settings in the file cannot be used: {error}"))
+        return FoundSettings(problem=_on_one_line(f"The settings in the file cannot be used: {error}"))
 
 
 def record_to_dict(record: Record) -> dict[str, Any]:
-    """`record` as the JSON in a file. Its request must have as many LoRAs as there are hashes of them."""
+    """Convert `record` to the JSON object in a file. It must have one hash per LoRA of its request."""
     request = record.request
     return {
         "request": {key: value for key, value in request.as_dict().items() if key not in FIELDS_STORED_ELSEWHERE},
@@ -212,17 +213,17 @@ def record_to_dict(record: Record) -> dict[str, Any]:
 
 
 def record_from_json(text: str) -> Record:
-    """The record whose `record_to_dict` is written in `text`. Raises `RequestError` for anything else."""
+    """Parse the JSON text of `record_to_dict`. Raises `RequestError` for anything else."""
     try:
-        return _record(_parsed(text))
+        return _parse_record(_parse_json(text))
     except _InvalidSettings as wrong:
-        raise RequestError(_shown(str(wrong))) from wrong
+        raise RequestError(_on_one_line(str(wrong))) from wrong
 
 
 def request_to_reproduce(record: Record) -> Request:
-    """The request whose picture number `record.place` is this one, bit by bit, on the same kind of machine.
+    """The request whose picture number `record.place` is this one, bit for bit on the same kind of machine.
 
-    Its references are still to be found. Raises `RequestError` where no request can be so.
+    The caller must still find its references. Raises `RequestError` if there is no such request.
     """
     seed = record.request.seed
     assert seed is not None, "a record's request is resolved"
@@ -242,11 +243,11 @@ def _exif(record: Record, text: str | None) -> bytes:
 
 
 def _xmp(record: Record) -> str:
-    edited = "compositeWithTrainedAlgorithmicMedia" if record.references else "trainedAlgorithmicMedia"
+    source_type = "compositeWithTrainedAlgorithmicMedia" if record.references else "trainedAlgorithmicMedia"
     properties = {
         "xmp:CreatorTool": f"flux2-studio {__version__}",
         "photoshop:Credit": "AI generated",
-        "Iptc4xmpExt:DigitalSourceType": f"{SOURCE_TYPE_URL}{edited}",
+        "Iptc4xmpExt:DigitalSourceType": f"{SOURCE_TYPE_URL}{source_type}",
         "Iptc4xmpExt:AISystemUsed": record.label,
     }
     if record.checkpoint:
@@ -257,11 +258,11 @@ def _xmp(record: Record) -> str:
 
 
 def _line(text: str) -> str:
-    """`text` without what XML 1.0 cannot hold even escaped."""
+    """Replace unprintable characters, which XML 1.0 cannot hold even escaped, by blanks."""
     return "".join(it if it.isprintable() else " " for it in text)
 
 
-def _called(format: ImageFormat) -> str:
+def _format_name(format: ImageFormat) -> str:
     return {"png": "PNG", "jpeg": "JPEG", "webp": "WebP"}[format]
 
 
@@ -269,11 +270,11 @@ def _called(format: ImageFormat) -> str:
 
 
 class _InvalidSettings(Exception):
-    """The JSON is not what is written here. The message is a sentence for the user."""
+    """The JSON does not follow our format. The message is a sentence for the user."""
 
 
-def _comment(comment: bytes) -> str | None:
-    """The settings in a UserComment, ours or another program's; None for any other comment, a camera's say."""
+def _settings_in_comment(comment: bytes) -> str | None:
+    """Extract settings, ours or another program's, from a UserComment; None for other comments (a camera's)."""
     coding, text = comment[:8], comment[8:]
     if coding == ASCII:
         plain = text.decode("latin-1")
@@ -284,7 +285,7 @@ def _comment(comment: bytes) -> str | None:
     return plain if plain.lstrip().startswith("{") or "Steps: " in plain else None
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parse_json(text: str) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise _InvalidSettings(f"The settings in the file hold {constant} as a number: they are not read.")
 
@@ -292,7 +293,7 @@ def _parsed(text: str) -> dict[str, Any]:
         parsed = json.loads(text, parse_constant=refuse)
     except RecursionError as error:
         raise _InvalidSettings("The settings in the file are nested too deeply: they are not read.") from error
-    except ValueError as error:  # the number of more digits than Python converts, too
+    except ValueError as error:  # also for a number with more digits than Python converts
         raise _InvalidSettings("The settings in the file are damaged: they are no well-formed JSON.") from error
     if not isinstance(parsed, dict) or not {"request", "checkpoint"} <= parsed.keys():
         raise _InvalidSettings(OTHER_PROGRAM)
@@ -303,13 +304,13 @@ def _parsed(text: str) -> dict[str, Any]:
     return parsed
 
 
-def _record(parsed: Mapping[str, Any]) -> Record:
-    """Raises `_InvalidSettings` or `RequestError`."""
-    request = _table(parsed["request"], "request")
+def _parse_record(parsed: Mapping[str, Any]) -> Record:
+    """Validate and convert the JSON object. Raises `_InvalidSettings` or `RequestError`."""
+    request = _checked_table(parsed["request"], "request")
     if misplaced := request.keys() & FIELDS_STORED_ELSEWHERE:
         raise _InvalidSettings(f"The settings in the file have {min(misplaced)} in a place where it never stands.")
-    checkpoint = _table(parsed["checkpoint"], "checkpoint")
-    loras = [_table(entry, "loras") for entry in _list(parsed, "loras")]
+    checkpoint = _checked_table(parsed["checkpoint"], "checkpoint")
+    loras = [_checked_table(entry, "loras") for entry in _list(parsed, "loras")]
     hashes = tuple(_hash(entry.pop("sha256", None)) for entry in loras)
     record = Record(
         request=Request.from_dict(
@@ -317,7 +318,7 @@ def _record(parsed: Mapping[str, Any]) -> Record:
             | {
                 "checkpoint": _name(checkpoint.get("name"), "name"),
                 "loras": loras,
-                "outpaint": _table(parsed.get("outpaint", {}), "outpaint"),
+                "outpaint": _checked_table(parsed.get("outpaint", {}), "outpaint"),
             }
         ),
         label=_name(checkpoint.get("label"), "label"),
@@ -327,22 +328,22 @@ def _record(parsed: Mapping[str, Any]) -> Record:
         loras=hashes,
         original_prompt=_prompt(parsed.get("original_prompt")),
         upsampled_by=None if parsed.get("upsampled_by") is None else _name(parsed["upsampled_by"], "upsampled_by"),
-        place=_whole(parsed.get("place", 0), "place", MAX_COUNT),
-        together=_whole(parsed.get("together", 1), "together", MAX_COUNT),
+        place=_integer(parsed.get("place", 0), "place", MAX_COUNT),
+        together=_integer(parsed.get("together", 1), "together", MAX_COUNT),
         marked=_box(parsed.get("marked")),
         unfinished=_step(parsed.get("unfinished")),
-        versions=_texts(parsed, "versions"),
-        computed=_texts(parsed, "computed"),
+        versions=_checked_texts(parsed, "versions"),
+        computed=_checked_texts(parsed, "computed"),
     )
     _check_resolved(record)
     return record
 
 
 def _check_resolved(record: Record) -> None:
-    """That nothing is left open in the request, as in all that are written, and that it can be run."""
+    """Check that the request is fully resolved, as in every file we write, and valid."""
     request = record.request
     for name in ("width", "height", "steps"):
-        _whole(getattr(request, name), name, MAX_NUMBER)
+        _integer(getattr(request, name), name, MAX_NUMBER)
     if request.seed is None or request.negative_prompt is None or type(request.guidance) not in (int, float):
         raise _InvalidSettings("The settings in the file lack the seed, the guidance or the negative prompt.")
     if record.place >= record.together:
@@ -350,7 +351,7 @@ def _check_resolved(record: Record) -> None:
     request_to_reproduce(record)
 
 
-def _table(value: object, name: str) -> dict[str, Any]:
+def _checked_table(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict) or any(isinstance(it, dict | list) for it in value.values()):
         raise _InvalidSettings(f"What the settings in the file have as {name} is of another form than this studio's.")
     return dict(value)
@@ -383,7 +384,7 @@ def _prompt(value: object) -> str | None:
     return value
 
 
-def _whole(value: object, name: str, most: int) -> int:
+def _integer(value: object, name: str, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise _InvalidSettings(f"What the settings in the file have as {name} is no whole number from 0 to {most:,}.")
     return value
@@ -394,7 +395,7 @@ def _box(value: object) -> tuple[int, int, int, int] | None:
         return None
     if not isinstance(value, list) or len(value) != 4:
         raise _InvalidSettings("What the settings in the file have as marked is no rectangle.")
-    left, top, right, bottom = (_whole(it, "marked", MAX_NUMBER) for it in value)
+    left, top, right, bottom = (_integer(it, "marked", MAX_NUMBER) for it in value)
     if left >= right or top >= bottom:
         raise _InvalidSettings("What the settings in the file have as marked is no rectangle.")
     return left, top, right, bottom
@@ -405,20 +406,20 @@ def _step(value: object) -> tuple[int, int] | None:
         return None
     if not isinstance(value, list) or len(value) != 2:
         raise _InvalidSettings("What the settings in the file have as unfinished is no step of so many.")
-    step, steps = (_whole(it, "unfinished", MAX_NUMBER) for it in value)
+    step, steps = (_integer(it, "unfinished", MAX_NUMBER) for it in value)
     if not 0 < step <= steps:
         raise _InvalidSettings("What the settings in the file have as unfinished is no step of so many.")
     return step, steps
 
 
-def _texts(parsed: Mapping[str, Any], name: str) -> dict[str, str]:
-    table = _table(parsed.get(name, {}), name)
+def _checked_texts(parsed: Mapping[str, Any], name: str) -> dict[str, str]:
+    table = _checked_table(parsed.get(name, {}), name)
     if len(table) > MAX_ENTRIES:
         raise _InvalidSettings(f"What the settings in the file have as {name} is too long.")
     return {_name(key, name, MAX_VALUE): _name(value, name, MAX_VALUE) for key, value in table.items()}
 
 
-def _shown(text: str) -> str:
-    """`text`, which may repeat what a file holds, on one line and not too long."""
+def _on_one_line(text: str) -> str:
+    """Put `text`, which may quote the file, on one line and truncate it."""
     line = _line(text[: MAX_PROBLEM + 1])
     return line if len(line) <= MAX_PROBLEM else f"{line[: MAX_PROBLEM - 1]}…"

@@ -1,15 +1,15 @@
-"""`flux2-studio encode-server`: one checkpoint's text encoder over HTTP, for studios whose cards are too small for it.
+"""`flux2-studio encode-server`: serves one checkpoint's text encoder over HTTP, for studios with too little memory.
 
-    POST /         {"prompt": "..." or ["...", ...]}, with a bearer token where one is set -> the context [B, L, W] as
-                   safetensors, or as torch.save writes it where Accept asks for application/octet-stream alone;
-                   the header X-Cut-Tokens says how many tokens of each prompt did not fit
-    GET /health    {"model": ..., "width": W, "length": L}, for anybody
+    POST /         {"prompt": "..." or ["...", ...]}, with a bearer token if one is set -> the context [B, L, W] as
+                   safetensors, or in torch.save's format if Accept names application/octet-stream but not safetensors;
+                   the header X-Cut-Tokens has the number of truncated tokens of each prompt
+    GET /health    {"model": ..., "width": W, "length": L}, without a token
 
-What cannot be done is answered with a status and {"error": "a sentence"}. Prompts are not logged; the last
-ones stay in memory with their contexts, for whoever asks again. One request is encoded at a time, a few wait, and who
-comes then is told to come back (503, Retry-After).
+Errors are answered with a status and {"error": "a sentence"}. Prompts are not logged, but recent prompts are cached in
+memory with their contexts. One request is encoded at a time and a few wait; further ones are refused (503,
+Retry-After).
 
-`models/remote_text.py` is the client; `models/tensor_codec.py` has the formats.
+`models/remote_text.py` is the client; `models/tensor_codec.py` implements the formats.
 """
 
 from __future__ import annotations
@@ -43,22 +43,24 @@ from flux2_studio.request import MAX_PROMPT
 from flux2_studio.settings import Settings
 
 DEFAULT_HOST, PORT = "127.0.0.1", 7870
-MAX_PROMPTS = 8  # of one request; a run of the studio has two
-MAX_ENCODE_REQUEST_BYTES = 1024 + MAX_PROMPTS * MAX_PROMPT * 12  # bytes; JSON may write one character as \ud83e\udd8a
-MAX_WAITING_REQUESTS = 8  # requests that may wait while one is encoded
-RETRY_AFTER_SECONDS = 5  # seconds
-MAX_CONNECTIONS = 64  # at once, each with a thread of its own
-WRITE_CHUNK_BYTES = 2**20  # bytes that a client must take within `EncodeRequestHandler.timeout`
+MAX_PROMPTS = 8  # per request; a run of the studio needs at most two
+MAX_ENCODE_REQUEST_BYTES = (
+    1024 + MAX_PROMPTS * MAX_PROMPT * 12
+)  # JSON may write one character in 12 bytes: \ud83e\udd8a
+MAX_WAITING_REQUESTS = 8  # in addition to the one being encoded
+RETRY_AFTER_SECONDS = 5
+MAX_CONNECTIONS = 64  # open at once, each with its own thread
+WRITE_CHUNK_BYTES = 2**20  # a client must receive each chunk within `EncodeRequestHandler.timeout`
 
 
 class PromptEncoder(Protocol):
-    """What a server needs of a text encoder."""
+    """The interface that the server needs from a text encoder."""
 
     def encode(self, prompts: Sequence[str]) -> EncodedPrompts: ...
 
 
 class RequestRefused(Exception):
-    """A request that is not carried out."""
+    """The request is answered with an error status."""
 
     def __init__(self, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(sentence)
@@ -67,20 +69,19 @@ class RequestRefused(Exception):
 
 
 class EncodeServer(ThreadingTCPServer):
-    """Serves `encoder`, the text encoder of `checkpoint` whose contexts have `width`, once `accept_connections` was
-    called.
+    """An HTTP server for one text encoder.
 
-    The address is taken at once, so that one that cannot be had is told before anything is loaded; connections are only
-    taken from `accept_connections` on. Leaving it as a context answers what was begun. Raises `StudioError` for an
-    address that cannot be used, or that others can reach while no token is set.
+    The constructor binds the address, so that a taken port fails before weights are loaded. Connections are accepted
+    after `accept_connections`. Leaving the context manager finishes the requests in progress. Raises `StudioError` for
+    an address that cannot be used, and for one that other machines can reach if no token is set.
     """
 
     allow_reuse_address = True
-    daemon_threads = False  # what is begun is answered
+    daemon_threads = False  # closing the server waits for requests in progress
     request_queue_size = 64
 
     def __init__(self, host: str, port: int, token: str | None) -> None:
-        self.address_family, address = _address(host, port)
+        self.address_family, address = _resolve_address(host, port)
         if token is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
             raise StudioError(
                 f"Whoever can reach {host} could use this machine's text encoder: set FLUX2_ENCODE_TOKEN to a secret "
@@ -100,10 +101,13 @@ class EncodeServer(ThreadingTCPServer):
         self.prompt_cache = PromptCache()
         self.request_slots = threading.BoundedSemaphore(1 + MAX_WAITING_REQUESTS)
         self._counting = threading.Lock()
-        self._connection_count = 0  # connections; other threads of this process are none of its business
+        self._connection_count = 0  # counted here, because the process has other threads too
 
     def accept_connections(self, encoder: PromptEncoder, checkpoint: Checkpoint, width: int) -> None:
-        """Take connections; they are answered while `serve_forever` runs."""
+        """Starts to listen. `encoder` is the text encoder of `checkpoint`; its contexts have `width` features.
+
+        Connections are answered while `serve_forever` runs.
+        """
         self.encoder = encoder
         self.checkpoint = checkpoint
         self.width = width
@@ -115,26 +119,26 @@ class EncodeServer(ThreadingTCPServer):
         return f"http://[{host!s}]:{port}/" if self.address_family == socket.AF_INET6 else f"http://{host!s}:{port}/"
 
     def verify_request(self, request: object, client_address: object) -> bool:
-        """Whether there is a thread for one more connection; it is closed otherwise."""
+        """Returns whether the connection is within `MAX_CONNECTIONS`; otherwise the base class closes it."""
         with self._counting:
             self._connection_count += 1
             return self._connection_count <= MAX_CONNECTIONS
 
     def shutdown_request(self, request: Any) -> None:
-        """End a connection, answered or refused: each that was taken comes through here once."""
+        """Ends a connection. Called exactly once for each accepted connection, answered or refused."""
         with self._counting:
             self._connection_count -= 1
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Into the log, unless a client has just gone."""
+        """Logs the error, unless the client has merely disconnected."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _DeadlineReader(io.RawIOBase):
-    """What a client sends, all of it by `deadline` in the time of `time.monotonic`: with a limit on each piece alone,
-    who sends a byte now and then would keep a thread for ever."""
+    """Reads from a connection until `deadline`, a time of `time.monotonic`. With a timeout for each read alone, a
+    client that sends a byte now and then could occupy a thread forever."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection = connection
@@ -144,16 +148,18 @@ class _DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError("the request did not come in time")
-        self._connection.settimeout(left)
+        self._connection.settimeout(remaining)
         return self._connection.recv_into(buffer)
 
 
 class EncodeRequestHandler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection."""
+
     server: EncodeServer
-    timeout = 20.0  # seconds for a whole request to come, and for each piece of an answer to go
+    timeout = 20.0  # seconds to receive the whole request, and to send each chunk of the response
 
     def setup(self) -> None:
         super().setup()
@@ -165,12 +171,12 @@ class EncodeRequestHandler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         server = self.server
-        about = {"model": server.checkpoint.name, "width": server.width, "length": server.checkpoint.recipe.length}
-        self.send_body(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+        info = {"model": server.checkpoint.name, "width": server.width, "length": server.checkpoint.recipe.length}
+        self.send_body(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def do_POST(self) -> None:
         try:
-            # First of all: whoever is refused while still sending would not get to read why.
+            # Read the body before refusing: a client that is still sending would not see the response.
             body = self.read_body()
             prompts = self.parse_prompts(body)
             if not self.server.request_slots.acquire(blocking=False):
@@ -190,14 +196,14 @@ class EncodeRequestHandler(BaseHTTPRequestHandler):
         try:
             with server.encode_lock:
                 encoded = server.prompt_cache.get_or_encode(server.checkpoint.text, prompts, server.encoder.encode)
-            media_type = _media_type(self.headers.get("Accept", ""))
+            media_type = _choose_media_type(self.headers.get("Accept", ""))
             packed = tensor_codec.pack_tensor(encoded.context, media_type)
         except Exception as error:
-            why = "its memory does not suffice" if is_out_of_memory(error) else "its log says why"
-            self.refuse(RequestRefused(500, f"The text encoder could not read the prompt: {why}."))
-            raise  # into the log
-        cut = ",".join(str(count) for count in encoded.truncated_tokens)
-        self.send_body(200, packed, {"Content-Type": media_type, tensor_codec.TRUNCATED_TOKENS_HEADER: cut})
+            reason = "its memory does not suffice" if is_out_of_memory(error) else "its log says why"
+            self.refuse(RequestRefused(500, f"The text encoder could not read the prompt: {reason}."))
+            raise  # for the log
+        truncated = ",".join(str(count) for count in encoded.truncated_tokens)
+        self.send_body(200, packed, {"Content-Type": media_type, tensor_codec.TRUNCATED_TOKENS_HEADER: truncated})
 
     def read_body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
@@ -209,14 +215,14 @@ class EncodeRequestHandler(BaseHTTPRequestHandler):
         return body
 
     def parse_prompts(self, body: bytes) -> list[str]:
-        """What is to be encoded, of a request that may ask for it."""
+        """Validates the request and returns its prompts. Raises `RequestRefused`."""
         if urlsplit(self.path).path != "/":
             raise RequestRefused(404, "There is nothing at that path: POST prompts to /.")
         if not self.is_authorised():
             raise RequestRefused(
                 401, "Send this server's token, as `Authorization: Bearer ...`.", {"WWW-Authenticate": "Bearer"}
             )
-        # Not to be had from another site's page without this server's leave, unlike a form's or plain text.
+        # Blocks requests from other sites' pages: browsers send JSON across origins only after a CORS preflight.
         if self.headers.get_content_type() != "application/json":
             raise RequestRefused(415, "Send JSON, with `Content-Type: application/json`.")
         try:
@@ -243,13 +249,13 @@ class EncodeRequestHandler(BaseHTTPRequestHandler):
         token = self.server.token
         if token is None:
             return True
-        kind, _, shown = self.headers.get("Authorization", "").partition(" ")
-        # In constant time: how long it takes must not tell how much of a guess was right.
-        return hmac.compare_digest(shown.strip().encode(), token.encode()) and kind.lower() == "bearer"
+        kind, _, sent_token = self.headers.get("Authorization", "").partition(" ")
+        # Compares in constant time, so that the duration does not reveal a partly correct guess.
+        return hmac.compare_digest(sent_token.strip().encode(), token.encode()) and kind.lower() == "bearer"
 
     def send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.connection.settimeout(self.timeout)
-        with suppress(ConnectionError, TimeoutError):  # who asked has gone
+        with suppress(ConnectionError, TimeoutError):  # the client has disconnected
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -263,28 +269,28 @@ class EncodeRequestHandler(BaseHTTPRequestHandler):
         self.send_body(refused.status, body, {"Content-Type": "application/json", **refused.headers})
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """As the base class's, which is called for what is hardly HTTP, but as JSON."""
+        """Answers with JSON. The base class calls this for malformed requests."""
         self.refuse(RequestRefused(code, "This server answers POST / and GET /health."))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Who asked and how it ended; not what for, which may hold a secret."""
+        """Logs the method and the status, not the path, which may contain a secret."""
         self.log_message("%s %s", self.command or "?", int(code))
 
 
 def open_server(
     settings: Settings, name: str | None, host: str | None, port: int | None, progress: ProgressCallback
 ) -> EncodeServer:
-    """The server of the text encoder of checkpoint `name` (None: the default one), loaded and open.
+    """Loads the text encoder of checkpoint `name` (None: the default one) and returns its listening server.
 
-    Raises `StudioError` for an address that cannot be used and for weights that cannot be had or do not fit.
+    Raises `StudioError` for an address that cannot be used, and for weights that are missing or do not fit.
     """
     checkpoint = settings.checkpoint(name)
     device = choose_device(settings.device)
     server = EncodeServer(host or DEFAULT_HOST, PORT if port is None else port, settings.encode_token)
     try:
         part = checkpoint.text
-        at = Hub(settings).find_or_download(part, progress)
-        text = open_text_encoder(at.weights, at.tokenizer or at.weights, checkpoint.recipe)
+        files = Hub(settings).find_or_download(part, progress)
+        text = open_text_encoder(files.weights, files.tokenizer or files.weights, checkpoint.recipe)
         progress(f"Loading the text encoder of {checkpoint.label}", None)
         encoder = text.load(
             device=device,
@@ -305,9 +311,9 @@ def open_server(
 
 
 def serve_until_interrupted(server: EncodeServer) -> None:
-    """Answer until Ctrl-C or SIGTERM; what was begun by then is still answered."""
+    """Serves until Ctrl-C or SIGTERM, then finishes the requests in progress."""
     with server:
-        # Before anybody is told that it is open, and may want to end it.
+        # Installed before the server announces itself, because a reader of that line may send SIGTERM at once.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             sys.stdout.write(f"the text encoder of {server.checkpoint.label} is open at {server.url}\n")
@@ -317,8 +323,8 @@ def serve_until_interrupted(server: EncodeServer) -> None:
             sys.stderr.write("stopping\n")
 
 
-def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
-    """Where to listen. Raises `StudioError`."""
+def _resolve_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Resolves the address to listen on. Raises `StudioError`."""
     if not 0 <= port <= 65535:
         raise StudioError(f"There is no port {port}: choose one from 1 to 65535, or 0 for any that is free.")
     try:
@@ -330,11 +336,11 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int
     return family, (str(address[0]), int(address[1]))
 
 
-def _media_type(accept: str) -> str:
-    """The format for a client that accepts `accept`: safetensors, unless it only takes the other."""
-    named = {kind.partition(";")[0].strip().lower() for kind in accept.split(",")}
+def _choose_media_type(accept: str) -> str:
+    """Returns the response format for an Accept header: torch.save's only if it names that and not safetensors."""
+    accepted = {kind.partition(";")[0].strip().lower() for kind in accept.split(",")}
     return (
         tensor_codec.TORCH_MEDIA_TYPE
-        if tensor_codec.TORCH_MEDIA_TYPE in named and tensor_codec.SAFETENSORS_MEDIA_TYPE not in named
+        if tensor_codec.TORCH_MEDIA_TYPE in accepted and tensor_codec.SAFETENSORS_MEDIA_TYPE not in accepted
         else tensor_codec.SAFETENSORS_MEDIA_TYPE
     )

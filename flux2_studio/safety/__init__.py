@@ -1,4 +1,4 @@
-"""What is drawn and from what: rules for prompts, a classifier for pictures, and a policy that says what follows.
+"""Safety checks: rules for prompts, classifiers for pictures, and a policy for the consequences.
 
-`guard.Guard` is what a run uses; all else here is of use to it alone.
+Runs use `guard.SafetyGuard`; the other modules serve it.
 """

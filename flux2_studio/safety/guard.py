@@ -1,18 +1,18 @@
-"""The checks as a run makes them: before anything is computed, and before anything is shown or saved.
+"""The safety checks of a run: before anything is computed, and before anything is shown or saved.
 
-Each method gives what the user should be told, and raises `SafetyError` for what must not go on:
+Checks return notes for the user, and raise `SafetyError` for what must be stopped:
 
-    ready()                     first: can pictures be checked here, if they have to be?
-    prompt(text)                the prompt, and again what a language model made of it
-    reference(number, image)    each reference, before it is encoded
-    asked(ask, ...)             prompt and references, where a language model is there to be asked about them
-    preview(image)              each preview: the picture that may be shown in its place
-    output(image)               each finished picture, before it is saved or shown
+    check_ready()                     first: can pictures be checked here, if the policy requires it?
+    check_prompt(text)                the prompt, and again after prompt enhancement
+    check_reference(number, image)    each reference, before it is encoded
+    check_with_model(model, ...)      prompt and references, if a language model is available
+    mosaic_if_flagged(image)          each preview: returns the picture to show in its place
+    check_output(image)               each finished picture, before it is saved or shown
 
-| policy | what is flagged | what cannot be checked, for want of a classifier |
+| policy | flagged | cannot be checked, because there is no classifier |
 |---|---|---|
-| on | `SafetyError`; a preview becomes a mosaic | `ClassifierError`: nothing is drawn that cannot be checked |
-| warn | is told; previews are not looked at | is told |
+| on | `SafetyError`; a preview becomes a mosaic | `ClassifierError`: unchecked pictures are not generated |
+| warn | a note; previews are not checked | a note |
 | off | - | - |
 """
 
@@ -31,7 +31,7 @@ from flux2_studio.safety.policy import POLICY_DESCRIPTIONS, Policy, Verdict
 from flux2_studio.safety.prompt_rules import apply_prompt_rules
 from flux2_studio.safety.questions import YesNoModel, judge_with_model
 
-MOSAIC_SQUARES = 16  # squares along the longer side of a veiled preview: colours and layout remain, nothing else
+MOSAIC_SQUARES = 16  # along the longer side of a hidden preview: only colours and layout remain
 REWORD, ANOTHER = "Word it differently.", "Choose another picture."
 
 
@@ -42,10 +42,10 @@ class PictureClassifier(Protocol):
 
 
 class SafetyGuard:
-    """The safety check of one studio.
+    """The safety checks of one studio.
 
-    find_weights: where the larger classifier's folder is, None if it is not on this machine.
-    classifier: another one than these two.
+    find_weights: returns the folder of the larger classifier, None if it is not on this machine. classifier: replaces
+    both built-in classifiers.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class SafetyGuard:
 
     @property
     def policy_description(self) -> str:
-        """What the page says of it."""
+        """A sentence for the page."""
         return POLICY_DESCRIPTIONS[self.policy]
 
     def check_ready(self) -> None:
-        """Raises `ClassifierError` where pictures have to be checked and cannot be."""
+        """Raise `ClassifierError` if pictures have to be checked and cannot be."""
         if self.policy == "on":
             self._classifier().load()
 
     def check_prompt(self, text: str) -> tuple[str, ...]:
-        """Raises `SafetyError`."""
+        """Check a prompt with the rules. Raises `SafetyError`."""
         verdict = apply_prompt_rules(text)
         if verdict.under_every_policy:
             raise SafetyError(f"This prompt is refused, under every setting, because it {verdict.reason_text}.")
@@ -78,32 +78,33 @@ class SafetyGuard:
         return self._apply_policy(verdict, "The prompt", REWORD)
 
     def check_reference(self, number: int, image: Image.Image) -> tuple[str, ...]:
-        """number: 1-based, as the prompt calls it. Raises `SafetyError` and `ClassifierError`."""
-        return self._picture(image, _named(number), ANOTHER)
+        """Check a reference. number: 1-based, as in the prompt. Raises `SafetyError` and `ClassifierError`."""
+        return self._picture(image, _reference_name(number), ANOTHER)
 
     def check_with_model(
         self, yes_no_model: YesNoModel, prompt: str, references: Sequence[Image.Image] = ()
     ) -> tuple[str, ...]:
-        """What rules and classifiers cannot know of them, of each by itself. yes_no_model: a language model that is
-        there.
+        """Ask the language model about the prompt and about each reference separately.
 
-        Raises `SafetyError`.
+        It finds what rules and classifiers cannot. Raises `SafetyError`.
         """
         if self.policy == "off":
             return ()
-        told = self._apply_policy(judge_with_model(yes_no_model, prompt), "The prompt", REWORD)
+        notes = self._apply_policy(judge_with_model(yes_no_model, prompt), "The prompt", REWORD)
         for number, image in enumerate(references, start=1):
-            told += self._apply_policy(judge_with_model(yes_no_model, "", [image]), _named(number), ANOTHER)
-        return told
+            notes += self._apply_policy(judge_with_model(yes_no_model, "", [image]), _reference_name(number), ANOTHER)
+        return notes
 
     def check_output(self, image: Image.Image, yes_no_model: YesNoModel | None = None) -> tuple[str, ...]:
-        """yes_no_model: as for `check_with_model`. Raises `SafetyError` and `ClassifierError`: `image` must then go
-        nowhere."""
+        """Check a finished picture. yes_no_model: as for `check_with_model`.
+
+        Raises `SafetyError` and `ClassifierError`: `image` must then be neither saved nor shown.
+        """
         advice = "It was neither saved nor shown. Change the prompt, or try another seed."
         return self._picture(image, "A finished picture", advice, yes_no_model)
 
     def mosaic_if_flagged(self, image: Image.Image) -> Image.Image:
-        """`image`, or a mosaic of it where the policy is on and it is flagged. Raises `ClassifierError`."""
+        """Return `image`, or a mosaic of it if the policy is "on" and it is flagged. Raises `ClassifierError`."""
         if self.policy != "on" or self._classifier()(image).allowed:
             return image
         scale = MOSAIC_SQUARES / max(image.size)
@@ -115,16 +116,16 @@ class SafetyGuard:
     ) -> tuple[str, ...]:
         if self.policy == "off":
             return ()
-        verdict, told = Verdict(allowed=True), []
+        verdict, notes = Verdict(allowed=True), []
         try:
             verdict = self._classifier()(image)
         except ClassifierError as error:
             if self.policy == "on":
                 raise
-            told = [f"{what} was not checked. {error}"]
+            notes = [f"{what} was not checked. {error}"]
         if verdict.allowed and yes_no_model is not None:
             verdict = judge_with_model(yes_no_model, "", [image])
-        return (*told, *self._apply_policy(verdict, what, advice))
+        return (*notes, *self._apply_policy(verdict, what, advice))
 
     def _apply_policy(self, verdict: Verdict, what: str, advice: str) -> tuple[str, ...]:
         if verdict.allowed:
@@ -134,12 +135,12 @@ class SafetyGuard:
         return (f"{what} was flagged by the safety check, because it {verdict.reason_text}.",)
 
     def _classifier(self) -> PictureClassifier:
-        """The larger one where its weights are."""
+        """The larger classifier if its weights are available, else NudeNet."""
         if self._chosen is None:
             folder = self._find_weights()
             self._chosen = NudeNet() if folder is None else Falconsai(folder)
         return self._chosen
 
 
-def _named(number: int) -> str:
+def _reference_name(number: int) -> str:
     return f"Image {number}"

@@ -1,18 +1,17 @@
-"""The words that the rules for prompts look for, by what they mean. Data only; nothing here is refused by itself.
+"""Word lists for the prompt rules, by meaning. Data only; no list is refused by itself.
 
-Terms are separated by commas or lines. `*` at the end stands for any ending, (a|b) for either, a blank for anything
-between words. Terms are folded as prompts are (`spelling.fold`): small letters, no accents but for ñ. Terms in
-scripts without blanks or with endings of their own (Chinese, Japanese, Korean, Arabic, Hindi, Thai) match anywhere.
+Commas or newlines separate terms. `*` at the end stands for any ending, (a|b) for either, a blank for anything between
+words. Terms are folded like prompts (`spelling.fold_accents`): lower case, no accents except ñ. Terms in scripts
+without blanks or with other word endings (Chinese, Japanese, Korean, Arabic, Hindi, Thai) match anywhere.
 
-Words with a harmless meaning that is common (cock, dick, tits, ass, anal, strip) are left out: what they may lead to is
-seen in the picture.
+Words with a common harmless meaning (cock, dick, tits, ass, anal, strip) are left out: the picture check covers them.
 """
 
 # ruff: noqa: RUF001 - letters of other alphabets are the point
 
 from __future__ import annotations
 
-# Taken out before anything is looked for.
+# Removed before the other lists are matched.
 HARMLESS = """
 sexual health, (no more|stop|end|against|prevent|preventing) (sex|sexual|child sexual) (abuse|violence|assault)
 baby (macaque|macaques|ape|apes|chimpanzee|gorilla|orangutan|kangaroo|koala|pig|lamb|duck|deer)
@@ -132,7 +131,7 @@ vergewaltig*, violer une (femme|fille), violacion sexual, stupr*, estupr*, verkr
 レイプ, 강간
 """
 
-# What makes it violence where it is sexual.
+# Makes sexual content violence.
 FORCED = """
 non consensual*, nonconsensual*, without (her|his|their) (consent|knowledge), against (her|his|their) will, coerced
 forced (to|into|sex), forcing (her|him|them), is forced, are forced, drugged, unconscious, passed out
@@ -142,7 +141,7 @@ gegen (ihren|seinen) willen, bewusstlos*, gezwungen, contre (son|sa) (gre|volont
 contro la sua volonta, contra a sua vontade, против (ее|его) воли, 偷拍, 盗撮, 迷奸, 몰카
 """
 
-# Somebody who exists.
+# An existing person.
 SOMEBODY = """
 deepfake*, deep fake*, celebrity, celebrities, famous (actress|actor|singer|model|person|woman|man|politician)
 my (ex|neighbor|neighbour|coworker|co worker|colleague|boss)
@@ -156,7 +155,7 @@ meine (ex|nachbarin|kollegin|lehrerin|schwester), mon ex, ma (voisine|collegue|p
 mi (ex|vecina|profesora|compañera)
 """
 
-# Common first names: with a surname after one, a person who may exist. A few hundred would not make it complete.
+# Common first names: followed by a surname, they may name an existing person. A few hundred would not be complete.
 FIRST_NAMES = """
 Adele Alexandra Alexandria Alicia Amanda Amber Amy Ana Angela Angelina Anna Anne Anya Ariana Ashley Barack Barbara
 Beyonce Bill Billie Blake Brad Britney Camila Cardi Charlize Chris Christina David Demi Donald Dua Ed Elizabeth Ella

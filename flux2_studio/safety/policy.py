@@ -1,11 +1,12 @@
-"""Whether what was found stops a run, is only told, or is not looked for; and what a check says.
+"""The safety policy: whether a finding stops a run, is only reported, or is not looked for.
 
 | where the studio runs | auto means |
 |---|---|
-| a Space, a shared link, an address that other machines reach | on: what is flagged is neither saved nor shown |
-| one's own machine | warn: what is flagged is told, and shown all the same |
+| a Space, a shared link, an address that other machines reach | on: flagged pictures are neither saved nor shown |
+| one's own machine | warn: flags are reported, pictures are shown all the same |
 
-`off` is never chosen by itself. One rule knows no policy: a prompt for sexual content with minors is refused in all.
+`off` is never chosen automatically. One rule ignores the policy: prompts for sexual content with minors are always
+refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ POLICY_DESCRIPTIONS: Mapping[Policy, str] = {
 
 
 def decide_policy(setting: SafetyMode, *, shared: bool, on_space: bool) -> Policy:
-    """The policy of a studio that others reach (`shared`), or that runs `on_space`, with FLUX2_SAFETY at `setting`."""
+    """The policy for FLUX2_SAFETY at `setting`. shared: others reach this studio; on_space: it runs on a Space."""
     if setting != "auto":
         return setting
     return "on" if shared or on_space else "warn"
@@ -34,7 +35,7 @@ def decide_policy(setting: SafetyMode, *, shared: bool, on_space: bool) -> Polic
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a check found. `reasons`: in words that complete "because it ...". `scores`: 0..1 by what was looked for.
+    """Result of a check. `reasons` complete "because it ...". `scores`: 0..1 by what was checked.
 
     under_every_policy: refused whatever the policy.
     """

@@ -1,20 +1,23 @@
-"""Rules for prompts: combinations of meanings, in every reading that `spelling` offers.
+"""Rules for prompts: combinations of meanings, checked in every reading from `spelling`.
 
-| what is refused | when | |---|---| | sexual content with minors | a minor, by word or by age, and what is explicit or
-naked anywhere in the prompt, or what is suggestive in the same sentence; under every policy | | sexual violence | acts
-that are that in themselves, or force, drugs or secrecy together with what is explicit or naked | | undressing somebody
-| "remove her clothes", "make him naked", as edits are asked for | | real people | somebody who exists (a first name
-with a surname, "my neighbour", "the woman in image 1") and what is explicit or naked | | pornography | what is explicit
-|
+Refused are:
+- sexual content with minors: a minor, by word or by age, and explicit or nude terms anywhere in the prompt, or
+  suggestive terms in the same sentence; under every policy;
+- sexual violence: acts that are sexual violence, or force, drugs or secrecy together with explicit or nude terms;
+- undressing somebody: "remove her clothes", "make him naked", as in edit instructions;
+- real people: an existing person (a first name with a surname, "my neighbour", "the woman in image 1") and explicit or
+  nude terms;
+- pornography: explicit terms.
 
-Nudity alone is not refused by its name: it is more often art, make-up or a figure of speech, and the picture is looked
-at. Harmless phrases ("chicken breast", "nude lipstick") are taken out before anything is looked for.
+Words for nudity alone are not refused: they more often mean art, make-up or a figure of speech, and the picture itself
+is checked. Harmless phrases ("chicken breast", "nude lipstick") are removed first.
 
-What rules of words cannot do: understand. They miss paraphrase, innuendo, stories, languages other than the dozen whose
-words `lexicon` has, and tricks that `spelling` does not know; they refuse a report on what they look for as they refuse
-the thing. They know no celebrities beyond a first name with a surname, and nothing of violence, hatred, fraud, brands
-or protected characters. They are a first sieve, of a few milliseconds, before the GPU starts; a person who shares a
-studio with strangers remains responsible for it."""
+Limits: word rules do not understand. They miss paraphrase, innuendo, stories, languages other than the dozen in
+`lexicon`, and tricks that `spelling` does not know; they refuse a report on a subject like the subject itself. They
+know no celebrities beyond a first name with a surname, and nothing of violence, hatred, fraud, brands or protected
+characters. They are a first filter that takes a few milliseconds, before the GPU starts; whoever shares a studio with
+strangers remains responsible for it.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ _PERSON = (
     r"person|people|lady|model|guy|actress|teacher|student)(?: s)?)"
 )
 _INSTEAD = r"(?!.{0,40}\b(?:replace|put|dress|change|swap|wear|instead|with|and add|and give))"
-# In folded text whose punctuation has become blanks.
+# For folded text with punctuation replaced by blanks.
 _UNDRESSING = re.compile(
     rf"\b(?:nudify|unclothe|undress|strip) {_PERSON}\b(?! (?:of power|of his|of her|of their|armou?r))"
     rf"|\b(?:remove|delete|erase|take off|strip off) (?:all )?(?:of )?{_PERSON} (?:\w+ )?{_CLOTHES}\b{_INSTEAD}"
@@ -85,7 +88,7 @@ _NAMED = re.compile(
 
 
 def apply_prompt_rules(text: str) -> Verdict:
-    """Whether the rules let the prompt `text` pass."""
+    """Check the prompt `text` against all rules."""
     scores: dict[str, float] = {}
     for reading in spelling_variants(text):
         for reason in _reasons(reading):
@@ -104,7 +107,7 @@ PORN_REASON = "asks for pornography"
 
 
 def _reasons(reading: str) -> Iterable[str]:
-    """The rules that one folded reading of a prompt breaks."""
+    """The reasons why one folded reading of a prompt is refused."""
     text = _term_list_pattern("HARMLESS").sub(" _ ", reading)
     explicit, bare = (bool(_term_list_pattern(name).search(text)) for name in ("EXPLICIT", "NUDE"))
     if ((explicit or bare) and _minor(text)) or any(
@@ -134,11 +137,11 @@ def _age(match: re.Match[str]) -> int:
 
 @cache
 def _term_list_pattern(name: str) -> re.Pattern[str]:
-    """The terms of one of the lexicon's lists as a pattern for folded text."""
+    """Compile one of the lexicon's lists into a pattern for folded text."""
     terms = [fold_accents(term.strip()) for term in re.split(r"[,\n]", getattr(lexicon, name)) if term.strip()]
     spaced = [term for term in terms if re.match(r"[(a-zß-ÿа-я]", term)]
     anywhere = [re.escape(term) for term in terms if term not in spaced]  # scripts without blanks
-    # One look back for all of them: most places of a text are inside a word, and are done with at once.
+    # A common lookbehind for all terms: it rejects positions inside a word, most of the text, at once.
     return re.compile("|".join([rf"(?<![^\W_])(?:{'|'.join(map(_pattern, spaced))})", *anywhere]))
 
 

@@ -1,9 +1,9 @@
-"""What rules of words cannot know and a language model does: protected characters, logos, well-known people.
+"""Checks that need a language model: protected characters, logos, well-known people.
 
-The model answers yes or no, and its answer is read from the probabilities of the next token, not from a text: there is
-nothing to parse, and how sure it is can be told. One question covers all three; only if the answer is yes, three more
-find out which it is. Only a model that reads the prompts of its checkpoint is asked (dev's Mistral): see
-`Session.make_yes_no_model`.
+The model answers yes or no. The answer is read from the probabilities of the next token, not from text: nothing has to
+be parsed, and the model's confidence is known. One general question comes first; only if its answer is yes, three
+specific questions find out which case it is. The model must be one that already reads the checkpoint's prompts (dev's
+Mistral): see `Session.make_yes_no_model`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from flux2_studio.engine.text.writer import Writer
 
-YES_THRESHOLD = 0.5  # yes is likelier than no
-MAX_QUESTION_IMAGE_PIXELS = 768  # pixels: the long side, at most, of a picture as the model sees it
+YES_THRESHOLD = 0.5  # probability from which the answer is yes
+MAX_QUESTION_IMAGE_PIXELS = 768  # pixels of the long side of a picture for the model
 
 SAFETY_SYSTEM_PROMPT = (
     "You check requests to a picture generator before they are carried out. You are asked one question at a time and "
@@ -49,28 +49,26 @@ CLOSING = "Answer yes or no."
 
 
 class YesNoModel(Protocol):
-    """A language model with a question: the probability of yes against no as the first word of its answer to `message`,
-    which comes with `images`."""
+    """A language model that answers a question about `message` and `images` with the probability of yes against no."""
 
     def __call__(self, system: str, message: str, images: Sequence[Image.Image]) -> float: ...
 
 
 def make_yes_no_model(writer: Writer) -> YesNoModel:
-    """`writer`, which sees pictures, as somebody who can be asked. Raises `ClassifierError` for one that cannot."""
+    """Wrap `writer`, which must see pictures. Raises `ClassifierError` if its tokenizer is unsuitable."""
     yes, no = yes_no_tokens(writer.tokenize)
 
     def ask(system: str, message: str, images: Sequence[Image.Image]) -> float:
         from flux2_studio.images.tensors import pixels_from_image  # imports torch
 
-        pixels = [pixels_from_image(_shrunk(image)) for image in images]
+        pixels = [pixels_from_image(_scaled_down(image)) for image in images]
         return probability_of_yes(writer.next_logits(system, message, pixels), yes, no)
 
     return ask
 
 
 def judge_with_model(yes_no_model: YesNoModel, prompt: str, images: Sequence[Image.Image] = ()) -> Verdict:
-    """The verdict of the model behind `yes_no_model` on a prompt with its reference images, or on images alone (prompt
-    "")."""
+    """The model's verdict on a prompt with its reference images, or on images alone (prompt "")."""
     scores = {"any": yes_no_model(SAFETY_SYSTEM_PROMPT, build_question(GENERAL_QUESTION, prompt), images)}
     if scores["any"] < YES_THRESHOLD:
         return Verdict(allowed=True, scores=scores)
@@ -85,16 +83,18 @@ def judge_with_model(yes_no_model: YesNoModel, prompt: str, images: Sequence[Ima
 
 
 def build_question(text: str, prompt: str) -> str:
-    """The message in which `text` is asked of a prompt, or of images alone where that is ""."""
-    told = f"The request, between the marks:\n<request>\n{_quoted(prompt)}\n</request>\n" if prompt else ""
-    return f"{told}{text} {CLOSING}"
+    """The message that asks `text` about a prompt, or about images alone if the prompt is ""."""
+    quoted_prompt = (
+        f"The request, between the marks:\n<request>\n{_escape_tags(prompt)}\n</request>\n" if prompt else ""
+    )
+    return f"{quoted_prompt}{text} {CLOSING}"
 
 
 def yes_no_tokens(encode: Callable[[str], Sequence[int]]) -> tuple[list[int], list[int]]:
-    """The tokens with which a tokenizer begins to spell yes, and no. encode: a text to tokens, none of them special.
+    """The first tokens of yes and of no in all spellings. encode: text to tokens, without special tokens.
 
-    One that begins both (a blank that is a token of its own) tells nothing and is left out. Raises `ClassifierError`
-    for a tokenizer of which nothing remains.
+    A token that begins both (a blank of its own) is left out. Raises `ClassifierError` if no token remains for yes or
+    no.
     """
     yes, no = (
         {encode(blank + spelt)[0] for blank in ("", " ") for spelt in (word, word.title(), word.upper())}
@@ -109,17 +109,17 @@ def yes_no_tokens(encode: Callable[[str], Sequence[int]]) -> tuple[list[int], li
 
 
 def probability_of_yes(logits: Tensor, yes: Sequence[int], no: Sequence[int]) -> float:
-    """Of the next token's logits [V]: how likely a token of `yes` is, given that it is one of `yes` or of `no`."""
+    """From the next token's logits [V]: probability of a token in `yes`, given one of `yes` or `no`."""
     return float((logits[list(yes)].float().logsumexp(0) - logits[list(no)].float().logsumexp(0)).sigmoid())
 
 
-def _quoted(prompt: str) -> str:
-    """`prompt`, unable to end the quotation that it is put into."""
+def _escape_tags(prompt: str) -> str:
+    """Escape `prompt` so that it cannot close the tag around it."""
     return prompt.replace("<", "\u2039").replace(">", "\u203a")
 
 
-def _shrunk(image: Image.Image) -> Image.Image:
-    """A copy in RGB that is no larger than a model is to see it."""
+def _scaled_down(image: Image.Image) -> Image.Image:
+    """An RGB copy, scaled down to the size for the model if it is larger."""
     small = image.convert("RGB")
     small.thumbnail((MAX_QUESTION_IMAGE_PIXELS, MAX_QUESTION_IMAGE_PIXELS), Image.Resampling.LANCZOS)
     return small

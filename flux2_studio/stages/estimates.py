@@ -12,8 +12,9 @@ from flux2_studio.errors import SaveError
 from flux2_studio.models.manager import Session
 from flux2_studio.models.memory.plan import DENOISING_STAGE, MemoryPlan, RequestShape
 from flux2_studio.request import SIZE_MULTIPLE, Request
-from flux2_studio.stages.drawing import RunContext, StepTimer, describe_tiling
+from flux2_studio.stages.denoising import StepTimer, describe_tiling
 from flux2_studio.stages.durations import BatchShape, BatchTiming, DurationModel, RunFeatures
+from flux2_studio.stages.run_context import RunContext
 
 log = logging.getLogger(__name__)
 

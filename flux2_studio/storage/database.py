@@ -1,6 +1,6 @@
-"""The studio's own notebook: one SQLite file in which jobs and history are kept.
+"""The studio's database: one SQLite file for jobs, history and other persistent data.
 
-Write-ahead logging lets the page read while a run writes, and what was committed outlives a killed process.
+Write-ahead logging lets the page read while a run writes. Committed data survives a killed process.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from flux2_studio.errors import SaveError
 
-BUSY_TIMEOUT_SECONDS = 10.0  # seconds to wait for another writer
+BUSY_TIMEOUT_SECONDS = 10.0  # to wait for another writer
 
 
 class Database:
-    """The file at `path`, made when it is first used. Safe to use from any thread and several processes.
+    """The SQLite file at `path`, created at first use. Safe to use from any thread and several processes.
 
-    Whoever keeps something in it makes its own tables, by `CREATE TABLE IF NOT EXISTS` in its first transaction.
+    Each user of the database creates its own tables, with `CREATE TABLE IF NOT EXISTS` in its first transaction.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,9 +26,9 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are committed at the end, all of them or, after an error, none.
+        """Open a connection whose changes are committed at the end, or rolled back after an error.
 
-        Rows can be read by column name. Raises `SaveError` where the file cannot be used.
+        Rows can be read by column name. Raises `SaveError` if the file cannot be used.
         """
         try:
             with self._opened() as connection:
@@ -48,7 +48,8 @@ class Database:
 
     @contextmanager
     def read_transaction(self) -> Iterator[sqlite3.Connection]:
-        """A connection that only reads, one state of everything, and waits for no writer. Raises as `transaction`."""
+        """Open a read-only connection with a consistent snapshot that does not wait for writers. Raises as
+        `transaction` does."""
         try:
             with self._opened() as connection:
                 connection.execute("PRAGMA query_only = ON")
@@ -63,7 +64,7 @@ class Database:
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One each: opening takes a tenth of a millisecond, and no thread waits for another's.
+        # A connection per transaction: opening takes 0.1 ms, and threads do not wait for each other.
         with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None)) as connection:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")
@@ -71,9 +72,9 @@ class Database:
 
 
 def acquire_file_lock(path: Path) -> sqlite3.Connection | None:
-    """A hold on the file at `path` that ends with this process, however it ends; None while somebody else has it.
+    """Lock the file at `path` until the connection is closed or the process ends; return None if it is locked already.
 
-    Close it to let go. Raises `sqlite3.Error` where there can be no such file.
+    Raises `sqlite3.Error` if the file cannot be created.
     """
     connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     try:

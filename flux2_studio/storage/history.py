@@ -1,13 +1,13 @@
-"""History: everything that somebody has made, newest first, findable by its words, and nothing of it ever lost.
+"""History: every picture that an owner has made, newest first, searchable by prompt.
 
-A row for each saved picture, with all that is known of its making, kept in the studio's notebook (`database.py`). Only
-its owner ever gets anything: each question names the owner, and a foreign id is answered like one that does not exist.
+The studio's database (`database.py`) has one row per saved picture, with everything known about how it was made. Every
+query names the owner, and another owner's id is treated like one that does not exist.
 
-Deleting hides a picture at once and moves its file to the trash; a day later, or when the trash is emptied, it is
-really gone, and until then undo brings back all of it. The row is marked before the file is moved, and a file is looked
-for in both places: whenever the process dies in between, the picture is still there.
+Deleting hides a picture at once and moves its file to the trash. After a day, or when the trash is emptied, the picture
+is removed for good; until then it can be restored completely. The row is marked before the file is moved, and files are
+looked up in both places, so a picture survives if the process dies in between.
 
-What a picture was made from is found by hash: its record names its references so.
+A picture's references are found by hash, because its record identifies them so.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from flux2_studio.provenance.metadata import record_from_json, record_to_dict
 from flux2_studio.record import Record
 from flux2_studio.storage.database import Database
 
-TRASH_SECONDS = 24 * 3600  # seconds that the trash keeps a picture
-DEFAULT_PAGE_SIZE = 60  # pictures of a page, unless asked otherwise
-MAX_PICTURES_PER_CALL = 200  # pictures of a page, or of one change
-MAX_WORDS = 32  # of a search; more narrow nothing down
+TRASH_SECONDS = 24 * 3600  # that the trash keeps a picture
+DEFAULT_PAGE_SIZE = 60  # pictures
+MAX_PICTURES_PER_CALL = 200  # pictures of a page, a deletion, a restoration, ...
+MAX_WORDS = 32  # of a search; the rest is ignored
 _ID = re.compile(r"[0-9a-f]{32}")
 
 TABLES = (
-    # The times are microseconds since 1970. `folded` is what a search looks through.
+    # Times are microseconds since 1970. `folded` is the searched text.
     """CREATE TABLE IF NOT EXISTS history_pictures (
         id TEXT PRIMARY KEY, owner TEXT NOT NULL, job TEXT NOT NULL, path TEXT NOT NULL, created INTEGER NOT NULL,
         width INTEGER NOT NULL, height INTEGER NOT NULL, seed INTEGER NOT NULL, checkpoint TEXT NOT NULL,
         label TEXT NOT NULL, prompt TEXT NOT NULL, folded TEXT NOT NULL, sha256 TEXT NOT NULL,
         favourite INTEGER NOT NULL DEFAULT 0, deleted INTEGER)""",
-    # Apart, for a search goes through all the rows above.
+    # A separate table, because a search scans all rows of the one above.
     "CREATE TABLE IF NOT EXISTS history_records (picture TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS history_newest ON history_pictures (owner, deleted, created DESC, id DESC)",
     "CREATE INDEX IF NOT EXISTS history_checkpoints ON history_pictures (owner, deleted, checkpoint, label)",
@@ -77,13 +77,13 @@ class HistoryEntry:
 
     @property
     def cursor(self) -> str:
-        """Where the next page begins: behind this picture."""
+        """The cursor of the page after this picture."""
         return f"{self.created}.{self.id}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOrigin:
-    """A reference that a picture was made from: its hash, and the picture of the same owner that it is, if it is."""
+    """A reference of a picture: its hash, and the same owner's picture with that hash, if there is one."""
 
     sha256: str
     entry: HistoryEntry | None
@@ -91,7 +91,7 @@ class ReferenceOrigin:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureDetails:
-    """All that is known of one picture. record: None where what was written is not understood by this version."""
+    """Everything known about one picture. record: None if this version cannot read it."""
 
     entry: HistoryEntry
     record: Record | None
@@ -101,8 +101,8 @@ class PictureDetails:
 
 @dataclass(frozen=True, kw_only=True)
 class HistorySearch:
-    """What to look for: all of `words` anywhere in the prompt, and what else is given. Times as `HistoryEntry.created`,
-    from `since` to before `until`."""
+    """A search: all of `words` anywhere in the prompt, and the other filters. Times as in `HistoryEntry.created`;
+    `since` is inclusive, `until` exclusive."""
 
     words: str = ""
     checkpoint: str = ""
@@ -113,7 +113,7 @@ class HistorySearch:
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryPage:
-    """Some of what was found, and the cursor for more: None at the end."""
+    """A page of results, and the cursor of the next one: None at the end."""
 
     entries: tuple[HistoryEntry, ...]
     next_cursor: str | None
@@ -121,9 +121,9 @@ class HistoryPage:
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryOverview:
-    """What the history shows when it is opened, or searched anew: the first page, how many pictures were found and how
-    many there are, the ids of those in the trash (last deleted first, as many as can be brought back at once), and the
-    (name, label) of every checkpoint that there are pictures of."""
+    """The first view of the history or of a search: the first page, the numbers of pictures found and in total, the ids
+    in the trash (last deleted first, as many as can be restored in one call), and the (name, label) of every checkpoint
+    that has pictures."""
 
     page: HistoryPage
     found: int
@@ -133,16 +133,16 @@ class HistoryOverview:
 
 
 def fold_for_search(text: str) -> str:
-    """`text` as it is searched: the same for upper and lower case, and for the several spellings of one character."""
+    """Normalize `text` for searching: NFKC and case-folded."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 class History:
-    """The pictures below `outputs`, by owner. Deleted files wait in `trash`; `on_delete` is told the id of each picture
-    that is deleted.
+    """The pictures under `outputs`, by owner. Deleted files wait in `trash`; `on_delete` is called with the id of each
+    deleted picture.
 
-    now: seconds since 1970. Safe to use from any thread and several processes. Every method raises `SaveError` where
-    the notebook cannot be used.
+    now: seconds since 1970. Safe to use from any thread and several processes. Every method raises `SaveError` if the
+    database cannot be used.
     """
 
     def __init__(
@@ -159,11 +159,11 @@ class History:
         self._trash = trash
         self._forget = on_delete
         self._now = now
-        self._tables_created = threading.Event()  # the tables
+        self._tables_created = threading.Event()
 
     def add(self, owner: str, job: str, saved: Saved) -> str:
-        """Remember the picture of `saved`, made by `owner`'s job. Returns its id. Raises `SaveError` where that cannot
-        be done; the file is there all the same."""
+        """Add the picture of `saved`, made by `owner`'s job, and return its id. Raises `SaveError` on failure; the file
+        exists regardless."""
         record, request = saved.record, saved.record.request
         try:
             path = saved.image.resolve().relative_to(self._outputs.resolve()).as_posix()
@@ -173,7 +173,7 @@ class History:
                 f"The picture {saved.image.name} is not in the folder of pictures any more ({error}): look there "
                 f"before you make it again."
             ) from error
-        searched = "\n".join(filter(None, (request.prompt, record.original_prompt)))
+        searchable = "\n".join(filter(None, (request.prompt, record.original_prompt)))
         id_ = secrets.token_hex(16)
         with self._write_transaction() as connection:
             connection.execute(
@@ -191,7 +191,7 @@ class History:
                     request.checkpoint,
                     record.label,
                     request.prompt,
-                    fold_for_search(searched),
+                    fold_for_search(searchable),
                     sha256,
                 ),
             )
@@ -205,9 +205,9 @@ class History:
     def page(
         self, owner: str, search: HistorySearch | None = None, before: str | None = None, limit: int = DEFAULT_PAGE_SIZE
     ) -> HistoryPage:
-        """The newest `limit` pictures that `search` finds, of those behind the cursor `before`. Raises `RequestError`
-        for a cursor that was never given."""
-        where, values = _condition(owner, search or HistorySearch())
+        """Return the newest `limit` pictures that `search` finds after the cursor `before`. Raises `RequestError` for
+        an invalid cursor."""
+        where, values = _where_clause(owner, search or HistorySearch())
         if before is not None:
             created, dot, id_ = before.partition(".")
             if not (dot and re.fullmatch(r"\d{1,18}", created) and _ID.fullmatch(id_)):
@@ -226,16 +226,16 @@ class History:
     def overview(
         self, owner: str, search: HistorySearch | None = None, limit: int = DEFAULT_PAGE_SIZE
     ) -> HistoryOverview:
-        """What is shown first: all of it as it was at one moment."""
-        where, values = _condition(owner, search or HistorySearch())
+        """Return the first view, from one consistent snapshot."""
+        where, values = _where_clause(owner, search or HistorySearch())
         limit = max(1, min(MAX_PICTURES_PER_CALL, limit))
         with self._read_transaction() as connection:
-            # One pass gives the page and the count.
-            found = connection.execute(
+            # One scan for both the page and the count.
+            matches = connection.execute(
                 f"SELECT id FROM history_pictures WHERE {where} ORDER BY created DESC, id DESC", values
             ).fetchall()
-            rows = _rows(connection, owner, [row["id"] for row in found[:limit]], ENTRY_COLUMNS)
-            (everything,) = connection.execute(
+            rows = _select_rows(connection, owner, [row["id"] for row in matches[:limit]], ENTRY_COLUMNS)
+            (total,) = connection.execute(
                 "SELECT count(*) FROM history_pictures WHERE owner = ? AND deleted IS NULL", (owner,)
             ).fetchone()
             trashed = connection.execute(
@@ -249,61 +249,63 @@ class History:
             ).fetchall()
         entries = tuple(map(self._entry, rows))
         return HistoryOverview(
-            page=HistoryPage(entries=entries, next_cursor=entries[-1].cursor if len(found) > limit else None),
-            found=len(found),
-            total=everything,
+            page=HistoryPage(entries=entries, next_cursor=entries[-1].cursor if len(matches) > limit else None),
+            found=len(matches),
+            total=total,
             trashed_ids=tuple(row["id"] for row in trashed),
             checkpoints=tuple((name, label) for name, label in checkpoints),
         )
 
     def find_with_file(self, owner: str, id_: str) -> tuple[HistoryEntry, Path | None] | None:
-        """`owner`'s picture `id_` and its file, None where that is gone; None where there is no such picture."""
+        """Return `owner`'s picture `id_` and its file (None if that is gone); None if there is no such picture."""
         with self._read_transaction() as connection:
-            rows = _rows(connection, owner, [id_], ENTRY_COLUMNS)
+            rows = _select_rows(connection, owner, [id_], ENTRY_COLUMNS)
         return (self._entry(rows[0]), self._file(rows[0])) if rows else None
 
     def find(self, owner: str, ids: Iterable[str]) -> list[HistoryEntry]:
-        """Those of `ids` that are `owner`'s pictures, in that order."""
+        """Return those of `ids` that are `owner`'s pictures, in that order."""
         with self._read_transaction() as connection:
-            return [self._entry(row) for row in _rows(connection, owner, ids, ENTRY_COLUMNS)]
+            return [self._entry(row) for row in _select_rows(connection, owner, ids, ENTRY_COLUMNS)]
 
     def details(self, owner: str, id_: str) -> PictureDetails | None:
-        """All that is known of `owner`'s picture `id_`; None where there is none."""
+        """Return everything known about `owner`'s picture `id_`; None if there is no such picture."""
         with self._read_transaction() as connection:
-            rows = _rows(connection, owner, [id_], f"{ENTRY_COLUMNS}, sha256")
+            rows = _select_rows(connection, owner, [id_], f"{ENTRY_COLUMNS}, sha256")
             if not rows:
                 return None
-            (written,) = connection.execute("SELECT record FROM history_records WHERE picture = ?", (id_,)).fetchone()
+            (record_json,) = connection.execute(
+                "SELECT record FROM history_records WHERE picture = ?", (id_,)
+            ).fetchone()
             sources = [
                 ReferenceOrigin(sha256=sha256, entry=self._by_hash(connection, owner, sha256))
                 for (sha256,) in connection.execute(
                     "SELECT sha256 FROM history_sources WHERE picture = ? ORDER BY place", (id_,)
                 ).fetchall()
             ]
-            made = connection.execute(
+            derived = connection.execute(
                 f"SELECT {ENTRY_COLUMNS} FROM history_pictures WHERE owner = ? AND deleted IS NULL AND id IN "
                 "(SELECT picture FROM history_sources WHERE sha256 = ?) ORDER BY created DESC, id DESC LIMIT ?",
                 (owner, rows[0]["sha256"], MAX_PICTURES_PER_CALL),
             ).fetchall()
         try:
-            record = record_from_json(written)
-        except RequestError:  # written by a later version: the rest is shown all the same
+            record = record_from_json(record_json)
+        except RequestError:  # written by a later version of the studio: show the rest
             record = None
         return PictureDetails(
             entry=self._entry(rows[0]),
             record=record,
             made_from=tuple(sources),
-            made_into=tuple(map(self._entry, made)),
+            made_into=tuple(map(self._entry, derived)),
         )
 
     def find_file(self, owner: str, id_: str) -> Path | None:
-        """The file of `owner`'s picture `id_`; None where there is no such picture, or its file is gone."""
+        """Return the file of `owner`'s picture `id_`; None if there is no such picture or its file is gone."""
         with self._read_transaction() as connection:
-            rows = _rows(connection, owner, [id_], "id, path")
+            rows = _select_rows(connection, owner, [id_], "id, path")
         return self._file(rows[0]) if rows else None
 
     def find_file_by_hash(self, owner: str, sha256: str) -> Path | None:
-        """The file of a picture of `owner`'s that had this SHA-256 when it was saved, if it still has."""
+        """Return the file of a picture of `owner` with this SHA-256, if its file still has that hash; else None."""
         with self._read_transaction() as connection:
             rows = connection.execute(
                 "SELECT id, path FROM history_pictures WHERE owner = ? AND sha256 = ? AND deleted IS NULL "
@@ -317,19 +319,18 @@ class History:
         return None
 
     def set_favourite(self, owner: str, ids: Iterable[str], on: bool) -> int:
-        """Make `owner`'s pictures `ids` favourites, or no longer. Returns how many there are of them."""
+        """Set or clear the favourite mark of `owner`'s pictures `ids`. Returns how many exist."""
         with self._write_transaction() as connection:
-            known = [row["id"] for row in _rows(connection, owner, ids, "id")]
+            known = [row["id"] for row in _select_rows(connection, owner, ids, "id")]
             connection.executemany(
                 "UPDATE history_pictures SET favourite = ? WHERE id = ?", [(int(on), id_) for id_ in known]
             )
         return len(known)
 
     def delete(self, owner: str, ids: Iterable[str]) -> list[str]:
-        """Hide `owner`'s pictures `ids` at once, and put their files into the trash. Returns the ids of those there
-        were."""
+        """Hide `owner`'s pictures `ids` at once, and move their files to the trash. Returns the ids that existed."""
         with self._write_transaction() as connection:
-            rows = _rows(connection, owner, ids, "id, path")
+            rows = _select_rows(connection, owner, ids, "id, path")
             connection.executemany(
                 "UPDATE history_pictures SET deleted = ? WHERE id = ?", [(self._moment(), row["id"]) for row in rows]
             )
@@ -339,9 +340,9 @@ class History:
         return [row["id"] for row in rows]
 
     def restore(self, owner: str, ids: Iterable[str]) -> list[str]:
-        """Undo `delete`. Returns the ids of the pictures that are back."""
+        """Undo `delete`. Returns the ids of the restored pictures."""
         with self._write_transaction() as connection:
-            rows = _rows(connection, owner, ids, "id, path", deleted=True)
+            rows = _select_rows(connection, owner, ids, "id, path", deleted=True)
             for row in rows:
                 self._move(self._trashed(row), self._outputs / row["path"])
             connection.executemany(
@@ -350,8 +351,8 @@ class History:
         return [row["id"] for row in rows]
 
     def empty_trash(self, owner: str) -> int:
-        """Really remove what `owner` has deleted. Returns how many pictures that were. Raises `SaveError` where some
-        files cannot be removed, once all others are."""
+        """Remove the deleted pictures of `owner` for good. Returns how many. Raises `SaveError` if some files cannot be
+        removed, after removing all others."""
         removed, stuck = self._remove("owner = ?", owner)
         if stuck:
             raise SaveError(
@@ -361,37 +362,37 @@ class History:
         return removed
 
     def purge(self) -> int:
-        """Really remove what was deleted more than a day ago. Returns how many pictures that were; a file that cannot
-        be removed is tried again the next time."""
+        """Remove pictures for good that were deleted more than `TRASH_SECONDS` ago. Returns how many. Files that cannot
+        be removed are tried again the next time."""
         latest = self._moment() - TRASH_SECONDS * 10**6
-        with self._read_transaction() as connection:  # which waits for nobody: usually there is nothing to do
+        with self._read_transaction() as connection:  # does not wait for writers; usually there is nothing to do
             due = connection.execute("SELECT 1 FROM history_pictures WHERE deleted < ? LIMIT 1", (latest,)).fetchone()
         return self._remove("deleted < ?", latest)[0] if due else 0
 
     def _remove(self, where: str, value: str | int) -> tuple[int, int]:
-        """How many deleted pictures were removed, and how many could not be."""
+        """Return how many deleted pictures were removed, and how many could not be."""
         with self._write_transaction() as connection:
             rows = connection.execute(
                 f"SELECT id, path FROM history_pictures WHERE deleted IS NOT NULL AND {where}", (value,)
             ).fetchall()
-            gone = []
+            removed = []
             for row in rows:
                 with suppress(OSError):
                     for place in (self._trashed(row), self._outputs / row["path"]):
                         place.unlink(missing_ok=True)
-                    gone.append((row["id"],))
+                    removed.append((row["id"],))
             for table, column in (("sources", "picture"), ("records", "picture"), ("pictures", "id")):
-                connection.executemany(f"DELETE FROM history_{table} WHERE {column} = ?", gone)
-        return len(gone), len(rows) - len(gone)
+                connection.executemany(f"DELETE FROM history_{table} WHERE {column} = ?", removed)
+        return len(removed), len(rows) - len(removed)
 
     def _move(self, here: Path, there: Path) -> None:
-        """Move a file that may be gone; one on another drive stays. Raises `SaveError` where it cannot be moved."""
+        """Move a file that may be gone; across drives it stays. Raises `SaveError` if it cannot be moved."""
         try:
             there.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # a picture whose file is gone can be deleted, and come back as it was
+            with suppress(FileNotFoundError):  # pictures without a file can be deleted and restored too
                 here.replace(there)
         except OSError as error:
-            if error.errno == errno.EXDEV:  # it is looked for, and removed, in both places
+            if error.errno == errno.EXDEV:  # files are looked up, and removed, in both places
                 return
             raise SaveError(
                 f"{here.name} cannot be moved to {there.parent} ({error.strerror or error}): allow writing there."
@@ -435,18 +436,18 @@ class History:
     def _read_transaction(self) -> Iterator[Connection]:
         if not self._tables_created.is_set():
             with self._write_transaction():
-                pass  # makes the tables
+                pass  # creates the tables
         with self._database.read_transaction() as connection:
             yield connection
 
 
-def _condition(owner: str, search: HistorySearch) -> tuple[str, list[str | int]]:
-    """The part of a query behind WHERE, and its values."""
+def _where_clause(owner: str, search: HistorySearch) -> tuple[str, list[str | int]]:
+    """Return the WHERE clause of a search, and its values."""
     where, values = ["owner = ?", "deleted IS NULL"], [owner]
-    found: list[str | int] = list(values)
+    parameters: list[str | int] = list(values)
     for word in fold_for_search(search.words).split()[:MAX_WORDS]:
-        where.append("instr(folded, ?) > 0")  # unlike LIKE it takes every character for itself
-        found.append(word)
+        where.append("instr(folded, ?) > 0")  # unlike LIKE, it has no wildcard characters
+        parameters.append(word)
     for condition, value in (
         ("checkpoint = ?", search.checkpoint or None),
         ("created >= ?", search.since),
@@ -454,16 +455,18 @@ def _condition(owner: str, search: HistorySearch) -> tuple[str, list[str | int]]
     ):
         if value is not None:
             where.append(condition)
-            found.append(value)
+            parameters.append(value)
     if search.favourites:
         where.append("favourite = 1")
-    return " AND ".join(where), found
+    return " AND ".join(where), parameters
 
 
-def _rows(connection: Connection, owner: str, ids: Iterable[str], columns: str, *, deleted: bool = False) -> list[Row]:
-    """`owner`'s pictures with these `ids`, which come from anywhere, in that order and each once."""
-    wanted: Sequence[str] = [id_ for id_ in dict.fromkeys(ids) if _ID.fullmatch(id_)]
+def _select_rows(
+    connection: Connection, owner: str, ids: Iterable[str], columns: str, *, deleted: bool = False
+) -> list[Row]:
+    """Return `owner`'s pictures with these untrusted `ids`, in that order and without duplicates."""
+    valid_ids: Sequence[str] = [id_ for id_ in dict.fromkeys(ids) if _ID.fullmatch(id_)]
     state = "IS NOT NULL" if deleted else "IS NULL"
     query = f"SELECT {columns} FROM history_pictures WHERE id = ? AND owner = ? AND deleted {state}"
-    found = [connection.execute(query, (id_, owner)).fetchone() for id_ in wanted]
-    return [row for row in found if row is not None]
+    rows = [connection.execute(query, (id_, owner)).fetchone() for id_ in valid_ids]
+    return [row for row in rows if row is not None]

@@ -1,4 +1,5 @@
-"""Finished pictures on disk: one folder a day, a readable name for each, and never a half-written or lost file."""
+"""Saved pictures on disk: one folder per day, a readable name for each file, and no half-written or overwritten
+files."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ FORMAT_SUFFIXES: Mapping[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "we
 
 
 class OutputLibrary:
-    """The pictures under `folder`: `YYYY-MM-DD/HHMMSS-checkpoint-seed-token.png`, or .jpg or .webp, in local time by
-    `now`.
+    """The pictures under `folder`, named `YYYY-MM-DD/HHMMSS-checkpoint-seed-token.png` (or .jpg, .webp) in local time
+    by `now`.
 
-    `token` makes a name that nobody can guess: the page serves a picture to whoever knows its path. Several threads
+    `token` makes the name unguessable, because the page serves a picture to anyone who knows its path. Several threads
     and processes may save at once.
     """
 
@@ -36,7 +37,7 @@ class OutputLibrary:
         self._token = token
 
     def check_writable(self) -> None:
-        """Raises `SaveError` where nothing can be saved. Asked before a long run, it spares the run."""
+        """Raises `SaveError` if nothing can be saved. Called before a run, so that no long run is lost."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=self.folder) as file:
@@ -45,9 +46,9 @@ class OutputLibrary:
             raise SaveError(self._reason(error)) from error
 
     def save(self, data: bytes, request: Request) -> Path:
-        """Write `data`, the finished file of the picture that `request` (resolved, its own seed) made.
+        """Write `data`, the finished file of the picture of `request` (resolved, with the picture's own seed).
 
-        Returns the file's path. Raises `SaveError` where it cannot be written; nothing is left behind then.
+        Returns the file's path. Raises `SaveError` if it cannot be written; nothing is left behind then.
         """
         moment = self._now()
         checkpoint = re.sub(r"[^\w.-]+", "-", request.checkpoint or "")
@@ -55,7 +56,7 @@ class OutputLibrary:
         try:
             day = self.folder / f"{moment:%Y-%m-%d}"
             day.mkdir(parents=True, exist_ok=True)
-            while True:  # until a name is free, which the first is but for a wonder
+            while True:  # until a name is free; in practice the first one is
                 target = day / f"{stem}-{self._token()}{FORMAT_SUFFIXES[request.format]}"
                 with suppress(FileExistsError):
                     _write_new(target, data)
@@ -81,15 +82,15 @@ class OutputLibrary:
 
 
 def _write_new(target: Path, data: bytes) -> None:
-    """Write `target`, complete from the moment it can be seen. Raises `FileExistsError` if that name is taken.
+    """Write `target` atomically. Raises `FileExistsError` if the name is taken.
 
-    Whoever made the hidden file beside it owns the name: only then is it safe to look whether it is free, and the
-    final rename cannot overwrite a picture.
+    Creating the hidden file beside it reserves the name: only then is checking for `target` free of races, so the final
+    rename cannot overwrite a picture.
     """
     hidden = target.with_name(f".{target.name}.part")
     file = hidden.open("xb")
     try:
-        with file:  # closed before it is renamed, as Windows wants; on a full disk closing fails too
+        with file:  # Windows renames only closed files; closing fails on a full disk
             if target.exists():
                 raise FileExistsError(target)
             file.write(data)

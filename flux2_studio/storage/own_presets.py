@@ -1,4 +1,4 @@
-"""Presets that users save for themselves: in the studio's database, each seen by its owner alone."""
+"""Presets that users save for themselves, in the studio's database. Only the owner sees them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flux2_studio.errors import PresetError
 from flux2_studio.storage.database import Database
 from flux2_studio.storage.presets import Preset, parse_preset
 
-MAX_PRESETS_PER_OWNER = 100  # presets of one owner
-MAX_OWN_PRESETS_BYTES = 200_000_000  # bytes of all owners' together: browsers without end may come by a shared studio
+MAX_PRESETS_PER_OWNER = 100
+MAX_OWN_PRESETS_BYTES = 200_000_000  # of all owners together: a shared studio has unlimited visitors
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS own_presets (
@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS own_presets (
 
 
 class PresetNameTaken(PresetError):
-    """The owner has another preset of that name in the same form; `name` is how it is written there."""
+    """The owner has another preset of that name for the same form; `name` is its spelling."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"You have a preset called {name} already: replace it, or choose another name.")
@@ -32,19 +32,20 @@ class PresetNameTaken(PresetError):
 
 
 class OwnPresets:
-    """Presets by owner (as `ui.visitors.owner_of` tells) and id. Safe to use from any thread and several processes.
+    """Presets by owner (see `ui.gradio_compat.visitors.owner_of`) and id. Safe to use from any thread and several
+    processes.
 
-    Every method raises `PresetError` for an owner who is not known, and for an id that is not one of theirs;
-    `SaveError` where the database cannot be used.
+    Every method raises `PresetError` for an unknown owner or an id that is not theirs, and `SaveError` if the database
+    cannot be used.
     """
 
     def __init__(self, database: Database, *, max_total_bytes: int = MAX_OWN_PRESETS_BYTES) -> None:
-        """max_total_bytes: of all owners' presets together."""
+        """max_total_bytes: limit for the presets of all owners together."""
         self._database = database
         self._max_total_bytes = max_total_bytes
 
     def for_form(self, owner: str, form: str) -> dict[str, Preset]:
-        """Those of `owner` for `form` by their ids, in the order of their names."""
+        """Return the presets of `owner` for `form` by id, sorted by name."""
         with self._opened(owner) as connection:
             rows = connection.execute(
                 "SELECT id, card FROM own_presets WHERE owner = ? AND form = ? ORDER BY folded", (owner, form)
@@ -56,16 +57,16 @@ class OwnPresets:
             return _find(connection, owner, id)
 
     def save(self, owner: str, preset: Preset, *, replace: bool = False) -> str:
-        """Keep `preset` and return its id. Raises `PresetNameTaken` where the name is and `replace` is not said."""
+        """Save `preset` and return its id. Raises `PresetNameTaken` if the name exists and `replace` is false."""
         card = preset.as_json().encode()
         folded = preset.name.casefold()
         with self._opened(owner) as connection:
-            there = _named(connection, owner, preset)
-            if there is not None:
+            existing = _find_by_name(connection, owner, preset)
+            if existing is not None:
                 if not replace:
-                    raise PresetNameTaken(parse_preset(there["card"]).name)
-                connection.execute("UPDATE own_presets SET card = ? WHERE id = ?", (card, there["id"]))
-                return str(there["id"])
+                    raise PresetNameTaken(parse_preset(existing["card"]).name)
+                connection.execute("UPDATE own_presets SET card = ? WHERE id = ?", (card, existing["id"]))
+                return str(existing["id"])
             self._check_room(connection, owner, len(card))
             id = secrets.token_hex(8)
             connection.execute(
@@ -75,12 +76,12 @@ class OwnPresets:
         return id
 
     def rename(self, owner: str, id: str, name: str) -> Preset:
-        """The preset `id` as it is called now. Raises `PresetNameTaken` where another one is called so."""
+        """Rename preset `id` and return it. Raises `PresetNameTaken` if another one has that name."""
         with self._opened(owner) as connection:
             preset = dataclasses.replace(_find(connection, owner, id), name=name.strip())
-            there = _named(connection, owner, preset)
-            if there is not None and there["id"] != id:
-                raise PresetNameTaken(parse_preset(there["card"]).name)
+            existing = _find_by_name(connection, owner, preset)
+            if existing is not None and existing["id"] != id:
+                raise PresetNameTaken(parse_preset(existing["card"]).name)
             connection.execute(
                 "UPDATE own_presets SET folded = ?, card = ? WHERE id = ?",
                 (preset.name.casefold(), preset.as_json().encode(), id),
@@ -88,7 +89,7 @@ class OwnPresets:
         return preset
 
     def delete(self, owner: str, id: str) -> Preset:
-        """Forget the preset `id`, and return it, for whoever thinks better of it."""
+        """Delete preset `id`, and return it so that the caller can undo."""
         with self._opened(owner) as connection:
             preset = _find(connection, owner, id)
             connection.execute("DELETE FROM own_presets WHERE id = ?", (id,))
@@ -118,7 +119,7 @@ def _find(connection: sqlite3.Connection, owner: str, id: str) -> Preset:
     return parse_preset(row["card"])
 
 
-def _named(connection: sqlite3.Connection, owner: str, preset: Preset) -> sqlite3.Row | None:
+def _find_by_name(connection: sqlite3.Connection, owner: str, preset: Preset) -> sqlite3.Row | None:
     row: sqlite3.Row | None = connection.execute(
         "SELECT id, card FROM own_presets WHERE owner = ? AND form = ? AND folded = ?",
         (owner, preset.form, preset.name.casefold()),

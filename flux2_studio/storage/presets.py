@@ -1,16 +1,16 @@
-"""Presets: a part of a `Request` to start from, on a card that says what it is for.
+"""Presets: part of a `Request` as a starting point, with a card that describes it.
 
-One JSON file each, from this studio's presets/ folder or from anybody:
+Each preset is a JSON file, from this studio's presets/ folder or from anyone:
 
     {"name": ..., "group": ..., "form": "generate" | "edit" | "multi", "description": one line,
-     "subject": what stands in for {subject} where the user says nothing,
-     "picture": a file of examples/, or "shows": what comes out, in words,
+     "subject": the default for {subject} if the user writes nothing,
+     "picture": a file of examples/, or "shows": the result in words,
      "request": {"prompt": "... {subject} ...", "width": ..., "height": ..., ...}}
 
-`request` holds fields of `Request`, those in `PRESET_FIELDS`. Not the seed and the references: a preset is a recipe,
-not one picture (that is what Inspect restores), and a stranger's file must name no path of this machine. And not who
-enriches the prompt, nor what a finished file says of itself: where a prompt is sent and what is published stays the
-user's own choice, whatever file they took in.
+`request` holds the fields of `Request` listed in `PRESET_FIELDS`. The seed and the references are not among them: a
+preset is a recipe, not one picture (Inspect restores those), and a stranger's file must not name paths of this machine.
+Prompt enhancement and the marks of finished files are not among them either: users decide where prompts are sent and
+what is published, whatever file they import.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import PresetError, RequestError
 from flux2_studio.request import LoraChoice, Request, round_side, size_for_aspect
 
-FormName = Literal["generate", "edit", "multi"]  # for no reference, for one, for more
+FormName = Literal["generate", "edit", "multi"]  # for no, one or several references
 SUBJECT_PLACEHOLDER = "{subject}"
 PRESET_FIELDS = (
     "prompt",
@@ -42,10 +42,10 @@ PRESET_FIELDS = (
     "loras",
     "format",
 )
-MAX_PRESET_BYTES = 100_000  # of a file; a prompt as long as can be, in any script, fits
-MAX_JSON_DEPTH = 4  # brackets within brackets; a LoRA of a request is the deepest there is
-MAX_FILES = 500  # of a folder
-# Characters of each text on the card, and whether it may be left out.
+MAX_PRESET_BYTES = 100_000  # of a file; the longest possible prompt fits, in any script
+MAX_JSON_DEPTH = 4  # nested brackets; the LoRAs of a request are the deepest
+MAX_FILES = 500  # read from a folder
+# Maximum characters of each text on the card, and whether it is optional.
 CARD: Mapping[str, tuple[int, bool]] = {
     "name": (60, False),
     "group": (40, False),
@@ -53,17 +53,16 @@ CARD: Mapping[str, tuple[int, bool]] = {
     "subject": (300, True),
     "shows": (400, True),
 }
-_FILE = re.compile(r"[a-z0-9][a-z0-9-]{0,59}\.json")
-_PICTURE = re.compile(r"[a-z0-9][a-z0-9-]{0,59}\.webp")
+_FILE_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,59}\.json")
+_PICTURE_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,59}\.webp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """A partial request and its card.
 
-    request: of the fields in `PRESET_FIELDS` those that it sets, as `Request.as_dict` has them. subject: an example for
-    the prompt's `{subject}`. picture: an example of what comes out, where there is one. Raises `PresetError` for what
-    no card and no request may hold.
+    request: values for some of `PRESET_FIELDS`, as in `Request.as_dict`. subject: an example for the prompt's
+    `{subject}`. picture: an example of the result, or None. Raises `PresetError` for an invalid card or request.
     """
 
     name: str
@@ -76,8 +75,8 @@ class Preset:
     picture: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, (most, may_be_empty) in CARD.items():
-            _check_text(name, getattr(self, name), most, may_be_empty=may_be_empty)
+        for name, (max_characters, may_be_empty) in CARD.items():
+            _check_text(name, getattr(self, name), max_characters, may_be_empty=may_be_empty)
         if self.form not in get_args(FormName):
             raise PresetError(f"form must be one of {', '.join(get_args(FormName))}, not {str(self.form)[:50]!r}.")
         _check_request(self.request)
@@ -92,7 +91,7 @@ class Preset:
 
     @property
     def template(self) -> str:
-        """The prompt with its placeholder; "" where the preset leaves the prompt alone."""
+        """The prompt with its placeholder; empty if the preset does not set the prompt."""
         return str(self.request.get("prompt", ""))
 
     @property
@@ -100,35 +99,35 @@ class Preset:
         return SUBJECT_PLACEHOLDER in self.template
 
     def fill_prompt(self, subject: str) -> str | None:
-        """The prompt with the user's `subject` in their place, or with the example subject; None where it has none.
+        """Return the prompt with `subject` inserted (if empty, the example subject); None if the preset has no prompt.
 
-        Raises `PresetError` where there are neither.
+        Raises `PresetError` if there is no subject either way.
         """
         if not self.template or not self.takes_subject:
             return self.template or None
-        # What a user typed may be a template itself, of a preset that they are about to save.
-        said = subject.strip() if SUBJECT_PLACEHOLDER not in subject else ""
-        if not (said or self.subject):
+        # The subject may be a template itself, of a preset that the user is about to save.
+        own_subject = subject.strip() if SUBJECT_PLACEHOLDER not in subject else ""
+        if not (own_subject or self.subject):
             raise PresetError(
                 f"{self.name} needs a subject: write in the prompt what it should be about, and apply it again."
             )
         before, _, after = self.template.partition(SUBJECT_PLACEHOLDER)
-        return f"{before}{said or self.subject}{after}"
+        return f"{before}{own_subject or self.subject}{after}"
 
     def extract_subject(self, prompt: str) -> str | None:
-        """What the user had said where `fill_prompt` came from this preset ("" for the example); None where it did
-        not."""
+        """Return the subject that `fill_prompt` inserted into `prompt` (empty for the example); None if the prompt is
+        not from this preset."""
         if not self.takes_subject:
             return "" if self.template and prompt == self.template else None
         before, _, after = self.template.partition(SUBJECT_PLACEHOLDER)
-        fits = prompt.startswith(before) and prompt.endswith(after) and len(prompt) >= len(before) + len(after)
-        if not fits:
+        matches = prompt.startswith(before) and prompt.endswith(after) and len(prompt) >= len(before) + len(after)
+        if not matches:
             return None
-        said = prompt[len(before) : len(prompt) - len(after)]
-        return "" if said == self.subject else said
+        subject = prompt[len(before) : len(prompt) - len(after)]
+        return "" if subject == self.subject else subject
 
     def as_dict(self) -> dict[str, Any]:
-        """As its file has it, without the example picture, which stays with the studio."""
+        """Return the file's content without the example picture, which belongs to the studio."""
         texts = {name: getattr(self, name) for name in ("name", "group", "form", "description", "subject", "shows")}
         return {**{name: text for name, text in texts.items() if text}, "request": dict(self.request)}
 
@@ -138,7 +137,7 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class AppliedPreset:
-    """What a preset sets for one checkpoint, as fields of `Request`; `notes` say what of it that one cannot take."""
+    """The values of a preset for one checkpoint, as fields of `Request`; `notes` list what the checkpoint cannot do."""
 
     values: Mapping[str, Any]
     notes: tuple[str, ...] = ()
@@ -146,9 +145,9 @@ class AppliedPreset:
 
 @dataclass(frozen=True, kw_only=True)
 class Presets:
-    """Those of a folder by their files' names without the ending, in the order of groups and names.
+    """The presets of a folder by file name without suffix, sorted by group and name.
 
-    problems: a sentence about each file that is none.
+    problems: a sentence about each invalid file.
     """
 
     by_slug: Mapping[str, Preset] = field(default_factory=dict)
@@ -156,49 +155,50 @@ class Presets:
 
     @classmethod
     def load(cls, folder: Path) -> Presets:
-        """Those in `folder`, which need not exist; a file that cannot be read hides no other one."""
-        found: dict[str, Preset] = {}
+        """Load the presets in `folder`, which need not exist; an unreadable file does not affect the others."""
+        presets: dict[str, Preset] = {}
         problems: list[str] = []
         files = sorted(folder.glob("*.json"))
         for path in files[:MAX_FILES]:
             try:
-                if not _FILE.fullmatch(path.name):
+                if not _FILE_NAME_PATTERN.fullmatch(path.name):
                     raise PresetError("a preset's file is named with small letters, digits and dashes: rename it.")
                 preset = read_preset(path, examples=folder / "examples")
-                if twin := next((slug for slug, it in found.items() if _key(it) == _key(preset)), None):
-                    raise PresetError(f"{preset.name!r} is in {twin}.json already: give it another name.")
-                found[path.stem] = preset
+                if duplicate := next(
+                    (slug for slug, it in presets.items() if _unique_key(it) == _unique_key(preset)), None
+                ):
+                    raise PresetError(f"{preset.name!r} is in {duplicate}.json already: give it another name.")
+                presets[path.stem] = preset
             except PresetError as error:
-                problems.append(f"{_shown(path.name)}: {error}")
+                problems.append(f"{_printable(path.name)}: {error}")
         if len(files) > MAX_FILES:
             problems.append(f"Only the first {MAX_FILES} of {len(files)} presets are read: move some elsewhere.")
-        ordered = sorted(found.items(), key=lambda it: (it[1].group.casefold(), it[1].name.casefold()))
+        ordered = sorted(presets.items(), key=lambda it: (it[1].group.casefold(), it[1].name.casefold()))
         return cls(by_slug=dict(ordered), problems=tuple(problems))
 
     def for_form(self, form: str) -> dict[str, Preset]:
         return {slug: preset for slug, preset in self.by_slug.items() if preset.form == form}
 
     def find(self, name: str) -> Preset:
-        """The one that is called so, on its card or by its file. Raises `PresetError`."""
+        """Return the preset with this name or file name. Raises `PresetError`."""
         wanted = name.strip().casefold()
         for slug, preset in self.by_slug.items():
             if wanted in (slug, preset.name.casefold()):
                 return preset
-        raise PresetError(f"There is no preset called {_shown(name)!r}: the command `presets` lists them.")
+        raise PresetError(f"There is no preset called {_printable(name)!r}: the command `presets` lists them.")
 
 
-def _key(preset: Preset) -> tuple[str, str]:
+def _unique_key(preset: Preset) -> tuple[str, str]:
     return preset.form, preset.name.casefold()
 
 
 def read_preset(path: Path, *, examples: Path | None = None) -> Preset:
-    """The preset in the file `path`, by whomever. examples: the folder of its picture; None where it may have none.
+    """Read the preset in the untrusted file `path`. examples: the folder of its picture; None if it may have none.
 
-    Raises `PresetError` for anything that is no preset, without having read more than `MAX_PRESET_BYTES` of it.
+    Raises `PresetError` for an invalid preset; never reads more than `MAX_PRESET_BYTES` + 1 bytes.
     """
     try:
-        # Whether it is a plain file is asked of what was opened, which nobody can exchange any more; a pipe must not
-        # keep us waiting.
+        # Check the type of the opened file, which nobody can replace any more. O_NONBLOCK: a pipe must not block.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -210,13 +210,15 @@ def read_preset(path: Path, *, examples: Path | None = None) -> Preset:
 
 
 def parse_preset(data: bytes, *, examples: Path | None = None) -> Preset:
-    """The preset that a file with `data` holds. examples: see `read_preset`. Raises `PresetError`."""
+    """Parse the content of a preset file. examples: see `read_preset`. Raises `PresetError`."""
     if len(data) > MAX_PRESET_BYTES:
         raise PresetError(
             f"The file is larger than the {MAX_PRESET_BYTES:,} bytes that a preset may have: this is none."
         )
     try:
-        read = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        card = json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constant
+        )
     except PresetError:
         raise
     except UnicodeDecodeError as error:
@@ -224,39 +226,39 @@ def parse_preset(data: bytes, *, examples: Path | None = None) -> Preset:
     except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise PresetError(f"The file is no JSON{where}: a preset is written as the README has it.") from error
-    if not isinstance(read, dict):
+    if not isinstance(card, dict):
         raise PresetError("A preset is a JSON object with a name, a group, a form, a description and a request.")
-    if _depth(read) > MAX_JSON_DEPTH:
+    if _depth(card) > MAX_JSON_DEPTH:
         raise PresetError(f"Brackets stand more than {MAX_JSON_DEPTH} deep: a preset has no such thing.")
-    return _from_dict(read, examples)
+    return _from_dict(card, examples)
 
 
-def _from_dict(read: Mapping[str, Any], examples: Path | None) -> Preset:
+def _from_dict(card: Mapping[str, Any], examples: Path | None) -> Preset:
     known = {"name", "group", "form", "description", "subject", "shows", "picture", "request"}
-    _no_unknown(read, known, "A preset")
+    _reject_unknown_fields(card, known, "A preset")
     for name in ("name", "group", "form", "description", "request"):
-        if name not in read:
+        if name not in card:
             raise PresetError(f"It has no {name}: add one.")
-    picture = read.get("picture")
+    picture = card.get("picture")
     if picture is not None:
         if examples is None:
             raise PresetError("Only presets that come with the studio have a picture: leave it out.")
-        if not (isinstance(picture, str) and _PICTURE.fullmatch(picture)):
+        if not (isinstance(picture, str) and _PICTURE_NAME_PATTERN.fullmatch(picture)):
             raise PresetError("picture must be the name of a .webp file in examples/.")
         path = examples / picture
         if path.is_symlink() or not path.is_file():
             raise PresetError(f"There is no {picture} in examples/: draw it, or say in words what the preset shows.")
-        if read.get("shows"):
+        if card.get("shows"):
             raise PresetError("It has a picture and says what it shows: leave one of them out.")
-    given = {name: value for name, value in read.items() if name != "picture"}
-    return Preset(**given, picture=examples / picture if examples and picture else None)
+    fields = {name: value for name, value in card.items() if name != "picture"}
+    return Preset(**fields, picture=examples / picture if examples and picture else None)
 
 
 def apply_preset(preset: Preset, subject: str, checkpoint: Checkpoint, given: Collection[str] = ()) -> AppliedPreset:
-    """What `preset` sets where `checkpoint` draws, with `subject` as the subject, but for the fields that are `given`.
+    """Return what `preset` sets for `checkpoint`, with `subject` inserted, except for the fields in `given`.
 
-    What that checkpoint cannot do is left to it and told: fixed steps and guidance, a negative prompt. A size beyond
-    it becomes its own, in the same shape. Raises `PresetError` where there is no subject.
+    Values that the checkpoint cannot use (fixed steps and guidance, a negative prompt) are left out with a note. A size
+    above its maximum becomes its default size with the same aspect ratio. Raises `PresetError` if there is no subject.
     """
     values = {name: value for name, value in preset.request.items() if name not in given}
     if "prompt" in values and (prompt := preset.fill_prompt(subject)) is not None:
@@ -267,18 +269,18 @@ def apply_preset(preset: Preset, subject: str, checkpoint: Checkpoint, given: Co
     if "width" in values:
         width, height = (round_side(values[side], side) for side in ("width", "height"))
         if width * height > checkpoint.max_pixels:
-            fitting = size_for_aspect(width, height, checkpoint.default_pixels)
+            smaller = size_for_aspect(width, height, checkpoint.default_pixels)
             notes.append(
-                f"{checkpoint.label} does not draw {width} x {height}: the size is {fitting[0]} x {fitting[1]}, nearly "
+                f"{checkpoint.label} does not draw {width} x {height}: the size is {smaller[0]} x {smaller[1]}, nearly "
                 f"the same shape."
             )
-            width, height = fitting
+            width, height = smaller
         values |= {"width": width, "height": height}
     for name in ("steps", "guidance", "negative_prompt"):
         if name not in values:
             continue
         try:
-            # The check that a run makes.
+            # The same check as for a run.
             Request.from_dict({"prompt": "a preset", name: values[name]}).resolve(checkpoint)
         except RequestError as error:
             notes.append(f"Left out of the preset: {name.replace('_', ' ')}. {error}")
@@ -287,7 +289,7 @@ def apply_preset(preset: Preset, subject: str, checkpoint: Checkpoint, given: Co
 
 
 def form_for(references: int) -> FormName:
-    """The form that takes so many references."""
+    """Return the form for this number of references."""
     form: FormName = get_args(FormName)[min(references, 2)]
     return form
 
@@ -295,15 +297,16 @@ def form_for(references: int) -> FormName:
 def make_preset(
     name: str, form: FormName, values: Mapping[str, Any], *, description: str = "", group: str = "Yours"
 ) -> Preset:
-    """A preset called `name` that sets `values`, of a request as it is. Raises `PresetError`."""
-    held = {key: value for key, value in values.items() if key in PRESET_FIELDS and value not in (None, "")}
-    held = json.loads(json.dumps(held))  # as it will be read again
+    """Return a preset called `name` with the `PRESET_FIELDS` of `values`, the fields of a request. Raises
+    `PresetError`."""
+    fields = {key: value for key, value in values.items() if key in PRESET_FIELDS and value not in (None, "")}
+    fields = json.loads(json.dumps(fields))  # as it will be read from the file
     preset = Preset(
         name=name.strip(),
         group=group,
         form=form,
-        description=description or f"Sets {', '.join(describe_fields(held))}.",
-        request=held,
+        description=description or f"Sets {', '.join(describe_fields(fields))}.",
+        request=fields,
     )
     if len(preset.as_json().encode()) > MAX_PRESET_BYTES:
         raise PresetError("This is too much for a preset: shorten the prompt.")
@@ -311,7 +314,7 @@ def make_preset(
 
 
 def describe_fields(values: Iterable[str]) -> list[str]:
-    """What the fields that a preset sets are called on the page, in English."""
+    """Return the English names of preset fields, as on the page."""
     names = [
         name.replace("_", " ") for name in PRESET_FIELDS if name in set(values) and name not in ("width", "height")
     ]
@@ -321,25 +324,25 @@ def describe_fields(values: Iterable[str]) -> list[str]:
     return names or ["nothing"]
 
 
-# --- what is checked --------------------------------------------------------------------------------------------
+# --- validation -------------------------------------------------------------------------------------------------
 
 
-def _check_text(name: str, text: Any, most: int, *, may_be_empty: bool) -> None:
+def _check_text(name: str, text: Any, max_characters: int, *, may_be_empty: bool) -> None:
     if not isinstance(text, str):
         raise PresetError(f"{name} must be a text.")
     if not text and may_be_empty:
         return
     if not text.strip() or text != text.strip() or not text.isprintable():
         raise PresetError(f"{name} must be one line of text, with no blanks around it.")
-    if len(text) > most:
-        raise PresetError(f"{name} has {len(text):,} characters: shorten it to {most} at most.")
+    if len(text) > max_characters:
+        raise PresetError(f"{name} has {len(text):,} characters: shorten it to {max_characters} at most.")
 
 
 def _check_request(fields: Any) -> None:
-    """Whether a request may be made of `fields`, whatever stands for the ones that are missing."""
+    """Check that `fields` can be part of a request. Raises `PresetError`."""
     if not isinstance(fields, dict):
         raise PresetError("request must be an object with fields of a request.")
-    _no_unknown(fields, PRESET_FIELDS, "The request of a preset")
+    _reject_unknown_fields(fields, PRESET_FIELDS, "The request of a preset")
     if not fields:
         raise PresetError("The request is empty: let it set something.")
     if ("width" in fields) != ("height" in fields):
@@ -363,33 +366,33 @@ def _check_request(fields: Any) -> None:
         raise PresetError(f"The prompt is nothing but {SUBJECT_PLACEHOLDER}: write what stands around it.")
 
 
-def _no_unknown(read: Mapping[str, Any], known: Collection[str], what: str) -> None:
-    if unknown := sorted(read.keys() - set(known)):
-        raise PresetError(f"{what} has no field {_shown(unknown[0])!r}: leave it out.")
+def _reject_unknown_fields(fields: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    if unknown := sorted(fields.keys() - set(known)):
+        raise PresetError(f"{what} has no field {_printable(unknown[0])!r}: leave it out.")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    read = dict(pairs)
-    if len(read) < len(pairs):
-        twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
-        raise PresetError(f"{_shown(twice)!r} stands there twice: leave one of them.")
-    return read
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        duplicate = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
+        raise PresetError(f"{_printable(duplicate)!r} stands there twice: leave one of them.")
+    return fields
 
 
-def _no_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise PresetError(f"{name} is no number that JSON knows: write another one.")
 
 
 def _depth(value: Any) -> int:
-    """How deep the brackets of `value` stand, counted no further than matters."""
+    """Return the nesting depth of `value`; stops counting above `MAX_JSON_DEPTH`."""
     level, deep = [value], 0
     while level and deep <= MAX_JSON_DEPTH:
         inner = [it for it in level if isinstance(it, dict | list)]
-        level = [it for box in inner for it in (box.values() if isinstance(box, dict) else box)]
+        level = [it for container in inner for it in (container.values() if isinstance(container, dict) else container)]
         deep += bool(inner)
     return deep
 
 
-def _shown(text: str) -> str:
-    """A text of a stranger's, short and printable."""
+def _printable(text: str) -> str:
+    """Return an untrusted text in a short, printable form."""
     return "".join(it if it.isprintable() else "?" for it in text)[:60]

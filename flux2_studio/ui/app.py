@@ -1,4 +1,4 @@
-"""The page in the browser. With app.py the only place that knows Gradio; it never touches torch."""
+"""Builds and serves the page. Besides ui/, only app.py knows Gradio; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ from flux2_studio.ui.stage import compare, queue_panel
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-SPACE_HOST, SPACE_PORT = "0.0.0.0", 7860  # where a Hugging Face Space looks for its app
-SECONDS_PER_HOUR = 3600  # seconds
+SPACE_HOST, SPACE_PORT = "0.0.0.0", 7860  # required by Hugging Face Spaces
+SECONDS_PER_HOUR = 3600
 UPLOAD_RETENTION_SECONDS = 24 * SECONDS_PER_HOUR
 
 TITLE_HTML = """<h1><span class="mark" aria-hidden="true"></span>flux2-studio</h1>
@@ -66,11 +66,11 @@ def build_page(
     history: History | None = None,
     explorations: ExplorationManager | None = None,
 ) -> gr.Blocks:
-    """The page of `studio`, whose runs go through `jobs`; not launched yet.
+    """Build the page of `studio`, without launching it. Its runs go through `jobs`.
 
-    describe_memory_needs: what a checkpoint asks of this machine's memory, as a sentence. may_change: whether
-    checkpoints of `library` can be downloaded and deleted there. history: what its History tab shows; None for a page
-    without one. explorations: those of its Explore tab; None for new ones.
+    describe_memory_needs: a checkpoint's memory needs on this machine, as a sentence. may_change: whether checkpoints
+    of `library` can be downloaded and deleted on the page. history: for the History tab; None for a page without it.
+    explorations: for the Explore tab; None for new ones.
     """
     settings = studio.settings
     default = settings.checkpoint(None)
@@ -89,17 +89,18 @@ def build_page(
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=5, min_width=320, elem_id="forms"):
                 with gr.Column(elem_id="choice"):
-                    chosen = fields.checkpoint(settings.checkpoints, default.name)
+                    checkpoint_dropdown = fields.checkpoint(settings.checkpoints, default.name)
                     about = gr.HTML(
                         fields.checkpoint_summary_html(default, studio.is_on_disk(default)), elem_id="about"
                     )
                     loading = gr.HTML(elem_id="loading")
-                with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabbed:
+                with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs_component:
                     forms = [
-                        layout(chosen, default, examples, settings) for layout in (tabs.generate, tabs.edit, tabs.multi)
+                        build_form(checkpoint_dropdown, default, examples, settings)
+                        for build_form in (tabs.generate, tabs.edit, tabs.multi)
                     ]
-                    exploring = explore_tab.build_explore_tab(forms)
-                    remembered = history_tab.build_history_tab() if history is not None else None
+                    explore = explore_tab.build_explore_tab(forms)
+                    history_components = history_tab.build_history_tab() if history is not None else None
                     inspection = inspect_tab.build_inspect_tab()
                     models = models_tab.build_models_tab(library, describe_memory_needs, may_change=may_change)
             with gr.Column(scale=7, min_width=320, elem_id="stage"):
@@ -110,16 +111,16 @@ def build_page(
             jobs,
             examples,
             page=page,
-            checkpoint_dropdown=chosen,
+            checkpoint_dropdown=checkpoint_dropdown,
             about=about,
             loading=loading,
-            tabs=tabbed,
+            tabs=tabs_component,
             forms=forms,
             stage=stage,
             queue=queue,
         )
         explore_tab.wire_explore_tab(
-            exploring,
+            explore,
             studio,
             explorations or explorations_of(settings, jobs),
             Wildcards(settings.wildcards),
@@ -129,25 +130,27 @@ def build_page(
         presets = preset_panel.AvailablePresets(Presets.load(settings.presets), OwnPresets(Database(settings.database)))
         preset_apply.wire_presets(studio, presets, forms)
         own_preset_panel.wire_own_presets(studio, presets, forms)
-        models_tab.wire_models_tab(models, library, describe_memory_needs, checkpoint_dropdown=chosen, about=about)
+        models_tab.wire_models_tab(
+            models, library, describe_memory_needs, checkpoint_dropdown=checkpoint_dropdown, about=about
+        )
         inspect_tab.wire_inspect_tab(
             inspection,
             studio,
             studio.signer,
             studio.messages,
             forms=forms,
-            checkpoint_dropdown=chosen,
-            tabs=tabbed,
+            checkpoint_dropdown=checkpoint_dropdown,
+            tabs=tabs_component,
             reference_store=studio.reference_store,
         )
-        if history is not None and remembered is not None:
+        if history is not None and history_components is not None:
             history_tab.wire_history_tab(
-                remembered,
+                history_components,
                 studio,
                 history,
                 forms=forms,
-                checkpoint_dropdown=chosen,
-                tabs=tabbed,
+                checkpoint_dropdown=checkpoint_dropdown,
+                tabs=tabs_component,
                 reference_store=studio.reference_store,
             )
     page.show_status_only_at(title)
@@ -161,13 +164,13 @@ def serve_page(
     share: bool = False,
     notes: Sequence[str] = (),
 ) -> None:
-    """Show the page until it is interrupted, at http://127.0.0.1:7860 or the next free port unless told otherwise.
+    """Serve the page until interrupted, by default at http://127.0.0.1:7860 or the next free port.
 
-    notes: a sentence about each file of the user's own folder that is no checkpoint.
-    Raises `StudioError` where the page cannot be started.
+    notes: a sentence about each file in the user's checkpoint folder that is not a checkpoint. Raises `StudioError` if
+    the page cannot be started.
     """
     settings.set_environment_defaults()
-    # These load torch, which only a started page needs.
+    # These import torch, which only serving needs.
     from flux2_studio.images.reference_store import ReferenceStore
     from flux2_studio.models.hub.repositories import Hub
     from flux2_studio.models.manager import ModelManager
@@ -180,7 +183,7 @@ def serve_page(
     _check_host(host)
     if port is not None and not 1 <= port <= 65535:
         raise StudioError(f"There is no port {port}: choose one from 1 to 65535.")
-    hub = Hub(settings)  # one for runs and for the Models tab, so that they share downloads
+    hub = Hub(settings)  # shared by runs and the Models tab, so that they share downloads
     guests = for_guests(settings, share)
     exposed = guests or not _is_loopback(host)
     database = Database(settings.database)
@@ -188,7 +191,7 @@ def serve_page(
         settings,
         ModelManager(settings, hub),
         guard=make_guard(settings, shared=exposed),
-        # A picture names its references by hash, and pictures travel: whoever has one must not get them here.
+        # Pictures contain the hashes of their references, so anybody with a shared picture could request these here.
         reference_store=None if exposed else ReferenceStore(settings.references),
         durations=DurationModel(database),
     )
@@ -196,7 +199,7 @@ def serve_page(
     history = History(database, settings.outputs, settings.trash, on_delete=thumbnails.delete)
     jobs = JobQueue(studio, Journal(database, settings.queue), history)
     explorations = explorations_of(settings, jobs)
-    words = language.TranslationCatalogue.load(settings.assets / "languages")
+    catalogue = language.TranslationCatalogue.load(settings.assets / "languages")
     page = build_page(
         studio,
         jobs,
@@ -227,7 +230,7 @@ def serve_page(
                 *([] if exposed else [str(settings.references)]),
             ],
             max_file_size=MAX_REFERENCE_BYTES,
-            i18n=words,
+            i18n=catalogue,
             footer_links=[],
             run_history=False,
             enable_monitoring=False,
@@ -243,24 +246,24 @@ def serve_page(
                         history,
                         thumbnails,
                         studio.reference_store,
-                        OriginalLoader(history, studio.reference_store, settings.checkpoint),
+                        OriginalLoader(history, studio.reference_store, settings.checkpoint, studio.pictures),
                     ).routes(),
                     *queue_panel.queue_routes(studio, jobs),
                 ],
             },
         )
     except OSError as error:
-        where = f"Port {port}" if port else "Every port from 7860 on"
-        raise StudioError(f"{where} at {host} cannot be used: choose another with --port.") from error
-    # As Ctrl+C: Gradio then deletes its files. Before anybody is told that the page is open, and may want to end it.
+        ports = f"Port {port}" if port else "Every port from 7860 on"
+        raise StudioError(f"{ports} at {host} cannot be used: choose another with --port.") from error
+    # Like Ctrl+C: Gradio then deletes its files. Set before the URL is printed, after which the process may be ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jobs.restore_waiting()  # only now: a studio that cannot be opened leaves all as it was
+    jobs.restore_waiting()  # only now, so that a failed start changes nothing
     explorations.resume_interrupted()
     try:
         sys.stdout.write(f"flux2-studio is open at {url}\n")
         sys.stdout.flush()
         page.block_thread()
-    except KeyboardInterrupt:  # before block_thread, which has an ear of its own for it
+    except KeyboardInterrupt:  # block_thread handles it itself; this covers the time before
         page.close()
 
 
@@ -269,21 +272,23 @@ def explorations_of(settings: Settings, jobs: JobQueue) -> ExplorationManager:
 
 
 def for_guests(settings: Settings, share: bool) -> bool:
-    """Whether anybody may come by: to a Space, or through a public link. They may not fill a disk, nor empty it.
+    """Whether strangers may use the page: on a Space, or through a public link. They may neither fill nor empty the
+    disk.
 
-    The owner of such a link is none the better for it: Gradio's tunnel ends on this machine, so a guest looks the same.
+    The owner of such a link has no more rights through it: Gradio's tunnel ends on this machine, so all requests look
+    alike.
     """
     return settings.on_space or share
 
 
 def forget_uploads(folder: Path) -> None:
-    """Delete the files in `folder` that are older than a day: those that a killed server left behind.
+    """Delete files in `folder` that are older than a day: those left by a killed server.
 
-    Gradio deletes only what its own process took in.
+    Gradio deletes only the uploads of its own process.
     """
     oldest = time.time() - UPLOAD_RETENTION_SECONDS
-    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it
-        with suppress(OSError):  # another server's, or one that is not empty: it keeps
+    for path in sorted(folder.rglob("*"), reverse=True):  # folders after their contents
+        with suppress(OSError):  # keep what cannot be deleted, and folders that are not empty
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
             elif path.lstat().st_mtime < oldest:
@@ -291,13 +296,13 @@ def forget_uploads(folder: Path) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`, one of its own addresses or names."""
+    """Whether only this machine can reach `host`, one of its own addresses or names."""
     address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0][4][0]
     return ip_address(str(address).partition("%")[0]).is_loopback
 
 
 def _check_host(host: str) -> None:
-    """Whether this machine has that address at all; Gradio would try every port there."""
+    """Raise `StudioError` unless this machine has the address `host`; Gradio would try every port there."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:

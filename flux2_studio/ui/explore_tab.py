@@ -1,4 +1,4 @@
-"""The Explore tab: a form's settings many times over, with something changed each time, on one sheet."""
+"""The Explore tab: many pictures from a form's settings, each with something changed, on one sheet."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flux2_studio.ui.stage import render
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-EXPLORATION_POLL_SECONDS = 0.4  # seconds between two looks at an exploration
+EXPLORATION_POLL_SECONDS = 0.4  # seconds
 AXIS_TITLES = ("Columns", "Rows", "Tables")
 NO_AXIS = "Nothing"
 SEEDS, GRID, FILE = "Seeds", "Grid", "From a file"
@@ -49,8 +49,7 @@ EXPLORE_INTRO_HTML = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExploreTab:
-    """`fields` and `values` are the three sides of a grid; `exploration_id` is the exploration that is shown, by its
-    id."""
+    """`fields` and `values`: the axes of a grid. `exploration_id`: the exploration that is shown."""
 
     source: gr.Radio
     kind: gr.Radio
@@ -73,7 +72,7 @@ class ExploreTab:
 def build_explore_tab(forms: Sequence[Form]) -> ExploreTab:
     names = {"generate": "Generate", "edit": "Edit", "multi": "Multi-reference"}
     with gr.Tab(i18n("Explore"), id="explore", elem_id="explore", elem_classes="sheet"), gr.Row(elem_id="explore-desk"):
-        job = gr.State("")  # in here: Gradio counts what lies between two tabs as one
+        exploration_id = gr.State("")  # inside the tab: Gradio counts components between two tabs as a tab
         with gr.Column(scale=4, min_width=300, elem_id="explore-form"):
             gr.HTML(EXPLORE_INTRO_HTML, elem_classes="note")
             source = gr.Radio(
@@ -84,7 +83,7 @@ def build_explore_tab(forms: Sequence[Form]) -> ExploreTab:
             with gr.Column(elem_id="explore-seeds") as by_seeds:
                 count = gr.Slider(2, 64, value=9, step=1, precision=0, label=i18n("Pictures"), buttons=[])
             with gr.Column(visible=False, elem_id="explore-grid") as by_grid:
-                sides = [_side(name, number) for number, name in enumerate(AXIS_TITLES)]
+                axes = [_axis_row(name, number) for number, name in enumerate(AXIS_TITLES)]
             with gr.Column(visible=False, elem_id="explore-file") as by_file:
                 gr.HTML(
                     "<p data-i18n>A prompt a line (.txt), or a table (.csv, .tsv, .jsonl) whose columns are prompt, "
@@ -104,7 +103,7 @@ def build_explore_tab(forms: Sequence[Form]) -> ExploreTab:
             )
             with gr.Row(elem_classes="acts"):
                 stop = gr.Button(i18n("Stop"), variant="stop", visible=False, elem_id="explore-stop")
-                more = gr.Button(i18n("Go on"), visible=False, elem_id="explore-more")
+                resume = gr.Button(i18n("Go on"), visible=False, elem_id="explore-more")
         with gr.Column(scale=8, min_width=300, elem_id="explore-stage"):
             progress = gr.HTML(elem_id="explore-progress")
             sheet = gr.HTML(EMPTY_SHEET_HTML, elem_id="explore-sheet")
@@ -112,36 +111,36 @@ def build_explore_tab(forms: Sequence[Form]) -> ExploreTab:
         source=source,
         kind=kind,
         count=count,
-        fields=tuple(field for field, _ in sides),
-        values=tuple(values for _, values in sides),
+        fields=tuple(field for field, _ in axes),
+        values=tuple(values for _, values in axes),
         file=file,
         seeds=by_seeds,
         grid=by_grid,
         batch=by_file,
         start=start,
         stop=stop,
-        resume=more,
+        resume=resume,
         problem=problem,
         progress=progress,
         sheet=sheet,
-        exploration_id=job,
+        exploration_id=exploration_id,
     )
 
 
-def _side(name: str, number: int) -> tuple[gr.Dropdown, gr.Textbox]:
-    first = ("seed", "1..4") if number == 0 else ("", "")
+def _axis_row(name: str, number: int) -> tuple[gr.Dropdown, gr.Textbox]:
+    default = ("seed", "1..4") if number == 0 else ("", "")
     with gr.Row(elem_classes="pair"):
         field = gr.Dropdown(
-            _choices(()), value=first[0], label=i18n(name), min_width=130, scale=2, elem_id=f"explore-{name.lower()}"
+            _choices(()), value=default[0], label=i18n(name), min_width=130, scale=2, elem_id=f"explore-{name.lower()}"
         )
         values = gr.Textbox(
-            first[1],
+            default[1],
             label=i18n("Values"),
             lines=1,
             max_lines=8,
             min_width=130,
             scale=3,
-            placeholder=i18n(AXIS_FIELDS[first[0]][1]) if first[0] else "",
+            placeholder=i18n(AXIS_FIELDS[default[0]][1]) if default[0] else "",
             elem_id=f"explore-{name.lower()}-values",
         )
     return field, values
@@ -166,19 +165,19 @@ def wire_explore_tab(
 ) -> None:
     """Connect the tab. read_form: `handlers.read_form`."""
     inputs: list[Any] = [tab.source, tab.kind, tab.count, *tab.fields, *tab.values, tab.file]
-    places: dict[str, slice] = {}
+    form_slices: dict[str, slice] = {}
     for form in forms:
-        places[form.name] = slice(len(inputs), len(inputs) + 3 + len(form.fields))
+        form_slices[form.name] = slice(len(inputs), len(inputs) + 3 + len(form.fields))
         inputs += [form.seed_lock, form.form_checkpoint, form.aspect, *form.fields.values()]
 
-    def base_of(values: Sequence[Any]) -> Request:
+    def read_base_request(values: Sequence[Any]) -> Request:
         form = next(form for form in forms if form.name == values[0])
-        locked, form_checkpoint, aspect, *typed = values[places[form.name]]
-        shown: dict[str, Any] = dict(zip(form.fields, typed, strict=True))
+        locked, form_checkpoint, aspect, *typed = values[form_slices[form.name]]
+        form_values: dict[str, Any] = dict(zip(form.fields, typed, strict=True))
         return read_form(
-            {**dict.fromkeys(UPSAMPLING_INPUTS), **shown, "upsample_by": "none"},
+            {**dict.fromkeys(UPSAMPLING_INPUTS), **form_values, "upsample_by": "none"},
             locked=locked,
-            checkpoint=studio.settings.checkpoint(shown["checkpoint"]),
+            checkpoint=studio.settings.checkpoint(form_values["checkpoint"]),
             form_checkpoint=form_checkpoint,
             aspect=aspect,
         )
@@ -186,8 +185,8 @@ def wire_explore_tab(
     def check(request: Request) -> None:
         request.resolve(studio.settings.checkpoint(request.checkpoint))
 
-    def plan_of(values: Sequence[Any]) -> ExplorationPlan:
-        base = single_picture_request(base_of(values))
+    def make_plan(values: Sequence[Any]) -> ExplorationPlan:
+        base = single_picture_request(read_base_request(values))
         kind, count, file = values[1], values[2], values[9]
         if kind == SEEDS:
             return plan_seeds(base, int(count or 0), math.ceil(math.sqrt(int(count or 1))), check)
@@ -208,32 +207,32 @@ def wire_explore_tab(
         ]
         return plan_grid(base, axes, wildcards, check)
 
-    async def followed(exploration: Exploration) -> AsyncIterator[Update]:
-        seen = -1
+    async def follow(exploration: Exploration) -> AsyncIterator[Update]:
+        shown_version = -1
         while True:
             version, state = exploration.progress.version, exploration.progress.state
-            if version != seen:
-                seen = version
-                yield _shown(tab, exploration, await asyncio.to_thread(sheets_of, exploration))
+            if version != shown_version:
+                shown_version = version
+                yield _exploration_update(tab, exploration, await asyncio.to_thread(sheets_of, exploration))
             if state != "running":
                 return
             await asyncio.sleep(EXPLORATION_POLL_SECONDS)
 
     def sheets_of(exploration: Exploration) -> list[Path]:
-        """The finished contact sheets, which are drawn once nothing is under way."""
+        """The finished contact sheets; none while pictures are still being made."""
         if exploration.progress.state == "running" or not exploration.progress.done:
             return []
-        return [_sheet(exploration, table) for table in range(1 + max(it.table for it in exploration.plan.cells))]
+        return [_sheet_file(exploration, table) for table in range(1 + max(it.table for it in exploration.plan.cells))]
 
     async def start(request: gr.Request, *values: Any) -> AsyncIterator[Update]:
         yield {tab.problem: ""}
         try:
-            plan = await asyncio.to_thread(plan_of, values)
+            plan = await asyncio.to_thread(make_plan, values)
             exploration = await asyncio.to_thread(explorations.start, plan, owner_of(request))
         except StudioError as error:
             yield {tab.problem: render.problem(str(error))}
             return
-        async for update in followed(exploration):
+        async for update in follow(exploration):
             yield update
 
     async def resume(job: str, request: gr.Request) -> AsyncIterator[Update]:
@@ -242,15 +241,15 @@ def wire_explore_tab(
         except StudioError as error:
             yield {tab.problem: render.problem(str(error))}
             return
-        async for update in followed(exploration):
+        async for update in follow(exploration):
             yield update
 
     async def opened(request: gr.Request) -> AsyncIterator[Update]:
-        """When the page is opened: what was shown when it was left."""
+        """When the page is opened: show the owner's latest exploration."""
         yield {field: gr.Dropdown(_choices([it.name for it in studio.loras.scan()[0]])) for field in tab.fields}
         exploration = await asyncio.to_thread(explorations.latest, owner_of(request))
         if exploration is not None:
-            async for update in followed(exploration):
+            async for update in follow(exploration):
                 yield update
 
     def stop(job: str, request: gr.Request) -> Any:
@@ -284,11 +283,11 @@ def wire_explore_tab(
         )
 
 
-# --- how it looks -----------------------------------------------------------------------------------------------
+# --- layout -----------------------------------------------------------------------------------------------------
 
 
-def _sheet(exploration: Exploration, table: int) -> Path:
-    """The file of the contact sheet, by what is on it."""
+def _sheet_file(exploration: Exploration, table: int) -> Path:
+    """The file of the contact sheet, made if it is missing; its name has the number of finished pictures."""
     done = len(exploration.progress.done)
     target = exploration.folder / f"sheet-{table + 1}-{done}.png"
     if not target.is_file():
@@ -296,7 +295,7 @@ def _sheet(exploration: Exploration, table: int) -> Path:
     return target
 
 
-def _shown(tab: ExploreTab, exploration: Exploration, sheets: Sequence[Path]) -> Update:
+def _exploration_update(tab: ExploreTab, exploration: Exploration, sheets: Sequence[Path]) -> Update:
     progress = exploration.progress
     running = progress.state == "running"
     count, done = len(exploration.plan.cells), len(progress.done)
@@ -304,7 +303,7 @@ def _shown(tab: ExploreTab, exploration: Exploration, sheets: Sequence[Path]) ->
         tab.exploration_id: exploration.id,
         tab.progress: _exploration_progress_html(exploration, done, count, sheets),
         tab.sheet: "".join(
-            _table(exploration, table) for table in range(1 + max(it.table for it in exploration.plan.cells))
+            _table_html(exploration, table) for table in range(1 + max(it.table for it in exploration.plan.cells))
         ),
         tab.stop: gr.Button(i18n("Stop"), visible=running, interactive=True),
         tab.resume: gr.Button(
@@ -323,24 +322,24 @@ def _exploration_progress_html(exploration: Exploration, done: int, count: int, 
         text += ", " + translate("{count} prompts", count=prompts)
     if progress.state == "stopped":
         text = translate("Stopped: {text}", text=text)
-    told = [f'<p role="status">{escape(text)}</p><progress max="1" value="{done / count:.3f}"></progress>']
-    told += [render.problem(why) for why in dict.fromkeys(progress.failed.values())]
+    parts = [f'<p role="status">{escape(text)}</p><progress max="1" value="{done / count:.3f}"></progress>']
+    parts += [render.problem(reason) for reason in dict.fromkeys(progress.failed.values())]
     links = [
         f'<a class="chip" href="{gradio_file_url(path)}" download>{translate("Contact sheet")}'
         f"{f' {number}' if len(sheets) > 1 else ''}</a>"
         for number, path in enumerate(sheets, 1)
     ]
-    return "".join(told) + (f'<p class="facts">{"".join(links)}</p>' if links else "")
+    return "".join(parts) + (f'<p class="facts">{"".join(links)}</p>' if links else "")
 
 
 def gradio_file_url(path: Path) -> str:
-    """Where the page finds a file of the library."""
+    """The URL of a file for the page."""
     return f"gradio_api/file={quote(str(path))}"
 
 
-def _table(exploration: Exploration, table: int) -> str:
+def _table_html(exploration: Exploration, table: int) -> str:
     plan, layout = exploration.plan, exploration.layout(table)
-    at: Mapping[tuple[int, int], int] = {
+    cell_numbers: Mapping[tuple[int, int], int] = {
         (cell.column, cell.row): number for number, cell in enumerate(plan.cells) if cell.table == table
     }
     head = ""
@@ -350,30 +349,30 @@ def _table(exploration: Exploration, table: int) -> str:
         head = f"<thead><tr>{corner}{cells}</tr></thead>"
     rows = []
     for row in range(layout.rows):
-        beside = f'<th scope="row">{escape(layout.row_labels[row])}</th>' if layout.row_labels else ""
-        places = [(column, row) for column in range(layout.columns)]
-        cells = "".join(_cell(exploration, at.get(place), layout) for place in places)
-        rows.append(f"<tr>{beside}{cells}</tr>")
+        row_head = f'<th scope="row">{escape(layout.row_labels[row])}</th>' if layout.row_labels else ""
+        positions = [(column, row) for column in range(layout.columns)]
+        cells = "".join(_cell_html(exploration, cell_numbers.get(position), layout) for position in positions)
+        rows.append(f"<tr>{row_head}{cells}</tr>")
     title = f"<caption>{escape(layout.title)}</caption>" if layout.title else ""
     return f'<div class="sheet-table"><table>{title}{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _cell(exploration: Exploration, number: int | None, layout: SheetLayout) -> str:
+def _cell_html(exploration: Exploration, number: int | None, layout: SheetLayout) -> str:
     if number is None:
         return "<td></td>"
     progress, cell = exploration.progress, exploration.plan.cells[number]
-    place = cell.row * layout.columns + cell.column
-    label = escape(layout.captions[place] if layout.captions else cell.request.prompt)
+    position = cell.row * layout.columns + cell.column
+    label = escape(layout.captions[position] if layout.captions else cell.request.prompt)
     if (path := progress.done.get(number)) is not None:
-        small = gradio_file_url(exploration.thumbnail(number))
-        inner = (
+        thumbnail_url = gradio_file_url(exploration.thumbnail(number))
+        tile = (
             f'<a href="{gradio_file_url(path)}" target="_blank" rel="noopener">'
-            f'<img src="{small}" alt="{label}" loading="lazy"></a>'
+            f'<img src="{thumbnail_url}" alt="{label}" loading="lazy"></a>'
         )
     elif number in progress.failed:
         reason = escape(translate_message(progress.failed[number]))
-        inner = f'<span class="tile failed" title="{reason}">{translate("failed")}</span>'
+        tile = f'<span class="tile failed" title="{reason}">{translate("failed")}</span>'
     else:
-        inner = '<span class="tile"></span>'
+        tile = '<span class="tile"></span>'
     caption = f"<small>{label}</small>" if layout.captions else ""
-    return f"<td>{inner}{caption}</td>"
+    return f"<td>{tile}{caption}</td>"

@@ -1,7 +1,7 @@
-"""What happens on the page: events to `Request`s, a run's events to components.
+"""The page's event handlers: form values to `Request`s, a run's events to component updates.
 
-One `run` serves every form. It builds the request and queues it; `RunView` maps what the job says to components. The
-work is done by the job queue, so a closed tab ends only the following.
+One `run` serves every form. It builds the request and queues it; `RunView` turns the job's events into updates. The job
+queue does the work, so closing a tab only ends its updates.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from flux2_studio.ui.stage.run_view import RunView, download_button, use_in_edit
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-# On a narrow screen the stage lies below the form: go there, where the picture appears, or why there is none.
+# On a narrow screen the stage is below the form: scroll to it, where the picture or an error appears.
 SCROLL_TO_STAGE_JS = """() => {
   const stage = document.getElementById('stage');
   if (stage && stage.getBoundingClientRect().top > window.innerHeight - 200) stage.scrollIntoView({behavior: 'smooth'});
 }"""
-# And back, where the form that takes the picture lies above it.
+# Scrolls back if the form that receives the picture is above the stage.
 SCROLL_TO_FORM_JS = """() => {
   const [tabs, stage] = ['tabs', 'stage'].map((id) => document.getElementById(id).getBoundingClientRect());
   if (tabs.bottom <= stage.top) document.getElementById('tabs').scrollIntoView({behavior: 'smooth'});
 }"""
 
-# Which picture is looked at, as the browser knows it when a button is pressed: the server may hear of it later.
+# The selected picture, as the browser knows it at the click: the server may learn of it later.
 SELECTED_INDEX_JS = """(picked, ...others) => {
   const shown = [...document.querySelectorAll('#gallery .thumbnail-lg')];
   const index = shown.findIndex((item) => item.classList.contains('selected'));
@@ -86,18 +86,17 @@ def wire_page(
     stage: StagePanel,
     queue: gr.HTML,
 ) -> None:
-    """Connect the laid-out components. `checkpoint_dropdown` is the checkpoint choice that the forms share."""
+    """Connect the components of the page. `checkpoint_dropdown` is shared by all forms."""
     _wire_checkpoint(studio, examples, checkpoint_dropdown, about, forms)
-    loaded = wire_preload(studio, jobs, checkpoint_dropdown, loading)
+    preloaded = wire_preload(studio, jobs, checkpoint_dropdown, loading)
     wire_loras(studio, checkpoint_dropdown, forms)
-    turn = asyncio.Lock()
+    estimate_lock = asyncio.Lock()
     for form in forms:
         _wire_seed(form)
         _wire_size(studio, checkpoint_dropdown, form)
         _wire_examples(studio, examples, checkpoint_dropdown, form)
-        wire_estimate(
-            studio, form, [loaded, stage.job_id.change], turn
-        )  # the latter when a run begins and when it ends
+        # stage.job_id changes when a run begins and when it ends.
+        wire_estimate(studio, form, [preloaded, stage.job_id.change], estimate_lock)
         if form.reference_panel is not None:
             wire_references(studio, checkpoint_dropdown, form, form.reference_panel)
     _wire_runs(studio, jobs, page, checkpoint_dropdown, forms, stage, queue)
@@ -108,36 +107,36 @@ def wire_page(
 def read_form(
     values: Mapping[str, Any], *, locked: bool, checkpoint: Checkpoint, form_checkpoint: str, aspect: str
 ) -> Request:
-    """A form's values as a request, without the key that is among them. An unlocked seed is left to chance. Raises
-    `StudioError`.
+    """Convert a form's values to a request, without the API key among them. Raises `StudioError`.
 
-    Whoever chooses a checkpoint and runs at once sends the numbers that were `form_checkpoint` the one before: then
-    they are left to `checkpoint`, and so is the size unless it was typed.
+    An unlocked seed becomes None, a random one. If the user chose a checkpoint and ran at once, the numbers still
+    belong to `form_checkpoint`, the previous one: then they are left to `checkpoint`, and so is the size unless it was
+    typed.
     """
-    read = {name: value for name, value in values.items() if name not in UPSAMPLING_INPUTS}
-    read["upsampling"] = read_upsampling(values)
+    request_fields = {name: value for name, value in values.items() if name not in UPSAMPLING_INPUTS}
+    request_fields["upsampling"] = read_upsampling(values)
     if form_checkpoint != checkpoint.name:
-        read |= {"steps": None, "guidance": None, "negative_prompt": None}
+        request_fields |= {"steps": None, "guidance": None, "negative_prompt": None}
         if aspect in fields.ASPECTS:
-            read["width"], read["height"] = fields.size_of(aspect, checkpoint)
+            request_fields["width"], request_fields["height"] = fields.size_of(aspect, checkpoint)
     if aspect != fields.AS_REFERENCE:
-        _check_typed(read["width"], read["height"])
+        _check_typed_size(request_fields["width"], request_fields["height"])
     if not locked:
-        read["seed"] = None
-    read["loras"] = read_loras(read.get("loras"))
-    if "references" in read:
-        read["prompt"] = names.expand_names(read["prompt"], read["references"])
-        read["references"] = gallery_paths(read["references"])
-        if not read["references"]:
+        request_fields["seed"] = None
+    request_fields["loras"] = read_loras(request_fields.get("loras"))
+    if "references" in request_fields:
+        request_fields["prompt"] = names.expand_names(request_fields["prompt"], request_fields["references"])
+        request_fields["references"] = gallery_paths(request_fields["references"])
+        if not request_fields["references"]:
             raise RequestError("Add a picture first: drop one above the instruction, or choose an example.")
-        read["mask"] = read_mask(read.get("mask"))
-        read["outpaint"] = read_outpaint(read.get("outpaint"))
-    return Request(**read)
+        request_fields["mask"] = read_mask(request_fields.get("mask"))
+        request_fields["outpaint"] = read_outpaint(request_fields.get("outpaint"))
+    return Request(**request_fields)
 
 
-def _check_typed(width: int | None, height: int | None) -> None:
+def _check_typed_size(width: int | None, height: int | None) -> None:
     for label, side in (("width", width), ("height", height)):
-        if side is None:  # alone, it would be left to chance or to the checkpoint
+        if side is None:  # a missing side would silently get a default
             raise RequestError(f"Give the {label} in pixels, or choose a shape.")
 
 
@@ -157,49 +156,51 @@ def _wire_runs(
         checkpoint = studio.settings.checkpoint(values["checkpoint"])
         return read_form(values, locked=locked, checkpoint=checkpoint, form_checkpoint=form_checkpoint, aspect=aspect)
 
-    def ended_with(view: RunViewProtocol, form: Form, request: Request) -> Update:
-        enriching = request.upsampling.by != "none"
+    def end_update(view: RunViewProtocol, form: Form, request: Request) -> Update:
+        enhances_prompt = request.upsampling.by != "none"
         return {
-            **(show_enhancement_end(form.upsampling, view.upsampled, DRAWN_INFO) if enriching else {}),
+            **(show_enhancement_end(form.upsampling, view.upsampled, DRAWN_INFO) if enhances_prompt else {}),
             stage.stop: gr.Button(visible=False),
             **_offer_unenhanced_run(stage, form if view.upsampling_failed else None),
         }
 
-    def view_of(request: Request, form: Form) -> RunView:
-        return RunView(stage, form.upsampling, studio.settings.checkpoint(request.checkpoint))
+    def make_view(request: Request, form: Form) -> RunView:
+        return RunView(stage, form.upsampling, studio.settings.checkpoint(request.checkpoint), studio.pictures)
 
-    def begun_view(job: Job) -> RunView:
-        view = view_of(job.request, next(form for form in forms if form.name == form_name_for(job.request)))
+    def make_begun_view(job: Job) -> RunView:
+        view = make_view(job.request, next(form for form in forms if form.name == form_name_for(job.request)))
         view.begin(job)
         return view
 
-    async def started(
+    async def start_run(
         form: Form,
         tab_state: TabState,
         request: gr.Request,
         ask: Callable[[], Request],
         key_of: Callable[[], ApiKey | None],
     ) -> AsyncIterator[Update]:
-        """Queue a run of `form`, from the request that `ask` gives. Raises `gr.Error` where it cannot be done."""
-        # Large references take their time before the job is there to tell of it.
+        """Queue a run of `form` with the request from `ask`. Raises `gr.Error` if that fails."""
+        # Large references take time to check before there is a job that reports progress.
         checking = form.reference_panel and not tab_state.is_following
         first = {stage.progress: render.status(Status(text="Checking the pictures"))} if checking else {}
         yield {**_set_run_buttons(forms, can_start=False), **first, **_offer_unenhanced_run(stage, None)}
-        asked: Request | None = None
+        submitted: Request | None = None
         try:
-            asked = await asyncio.to_thread(ask)  # a mask is decoded and written
-            if asked.upsampling.by != "none":
+            submitted = await asyncio.to_thread(ask)  # a mask is decoded and written
+            if submitted.upsampling.by != "none":
                 yield clear_enhanced_prompt(form.upsampling)
-            job = await asyncio.to_thread(jobs.submit, asked, owner_of(request), key_of(), tab=tab_owner_of(request))
+            job = await asyncio.to_thread(
+                jobs.submit, submitted, owner_of(request), key_of(), tab=tab_owner_of(request)
+            )
         except StudioError as error:
-            enriching = asked is not None and asked.upsampling.by != "none"
+            enhances_prompt = submitted is not None and submitted.upsampling.by != "none"
             yield {
                 **_set_run_buttons(forms, can_start=True),
-                **(show_enhancement_end(form.upsampling, None, DRAWN_INFO) if enriching else {}),
+                **(show_enhancement_end(form.upsampling, None, DRAWN_INFO) if enhances_prompt else {}),
                 **({} if tab_state.is_following else {stage.progress: ""}),
                 stage.message: render.problem(str(error)),
                 **_offer_unenhanced_run(
-                    stage, form if isinstance(error, UpsampleError) and asked is not None else None
+                    stage, form if isinstance(error, UpsampleError) and submitted is not None else None
                 ),
             }
             raise gr.Error(translate_message(str(error)), print_exception=False) from error
@@ -209,58 +210,62 @@ def _wire_runs(
             form.fields["seed"]: job.request.seed,
         }
 
-    follower = Follower(jobs, forms, stage, view_of, ended_with)
-    watch = gr.State(TabState())
+    follower = Follower(jobs, forms, stage, make_view, end_update)
+    tab_state_component = gr.State(TabState())
     followed = [*stage.components, *(part for form in forms for part in upsampling_outputs(form.upsampling))]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
 
-    def followed_after(event: Any, follows: Any = follower.follow) -> None:
-        """Have the tab follow its runs after `event`, and say when it has had all of it."""
-        done = event(follows, watch, followed, concurrency_limit=None, **private)
-        done.then(follower.confirm_shown, watch, None, queue=False, **private)
+    def follow_after(event: Any, follows: Any = follower.follow) -> None:
+        """Make the tab follow its runs after `event`, and confirm when it has received everything."""
+        done = event(follows, tab_state_component, followed, concurrency_limit=None, **private)
+        done.then(follower.confirm_shown, tab_state_component, None, queue=False, **private)
 
-    followed_after(page.load, follower.attach)  # once more when the connection was lost and is back
+    follow_after(page.load, follower.attach)  # also after a lost connection is restored
     for form in forms:
-        around = [form.seed_lock, form.form_checkpoint, form.aspect]
+        form_state = [form.seed_lock, form.form_checkpoint, form.aspect]
 
         async def run(
-            request: gr.Request, tab_state: TabState, *around: Any, form: Form = form, **values: Any
+            request: gr.Request, tab_state: TabState, *form_state: Any, form: Form = form, **values: Any
         ) -> AsyncIterator[Update]:
             def ask() -> Request:
-                locked, form_checkpoint, aspect = around
-                asked = read(locked, form_checkpoint, aspect, values)
-                if form.reference_panel and form.reference_panel.tools and (left := names.unknown_names(asked.prompt)):
-                    gr.Warning(translate(NO_SUCH_NAME, names=", ".join(left)))
-                return asked
+                locked, form_checkpoint, aspect = form_state
+                form_request = read(locked, form_checkpoint, aspect, values)
+                if (
+                    form.reference_panel
+                    and form.reference_panel.tools
+                    and (unknown := names.unknown_names(form_request.prompt))
+                ):
+                    gr.Warning(translate(NO_SUCH_NAME, names=", ".join(unknown)))
+                return form_request
 
-            async for update in started(form, tab_state, request, ask, lambda: read_api_key(values)):
+            async for update in start_run(form, tab_state, request, ask, lambda: read_api_key(values)):
                 yield update
 
-        async def plain(
-            request: gr.Request, tab_state: TabState, *around: Any, run: Any = run, **values: Any
+        async def run_unenhanced(
+            request: gr.Request, tab_state: TabState, *form_state: Any, run: Any = run, **values: Any
         ) -> AsyncIterator[Update]:
-            async for update in run(request, tab_state, *around, **values | {"upsample_by": "none"}):
+            async for update in run(request, tab_state, *form_state, **values | {"upsample_by": "none"}):
                 yield update
 
-        for button, action in ((form.run, run), (getattr(stage, f"{form.name}_unenhanced"), plain)):
+        for button, action in ((form.run, run), (getattr(stage, f"{form.name}_unenhanced"), run_unenhanced)):
             listen(button.click, None, js=SCROLL_TO_STAGE_JS)
             started_run = listen(
                 button.click,
                 action,
-                [watch, *around],
-                [*_staged(stage, form), *(other.run for other in forms)],
+                [tab_state_component, *form_state],
+                [*_run_outputs(stage, form), *(other.run for other in forms)],
                 inputs_kwargs=form.fields | form.upsampling.inputs,
                 concurrency_limit=None,
             )
-            followed_after(started_run.then)
-        wire_upsampling(studio, jobs, checkpoint_dropdown, form, read, around)
-    wire_live(studio, jobs, checkpoint_dropdown, forms, stage, watch, read)
-    keep_preview.wire_keep_preview(jobs, stage, begun_view)
-    followed_after(queue_panel.wire_queue_panel(studio, jobs, queue, follower, watch, stage).then)
+            follow_after(started_run.then)
+        wire_upsampling(studio, jobs, checkpoint_dropdown, form, read, form_state)
+    wire_live(studio, jobs, checkpoint_dropdown, forms, stage, tab_state_component, read)
+    keep_preview.wire_keep_preview(jobs, stage, make_begun_view)
+    follow_after(queue_panel.wire_queue_panel(studio, jobs, queue, follower, tab_state_component, stage).then)
 
 
 def _offer_unenhanced_run(stage: StagePanel, failed: Form | None) -> Update:
-    """Offer to run the form whose prompt could not be enriched without that; None where there is none."""
+    """Offer to run `failed`, a form whose prompt enhancement failed, without it; None offers nothing."""
     buttons = {"generate": stage.generate_unenhanced, "edit": stage.edit_unenhanced, "multi": stage.multi_unenhanced}
     return {button: gr.Button(visible=failed is not None and failed.name == name) for name, button in buttons.items()}
 
@@ -269,8 +274,8 @@ def _set_run_buttons(forms: Sequence[Form], *, can_start: bool) -> Update:
     return {form.run: gr.Button(interactive=can_start) for form in forms}
 
 
-def _staged(stage: StagePanel, form: Form) -> list[Any]:
-    """The components that a run of `form` changes, but for the buttons that start one."""
+def _run_outputs(stage: StagePanel, form: Form) -> list[Any]:
+    """The components that a run of `form` changes, except the run buttons."""
     return [*stage.components, form.fields["seed"], *upsampling_outputs(form.upsampling)]
 
 
@@ -281,14 +286,17 @@ def _wire_stage(
         index = int(event.index)
         if not 0 <= index < len(images):
             return [gr.skip()] * 4
-        other = compare.slider_update(before, images[index])
-        return index, download_button(images, index), gr.Button(use_in_edit_label(index, len(images))), other
+        slider = compare.slider_update(before, images[index])
+        return index, download_button(images, index), gr.Button(use_in_edit_label(index, len(images))), slider
 
     def use(index: int | None, images: list[str], name: str) -> Any:
-        if index is None or not 0 <= index < len(images):  # the run that was seen is followed by another one
+        if index is None or not 0 <= index < len(images):  # another run replaced the one that was shown
             return gr.skip()
         picture = Path(images[index])
-        return {tabs: gr.Tabs(selected=edit.name), **set_references(edit, [picture], studio.settings.checkpoint(name))}
+        return {
+            tabs: gr.Tabs(selected=edit.name),
+            **set_references(edit, [picture], studio.settings.checkpoint(name), studio.pictures),
+        }
 
     listen(stage.stop.click, make_stop_handler(jobs), stage.shown_job_id, stage.stop, queue=False)
     comparison = stage.comparison
@@ -297,7 +305,7 @@ def _wire_stage(
         pick,
         [stage.result_paths, comparison.original],
         [stage.selected_index, stage.download, stage.use_in_edit, comparison.slider],
-        trigger_mode="multiple",  # the last is the one
+        trigger_mode="multiple",  # the last selection wins
     )
     listen(stage.use_in_edit.click, None, js=SCROLL_TO_FORM_JS)
     listen(
@@ -319,12 +327,14 @@ def _wire_checkpoint(
         checkpoint = studio.settings.checkpoint(name)
         return fields.checkpoint_summary_html(checkpoint, studio.is_on_disk(checkpoint))
 
-    def adopt(name: str, *around: str) -> Update:
+    def apply_checkpoint(name: str, *form_state: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
         update: Update = {}
-        for form, aspect, form_checkpoint in zip(forms, around[: len(forms)], around[len(forms) :], strict=True):
+        for form, aspect, form_checkpoint in zip(
+            forms, form_state[: len(forms)], form_state[len(forms) :], strict=True
+        ):
             update[form.examples] = fields.other_examples(examples.of(form.name, checkpoint))
-            if form_checkpoint == name:  # whoever chose the checkpoint laid it out, with values that are to stay
+            if form_checkpoint == name:  # set together with the checkpoint, with values that must stay
                 continue
             update |= {
                 form.form_checkpoint: name,
@@ -340,33 +350,37 @@ def _wire_checkpoint(
     for form in forms:
         numbers = (form.fields[key] for key in ("steps", "guidance", "negative_prompt"))
         outputs += [form.form_checkpoint, *_sides(form), form.examples, *numbers]
-    around = [*(form.aspect for form in forms), *(form.form_checkpoint for form in forms)]
-    listen(checkpoint_dropdown.change, adopt, [checkpoint_dropdown, *around], outputs)
-    # With no trigger named: at every choice and when the page is opened, for a download may have happened meanwhile.
+    form_state = [*(form.aspect for form in forms), *(form.form_checkpoint for form in forms)]
+    listen(checkpoint_dropdown.change, apply_checkpoint, [checkpoint_dropdown, *form_state], outputs)
+    # Without a trigger: at every choice and when the page is opened, because a download may have finished.
     listen(None, describe, checkpoint_dropdown, about)
 
 
 def _wire_examples(studio: Studio, examples: Examples, checkpoint_dropdown: gr.Dropdown, form: Form) -> None:
-    def take(index: int, name: str) -> Update:
+    def use_example(index: int, name: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
         example = examples.of(form.name, checkpoint)[index]
         update: Update = {form.fields["prompt"]: example.prompt}
-        return update | set_references(form, example.references, checkpoint) if form.reference_panel else update
+        return (
+            update | set_references(form, example.references, checkpoint, studio.pictures)
+            if form.reference_panel
+            else update
+        )
 
-    filled = [form.fields["prompt"], *(reference_outputs(form) if form.reference_panel else [])]
-    listen(form.examples.click, take, [form.examples, checkpoint_dropdown], filled)
+    outputs = [form.fields["prompt"], *(reference_outputs(form) if form.reference_panel else [])]
+    listen(form.examples.click, use_example, [form.examples, checkpoint_dropdown], outputs)
 
 
 def _wire_identity(studio: Studio, forms: Sequence[Form]) -> None:
-    def who() -> list[str]:
+    def describe_identity() -> list[str]:
         try:
-            told = render.notes([studio.signer.identity.signature_meaning])
+            html = render.notes([studio.signer.identity.signature_meaning])
         except StudioError as error:
-            told = render.problem(str(error))
-        return [told] * len(forms)
+            html = render.problem(str(error))
+        return [html] * len(forms)
 
-    # When the page is opened: the first time, the local identity is made.
-    listen(None, who, None, [form.identity for form in forms])
+    # When the page is opened. The first time, this makes the local identity.
+    listen(None, describe_identity, None, [form.identity for form in forms])
     for form in forms:
         listen(
             form.fields["sign"].change,
@@ -382,11 +396,10 @@ def _wire_identity(studio: Studio, forms: Sequence[Form]) -> None:
 
 def _wire_seed(form: Form) -> None:
     seed = form.fields["seed"]
-    # When the page is opened, for Gradio shows a Number that was made with None as 0 until it is set once more. In the
-    # browser: an answer of the server would come when somebody may have typed one.
+    # Gradio shows a Number created with None as 0 until it is set again, so set it when the page is opened. In the
+    # browser, because a server response might overwrite what the user types meanwhile.
     listen(None, None, None, seed, js="() => null")
-    # A seed that somebody rolled or typed is one they want to see used: both lock it. In the browser, so that a run
-    # that is started at once has it.
+    # A new or typed seed is meant to be used, so both lock it. In the browser, so that a run started at once has it.
     roll = f"() => [Math.floor(Math.random() * {MAX_SEED - MAX_COUNT}), true]"
     listen(form.new_seed.click, None, None, [seed, form.seed_lock], js=roll)
     listen(seed.input, None, seed, form.seed_lock, js="(seed) => seed !== null")
@@ -402,18 +415,18 @@ def _wire_size(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form) -> 
             return gr.Number(visible=True), gr.Number(visible=True), ""
         return *fields.sides(fields.size_of(aspect, studio.settings.checkpoint(name))), ""
 
-    # `input`, not `change`: a change that came from settling must not set the size again.
-    shown = [width, height, form.size_note]
-    asked = [form.aspect, checkpoint_dropdown, width, height]
-    # First in the browser, so that a run that is started at once has it.
-    listen(form.aspect.input, None, asked, [width, height], js=_sizes(studio.settings.checkpoints))
-    listen(form.aspect.input, preset, asked, shown, queue=False, trigger_mode="always_last")
+    # `input`, not `change`: a change made by `settle` must not set the size again.
+    size_outputs = [width, height, form.size_note]
+    size_inputs = [form.aspect, checkpoint_dropdown, width, height]
+    # First in the browser, so that a run started at once has it.
+    listen(form.aspect.input, None, size_inputs, [width, height], js=_sizes(studio.settings.checkpoints))
+    listen(form.aspect.input, preset, size_inputs, size_outputs, queue=False, trigger_mode="always_last")
     for side, label in ((width, "width"), (height, "height")):
 
         def settle(across: int | None, down: int | None, name: str, label: str = label) -> Sequence[Any]:
             pixels = across if label == "width" else down
             rounded, note, aspect = settle_side(pixels, across, down, label, studio.settings.checkpoint(name))
-            # Only what has to change: meanwhile somebody may be typing in the other field.
+            # Update only this field: the user may be typing in the other one.
             return gr.skip() if rounded == pixels else rounded, note, aspect
 
         listen(
@@ -426,7 +439,7 @@ def _wire_size(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form) -> 
 
 
 def _sizes(checkpoints: Sequence[Checkpoint]) -> str:
-    """What `_wire_size` makes of a shape, as JavaScript."""
+    """The JavaScript version of `preset` in `_wire_size`."""
     shapes = [*fields.ASPECTS, fields.FREE]
     table = {each.name: {shape: fields.size_of(shape, each) for shape in shapes} for each in checkpoints}
     return f"""(aspect, name, ...now) => {{
@@ -439,13 +452,13 @@ def _sizes(checkpoints: Sequence[Checkpoint]) -> str:
 def settle_side(
     pixels: int | None, width: int | None, height: int | None, label: str, checkpoint: Checkpoint
 ) -> tuple[int | None, str, str]:
-    """What a side of `pixels`, as typed, becomes; a note on it, as HTML; and the shape of `width` x `height` then."""
+    """Round a typed side of `pixels`. Returns it, a note as HTML, and the shape of `width` x `height` when rounded."""
     try:
-        _check_typed(width, height)
+        _check_typed_size(width, height)
         assert pixels is not None and width is not None and height is not None
         side = round_side(pixels, label)
         size = round_side(width, "width"), round_side(height, "height")
-        # The check that the run will make, told before the run.
+        # The same check as at the start of the run.
         Request(prompt="size", width=width, height=height).resolve(checkpoint)
     except RequestError as error:
         return pixels, render.problem(str(error)), fields.FREE

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from flux2_studio.checkpoints import NANO
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.settings import Settings
 from flux2_studio.ui.forms import fields, reference_panel, tabs
 from flux2_studio.ui.forms.examples import Examples
@@ -29,7 +30,7 @@ class Page:
                 self.form = layout(chosen, NANO, Examples.load(settings.assets / "examples"), settings)
             assert self.form.reference_panel is not None
             self.panel = self.form.reference_panel
-            studio: Any = SimpleNamespace(settings=settings)
+            studio: Any = SimpleNamespace(settings=settings, pictures=PictureCache())
             reference_panel.wire_references(studio, chosen, self.form, self.panel)
         self.gallery = self.form.fields["references"]
 

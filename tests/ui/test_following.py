@@ -14,6 +14,7 @@ import pytest
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Event, Failed, Preview, PromptEnhanced, Result
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.jobs.journal import INTERRUPTED_MESSAGE, Journal
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.request import Request
@@ -69,7 +70,7 @@ def follower(jobs: JobQueue, laid_out: tuple[list[tabs.Form], tabs.StagePanel]) 
     forms, stage = laid_out
 
     def view_of(request: Request, form: tabs.Form) -> RunView:
-        return RunView(stage, form.upsampling, NANO)
+        return RunView(stage, form.upsampling, NANO, PictureCache())
 
     return Follower(jobs, forms, stage, view_of, lambda view, form, request: {stage.stop: "over"})
 

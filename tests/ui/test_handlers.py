@@ -29,6 +29,7 @@ from flux2_studio.events import (
     Stopped,
     Withheld,
 )
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.models.hub.library import CheckpointLibrary
@@ -59,6 +60,7 @@ class Scripted:
         self.signer = Signer(settings.identity)
         self.messages = (PUBLISHED_MESSAGE,)
         self.reference_store = None
+        self.pictures = PictureCache()
         self._events = events
 
     def is_on_disk(self, checkpoint: object) -> bool:
@@ -254,7 +256,7 @@ def panel() -> tabs.UpsamplingPanel:
 
 @pytest.fixture
 def view(stage: tabs.StagePanel, panel: tabs.UpsamplingPanel) -> RunView:
-    begun = RunView(stage, panel, NANO)
+    begun = RunView(stage, panel, NANO, PictureCache())
     begun.begin(Job(Request(prompt="a fox", seed=3).resolve(NANO), "me"))
     return begun
 
@@ -415,7 +417,7 @@ def test_the_panel_says_what_each_choice_costs(settings: Settings) -> None:
 def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:
     rubbish = tmp_path / "rubbish.png"
     rubbish.write_bytes(b"nothing of the kind")
-    examined = reference_panel.examine([rubbish, picture, picture, picture], DEV, 2)
+    examined = reference_panel.examine([rubbish, picture, picture, picture], DEV, 2, PictureCache())
     assert examined.usable == (picture, picture)
     assert examined.notes[0] == "As image 1: 160 x 96 pixels (1.67:1)."
     assert "rubbish.png" in examined.refused[0]
@@ -432,7 +434,9 @@ def test_examine_sorts_what_is_offered(picture: Path, tmp_path: Path) -> None:
     ],
 )
 def test_examine_lists_in_one_sentence_what_is_over_the_limit(picture: Path, over: int, names: str) -> None:
-    examined = reference_panel.examine([picture, *(picture.with_name(f"{n}.png") for n in range(1, over + 1))], DEV, 1)
+    examined = reference_panel.examine(
+        [picture, *(picture.with_name(f"{n}.png") for n in range(1, over + 1))], DEV, 1, PictureCache()
+    )
     assert len(examined.refused) == 1
     assert f"{names} left out." in examined.refused[0]
 
@@ -442,21 +446,21 @@ def test_newest_is_the_last_that_can_be_used(picture: Path, tmp_path: Path) -> N
     rubbish.write_bytes(b"nothing of the kind")
     small = tmp_path / "small.png"
     Image.new("RGB", (64, 64)).save(small)
-    assert reference_panel.newest_usable([picture, small], DEV).usable == (small,)
-    fallen_back = reference_panel.newest_usable([small, picture, rubbish], DEV)
+    assert reference_panel.newest_usable([picture, small], DEV, PictureCache()).usable == (small,)
+    fallen_back = reference_panel.newest_usable([small, picture, rubbish], DEV, PictureCache())
     assert fallen_back.usable == (picture,)
     assert len(fallen_back.refused) == 1
     assert "rubbish.png" in fallen_back.refused[0]
-    assert reference_panel.newest_usable([rubbish], DEV).usable == ()
+    assert reference_panel.newest_usable([rubbish], DEV, PictureCache()).usable == ()
 
 
 def test_examine_tells_the_size_after_the_checkpoints_cap(tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.new("RGB", (512, 512)).save(large)
-    assert reference_panel.examine([large], NANO, 1).notes[0] == (
+    assert reference_panel.examine([large], NANO, 1, PictureCache()).notes[0] == (
         "As image 1: 256 x 256 pixels (1:1). Image 1 is scaled from 512 x 512 to 256 x 256."
     )
-    assert reference_panel.examine([], NANO, 1) == reference_panel.ExaminedFiles()
+    assert reference_panel.examine([], NANO, 1, PictureCache()) == reference_panel.ExaminedFiles()
 
 
 @pytest.mark.parametrize(

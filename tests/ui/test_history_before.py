@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Saved
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.images.thumbnails import ThumbnailCache
 from flux2_studio.provenance.metadata import encode_picture
@@ -67,7 +68,7 @@ def add(history: History, tmp_path: Path) -> Add:
 @pytest.fixture
 def client(history: History, kept: ReferenceStore, tmp_path: Path) -> Callable[..., TestClient]:
     def client(token: str, *, references: ReferenceStore | None = kept) -> TestClient:
-        befores = OriginalLoader(history, references, Settings(home=tmp_path).checkpoint)
+        befores = OriginalLoader(history, references, Settings(home=tmp_path).checkpoint, PictureCache())
         routes = HistoryRoutes(history, ThumbnailCache(tmp_path / "thumbnails"), references, befores).routes()
         with gr.Blocks() as page:
             gr.Textbox()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from flux2_studio.checkpoints import DEV, KLEIN_BASE_4B, NANO, Checkpoint
 from flux2_studio.errors import RequestError, WeightsError
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.models.loras import LoraEntry
 from flux2_studio.provenance.c2pa.credentials import Signer
@@ -77,6 +78,7 @@ class Studio:
     def __init__(self, home: Path) -> None:
         self.settings = Settings(home=home)
         width = KLEIN_BASE_4B.hidden_width
+        self.pictures = PictureCache()
         self.loras = Loras(styles__ink=(width, INK), grain=(width, GRAIN))
         self.hash: str | WeightsError | None = "ab" * 32
         self.versions: Mapping[str, str] = RECORD.versions

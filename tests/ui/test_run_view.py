@@ -11,6 +11,7 @@ from PIL import Image
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.events import Failed, Preview, Result, Saved, Stopped
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.jobs.unfinished import SavedPreview
 from flux2_studio.record import Record
@@ -49,7 +50,7 @@ def test_what_is_compared_with_is_found_when_the_run_is_over(
 ) -> None:
     job = Job(Request(prompt="x", references=(picture,)).resolve(NANO, [(64, 64)]), "me")
     job.request = replace(job.request, references=(picture.with_name("gone.png"),))  # the journal's copy, by now
-    view = RunView(stage, panel, NANO)
+    view = RunView(stage, panel, NANO, PictureCache())
     view.begin(job)
     update = view.update(Result(request=job.request, images=(picture,), seeds=(1,), seconds=1.0))
     assert update[stage.comparison.accordion].visible
@@ -68,7 +69,7 @@ def test_a_preview_can_be_kept_where_there_is_one(
     label: str,
 ) -> None:
     job = Job(Request(prompt="x").resolve(NANO), "me")
-    view = RunView(stage, panel, NANO)
+    view = RunView(stage, panel, NANO, PictureCache())
     assert not view.begin(job)[stage.keep_preview].visible
     job.add_event(preview(*sketches))
     job.add_event(end)
@@ -82,7 +83,7 @@ def test_a_kept_preview_is_shown_as_what_it_is(
 ) -> None:
     request = Request(prompt="as it was enriched", seed=7).resolve(NANO)
     saved = Saved(index=0, image=picture, seed=7, record=Record(request=request, label="Nano", unfinished=(2, 4)))
-    view = RunView(stage, panel, NANO)
+    view = RunView(stage, panel, NANO, PictureCache())
     view.begin(Job(replace(request, prompt="x"), "me"))
     update = view.show_kept_previews(SavedPreview(pictures=(saved,), notes=("A <note>.",)))
     assert "Kept an unfinished preview, after step 2 of 4." in update[stage.progress]

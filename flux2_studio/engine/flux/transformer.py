@@ -1,20 +1,20 @@
 """The FLUX.2 flow transformer: packed latent tokens and text tokens in, velocity out.
 
-Does: one evaluation of v(x_t, t, text, references), klein and dev, any width and depth.
-Does not know: schedules, guidance, how latents become pictures, where weights come from.
+One evaluation of v(x_t, t, text, references), for klein and dev, of any width and depth. Out of scope: schedules,
+guidance, decoding latents to pictures, loading weights.
 
     B batch, N image tokens (with references: N + R), L text tokens, D hidden width, H heads, d head width, G groups
     x [B, N, 128]   ctx [B, L, C]   vec [B, G, D] time (and guidance) embedding   modulation [B, 1 or tokens, D]
 
-Sequence order is [text, image, references] throughout. Attention has no mask: padded text tokens take part.
+The sequence order is always [text, image, references]. Attention has no mask: padded text tokens take part.
 
 Reference cache (klein 9B KV): reference tokens are modulated as at t = 0 and attend to references only, so their keys
-and values depend on nothing but the reference pictures. The first evaluation computes and keeps them, later ones
-append them to every block's keys and values. Tokens then fall into G = 2 groups (0: text and image, 1: references),
-each with its own modulation; without a cache there is one group.
+and values depend on the reference pictures alone. The first evaluation stores them; later ones append them to every
+block's keys and values. While the cache is filled, tokens form G = 2 groups (0: text and image, 1: references), each
+with its own modulation. Otherwise there is one group.
 
-What hangs on the time alone, `Modulations`, can be computed for all steps of a picture at once. The last single block
-computes only what the velocity is read from: keys and values of all tokens, the rest of the output tokens alone.
+`Modulations` depend only on the timestep (and guidance), so they can be precomputed for all steps. The last single
+block computes keys and values for all tokens, but everything else only for the output tokens.
 
 Pitfalls: qkv's output axis is (3, heads, head width). RoPE rotates adjacent pairs, not halves. final_layer gives
 (shift, scale), the reverse of what diffusers stores. Parameter names are Black Forest Labs' key names; renaming an
@@ -44,7 +44,8 @@ FLOAT16_MAX = 65504.0
 class ReferenceKV:
     """Keys and values of the reference tokens in one block, each [B, H, R, d], keys after RoPE.
 
-    is_filled: False while the references are the last R tokens of the sequence, and the block is to write these.
+    is_filled: False while the references are the last R tokens of the sequence and the block must write their keys and
+    values here.
     """
 
     keys: Tensor
@@ -54,10 +55,10 @@ class ReferenceKV:
 
 @dataclass
 class ReferenceCache:
-    """Keys and values of the reference tokens, one pair per block, kept from the first evaluation on.
+    """Keys and values of the reference tokens, one pair per block, filled by the first evaluation.
 
-    tokens: R, how many tokens at the end of x are references while the cache is being filled.
-    blocks: per block (keys, values), see `ReferenceKV`.
+    tokens: R, the number of tokens at the end of x that are references while the cache is filled. blocks: (keys,
+    values) per block, see `ReferenceKV`.
     """
 
     tokens: int
@@ -65,12 +66,12 @@ class ReferenceCache:
     is_filled: bool = False
 
     def allocate(self, count: int, like: Tensor, heads: int, head_width: int) -> None:
-        """Tensors for `count` blocks to write, of the batch, dtype and device of `with_tensors`."""
+        """Allocate empty tensors for `count` blocks, with the batch size, dtype and device of `like`."""
         shape = (like.shape[0], heads, self.tokens, head_width)
         self.blocks = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(count)]
 
     def block_kv(self, block: int) -> ReferenceKV | None:
-        """What a block is to write or to read; None where no tokens are references."""
+        """Return what a block writes or reads, or None if there are no reference tokens."""
         return ReferenceKV(*self.blocks[block], is_filled=self.is_filled) if self.tokens else None
 
 
@@ -87,15 +88,16 @@ class Rope:
         return torch.stack((a * self.cos - b * self.sin, a * self.sin + b * self.cos), -1).flatten(-2)
 
     def slice(self, first: int, count: int) -> Rope:
-        """The tables of some of the tokens."""
+        """Return the tables of `count` tokens from `first` on."""
         return Rope(self.cos.narrow(0, first, count), self.sin.narrow(0, first, count))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modulations:
-    """What the blocks take from the time (and guidance) of one evaluation; each tensor [1 or B, 1 or tokens, D].
+    """What the blocks take from the time (and guidance) of one evaluation; each tensor is [1 or B, 1 or tokens, D].
 
-    image, text: of a double block's two streams. single: of a single block. final: shift and scale before the velocity.
+    image, text: for the two streams of a double block. single: for a single block. final: shift and scale of the final
+    layer.
     """
 
     image: tuple[Tensor, ...]
@@ -108,21 +110,22 @@ class Modulations:
         return (*self.image, *self.text, *self.single, *self.final)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Modulations:
-        """Others, of as many `tensors` in the order of these."""
-        rest = iter(tensors)
-        image, text, joined, last = (
-            tuple(itertools.islice(rest, len(part))) for part in (self.image, self.text, self.single, self.final)
+        """Return modulations made of `tensors`, which have the order of `self.tensors`."""
+        remaining = iter(tensors)
+        image, text, single, final = (
+            tuple(itertools.islice(remaining, len(part))) for part in (self.image, self.text, self.single, self.final)
         )
-        return Modulations(image=image, text=text, single=joined, final=last)
+        return Modulations(image=image, text=text, single=single, final=final)
 
     def at_step(self, row: int) -> Modulations:
-        """Those of one row, which go with any batch."""
+        """Return the modulations of one row. They broadcast over any batch."""
         return self.with_tensors([part[row : row + 1] for part in self.tensors])
 
 
 def axial_rope_table(ids: Tensor, head_width: int, device: torch.device) -> Rope:
-    """Tables for position ids [tokens, 4], on `device`. Angles are computed in float64 on the CPU, which has it: ids
-    that are there already are not waited for."""
+    """Build the tables for position ids [tokens, 4], on `device`. Angles are computed in float64 on the CPU, because
+    not every device has float64. Ids on the CPU need no synchronisation.
+    """
     axis = head_width // ROPE_AXES
     frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, axis, 2, dtype=torch.float64) / axis)
     angles = (ids.detach().cpu().double()[:, :, None] * frequencies).flatten(1)  # [tokens, 4 * axis/2]
@@ -130,7 +133,7 @@ def axial_rope_table(ids: Tensor, head_width: int, device: torch.device) -> Rope
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """Embedding of t [B] (0..1, scaled by 1000) as [B, channels] in float32, cosines first, longest period 10000."""
+    """Embed t [B] (0..1, scaled by 1000) as [B, channels] in float32, cosines first, longest period 10000."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000.0 * t.float()[:, None] * frequencies
@@ -142,16 +145,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def clamp_to_float16(x: Tensor) -> Tensor:
-    """x, kept inside float16's range where that is the dtype: large activations would become inf, then NaN."""
+    """Clamp x to float16's range if that is its dtype: large activations would become inf, then NaN."""
     return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype is torch.float16 else x
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, reference_kv: ReferenceKV | None, *, q_has_references: bool = True
 ) -> Tensor:
-    """Attention over q, k, v [B, H, tokens, d] as [B, tokens, D], following the module's rule for references.
+    """Attention over q, k, v [B, H, tokens, d], returned as [B, tokens, D]. The module's header explains references.
 
-    q_has_references: whether q has, as k and v have, the references that are being kept.
+    q_has_references: whether q, like k and v, includes the reference tokens while the cache is filled.
     """
     if reference_kv is None:
         out = F.scaled_dot_product_attention(q, k, v)
@@ -160,13 +163,17 @@ def attend(
             q, torch.cat((k, reference_kv.keys), 2), torch.cat((v, reference_kv.values), 2)
         )
     else:
-        r = reference_kv.keys.shape[2]
-        reference_kv.keys.copy_(k[:, :, -r:])
-        reference_kv.values.copy_(v[:, :, -r:])
-        out = F.scaled_dot_product_attention(q[:, :, :-r] if q_has_references else q, k, v)
+        reference_tokens = reference_kv.keys.shape[2]
+        reference_kv.keys.copy_(k[:, :, -reference_tokens:])
+        reference_kv.values.copy_(v[:, :, -reference_tokens:])
+        out = F.scaled_dot_product_attention(q[:, :, :-reference_tokens] if q_has_references else q, k, v)
         if q_has_references:
             out = torch.cat(
-                (out, F.scaled_dot_product_attention(q[:, :, -r:], reference_kv.keys, reference_kv.values)), 2
+                (
+                    out,
+                    F.scaled_dot_product_attention(q[:, :, -reference_tokens:], reference_kv.keys, reference_kv.values),
+                ),
+                2,
             )
     return out.transpose(1, 2).flatten(2)
 
@@ -184,7 +191,7 @@ class Embedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`sets` x (shift, scale, gate) from vec; shared by all blocks of a kind."""
+    """Project vec to `sets` triples (shift, scale, gate). All blocks of a kind share one."""
 
     def __init__(self, hidden: int, sets: int) -> None:
         super().__init__()
@@ -192,7 +199,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden, sets * 3 * hidden, bias=False)
 
     def forward(self, vec: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
-        """3 * sets tensors [B, 1, D]; with `group` [tokens] naming each token's group, [B, tokens, D]."""
+        """Return 3 * sets tensors [B, 1, D]; with `group` [tokens], the group of each token, [B, tokens, D]."""
         parts = self.lin(F.silu(vec)).chunk(3 * self.sets, -1)
         return parts if group is None else tuple(part[:, group] for part in parts)
 
@@ -204,7 +211,7 @@ class RMSScale(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """RMS norm of queries and keys over the head, in float32."""
+    """RMS norm of each head's queries and keys, in float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -212,7 +219,7 @@ class QKNorm(nn.Module):
         self.key_norm = RMSScale(width)
 
     def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Split qkv [B, tokens, 3D] into q, k (normed, float32) and v (as it came), each [B, H, tokens, d]."""
+        """Split qkv [B, tokens, 3D] into q, k (normed, float32) and v (unchanged), each [B, H, tokens, d]."""
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         return self.query(q), self.key(k), v
 
@@ -224,7 +231,7 @@ class QKNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections of one stream; `DoubleBlock` joins two streams between them."""
+    """The projections of one stream. `DoubleBlock` computes the attention over both streams."""
 
     def __init__(self, hidden: int, head_width: int) -> None:
         super().__init__()
@@ -244,7 +251,7 @@ def mlp(hidden: int, inner: int) -> nn.Sequential:
 
 
 class DoubleBlock(nn.Module):
-    """Text and image keep their own weights and meet in one attention."""
+    """Text and image have separate weights and share one attention."""
 
     def __init__(self, p: TransformerParams) -> None:
         super().__init__()
@@ -281,7 +288,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and MLP side by side, over the joined sequence."""
+    """Attention and MLP in parallel, over the joined sequence."""
 
     def __init__(self, p: TransformerParams) -> None:
         super().__init__()
@@ -300,8 +307,10 @@ class SingleBlock(nn.Module):
         reference_kv: ReferenceKV | None = None,
         output_range: tuple[int, int] | None = None,
     ) -> Tensor:
-        """What x [B, tokens, D] becomes: all of it, or the `output_range` tokens alone (the first and how many) where
-        no other is read any more. Those are no references that are being kept."""
+        """Return the new x [B, tokens, D], or only the tokens of `output_range` (first, count).
+
+        With `output_range`, the output must not include references that are being cached.
+        """
         shift, scale, gate = mod
         q, k, v, inner = self._project(modulate(x, shift, scale), output_range)
         k = rope(self.norm.key(k)).to(v.dtype)
@@ -313,14 +322,15 @@ class SingleBlock(nn.Module):
         return clamp_to_float16(x + gate * self.linear2(torch.cat((attended, self.act(inner)), -1)))
 
     def _project(self, x: Tensor, output_range: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, tokens, d] and what goes into the MLP [B, tokens, 2 * mlp] of x [B, tokens,
-        D]: keys and values of all tokens, the rest of the wanted ones."""
+        """Return queries, keys and values [B, H, tokens, d] and the MLP's input [B, tokens, 2 * mlp] for x [B, tokens,
+        D]. Keys and values cover all tokens, the others only `output_range`.
+        """
         if output_range is not None and type(self.linear1) is nn.Linear:
             hidden, weight = x.shape[-1], self.linear1.weight
             k, v = F.linear(x, weight[hidden : 3 * hidden]).chunk(2, -1)
             x = x.narrow(1, *output_range)
             q, inner = F.linear(x, weight[:hidden]), F.linear(x, weight[3 * hidden :])
-        else:  # other layers than plain ones cannot compute some of their outputs for less than all
+        else:  # quantised and adapted layers cannot compute a part of their outputs
             qkv, inner = self.linear1(x).split(self.splits, -1)
             q, k, v = qkv.chunk(3, -1)
             if output_range is not None:
@@ -336,7 +346,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden, bias=False))
 
     def modulation(self, vec: Tensor) -> tuple[Tensor, ...]:
-        """Shift and scale, each shaped as vec is."""
+        """Return shift and scale, each with the shape of vec."""
         return self.adaLN_modulation(vec).chunk(2, -1)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -344,7 +354,7 @@ class FinalLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """See the module's header. Build it with `weights.load_transformer`."""
+    """See the module's header. Build it with `weights.loading.load_transformer`."""
 
     def __init__(self, params: TransformerParams) -> None:
         super().__init__()
@@ -370,7 +380,7 @@ class Transformer(nn.Module):
         return self.img_in.weight.device
 
     def rope(self, ids: Tensor) -> Rope:
-        """Tables for the whole sequence; ids [tokens, 4] in the order text, image, references."""
+        """Build the tables for the full sequence; ids [tokens, 4] in the order text, image, references."""
         return axial_rope_table(ids, self.params.head_width, self.device)
 
     def forward(
@@ -384,26 +394,28 @@ class Transformer(nn.Module):
         outputs: int | None = None,
         cache: ReferenceCache | None = None,
     ) -> Tensor:
-        """The velocity [B, outputs, 128] of the first `outputs` tokens of x (all by default).
+        """Return the velocity [B, outputs, 128] of the first `outputs` tokens of x (default: all).
 
-        x: [B, N, 128], image tokens, then reference tokens where they take part. ctx: [B, L, C].
-        t, guidance: [B] in float32; guidance exactly where the model embeds it. rope: for L + N tokens.
-        cache: None, or a ReferenceCache; while unfilled, its `tokens` references are the last tokens of x.
+        x: [B, N, 128], image tokens, then reference tokens if any. ctx: [B, L, C]. t, guidance: [B] in float32; pass
+        guidance if and only if the model embeds it. rope: for L + N tokens. cache: while it is unfilled, the last
+        `cache.tokens` tokens of x are references.
         """
-        filled = cache.tokens if cache is not None and not cache.is_filled else 0
-        modulations = self.modulations(t, guidance, (ctx.shape[1], x.shape[1], filled) if filled else None)
+        cached_tokens = cache.tokens if cache is not None and not cache.is_filled else 0
+        modulations = self.modulations(
+            t, guidance, (ctx.shape[1], x.shape[1], cached_tokens) if cached_tokens else None
+        )
         return self.velocity(x, ctx, modulations, rope, outputs=outputs, cache=cache)
 
     def modulations(
         self, t: Tensor, guidance: Tensor | None = None, cache_fill: tuple[int, int, int] | None = None
     ) -> Modulations:
-        """Of times t [B], as `forward` takes them and `guidance`: of all rows of a batch, or of all steps to come.
+        """Return the modulations for t and guidance [B], for the rows of a batch or for all steps of a run.
 
-        cache_fill: L, N and R where the evaluation fills a reference cache: the last R tokens are modulated as at t =
+        cache_fill: (L, N, R) if the evaluation fills a reference cache: the last R tokens are then modulated as at t =
         0.
         """
         vec = self._embed_time(t, guidance)[:, None]
-        last = self.final_layer.modulation(vec)
+        final = self.final_layer.modulation(vec)
         text = self.double_stream_modulation_txt(vec)
         image_group = group = None
         if cache_fill is not None:
@@ -416,7 +428,7 @@ class Transformer(nn.Module):
             image=self.double_stream_modulation_img(vec, image_group),
             text=text,
             single=self.single_stream_modulation(vec, group),
-            final=last,
+            final=final,
         )
 
     def velocity(
@@ -429,24 +441,26 @@ class Transformer(nn.Module):
         outputs: int | None = None,
         cache: ReferenceCache | None = None,
     ) -> Tensor:
-        """What `forward` computes, from the `modulations` of its times."""
-        filling = cache is not None and not cache.is_filled and cache.tokens > 0
+        """Same as `forward`, with precomputed `modulations`."""
+        is_filling = cache is not None and not cache.is_filled and cache.tokens > 0
         x, ctx = self.img_in(x), self.txt_in(ctx)
         blocks = len(self.double_blocks) + len(self.single_blocks)
         if cache is not None and not cache.is_filled:
             cache.allocate(blocks, x, self.params.heads, self.params.head_width)
-        kept = [None if cache is None else cache.block_kv(block) for block in range(blocks)]
-        for double, own in zip(self.double_blocks, kept[: len(self.double_blocks)], strict=True):
-            x, ctx = double(x, ctx, modulations.image, modulations.text, rope, own)
-        wanted = ctx.shape[1], x.shape[1] if outputs is None else outputs
+        block_kvs = [None if cache is None else cache.block_kv(block) for block in range(blocks)]
+        for double, block_kv in zip(self.double_blocks, block_kvs[: len(self.double_blocks)], strict=True):
+            x, ctx = double(x, ctx, modulations.image, modulations.text, rope, block_kv)
+        output_range = ctx.shape[1], x.shape[1] if outputs is None else outputs
         joined = torch.cat((ctx, x), 1)
-        # References that are being kept attend by themselves: where their velocity is asked for, nothing is left out.
-        sparing = len(self.single_blocks) - 1 if outputs is not None or not filling else None
-        for i, (single, own) in enumerate(zip(self.single_blocks, kept[len(self.double_blocks) :], strict=True)):
-            joined = single(joined, modulations.single, rope, own, wanted if i == sparing else None)
+        # Without `outputs`, the result includes references that are being cached: `output_range` cannot skip those.
+        narrow_block = len(self.single_blocks) - 1 if outputs is not None or not is_filling else None
+        for i, (single, block_kv) in enumerate(
+            zip(self.single_blocks, block_kvs[len(self.double_blocks) :], strict=True)
+        ):
+            joined = single(joined, modulations.single, rope, block_kv, output_range if i == narrow_block else None)
         if cache is not None:
             cache.is_filled = True
-        out = joined if joined.shape[1] == wanted[1] else joined.narrow(1, *wanted)
+        out = joined if joined.shape[1] == output_range[1] else joined.narrow(1, *output_range)
         return self.final_layer(out, *modulations.final)
 
     def _embed_time(self, t: Tensor, guidance: Tensor | None) -> Tensor:

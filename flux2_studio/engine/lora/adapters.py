@@ -1,18 +1,19 @@
-"""LoRAs: files of small changes to a transformer's linear layers, put onto it and taken off without loading it again.
+"""Applies LoRAs to a transformer and removes them without reloading it.
 
-Does: says which tensors of a file (`lora_file`) fit a transformer and why others do not (`check_lora`), and makes any
-set of LoRAs, each with a weight, the one that a transformer carries (`set_loras`). Does not know: where files come
-from, which checkpoint a transformer is.
+`check_lora` says which tensors of a file (`file.py`) fit a transformer, and why others do not. `set_loras` makes a set
+of weighted LoRAs the one that a transformer carries. Out of scope: where files come from, which checkpoint a
+transformer is.
 
-A change D of a layer's weight W counts as W + weight * scale * D, where scale = alpha / rank if the file states an
-alpha; DoRA's as W + weight * (its W' - W). Several add up, each reckoned from the bare W: their order is all one.
+A change D of a layer's weight W is applied as W + weight * scale * D, where scale = alpha / rank if the file has an
+alpha; DoRA as W + weight * (W' - W), with its own W'. Several LoRAs add up, each computed from the original W, so their
+order does not matter.
 
-`set_loras` has two ways. On the fly, a layer is wrapped with paths that run beside it (`lora_paths`): the weights are
-not touched, quantised ones do as well as others, and changing LoRAs is a matter of their own size. Fused, the changes
-are added to the weights: no cost per step, but the originals of the touched layers are kept on the CPU, because W + D -
-D is not W in floating point. Either way an empty set gives back the transformer bit by bit.
+`set_loras` has two modes. On the fly, a layer is wrapped with branches that run beside it (`layers.py`): weights are
+untouched, quantised ones work too, and switching costs no more than the LoRAs' own size. Fused, the changes are added
+to the weights: no cost per step, but the originals of the changed layers are kept on the CPU, because W + D - D is not
+W in floating point. In both modes an empty set restores the transformer bit by bit.
 
-Pitfall: fused LoRAs are in the weights. Whoever saves, quantises or copies weights takes the LoRAs off first.
+Pitfall: fused LoRAs are part of the weights. Remove them before saving, quantising or copying weights.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ from flux2_studio.engine.runtime.streaming import editable_weights
 from flux2_studio.engine.weights.tensor_files import printable_text
 from flux2_studio.errors import RequestError, WeightsError
 
-# Only to put a name to a width in messages; what fits is decided by shapes.
+# For messages only; whether a LoRA fits depends on shapes.
 KNOWN_WIDTHS = {3072: "klein 4B", 4096: "klein 9B", 6144: "dev"}
 
-# Why a tensor does not fit, as it reads after a number.
+# Why tensors do not fit; messages put the number of tensors in front.
 MISSING_LAYER = "for layers that this checkpoint does not have"
 OTHER_SIZE = "of another size than this checkpoint's layers"
 _LOKR_FACTORS = ("lokr_w1", "lokr_w2")
@@ -54,7 +55,7 @@ _CHOOSE_ANOTHER = "Choose a LoRA that was made for this checkpoint, or the check
 
 @dataclass(frozen=True)
 class LoraFitReport:
-    """How a LoRA fits a transformer: `matched` has the module of each key, `unmatched` the reason why it has none."""
+    """How a LoRA fits a transformer. matched: module by key. unmatched: reason by key."""
 
     name: str
     kind: str
@@ -63,23 +64,25 @@ class LoraFitReport:
 
     @property
     def text(self) -> str:
-        """A sentence or two for the page."""
+        """One or two sentences for the user."""
         total = len(self.matched) + len(self.unmatched)
         if not self.unmatched:
             return f"{self.name} ({self.kind}): all {total} tensors fit."
         reasons = Counter(self.unmatched.values())
-        left = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         example = printable_text(min(self.unmatched))
         return (
-            f"{self.name} ({self.kind}): {len(self.matched)} of {total} tensors fit. Left out: {left} "
+            f"{self.name} ({self.kind}): {len(self.matched)} of {total} tensors fit. Left out: {left_out} "
             f"(for example {example})."
         )
 
 
 def check_lora(lora: Lora, transformer: Transformer) -> LoraFitReport:
-    """How `lora` fits `transformer`. Raises `WeightsError` if less than half of it does: it is another model's."""
-    fitting, unmatched = _split_by_fit(lora, linear_layers_of(transformer))
-    matched = {key: change.target.module for change in fitting for key in change.keys.values()}
+    """Report how `lora` fits `transformer`. Raises `WeightsError` if less than half of its tensors fit: it then
+    belongs to another model.
+    """
+    matching, unmatched = _split_by_fit(lora, linear_layers_of(transformer))
+    matched = {key: change.target.module for change in matching for key in change.keys.values()}
     total = sum(len(change.keys) for change in lora.changes)
     if 2 * len(matched) >= total:
         return LoraFitReport(lora.name, lora.kind, matched, {**unmatched, **lora.ignored_keys})
@@ -97,86 +100,91 @@ def check_lora(lora: Lora, transformer: Transformer) -> LoraFitReport:
 
 
 def check_lora_for_params(lora: Lora, params: TransformerParams) -> LoraFitReport:
-    """As `check_lora`, before the transformer is loaded: its sizes are enough."""
+    """Same as `check_lora`, for the sizes of a transformer that is not loaded yet."""
     with torch.device("meta"):
         return check_lora(lora, Transformer(params))
 
 
 def added_parameter_count(lora: Lora) -> int:
-    """How many numbers `lora` lays beside the weights of a transformer that all of it fits, put on on the fly."""
+    """Return how many numbers `lora` adds to a transformer when applied on the fly, if all of it fits."""
     return sum(_change_parameter_count(lora, change) for change in lora.changes)
 
 
 def _change_parameter_count(lora: Lora, change: LoraChange) -> int:
     shapes = {field: lora.files.shapes[key] for field, key in change.keys.items() if field != "alpha"}
     rows, columns = change.shape
-    parts = change.target.parts  # rows of the other parts are zeros, and there
-    dora = 2 * rows * parts if "magnitude" in shapes else 0  # per row, or one per row and one per column: about as many
+    parts = change.target.parts  # rows of the other parts are stored as zeros
+    # DoRA stores two numbers per row, or one per row and one per column: about as many.
+    dora_count = 2 * rows * parts if "magnitude" in shapes else 0
     match change.kind:
         case "LoRA" | "LoHa":
-            placed = ("up", "hada_w1_a", "hada_w2_a")
-            return dora + sum(
-                math.prod(shape) * (parts if field in placed else 1)
+            padded_fields = ("up", "hada_w1_a", "hada_w2_a")
+            return dora_count + sum(
+                math.prod(shape) * (parts if field in padded_fields else 1)
                 for field, shape in shapes.items()
                 if field != "magnitude"
             )
         case "LoKr" if not change.target.swap_halves:
-            whole = [shapes.get(name) or (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1]) for name in _LOKR_FACTORS]
-            return dora + math.prod(whole[0]) * parts + math.prod(whole[1])
+            factor_shapes = [
+                shapes.get(name) or (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1]) for name in _LOKR_FACTORS
+            ]
+            return dora_count + math.prod(factor_shapes[0]) * parts + math.prod(factor_shapes[1])
         case _:
-            return dora + rows * columns * parts
+            return dora_count + rows * columns * parts
 
 
 @torch.no_grad()
 def set_loras(
     transformer: Transformer, loras: Sequence[tuple[Lora, float]], *, fused: bool = False
 ) -> list[LoraFitReport]:
-    """Make `loras`, each with its weight, exactly those that `transformer` carries; an empty list takes all off.
+    """Make `loras`, pairs (LoRA, weight), exactly those that `transformer` carries. An empty list removes all.
 
-    Layers that already carry just that are left alone. fused: change the weights instead of running paths beside
-    them. Returns a report for each LoRA.
+    Layers that already carry the same changes are left alone. fused: change the weights instead of running branches
+    beside them. Returns a report for each LoRA.
 
-    Raises `WeightsError` where a LoRA does not fit or cannot be read, or quantised weights are to be fused with, and
-    `RequestError` for a weight that is no number; the transformer is then as it was. If memory runs out on the way,
-    it carries what it did before, or, when fusing, nothing.
+    Raises `WeightsError` if a LoRA does not fit or cannot be read, or if fusing meets quantised weights, and
+    `RequestError` for a weight that is not finite; the transformer is then unchanged. If memory runs out midway, it
+    keeps its previous LoRAs, or none when fusing.
     """
     for lora, weight in loras:
         if not math.isfinite(weight):
             raise RequestError(f"{weight} is no weight for {lora.name}: choose a number, 1 for its full effect.")
     reports = [check_lora(lora, transformer) for lora, _ in loras]
     layers = linear_layers_of(transformer)
-    wanted: dict[str, list[_AppliedChange]] = {}
+    changes_by_layer: dict[str, list[_AppliedChange]] = {}
     for lora, weight in loras:
         for change in _split_by_fit(lora, layers)[0] if weight else ():
-            wanted.setdefault(change.target.module, []).append(_AppliedChange(lora, change, weight, fused))
-    if fused and not all(has_float_weight(layers[name]) for name in wanted):
+            changes_by_layer.setdefault(change.target.module, []).append(_AppliedChange(lora, change, weight, fused))
+    if fused and not all(has_float_weight(layers[name]) for name in changes_by_layer):
         raise WeightsError(
             "This checkpoint's weights are quantised, and LoRAs cannot be fused into them: apply the LoRAs on the fly, "
             "or choose the checkpoint's bfloat16 file."
         )
-    stale = [name for name in layers if _applied_changes(transformer.get_submodule(name)) != wanted.get(name, [])]
-    tensors = _read_tensors([part for name in stale for part in wanted.get(name, [])])
+    outdated = [
+        name for name in layers if _applied_changes(transformer.get_submodule(name)) != changes_by_layer.get(name, [])
+    ]
+    tensors = _read_tensors([part for name in outdated for part in changes_by_layer.get(name, [])])
     if fused:
-        _fuse(transformer, stale, wanted, tensors)
+        _fuse(transformer, outdated, changes_by_layer, tensors)
     else:
-        _wrap(transformer, stale, wanted, tensors)
+        _wrap(transformer, outdated, changes_by_layer, tensors)
     return reports
 
 
 def linear_layers_of(transformer: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers by their names, whether LoRAs are on them or not."""
-    found: dict[str, nn.Module] = {}
+    """Return the linear layers by name, without the wrappers that LoRAs add."""
+    layers: dict[str, nn.Module] = {}
     for name, module in transformer.named_modules():
         if isinstance(module, AdaptedLinear):
-            found[name] = module.base
-        elif hasattr(module, "in_features") and name.removesuffix(".base") not in found:
-            found[name] = module
-    return found
+            layers[name] = module.base
+        elif hasattr(module, "in_features") and name.removesuffix(".base") not in layers:
+            layers[name] = module
+    return layers
 
 
 def _split_by_fit(lora: Lora, layers: Mapping[str, nn.Module]) -> tuple[list[LoraChange], dict[str, str]]:
-    """The changes that fit `layers`, and the keys of those that do not, with the reason."""
-    fitting: list[LoraChange] = []
+    """Return the changes that fit `layers`, and the keys of the others with the reason."""
+    matching: list[LoraChange] = []
     unmatched: dict[str, str] = {}
     for change in lora.changes:
         layer: Any = layers.get(change.target.module)
@@ -185,20 +193,20 @@ def _split_by_fit(lora: Lora, layers: Mapping[str, nn.Module]) -> tuple[list[Lor
         elif change.shape != (layer.out_features // change.target.parts, layer.in_features):
             unmatched |= dict.fromkeys(change.keys.values(), OTHER_SIZE)
         else:
-            fitting.append(change)
-    return fitting, unmatched
+            matching.append(change)
+    return matching, unmatched
 
 
 def _describe_width(width: int) -> str:
     return f"{KNOWN_WIDTHS[width]} (width {width})" if width in KNOWN_WIDTHS else f"width {width}"
 
 
-# --- onto the transformer ---
+# --- applying changes ---
 
 
 @dataclass(frozen=True)
 class _AppliedChange:
-    """One LoRA's share in what a layer carries."""
+    """The change that one LoRA makes to one layer."""
 
     lora: Lora
     change: LoraChange
@@ -218,49 +226,59 @@ def _read_tensors(parts: Sequence[_AppliedChange]) -> _TensorsByChange:
     changes: dict[Lora, list[LoraChange]] = {}
     for part in parts:
         changes.setdefault(part.lora, []).append(part.change)
-    return {change: found for lora, some in changes.items() for change, found in lora.read(some).items()}
+    return {change: tensors for lora, of_lora in changes.items() for change, tensors in lora.read(of_lora).items()}
 
 
 def _build_part_branch(
     part: _AppliedChange, tensors: _TensorsByChange, module: nn.Module, dtype: torch.dtype
 ) -> LoraBranch:
-    """The path of one part in float32, on the layer's device. Copied: a mapped file may be written over at any time."""
+    """Build the branch of one change in float32, on the layer's device. Tensors are copied, because a mapped file
+    may be overwritten at any time.
+    """
     factors = {
         field: tensor.to(device_of(module), torch.float32, copy=True) for field, tensor in tensors[part.change].items()
     }
     return build_branch(factors, part.change.target, part.change.scale, part.weight, lambda: base_weight(module, dtype))
 
 
-def _wrap(transformer: Transformer, stale: Sequence[str], wanted: _ChangesByLayer, tensors: _TensorsByChange) -> None:
-    """On the fly: everything is built before anything is put into its place."""
+def _wrap(
+    transformer: Transformer, outdated: Sequence[str], changes_by_layer: _ChangesByLayer, tensors: _TensorsByChange
+) -> None:
+    """Apply LoRAs on the fly. All branches are built before any layer is replaced."""
     built: dict[str, list[LoraBranch]] = {}
-    for name in stale:
+    for name in outdated:
         module = transformer.get_submodule(name)
-        paths = [_build_part_branch(part, tensors, module, transformer.dtype) for part in wanted.get(name, [])]
-        built[name] = [path.to(transformer.dtype) for path in merge_low_rank(paths)]
-    for name, paths in built.items():
+        branches = [
+            _build_part_branch(part, tensors, module, transformer.dtype) for part in changes_by_layer.get(name, [])
+        ]
+        built[name] = [branch.to(transformer.dtype) for branch in merge_low_rank(branches)]
+    for name, branches in built.items():
         base = _restore_layer(transformer, name)
-        if paths:
-            transformer.set_submodule(name, AdaptedLinear(base, wanted[name], branches=paths))
+        if branches:
+            transformer.set_submodule(name, AdaptedLinear(base, changes_by_layer[name], branches=branches))
 
 
-def _fuse(transformer: Transformer, stale: Sequence[str], wanted: _ChangesByLayer, tensors: _TensorsByChange) -> None:
-    """Layer by layer, because two copies of all weights are too many: on failure the layers are all stripped."""
+def _fuse(
+    transformer: Transformer, outdated: Sequence[str], changes_by_layer: _ChangesByLayer, tensors: _TensorsByChange
+) -> None:
+    """Fuse LoRAs layer by layer, because two copies of all weights may not fit in memory. On failure all layers are
+    restored.
+    """
     try:
-        for name in stale:
+        for name in outdated:
             base: Any = _restore_layer(transformer, name)
-            if name not in wanted:
+            if name not in changes_by_layer:
                 continue
-            paths = merge_low_rank(
-                [_build_part_branch(part, tensors, base, transformer.dtype) for part in wanted[name]]
+            branches = merge_low_rank(
+                [_build_part_branch(part, tensors, base, transformer.dtype) for part in changes_by_layer[name]]
             )
             with editable_weights(base):
-                whole = changed = base.weight.float()
-                for path in paths:
-                    changed = changed + path.delta(whole)
+                weight = new_weight = base.weight.float()
+                for branch in branches:
+                    new_weight = new_weight + branch.delta(weight)
                 original = base.weight.detach().to("cpu", copy=True)
-                transformer.set_submodule(name, AdaptedLinear(base, wanted[name], original_weight=original))
-                base.weight.copy_(changed)
+                transformer.set_submodule(name, AdaptedLinear(base, changes_by_layer[name], original_weight=original))
+                base.weight.copy_(new_weight)
     except BaseException:
         for name in linear_layers_of(transformer):
             _restore_layer(transformer, name)
@@ -268,7 +286,7 @@ def _fuse(transformer: Transformer, stale: Sequence[str], wanted: _ChangesByLaye
 
 
 def _restore_layer(transformer: Transformer, name: str) -> nn.Module:
-    """The layer without its LoRAs, put back into its place."""
+    """Replace the named layer by its version without LoRAs, and return it."""
     module = transformer.get_submodule(name)
     if not isinstance(module, AdaptedLinear):
         return module

@@ -1,10 +1,9 @@
-"""LoRA files: which layers they change, by what, and how strongly. Safetensors only.
+"""LoRA files: which layers they change, how, and with which scale. Safetensors only.
 
-A file's header is sorted first: every key names a layer and a field of its change (`lora_keys`), and the fields of a
-layer must make one change of known shape. Only the alphas are read then; factors are read when they are needed.
-Hostile files are refused in words, on shapes alone: nothing is multiplied out, and no text of theirs is believed or
-shown at length.
-Does not know: the transformer that a file is meant for, and whether it fits one (`adapters.py`).
+The header is parsed first: every key names a layer and a field of its change (`keys.py`), and the fields of a layer
+must form one change of known shape. At that point only the alphas are read; factors are read when needed. Malicious
+files are rejected by their shapes alone, with a message: nothing is multiplied out, and text from the file is neither
+trusted nor shown at length. Out of scope: whether a file fits a given transformer (`adapters.py`).
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from flux2_studio.engine.weights.formats import PLAIN_TYPES
 from flux2_studio.engine.weights.tensor_files import DOWNLOAD_AGAIN_ADVICE, SafetensorsFiles, printable_text, read_json
 from flux2_studio.errors import WeightsError
 
-ALPHA_TYPES = {*PLAIN_TYPES, "F64", "I64", "I32"}  # as which trainers write an alpha
-MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6  # anything else but 0 is damage: NaN, or a number read as of another type
+ALPHA_TYPES = {*PLAIN_TYPES, "F64", "I64", "I32"}  # the dtypes that trainers store alphas in
+MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6  # other values except 0 mean damage: NaN, or bytes of another dtype
 FIELDS_BY_KIND = {
     "LoRA": ("down", "up"),
     "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
@@ -42,7 +41,7 @@ FIELDS_BY_KIND = {
 }
 BIAS_SUFFIXES = (".bias", ".diff_b", ".b_norm")
 
-# Why a tensor is left out, as it reads after a number.
+# Why tensors are left out; messages put the number of tensors in front.
 FOR_TEXT_ENCODER = "for a text encoder, which LoRAs do not change here"
 FOR_CONVOLUTION = "for convolutions, which FLUX.2 does not have"
 FOR_UNKNOWN_LAYER = "for layers that FLUX.2 does not have"
@@ -54,8 +53,8 @@ OF_UNKNOWN_KIND = "not of a kind of LoRA that we know"
 class LoraChange:
     """The change of one layer, or of some of its rows.
 
-    keys: the file's key of each field. shape: [out, in] of the change. kind: of `FIELDS_BY_KIND`. rank: None where the
-    change is no product. scale: alpha / rank.
+    keys: the file's key per field. shape: [out, in] of the change. kind: a key of `FIELDS_BY_KIND`. rank: None if the
+    change is not a product. scale: alpha / rank.
     """
 
     target: LoraTarget
@@ -68,10 +67,10 @@ class LoraChange:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A LoRA file whose header fits together. Compared by identity: keep it, and `apply` knows it again.
+    """A LoRA file with a valid header. Compared by identity: keep the object, so that `set_loras` recognises it.
 
-    ignored_keys: keys that no transformer of FLUX.2 takes, with the reason. width: the hidden width of the transformer
-    that it was made for, as its shapes tell.
+    ignored_keys: keys that do not belong to FLUX.2's transformer, with the reason. width: hidden width of the
+    transformer that it was made for, deduced from its shapes.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Lora:
 
     @property
     def kind(self) -> str:
-        """ "LoRA of rank 16", "LoKr", "LoRA of rank 8 to 32 with DoRA"."""
+        """For example "LoRA of rank 16", "LoKr" or "LoRA of rank 8 to 32 with DoRA"."""
         kinds = " and ".join(sorted({change.kind for change in self.changes}))
         ranks = sorted({change.rank for change in self.changes if change.rank and change.kind != "LoKr"})
         if ranks:
@@ -90,31 +89,31 @@ class Lora:
         return kinds + (" with DoRA" if any("magnitude" in change.keys for change in self.changes) else "")
 
     def read(self, changes: Iterable[LoraChange]) -> dict[LoraChange, dict[str, Tensor]]:
-        """The tensors of some changes by their fields, on the CPU as they are stored, without alphas.
+        """Read the tensors of some changes, by field, on the CPU as stored, without alphas.
 
-        Raises `WeightsError` where the file cannot be read any more or holds infinities or NaN.
+        Raises `WeightsError` if the file cannot be read any more or holds infinities or NaN.
         """
-        found: dict[LoraChange, dict[str, Tensor]] = {change: {} for change in changes}
-        owners = {key: (change, field) for change in found for field, key in change.keys.items() if field != "alpha"}
+        tensors: dict[LoraChange, dict[str, Tensor]] = {change: {} for change in changes}
+        owners = {key: (change, field) for change in tensors for field, key in change.keys.items() if field != "alpha"}
         for key, tensor in self.files.read(owners):
             if not tensor.isfinite().all():
                 raise WeightsError(
                     f"{self.name} holds infinities or NaN in {printable_text(key)}: {DOWNLOAD_AGAIN_ADVICE}"
                 )
             change, field = owners[key]
-            found[change][field] = tensor
-        return found
+            tensors[change][field] = tensor
+        return tensors
 
 
 def open_lora(path: Path) -> Lora:
-    """The LoRA in a safetensors file, its header checked and nothing but its alphas read.
+    """Open the LoRA in a safetensors file. Checks its header and reads only its alphas.
 
-    Raises `WeightsError` for anything but a LoRA that changes layers of FLUX.2's transformer.
+    Raises `WeightsError` if it is not a LoRA for layers of FLUX.2's transformer.
     """
     if path.is_dir():
         raise WeightsError(f"{path.name} is a folder: name the LoRA's .safetensors file in it.")
     files = SafetensorsFiles(path)
-    fields: dict[str, dict[str, str]] = {}  # by layer as the file spells it
+    fields: dict[str, dict[str, str]] = {}  # by layer, with the file's spelling
     left_out: dict[str, str] = {}
     for key in files.shapes:
         parsed = parse_key(key)
@@ -129,8 +128,10 @@ def open_lora(path: Path) -> Lora:
                     f"{files.name} holds {printable_text(key)} twice, under different names: {DOWNLOAD_AGAIN_ADVICE}"
                 )
             fields[layer][field] = key
-    numbers = _AlphaReader(
-        files, _peft_config(path, files.metadata), [found["alpha"] for found in fields.values() if "alpha" in found]
+    alphas = _AlphaReader(
+        files,
+        _peft_config(path, files.metadata),
+        [layer_keys["alpha"] for layer_keys in fields.values() if "alpha" in layer_keys],
     )
     changes: dict[LoraTarget, LoraChange] = {}
     for layer, keys in fields.items():
@@ -142,7 +143,7 @@ def open_lora(path: Path) -> Lora:
             raise WeightsError(
                 f"{files.name} changes {target.module} twice, under different names: {DOWNLOAD_AGAIN_ADVICE}"
             )
-        changes[target] = _layer_change(files, layer, target, keys, numbers)
+        changes[target] = _layer_change(files, layer, target, keys, alphas)
     if not changes:
         raise WeightsError(
             f"{files.name} is no LoRA for FLUX.2's transformer: its {len(left_out)} tensors are "
@@ -154,7 +155,7 @@ def open_lora(path: Path) -> Lora:
 
 
 class _AlphaReader:
-    """The file's alphas: one for each layer, or, as PEFT does it, stated in a configuration for all of them."""
+    """The file's alphas: one per layer, or one configuration for all of them (PEFT)."""
 
     def __init__(self, files: SafetensorsFiles, config: Mapping[str, Any], keys: Sequence[str]) -> None:
         self.name = files.name
@@ -172,20 +173,20 @@ class _AlphaReader:
                 )
 
     def scale(self, layer: str, key: str | None, rank: int) -> float:
-        """alpha / rank of `layer`, 1 where nothing is stated. key: that of its alpha, if it has one.
+        """Return alpha / rank of `layer`, or 1 without any alpha. key: of the layer's own alpha, if it has one.
 
-        alpha / sqrt(rank) is rank-stabilised LoRA, https://arxiv.org/abs/2312.03732.
+        Rank-stabilised LoRA uses alpha / sqrt(rank), https://arxiv.org/abs/2312.03732.
         """
         if key is not None:
             return self.alphas[key] / rank
         alpha = self.config.get("lora_alpha", rank)
         patterns = self.config.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", ending) for ending in patterns):
+        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", suffix) for suffix in patterns):
             raise WeightsError(
                 f"{self.name} states its alphas in a way that is not read (alpha_pattern): {DOWNLOAD_AGAIN_ADVICE}"
             )
-        for ending, value in patterns.items():
-            if f".{layer}".endswith(f".{ending}"):
+        for suffix, value in patterns.items():
+            if f".{layer}".endswith(f".{suffix}"):
                 alpha = value
         if not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
             raise WeightsError(
@@ -195,12 +196,13 @@ class _AlphaReader:
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's configuration of a LoRA: diffusers writes it into the file's header, with the part's name before each
-    entry; PEFT itself into adapter_config.json beside adapter_model.safetensors."""
-    beside = path.with_name("adapter_config.json")
+    """Read PEFT's configuration of a LoRA. diffusers writes it into the file's header, with the component's name
+    before each entry; PEFT itself into adapter_config.json beside adapter_model.safetensors.
+    """
+    config_file = path.with_name("adapter_config.json")
     try:
-        if path.name == "adapter_model.safetensors" and beside.is_file():
-            config = read_json(beside)
+        if path.name == "adapter_model.safetensors" and config_file.is_file():
+            config = read_json(config_file)
         else:
             config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (OSError, ValueError, RecursionError) as error:
@@ -224,7 +226,7 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _layer_change(
     files: SafetensorsFiles, layer: str, target: LoraTarget, keys: Mapping[str, str], alphas: _AlphaReader
 ) -> LoraChange:
-    """The change that a layer's tensors make together. Raises `WeightsError` if they do not."""
+    """Combine a layer's tensors into its change. Raises `WeightsError` if they do not form one."""
 
     def refuse(problem: str) -> WeightsError:
         return WeightsError(f"{files.name}: {problem} in {printable_text(layer)}: {DOWNLOAD_AGAIN_ADVICE}")
@@ -240,7 +242,7 @@ def _layer_change(
         raise refuse("a tensor that is no matrix")
 
     def product(left: str, right: str) -> tuple[int, int, int]:
-        """(out, in, rank) of a product of two matrices."""
+        """Return (out, in, rank) of a product of two matrices."""
         for name, partner in ((left, right), (right, left)):
             if name not in shapes:
                 raise refuse(
@@ -248,13 +250,13 @@ def _layer_change(
                     if partner in keys
                     else "a factor is missing"
                 )
-        (rows, rank), (other, columns) = shapes[left], shapes[right]
-        if rank != other:
-            raise refuse(f"factors of rank {rank} and {other}")
+        (rows, rank), (right_rank, columns) = shapes[left], shapes[right]
+        if rank != right_rank:
+            raise refuse(f"factors of rank {rank} and {right_rank}")
         return rows, columns, rank
 
     def factor(name: str) -> tuple[int, int, int | None]:
-        """(out, in, rank) of one of LoKr's factors, given whole or as a product."""
+        """Return (out, in, rank) of one of LoKr's factors, stored as one matrix or as a product."""
         if name not in shapes:
             return product(f"{name}_a", f"{name}_b")
         if {f"{name}_a", f"{name}_b"} & shapes.keys():
@@ -273,7 +275,7 @@ def _layer_change(
         case "LoKr":
             (rows1, columns1, rank1), (rows2, columns2, rank2) = factor("lokr_w1"), factor("lokr_w2")
             rows, columns = rows1 * rows2, columns1 * columns2
-            rank = rank2 or rank1  # LyCORIS scales by the rank that it factorised with, and not at all without
+            rank = rank2 or rank1  # LyCORIS scales by the factorisation's rank, and not at all without one
         case _:
             rows, columns = shapes["diff"]
             rank = None

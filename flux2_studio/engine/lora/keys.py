@@ -1,6 +1,6 @@
-"""What the keys of a LoRA file mean: which layer of our transformer a tensor changes, and as what.
+"""Parses the keys of LoRA files: which layer of our transformer a tensor changes, and which field it is.
 
-A key is a prefix of the trainer's, a layer's name, and a field:
+A key consists of a trainer's prefix, a layer's name and a field:
 
     diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight      Black Forest Labs' names
     transformer.transformer_blocks.0.attn.to_q.lora_B.weight        diffusers' names
@@ -8,8 +8,8 @@ A key is a prefix of the trainer's, a layer's name, and a field:
     lora_unet_single_blocks_3_linear1.alpha                         kohya, musubi: dots written as underscores
     lycoris_transformer_blocks_0_ff_linear_in.lokr_w1               LyCORIS
 
-Prefixes and names come in any combination, and no two layers of FLUX.2 differ only in dots and underscores, so every
-name is compared without its dots. Strings only: nothing here knows of tensors or files.
+Prefixes and names occur in any combination. No two layers of FLUX.2 differ only in dots and underscores, so names are
+compared with dots replaced by underscores. Works on strings only, without tensors or files.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from flux2_studio.engine.weights.layer_names import (
 class LoraTarget:
     """A layer of our transformer, or some of its rows.
 
-    module: its name in `Transformer`. part, parts: the change is for this one of so many equal runs of rows (q, k and
-    v of a joined qkv). swap_halves: the halves of the rows come in the other order.
+    module: its name in `Transformer`. part, parts: the change applies to run `part` of `parts` equal runs of rows (q, k
+    and v of a joined qkv). swap_halves: the file stores the two halves of the rows in reverse order.
     """
 
     module: str
@@ -40,9 +40,9 @@ class LoraTarget:
     swap_halves: bool = False
 
 
-MAX_KEY_LENGTH = 300  # published keys stay below a third of it; longer ones are not worth a look
+MAX_KEY_LENGTH = 300  # published keys have less than a third of it; longer ones are not parsed
 
-# What a field's tensor is, by the name that follows the layer's. `.weight` and an adapter's name may stand behind it.
+# Our field by the name that follows the layer's. An adapter's name and `.weight` may follow.
 _FIELDS = {
     "lora_A": "down",
     "lora_B": "up",
@@ -61,7 +61,7 @@ _FIELDS = {
         *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     )
 }
-# Factors of convolutions, which FLUX.2 has none of: a layer that comes with one is not what we take it for.
+# Factors of convolutions, which FLUX.2 does not have: layers with such a field are left out.
 CONVOLUTION_FIELDS = {"lora_mid", "lokr_t1", "lokr_t2", "hada_t1", "hada_t2"}
 _FIELDS |= {name: name for name in CONVOLUTION_FIELDS}
 
@@ -88,27 +88,27 @@ def _dots_to_underscores(name: str) -> str:
 
 
 def _targets(names: Mapping[str, str], parts: Mapping[str, Sequence[str]]) -> dict[str, LoraTarget]:
-    """Targets by every name that they have, dots as underscores."""
-    found: dict[str, LoraTarget] = {}
+    """Build targets by all names of each layer, with dots replaced by underscores."""
+    target_by_name: dict[str, LoraTarget] = {}
     for ours, theirs in names.items():
-        found[_dots_to_underscores(ours)] = LoraTarget(ours)
-        found[_dots_to_underscores(theirs)] = LoraTarget(ours, swap_halves=theirs == "norm_out.linear")
+        target_by_name[_dots_to_underscores(ours)] = LoraTarget(ours)
+        target_by_name[_dots_to_underscores(theirs)] = LoraTarget(ours, swap_halves=theirs == "norm_out.linear")
     for ours, pieces in parts.items():
         for number, piece in enumerate(pieces):
-            found[_dots_to_underscores(piece)] = LoraTarget(ours, part=number, parts=len(pieces))
-    return found
+            target_by_name[_dots_to_underscores(piece)] = LoraTarget(ours, part=number, parts=len(pieces))
+    return target_by_name
 
 
 _TOP_TARGETS = _targets(TOP_LEVEL_NAMES, {})
 _DOUBLE_TARGETS = _targets(DOUBLE_BLOCK_NAMES, DOUBLE_BLOCK_PARTS)
 _SINGLE_TARGETS = _targets(SINGLE_BLOCK_NAMES, {})
 
-# Layers whose input has the transformer's hidden width; the output of all others has it.
+# Layers whose input has the transformer's hidden width. The others' output has it.
 _READS_HIDDEN = re.compile(r".*(?:attn\.(?:qkv|proj)|mlp\.0|linear1|\.lin|\.out_layer)|final_layer\..*")
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
-    """(layer as the file spells it, field) of a key; None if it is none of a LoRA's that we know.
+    """Split a key into (layer as spelled in the file, field). None if it is not a known kind of LoRA key.
 
     Fields are down, up, alpha, magnitude (DoRA), diff, LyCORIS' `lokr_...` and `hada_...`, and those of
     `CONVOLUTION_FIELDS`.
@@ -118,23 +118,24 @@ def parse_key(key: str) -> tuple[str, str] | None:
 
 
 def target_of(layer: str) -> LoraTarget | None:
-    """The target of a layer as a file spells it, prefix and all; None if FLUX.2 has no such layer."""
+    """Return the target of a layer as spelled in a file, with its prefix. None if FLUX.2 has no such layer."""
     prefix = _PREFIX.match(layer)
     name = _dots_to_underscores(layer[prefix.end() :] if prefix else layer)
     block = _BLOCK.fullmatch(name)
     if block is None:
         return _TOP_TARGETS.get(name)
     kind, targets = ("single", _SINGLE_TARGETS) if block["single"] else ("double", _DOUBLE_TARGETS)
-    found = targets.get(block["layer"])
-    return found and replace(found, module=f"{kind}_blocks.{int(block['number'])}.{found.module}")
+    target = targets.get(block["layer"])
+    return target and replace(target, module=f"{kind}_blocks.{int(block['number'])}.{target.module}")
 
 
 def is_text_encoder_key(key: str) -> bool:
-    """Whether the key belongs to a text encoder's LoRA, which some trainers put into the same file."""
+    """Return whether the key belongs to a text encoder's LoRA, which some trainers put into the same file."""
     return _TEXT_ENCODER_KEY.match(key) is not None
 
 
 def hidden_width(module: str, shape: tuple[int, int]) -> int:
-    """The hidden width of the transformer that a change of `shape` [out, in] to the whole of `module` was made for,
-    of a part of it likewise: parts divide rows of layers that read the hidden width."""
+    """Return the transformer's hidden width implied by a change of `shape` [out, in] to `module`. This holds for a
+    part of a module too: only layers that read the hidden width have parts.
+    """
     return shape[1] if _READS_HIDDEN.fullmatch(module) else shape[0]

@@ -1,19 +1,19 @@
-"""What LoRAs add to a linear layer: paths beside it, or a change of its weight.
+"""What LoRAs add to a linear layer: branches beside it, or a change of its weight.
 
-    W [out, in] the layer's weight, x [..., in], y = W x the layer's output. A path adds D x to it, where D is
+    W [out, in] the layer's weight, x [..., in], y = W x the layer's output. A branch adds D x to it, where D is
     LowRank    B A                          LoRA, https://arxiv.org/abs/2106.09685
     Kronecker  W1 (x) W2                    LoKr, https://arxiv.org/abs/2309.14859
     Hadamard   (A1 B1) * (A2 B2)            LoHa, https://arxiv.org/abs/2108.06098
-    Full       a matrix                     "diff"
+    FullDelta  a matrix                     "diff"
     DoraRows, DoraColumns                   DoRA, https://arxiv.org/abs/2402.09353: (W + D) rescaled to given norms
 
-A path never reads W while it runs, so it fits beside a layer of any kind, quantised ones too. Scales and weights are
-multiplied into the factors when a path is built: a run costs nothing more, and `torch.compile` sees plain tensors.
-Layers are *replaced* by `AdaptedLinear` rather than given forward hooks: a compiled model overlooks hooks that come
-later, and would draw without the LoRA and without a word.
+A branch never reads W while it runs, so it works beside any layer, including quantised ones. Scales and weights are
+multiplied into the factors when a branch is built, so they cost nothing at run time, and `torch.compile` sees plain
+tensors. Layers are *replaced* by `AdaptedLinear` instead of given forward hooks: a compiled model ignores hooks that
+are added later, and would silently run without the LoRA.
 
-LoHa is multiplied out at every call: that costs as much as 2 * rank more tokens would, and spares a second copy of the
-weight. Only `FullDelta` holds one. DoRA needs W once, when it is built, for its norms.
+LoHa is multiplied out in every call. That costs as much as 2 * rank extra tokens, and avoids a second copy of the
+weight. Only `FullDelta` stores one. DoRA needs W once, for its norms, when it is built.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LoraBranch(nn.Module):
-    """One addition to a layer's output. Its tensors are buffers that move with the model and are not saved with it."""
+    """Base class: one addition to a layer's output. Its tensors are non-persistent buffers: moved with the model,
+    but not saved.
+    """
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        """What to add to y = layer(x), [..., out]."""
+        """Return what to add to y = layer(x), [..., out]."""
         raise NotImplementedError
 
     def delta(self, weight: Tensor) -> Tensor:
-        """The same as a change of the layer's weight [out, in]."""
+        """Return the same change as a change of the layer's weight [out, in]."""
         raise NotImplementedError
 
     def _register_tensors(self, **tensors: Tensor) -> None:
@@ -65,7 +67,7 @@ class LowRank(LoraBranch):
 
 
 class Kronecker(LoraBranch):
-    """w1 [a, b] (x) w2 [c, d], out = a c and in = b d, never multiplied out."""
+    """w1 [a, b] (x) w2 [c, d], out = a c and in = b d, never multiplied out in `forward`."""
 
     w1: Tensor
     w2: Tensor
@@ -83,7 +85,7 @@ class Kronecker(LoraBranch):
 
 
 class Hadamard(LoraBranch):
-    """The product, element by element, of two low-rank matrices: (a1 b1) * (a2 b2), a [out, rank] and b [rank, in]."""
+    """The elementwise product of two low-rank matrices: (a1 b1) * (a2 b2), a [out, rank] and b [rank, in]."""
 
     a1: Tensor
     b1: Tensor
@@ -105,7 +107,7 @@ class Hadamard(LoraBranch):
 
 
 class FullDelta(LoraBranch):
-    """A matrix [out, in] as it is."""
+    """A matrix [out, in]."""
 
     matrix: Tensor
 
@@ -121,7 +123,7 @@ class FullDelta(LoraBranch):
 
 
 class DoraRows(LoraBranch):
-    """gain * (W + D) - W with one gain per row, times the LoRA's weight: of W there is y left to rescale.
+    """weight * (gain * (W + D) - W) with one gain per row, computed from y, since W x = y.
 
     output_gain = weight (gain - 1) and delta_gain = weight gain, both [out], zero in rows that are not adapted.
     """
@@ -142,7 +144,7 @@ class DoraRows(LoraBranch):
 
 
 class DoraColumns(LoraBranch):
-    """(W + D) * gain - W with one gain per column, times the LoRA's weight: the layer runs a second time.
+    """weight * ((W + D) * gain - W) with one gain per column: the layer runs a second time.
 
     gain: [in]. row_weight: [out], the LoRA's weight, zero in rows that are not adapted.
     """
@@ -169,26 +171,26 @@ def build_branch(
     weight: float,
     get_base_weight: Callable[[], Tensor],
 ) -> LoraBranch:
-    """The path of one change.
+    """Build the branch of one change.
 
-    tensors: by their fields (`lora_keys.parse`), whole and of fitting shapes, in float32. scale: the file's own (alpha
-    / rank). weight: the user's. get_base_weight: gives the layer's weight [out, in] in float32; called for DoRA only.
+    tensors: by field (see `keys.parse_key`), complete and of matching shapes, in float32. scale: the file's own (alpha
+    / rank). weight: the user's. get_base_weight: returns the layer's weight [out, in] in float32; called for DoRA only.
     """
     magnitude = tensors.get("magnitude")
-    path = _branch_without_dora(tensors, target, scale if magnitude is not None else scale * weight)
+    branch = _branch_without_dora(tensors, target, scale if magnitude is not None else scale * weight)
     if magnitude is None:
-        return path
-    whole = get_base_weight()
-    merged = whole + path.delta(whole)
-    rows = magnitude.new_full((merged.shape[0] // target.parts, 1), weight)
-    share = _place_rows(rows, target)[:, 0]  # the user's weight in the rows that are adapted
-    tiny = torch.finfo(torch.float32).eps
+        return branch
+    base = get_base_weight()
+    merged = base + branch.delta(base)
+    adapted_rows = magnitude.new_full((merged.shape[0] // target.parts, 1), weight)
+    row_weight = _place_rows(adapted_rows, target)[:, 0]  # the user's weight in adapted rows, 0 elsewhere
+    epsilon = torch.finfo(torch.float32).eps
     if magnitude.ndim == 2 and magnitude.shape[0] == 1 and magnitude.shape[1] == merged.shape[1]:
-        # LyCORIS' older way: norms along the output, over the rows of the layer that was trained
-        gain = magnitude[0] / (merged[share != 0].norm(dim=0) + tiny)
-        return DoraColumns(path, gain, share)
-    gain = _place_rows(magnitude.reshape(-1, 1), target)[:, 0] / (merged.norm(dim=1) + tiny)
-    return DoraRows(path, share * (gain - 1), share * gain)
+        # LyCORIS' older variant: column norms, over the rows of the trained layer
+        gain = magnitude[0] / (merged[row_weight != 0].norm(dim=0) + epsilon)
+        return DoraColumns(branch, gain, row_weight)
+    gain = _place_rows(magnitude.reshape(-1, 1), target)[:, 0] / (merged.norm(dim=1) + epsilon)
+    return DoraRows(branch, row_weight * (gain - 1), row_weight * gain)
 
 
 def _branch_without_dora(tensors: Mapping[str, Tensor], target: LoraTarget, scale: float) -> LoraBranch:
@@ -203,33 +205,34 @@ def _branch_without_dora(tensors: Mapping[str, Tensor], target: LoraTarget, scal
         tensors[name] if name in tensors else tensors[f"{name}_a"] @ tensors[f"{name}_b"]
         for name in ("lokr_w1", "lokr_w2")
     )
-    if target.swap_halves:  # a product with swapped halves is no product any more
+    if target.swap_halves:  # with swapped halves it is no Kronecker product any more
         return FullDelta(_place_rows(scale * torch.kron(w1, w2), target))
-    return Kronecker(_place_rows(scale * w1, target), w2)  # w1's rows are runs of the product's rows
+    return Kronecker(_place_rows(scale * w1, target), w2)  # each row of w1 makes one run of the product's rows
 
 
 def _place_rows(rows: Tensor, target: LoraTarget) -> Tensor:
-    """The rows of a change where they belong among the layer's, zeros elsewhere."""
+    """Pad the rows of a change with zeros to the layer's rows."""
     if target.swap_halves:
         rows = torch.cat(rows.chunk(2)[::-1])
     return F.pad(rows, (0, 0, target.part * len(rows), (target.parts - 1 - target.part) * len(rows)))
 
 
 def merge_low_rank(branches: Iterable[LoraBranch]) -> list[LoraBranch]:
-    """The same paths with all low-rank ones in one: a sum of B A is one B A of the stacked factors."""
+    """Merge all low-rank branches into one: a sum of B A is one B A of the stacked factors."""
     branches = list(branches)
-    low = [path for path in branches if isinstance(path, LowRank)]
-    others: list[LoraBranch] = [path for path in branches if not isinstance(path, LowRank)]
-    if len(low) > 1:
-        low = [LowRank(torch.cat([path.down for path in low]), torch.cat([path.up for path in low], 1))]
-    return [*low, *others]
+    low_rank = [branch for branch in branches if isinstance(branch, LowRank)]
+    others: list[LoraBranch] = [branch for branch in branches if not isinstance(branch, LowRank)]
+    if len(low_rank) > 1:
+        low_rank = [
+            LowRank(torch.cat([branch.down for branch in low_rank]), torch.cat([branch.up for branch in low_rank], 1))
+        ]
+    return [*low_rank, *others]
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with LoRAs: `branches` beside it, or fused into its weight, the `original_weight` being kept on
-    the CPU.
+    """A linear layer with LoRAs: `branches` beside it, or fused, with `original_weight` kept on the CPU.
 
-    applied_loras: whatever tells the caller which LoRAs these are. State dicts look as if the layer stood here itself.
+    applied_loras: lets the caller recognise which LoRAs these are. State dicts look as if the layer were not wrapped.
     """
 
     def __init__(
@@ -244,23 +247,23 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.applied_loras = applied_loras
         self.branches = nn.ModuleList(branches)
-        self.original_weight = original_weight  # not a buffer: it stays on the CPU when the model moves
+        self.original_weight = original_weight  # not a buffer, so that it stays on the CPU when the model moves
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_pre_hook(_with_base)
 
     @property
     def weight(self) -> Any:
-        """The layer's own, for those who ask it for the model's dtype and device."""
+        """The layer's own weight, for code that reads the model's dtype and device from it."""
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         y = out = self.base(x)
-        for path in self.branches:
-            out = out + path(x, y, self.base)
+        for branch in self.branches:
+            out = out + branch(x, y, self.base)
         return out
 
     def restore_base(self) -> nn.Module:
-        """The layer as it was, bit by bit."""
+        """Return the layer without LoRAs, restored bit by bit."""
         if self.original_weight is not None:
             with editable_weights(self.base):
                 self.weight.copy_(self.original_weight)
@@ -279,14 +282,14 @@ def _with_base(_module: nn.Module, state: dict[str, Any], prefix: str, *_: objec
 
 
 def has_float_weight(layer: nn.Module) -> bool:
-    """Whether the layer is its `weight`, to be read and changed as it stands; quantised layers are not."""
+    """Return whether the layer has a plain floating-point weight to read and change; quantised layers do not."""
     return isinstance(layer, nn.Linear) and layer.weight.dtype in FLOAT_DTYPES
 
 
 def base_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] of a layer without its LoRAs, in float32 on the layer's device.
+    """Return the weight [out, in] of a layer without its LoRAs, in float32 on the layer's device.
 
-    dtype: what the layer computes in; quantised weights are restored to it, as when the layer runs.
+    dtype: the layer's compute dtype; quantised weights are restored to it first, as when the layer runs.
     """
     base: Any = module
     if isinstance(module, AdaptedLinear):

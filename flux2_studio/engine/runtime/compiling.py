@@ -1,15 +1,17 @@
-"""A transformer's blocks compiled by torch.compile: what lies between the products of matrices becomes few kernels.
+"""Compiles transformer blocks with torch.compile, which fuses the pointwise operations between matmuls.
 
-Does: compiles a block of each kind, whatever layers it has (quantised ones, LoRAs), has a model's blocks run so, and
-has them run as they are written again. Does not know: when that is worth it, or in which thread (`models/compiled.py`).
+Compiles one block per structure, whatever its layers (quantised ones, LoRAs), attaches compiled forwards to a model's
+blocks, and detaches them. Out of scope: whether compiling pays, and in which thread it runs
+(`models/background_compiler.py`).
 
-A block as it is written ("eager") stays the reference; a compiled one differs from it by rounding, so that a picture is
-drawn with the one or the other, never with both. Compiling takes seconds to minutes; what is compiled holds for every
-size of pictures and prompts, and for all blocks of the same structure.
+The eager block stays the reference. A compiled block differs from it by rounding, so one picture uses either eager or
+compiled blocks, never both. Compiling takes seconds to minutes. The result serves all sizes of pictures and prompts,
+and all blocks of the same structure.
 
-Pitfalls: torch compiles inside a call whatever it meets for the first time, and gives a function up, silently, after
-eight versions. Here only `compile` does so: a model runs what there is (`torch._dynamo.run`), and every structure and
-variant has a function of its own. What a killed process leaves half written on the disk fails for ever: see `compile`.
+Pitfalls: torch compiles inside a call whenever it meets something new, and silently falls back to eager after eight
+versions of a function. Here only `compile` may compile: models run existing code only (`torch._dynamo.run`), and each
+structure and key has its own function. A cache file that a killed process left half-written would fail forever: see
+`compile`.
 """
 
 from __future__ import annotations
@@ -28,18 +30,20 @@ from torch import Tensor, nn
 from flux2_studio.engine.flux.transformer import DoubleBlock, ReferenceKV, Rope, SingleBlock, Transformer
 from flux2_studio.engine.params import TransformerParams
 
-# Lengths to compile with: text, image, references. No two that occur, nor their sums, are alike or a model's width:
-# equal ones would be taken for the same, and other pictures would not fit.
+# Example lengths to compile with. They and their sums differ from each other and from all model widths: torch.compile
+# would treat equal sizes as the same symbol, and other pictures would not fit.
 EXAMPLE_TEXT_TOKENS, EXAMPLE_IMAGE_TOKENS, EXAMPLE_REFERENCE_TOKENS = 37, 53, 71
-MAX_COMPILED_FORWARDS = 64  # compiled forwards that are remembered
-CACHE_READ_ERRORS = (ImportError, OSError, EOFError, ValueError)  # what reading a damaged file raises
+MAX_COMPILED_FORWARDS = 64  # that a compiler keeps
+CACHE_READ_ERRORS = (ImportError, OSError, EOFError, ValueError)  # raised when torch reads a damaged cache file
 CacheAccess = Literal["none", "writes", "reads"]
-SETTING_TYPES = (bool, int, float, str)  # settings of a layer; others may be whatever keeps it (`streaming`)
+# Types of attributes that count as a layer's settings. Others may be bookkeeping (`streaming.py`).
+SETTING_TYPES = (bool, int, float, str)
 
 
 class CompileError(Exception):
-    """A block could not be compiled: no compiler on this machine, mostly. is_permanent: whether it never will be, as
-    when it is not for want of memory."""
+    """A block could not be compiled, mostly because the machine has no compiler. is_permanent: False if memory ran
+    out, so that a later attempt may succeed.
+    """
 
     def __init__(self, reason: str, *, is_permanent: bool) -> None:
         super().__init__(reason)
@@ -48,24 +52,27 @@ class CompileError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class CompileKey:
-    """What a block is compiled for. is_batched: whether batches have more than one row. cache_access: what it does
-    about a reference cache, see `ReferenceKV`."""
+    """What a block is compiled for. is_batched: batches have more than one row. cache_access: how the block uses a
+    reference cache, see `ReferenceKV`.
+    """
 
     is_batched: bool = False
     cache_access: CacheAccess = "none"
 
 
 def compile_keys_for(rows: int, *, reference_cache: bool) -> tuple[CompileKey, ...]:
-    """Those that drawing takes, with batches of `rows`. reference_cache: whether there is one with tokens in it."""
-    several = rows > 1
+    """Return the keys that a run with batches of `rows` needs. reference_cache: whether it has a reference cache
+    with tokens.
+    """
+    batched = rows > 1
     if not reference_cache:
-        return (CompileKey(is_batched=several),)
-    return CompileKey(is_batched=several, cache_access="writes"), CompileKey(is_batched=several, cache_access="reads")
+        return (CompileKey(is_batched=batched),)
+    return CompileKey(is_batched=batched, cache_access="writes"), CompileKey(is_batched=batched, cache_access="reads")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileJob:
-    """Blocks to compile for a variant, and what their inputs are like."""
+    """Blocks to compile for one key, and the parameters of their inputs."""
 
     blocks: tuple[nn.Module, ...]
     compile_key: CompileKey
@@ -75,22 +82,22 @@ class CompileJob:
 
 
 class CompiledForward:
-    """A forward for blocks of one structure, for one variant."""
+    """The forward of blocks of one structure, for one key."""
 
     def __init__(self, forward: Any, backend: str | Callable[..., Any]) -> None:
-        # torch keeps what it compiled by the code object, which all blocks of a kind share: so a copy of it.
+        # torch keeps compiled code per code object, which all blocks of a class share: use a copy.
         copy = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
         copy.__defaults__, copy.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
         self.compile_and_run = torch.compile(copy, fullgraph=True, dynamic=True, backend=backend)
         self.run_compiled = torch._dynamo.run(self.compile_and_run)
         self.is_ready = False
-        self.error: str | None = None  # why it cannot be compiled
+        self.error: str | None = None  # set if it can never be compiled
 
 
 class Compiler:
-    """Compiles blocks and remembers them. `compile` may run in a thread of its own, beside models that run.
+    """Compiles blocks and keeps the results. `compile` may run in another thread, while models run.
 
-    cache: the folder where torch keeps what it compiled, if it is ours to empty. backend: torch.compile's.
+    cache_folder: the folder of torch's compile cache, if it may be deleted. backend: torch.compile's.
     """
 
     def __init__(self, *, cache_folder: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -99,19 +106,21 @@ class Compiler:
         self._compiled: dict[Hashable, CompiledForward] = {}
 
     def uncompiled_blocks(self, model: Transformer, compile_key: CompileKey) -> list[nn.Module]:
-        """A block of each structure that is not compiled for `compile_key` yet; none where one of them cannot be, for
-        then the others are of no use."""
-        found: dict[Hashable, nn.Module] = {}
+        """Return one block of each structure that is not compiled for `compile_key` yet. Empty if any structure
+        cannot be compiled, because then the others are of no use.
+        """
+        block_by_structure: dict[Hashable, nn.Module] = {}
         for block in _transformer_blocks(model):
-            found.setdefault(structure_key(block), block)
-        compiled = [(self._compiled.get((key, compile_key)), block) for key, block in found.items()]
-        if any(it is not None and it.error for it, _ in compiled):
+            block_by_structure.setdefault(structure_key(block), block)
+        compiled = [(self._compiled.get((key, compile_key)), block) for key, block in block_by_structure.items()]
+        if any(forward is not None and forward.error for forward, _ in compiled):
             return []
-        return [block for it, block in compiled if it is None or not it.is_ready]
+        return [block for forward, block in compiled if forward is None or not forward.is_ready]
 
     def make_job(self, model: Transformer, compile_key: CompileKey) -> CompileJob:
-        """What is `uncompiled_blocks`, to be compiled whatever becomes of `model` meanwhile; its weights are held until
-        then."""
+        """Make a job that compiles `uncompiled_blocks`. It keeps their weights alive, so it works even if `model`
+        changes meanwhile.
+        """
         return CompileJob(
             blocks=tuple(clone_sharing_weights(block) for block in self.uncompiled_blocks(model, compile_key)),
             compile_key=compile_key,
@@ -122,16 +131,16 @@ class Compiler:
 
     @torch.inference_mode()
     def compile(self, job: CompileJob) -> None:
-        """Compile what was ordered. Raises `CompileError`.
+        """Compile the blocks of `job`. Raises `CompileError`.
 
-        Where torch cannot read what it kept, that is taken for damaged: it is emptied, and all is tried once more.
+        If torch cannot read its cache, the cache counts as damaged: it is deleted, and compiling is tried once more.
         """
         for block in job.blocks:
             compiled = self._get_or_create(structure_key(block), block, job.compile_key)
             try:
                 try:
                     _run_example(compiled.compile_and_run, block, job)
-                except Exception as error:  # torch's own kinds are many
+                except Exception as error:  # torch has many exception types of its own
                     if (
                         self._cache_folder is None
                         or not self._cache_folder.is_dir()
@@ -141,46 +150,49 @@ class Compiler:
                     shutil.rmtree(self._cache_folder, ignore_errors=True)
                     _run_example(compiled.compile_and_run, block, job)
             except Exception as error:
-                lasting = not isinstance(_compiler_error(error), torch.OutOfMemoryError)
-                if lasting:
+                is_permanent = not isinstance(_compiler_error(error), torch.OutOfMemoryError)
+                if is_permanent:
                     compiled.error = _error_summary(error)
-                raise CompileError(_error_summary(error), is_permanent=lasting) from error
+                raise CompileError(_error_summary(error), is_permanent=is_permanent) from error
             compiled.is_ready = True
 
     def attach(self, model: Transformer, *needed: CompileKey) -> bool:
-        """Have the blocks of `model` run compiled, if all is there that the `needed` variants take. Otherwise they run
-        as they are written."""
+        """Make the blocks of `model` run compiled if every block is compiled for all `needed` keys, else eager.
+        Returns whether they run compiled.
+        """
         self.detach(model)
-        found = []
+        matches = []
         for block in _transformer_blocks(model):
             key = structure_key(block)
-            compiled = [(variant, self._compiled.get((key, variant))) for variant in needed]
+            candidates = [(compile_key, self._compiled.get((key, compile_key))) for compile_key in needed]
             forwards = {
-                variant.cache_access: it.run_compiled for variant, it in compiled if it is not None and it.is_ready
+                compile_key.cache_access: compiled.run_compiled
+                for compile_key, compiled in candidates
+                if compiled is not None and compiled.is_ready
             }
             if not needed or len(forwards) < len(needed):
                 return False
-            found.append((block, forwards))
-        for block, forwards in found:
+            matches.append((block, forwards))
+        for block, forwards in matches:
             block.forward = partial(_call_matching_forward, forwards, block)
         return True
 
     def detach(self, model: Transformer) -> None:
-        """Have the blocks of `model` run as they are written."""
+        """Make the blocks of `model` run eager."""
         for block in _transformer_blocks(model):
             vars(block).pop("forward", None)
 
     def _get_or_create(self, key: Hashable, block: nn.Module, compile_key: CompileKey) -> CompiledForward:
-        whole = key, compile_key
-        if whole not in self._compiled:
-            if len(self._compiled) == MAX_COMPILED_FORWARDS:  # LoRAs of ever other ranks, say
+        full_key = key, compile_key
+        if full_key not in self._compiled:
+            if len(self._compiled) == MAX_COMPILED_FORWARDS:  # for example after many LoRAs of different ranks
                 del self._compiled[next(iter(self._compiled))]
-            self._compiled[whole] = CompiledForward(type(block).forward, self._backend)
-        return self._compiled[whole]
+            self._compiled[full_key] = CompiledForward(type(block).forward, self._backend)
+        return self._compiled[full_key]
 
 
 def structure_key(block: nn.Module) -> Hashable:
-    """What blocks must share to run the same compiled code: their layers' kinds and settings, their tensors' shapes."""
+    """Return what blocks must share to run the same compiled code: types and settings of layers, shapes of tensors."""
     tensors = (*block.named_parameters(), *block.named_buffers())
     return (
         tuple(
@@ -192,25 +204,25 @@ def structure_key(block: nn.Module) -> Hashable:
 
 
 def clone_sharing_weights(block: nn.Module) -> nn.Module:
-    """Another `block` with the very same tensors, which keeps them when the block's own are moved or replaced."""
-    other: nn.Module = object.__new__(type(block))
-    other.__dict__.update(vars(block))
-    other._modules = {name: module and clone_sharing_weights(module) for name, module in block._modules.items()}
-    # New parameters: a move puts other values into those that there are.
-    other._parameters = {
+    """Copy `block` with the very same tensors. The copy keeps them when the block's own are moved or replaced."""
+    clone: nn.Module = object.__new__(type(block))
+    clone.__dict__.update(vars(block))
+    clone._modules = {name: module and clone_sharing_weights(module) for name, module in block._modules.items()}
+    # New parameters, because moving a module replaces the data of its existing ones.
+    clone._parameters = {
         name: tensor if tensor is None else nn.Parameter(tensor.detach(), tensor.requires_grad)
         for name, tensor in block._parameters.items()
     }
-    other._buffers = dict(block._buffers)
-    for attached in ("forward", "velocity", "run_layers"):  # what compiled or recorded the block itself
-        vars(other).pop(attached, None)
-    return other
+    clone._buffers = dict(block._buffers)
+    for method in ("forward", "velocity", "run_layers"):  # compiled or captured replacements belong to the original
+        vars(clone).pop(method, None)
+    return clone
 
 
 def _call_matching_forward(forwards: Mapping[CacheAccess, Callable[..., Any]], block: nn.Module, *inputs: Any) -> Any:
-    kept = next((value for value in inputs if isinstance(value, ReferenceKV)), None)
-    references: CacheAccess = "none" if kept is None else "reads" if kept.is_filled else "writes"
-    return forwards[references](block, *inputs)
+    reference_kv = next((value for value in inputs if isinstance(value, ReferenceKV)), None)
+    cache_access: CacheAccess = "none" if reference_kv is None else "reads" if reference_kv.is_filled else "writes"
+    return forwards[cache_access](block, *inputs)
 
 
 def _transformer_blocks(model: Transformer) -> Iterator[nn.Module]:
@@ -219,37 +231,37 @@ def _transformer_blocks(model: Transformer) -> Iterator[nn.Module]:
 
 
 def _run_example(forward: Callable[..., Any], block: nn.Module, job: CompileJob) -> None:
-    """Once for each way in which `Transformer.velocity` calls a block of that kind."""
+    """Call the block once for each way in which `Transformer.velocity` calls blocks of its kind."""
     p = job.params
     batch = 2 if job.compile_key.is_batched else 1
     writes, reads = job.compile_key.cache_access == "writes", job.compile_key.cache_access == "reads"
     image = EXAMPLE_IMAGE_TOKENS + (EXAMPLE_REFERENCE_TOKENS if writes else 0)
     tokens = EXAMPLE_TEXT_TOKENS + image
 
-    def made(*shape: int, dtype: torch.dtype = job.dtype) -> Tensor:
+    def random(*shape: int, dtype: torch.dtype = job.dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=job.device)
 
     def modulation(count: int, length: int = 1) -> tuple[Tensor, ...]:
-        if writes and length > 1:  # a tensor each, as they are looked up for every token
-            return tuple(made(1, length, p.hidden) for _ in range(count))
-        return made(1, 1, count * p.hidden).chunk(count, -1)
+        if writes and length > 1:  # separate tensors, as `Modulation` makes them when tokens have groups
+            return tuple(random(1, length, p.hidden) for _ in range(count))
+        return random(1, 1, count * p.hidden).chunk(count, -1)
 
-    rope = Rope(*(made(tokens, p.head_width // 2, dtype=torch.float32) for _ in range(2)))
-    kept = None
+    rope = Rope(*(random(tokens, p.head_width // 2, dtype=torch.float32) for _ in range(2)))
+    reference_kv = None
     if writes or reads:
-        keys, values = (made(batch, p.heads, EXAMPLE_REFERENCE_TOKENS, p.head_width) for _ in range(2))
-        kept = ReferenceKV(keys, values, is_filled=reads)
+        keys, values = (random(batch, p.heads, EXAMPLE_REFERENCE_TOKENS, p.head_width) for _ in range(2))
+        reference_kv = ReferenceKV(keys, values, is_filled=reads)
     if isinstance(block, DoubleBlock):
-        x, ctx = made(batch, image, p.hidden), made(batch, EXAMPLE_TEXT_TOKENS, p.hidden)
-        forward(block, x, ctx, modulation(6, image), modulation(6), rope, kept)
+        x, ctx = random(batch, image, p.hidden), random(batch, EXAMPLE_TEXT_TOKENS, p.hidden)
+        forward(block, x, ctx, modulation(6, image), modulation(6), rope, reference_kv)
     else:
         assert isinstance(block, SingleBlock)
-        for wanted in (None, (EXAMPLE_TEXT_TOKENS, EXAMPLE_IMAGE_TOKENS)):
-            forward(block, made(batch, tokens, p.hidden), modulation(3, tokens), rope, kept, wanted)
+        for output_range in (None, (EXAMPLE_TEXT_TOKENS, EXAMPLE_IMAGE_TOKENS)):
+            forward(block, random(batch, tokens, p.hidden), modulation(3, tokens), rope, reference_kv, output_range)
 
 
 def _compiler_error(error: BaseException) -> BaseException:
-    """What a compiler raised, of which torch makes an error of its own."""
+    """Return the original error, which torch wraps in one of its own."""
     inner = getattr(error, "inner_exception", None)
     return inner if isinstance(inner, BaseException) else error
 

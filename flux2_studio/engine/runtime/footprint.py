@@ -1,25 +1,24 @@
-"""How much memory a forward takes, found without running it: the same code goes through the meta device.
+"""Predicts the memory of a forward pass without running it, on the meta device.
 
-Does: counts the bytes of all tensors alive at once while a stage runs on tensors that have shapes but no data, so a
-prediction follows the code instead of a formula beside it. Does not know: weights (only activations are counted), what
-a device's allocator adds, budgets.
+Counts the bytes of all tensors that are alive at the same time while a stage runs on tensors with shapes but no data,
+so predictions follow the code instead of a separate formula. Out of scope: weights (only activations are counted),
+allocator overhead, budgets.
 
-Pitfalls: workspaces inside kernels are not seen, but for those of convolutions (`_cpu_workspace`). On a GPU a copy
-of the input stands for them; what cuDNN takes depends on the kernel that it chooses. Attention is taken to be one of
-the kernels that never hold the whole matrix of scores. Depth hardly matters, as a block's activations are gone before
-the next one's come: two blocks of a kind stand for all.
+Pitfalls: workspaces inside kernels are invisible; only those of convolutions are modelled (`_cpu_workspace`). On a GPU
+a copy of the input stands for them, because cuDNN's workspace depends on the kernel that it chooses. Attention is
+assumed to use a kernel that never stores the full matrix of scores. Depth hardly matters, because a block's activations
+are freed before the next block's are made: two blocks of each kind stand for all.
 
-Convolutions on a CPU. oneDNN has layouts of its own, and torch hands it plain tensors, so each call takes, one after
-the other (allocations counted by torch's profiler, torch 2.13 with oneDNN 3.12):
+Convolutions on a CPU: oneDNN has its own layouts, and torch hands it plain tensors, so each call allocates in two steps
+(measured with torch's profiler, torch 2.13 with oneDNN 3.12):
     1. copies of the input and of the weight in oneDNN's layouts, and the result in oneDNN's layout
     2. that result, and the plain one
-The layouts depend on the processor, see `_channel_block`. Channels in blocks of 8 or 16 (AVX2, AVX-512) are padded.
-Where channels come last (processors with matrix units, AMX) nothing is padded, but torch's `mkldnn_to_dense` copies the
-result twice: step 2 has three of them. A 1x1 convolution in bfloat16 with blocks also sums into a float32 result.
-Without oneDNN, torch writes out the input once for each position of the kernel (im2col), and nothing for a 1x1 kernel.
-Linear layers in bfloat16 sum into a float32 result where oneDNN takes bfloat16 and the processor has no instructions
-for it.
-Not counted: a buffer for each thread, of about 0.2 MB.
+The layouts depend on the processor, see `_channel_block`. With channels in blocks of 8 or 16 (AVX2, AVX-512), channels
+are padded. With channels last (processors with matrix units, AMX), nothing is padded, but torch's `mkldnn_to_dense`
+copies the result twice: step 2 has three copies of it. With blocks, a 1x1 convolution in bfloat16 also accumulates in a
+float32 result. Without oneDNN, torch stores the input once per kernel position (im2col), and nothing for a 1x1 kernel.
+Linear layers in bfloat16 accumulate in a float32 result if oneDNN accepts bfloat16 and the processor has no
+instructions for it. Not counted: a buffer of about 0.2 MB per thread.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ META = torch.device("meta")
 CPU = torch.device("cpu")
 _CONVOLUTION_OPS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 _LINEAR_OPS = (torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-FOOTPRINT_CACHE_SIZE = 256  # stages whose figure is remembered: a page asks for the same ones again and again
+FOOTPRINT_CACHE_SIZE = 256  # results kept per function: the web page asks for the same ones repeatedly
 
 
 @functools.lru_cache(FOOTPRINT_CACHE_SIZE)
@@ -64,14 +63,14 @@ def transformer_bytes(
     quantized: bool = False,
     on_cpu: bool = False,
 ) -> int:
-    """Peak of one evaluation of the transformer, with the keys and values that a reference cache keeps after it.
+    """Return the peak of one evaluation of the transformer, including the keys and values of a reference cache.
 
-    batch: rows (twice the pictures under classifier-free guidance). image_tokens, text, references: of each row.
-    quantized: whether the blocks' weights are held in few bits, and restored layer by layer. on_cpu: whether this
-    machine's processor computes it.
+    batch: rows (twice the pictures with classifier-free guidance). image_tokens, text_tokens, reference_tokens: per
+    row. quantized: the blocks' weights are quantised and restored layer by layer. on_cpu: this machine's processor
+    computes it.
     """
     shallow = replace(params, double_blocks=min(2, params.double_blocks), single_blocks=min(2, params.single_blocks))
-    cached = reference_tokens if reference_cache else 0
+    cached_tokens = reference_tokens if reference_cache else 0
     with META:
         model = _freeze(Transformer(shallow).to(dtype))
         if quantized:
@@ -85,7 +84,7 @@ def transformer_bytes(
             torch.empty(batch),
         )
         guidance = torch.empty(batch) if params.guidance_embedding else None
-    cache = ReferenceCache(cached) if cached else None
+    cache = ReferenceCache(cached_tokens) if cached_tokens else None
     peak = peak_bytes(
         lambda: model(*inputs, Rope(angles, angles), guidance, outputs=image_tokens, cache=cache),
         *inputs,
@@ -95,13 +94,13 @@ def transformer_bytes(
     )
     return (
         peak
-        + reference_cache_bytes(params, dtype, batch, cached)
-        - reference_cache_bytes(shallow, dtype, batch, cached)
+        + reference_cache_bytes(params, dtype, batch, cached_tokens)
+        - reference_cache_bytes(shallow, dtype, batch, cached_tokens)
     )
 
 
 def reference_cache_bytes(params: TransformerParams, dtype: torch.dtype, batch: int, reference_tokens: int) -> int:
-    """What a reference cache keeps: keys and values of each block."""
+    """Return the size of a reference cache: keys and values of each block."""
     return 2 * (params.double_blocks + params.single_blocks) * batch * reference_tokens * params.hidden * dtype.itemsize
 
 
@@ -116,10 +115,10 @@ def decode_bytes(
     *,
     on_cpu: bool = False,
 ) -> int:
-    """Peak of decoding one picture of width x height pixels, in strips of `strip_height` or whole.
+    """Return the peak of decoding one picture of width x height pixels, in strips of `strip_height` or whole (None).
 
-    offload_activations: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's
-    processor computes it.
+    offload_activations: feature maps are stored in main memory, which is not counted. on_cpu: this machine's processor
+    computes it.
     """
     with META:
         model = _build_autoencoder(params, dtype)
@@ -140,10 +139,10 @@ def encode_bytes(
     *,
     on_cpu: bool = False,
 ) -> int:
-    """Peak of encoding one picture of width x height pixels, in strips of `strip_height` or whole.
+    """Return the peak of encoding one picture of width x height pixels, in strips of `strip_height` or whole (None).
 
-    offload_activations: whether feature maps wait in main memory, which is not counted. on_cpu: whether this machine's
-    processor computes it.
+    offload_activations: feature maps are stored in main memory, which is not counted. on_cpu: this machine's processor
+    computes it.
     """
     with META:
         model = _build_autoencoder(params, dtype)
@@ -155,7 +154,7 @@ def encode_bytes(
 
 @functools.lru_cache(FOOTPRINT_CACHE_SIZE)
 def tiny_decode_bytes(dtype: torch.dtype, batch: int, width: int, height: int, *, on_cpu: bool = False) -> int:
-    """Peak of the small decoder's preview of `batch` pictures. on_cpu: as for `decode_bytes`."""
+    """Return the peak of a preview of `batch` pictures by the tiny decoder. on_cpu: as for `decode_bytes`."""
     with META:
         model = _freeze(TinyDecoder().to(dtype))
         latent = torch.empty(batch, 32, height // 8, width // 8, dtype=dtype)
@@ -163,9 +162,9 @@ def tiny_decode_bytes(dtype: torch.dtype, batch: int, width: int, height: int, *
 
 
 def peak_bytes(run: Callable[[], Any], *inputs: Tensor, on_cpu: bool = False) -> int:
-    """The bytes alive at once, at most, while `run` works on meta tensors; `inputs` are those alive before it.
+    """Return the most bytes alive at the same time while `run` works on meta tensors. inputs: tensors alive before.
 
-    on_cpu: whether convolutions and linear layers are those of this machine's processor.
+    on_cpu: count workspaces of convolutions and linear layers as on this machine's processor.
     """
     counter = _MemoryCounter(inputs, on_cpu)
     with torch.inference_mode(), _FusedAttentionOnMeta(), counter:
@@ -174,16 +173,18 @@ def peak_bytes(run: Callable[[], Any], *inputs: Tensor, on_cpu: bool = False) ->
 
 
 def quantize_linear_layers(model: nn.Module) -> None:
-    """Put quantised layers, on the meta device, where `model` has linear ones: as 8 bits, which stand for all kinds."""
+    """Replace the bias-free linear layers of `model` by int8 ones, on the meta device. They stand for all quantised
+    formats.
+    """
     layers: list[tuple[str, Any]] = list(model.named_modules())
     for name, layer in layers:
-        unbiased = isinstance(layer, nn.Linear) and layer.bias is None
-        if unbiased:
+        is_plain_linear = isinstance(layer, nn.Linear) and layer.bias is None
+        if is_plain_linear:
             model.set_submodule(name, QuantizedLinear(quantize(layer.weight, "int8")))
 
 
 class _MemoryCounter(TorchDispatchMode):
-    """Follows every storage on the meta device from its making to its end."""
+    """Tracks every storage on the meta device from creation to release."""
 
     def __init__(self, inputs: tuple[Tensor, ...], on_cpu: bool) -> None:
         super().__init__()
@@ -193,10 +194,10 @@ class _MemoryCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (kwargs or {}).get("device") == CPU and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            # Going to main memory: a tensor there that takes no room, for there is nothing to put into it.
+            # An offload to main memory: return a CPU tensor that takes no space, since there is no data.
             return torch.empty((), dtype=args[0].dtype).expand(args[0].shape)
         out = func(*args, **(kwargs or {}))
-        known = {
+        input_storages = {
             tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
         }
         workspace = 0
@@ -207,9 +208,8 @@ class _MemoryCounter(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device == META:
                 storage = tensor.untyped_storage()
-                if (
-                    storage._cdata not in self._bytes_by_storage and storage._cdata not in known
-                ):  # a view of a weight, say
+                # Views of inputs, such as weights, are not counted.
+                if storage._cdata not in self._bytes_by_storage and storage._cdata not in input_storages:
                     self._bytes_by_storage[storage._cdata] = storage.nbytes()
                     self._live_bytes += storage.nbytes()
                     self.peak = max(self.peak, self._live_bytes + workspace)
@@ -221,12 +221,12 @@ class _MemoryCounter(TorchDispatchMode):
 
 
 def _gpu_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
-    """What a convolution takes beside its input and its result."""
+    """Return the bytes that a convolution needs besides its input and its result."""
     return x.nbytes
 
 
 def _cpu_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
-    """As `_gpu_workspace`, on this machine's processor; the module's header says what is counted."""
+    """Like `_gpu_workspace`, on this machine's processor. The module's header says what is counted."""
     one_by_one = weight.shape[2:].numel() == 1
     block = _channel_block(x.dtype)
     if block is None:
@@ -235,17 +235,18 @@ def _cpu_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
     copies = x.nbytes + weight.nbytes
     if block == 1:
         return max(copies, 2 * out.nbytes)
-    own = out.nbytes // out.shape[1] * -(-out.shape[1] // block) * block  # the result in oneDNN's layout
-    sums = 4 * out.numel() if one_by_one and x.dtype is torch.bfloat16 else 0
-    return max(copies + own + sums - out.nbytes, own)
+    blocked_result = out.nbytes // out.shape[1] * -(-out.shape[1] // block) * block  # in oneDNN's layout
+    float32_result = 4 * out.numel() if one_by_one and x.dtype is torch.bfloat16 else 0
+    return max(copies + blocked_result + float32_result - out.nbytes, blocked_result)
 
 
 @functools.cache
 def _channel_block(dtype: torch.dtype) -> int | None:
-    """How many channels stand together in oneDNN's layout for results of convolutions; 1 is channels last.
+    """Return how many channels are stored together in oneDNN's layout for results of convolutions; 1 means channels
+    last.
 
-    oneDNN is asked, by a small convolution: what it chooses follows from the processor, its own version, and limits
-    such as ONEDNN_MAX_CPU_ISA. None where it has no convolutions in `dtype`.
+    A small convolution finds out, because oneDNN's choice depends on the processor, its version and limits such as
+    ONEDNN_MAX_CPU_ISA. None if oneDNN has no convolutions in `dtype`.
     """
     if not torch.backends.mkldnn.is_available():
         return None
@@ -264,13 +265,15 @@ def _converts_bfloat16() -> bool:
 
 
 class _FusedAttentionOnMeta(TorchFunctionMode):
-    """On the meta device torch would choose the kernel that writes the scores down, which no other device does here."""
+    """Replaces attention on the meta device, where torch would choose the kernel that stores all scores. Real
+    devices do not use that kernel here.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             query, _, value = args[:3]
             mask = (kwargs or {}).get("attn_mask")
-            if mask is not None and mask.dtype is torch.bool:  # kernels add it, as numbers
+            if mask is not None and mask.dtype is torch.bool:  # kernels convert it to floats, which they add
                 mask = torch.empty_like(mask, dtype=query.dtype)
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))

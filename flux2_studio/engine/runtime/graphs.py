@@ -1,19 +1,19 @@
-"""Runs of a model recorded as CUDA graphs: hundreds of kernels that the processor asks for at once.
+"""Captures and replays a model's runs as CUDA graphs, which launch hundreds of kernels in one call.
 
-Does: records what a transformer or a text encoder's tower computes, for each shape that comes again, and replays it
-with other inputs. Does not know: when that is worth its memory (`models/replayed.py`).
+Captures what a transformer or a text decoder computes, for each recurring shape, and replays it with other inputs. Out
+of scope: whether that is worth its memory (`models/cuda_graphs.py`).
 
-A small run is over sooner than its kernels can be asked for one by one. Replayed, the very same kernels run on the very
-same weights: the result is the same to the bit, so that one picture may be drawn with both.
+A small run takes less time on the GPU than the CPU needs to launch its kernels one by one. A replay runs the very same
+kernels on the very same weights, so the result is bit-identical and one picture may mix both.
 
-The first run of a shape is as it is written, the second is recorded. Larger runs are never recorded, for the device is
-busy while their kernels are asked for; nor are those with a reference cache, which write to it.
+The first run of a shape is eager, the second is captured. Large runs are never captured, because launching their
+kernels overlaps with the GPU's work. Runs with a reference cache are not captured either, because they write to it.
 
-Pitfalls: a recording has the addresses of all tensors in it. `attach` tells whether they, and what else it was made
-from, are as they were, and must be called before every run that may follow a change. A model's recordings share their
-memory, which holds because what one gives is copied before the next one runs; nothing else can have that memory while
-one of them lives. Nothing may wait for the device, nor copy from memory that is not pinned, in what is recorded: so
-rotations and modulations are inputs.
+Pitfalls: a graph contains the addresses of all its tensors. `attach` detects whether they, and everything else the
+graph depends on, are unchanged; call it before every run that may follow a change. A model's graphs share one memory
+pool. That is safe because each result is copied before the next replay. Nothing else can use the pool while one of the
+graphs lives. Captured code must not synchronise with the device, nor copy from unpinned memory, so rope tables and
+modulations are inputs.
 """
 
 from __future__ import annotations
@@ -35,36 +35,37 @@ from flux2_studio.engine.runtime.compiling import structure_key
 from flux2_studio.engine.runtime.streaming import is_streamed
 from flux2_studio.engine.text.decoder import TextDecoder
 
-MAX_GRAPH_TOKENS = 3072  # tokens, of all rows: 512 x 512 with CFG
-MAX_GRAPHS_PER_MODEL = 4  # recordings of a model
+MAX_GRAPH_TOKENS = 3072  # in all rows together: 512 x 512 with CFG
+MAX_GRAPHS_PER_MODEL = 4
 
 RunFn = Callable[[], Tensor]
-# Records a run, which it may make or not; gives what makes it again, and where the result then is.
+# Captures a run (and may or may not execute it). Returns a replay function and the tensor that replays write.
 CaptureFn = Callable[[RunFn], tuple[Callable[[], object], Tensor]]
 
 
 class CudaGraphCapture:
-    """Records runs of one model on `device`: what the current thread asks of it, for others may be loading. Nobody may
-    wait for the whole device meanwhile, as a compiler does that measures."""
+    """Captures runs of one model on `device`. Only the current thread's work is captured, since other threads may be
+    loading. No thread may synchronise the whole device meanwhile, as a compiler does while it benchmarks.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = None  # torch's own would be that of the first device ever recorded on
+        self._stream: Any = None  # torch's default would be on the first device ever captured on
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, run: RunFn) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        living = next(iter(self._graphs), None)  # whose memory this may use, too; a dead one's is gone
+        live_graph = next(iter(self._graphs), None)  # its pool can be shared; a dead graph's pool is gone
         with torch.cuda.device(self._device):
             self._stream = self._stream or torch.cuda.Stream()
-            pool = torch.cuda.graph_pool_handle() if living is None else living.pool()
-            # Entered here, too: where recording fails, torch does not leave it.
+            pool = torch.cuda.graph_pool_handle() if live_graph is None else live_graph.pool()
+            # Entered here as well, because torch does not leave the stream if capturing fails.
             with torch.cuda.stream(self._stream):
                 try:
                     with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                         output = run()
                 except RuntimeError:
-                    # Nor does it always end what makes memory be taken from the pool.
+                    # Nor does torch always stop allocating from the pool.
                     with contextlib.suppress(RuntimeError):
                         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
                     raise
@@ -74,7 +75,9 @@ class CudaGraphCapture:
 
 @dataclass(frozen=True, eq=False)
 class CapturedGraph:
-    """inputs: what it reads; output: what it writes. keep_alive: what must live as long as it is replayed."""
+    """A captured run. inputs: the tensors it reads. output: the tensor it writes. keep_alive: objects that must live
+    as long as the graph.
+    """
 
     inputs: tuple[Tensor, ...]
     output: Tensor
@@ -82,29 +85,30 @@ class CapturedGraph:
     keep_alive: object
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        for static, new in zip(self.inputs, inputs, strict=True):
+            static.copy_(new)
         self.replay()
         return self.output.clone()
 
 
 @dataclass(eq=False)
 class _ModelGraphs:
-    """Of one model, as it was when it had this `identity`: its recordings, the last used last, which `capture` made,
-    and the shapes that ran as they are written."""
+    """The graphs of one model in the state `identity`, least recently used first, made by `capture`. seen_shapes:
+    shapes that have run eagerly once.
+    """
 
     identity: Hashable
     capture: CaptureFn
     graphs: OrderedDict[Hashable, CapturedGraph] = field(default_factory=OrderedDict)
     seen_shapes: set[Hashable] = field(default_factory=set)
-    out_of_memory_shapes: set[Hashable] = field(default_factory=set)  # for want of memory
+    out_of_memory_shapes: set[Hashable] = field(default_factory=set)  # shapes whose capture ran out of memory
 
 
 class GraphRunner:
-    """Records and replays the runs of models. For the thread that runs them, all under `torch.inference_mode`.
+    """Captures and replays the runs of models. Use it only in the thread that runs them, under `torch.inference_mode`.
 
-    recorder: makes what records the runs of one model, see `CudaGraphCapture`. is_paused: whether nothing is recorded
-    for now, and only replayed. error: why a run could not be recorded; nothing more is recorded then.
+    make_capture: makes the capture function for one model, see `CudaGraphCapture`. is_paused: replay existing graphs,
+    but capture no new ones. error: why a capture failed; nothing is captured or replayed afterwards.
     """
 
     def __init__(self, make_capture: Callable[[], CaptureFn]) -> None:
@@ -114,22 +118,23 @@ class GraphRunner:
         self.error: str | None = None
 
     def attach(self, model: Transformer | TextDecoder) -> None:
-        """Have the runs of `model`, as it is now, recorded and replayed from now on. One whose blocks are streamed runs
-        as it is written."""
+        """Capture and replay the runs of `model`, in its present state, from now on. A model with streamed blocks
+        stays eager.
+        """
         vars(model).pop(_captured_method(model), None)
         if self.error is not None or any(is_streamed(module) for module in model.modules()):
             self.forget(model)
             return
         identity = _model_identity(model)
-        recorded = self._graphs_by_model.get(model)
-        if recorded is None or recorded.identity != identity:
-            recorded = self._graphs_by_model[model] = _ModelGraphs(identity, self._make_capture())
-        itself: Any = ref(model)  # what a model holds must not hold the model
+        model_graphs = self._graphs_by_model.get(model)
+        if model_graphs is None or model_graphs.identity != identity:
+            model_graphs = self._graphs_by_model[model] = _ModelGraphs(identity, self._make_capture())
+        model_ref: Any = ref(model)  # weak, because the model itself will hold this
         run = self._run_velocity if isinstance(model, Transformer) else self._run_decoder_layers
-        vars(model)[_captured_method(model)] = partial(run, itself, recorded)
+        vars(model)[_captured_method(model)] = partial(run, model_ref, model_graphs)
 
     def forget(self, model: Transformer | TextDecoder) -> None:
-        """Have `model` run as it is written, and drop its recordings and what they hold of the device's memory."""
+        """Make `model` run eager, and free its graphs and their device memory."""
         vars(model).pop(_captured_method(model), None)
         self._graphs_by_model.pop(model, None)
 
@@ -154,13 +159,15 @@ class GraphRunner:
         if cache is not None:
             return Transformer.velocity(model, x, ctx, modulations, rope, outputs=outputs, cache=cache)
 
-        def run(x: Tensor, ctx: Tensor, cos: Tensor, sin: Tensor, *rest: Tensor) -> Tensor:
-            again = modulations.with_tensors(rest)
-            return Transformer.velocity(model, x, ctx, again, Rope(cos, sin), outputs=outputs)
+        def run(x: Tensor, ctx: Tensor, cos: Tensor, sin: Tensor, *modulation_tensors: Tensor) -> Tensor:
+            new_modulations = modulations.with_tensors(modulation_tensors)
+            return Transformer.velocity(model, x, ctx, new_modulations, Rope(cos, sin), outputs=outputs)
 
         inputs = (x, ctx, rope.cos, rope.sin, *modulations.tensors)
-        held = [vars(block).get("forward") for block in (*model.double_blocks, *model.single_blocks)]
-        return self._run_or_replay(model_graphs, run, inputs, outputs, x.shape[0] * (x.shape[1] + ctx.shape[1]), held)
+        compiled_forwards = [vars(block).get("forward") for block in (*model.double_blocks, *model.single_blocks)]
+        return self._run_or_replay(
+            model_graphs, run, inputs, outputs, x.shape[0] * (x.shape[1] + ctx.shape[1]), compiled_forwards
+        )
 
     def _run_decoder_layers(
         self,
@@ -186,19 +193,20 @@ class GraphRunner:
         tokens: int,
         keep_alive: object,
     ) -> Tensor:
-        """`run` with `inputs`, as it is written, recorded or replayed. static_key: what it depends on but for its
-        inputs."""
-        key = static_key, tuple((given.shape, given.stride(), given.dtype, given.device) for given in inputs)
-        if (found := model_graphs.graphs.get(key)) is not None:
+        """Run `run(*inputs)` eagerly, or capture it, or replay it. static_key: everything besides the inputs that
+        the run depends on.
+        """
+        key = static_key, tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
+        if (graph := model_graphs.graphs.get(key)) is not None:
             model_graphs.graphs.move_to_end(key)
-            return found(inputs)
+            return graph(inputs)
         if tokens > MAX_GRAPH_TOKENS or key in model_graphs.out_of_memory_shapes or self.error is not None:
             return run(*inputs)
         if self.is_paused or key not in model_graphs.seen_shapes:
             model_graphs.seen_shapes.add(key)
             return run(*inputs)
-        recording = self._capture(model_graphs, run, inputs, key, keep_alive)
-        return run(*inputs) if recording is None else recording(inputs)
+        captured = self._capture(model_graphs, run, inputs, key, keep_alive)
+        return run(*inputs) if captured is None else captured(inputs)
 
     def _capture(
         self,
@@ -208,39 +216,40 @@ class GraphRunner:
         key: Hashable,
         keep_alive: object,
     ) -> CapturedGraph | None:
-        """`run` recorded and kept, or None where that cannot be: then nothing of the attempt is left."""
-        own = tuple(given.clone() for given in inputs)
+        """Capture `run` and store the graph. Returns None if that fails; nothing of the attempt remains then."""
+        static_inputs = tuple(tensor.clone() for tensor in inputs)
         try:
-            replay, output = model_graphs.capture(lambda: run(*own))
+            replay, output = model_graphs.capture(lambda: run(*static_inputs))
         except RuntimeError as error:
-            first = _root_error(error)
-            if isinstance(first, torch.OutOfMemoryError):
+            root = _root_error(error)
+            if isinstance(root, torch.OutOfMemoryError):
                 model_graphs.out_of_memory_shapes.add(key)
             else:
-                self.error = next(iter(str(first).splitlines()), type(first).__name__)
+                self.error = next(iter(str(root).splitlines()), type(root).__name__)
                 self.clear()
             return None
         while len(model_graphs.graphs) >= MAX_GRAPHS_PER_MODEL:
             model_graphs.graphs.popitem(last=False)
-        model_graphs.graphs[key] = CapturedGraph(own, output, replay, keep_alive)
+        model_graphs.graphs[key] = CapturedGraph(static_inputs, output, replay, keep_alive)
         return model_graphs.graphs[key]
 
 
 def _root_error(error: BaseException) -> BaseException:
-    """What went wrong: ending a recording that failed raises an error of its own."""
+    """Return the first error: ending a failed capture raises another one."""
     while error.__context__ is not None:
         error = error.__context__
     return error
 
 
 def _captured_method(model: Transformer | TextDecoder) -> str:
-    """The name of the method whose runs are recorded."""
+    """Return the name of the method that is captured."""
     return "velocity" if isinstance(model, Transformer) else "run_layers"
 
 
 def _model_identity(model: Transformer | TextDecoder) -> Hashable:
-    """What a recording depends on: where the weights are, which layers there are, and, where LoRAs may change them,
-    how these are set and whether they run compiled."""
+    """Return what a graph depends on: addresses of the weights and the modules. For transformers, where LoRAs may
+    change both, also the layers' settings and which blocks are compiled.
+    """
     tensors = itertools.chain(model.parameters(), model.buffers())
     places = tuple(tensor.data_ptr() for tensor in tensors)
     if not isinstance(model, Transformer):

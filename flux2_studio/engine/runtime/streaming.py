@@ -1,20 +1,20 @@
-"""Models larger than the device: blocks wait in host memory and pass through two slots on the device in turn.
+"""Weight streaming for models larger than the device: blocks stay in host memory and use two device buffers in turn.
 
-Does: packs each block's tensors, of whatever type, into one flat piece of host memory, and runs the module with every
-block copied into a slot just before it computes, while the block before it still does. Does not know: which model it
-is, how much memory there is, which of the blocks had better be streamed.
+Packs each block's tensors, of any dtype, into one flat host buffer, and copies every block to a device buffer just
+before it runs, while the previous block still computes. Out of scope: which model it is, how much memory there is,
+which blocks to stream.
 
-    block i uses slot i % 2 and its tensors are views into that slot, made once; a copy is one transfer of one flat
+    block i uses device buffer i % 2; its tensors are views into that buffer, made once; a copy is one transfer
 
-When block i has been enqueued, the copy of the next block that shares its slot is enqueued behind it, and after the
-last blocks that is one of the first: a denoising loop comes back at once. Nothing depends on blocks being run in order,
-or to the end: whoever finds another block in its slot has its own copied first.
+When block i has been enqueued, the copy of the next block that uses the same buffer is enqueued behind it. After the
+last blocks that is one of the first, because a denoising loop starts again at once. Blocks may run in any order, and a
+forward may stop early: a block that finds another one in its buffer is copied first.
 
-Pitfalls: a slot holds the weights of its block only while that block runs. Who reads or changes the weights of a layer
-at other times says so by `wait_until_loaded` or `editable_weights`. Do not call `.to()` on a streamed module, not even
-while it pauses: `close` it first. Blocks must be called as modules, since hooks do the work. An odd number of streamed
-blocks has the first and the last in one slot: nothing but what runs between these two hides the copy from one forward
-to the next.
+Pitfalls: a buffer holds the weights of its block only while that block runs. Code that reads or changes the weights of
+a layer at other times must use `fetch_weights` or `editable_weights`. Do not call `.to()` on a streamed module, not
+even while it is paused: `close` it first. Blocks must be called as modules, since hooks do the work. With an odd number
+of streamed blocks, the first and the last share a buffer: between forwards, only the computation between these two
+hides the copy.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from torch import Tensor, nn
 
 from flux2_studio.errors import DeviceError
 
-BLOCK_ALIGNMENT_BYTES = (
-    256  # bytes; what CUDA's own allocations are aligned to, so kernels run as they do on tensors of their own
-)
+# The alignment of CUDA's own allocations, so that kernels run as they do on separately allocated tensors.
+BLOCK_ALIGNMENT_BYTES = 256
 DEVICE_BUFFER_COUNT = 2
-PAGE_BYTES = 4096  # bytes; memory is pinned by pages, and no two pieces may share one
+PAGE_BYTES = 4096  # memory is pinned by pages, and no two buffers may share a page
 CUDA_HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
-_STREAM_ATTRIBUTE = "streamed_home"  # the attribute by which a module inside a streamed block is found
+_STREAM_ATTRIBUTE = "streamed_home"  # on each module inside a streamed block: (StreamedModule, block index)
 
 
-# --- sizes, known before anything is loaded ---
+# --- sizes ---
 
 
 def packed_bytes(tensor_sizes: Iterable[int]) -> int:
-    """Bytes of a block whose tensors take `tensor_sizes` bytes, each of them aligned."""
+    """Return the bytes of a block whose tensors take `tensor_sizes` bytes, each aligned."""
     return sum(-(-size // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES for size in tensor_sizes)
 
 
 def block_bytes(block: nn.Module) -> int:
-    """Bytes of `block` when packed. It may be on meta."""
+    """Return the packed size of `block`, which may be on meta."""
     return packed_bytes(tensor.nbytes for _, _, tensor in _owned_tensors(block))
 
 
 def streamed_bytes(block_sizes: Sequence[int], rest: int) -> int:
-    """Bytes on the device while blocks of `block_sizes` packed bytes are streamed, `rest` being all that stays there.
+    """Return the bytes on the device while blocks of `block_sizes` packed bytes are streamed. rest: bytes that stay
+    there.
 
-    Each of the two slots is as large as the largest block that uses it.
+    Each of the two buffers is as large as the largest block that uses it.
     """
     return rest + sum(_device_buffer_sizes(block_sizes))
 
@@ -65,31 +65,31 @@ def _device_buffer_sizes(block_sizes: Sequence[int]) -> list[int]:
     return [max(block_sizes[slot::DEVICE_BUFFER_COUNT]) for slot in range(min(DEVICE_BUFFER_COUNT, len(block_sizes)))]
 
 
-# --- where copies run ---
+# --- copy streams ---
 
 
 class CopyStream:
-    """Copies where there is one queue of work: each is done when its call returns. For the CPU and for Apple's GPUs."""
+    """Synchronous copies, for devices with one queue of work: the CPU and Apple's GPUs."""
 
     def pin(self, owner: np.ndarray, address: int, size: int) -> bool:
-        """Lock `size` bytes at `address` to their place until `owner`, whose they are, is freed; False if refused."""
+        """Pin `size` bytes at `address`, which belong to `owner`, until `owner` is freed. Returns False if refused."""
         return True
 
     def copy(self, buffer_index: int, target: Tensor, source: Tensor) -> None:
-        """Copy into `buffer_index` behind all the work that has been enqueued so far."""
+        """Copy `source` to `target`, in device buffer `buffer_index`, behind all work enqueued so far."""
         target.copy_(source)
 
     def wait_for_copy(self, buffer_index: int) -> None:
-        """Let the work that is enqueued from now on wait for the last copy into `buffer_index`."""
+        """Make work enqueued from now on wait for the last copy into `buffer_index`."""
 
     def synchronize(self) -> None:
-        """Return when all work is done."""
+        """Wait until all work is done."""
 
 
 class CudaCopyStream(CopyStream):
-    """Copies on a stream of their own, beside the computation on whatever stream is current.
+    """Copies on a separate CUDA stream, in parallel with the computation on the current stream.
 
-    cuda: PyTorch's module of that name.
+    cuda: the module torch.cuda.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
@@ -99,10 +99,10 @@ class CudaCopyStream(CopyStream):
         self._copy_events = [cuda.Event() for _ in range(DEVICE_BUFFER_COUNT)]
 
     def pin(self, owner: np.ndarray, address: int, size: int) -> bool:
-        # Not PyTorch's own pinned memory: that is rounded up to powers of two and never given back to the system.
+        # Not PyTorch's pinned allocator: it rounds up to powers of two and never returns memory to the system.
         runtime = self._cuda.cudart()
         if int(runtime.cudaHostRegister(address, size, CUDA_HOST_REGISTER_PORTABLE)) != 0:
-            # CUDA keeps the refusal and would blame the next kernel for it: have one that may fail.
+            # CUDA remembers the error and reports it at the next kernel: launch one that may fail.
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device=self._device)
             return False
@@ -127,8 +127,9 @@ def copy_stream_for(device: torch.device) -> CopyStream:
 
 
 def allocate_host_memory(size: int, copy_stream: CopyStream) -> Tensor | None:
-    """`size` bytes of main memory from which `copy_stream` copies best: pinned where that makes a difference, for as
-    long as anything holds a view of them. None where the system does not give so much."""
+    """Allocate `size` bytes of host memory for `copy_stream`, pinned on CUDA. It lives as long as any view of it.
+    Returns None if the system refuses.
+    """
     pages = max(1, -(-size // PAGE_BYTES)) * PAGE_BYTES
     try:
         array = np.empty(pages + PAGE_BYTES, np.uint8)
@@ -140,11 +141,11 @@ def allocate_host_memory(size: int, copy_stream: CopyStream) -> Tensor | None:
     return torch.from_numpy(array)[start : start + size]
 
 
-# --- when copies run ---
+# --- copy schedule ---
 
 
 class BlockSchedule:
-    """Which block is in which slot, and which comes next. hosts: each block's flat. slots: flats on the device."""
+    """Tracks which block is in which device buffer and starts the copies. host_buffers: one per block."""
 
     def __init__(
         self, host_buffers: Sequence[Tensor], device_buffers: Sequence[Tensor], copy_stream: CopyStream
@@ -156,40 +157,42 @@ class BlockSchedule:
         self._running_block: int | None = None
 
     def start_copy(self, block: int) -> None:
-        """Have `block` copied into its slot, unless it is there or on its way."""
-        slot, host = block % DEVICE_BUFFER_COUNT, self._host_buffers[block]
-        if self._loaded_blocks[slot] != block:
-            self._loaded_blocks[slot] = None  # in case the copy fails
-            self._copy_stream.copy(slot, self._device_buffers[slot][: len(host)], host)
-            self._loaded_blocks[slot] = block
+        """Start copying `block` into its device buffer, unless it is there or on its way."""
+        buffer_index, host = block % DEVICE_BUFFER_COUNT, self._host_buffers[block]
+        if self._loaded_blocks[buffer_index] != block:
+            self._loaded_blocks[buffer_index] = None  # in case the copy fails
+            self._copy_stream.copy(buffer_index, self._device_buffers[buffer_index][: len(host)], host)
+            self._loaded_blocks[buffer_index] = block
 
     def wait_until_loaded(self, block: int) -> None:
-        """Have `block` in its slot for the work that is enqueued next."""
+        """Make the work that is enqueued next see `block` in its device buffer."""
         if self._running_block is not None:
-            # Its forward died, and the next one may come from another stream, which knows nothing of its work.
+            # Its forward failed, and the next one may use another stream, which is not ordered after it.
             self._copy_stream.synchronize()
             self._running_block = None
         self.start_copy(block)
         self._copy_stream.wait_for_copy(block % DEVICE_BUFFER_COUNT)
 
     def acquire(self, block: int) -> None:
-        """`block` is about to be enqueued."""
+        """Call before `block` is enqueued."""
         self.wait_until_loaded(block)
         self._running_block = block
 
     def release(self, block: int) -> None:
-        """`block` has been enqueued: its slot goes to the next one, or to the next forward's first."""
+        """Call after `block` has been enqueued: its buffer goes to the next block, or to the next forward's first
+        one.
+        """
         self._running_block = None
-        following = block + DEVICE_BUFFER_COUNT
-        self.start_copy(following if following < len(self._host_buffers) else block % DEVICE_BUFFER_COUNT)
+        next_block = block + DEVICE_BUFFER_COUNT
+        self.start_copy(next_block if next_block < len(self._host_buffers) else block % DEVICE_BUFFER_COUNT)
 
 
-# --- the module ---
+# --- streamed modules ---
 
 
 @dataclass(frozen=True)
 class _TensorPlace:
-    """One tensor of a block: whose it is, and where it stands in the block's flat."""
+    """One tensor of a block: its owner, and its position in the block's buffer."""
 
     owner: nn.Module
     name: str
@@ -213,7 +216,7 @@ class _TensorPlace:
 class StreamedModule:
     """A streamed module; see `stream_blocks`. Close it before the module is dropped or moved."""
 
-    # Tensors made in inference mode could not be written to outside of it; others can, from both sides.
+    # Tensors made in inference mode cannot be written outside of it. Normal tensors can be written in both modes.
     @torch.inference_mode(False)
     def __init__(
         self, module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, copy_stream: CopyStream
@@ -227,7 +230,7 @@ class StreamedModule:
         self._device_buffers: list[Tensor] = []
         self._schedule: BlockSchedule | None = None  # None while the module is on the CPU
         self._hooks: list[Any] = []
-        # Should nobody close it: copies under way must end before their memory is freed.
+        # If nobody calls `close`: running copies must end before their memory is freed.
         self._finalizer = weakref.finalize(self, copy_stream.synchronize)
         self._finalizer.atexit = False
         for block in self._blocks:
@@ -236,23 +239,23 @@ class StreamedModule:
 
     @property
     def host_bytes(self) -> int:
-        """What the blocks take in host memory."""
+        """Bytes of the blocks in host memory."""
         return sum(host.nbytes for host in self._host_buffers)
 
     @property
     def device_bytes(self) -> int:
-        """What the module takes on the device: slots, and all that is outside of the blocks, LoRAs included."""
+        """Bytes of the module on the device: buffers and everything outside the blocks, LoRAs included."""
         if self._schedule is None:
             return 0
         packed = self._packed_modules()
-        rest = sum(tensor.nbytes for owner, _, tensor in _owned_tensors(self._module) if owner not in packed)
-        return rest + sum(slot.nbytes for slot in self._device_buffers)
+        rest_bytes = sum(tensor.nbytes for owner, _, tensor in _owned_tensors(self._module) if owner not in packed)
+        return rest_bytes + sum(buffer.nbytes for buffer in self._device_buffers)
 
     @torch.inference_mode(False)
     def pause(self) -> None:
-        """Leave the device: the module is whole on the CPU, its blocks' tensors being views of their flats.
+        """Leave the device: the module is complete on the CPU, and its blocks' tensors are views of the host buffers.
 
-        LoRAs that it carries stay on it. Costs a copy of what is outside of the blocks, and so does `resume`.
+        Its LoRAs stay attached. Costs a copy of everything outside the blocks, as does `resume`.
         """
         self._copy_stream.synchronize()
         for hook in self._hooks:
@@ -270,7 +273,7 @@ class StreamedModule:
 
     @torch.inference_mode(False)
     def resume(self) -> None:
-        """Be streamed again. If that fails, the module stays as `pause` leaves it."""
+        """Stream again. If that fails, the module stays paused."""
         assert self._finalizer.alive, "it was closed"
         if self._schedule is not None:
             return
@@ -281,7 +284,9 @@ class StreamedModule:
             raise
 
     def close(self) -> None:
-        """`pause` for good. The flats are freed when the module's tensors are; it may be streamed anew, and moved."""
+        """`pause` for good. The host buffers are freed with the module's tensors. The module may be moved or
+        streamed anew.
+        """
         if self._schedule is not None:
             self.pause()
         self._finalizer.detach()
@@ -290,12 +295,12 @@ class StreamedModule:
         self._places.clear()
 
     def fetch_block(self, block: int) -> None:
-        """Have `block` in its slot for the work that is enqueued next."""
+        """Make the work that is enqueued next see `block` in its device buffer."""
         assert self._schedule is not None
         self._schedule.wait_until_loaded(block)
 
     def write_back(self, block: int, layer: nn.Module) -> None:
-        """Copy the tensors of `layer`, which is part of `block`, from its slot to host memory."""
+        """Copy the tensors of `layer`, a part of `block`, from its device buffer to host memory."""
         owners = set(layer.modules())
         for place in self._places[block]:
             if place.owner in owners:
@@ -304,7 +309,7 @@ class StreamedModule:
                 )
 
     def _pack_block(self, block: nn.Module) -> None:
-        """Move the tensors of `block` into a flat, each being freed before the next is copied."""
+        """Move the tensors of `block` into a host buffer, freeing each before copying the next."""
         host = self._allocate_host_buffer(block_bytes(block))
         places: list[_TensorPlace] = []
         offset = 0
@@ -347,66 +352,66 @@ class StreamedModule:
             schedule.start_copy(number)
 
     def _packed_modules(self) -> set[nn.Module]:
-        """The modules whose tensors are in the flats."""
+        """Return the modules whose tensors are in the host buffers."""
         return {place.owner for places in self._places for place in places}
 
 
 def _register_hooks(block: nn.Module, number: int, schedule: BlockSchedule) -> list[Any]:
-    def enter(_module: nn.Module, _inputs: object) -> None:
+    def enter_block(_module: nn.Module, _inputs: object) -> None:
         schedule.acquire(number)
 
-    def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
+    def exit_block(_module: nn.Module, _inputs: object, _output: object) -> None:
         schedule.release(number)
 
-    return [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+    return [block.register_forward_pre_hook(enter_block), block.register_forward_hook(exit_block)]
 
 
 def stream_blocks(
     module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, copy_stream: CopyStream | None = None
 ) -> StreamedModule:
-    """Let `module`, which is in host memory, run on `device` with only two of `blocks` there at a time.
+    """Run `module`, which is in host memory, on `device` with only two of `blocks` there at a time.
 
-    blocks: modules inside it, in the order in which a forward runs them, whose forwards are not nested. They need not
-    be all that it has: the others stay on the device with the rest. copy_stream: how copies are made; None: as fits
-    `device`.
+    blocks: submodules in the order in which a forward runs them; their forwards must not be nested. Other submodules
+    stay on the device. copy_stream: how copies are made; None picks one for `device`.
 
-    The tensors of a block are moved to one flat as they come, so that host memory holds no more than one of them twice.
-    On CUDA the flats are pinned, for as long as anything holds a view of them. Whatever goes wrong, the module is left
-    whole on the CPU. Raises `DeviceError` if the system does not pin that much, PyTorch's own error if the device's
-    memory does not suffice.
+    Tensors move to a block's buffer one by one, so host memory never holds more than one of them twice. On CUDA the
+    buffers are pinned as long as any view of them lives. On failure the module is left complete on the CPU. Raises
+    `DeviceError` if the system does not pin that much, and PyTorch's own error if device memory runs out.
     """
     return StreamedModule(module, blocks, device, copy_stream or copy_stream_for(device))
 
 
 def is_streamed(module: nn.Module) -> bool:
-    """Whether `module` is inside a streamed block: its tensors are somewhere else in every run."""
+    """Return whether `module` is inside a streamed block. Its tensors then hold its weights only while the block
+    runs.
+    """
     return _STREAM_ATTRIBUTE in vars(module)
 
 
 def fetch_weights(layer: nn.Module) -> None:
-    """Have the weights of `layer` where its tensors point, for the work that is enqueued next.
+    """Make the work that is enqueued next see the weights of `layer` in its tensors.
 
-    Needed for layers of streamed blocks outside of a forward; does nothing for others.
+    Needed for layers of streamed blocks outside a forward; does nothing for other layers.
     """
-    if home := vars(layer).get(_STREAM_ATTRIBUTE):
-        streaming, block = home
+    if stream_info := vars(layer).get(_STREAM_ATTRIBUTE):
+        streaming, block = stream_info
         streaming.fetch_block(block)
 
 
 @contextlib.contextmanager
 def editable_weights(layer: nn.Module) -> Iterator[None]:
-    """`wait_until_loaded` the weights of `layer`; what is changed of them in place, in this context, lasts."""
+    """Fetch the weights of `layer`. In-place changes made in this context are written back to host memory."""
     fetch_weights(layer)
     yield
-    if home := vars(layer).get(_STREAM_ATTRIBUTE):
-        streaming, block = home
+    if stream_info := vars(layer).get(_STREAM_ATTRIBUTE):
+        streaming, block = stream_info
         streaming.write_back(block, layer)
 
 
 def _owned_tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Every parameter and buffer in `module`, persistent or not, with its owner and its name there."""
+    """Yield every parameter and buffer in `module`, persistent or not, with its owner and its name there."""
     for owner in module.modules():
-        # The names first: the caller may put another tensor in a tensor's place.
+        # Copy the names, because the caller may replace tensors meanwhile.
         for tensors in (owner._parameters, owner._buffers):
             for name in list(tensors):
                 if (tensor := tensors[name]) is not None:

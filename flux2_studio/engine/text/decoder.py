@@ -1,18 +1,19 @@
-"""The decoder of a Qwen3 or Mistral language model: cut after the last layer that is read, or whole.
+"""The decoder of a Qwen3 or Mistral language model, with all layers or only the first ones.
 
-Does: token ids to hidden states at a few depths, joined per token; further tokens after those that are in a cache, to
-where the head begins; `TextDecoderParams` from a config.json. Does not know: files, chat templates, padding
-(`encoder.py`), or how to write (`writer.py`). Our own, because transformers' models take five seconds of a core to
-import, before the first picture, and keep every layer's output where three are read.
+Computes hidden states at several depths, concatenated per token, or continues a sequence in a KV cache up to the LM
+head's input. Reads `TextDecoderParams` from a config.json. Out of scope: files, chat templates, padding (`encoder.py`),
+sampling text (`writer.py`). transformers' models are not used because they take five seconds of CPU time to import,
+before the first picture, and keep every layer's output where three are needed.
 
     x [B, L, W] -> x + attention(norm(x)) -> x + mlp(norm(x)), for each layer
 
-Modules are named as the published files name their tensors. Grouped queries share keys (arXiv 2305.13245), positions
-rotate the two halves of a head against each other (arXiv 2104.09864), the MLP is a SwiGLU (arXiv 2002.05202); Qwen3
-norms each head's queries and keys (arXiv 2505.09388), Mistral does not (arXiv 2310.06825).
+Modules are named like the tensors of the published files. Grouped-query attention (arXiv 2305.13245), RoPE over the two
+halves of a head (arXiv 2104.09864), SwiGLU MLP (arXiv 2002.05202). Qwen3 norms each head's queries and keys (arXiv
+2505.09388), Mistral does not (arXiv 2310.06825).
 
-Pitfalls: these rotate halves, the flow transformer neighbours. A padded row before the first token sees nothing at
-all; torch then gives zeros (since 2.5), which is what the encoders' context was made with.
+Pitfalls: RoPE here rotates halves, in the flow transformer adjacent pairs. A padding row before the first token attends
+to nothing; torch then returns zeros (since 2.5), and the reference contexts of the text encoders were computed that
+way.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_CONFIG_NUMBER = 1 << 24  # of anything that a config counts: no tensor of a language model is as long along one side
-QWEN3_DEFAULT_HEAD_WIDTH = 128  # a head's width where a Qwen3 config does not say, as transformers takes it
+MAX_CONFIG_NUMBER = 1 << 24  # for all sizes in a config; no tensor of a language model has a side as long
+QWEN3_DEFAULT_HEAD_WIDTH = 128  # transformers' default for Qwen3 configs without head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextDecoderParams:
-    """A decoder's sizes. attention_bias: whether attention's linear layers have biases. rope_theta: base of the
-    rotations."""
+    """A decoder's sizes. attention_bias: attention's linear layers have biases. rope_theta: base of the RoPE
+    frequencies.
+    """
 
     vocabulary: int
     hidden: int
@@ -48,11 +50,11 @@ class TextDecoderParams:
 
 
 def text_decoder_params(config: Mapping[str, Any], layers: int, length: int) -> TextDecoderParams:
-    """The sizes in a decoder's config.json, as transformers writes it today or did before version 5.
+    """Read the sizes from a decoder's config.json, as transformers writes it today or did before version 5.
 
-    layers: how many are read. length: of what will be read, in tokens. Raises `ValueError` for what is no such config,
-    or asks for what no published encoder has and we do not compute: scaled rotations, a window shorter than `length`,
-    another activation.
+    layers: how many layers will be used. length: how many tokens will be read. Raises `ValueError` for an invalid
+    config, or for features that no published encoder uses and this module lacks: scaled RoPE, a sliding window shorter
+    than `length`, another activation.
     """
     qwen3 = config["model_type"] == "qwen3"
     hidden, heads = _positive_int(config, "hidden_size"), _positive_int(config, "num_attention_heads")
@@ -63,8 +65,8 @@ def text_decoder_params(config: Mapping[str, Any], layers: int, length: int) -> 
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    plain = isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type", "default")) == "default"
-    if not plain or rope.keys() - {"rope_type", "type", "rope_theta"}:
+    is_unscaled = isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not is_unscaled or rope.keys() - {"rope_type", "type", "rope_theta"}:
         raise ValueError(f"the rotations are {rope!r}")
     window = config.get("sliding_window") if not qwen3 or config.get("use_sliding_window") else None
     if window is not None and _positive_int(config, "sliding_window") < length:
@@ -99,7 +101,7 @@ def _positive_float(value: Any) -> float:
 
 
 class KVCache:
-    """Keys and values [B, KV, tokens, d] of the tokens that a decoder has read, for each layer."""
+    """Keys and values [B, KV, tokens, d] of the tokens read so far, per layer."""
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
@@ -109,7 +111,7 @@ class KVCache:
         return self.layers[0][0].shape[2] if self.layers else 0
 
     def append(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of `layer_index`, the new ones last, and kept."""
+        """Store the new k and v of a layer. Returns all keys and values of the layer, the new ones last."""
         if layer_index == len(self.layers):
             self.layers.append((k, v))
         else:
@@ -144,15 +146,17 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv_cache: KVCache | None = None, layer_index: int = 0
     ) -> Tensor:
-        """x [B, L, W]; cos, sin [L, d]; mask [B or none, 1, L, L]: True where a row's token sees a column's. kv_cache:
-        what goes before, which the columns begin with, and which is extended; `layer_index` is which one this is."""
+        """x [B, L, W]; cos, sin [L, d]; mask [B or 1, 1, L, past + L]: True where a row's token sees a column's.
+        kv_cache: earlier keys and values, which come first in the columns and get the new ones appended.
+        layer_index: this layer's index in the cache.
+        """
         heads = (-1, self._head_width)
         q = apply_rope(self.q_norm(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2), cos, sin)
         k = apply_rope(self.k_norm(self.k_proj(x).unflatten(-1, heads)).transpose(1, 2), cos, sin)
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
         if kv_cache is not None:
             k, v = kv_cache.append(layer_index, k, v)
-        if self._queries_per_key > 1:  # written out: with a mask, not every fast kernel shares keys by itself
+        if self._queries_per_key > 1:  # explicit, because with a mask not every fast kernel shares keys itself
             k, v = k.repeat_interleave(self._queries_per_key, 1), v.repeat_interleave(self._queries_per_key, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -185,56 +189,60 @@ class DecoderLayer(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """Token embedding and layers, no final norm and no head."""
+    """Token embedding and layers, without final norm and LM head."""
 
     def __init__(self, params: TextDecoderParams) -> None:
         super().__init__()
         self.params = params
         self.embed_tokens = nn.Embedding(params.vocabulary, params.hidden)
         self.layers = nn.ModuleList(DecoderLayer(params) for _ in range(params.layers))
-        self._rope_cache: tuple[Any, Tensor, Tensor] | None = None  # the last rotations, and for what they were made
+        self._rope_cache: tuple[Any, Tensor, Tensor] | None = None  # (key, cos, sin) of the last call
 
     def forward(self, ids: Tensor, mask: Tensor, hidden_layers: Sequence[int]) -> Tensor:
-        """[B, L, taps * W] of token ids [B, L]: what stands after so many layers, 0 the embedding, side by side.
+        """Return the concatenated hidden states [B, L, len(hidden_layers) * W] of token ids [B, L].
 
-        mask: [B, 1, L, L], see `causal_attention_mask`.
+        hidden_layers: 0 is the embedding, n the output of layer n. mask: [B, 1, L, L], see `causal_attention_mask`.
         """
         x = self.embed_tokens(ids)
-        asked = x.shape[1], x.dtype, x.device
-        if self._rope_cache is None or self._rope_cache[0] != asked:
-            self._rope_cache = asked, *rope_table(0, x.shape[1], self.params, x)
+        rope_key = x.shape[1], x.dtype, x.device
+        if self._rope_cache is None or self._rope_cache[0] != rope_key:
+            self._rope_cache = rope_key, *rope_table(0, x.shape[1], self.params, x)
         return self.run_layers(x, mask, *self._rope_cache[1:], hidden_layers)
 
     def run_layers(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, hidden_layers: Sequence[int]) -> Tensor:
-        """What `forward` gives for embeddings x [B, L, W], with the `rope_table` of all their positions."""
-        kept = {0: x}
+        """Same as `forward`, for embeddings x [B, L, W] and the `rope_table` of their positions."""
+        hidden_states = {0: x}
         for number, layer in enumerate(self.layers, 1):
             x = layer(x, cos, sin, mask)
             if number in hidden_layers:
-                kept[number] = x
-        return torch.cat([kept[tap] for tap in hidden_layers], -1)
+                hidden_states[number] = x
+        return torch.cat([hidden_states[index] for index in hidden_layers], -1)
 
     def truncated_to(self, layer_count: int) -> TextDecoder:
-        """A tower of the first `layer_count`, made of the very same modules: moving one moves the other."""
+        """Return a decoder of the first `layer_count` layers. It shares the modules themselves: moving one moves the
+        other.
+        """
         with torch.device("meta"):
-            tower = TextDecoder(replace(self.params, layers=0))
-        tower.embed_tokens = self.embed_tokens
-        tower.layers = nn.ModuleList(self.layers[:layer_count])
-        return tower.train(self.training)
+            decoder = TextDecoder(replace(self.params, layers=0))
+        decoder.embed_tokens = self.embed_tokens
+        decoder.layers = nn.ModuleList(self.layers[:layer_count])
+        return decoder.train(self.training)
 
 
 class FullTextDecoder(TextDecoder):
-    """The whole: with the norm that comes before the head."""
+    """All layers, with the norm before the LM head."""
 
     def __init__(self, params: TextDecoderParams) -> None:
         super().__init__(params)
         self.norm = RMSNorm(params.hidden, params.eps)
 
     def forward_cached(self, x: Tensor, kv_cache: KVCache) -> Tensor:
-        """[B, L, W], normed, of embeddings [B, L, W] that follow what is in `kv_cache`, which they extend."""
-        before, length = kv_cache.tokens, x.shape[1]
-        mask = _causal_mask(before, length, x.device)
-        cos, sin = rope_table(before, length, self.params, x)
+        """Return the normed output [B, L, W] for embeddings [B, L, W] that follow the tokens in `kv_cache`, and
+        append them to it.
+        """
+        past_length, length = kv_cache.tokens, x.shape[1]
+        mask = _causal_mask(past_length, length, x.device)
+        cos, sin = rope_table(past_length, length, self.params, x)
         for number, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask[None, None], kv_cache, number)
         normed: Tensor = self.norm(x)
@@ -242,27 +250,30 @@ class FullTextDecoder(TextDecoder):
 
 
 def causal_attention_mask(mask: Tensor) -> Tensor:
-    """[B, 1, L, L] of the tokens' mask [B, L], 1 for a token and 0 for padding: a token sees those up to itself."""
+    """Return the attention mask [B, 1, L, L] for a padding mask [B, L], 1 for tokens and 0 for padding: a token sees
+    tokens up to itself.
+    """
     return _causal_mask(0, mask.shape[1], mask.device) & mask.bool()[:, None, None, :]
 
 
 def _causal_mask(past_length: int, length: int, device: torch.device) -> Tensor:
-    """[L, before + L]: which tokens each of the last `length` may look at."""
-    places = torch.arange(past_length + length, device=device)
-    return places <= places[past_length:, None]
+    """[L, past_length + L]: True where each of the last `length` tokens may attend."""
+    positions = torch.arange(past_length + length, device=device)
+    return positions <= positions[past_length:, None]
 
 
 def rope_table(start: int, length: int, params: TextDecoderParams, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [L, d] of so many positions from `start` on, where and as `like` is. The angles are computed in
-    float64 on the CPU, where every device has it."""
+    """Return cos and sin [L, d] of `length` positions from `start` on, with dtype and device of `like`. Angles are
+    computed in float64 on the CPU, because not every device has float64.
+    """
     half = torch.arange(0, params.head_width, 2, dtype=torch.float64, device="cpu") / params.head_width
-    places = torch.arange(start, start + length, dtype=torch.float64, device="cpu")
-    angles = places[:, None] / params.rope_theta**half
+    positions = torch.arange(start, start + length, dtype=torch.float64, device="cpu")
+    angles = positions[:, None] / params.rope_theta**half
     both = torch.cat((angles, angles), -1)
     return both.cos().to(like), both.sin().to(like)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, L, d], each pair of a head's first and second half turned by its position's angle."""
+    """Rotate x [B, H, L, d]: pairs of the first and second half of each head, by the angle of their position."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin

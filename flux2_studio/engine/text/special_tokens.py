@@ -1,4 +1,4 @@
-"""What users type must not turn into special tokens: a typed [IMG] has no picture, an end mark ends the message."""
+"""Removes special tokens from user text: a typed [IMG] has no picture, and a typed end mark would end the message."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 
 def remove_special_tokens(text: str, tokens: Sequence[str]) -> str:
-    """`text` without any of `tokens`, nor what would become one once another is gone: [IM[IMG]G] leaves nothing.
+    """Return `text` without any of `tokens`, including those that a removal would create: [IM[IMG]G] leaves nothing.
 
-    Each is removed where its last character comes, so one pass is enough: what is kept so far never holds any.
+    One pass is enough, because each token is removed at its last character: the output so far never contains one.
     """
-    by_end: dict[str, list[str]] = {}
+    tokens_by_last_character: dict[str, list[str]] = {}
     for token in sorted(tokens, key=len, reverse=True):
-        by_end.setdefault(token[-1:], []).append(token)
-    kept: list[str] = []
+        tokens_by_last_character.setdefault(token[-1:], []).append(token)
+    output: list[str] = []
     for character in text:
-        kept.append(character)
-        for token in by_end.get(character, ()):
-            if "".join(kept[-len(token) :]) == token:
-                del kept[-len(token) :]
+        output.append(character)
+        for token in tokens_by_last_character.get(character, ()):
+            if "".join(output[-len(token) :]) == token:
+                del output[-len(token) :]
                 break
-    return "".join(kept)
+    return "".join(output)

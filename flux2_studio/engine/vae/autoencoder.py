@@ -1,16 +1,17 @@
 """The FLUX.2 autoencoder: pictures to latents and back.
 
-Does: encode and decode, with 2x2 packing and the latent normalisation inside, so callers only ever see normalised
-packed latents. Does not know: sampling, files, PIL.
+Encoding and decoding include 2x2 packing and the latent normalisation, so callers only see normalised packed latents.
+Out of scope: sampling, files, PIL.
 
     pixels [B, 3, H, W] in -1..1      latent [B, 128, H/16, W/16], normalised to about unit variance per channel
     unpacked [B, 32, H/8, W/8], normalised or not as the name says
 
-Packing is channel-major: packed channel = c * 4 + row * 2 + column. Statistics are those of `bn` (eps 1e-4, no affine).
-The published autoencoder has channels 128, 256, 512, 512; the small decoder and nano have others: nothing is assumed.
+Packing is channel-major: packed channel = c * 4 + row * 2 + column. The statistics are those of `bn` (eps 1e-4, no
+affine). The published autoencoder has channels 128, 256, 512, 512. The small decoder and nano have others, so no width
+is hard-coded.
 
 Pitfalls: downsampling pads right and bottom only. Decoder levels are numbered from full resolution (up.0) but run from
-the last. The latent is the mean of the moments, never a sample. Never resample packed latents: their channels are
+the last. The latent is the mean of the moments, never a sample. Never resample packed latents: their channels encode
 positions. Parameter names are Black Forest Labs' key names.
 """
 
@@ -68,7 +69,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # Contiguous rows: other strides rule out every kernel that does without the HW x HW matrix of scores.
+        # Contiguous rows: with other strides, only kernels that store the HW x HW matrix of scores apply.
         q, k, v = (m(h).flatten(2).transpose(1, 2)[:, None].contiguous() for m in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W]
         return x + self.proj_out(out)
@@ -104,7 +105,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution (identity at the last level)."""
+    """Residual blocks at one resolution. Subclasses add the change of resolution (identity at the last level)."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
         super().__init__()
@@ -150,7 +151,7 @@ class VAEEncoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * p.latent_channels, 2 * p.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The latent's mean [B, 32, H/8, W/8]."""
+        """Return the latent's mean [B, 32, H/8, W/8], unnormalised."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -174,7 +175,7 @@ class VAEDecoder(nn.Module):
         self.conv_out = conv3x3(channels[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] from an unnormalised, unpacked latent [B, 32, H/8, W/8]."""
+        """Return pixels [B, 3, H, W] for an unnormalised, unpacked latent [B, 32, H/8, W/8]."""
         x = self.mid(self.conv_in(self.post_quant_conv(z)))
         for level in reversed(self.up):
             x = level(x)
@@ -182,7 +183,7 @@ class VAEDecoder(nn.Module):
 
 
 class LatentStatistics(nn.Module):
-    """Mean and variance of every packed latent channel, measured in training."""
+    """Mean and variance of each packed latent channel, measured in training."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -203,7 +204,7 @@ class LatentStatistics(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """See the module's header. Build it with `weights.load_autoencoder`."""
+    """See the module's header. Build it with `weights.loading.load_autoencoder`."""
 
     def __init__(self, params: AutoencoderParams) -> None:
         super().__init__()
@@ -224,12 +225,13 @@ class Autoencoder(nn.Module):
     def encode(
         self, pixels: Tensor, strip_height: int | None = None, offload_device: torch.device | None = None
     ) -> Tensor:
-        """pixels [B, 3, H, W] in -1..1, sides multiples of 16 -> normalised packed latent [B, 128, H/16, W/16].
+        """Encode pixels [B, 3, H, W] in -1..1, sides multiples of 16, to a normalised packed latent [B, 128, H/16,
+        W/16].
 
-        strip_height: None is the fast way. A number of pixel rows, multiple of 16, takes strips of that height through
-        each layer in turn, picture by picture: equal up to rounding, in a fraction of the memory. offload_device: where
-        feature maps wait meanwhile, such as the host; None keeps them on the device. ValueError for any other
-        `strip_height`.
+        strip_height: None encodes the whole picture at once, which is fastest. A number of pixel rows (multiple of 16)
+        runs each layer over strips of that height, one picture at a time: equal up to rounding, in a fraction of the
+        memory. offload_device: where feature maps are stored in between, such as the CPU; None keeps them on the
+        device. Raises `ValueError` for any other `strip_height`.
         """
         pixels = pixels.to(self.device, self.dtype)
         if strip_height is None:
@@ -244,9 +246,9 @@ class Autoencoder(nn.Module):
     def decode(
         self, latent: Tensor, strip_height: int | None = None, offload_device: torch.device | None = None
     ) -> Tensor:
-        """Normalised packed latent [B, 128, h, w] -> pixels [B, 3, 16h, 16w], about -1..1, not clamped.
+        """Decode a normalised packed latent [B, 128, h, w] to pixels [B, 3, 16h, 16w], about -1..1, not clamped.
 
-        rows and store: as for `encode_in_strips`.
+        strip_height, offload_device: as for `encode`.
         """
         z = unpack_latent(self.bn.denormalise(latent.to(self.device))).to(self.dtype)
         return (
@@ -256,7 +258,7 @@ class Autoencoder(nn.Module):
         )
 
     def _strip_latent_rows(self, rows: int) -> int:
-        """The height of a strip of `strip_height` pixel rows in rows of the packed latent."""
+        """Convert the height of a strip from `rows` of pixels to rows of the packed latent."""
         if rows < 1 or rows % self.params.patch:
             raise ValueError(f"a strip is a multiple of {self.params.patch} rows high, not {rows}")
         return rows // self.params.patch

@@ -1,7 +1,7 @@
-"""What a picture would look like if denoising ended now. Reads the clean estimate, never changes it.
+"""Previews: what the picture would look like if denoising ended now.
 
-Each previewer maps a clean latent [B, 128, h, w] (normalised) to pixels [B, 3, H, W] in -1..1. H and W need not be the
-picture's own: the linear one draws a pixel per 8x8.
+Each previewer maps a clean latent [B, 128, h, w] (normalised) to pixels [B, 3, H, W] in -1..1 and does not change the
+latent. H and W need not be the picture's own: `LinearPreview` makes one pixel per 8x8.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from flux2_studio.engine.vae.autoencoder import Autoencoder, unpack_latent
 from flux2_studio.engine.vae.tiny_autoencoder import TinyDecoder
 
-# RGB of each of the 32 unpacked latent channels: the factors that ComfyUI and InvokeAI use for FLUX.2.
+# RGB weights of the 32 unpacked latent channels: the factors that ComfyUI and InvokeAI use for FLUX.2.
 LINEAR_FACTORS = (
     (0.0058, 0.0113, 0.0073), (0.0495, 0.0443, 0.0836), (-0.0099, 0.0096, 0.0644), (0.2144, 0.3009, 0.3652),
     (0.0166, -0.0039, -0.0054), (0.0157, 0.0103, -0.0160), (-0.0398, 0.0902, -0.0235), (-0.0052, 0.0095, 0.0109),
@@ -33,7 +33,7 @@ class Previewer(Protocol):
 
 
 class LinearPreview:
-    """A weighted sum of the 32 channels: rough colours for FLUX.2's own autoencoder, at no cost."""
+    """A weighted sum of the 32 channels: rough colours at no cost. Fits FLUX.2's own autoencoder only."""
 
     def __init__(self) -> None:
         self._factors = torch.tensor(LINEAR_FACTORS)
@@ -48,7 +48,7 @@ class LinearPreview:
 
 
 class TinyPreview:
-    """TAEF2's decoder: nearly the finished picture, at full size."""
+    """TAEF2's decoder: close to the finished picture, at full size."""
 
     def __init__(self, decoder: TinyDecoder) -> None:
         self._decoder = decoder
@@ -59,7 +59,7 @@ class TinyPreview:
 
 
 class AutoencoderPreview:
-    """The checkpoint's own decoder, for autoencoders that are themselves tiny."""
+    """The checkpoint's own decoder, for autoencoders that are tiny themselves."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder

@@ -1,22 +1,23 @@
-"""The autoencoder strip by strip: the same pictures and latents, up to rounding, in a fraction of the memory.
+"""Strip-wise encoding and decoding: the same pictures and latents, up to rounding, in a fraction of the memory.
 
-Does: walk through the layers of `autoencoder.VAEEncoder` and `VAEDecoder` with every feature map cut into strips of
-rows. Does not know: how high a strip should be, packing, normalisation of latents.
+Runs the layers of `autoencoder.VAEEncoder` and `VAEDecoder` with every feature map split into strips of rows. Out of
+scope: choosing the strip height, packing, normalisation of latents.
 
-Tiles that go through the whole network apart from each other show seams and shifts of colour: their borders lack
-neighbours, the attention sees one tile, and each GroupNorm measures its own tile. So here the layers are the outer
-loop and the strips the inner one. A convolution is lent the row above and the row below its strip, a GroupNorm's
-statistics are gathered over all strips before the first one is normalised, and attention reads the keys and values of
-the whole map (at 1/8 of the resolution).
+Independent tiles that each pass the whole network show seams and colour shifts: their borders lack neighbours,
+attention sees one tile, and each GroupNorm uses the statistics of its own tile. Here the layers are the outer loop and
+the strips the inner one. A convolution also gets the row above and the row below its strip, GroupNorm statistics are
+collected over all strips before the first one is normalised, and attention reads the keys and values of the full map
+(at 1/8 of the resolution).
 
-Whole are at most two feature maps: a residual block's input, or the shortcut made of it, and what its first convolution
-made. They lie in `offload_device`, on the host if so wished, and are used up strip by strip while the next map grows.
-All else is a small multiple of one strip.
+At most two full feature maps exist at a time: a residual block's input (or its shortcut), and the output of the block's
+first convolution. They are stored on `offload_device` and freed strip by strip while the next map grows. Everything
+else is a small multiple of one strip.
 
     strip [1, C, h, W]      row [1, C, 1, W]      window [1, C, h + 2, W]: a strip between its two neighbouring rows
 
-Pitfalls: a map is used up by the layer that reads it. The zeros beyond the picture come after norm and SiLU.
-Statistics are float32 whatever the weights are. No tensor's values steer anything: all of it runs on `meta`, too.
+Pitfalls: a layer frees the strips of the map that it reads. Zero padding beyond the picture is applied after norm and
+SiLU. Statistics are float32 whatever the dtype of the weights. No control flow depends on tensor values, so all of it
+also runs on `meta`.
 """
 
 from __future__ import annotations
@@ -40,9 +41,8 @@ if TYPE_CHECKING:
         VAEEncoder,
     )
 
-STATISTICS_CHUNKS = (
-    4  # a strip's statistics are gathered from so many parts of its channels, whose float32 copies are small
-)
+# Channels are split into this many parts for the statistics, to keep the float32 copies small.
+STATISTICS_CHUNKS = 4
 
 TensorFn = Callable[[Tensor], Tensor]
 
@@ -50,13 +50,14 @@ TensorFn = Callable[[Tensor], Tensor]
 def encode_in_strips(
     encoder: VAEEncoder, pixels: Tensor, strip_height: int, offload_device: torch.device | None
 ) -> Tensor:
-    """`encoder(pixels)`. strip_height: of a strip of pixels [B, 3, H, W]; it halves with every level, without a
-    rest."""
+    """Same as `encoder(pixels)`. strip_height: rows of pixels [B, 3, H, W] per strip; each level must halve it
+    exactly.
+    """
     return torch.cat([_encode(encoder, Strips.from_tensor(x, strip_height, offload_device)) for x in pixels.split(1)])
 
 
 def decode_in_strips(decoder: VAEDecoder, z: Tensor, strip_height: int, offload_device: torch.device | None) -> Tensor:
-    """`decoder(z)`. strip_height: of a strip of the latent [B, 32, h, w]; it doubles with every level."""
+    """Same as `decoder(z)`. strip_height: rows of the latent [B, 32, h, w] per strip; each level doubles it."""
     return torch.cat(
         [
             _decode(decoder, Strips.from_tensor(x, strip_height, offload_device))
@@ -85,34 +86,34 @@ def _decode(decoder: VAEDecoder, z: Strips) -> Tensor:
 
 
 class Strips:
-    """One picture's feature map [1, C, H, W] in strips that wait in `offload_device`; None: on the device."""
+    """One picture's feature map [1, C, H, W] as strips, stored on `offload_device` (None: on `device`)."""
 
     def __init__(self, device: torch.device, offload_device: torch.device | None) -> None:
         self.device = device
         self.offload_device = offload_device
-        self._strips: list[Tensor | None] = []  # None: used up
-        self._first_rows: list[Tensor] = []  # first and last row of each strip, to which its neighbours come back
+        self._strips: list[Tensor | None] = []  # None: already popped
+        self._first_rows: list[Tensor] = []  # first and last row of each strip, for its neighbours' windows
         self._last_rows: list[Tensor] = []
-        self._pixels_per_strip: list[int] = []  # pixels per strip
+        self._pixels_per_strip: list[int] = []
         self._moments: list[Tensor] = []  # per strip, [2, C]: mean and variance
 
     @classmethod
     def from_tensor(cls, x: Tensor, height: int, offload_device: torch.device | None) -> Strips:
-        """x [1, C, H, W] in strips of `height` rows; the last one may be lower."""
+        """Split x [1, C, H, W] into strips of `height` rows; the last one may be lower."""
         strips = cls(x.device, offload_device)
         for strip in x.split(height, 2):
             strips.append(strip.contiguous(), measure=False)
         return strips
 
     def new_like(self) -> Strips:
-        """A map without strips in the same place."""
+        """Return an empty map on the same devices."""
         return Strips(self.device, self.offload_device)
 
     def __len__(self) -> int:
         return len(self._strips)
 
     def append(self, strip: Tensor, *, measure: bool = True) -> None:
-        """Add the next strip. measure: whether a norm is going to read this map."""
+        """Add the next strip. measure: collect its statistics, if a norm will read this map."""
         if measure:
             self._pixels_per_strip.append(strip[0, 0].numel())
             self._moments.append(_moments(strip))
@@ -126,12 +127,12 @@ class Strips:
         return self._to_device(strip)
 
     def pop(self, i: int) -> Tensor:
-        """Strip `i`, for the last time; its edges stay for its neighbours' windows."""
+        """Return strip `i` and free it. Its first and last row stay for the neighbours' windows."""
         strip, self._strips[i] = self.read(i), None
         return strip
 
     def window(self, i: int, activate: TensorFn | None = None, *, pop: bool = True) -> Tensor:
-        """Strip `i` and its neighbouring rows, activated; zeros where the picture ends."""
+        """Return strip `i` with its neighbouring rows, activated, and zeros beyond the picture. pop: free the strip."""
         top, bottom = i == 0, i == len(self) - 1
         above = [] if top else [self._to_device(self._last_rows[i - 1])]
         below = [] if bottom else [self._to_device(self._first_rows[i + 1])]
@@ -141,12 +142,12 @@ class Strips:
         return F.pad(x, (0, 0, int(top), int(bottom))) if top or bottom else x
 
     def group_norm_fn(self, norm: nn.GroupNorm) -> TensorFn:
-        """`norm` with the statistics of the whole map, which make it an affine map per channel.
+        """Return `norm` with the statistics of the full map, which make it an affine map per channel.
 
-        They are merged from those of every strip and channel as by Chan, Golub and LeVeque, "Updating Formulae and a
-        Pairwise Algorithm for Computing Sample Variances" (1979), for any number of parts at once.
+        Merges the statistics of all strips and channels, generalised to any number of parts from Chan, Golub and
+        LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
         """
-        # [strips, groups, channels of a group]
+        # [strips, groups, channels per group]
         means, variances = (m.unflatten(1, (norm.num_groups, -1)) for m in torch.stack(self._moments, 1))
         sizes = torch.tensor(self._pixels_per_strip, dtype=torch.float32, device=self.device)[:, None, None]
         share = sizes / (sum(self._pixels_per_strip) * means.shape[2])
@@ -157,11 +158,11 @@ class Strips:
         return lambda x: F.batch_norm(x, mean, variance, weight, bias, eps=norm.eps)
 
     def join(self) -> Tensor:
-        """The whole map, on the device."""
+        """Return the full map, on the device. Frees the strips."""
         return torch.cat([self.pop(i) for i in range(len(self))], 2)
 
-    # A copy to the host that nobody waits for lands in pinned memory. Its only reader is the copy back, which CUDA
-    # makes later on the same stream. Whole tensors go there: of a part, the host would make a copy too early.
+    # A non-blocking copy to the host goes to pinned memory. Only the copy back reads it, later on the same CUDA stream.
+    # Only contiguous tensors are copied: for a view, the host would make a copy before the data has arrived.
 
     def _offload(self, x: Tensor) -> Tensor:
         return x if self.offload_device is None else x.to(self.offload_device, non_blocking=x.is_cuda)
@@ -171,7 +172,7 @@ class Strips:
 
 
 def _moments(strip: Tensor) -> Tensor:
-    """Mean and variance of every channel, [2, C] in float32, in two passes: no difference of large squares."""
+    """Return mean and variance of every channel, [2, C] in float32. Two passes avoid a difference of large squares."""
     moments = []
     for x in strip[0].chunk(STATISTICS_CHUNKS):
         x = x.float()
@@ -199,13 +200,13 @@ def _middle(x: Strips, middle: MidBlock) -> Strips:
 
 
 def _residual(x: Strips, block: ResBlock) -> Strips:
-    narrowing = not isinstance(block.nin_shortcut, nn.Identity)
-    shortcut = x.new_like() if narrowing else x
+    has_projection = not isinstance(block.nin_shortcut, nn.Identity)
+    shortcut = x.new_like() if has_projection else x
     activate = _activation(x, block.norm1)
     h = x.new_like()
     for i in range(len(x)):
         h.append(_convolve_window(block.conv1, x.window(i, activate, pop=False)))
-        if narrowing:
+        if has_projection:
             shortcut.append(block.nin_shortcut(x.pop(i)), measure=False)
     activate = _activation(h, block.norm2)
     out = x.new_like()
@@ -231,7 +232,7 @@ def _attention(x: Strips, block: AttnBlock) -> Strips:
 def _downsample(x: Strips, conv: nn.Conv2d) -> Strips:
     out = x.new_like()
     for i in range(len(x)):
-        window = F.pad(x.window(i)[:, :, 1:], (0, 1))  # pads on the right, and below: no row above is read
+        window = F.pad(x.window(i)[:, :, 1:], (0, 1))  # pads right and bottom only, so the row above is not read
         out.append(F.conv2d(window, conv.weight, conv.bias, stride=2))
     return out
 
@@ -244,7 +245,7 @@ def _upsample(x: Strips, conv: nn.Conv2d) -> Strips:
 
 
 def _double_window(window: Tensor) -> Tensor:
-    """A window of the map of twice the size: every row and column twice, but once the rows of the neighbours."""
+    """Return the window of the map upsampled by 2: all rows and columns doubled, but each neighbour's row only once."""
     rows = torch.arange(1, 2 * window.shape[2] - 1, device=window.device) // 2
     return F.interpolate(window, scale_factor=(1.0, 2.0), mode="nearest").index_select(2, rows)
 
@@ -255,10 +256,10 @@ def _activation(x: Strips, norm: nn.GroupNorm) -> TensorFn:
 
 
 def _convolve_window(conv: nn.Conv2d, window: Tensor) -> Tensor:
-    """The strip that a 3x3 convolution makes of a window."""
+    """Apply a 3x3 convolution to a window; the result is a strip."""
     return F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
 
 
 def _flatten_positions(x: Tensor) -> Tensor:
-    """[1, C, h, W] -> [1, 1, hW, C], contiguous as the lean kernels of attention want it."""
+    """[1, C, h, W] -> [1, 1, hW, C], contiguous as memory-efficient attention kernels require."""
     return x.flatten(2).transpose(1, 2)[:, None].contiguous()

@@ -1,9 +1,9 @@
-"""TAEF2's decoder: a picture from a latent in a few milliseconds, good enough to look at (madebyollin/taef2, MIT).
+"""TAEF2's decoder: a preview picture from a latent in a few milliseconds (madebyollin/taef2, MIT).
 
     normalised unpacked latent [B, 32, h, w] in  ->  RGB [B, 3, 8h, 8w] in 0..1 out
 
-Unlike the autoencoder it takes the latent while it is still normalised. Parameter names are the indices of the
-published Sequential; the hub's safetensors leaves the clamp out of its count (`loading.py` translates).
+Unlike `Autoencoder`, it takes the normalised latent. Parameter names are the indices of the published Sequential. The
+hub's safetensors file does not count the clamp, so its indices are one lower (`loading.py` translates).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DECODER_CHANNELS = 64
-POOL_CHANNELS = 256  # channels inside the three blocks that see the picture as a whole through a GroupNorm
+POOL_CHANNELS = 256  # inside the three blocks with a GroupNorm over the full picture
 UNPACKED_LATENT_CHANNELS = 32
 
 
 class Clamp(nn.Module):
-    """Squash outliers softly to -3..3."""
+    """Squash outliers smoothly to -3..3."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * torch.tanh(x / 3)
 
 
 class TinyBlock(nn.Module):
-    """relu(three convolutions of x + x); `pooled` adds a normalised side branch before them."""
+    """relu(conv(x) + x) with three convolutions. `pooled` first adds a side branch with a GroupNorm."""
 
     def __init__(self, *, pooled: bool = False) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def _upsample_layers() -> list[nn.Module]:
 
 
 class TinyDecoder(nn.Sequential):
-    """See the module's header. Build it with `weights.load_tiny_decoder`."""
+    """See the module's header. Build it with `weights.loading.load_tiny_decoder`."""
 
     def __init__(self) -> None:
         super().__init__(

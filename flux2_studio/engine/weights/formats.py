@@ -1,21 +1,21 @@
-"""What the tensors of a file stand for: plain values, or codes with the scales that restore them.
+"""What the tensors of a file stand for: plain values, or codes with the scales that dequantise them.
 
-Does: fp8 as Black Forest Labs and ComfyUI store it, with one scale, one per row or none; NVFP4; GGUF's blocks; the
-prefixes that ComfyUI puts before names. Every tensor is listed under its own name with the shape of its *values*, so
-that plans (`loading.py`) need to know nothing of formats; scales and marks are no tensors of their own any more.
-Does not know: which tensors a model needs.
+Supports fp8 as Black Forest Labs and ComfyUI store it, with one scale, one per row or none; NVFP4; GGUF's blocks; and
+the prefixes that ComfyUI puts before names. Every tensor is listed under its own name with the shape of its *values*,
+so plans (`layouts.py`) need no knowledge of formats; scales and markers are no longer separate tensors. Out of scope:
+which tensors a model needs.
 
     X.weight    F8_E4M3 [rows, cols]     value = weight * scale
-                U8 [rows, cols / 2]      NVFP4, told by X.weight_scale_2; see `quantize.NVFP4Matrix`
-    X.weight_scale or X.scale_weight     fp8: float, one number or one for each row; NVFP4: F8_E4M3, one for 16 values
+                U8 [rows, cols / 2]      NVFP4 if X.weight_scale_2 exists; see `quantize.NVFP4Matrix`
+    X.weight_scale or X.scale_weight     fp8: float, one number or one per row; NVFP4: F8_E4M3, one per 16 values
     X.weight_scale_2                     NVFP4: float, one number
-    X.input_scale or X.scale_input       the range of the layer's inputs, for those who multiply in fp8: not needed here
-    X.comfy_quant                        U8: JSON {"format": ...}; as `_quantization_metadata` in the header says it for
-                                         all layers at once
-    scaled_fp8                           a mark on ComfyUI's older files: their fp8 weights have scales
+    X.input_scale or X.scale_input       the range of the layer's inputs, for fp8 matmuls of other programs: ignored
+    X.comfy_quant                        U8: JSON {"format": ...}; `_quantization_metadata` in the header has the same
+                                         for all layers at once
+    scaled_fp8                           a marker in ComfyUI's older files: their fp8 weights have scales
 
-Pitfall: fp8 without any scale or mark is a plain cast, so a scale that got lost can only be missed where the file
-speaks of scales at all.
+Pitfall: fp8 without any scale or marker is a plain cast, so a lost scale can only be detected if the file has scales or
+markers at all.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from flux2_studio.errors import WeightsError
 
 PLAIN_TYPES = ("F32", "F16", "BF16")
 FP8, NVFP4 = "F8_E4M3", "NVFP4"
-DECLARED_FORMATS = {"float8_e4m3fn": FP8, "nvfp4": NVFP4}  # as comfy_quant and the header's metadata call them
+DECLARED_FORMATS = {"float8_e4m3fn": FP8, "nvfp4": NVFP4}  # by their names in comfy_quant and the header's metadata
 COMFYUI_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_UNUSED_LAYER_FIELDS = ("input_scale", "scale_input", "comfy_quant")  # of a layer, whatever its weight's type
-_MAX_MARK_BYTES = 4096  # bytes of one comfy_quant
+_UNUSED_LAYER_FIELDS = ("input_scale", "scale_input", "comfy_quant")  # of a layer, for all types of weights
+_MAX_MARK_BYTES = 4096  # of one comfy_quant
 
 
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor: the shape of its values, and where they come from.
 
-    keys: names in the file, the first that of the values or codes. make_matrix: makes the matrix of the keys' tensors;
-    None where the first is made of plain values. problem: why it cannot be read, as the end of a sentence.
+    keys: names in the file; the first is that of the values or codes. make_matrix: makes a matrix from the keys'
+    tensors; None for plain values. problem: why it cannot be read, worded as the end of a sentence.
     """
 
     shape: Shape
@@ -65,11 +65,11 @@ class TensorEntry:
 
     @property
     def has_float8(self) -> bool:
-        """Whether what is stored needs a device that knows float8_e4m3fn."""
+        """Whether the stored form needs a device that supports float8_e4m3fn."""
         return self.dtype in (FP8, NVFP4)
 
     def restore(self, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
-        """The tensor, or the matrix that stands for it, of what the keys hold in the file."""
+        """Return the tensor, or the stored matrix, made of the tensors of `keys`."""
         return tensors[0] if self.make_matrix is None else self.make_matrix(*tensors)
 
     @property
@@ -78,7 +78,7 @@ class TensorEntry:
 
 
 class CheckpointContents:
-    """The tensors of a file or folder. entries: by name, without the prefix that all names may have in the file."""
+    """The tensors of a file or folder. entries: by name, without the prefixes that names may have in the file."""
 
     def __init__(self, files: SafetensorsFiles | GGUFFile, entries: Mapping[str, TensorEntry]) -> None:
         self.files = files
@@ -87,7 +87,9 @@ class CheckpointContents:
         self.shapes: dict[str, Shape] = {name: entry.shape for name, entry in entries.items()}
 
     def restore(self, name: str, tensors: Sequence[Tensor]) -> Tensor | StoredMatrix:
-        """The tensor `name` of what its keys hold in the file. Raises `WeightsError` for scales that cannot be."""
+        """Return the tensor or stored matrix `name`, made of its keys' `tensors`. Raises `WeightsError` for invalid
+        scales.
+        """
         entry = self.entries[name]
         for key, scale in zip(entry.keys[1:], tensors[1:], strict=True):
             values = scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale
@@ -100,9 +102,9 @@ class CheckpointContents:
 
 
 def open_checkpoint_contents(path: Path, subfolder: str = "", prefixes: Sequence[str] = ()) -> CheckpointContents:
-    """The tensors in `path`: a safetensors or GGUF file, or a folder (see `SafetensorsFiles`).
+    """List the tensors in `path`: a safetensors or GGUF file, or a folder (see `SafetensorsFiles`).
 
-    prefixes: those that names may have in front; they are left off. Raises `WeightsError`.
+    prefixes: optional prefixes of names, which are stripped. Raises `WeightsError`.
     """
     files = GGUFFile(path) if _is_gguf(path) else SafetensorsFiles(path, subfolder)
     names: dict[str, str] = {}
@@ -120,7 +122,7 @@ def open_checkpoint_contents(path: Path, subfolder: str = "", prefixes: Sequence
 
 
 def _is_gguf(path: Path) -> bool:
-    if not path.is_file():  # a folder, a pipe, nothing at all: the reader of safetensors has the words for it
+    if not path.is_file():  # a folder, a pipe or a missing path: `SafetensorsFiles` has the error message
         return False
     try:
         with path.open("rb") as file:
@@ -130,7 +132,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 class _FormatDetector:
-    """Finds out, for one file, what belongs together. names: the file's key of each name."""
+    """Finds, for one file, which tensors belong together. names: the file's key by name."""
 
     def __init__(self, files: SafetensorsFiles | GGUFFile, names: Mapping[str, str], prefixes: Sequence[str]) -> None:
         self._files = files
@@ -144,15 +146,17 @@ class _FormatDetector:
         self._used_names = {SCALED_FP8_MARKER} & names.keys()
 
     def entries(self) -> dict[str, TensorEntry]:
-        found = {name: self._entry(name) for name in self._keys}
-        return {name: entry for name, entry in found.items() if name not in self._used_names}
+        entries_by_name = {name: self._entry(name) for name in self._keys}
+        return {name: entry for name, entry in entries_by_name.items() if name not in self._used_names}
 
     def _entry(self, name: str) -> TensorEntry:
         layer, _, parameter = name.rpartition(".")
         dtype, shape = self._dtypes[name], self._shapes[name]
         entry = TensorEntry(shape, dtype, (self._keys[name],))
         if parameter == "weight":
-            self._used_names |= {beside for word in _UNUSED_LAYER_FIELDS if (beside := f"{layer}.{word}") in self._keys}
+            self._used_names |= {
+                unused for field in _UNUSED_LAYER_FIELDS if (unused := f"{layer}.{field}") in self._keys
+            }
             declared = self._declared_formats.get(layer)
             if declared is not None and declared not in DECLARED_FORMATS and dtype not in PLAIN_TYPES:
                 return replace(
@@ -169,7 +173,10 @@ class _FormatDetector:
         return entry
 
     def _fp8(self, entry: TensorEntry, name: str, layer: str, declared: str | None) -> TensorEntry:
-        scale = next((s for s in (f"{layer}.weight_scale", f"{layer}.scale_weight") if s in self._keys), None)
+        scale = next(
+            (candidate for candidate in (f"{layer}.weight_scale", f"{layer}.scale_weight") if candidate in self._keys),
+            None,
+        )
         if len(entry.shape) != 2:
             return (
                 entry
@@ -194,12 +201,12 @@ class _FormatDetector:
         return replace(entry, keys=(*entry.keys, self._keys[scale]), make_matrix=ScaledMatrix)
 
     def _nvfp4(self, entry: TensorEntry, name: str, layer: str, declared: str | None) -> TensorEntry:
-        blocks, whole = f"{layer}.weight_scale", f"{layer}.weight_scale_2"
-        present = {blocks, whole} & self._keys.keys()
+        block_scale, tensor_scale = f"{layer}.weight_scale", f"{layer}.weight_scale_2"
+        present = {block_scale, tensor_scale} & self._keys.keys()
         if not present and declared is None:
-            return entry  # bytes that we know nothing of
+            return entry  # bytes of unknown meaning
         self._used_names |= present
-        if missing := sorted({blocks, whole} - present):
+        if missing := sorted({block_scale, tensor_scale} - present):
             return replace(
                 entry, problem=f"{printable_text(name)} in NVFP4 without its scale, {printable_text(missing[0])}"
             )
@@ -207,55 +214,60 @@ class _FormatDetector:
             return replace(entry, problem=f"{printable_text(name)} in NVFP4 in the shape {list(entry.shape)}")
         rows, cols = entry.shape[0], 2 * entry.shape[1]
         expected = NVFP4Matrix.block_scale_count(rows, cols)
-        if math.prod(self._shapes[whole]) != 1 or self._dtypes[whole] not in PLAIN_TYPES:
+        if math.prod(self._shapes[tensor_scale]) != 1 or self._dtypes[tensor_scale] not in PLAIN_TYPES:
             return replace(
                 entry,
-                problem=f"{printable_text(name)} in NVFP4 with a {printable_text(whole)} that is not one float number",
+                problem=f"{printable_text(name)} in NVFP4 with a {printable_text(tensor_scale)} that is not one float "
+                f"number",
             )
-        if math.prod(self._shapes[blocks]) != expected or self._dtypes[blocks] not in (FP8, "U8"):
+        if math.prod(self._shapes[block_scale]) != expected or self._dtypes[block_scale] not in (FP8, "U8"):
             return replace(
                 entry,
-                problem=f"{printable_text(name)} in NVFP4 with block scales of {self._dtypes[blocks]} "
-                f"{list(self._shapes[blocks])}; {expected} in fp8 were expected",
+                problem=f"{printable_text(name)} in NVFP4 with block scales of {self._dtypes[block_scale]} "
+                f"{list(self._shapes[block_scale])}; {expected} in fp8 were expected",
             )
-        keys = (*entry.keys, self._keys[blocks], self._keys[whole])
+        keys = (*entry.keys, self._keys[block_scale], self._keys[tensor_scale])
         return TensorEntry((rows, cols), NVFP4, keys, make_matrix=NVFP4Matrix)
 
     def _read_declarations(self, prefixes: Sequence[str]) -> dict[str, str]:
-        """Each layer's format, as far as the file declares it."""
+        """Return the format of each layer for which the file declares one."""
         declared = _layer_formats(self._files.metadata.get("_quantization_metadata", "{}"), prefixes)
-        marks = {
+        layer_by_key = {
             key: name.removesuffix(".comfy_quant") for name, key in self._keys.items() if name.endswith(".comfy_quant")
         }
         files = self._files
-        short = {key for key in marks if files.dtypes[key] == "U8" and math.prod(files.shapes[key]) <= _MAX_MARK_BYTES}
-        forms = {key: _format_name(_parse_json(bytes(tensor.flatten().tolist()))) for key, tensor in files.read(short)}
-        for key, layer in marks.items():
-            if (form := forms.get(key)) is None:
+        small_keys = {
+            key for key in layer_by_key if files.dtypes[key] == "U8" and math.prod(files.shapes[key]) <= _MAX_MARK_BYTES
+        }
+        format_by_key = {
+            key: _format_name(_parse_json(bytes(tensor.flatten().tolist()))) for key, tensor in files.read(small_keys)
+        }
+        for key, layer in layer_by_key.items():
+            if (format_name := format_by_key.get(key)) is None:
                 raise WeightsError(
                     f"{files.name} has a {printable_text(key)} that names no format: {DOWNLOAD_AGAIN_ADVICE}"
                 )
-            declared[layer] = form
+            declared[layer] = format_name
         return declared
 
 
 def _layer_formats(text: str, prefixes: Sequence[str]) -> dict[str, str]:
-    """{"layers": {name: {"format": ...}}} as format by name; what is not of this form says nothing."""
+    """Parse {"layers": {name: {"format": ...}}} to format by name. Anything of another form is ignored."""
     parsed = _parse_json(text)
     layers = parsed.get("layers") if isinstance(parsed, dict) else None
-    found = {}
-    for name, said in layers.items() if isinstance(layers, dict) else ():
-        form = _format_name(said)
+    formats = {}
+    for name, declaration in layers.items() if isinstance(layers, dict) else ():
+        format_name = _format_name(declaration)
         for prefix in prefixes:
             name = name.removeprefix(prefix)
-        if form is not None:
-            found[name] = form
-    return found
+        if format_name is not None:
+            formats[name] = format_name
+    return formats
 
 
-def _format_name(said: Any) -> str | None:
-    form = said.get("format") if isinstance(said, dict) else said
-    return form if isinstance(form, str) else None
+def _format_name(declaration: Any) -> str | None:
+    format_name = declaration.get("format") if isinstance(declaration, dict) else declaration
+    return format_name if isinstance(format_name, str) else None
 
 
 def _parse_json(text: str | bytes) -> Any:

@@ -1,13 +1,13 @@
-"""GGUF files and their block formats: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K; F32, F16 and BF16 beside them.
+"""GGUF files and their block formats: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K; also F32, F16 and BF16.
 
-Does: the header, with every count, size and offset checked against the file before anything is mapped; the arithmetic
-of the blocks in torch, on any device. Format: docs/gguf.md and ggml-common.h of ggml-org/ggml.
-Does not know: what the tensors are for. What else a header says (architecture, tokenizer) is stepped over.
+Parses the header, and checks every count, size and offset against the file before anything is mapped. Dequantises
+blocks in torch, on any device. Format: docs/gguf.md and ggml-common.h of ggml-org/ggml. Out of scope: what the tensors
+are for. Other header fields (architecture, tokenizer) are skipped.
 
-A block restores `dequantize_rows` neighbours of a row from `bytes_per_block` bytes. In the K formats a block of 256 is
-made of sub-blocks with small scales of their own, which are multiples of the block's scale.
+A block stores `values_per_block` adjacent values of a row in `bytes_per_block` bytes. In the K formats a block of 256
+values consists of sub-blocks with their own small scales, which are multiples of the block's scale.
 
-    blocks: uint8 [n, size] -> float32 [n, values]
+    blocks: uint8 [n, bytes_per_block] -> float32 [n, values_per_block]
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from flux2_studio.errors import WeightsError
 
 GGUF_MAGIC = b"GGUF"
 GGUF_VERSIONS = (2, 3)
-DEFAULT_ALIGNMENT_BYTES = 32  # of the tensors' data, unless the header says otherwise
-MAX_NAME_BYTES = 256  # bytes; ggml's own tensors have 64 at most, ComfyUI's fields are named after them
+DEFAULT_ALIGNMENT_BYTES = 32  # of the tensor data, unless the header has another value
+MAX_NAME_BYTES = 256  # ggml's tensor names have 64 at most; ComfyUI derives field names from them
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# The types of a header's fields, by number, with their bytes; and three that are treated on their own.
+# Bytes of scalar header fields by type number; and three type numbers with special handling.
 SCALAR_FIELD_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 FIELD_UINT32, FIELD_STRING, FIELD_ARRAY = 4, 8, 9
-# ggml's numbers of types of tensor
+# ggml's tensor types by number
 TENSOR_TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 30: "BF16",
@@ -53,17 +53,17 @@ TENSOR_TYPE_NAMES = {
 
 
 def _float16_at(blocks: Tensor, offset: int) -> Tensor:
-    """The float16 number at byte `offset` of each block, [n, 1] in float32."""
+    """Read the float16 number at byte `offset` of each block, [n, 1] in float32."""
     return blocks[:, offset : offset + 2].contiguous().view(torch.float16).float()
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """The low halves of bytes [..., m], then the high ones: [..., 2, m]."""
+    """Return the low halves of bytes [..., m], then the high ones: [..., 2, m]."""
     return torch.stack((packed & 15, packed >> 4), -2)
 
 
 def _unpack_bits(packed: Tensor, bit_width: int) -> Tensor:
-    """Bytes [..., m] as groups of `bit_width` bits, lowest first: [..., m, 8 / each]."""
+    """Split bytes [..., m] into groups of `bit_width` bits, lowest first: [..., m, 8 / bit_width]."""
     shifts = torch.arange(0, 8, bit_width, dtype=torch.uint8, device=packed.device)
     return (packed[..., None] >> shifts) & (2**bit_width - 1)
 
@@ -91,10 +91,11 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _scaled_and_shifted(blocks: Tensor, codes: Tensor) -> Tensor:
-    """Q4_K and Q5_K: codes [n, 8, 32] times their sub-block's scale, minus its offset.
+    """Dequantise Q4_K and Q5_K: codes [n, 8, 32] times their sub-block's scale, minus its offset.
 
-    Scales and offsets have six bits, packed into bytes 4..16: four bytes with the first four scales, four with the
-    first four offsets, four with the low halves of the other four of both, whose top bits fill up the first eight.
+    Scales and offsets have six bits each, packed into bytes 4..15: four bytes with the first four scales, four with the
+    first four offsets, and four with the low halves of the other four of both. The top bits of the latter are in the
+    top bits of the first eight bytes.
     """
     first_scales, first_offsets, low = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
     scales = torch.cat((first_scales & 63, (low & 15) | (first_scales >> 6) << 4), 1)
@@ -124,7 +125,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class BlockFormat:
     values_per_block: int
-    bytes_per_block: int  # bytes
+    bytes_per_block: int
     dequantize: Callable[[Tensor], Tensor]
 
 
@@ -141,7 +142,7 @@ BLOCK_FORMATS = {
 
 
 class GGUFMatrix(StoredMatrix):
-    """A matrix of blocks: uint8 [rows, bytes of a row], in the format called `type_name`."""
+    """A matrix stored as blocks: uint8 [rows, bytes per row], in the format `type_name`."""
 
     blocks: Tensor
 
@@ -161,9 +162,9 @@ class GGUFMatrix(StoredMatrix):
 
 
 class GGUFFile:
-    """The tensors of a GGUF file, as `TensorFiles` gives those of a safetensors file; shapes are those of the values.
+    """The tensors of a GGUF file, with the interface of `SafetensorsFiles`. Shapes are those of the values.
 
-    Raises `WeightsError` for a file that is cut off or damaged, or that holds types of tensor that are not read.
+    Raises `WeightsError` if the file is truncated, damaged, or has unsupported tensor types.
     """
 
     def __init__(self, path: Path) -> None:
@@ -184,11 +185,13 @@ class GGUFFile:
 
     def _index(self, header: _HeaderReader) -> None:
         tensors, alignment = header.tensors()
-        if foreign := sorted({kind for _, kind, _ in tensors.values()} - BLOCK_FORMATS.keys() - PLAIN_DTYPES.keys()):
+        if unsupported := sorted(
+            {kind for _, kind, _ in tensors.values()} - BLOCK_FORMATS.keys() - PLAIN_DTYPES.keys()
+        ):
             raise WeightsError(
-                f"{self.name} holds {printable_list(foreign)} tensors; of GGUF's formats {', '.join(BLOCK_FORMATS)}, "
-                "F16, BF16 and "
-                f"F32 are read. Choose the checkpoint's Q4_K, Q5_K, Q6_K or Q8_0 file."
+                f"{self.name} holds {printable_list(unsupported)} tensors; of GGUF's formats "
+                f"{', '.join(BLOCK_FORMATS)}, F16, BF16 and F32 are read. Choose the checkpoint's "
+                f"Q4_K, Q5_K, Q6_K or Q8_0 file."
             )
         data = _align_up(header.offset, alignment)
         end = data
@@ -200,7 +203,7 @@ class GGUFFile:
             )
             if not shape or 0 in shape or is_impossible_shape(shape) or shape[-1] % values:
                 raise _GGUFHeaderError(f"{key} has the shape {list(shape)}, which {kind} cannot have")
-            # Overlaps would let a small file stand for a model of any size, gaps hide a shape that has been damaged.
+            # Overlaps would let a small file claim a model of any size; gaps would hide damaged shapes.
             if data + offset != _align_up(end, alignment):
                 raise _GGUFHeaderError(f"{key} begins where it should not")
             end = data + offset + math.prod(shape) // values * size
@@ -212,7 +215,7 @@ class GGUFFile:
             raise _GGUFHeaderError("there is more or less in it than its header says")
 
     def meta_tensor(self, key: str) -> Tensor:
-        """A tensor of the type and shape that `read` gives, without values (on meta)."""
+        """Return a tensor on meta with the dtype and shape that `read` returns."""
         shape, kind = self.shapes[key], self.dtypes[key]
         if kind in PLAIN_DTYPES:
             return torch.empty(shape, dtype=PLAIN_DTYPES[kind], device="meta")
@@ -222,16 +225,17 @@ class GGUFFile:
         )
 
     def spans(self, keys: Iterable[str]) -> dict[str, TensorSpan]:
-        """Where each of `keys` lies, for a `StagedReader`."""
+        """Return where each of `keys` lies, for a `StagedReader`."""
         return {key: TensorSpan(self._file, self._offsets[key], self.meta_tensor(key)) for key in keys}
 
     def read(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
-        """(key, tensor) for each of `keys`, on the CPU: plain values in their shape, blocks as uint8 [rows, bytes of a
-        row]."""
+        """Yield (key, tensor) on the CPU for each of `keys`: plain values in their shape, blocks as uint8 [rows,
+        bytes per row].
+        """
         return StagedReader(torch.device("cpu")).read(self.spans(keys))
 
     def read_mapped(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
-        """As `read` does, but tensors are views of the mapped file, see `TensorFiles.read_mapped`."""
+        """Same as `read`, but tensors are views of the mapped file, see `SafetensorsFiles.read_mapped`."""
         with self._file.open():
             data = np.memmap(self.path, np.uint8, mode="c")
         for key, span in self.spans(keys).items():
@@ -240,18 +244,18 @@ class GGUFFile:
 
 
 class _GGUFHeaderError(ValueError):
-    """What is wrong with a header, as the end of a sentence about the file."""
+    """What is wrong with a header, worded as the end of a sentence about the file."""
 
 
 class _HeaderReader:
-    """A reader that never goes beyond the bytes that it was given, and so ends on any input."""
+    """Parses a header. It never reads beyond the given bytes, so it terminates on any input."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self.offset = 0
 
     def tensors(self) -> tuple[dict[str, tuple[Shape, str, int]], int]:
-        """The shape, type and offset of every tensor, and the data's alignment."""
+        """Return shape, type and offset of every tensor, and the alignment of the data."""
         if self._read_bytes(4) != GGUF_MAGIC:
             raise _GGUFHeaderError("it does not begin as one")
         if (version := self._read_number("<I")) not in GGUF_VERSIONS:
@@ -268,15 +272,15 @@ class _HeaderReader:
                 self._skip_field(kind)
         if not alignment or alignment % 8:
             raise _GGUFHeaderError(f"its data are aligned to {alignment} bytes")
-        found: dict[str, tuple[Shape, str, int]] = {}
+        tensor_infos: dict[str, tuple[Shape, str, int]] = {}
         for _ in range(count):
             name, dimensions = self._read_string(), self._read_number("<I")
-            if name in found or dimensions > 4:
+            if name in tensor_infos or dimensions > 4:
                 raise _GGUFHeaderError(f"{name} is there twice, or has {dimensions} dimensions")
             shape = tuple(self._read_number("<Q") for _ in range(dimensions))[::-1]
             kind = self._read_number("<I")
-            found[name] = (shape, TENSOR_TYPE_NAMES.get(kind, f"type {kind}"), self._read_number("<Q"))
-        return found, alignment
+            tensor_infos[name] = (shape, TENSOR_TYPE_NAMES.get(kind, f"type {kind}"), self._read_number("<Q"))
+        return tensor_infos, alignment
 
     def _skip_field(self, kind: int) -> None:
         if kind == FIELD_STRING:

@@ -1,7 +1,7 @@
-"""The names of the transformer's layers: Black Forest Labs', which are ours, and diffusers' for the same.
+"""The names of the transformer's layers: Black Forest Labs', which we use, and diffusers' equivalents.
 
-Data only, for whole checkpoints (`layouts.py`) and for changes of single layers (`keys.py`). The names of blocks'
-layers go without the block's; separate matrices of diffusers' that are one of ours stand in the `_PARTS`, in order.
+Data only, for full checkpoints (`layouts.py`) and for LoRAs (`lora/keys.py`). Names of layers in blocks omit the
+block's name. `DOUBLE_BLOCK_PARTS` lists, in order, the separate diffusers matrices that form one of ours.
 """
 
 TOP_LEVEL_NAMES = {

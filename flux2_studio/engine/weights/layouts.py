@@ -1,7 +1,7 @@
-"""Which tensors of a file make which parameter: the layouts in which checkpoints are published.
+"""Which tensors of a file form which parameter: the layouts in which checkpoints are published.
 
-Does: Black Forest Labs' and diffusers' names and shapes of the transformer and the autoencoder to ours, as a plan, and
-a plan's shapes to the sizes of the model. Does not know: files, formats (`formats.py`), or how a plan is carried out
+Maps Black Forest Labs' and diffusers' names and shapes of the transformer and the autoencoder to ours, as a plan, and
+derives the model's sizes from the planned shapes. Out of scope: files, formats (`formats.py`), and carrying out a plan
 (`loading.py`).
 """
 
@@ -25,13 +25,13 @@ from flux2_studio.engine.weights.layer_names import (
 from flux2_studio.engine.weights.tensor_files import DOWNLOAD_AGAIN_ADVICE, Shape
 from flux2_studio.errors import WeightsError
 
-MAX_BLOCKS = 500  # of each kind of a transformer; published ones have 48 at most
-MAX_LEVELS = 16  # of an autoencoder, and of residual blocks in each; published ones have 4 of 3 at most
+MAX_BLOCKS = 500  # of each kind in a transformer; published ones have at most 48
+MAX_LEVELS = 16  # of an autoencoder, and residual blocks per level; published ones have at most 4 levels of 3 blocks
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """How one parameter is made: `names` concatenated along rows, halves swapped where asked, viewed as `shape`."""
+    """How one parameter is made: `names` concatenated along rows, optionally with swapped halves, viewed as `shape`."""
 
     names: tuple[str, ...]
     shape: Shape
@@ -48,7 +48,9 @@ TensorPlan = dict[str, TensorSource]
 
 
 def add_source(plan: TensorPlan, target: str, source: TensorSource) -> None:
-    """Add to `plan`. A second source of a target gets a name that no model has, and so is reported."""
+    """Add `source` to `plan`. A second, different source of a target gets a name that no model has, so that it is
+    reported.
+    """
     plan[target if plan.get(target, source) == source else f"a second {target}"] = source
 
 
@@ -56,7 +58,7 @@ def add_source(plan: TensorPlan, target: str, source: TensorSource) -> None:
 
 
 def _weight_names(layers: Mapping[str, str]) -> dict[str, str]:
-    """Our name of a layer's weight by diffusers'."""
+    """Map diffusers' weight names to ours."""
     return {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in layers.items()}
 
 
@@ -77,7 +79,9 @@ _SINGLE_BLOCK_WEIGHTS = _weight_names(SINGLE_BLOCK_NAMES) | {
 
 
 def transformer_plan(shapes: Mapping[str, Shape]) -> TensorPlan:
-    """Black Forest Labs' names as they are; diffusers' names translated, separate q, k, v joined."""
+    """Plan the transformer. Black Forest Labs' names stay; diffusers' names are translated, and separate q, k, v
+    joined.
+    """
     plan: TensorPlan = {}
     for key, shape in shapes.items():
         block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", key)
@@ -105,7 +109,7 @@ def transformer_plan(shapes: Mapping[str, Shape]) -> TensorPlan:
 
 
 def transformer_params(name: str, shapes: Mapping[str, Shape]) -> TransformerParams:
-    """Sizes from the planned shapes. Raises `WeightsError` if this is no FLUX.2 transformer."""
+    """Derive the sizes from the planned shapes. Raises `WeightsError` if this is not a FLUX.2 transformer."""
     for key in ("img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "single_blocks.0.linear2.weight"):
         if len(shapes.get(key, ())) != 2:
             raise WeightsError(
@@ -115,7 +119,7 @@ def transformer_params(name: str, shapes: Mapping[str, Shape]) -> TransformerPar
     hidden, in_channels = shapes["img_in.weight"]
     head_width = math.prod(shapes.get("single_blocks.0.norm.query_norm.scale", (0,)))
     mlp = shapes["single_blocks.0.linear2.weight"][1] - hidden
-    # four rotary axes, each of adjacent pairs
+    # the head is split into four rotary axes of adjacent pairs
     if not head_width or hidden % head_width or head_width % 8 or mlp < 1:
         raise WeightsError(
             f"{name} has heads of width {head_width} and an MLP of width {mlp} at hidden width {hidden}, which cannot "
@@ -151,11 +155,13 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 
 
 def autoencoder_plan(shapes: Mapping[str, Shape]) -> TensorPlan:
-    """Black Forest Labs' names as they are; diffusers' names translated, its attention linears as 1x1 convolutions."""
+    """Plan the autoencoder. Black Forest Labs' names stay; diffusers' names are translated, and its attention
+    linears become 1x1 convolutions.
+    """
     levels = _count_distinct(shapes, r"decoder\.up_blocks\.(\d+)\.")
     plan: TensorPlan = {}
     for key, shape in shapes.items():
-        if key == "bn.num_batches_tracked":  # a counter of training
+        if key == "bn.num_batches_tracked":  # a training counter
             continue
         target = _autoencoder_name(key, levels)
         if ".attn_1." in target and target.endswith(".weight") and len(shape) == 2:
@@ -165,30 +171,30 @@ def autoencoder_plan(shapes: Mapping[str, Shape]) -> TensorPlan:
 
 
 def _autoencoder_name(key: str, levels: int) -> str:
-    """Our name of a diffusers key; any other key as it is."""
+    """Translate a diffusers key to our name. Other keys stay."""
     if key.startswith("quant_conv."):
         return f"encoder.{key}"
     if key.startswith("post_quant_conv."):
         return f"decoder.{key}"
     key = key.replace(".conv_norm_out.", ".norm_out.").replace(".conv_shortcut.", ".nin_shortcut.")
     if match := re.fullmatch(_LEVEL, key):
-        coder, level, what, index, rest = match.groups()
+        coder, level, group, index, rest = match.groups()
         side, number = ("down", int(level)) if coder == "encoder" else ("up", levels - 1 - int(level))
-        inner = {"resnets": f"block.{index}", "downsamplers": "downsample", "upsamplers": "upsample"}[what]
+        inner = {"resnets": f"block.{index}", "downsamplers": "downsample", "upsamplers": "upsample"}[group]
         return f"{coder}.{side}.{number}.{inner}.{rest}"
     if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.(\w+\.\d+)\.(.+)", key):
-        coder, which, rest = match.groups()
-        if which == "attentions.0":
+        coder, module, rest = match.groups()
+        if module == "attentions.0":
             for old, new in _ATTENTION.items():
                 rest = re.sub(rf"^{re.escape(old)}\.", f"{new}.", rest)
-        return f"{coder}.mid.{_MIDDLE.get(which, which)}.{rest}"
+        return f"{coder}.mid.{_MIDDLE.get(module, module)}.{rest}"
     return key
 
 
 def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderParams:
-    """Sizes from the planned shapes. Raises `WeightsError` if this is no FLUX.2 autoencoder."""
-    needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "bn.running_mean")
-    for key in needed:
+    """Derive the sizes from the planned shapes. Raises `WeightsError` if this is not a FLUX.2 autoencoder."""
+    required_keys = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "bn.running_mean")
+    for key in required_keys:
         if len(shapes.get(key, ())) != (1 if key.startswith("bn.") else 4):
             raise WeightsError(
                 f"{name} is not a FLUX.2 autoencoder: it has no {key}. Point to ae.safetensors or to the diffusers "
@@ -205,14 +211,18 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
             f"be: {DOWNLOAD_AGAIN_ADVICE}"
         )
 
-    def channels(side: str, changer: str, ends: Mapping[int, str]) -> tuple[int, ...]:
-        # A level's width stands in its last block, else in its change of resolution, else in the layer beside it.
+    def channels(side: str, resampler: str, edge_layers: Mapping[int, str]) -> tuple[int, ...]:
+        # A level's width is read from its first block, else its change of resolution, else the adjacent layer.
         widths = []
         for level in range(levels):
-            at = f"{side}.{level}"
-            candidates = (f"{at}.block.0.conv2.weight", f"{at}.{changer}.conv.weight", ends.get(level, ""))
-            found = next((shapes[key] for key in candidates if key in shapes), (0,))
-            widths.append(found[0] if found else 0)
+            prefix = f"{side}.{level}"
+            candidates = (
+                f"{prefix}.block.0.conv2.weight",
+                f"{prefix}.{resampler}.conv.weight",
+                edge_layers.get(level, ""),
+            )
+            shape = next((shapes[key] for key in candidates if key in shapes), (0,))
+            widths.append(shape[0] if shape else 0)
         if not all(width and width % 32 == 0 for width in widths):
             raise WeightsError(
                 f"{name} has levels of {widths} channels in {side}, which cannot be: {DOWNLOAD_AGAIN_ADVICE}"
@@ -229,7 +239,7 @@ def autoencoder_params(name: str, shapes: Mapping[str, Shape]) -> AutoencoderPar
     )
 
 
-# --- small things ---
+# --- helpers ---
 
 
 def planned_shapes(plan: TensorPlan) -> dict[str, Shape]:
@@ -237,6 +247,7 @@ def planned_shapes(plan: TensorPlan) -> dict[str, Shape]:
 
 
 def _count_distinct(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers `pattern` finds at the start of names: a gap shows as a missing tensor, not as a
-    model as large as the highest number that a file cares to name."""
+    """Count the different numbers that `pattern` finds at the start of names. A gap then shows as a missing tensor,
+    and a file cannot claim a huge model by one high number.
+    """
     return len({match[1] for name in names if (match := re.match(pattern, name))})

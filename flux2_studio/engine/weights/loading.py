@@ -1,14 +1,14 @@
-"""Checkpoint files to modules: strict, built on meta and moved once.
+"""Checkpoint files to modules: strictly checked, built on meta, each tensor moved once.
 
-Does: Black Forest Labs' single files and diffusers folders (sharded too) for the transformer and the autoencoder,
-TAEF2's decoder in both spellings of its keys; in every storage format that `formats.py` knows. Widths and depths are
-read from the tensors' shapes, so a checkpoint of any size loads. Does not know: where files come from, which checkpoint
+Reads Black Forest Labs' single files and diffusers folders (also sharded) for the transformer and the autoencoder, and
+TAEF2's decoder with both of its key spellings, in every storage format that `formats.py` supports. Widths and depths
+come from the tensors' shapes, so a checkpoint of any size loads. Out of scope: where files come from, which checkpoint
 a file is supposed to be.
 
-A file's header is turned into a plan first: for every parameter of our modules, the tensors that it is made from.
-Names, shapes and types are checked on the plan, so that a wrong file is refused before a byte of its data is read:
-`open_...` gives a `WeightFile` file, whose `load` reads it. Every refusal is a `WeightsError` that names the file, what
-was expected and what was found.
+A file's header first becomes a plan: for every parameter of our modules, the tensors that it is made from. Names,
+shapes and types are checked on the plan, so a wrong file is rejected before any of its data is read. `open_...` returns
+a `WeightFile`, whose `load` reads the data. Every rejection is a `WeightsError` that names the file, what was expected
+and what was found.
 """
 
 from __future__ import annotations
@@ -52,24 +52,25 @@ from flux2_studio.engine.weights.staged_copy import StagedReader
 from flux2_studio.engine.weights.tensor_files import Shape, printable_list, printable_text
 from flux2_studio.errors import DeviceError, WeightsError
 
-# How matrices are held in memory. plain: in the precision that is computed in. stored: as the file has them, restored
-# layer by layer. bfloat16, fp8, int8: those that the file has in full are brought to it on the way in, the others stay
-# as stored. All linear layers and embeddings are held in bfloat16; in fp8 and int8, which are less exact, the blocks'
-# linear layers alone.
+# How matrices are held in memory. plain: in the compute dtype. stored: as in the file, dequantised layer by layer.
+# bfloat16, fp8, int8: matrices that the file has unquantised are converted while loading, the others stay as stored.
+# bfloat16 applies to all linear layers and embeddings; fp8 and int8, which are less exact, only to linear layers of
+# blocks.
 WeightStorage = Literal["plain", "stored", "bfloat16", "fp8", "int8"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-# Where a repository in diffusers' layout has the files.
+# Folders in a repository in diffusers' layout.
 TRANSFORMER_FOLDER, AUTOENCODER_FOLDER = "transformer", "vae"
-LOAD_PROGRESS_SECONDS = 0.05  # seconds, at least, between two words on how far a load is
+LOAD_PROGRESS_SECONDS = 0.05  # shortest time between two progress reports
 
 
 @dataclass(frozen=True)
 class WeightFile(Generic[ModuleT]):
-    """A file whose header fits: all that is left is to read it. `params` are the sizes that it was found to have.
+    """A file whose header is checked; only the data remains to be read. params: the model's sizes, read from the
+    header.
 
-    meta_model: what `build` makes, on the meta device, to look at: a deep model takes half a second to build. float32:
-    prefixes of parameters that keep full precision. unquantized_prefixes: of those that are never held quantised.
-    block_prefixes: of those that may be quantised on loading.
+    meta_model: the result of `build` on meta, kept for inspection, because building a deep model takes half a second.
+    float32_prefixes: parameters that stay in float32. unquantized_prefixes: parameters that are never held quantised.
+    block_prefixes: parameters that may be quantised while loading.
     """
 
     params: Any
@@ -91,44 +92,45 @@ class WeightFile(Generic[ModuleT]):
         use_mmap: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> ModuleT:
-        """Build the module on meta and give it its tensors, each converted and moved once.
+        """Build the module on meta and assign its tensors, each converted and moved once.
 
-        dtype: what is computed in, and what plain parameters are held in. storage: how the weights of linear layers are
-        held. Only these can be quantised; everything else is restored at once. reader: what reads the files; None is
-        one for `device`. use_mmap: whether the files may be mapped where that is no GPU that CUDA runs on, so that what
-        needs no conversion is not even copied; see `TensorFiles.read_mapped` for which may. on_progress: called now and
-        then with the share of the bytes that has been read, and with 1 in the end; what it raises ends the load and is
-        passed on. Raises `WeightsError`, and `DeviceError` where `device` does not know the types that are to be kept.
+        dtype: the compute dtype, also of plain parameters. storage: how the weights of linear layers are held. Only
+        these can be quantised; everything else is dequantised at once. reader: reads the files; None makes one for
+        `device`. use_mmap: map the files if `device` is not a CUDA GPU, so that tensors that need no conversion are not
+        copied; for the risks see `SafetensorsFiles.read_mapped`. on_progress: called now and then with the share of
+        bytes read, and with 1 at the end; an exception that it raises aborts the load and is passed on.
+
+        Raises `WeightsError`, and `DeviceError` if `device` lacks the dtypes that must be kept.
         """
         self._check_device(device, storage)
         with torch.device("meta"):
             model = self.build()
-        keys_of = {
+        keys_by_target = {
             target: tuple(key for name in source.names for key in self.contents.entries[name].keys)
             for target, source in self.plan.items()
         }
-        target_of = {key: target for target, keys in keys_of.items() for key in keys}
+        target_by_key = {key: target for target, keys in keys_by_target.items() for key in keys}
         state: dict[str, Tensor] = {}
-        waiting: dict[str, Tensor] = {}  # pieces of a parameter whose other pieces are still to come
+        pending: dict[str, Tensor] = {}  # tensors of parameters that are still incomplete
         files = self.contents.files
-        spans = files.spans(target_of)
-        arrived = _LoadProgress(on_progress, sum(span.size for span in spans.values()))
+        spans = files.spans(target_by_key)
+        progress = _LoadProgress(on_progress, sum(span.size for span in spans.values()))
         on_gpu = device.type == "cuda"
-        if views := use_mmap and reader is None and not on_gpu:
-            reading = files.read_mapped(target_of)
+        if mapped := use_mmap and reader is None and not on_gpu:
+            tensors = files.read_mapped(target_by_key)
         else:
-            reading = (reader or StagedReader(device if on_gpu else torch.device("cpu"))).read(spans, arrived)
-        with closing(reading) as arriving:
-            for key, tensor in arriving:
-                waiting[key] = tensor
-                target = target_of[key]
-                if all(piece in waiting for piece in keys_of[target]):
-                    raw = {piece: waiting.pop(piece) for piece in keys_of[target]}
+            tensors = (reader or StagedReader(device if on_gpu else torch.device("cpu"))).read(spans, progress)
+        with closing(tensors) as open_tensors:
+            for key, tensor in open_tensors:
+                pending[key] = tensor
+                target = target_by_key[key]
+                if all(piece in pending for piece in keys_by_target[target]):
+                    raw = {piece: pending.pop(piece) for piece in keys_by_target[target]}
                     state |= self._place_parameter(model, target, raw, device, dtype, storage)
-                if views:
-                    arrived(spans[key].size)
+                if mapped:
+                    progress(spans[key].size)
         model.load_state_dict(state, assign=True)
-        arrived.finish()
+        progress.finish()
         if isinstance(model, Transformer):
             for module in model.modules():
                 if isinstance(module, QuantizedLinear):
@@ -136,26 +138,27 @@ class WeightFile(Generic[ModuleT]):
         return model.eval().requires_grad_(False)
 
     def tensor_bytes(self, *, dtype: torch.dtype, storage: WeightStorage = "plain") -> dict[str, int]:
-        """Bytes of memory that each parameter of the plan, and each buffer that no file holds, has after `load` with
-        these arguments. Told by the header alone."""
+        """Return the bytes of memory that each planned parameter, and each buffer that no file contains, takes after
+        `load` with these arguments. Computed from the header alone.
+        """
         model = self.meta_model
-        found = {name: _tensor_bytes([tensor]) for name, tensor in model.named_buffers() if name not in self.plan}
+        sizes = {name: _tensor_bytes([tensor]) for name, tensor in model.named_buffers() if name not in self.plan}
         for target, source in self.plan.items():
-            # On meta, so that what a matrix keeps of its codes and scales is said by its class alone.
-            held = self._storage_for(model, target, storage)
-            if held == "stored":
+            # Matrices are made on meta, so their own classes determine which codes and scales they keep.
+            target_storage = self._storage_for(model, target, storage)
+            if target_storage == "stored":
                 entries = [self.contents.entries[name] for name in source.names]
                 matrices = _matrices(
                     entry.restore([self.contents.files.meta_tensor(key) for key in entry.keys]) for entry in entries
                 )
-                found[target] = sum(_tensor_bytes(matrix.buffers()) for matrix in matrices)
-            elif held == "plain":
-                found[target] = math.prod(source.shape) * self._plain_dtype(target, dtype).itemsize
-            elif held == "bfloat16":
-                found[target] = math.prod(source.shape) * torch.bfloat16.itemsize
+                sizes[target] = sum(_tensor_bytes(matrix.buffers()) for matrix in matrices)
+            elif target_storage == "plain":
+                sizes[target] = math.prod(source.shape) * self._plain_dtype(target, dtype).itemsize
+            elif target_storage == "bfloat16":
+                sizes[target] = math.prod(source.shape) * torch.bfloat16.itemsize
             else:
-                found[target] = _quantized_bytes(source.shape, held)
-        return found
+                sizes[target] = _quantized_bytes(source.shape, target_storage)
+        return sizes
 
     def _place_parameter(
         self,
@@ -166,29 +169,36 @@ class WeightFile(Generic[ModuleT]):
         dtype: torch.dtype,
         storage: WeightStorage,
     ) -> dict[str, Tensor]:
-        """What `target` adds to the state, once its layer has been replaced where it is to stay small."""
+        """Return what `target` adds to the state dict. Replaces its layer first if it is held quantised or in
+        bfloat16.
+        """
         source = self.plan[target]
-        held = self._storage_for(model, target, storage)
+        target_storage = self._storage_for(model, target, storage)
         parts = [
             self.contents.restore(name, [raw[key] for key in self.contents.entries[name].keys]) for name in source.names
         ]
-        if held == "stored":
+        if target_storage == "stored":
             return _replace_layer(model, target, QuantizedLinear(*_matrices(parts)).to(device))
-        computed, dtype = dtype, torch.bfloat16 if held == "bfloat16" else self._plain_dtype(target, dtype)
-        # Codes travel rather than values, but only to devices that have their types.
-        worker = device if device.type == "cuda" else torch.device("cpu")
-        tensor = source.assemble(
-            [part.to(worker).dequantize(dtype) if isinstance(part, StoredMatrix) else part for part in parts]
+        compute_dtype, dtype = (
+            dtype,
+            torch.bfloat16 if target_storage == "bfloat16" else self._plain_dtype(target, dtype),
         )
-        if held == "plain":
+        # Move codes rather than values, which are larger; but other devices than CUDA's may lack their dtypes.
+        convert_device = device if device.type == "cuda" else torch.device("cpu")
+        tensor = source.assemble(
+            [part.to(convert_device).dequantize(dtype) if isinstance(part, StoredMatrix) else part for part in parts]
+        )
+        if target_storage == "plain":
             return {target: tensor.to(device, dtype)}
-        if held == "bfloat16":
+        if target_storage == "bfloat16":
             matrix = BFloat16Matrix(tensor.to(device, dtype))
-            embeds = isinstance(model.get_submodule(target.removesuffix(".weight")), nn.Embedding)
+            is_embedding = isinstance(model.get_submodule(target.removesuffix(".weight")), nn.Embedding)
             return _replace_layer(
-                model, target, StoredEmbedding(matrix, computed) if embeds else QuantizedLinear(matrix)
+                model, target, StoredEmbedding(matrix, compute_dtype) if is_embedding else QuantizedLinear(matrix)
             )
-        return _replace_layer(model, target, QuantizedLinear(quantize(tensor.to(worker), held)).to(device))
+        return _replace_layer(
+            model, target, QuantizedLinear(quantize(tensor.to(convert_device), target_storage)).to(device)
+        )
 
     def _check_device(self, device: torch.device, storage: WeightStorage) -> None:
         entries = (self.contents.entries[name] for source in self.plan.values() for name in source.names)
@@ -199,14 +209,21 @@ class WeightFile(Generic[ModuleT]):
             )
 
     def _storage_for(self, model: nn.Module, target: str, storage: WeightStorage) -> WeightStorage:
-        """How `target` is held where `storage` is asked for. Only linear layers' weights are ever held small."""
+        """Return how `target` is held if `storage` is requested. Only weights of linear layers (and embeddings, in
+        bfloat16) are ever not plain.
+        """
         source = self.plan[target]
         name, _, parameter = target.rpartition(".")
         layer = model.get_submodule(name)
-        linear = isinstance(layer, nn.Linear) and parameter == "weight" and layer.bias is None
+        is_linear_weight = isinstance(layer, nn.Linear) and parameter == "weight" and layer.bias is None
         if storage == "bfloat16" and isinstance(layer, nn.Embedding):
             return storage
-        if storage == "plain" or not linear or source.swap_halves or target.startswith(self.unquantized_prefixes):
+        if (
+            storage == "plain"
+            or not is_linear_weight
+            or source.swap_halves
+            or target.startswith(self.unquantized_prefixes)
+        ):
             return "plain"
         if all(self.contents.entries[name].make_matrix for name in source.names):
             return "stored"
@@ -219,7 +236,7 @@ class WeightFile(Generic[ModuleT]):
 
 
 class _LoadProgress:
-    """Tells how much of `total_bytes` bytes has come, not too often."""
+    """Reports the share of `total_bytes` that has been read, at most every `LOAD_PROGRESS_SECONDS`."""
 
     def __init__(self, on_progress: Callable[[float], None] | None, total_bytes: int) -> None:
         self._on_progress = on_progress
@@ -256,14 +273,16 @@ def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _replace_layer(model: nn.Module, target: str, layer: nn.Module) -> dict[str, Tensor]:
-    """Put `layer` where the layer of the weight `target` was; its tensors, by their names in `model`."""
+    """Replace the layer of the weight `target` by `layer`. Returns its tensors by their names in `model`."""
     name = target.removesuffix(".weight")
     model.set_submodule(name, layer)
     return {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
 
 
 def open_transformer(path: Path) -> WeightFile[Transformer]:
-    """The transformer in `path`: a single file (safetensors or GGUF) or a diffusers folder. Raises `WeightsError`."""
+    """Check the transformer in `path`: a single file (safetensors or GGUF) or a diffusers folder. Raises
+    `WeightsError`.
+    """
     contents = open_checkpoint_contents(path, TRANSFORMER_FOLDER, COMFYUI_PREFIXES)
     plan = transformer_plan(contents.shapes)
     params = transformer_params(contents.name, planned_shapes(plan))
@@ -272,27 +291,29 @@ def open_transformer(path: Path) -> WeightFile[Transformer]:
         contents,
         plan,
         params=params,
-        unquantized_prefixes=("img_in.",),  # the layer that tells which precision and device the whole has; a small one
+        unquantized_prefixes=("img_in.",),  # `Transformer.dtype` and `device` read its weight; it is small
         block_prefixes=("double_blocks.", "single_blocks."),
     )
 
 
 def open_autoencoder(path: Path) -> WeightFile[Autoencoder]:
-    """The autoencoder in `path`: a single file of either spelling, or a diffusers folder. Raises `WeightsError`."""
+    """Check the autoencoder in `path`: a single file with either naming, or a diffusers folder. Raises
+    `WeightsError`.
+    """
     contents = open_checkpoint_contents(path, AUTOENCODER_FOLDER)
     plan = autoencoder_plan(contents.shapes)
     params = autoencoder_params(contents.name, planned_shapes(plan))
-    # the statistics stay exact, whatever the precision of the convolutions
+    # the statistics stay exact at any precision of the convolutions
     return check_weight_file(lambda: Autoencoder(params), contents, plan, params=params, float32_prefixes=("bn.",))
 
 
 def open_tiny_decoder(path: Path) -> WeightFile[TinyDecoder]:
-    """TAEF2's decoder in `path`, whose encoder, if it is there, is left alone. Raises `WeightsError`."""
+    """Check TAEF2's decoder in `path`; an encoder in the file is ignored. Raises `WeightsError`."""
     contents = open_checkpoint_contents(path)
     plan: TensorPlan = {}
     for key, shape in contents.shapes.items():
         if match := re.fullmatch(r"decoder\.layers\.(\d{1,4})\.(.+)", key):
-            # the hub's file counts from the first convolution, our Sequential from the clamp before it
+            # the hub's indices start at the first convolution, ours at the clamp before it
             add_source(plan, f"{int(match[1]) + 1}.{match[2]}", TensorSource((key,), shape))
         elif not key.startswith("encoder."):
             add_source(plan, key.removeprefix("decoder."), TensorSource((key,), shape))
@@ -300,17 +321,17 @@ def open_tiny_decoder(path: Path) -> WeightFile[TinyDecoder]:
 
 
 def load_transformer(path: Path, *, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """`open_transformer` and `load` in one."""
+    """`open_transformer` and `load` in one call."""
     return open_transformer(path).load(device=device, dtype=dtype)
 
 
 def load_autoencoder(path: Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-    """`open_autoencoder` and `load` in one."""
+    """`open_autoencoder` and `load` in one call."""
     return open_autoencoder(path).load(device=device, dtype=dtype)
 
 
 def load_tiny_decoder(path: Path, *, device: torch.device, dtype: torch.dtype) -> TinyDecoder:
-    """`open_tiny_decoder` and `load` in one."""
+    """`open_tiny_decoder` and `load` in one call."""
     return open_tiny_decoder(path).load(device=device, dtype=dtype)
 
 
@@ -327,15 +348,15 @@ def check_weight_file(
 ) -> WeightFile[ModuleT]:
     """Compare `plan` with the module that `build` makes. For the other arguments see `WeightFile`.
 
-    Raises `WeightsError` listing missing, unexpected and misshapen tensors, or tensors of a type we do not read.
+    Raises `WeightsError` that lists missing, unexpected and misshapen tensors, or unsupported tensor types.
     """
-    # The type first: formats that we do not know have keys of their own, which would read as damage.
+    # Check types first: unknown formats have extra keys, which would look like damage.
     entries = [contents.entries[name] for source in plan.values() for name in source.names]
     if problem := next((entry.problem for entry in entries if entry.problem), ""):
         raise WeightsError(f"{contents.name} has {problem}. Download it again, or choose the bfloat16 file.")
-    if foreign := sorted({entry.dtype for entry in entries if not entry.is_readable}):
+    if unsupported := sorted({entry.dtype for entry in entries if not entry.is_readable}):
         raise WeightsError(
-            f"{contents.name} holds {printable_list(foreign)} tensors; float32, bfloat16, float16, fp8 "
+            f"{contents.name} holds {printable_list(unsupported)} tensors; float32, bfloat16, float16, fp8 "
             "(float8_e4m3fn), NVFP4 "
             f"and GGUF files can be read. Choose the checkpoint's bfloat16 file."
         )
@@ -348,7 +369,7 @@ def check_weight_file(
 
 
 def check_shapes(name: str, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Raise one `WeightsError` about everything in which `found` differs from `expected`."""
+    """Raise one `WeightsError` that lists the differences between `expected` and `found`."""
     problems = []
     if missing := sorted(expected.keys() - found.keys()):
         problems.append(f"lacks {printable_list(missing)}")

@@ -1,16 +1,16 @@
-"""Weights that stay small: kept in memory as they are stored, restored one layer at a time.
+"""Quantised weights: kept in memory as stored, dequantised one layer at a time.
 
-Does: fp8 and int8 with one scale or one per row, NVFP4 (GGUF's blocks are in `gguf.py`), and bfloat16 where it is not
-computed in; a linear layer over such weights, which multiplies 8 bits as they are where the device does that quickly;
-making fp8 or int8 of plain weights.
-Does not know: how files spell their scales (`formats.py`), which layers of which model are meant (`loading.py`).
+Covers fp8 and int8 with one scale or one per row, NVFP4 (GGUF's blocks are in `gguf.py`), and bfloat16 on devices that
+do not compute in it. Includes a linear layer over such weights, which multiplies in 8 bits directly if the device does
+that fast, and quantisation of plain weights to fp8 or int8. Out of scope: how files name their scales (`formats.py`),
+which layers of a model are quantised (`loading.py`).
 
     codes: what is stored. values [rows, cols]: what they stand for, as a plain file would hold them; rows are a linear
     layer's outputs, cols its inputs.
 
-Pitfalls: values are computed in float32 and rounded once, so that a layer restored on the fly equals one restored at
-load bit for bit. NVFP4 packs the first of two values into the *high* half of a byte, in Black Forest Labs' and
-ComfyUI's files; other makers' files have it in the low half.
+Pitfalls: values are computed in float32 and rounded once, so that a layer dequantised on the fly equals one dequantised
+at load bit for bit. In Black Forest Labs' and ComfyUI's files, NVFP4 packs the first of two values into the *high* half
+of a byte; other makers' files use the low half.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from torch import Tensor, nn
 EightBitKind = Literal["fp8", "int8"]
 FP8_MAX = 448.0  # of float8_e4m3fn
 INT8_MAX = 127.0
-EIGHT_BIT_ALIGNMENT = 16  # of which both sides of a matrix must be multiples for products in 8 bits
-COMPILED_CHUNK_OUTPUTS = (
-    2**13
-)  # outputs of a compiled product at a time: int32 and float32 ones take a multiple of the result's
-MAX_DEQUANTIZED_ROWS = 16  # rows of inputs that the kernels for int8 products do not take, and that gain nothing by fp8
-# Values restored at a time, 64 MiB of them in float32: the largest layers would take over a gigabyte at once.
+EIGHT_BIT_ALIGNMENT = 16  # 8-bit matmuls need matrix sides that are multiples of this
+# Outputs per chunk of a compiled 8-bit matmul: its int32 and float32 intermediates take a multiple of the result.
+COMPILED_CHUNK_OUTPUTS = 2**13
+MAX_DEQUANTIZED_ROWS = 16  # up to this many input rows, int8 kernels do not apply and fp8 gains nothing
+# Values dequantised at a time, 64 MiB in float32: the largest layers would take over a gigabyte at once.
 CHUNK_VALUES = 2**24
-NVFP4_TILE_ROWS = 128  # rows of an NVFP4 scale tile, so chunks begin at multiples of it
-# Values that a CPU restores at a time: 8 MiB in float32, which its caches hold until they are multiplied. Restoring all
-# of a layer first takes as long as a product with a hundred tokens; this way it is not felt (benchmarks/NOTES.md).
+NVFP4_TILE_ROWS = 128  # rows of an NVFP4 scale tile; chunks start at multiples of it
+# Values that a CPU dequantises at a time: 8 MiB in float32, which stay in its caches until they are multiplied.
+# Dequantising a full layer first takes as long as a matmul with a hundred tokens; in chunks the cost is negligible
+# (benchmarks/NOTES.md).
 CPU_CHUNK_VALUES = 2**21
 
 
 class StoredMatrix(nn.Module):
-    """One matrix as it is stored. Its tensors are buffers; none has a gradient.
+    """One matrix as stored. Its tensors are buffers without gradients.
 
-    `.to(device)` moves them. `.to(dtype)` means the precision of computation and leaves them as they are.
+    `.to(device)` moves them. `.to(dtype)` does not change them, because it means the compute dtype.
     """
 
     def __init__(self, rows: int, cols: int) -> None:
@@ -50,11 +50,11 @@ class StoredMatrix(nn.Module):
         self.cols = cols
 
     def dequantize_rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop in float32, [stop - start, cols]; start is a multiple of `NVFP4_TILE_ROWS`."""
+        """Return rows start..stop in float32, [stop - start, cols]; start is a multiple of `NVFP4_TILE_ROWS`."""
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """All values, [rows, cols], computed in float32 and rounded to `dtype`, a part at a time."""
+        """Return all values, [rows, cols], computed in float32 and rounded to `dtype`, one chunk at a time."""
         parts = list(_row_chunks(self.rows, self.cols))
         if len(parts) == 1:
             return self.dequantize_rows(0, self.rows).to(dtype)
@@ -65,14 +65,16 @@ class StoredMatrix(nn.Module):
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # As bytes the tensors pass through a change of dtype unharmed; codes would grow, scales be rounded.
+        # View as bytes, which a change of dtype leaves alone. Otherwise codes would grow and scales be rounded.
         for name, tensor in self.named_buffers():
             setattr(self, name, fn(tensor.view(torch.uint8)).view(tensor.dtype))
         return self
 
 
 class BFloat16Matrix(StoredMatrix):
-    """value = code. codes: [rows, cols] in bfloat16, for processors that are slow in it and compute in float32."""
+    """value = code. codes: [rows, cols] in bfloat16, for processors that are slow in bfloat16 and compute in
+    float32.
+    """
 
     codes: Tensor
 
@@ -87,7 +89,7 @@ class BFloat16Matrix(StoredMatrix):
 class ScaledMatrix(StoredMatrix):
     """value = code * scale.
 
-    codes: [rows, cols] in float8_e4m3fn or int8. scale: float32, one number or one for each row.
+    codes: [rows, cols] in float8_e4m3fn or int8. scale: float32, one number or one per row.
     """
 
     codes: Tensor
@@ -106,10 +108,10 @@ class ScaledMatrix(StoredMatrix):
 class NVFP4Matrix(StoredMatrix):
     """value = e2m1 code * the scale of its block of 16 in a row * the matrix's scale.
 
-    codes: uint8 [rows, cols / 2], two to a byte, the first in the high half. block_scales: float8_e4m3fn in tiles of
-    128 rows x 4 blocks, as cuBLAS wants them ("1D block scaling factors layout" in its manual): the tiles of a row of
-    tiles one after the other, in each the scale of row r and block b at byte 16 * (r % 32) + 4 * (r // 32) + b. The
-    last tiles are filled up. scale: float32, one number.
+    codes: uint8 [rows, cols / 2], two per byte, the first in the high half. block_scales: float8_e4m3fn in tiles of 128
+    rows x 4 blocks, as in cuBLAS ("1D block scaling factors layout" in its manual). Tiles are ordered row by row; in
+    each, the scale of row r and block b is at byte 16 * (r % 32) + 4 * (r // 32) + b. The last tiles are padded. scale:
+    float32, one number.
     """
 
     codes: Tensor
@@ -129,21 +131,21 @@ class NVFP4Matrix(StoredMatrix):
         scales = tiles.permute(0, 3, 2, 1, 4).flatten(3).flatten(0, 2)[: stop - start, : self.cols // 16]
         bytes_ = self.codes[start:stop]
         codes = torch.stack((bytes_ >> 4, bytes_ & 15), -1).flatten(1)
-        # s ee m as s 00ee m00 is an e4m3 number, 64 times too small: the exponents' biases are 1 and 7
-        small = ((codes & 8) << 4 | (codes & 7) << 2).view(torch.float8_e4m3fn).float()
-        return (small.unflatten(1, (-1, 16)) * (scales * (64 * self.scale))[..., None]).flatten(1)
+        # bits s ee m placed as s 00ee m00 make an e4m3 number 64 times too small: the exponent biases are 1 and 7
+        e2m1_values = ((codes & 8) << 4 | (codes & 7) << 2).view(torch.float8_e4m3fn).float()
+        return (e2m1_values.unflatten(1, (-1, 16)) * (scales * (64 * self.scale))[..., None]).flatten(1)
 
     @staticmethod
     def block_scale_count(rows: int, cols: int) -> int:
-        """How many block scales a matrix of [rows, cols] has, with those that fill up the tiles."""
+        """Return how many block scales a matrix of [rows, cols] has, including the padding of tiles."""
         return -(-rows // NVFP4_TILE_ROWS) * NVFP4_TILE_ROWS * -(-cols // 64) * 4
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias over stored matrices, one under the other (q, k, v from three tensors of a file).
+    """A linear layer without bias over stored matrices, stacked along rows (q, k, v from three tensors of a file).
 
-    allow_int8_activations: whether its inputs may be brought to int8, which is for values of like sizes: language
-    models have a few that are a thousand times the others, and would lose the rest.
+    allow_int8_activations: whether inputs may be quantised to int8. That suits inputs of similar magnitudes. Language
+    models have a few values a thousand times larger than the others, which int8 would round away.
     """
 
     allow_int8_activations = False
@@ -155,13 +157,15 @@ class QuantizedLinear(nn.Module):
         self.out_features = sum(part.rows for part in parts)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out_features, in_features], as `nn.Linear` would hold it."""
+        """Return the weight [out_features, in_features], as `nn.Linear` would hold it."""
         weights = [part.dequantize(dtype) for part in self._stored_matrices]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     @property
     def matmul_kind(self) -> EightBitKind | None:
-        """As what the codes can be multiplied as they are: all of one kind, with sides that the kernels take."""
+        """The kind of 8-bit matmul that fits the codes, or None: all parts must have one kind, and sides that the
+        kernels support.
+        """
         if self.in_features % EIGHT_BIT_ALIGNMENT or any(
             part.rows % EIGHT_BIT_ALIGNMENT for part in self._stored_matrices
         ):
@@ -170,10 +174,12 @@ class QuantizedLinear(nn.Module):
         return "fp8" if kinds == {torch.float8_e4m3fn} else "int8" if kinds == {torch.int8} else None
 
     def multiply_8bit(self, x: Tensor, kind: EightBitKind) -> Tensor:
-        """x [..., in_features], brought to 8 bits with a scale for each row, times the codes: [..., out_features]."""
+        """Multiply x [..., in_features], quantised to 8 bits with a scale per row, by the codes: [...,
+        out_features].
+        """
         rows = x.flatten(0, -2)
-        # Not `is_compiling`, which is True in all threads while any of them compiles.
-        if torch.compiler.is_dynamo_compiling():  # makes one kernel of what would be written and read several times
+        # Not `is_compiling`, which is True in all threads while any thread compiles.
+        if torch.compiler.is_dynamo_compiling():  # then quantising is fused into one kernel
             codes, scale = quantize_rows(rows, kind)
             outs = [
                 _multiply_8bit(codes, scale, part, kind, start, stop).to(x.dtype)
@@ -181,17 +187,19 @@ class QuantizedLinear(nn.Module):
                 for start, stop in _row_chunks(part.rows, 1, COMPILED_CHUNK_OUTPUTS)
             ]
             return (outs[0] if len(outs) == 1 else torch.cat(outs, -1)).unflatten(0, x.shape[:-1])
-        small = quantize(rows, kind)
+        quantized_rows = quantize(rows, kind)
         out = x.new_empty(len(rows), self.out_features)
         first = 0
         for part in self._stored_matrices:
             for start, stop in _row_chunks(part.rows, len(rows)):
-                out[:, first + start : first + stop] = _multiply_8bit(small.codes, small.scale, part, kind, start, stop)
+                out[:, first + start : first + stop] = _multiply_8bit(
+                    quantized_rows.codes, quantized_rows.scale, part, kind, start, stop
+                )
             first += part.rows
         return out.unflatten(0, x.shape[:-1])
 
     def multiply_by_chunks(self, x: Tensor) -> Tensor:
-        """x [..., in_features] times the weight, so many rows of which are restored at a time: [..., out_features]."""
+        """Multiply x [..., in_features] by the weight, dequantising a chunk of rows at a time: [..., out_features]."""
         rows = x.reshape(-1, self.in_features)
         out = x.new_empty(len(rows), self.out_features)
         first = 0
@@ -220,22 +228,23 @@ class QuantizedLinear(nn.Module):
 def _multiply_8bit(
     codes: Tensor, scale: Tensor, part: StoredMatrix, kind: EightBitKind, start: int, stop: int
 ) -> Tensor:
-    """Rows of 8 bits [n, cols] with their scales [n, 1], times rows start..stop of `part`: [n, stop - start]."""
+    """Multiply 8-bit rows [n, cols] with scales [n, 1] by rows start..stop of `part`: [n, stop - start]."""
     assert isinstance(part, ScaledMatrix)
     matrix = part.codes[start:stop].t()
-    of_outputs = part.scale if len(part.scale) == 1 else part.scale[start:stop]
-    columns = of_outputs.t().expand(1, stop - start)
+    row_scale = part.scale if len(part.scale) == 1 else part.scale[start:stop]
+    column_scale = row_scale.t().expand(1, stop - start)
     if kind == "int8":
-        # On a processor without VNNI, torch._int_mm adds pairs of products in 16 bits, which overflow.
+        # On processors without VNNI, torch._int_mm adds pairs of products in 16 bits, which overflows.
         product = torch._int_mm(codes, matrix) if codes.is_cuda else codes.int() @ matrix.int()
-        return product.float() * scale * columns
-    # bfloat16 is the only result that the row-wise kernels give
-    return torch._scaled_mm(codes, matrix, scale_a=scale, scale_b=columns.contiguous(), out_dtype=torch.bfloat16)
+        return product.float() * scale * column_scale
+    # the row-wise kernels only return bfloat16
+    return torch._scaled_mm(codes, matrix, scale_a=scale, scale_b=column_scale.contiguous(), out_dtype=torch.bfloat16)
 
 
 class StoredEmbedding(nn.Module):
-    """An embedding whose rows are held in bfloat16 and looked up in `dtype`. head: the same table as a linear layer,
-    for models whose head it is."""
+    """An embedding held in bfloat16 and looked up in `dtype`. head: the same table as a linear layer, for models
+    with tied embeddings.
+    """
 
     def __init__(self, rows: BFloat16Matrix, dtype: torch.dtype) -> None:
         super().__init__()
@@ -249,9 +258,10 @@ class StoredEmbedding(nn.Module):
 
 
 def has_8bit_matmul(device: torch.device, kind: EightBitKind) -> bool:
-    """Whether products of `kind` are the fastest that `device` has for such weights: NVIDIA's fp8 from compute
-    capability 8.9 on; int8 from 7.5 on, where there is no fp8: it is the coarser of the two. Processors are not known
-    to: torch's int8 product runs at a twentieth of float32's rate without VNNI, and with it was not measured yet."""
+    """Return whether matmuls of `kind` are the fastest that `device` has for such weights: NVIDIA's fp8 from compute
+    capability 8.9 on; int8 from 7.5 on if there is no fp8, because it is less exact. CPUs return False: torch's int8
+    matmul runs at a twentieth of float32's rate without VNNI, and was not measured with it.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     capability = torch.cuda.get_device_capability(device)
@@ -259,8 +269,9 @@ def has_8bit_matmul(device: torch.device, kind: EightBitKind) -> bool:
 
 
 def quantize_rows(values: Tensor, kind: EightBitKind) -> tuple[Tensor, Tensor]:
-    """Codes [rows, cols] and scales [rows, 1] of values [rows, cols], see `quantize`. Written as one expression: a
-    compiler makes one kernel of it and what precedes it."""
+    """Return codes [rows, cols] and scales [rows, 1] of values [rows, cols], see `quantize`. Written as one
+    expression, so that a compiler fuses it with what precedes it.
+    """
     largest = INT8_MAX if kind == "int8" else FP8_MAX
     values = values.float()
     scale = values.abs().amax(1, keepdim=True) / largest
@@ -269,11 +280,11 @@ def quantize_rows(values: Tensor, kind: EightBitKind) -> tuple[Tensor, Tensor]:
 
 
 def quantize(weight: Tensor, kind: EightBitKind) -> ScaledMatrix:
-    """`weight` [rows, cols] in 8 bits, where it lies; each row's largest magnitude becomes the largest code.
+    """Quantise `weight` [rows, cols] to 8 bits on its device. Each row's largest magnitude becomes the largest code.
 
-    int8 (symmetric): no value errs by more than 1/254 of its row's largest. fp8 (float8_e4m3fn): by more than 1/16 of
-    itself, or of 2^-6/448 of its row's largest where that is more. Not-a-number and infinity stay visible: a row that
-    holds one is restored as not-a-number.
+    int8 (symmetric): the error of a value is at most 1/254 of its row's largest magnitude. fp8 (float8_e4m3fn): at most
+    1/16 of the value, or 2^-6/448 of its row's largest magnitude if that is more. NaN and infinity stay visible: a row
+    that holds one is dequantised as NaN.
     """
     rows, cols = weight.shape
     codes = torch.empty(rows, cols, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn, device=weight.device)
@@ -284,7 +295,7 @@ def quantize(weight: Tensor, kind: EightBitKind) -> ScaledMatrix:
 
 
 def _row_chunks(rows: int, cols: int, size: int = CHUNK_VALUES) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs of rows that hold about `size` values each."""
+    """Yield (start, stop) of runs of rows with about `size` values each."""
     step = max(1, size // cols // NVFP4_TILE_ROWS) * NVFP4_TILE_ROWS
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

@@ -1,13 +1,12 @@
-"""Bytes of weight files to a device: several reads at a time, through a small ring of staging buffers.
+"""Copies tensors from weight files to a device: parallel reads through a small ring of staging buffers.
 
-Does: what safetensors' own reader leaves lying idle. Each part of a file is read by a thread of its own into one of a
-few buffers, pinned where the device is a GPU, and copied from there in the order of the file, so that disk, processor
-and bus work at the same time. Memory beside the tensors themselves is that of the ring. A file that is no longer what
-it was when its header was read, or that ends early, is an error; once read, it may become anything.
-Does not know: formats of files; what the tensors are for. Files that nobody writes over may be mapped instead
-(`tensor_files.py`), where nothing is to be moved.
+Faster than safetensors' own reader: each range of a file is read by its own thread into one of a few buffers, pinned if
+the device is a GPU, and copied from there in file order, so disk, processor and bus work in parallel. Extra memory is
+that of the ring only. A file that has changed since its header was read, or that ends early, is an error; after
+reading, it may change. Out of scope: file formats, and what the tensors are for. Files that nobody overwrites may be
+mapped instead (`tensor_files.py`) if the tensors stay in host memory.
 
-    part: a run of bytes of one file, at most a buffer long, with the tensors or pieces of tensors that lie in it
+    range: bytes of one file, at most one buffer long, with the tensors or pieces of tensors in it
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from torch import Tensor
 
 from flux2_studio.errors import WeightsError
 
-# As many reads at a time as keep an NVMe disk busy, each long enough for its start not to count: 128 MiB together.
+# Enough parallel reads to keep an NVMe disk busy, each long enough to hide its latency: 128 MiB together.
 STAGING_BUFFERS = 8
 STAGING_BUFFER_BYTES = 2**24
-MAX_READ_GAP_BYTES = 2**12  # bytes between two tensors that are read along rather than skipped; GGUF fills up to 32
+MAX_READ_GAP_BYTES = 2**12  # a gap between tensors up to this is read, not skipped; GGUF pads to 32
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class FileSnapshot:
     """A file as it was when its header was read."""
 
     path: Path
-    stat_key: tuple[int, ...]  # inode, length, time of the last change
+    stat_key: tuple[int, ...]  # inode, size, modification time in ns
 
     @classmethod
     def take(cls, path: Path) -> Self:
-        """The file at `path` as it is now. Raises `OSError`."""
+        """Take a snapshot of the file at `path`. Raises `OSError`."""
         return cls(path, _stat_key(path.stat()))
 
     @property
@@ -51,7 +50,7 @@ class FileSnapshot:
 
     @contextmanager
     def open(self) -> Iterator[FileIO]:
-        """The file, unbuffered. Raises `WeightsError` if it is another one by now, or cannot be read in the block."""
+        """Open the file, unbuffered. Raises `WeightsError` if it has changed, or if reading in the block fails."""
         try:
             with FileIO(self.path) as file:
                 if _stat_key(os.fstat(file.fileno())) != self.stat_key:
@@ -66,14 +65,13 @@ class FileSnapshot:
         return WeightsError(f"{self.path.name} has changed since it was opened. Wait until it is whole and try again.")
 
 
-def _stat_key(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _stat_key(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where a tensor lies: the bytes of `file` from `start` on. meta_tensor: the tensor without its values (on
-    meta)."""
+    """Where a tensor lies: bytes of `file` from `start` on. meta_tensor: its dtype and shape, on meta."""
 
     file: FileSnapshot
     start: int
@@ -87,7 +85,7 @@ class TensorSpan:
 @dataclass
 class _TensorPiece:
     key: str
-    tensor_offset: int  # in the tensor
+    tensor_offset: int
     range_offset: int
     size: int
 
@@ -107,8 +105,8 @@ class _FileRange:
 class StagedReader:
     """Reads tensors to `device`.
 
-    buffer_count: how many reads go on at a time, each with a thread and a buffer of `buffer_bytes` bytes. The buffers
-    are pinned where the device is a GPU, and gone when `read` has ended.
+    buffer_count: number of parallel reads, each with a thread and a buffer of `buffer_bytes` bytes. The buffers are
+    pinned if the device is a GPU, and freed when `read` ends.
     """
 
     def __init__(
@@ -123,91 +121,94 @@ class StagedReader:
     def read(
         self, spans: Mapping[str, TensorSpan], on_bytes_read: Callable[[int], None] = lambda size: None
     ) -> Generator[tuple[str, Tensor], None, None]:
-        """(key, tensor on the device) for each of `spans`, in the order of the files.
+        """Yield (key, tensor on the device) for each of `spans`, in file order.
 
-        on_bytes_read: called with the bytes of each part that has come; what it raises ends the reading and is passed
-        on. Close the iterator where it is not read to its end: its threads end with it. On a GPU the copies are queued
+        on_bytes_read: called with the size of each range after it was read; an exception that it raises aborts the read
+        and is passed on. Close the iterator if you stop early, which ends its threads. On a GPU the copies are queued
         on the stream that is current at each step. Raises `WeightsError`.
         """
-        parts = list(_file_ranges(spans, self.buffer_bytes))
-        length = max((part.size for part in parts), default=0)
+        ranges = list(_file_ranges(spans, self.buffer_bytes))
+        buffer_length = max((file_range.size for file_range in ranges), default=0)
         pinned = self.device.type == "cuda"
         ring = [
-            torch.empty(length, dtype=torch.uint8, pin_memory=pinned) for _ in range(min(self.buffer_count, len(parts)))
+            torch.empty(buffer_length, dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(min(self.buffer_count, len(ranges)))
         ]
-        arriving: dict[str, Tensor] = {}
-        waiting = iter(parts)
-        reading: deque[tuple[_FileRange, Tensor, Future[None]]] = deque()
+        incomplete: dict[str, Tensor] = {}
+        remaining = iter(ranges)
+        reads: deque[tuple[_FileRange, Tensor, Future[None]]] = deque()
         threads = ThreadPoolExecutor(max(1, len(ring)), thread_name_prefix="weights")
         try:
-            for buffer, part in zip(ring, waiting, strict=False):
-                reading.append((part, buffer, threads.submit(_read_into_buffer, part, buffer, None)))
-            while reading:
-                part, buffer, filled = reading.popleft()
-                filled.result()
-                whole = self._copy(part, buffer, spans, arriving)
-                if (following := next(waiting, None)) is not None:
-                    # Its thread waits until the copies have left the buffer; ours goes on.
+            for buffer, file_range in zip(ring, remaining, strict=False):
+                reads.append((file_range, buffer, threads.submit(_read_into_buffer, file_range, buffer, None)))
+            while reads:
+                file_range, buffer, read_done = reads.popleft()
+                read_done.result()
+                complete_keys = self._copy(file_range, buffer, spans, incomplete)
+                if (next_range := next(remaining, None)) is not None:
+                    # The reading thread waits until the copies from the buffer are done; this thread continues.
                     copied = torch.cuda.current_stream(self.device).record_event() if pinned else None
-                    reading.append((following, buffer, threads.submit(_read_into_buffer, following, buffer, copied)))
-                on_bytes_read(sum(piece.size for piece in part.pieces))
-                for key in whole:
-                    like = spans[key].meta_tensor
-                    yield key, arriving.pop(key).view(like.dtype).reshape(like.shape)
+                    reads.append((next_range, buffer, threads.submit(_read_into_buffer, next_range, buffer, copied)))
+                on_bytes_read(sum(piece.size for piece in file_range.pieces))
+                for key in complete_keys:
+                    meta_tensor = spans[key].meta_tensor
+                    yield key, incomplete.pop(key).view(meta_tensor.dtype).reshape(meta_tensor.shape)
         finally:
             threads.shutdown(cancel_futures=True)
 
     def _copy(
-        self, part: _FileRange, buffer: Tensor, spans: Mapping[str, TensorSpan], arriving: dict[str, Tensor]
+        self, file_range: _FileRange, buffer: Tensor, spans: Mapping[str, TensorSpan], incomplete: dict[str, Tensor]
     ) -> list[str]:
-        """Copy a part's bytes to the tensors they belong to; the keys of those that are whole now."""
-        whole = []
-        for piece in part.pieces:
+        """Copy a range's bytes to their tensors. Returns the keys of tensors that are now complete."""
+        complete_keys = []
+        for piece in file_range.pieces:
             size = spans[piece.key].size
             if piece.tensor_offset == 0:
-                arriving[piece.key] = torch.empty(size, dtype=torch.uint8, device=self.device)
-            target = arriving[piece.key][piece.tensor_offset : piece.tensor_offset + piece.size]
+                incomplete[piece.key] = torch.empty(size, dtype=torch.uint8, device=self.device)
+            target = incomplete[piece.key][piece.tensor_offset : piece.tensor_offset + piece.size]
             target.copy_(buffer[piece.range_offset : piece.range_offset + piece.size], non_blocking=True)
             if piece.tensor_offset + piece.size == size:
-                whole.append(piece.key)
-        return whole
+                complete_keys.append(piece.key)
+        return complete_keys
 
 
 def _file_ranges(spans: Mapping[str, TensorSpan], max_bytes: int) -> Iterable[_FileRange]:
-    """The bytes of all `spans` in parts of at most `buffer_bytes`, file by file and front to back."""
-    part: _FileRange | None = None
+    """Split the bytes of all `spans` into ranges of at most `max_bytes`, file by file and front to back."""
+    file_range: _FileRange | None = None
     for key, span in sorted(spans.items(), key=lambda item: (item[1].file.path, item[1].start)):
-        at = 0
+        offset = 0
         while True:
-            start = span.start + at
+            start = span.start + offset
             if (
-                part is None
-                or part.file != span.file
-                or start - part.stop > MAX_READ_GAP_BYTES
-                or start - part.start >= max_bytes
+                file_range is None
+                or file_range.file != span.file
+                or start - file_range.stop > MAX_READ_GAP_BYTES
+                or start - file_range.start >= max_bytes
             ):
-                if part is not None:
-                    yield part
-                part = _FileRange(span.file, start, start)
-            count = min(span.size - at, part.start + max_bytes - start)
-            part.pieces.append(_TensorPiece(key, at, start - part.start, count))
-            part.stop = start + count
-            at += count
-            if at == span.size:
+                if file_range is not None:
+                    yield file_range
+                file_range = _FileRange(span.file, start, start)
+            count = min(span.size - offset, file_range.start + max_bytes - start)
+            file_range.pieces.append(_TensorPiece(key, offset, start - file_range.start, count))
+            file_range.stop = start + count
+            offset += count
+            if offset == span.size:
                 break
-    if part is not None:
-        yield part
+    if file_range is not None:
+        yield file_range
 
 
-def _read_into_buffer(part: _FileRange, buffer: Tensor, buffer_free: torch.cuda.Event | None) -> None:
-    """Read a part into `buffer` as soon as that is `buffer_free`. Runs in a thread of its own, which holds no lock."""
+def _read_into_buffer(file_range: _FileRange, buffer: Tensor, buffer_free: torch.cuda.Event | None) -> None:
+    """Read a range into `buffer` once `buffer_free` has completed. Runs in a thread of its own; reading releases the
+    GIL.
+    """
     if buffer_free is not None:
         buffer_free.synchronize()
-    view = buffer.numpy().data[: part.size]
-    with part.file.open() as file:
-        file.seek(part.start)
+    view = buffer.numpy().data[: file_range.size]
+    with file_range.file.open() as file:
+        file.seek(file_range.start)
         while view:
             count = file.readinto(view)
             if not count:
-                raise part.file.changed_error()
+                raise file_range.file.changed_error()
             view = view[count:]

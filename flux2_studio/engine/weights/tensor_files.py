@@ -1,6 +1,7 @@
-"""Tensors in safetensors files: one file, or a folder's file or shards, by name, shape and type, read one at a time.
+"""Tensors in safetensors files: a single file, or a folder's file or shards. By name, shape and type, read one at a
+time.
 
-Does not know: what the tensors are for, or whether their numbers are values or codes (`formats.py` does).
+Out of scope: what the tensors are for, and whether they hold values or codes (`formats.py`).
 """
 
 from __future__ import annotations
@@ -19,27 +20,26 @@ from flux2_studio.errors import WeightsError
 
 Shape = tuple[int, ...]
 DOWNLOAD_AGAIN_ADVICE = "the file is damaged or belongs to another model; download it again or choose another file."
-# The types of tensor that are read, by their names in a header. What else there is, is refused before it is read.
+# Supported dtypes by their names in a header. Files with other dtypes are rejected before their data is read.
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8,
 }  # fmt: skip
-# Bounds that every file of FLUX.2 keeps by far, and that keep a hostile one from taking time and memory.
-MAX_HEADER_BYTES = 2**24  # bytes; trainers write megabytes of remarks into a LoRA's
+# Limits far above any FLUX.2 file, which keep malicious files from taking time and memory.
+MAX_HEADER_BYTES = 2**24  # trainers write megabytes of metadata into LoRA headers
 MAX_TENSORS = 20_000
 MAX_TENSOR_SIDE = 2**24
-SCALED_FP8_MARKER = "scaled_fp8"  # ComfyUI marks its older fp8 files with a tensor of this name, which may be empty
+SCALED_FP8_MARKER = "scaled_fp8"  # a tensor, possibly empty, that marks ComfyUI's older fp8 files
 
 
 class SafetensorsFiles:
     """The tensors of one safetensors file, or of a folder's file or shards.
 
-    path: a file, or a folder with one .safetensors file or an index (*.safetensors.index.json). Where the folder has a
-    `subfolder` with such files (a whole repository in diffusers' layout), that is meant. Raises `WeightsError` for
-    anything that cannot be read; the safetensors library checks headers, offsets and lengths.
-
-    metadata: the headers' own words, all files' together.
+    path: a file, or a folder with one .safetensors file or an index (*.safetensors.index.json). If the folder has a
+    `subfolder` with such files (a full repository in diffusers' layout), that is used. metadata: of all files' headers
+    together. Raises `WeightsError` for anything unreadable; the safetensors library checks headers, offsets and
+    lengths.
     """
 
     def __init__(self, path: Path, subfolder: str = "") -> None:
@@ -65,24 +65,24 @@ class SafetensorsFiles:
                 raise WeightsError(
                     f"{self.name} has more than {MAX_TENSORS} tensors, which no model has: {DOWNLOAD_AGAIN_ADVICE}"
                 )
-            for key, said in header.items():
-                shape = tuple(said["shape"])
+            for key, entry in header.items():
+                shape = tuple(entry["shape"])
                 if key in self.shapes:
                     raise WeightsError(
                         f"{self._file_by_key[key].path.name} and {shard.name} both have {printable_text(key)}: "
                         f"{DOWNLOAD_AGAIN_ADVICE}"
                     )
                 if (0 in shape and key.rpartition(".")[2] != SCALED_FP8_MARKER) or is_impossible_shape(shape):
-                    what = (
+                    problem = (
                         f"of shape {printable_text(str(list(shape)))}"
                         if is_impossible_shape(shape)
                         else "which is empty"
                     )
                     raise WeightsError(
-                        f"{shard.name} has a tensor, {printable_text(key)}, {what}: {DOWNLOAD_AGAIN_ADVICE}"
+                        f"{shard.name} has a tensor, {printable_text(key)}, {problem}: {DOWNLOAD_AGAIN_ADVICE}"
                     )
-                self._file_by_key[key], self._offsets[key] = file, data + said["data_offsets"][0]
-                self.shapes[key], self.dtypes[key] = shape, said["dtype"]
+                self._file_by_key[key], self._offsets[key] = file, data + entry["data_offsets"][0]
+                self.shapes[key], self.dtypes[key] = shape, entry["dtype"]
 
     def _files(self, subfolder: str) -> list[Path]:
         if self.path.is_file():
@@ -106,45 +106,45 @@ class SafetensorsFiles:
             names = {str(name) for name in read_json(index)["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index.name} in {self.name} is not a valid index. Download it again.") from error
-        # A shard is a plain name beside its index; nothing in a foreign index leads us elsewhere.
-        beside = {file.name: file for file in index.parent.glob("*.safetensors") if file.is_file()}
-        if missing := sorted(names - beside.keys()):
+        # A shard must be a file in its index's folder, so an index cannot point elsewhere.
+        shards = {file.name: file for file in index.parent.glob("*.safetensors") if file.is_file()}
+        if missing := sorted(names - shards.keys()):
             raise WeightsError(
                 f"The folder {self.name} lacks {printable_list(missing)}, which its index names. Download the folder "
                 "again."
             )
-        return [beside[name] for name in sorted(names)]
+        return [shards[name] for name in sorted(names)]
 
     @property
     def files(self) -> list[Path]:
-        """The files that the tensors are in, by name."""
+        """The files that contain the tensors, sorted by path."""
         return sorted({file.path for file in self._file_by_key.values()})
 
     def meta_tensor(self, key: str) -> Tensor:
-        """A tensor of the type and shape that `read` gives, without values (on meta)."""
+        """Return a tensor on meta with the dtype and shape that `read` returns."""
         return torch.empty(self.shapes[key], dtype=SAFETENSORS_DTYPES[self.dtypes[key]], device="meta")
 
     def spans(self, keys: Iterable[str]) -> dict[str, TensorSpan]:
-        """Where each of `keys` lies, for a `StagedReader`."""
+        """Return where each of `keys` lies, for a `StagedReader`."""
         return {key: TensorSpan(self._file_by_key[key], self._offsets[key], self.meta_tensor(key)) for key in keys}
 
     def read(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
-        """(key, tensor) on the CPU for each of `keys`, in the order of the files."""
+        """Yield (key, tensor) on the CPU for each of `keys`, in file order."""
         return StagedReader(torch.device("cpu")).read(self.spans(keys))
 
     def read_mapped(self, keys: Iterable[str]) -> Generator[tuple[str, Tensor], None, None]:
-        """As `read` does, but tensors are views of the mapped files, which costs neither time nor memory.
+        """Same as `read`, but tensors are views of the mapped files, which costs neither time nor memory.
 
-        Only for files that nobody writes over for as long as a tensor is in use: it would change with its file, and
-        where the file has become shorter the system ends the process (SIGBUS).
+        Use it only for files that nobody overwrites while a tensor is in use: the tensor would change with its file,
+        and if the file became shorter the system would kill the process (SIGBUS).
         """
-        by_file: dict[FileSnapshot, list[str]] = {}
+        keys_by_file: dict[FileSnapshot, list[str]] = {}
         for key in keys:
-            by_file.setdefault(self._file_by_key[key], []).append(key)
-        for file, wanted in by_file.items():
+            keys_by_file.setdefault(self._file_by_key[key], []).append(key)
+        for file, file_keys in keys_by_file.items():
             try:
                 with file.open(), safe_open(file.path, framework="pt") as opened:
-                    for key in wanted:
+                    for key in file_keys:
                         yield key, opened.get_tensor(key)
             except SafetensorError as error:
                 raise WeightsError(
@@ -153,12 +153,13 @@ class SafetensorsFiles:
 
 
 class _SafetensorsHeaderError(ValueError):
-    """What is wrong with a header, as the end of a sentence about the file."""
+    """What is wrong with a header, worded as the end of a sentence about the file."""
 
 
 def _read_header(file: FileSnapshot) -> tuple[dict[str, Any], int]:
-    """What a safetensors file's header says, and where the data begin. Raises `_SafetensorsHeaderError`,
-    `WeightsError`, `OSError`."""
+    """Return a safetensors file's parsed header and the offset of its data. Raises `_SafetensorsHeaderError`,
+    `WeightsError`, `OSError`.
+    """
     with file.open() as opened:
         start = opened.read(8)
         length = int.from_bytes(start, "little")
@@ -168,7 +169,7 @@ def _read_header(file: FileSnapshot) -> tuple[dict[str, Any], int]:
             raise _SafetensorsHeaderError(f"its header is said to have {length} bytes")
         text = opened.read(length)
     try:
-        # The library knows the format's rules: every shape fits its bytes, and these fill the file without a gap.
+        # The library checks the format's rules: every shape fits its bytes, and the bytes fill the file without gaps.
         with safe_open(file.path, framework="pt"):
             return json.loads(text, object_pairs_hook=_reject_duplicate_keys), 8 + length
     except (SafetensorError, ValueError, RecursionError) as error:
@@ -176,20 +177,24 @@ def _read_header(file: FileSnapshot) -> tuple[dict[str, Any], int]:
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a header. Readers differ on which of two entries of one name they take; we take neither."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Build an object of a header. Readers differ on which of two entries of the same name they take, so duplicates
+    are rejected.
+    """
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise _SafetensorsHeaderError("its header says the same thing twice")
-    return found
+    return entries
 
 
 def is_impossible_shape(shape: Shape) -> bool:
-    """Whether no model has a tensor of this shape. The numbers that are derived from others stay small."""
+    """Return whether no model has a tensor of this shape. Keeps numbers that are derived from shapes small."""
     return len(shape) > 8 or any(size > MAX_TENSOR_SIDE for size in shape)
 
 
 def read_json(file: Path) -> Any:
-    """What a small JSON file beside weights says. Raises `OSError`, and `ValueError` for anything that is none."""
+    """Read a small JSON file beside weights. Raises `OSError`, and `ValueError` if it is not valid JSON or too
+    large.
+    """
     if file.stat().st_size > MAX_HEADER_BYTES:
         raise ValueError(f"{file.name} is far too long")
     try:
@@ -199,12 +204,12 @@ def read_json(file: Path) -> Any:
 
 
 def printable_text(text: str, max_length: int = 100) -> str:
-    """A name or a message from a foreign file, fit to stand in a sentence of ours."""
+    """Make a name or message from a foreign file safe to show: shortened, with unprintable characters replaced."""
     printable = "".join(letter if letter.isprintable() else "?" for letter in text[:max_length])
     return printable if len(text) <= max_length else f"{printable}..."
 
 
 def printable_list(names: Sequence[str], max_names: int = 3) -> str:
-    """'a, b, c and 12 more', each fit to be shown."""
+    """Return 'a, b, c and 12 more', each made safe to show."""
     text = ", ".join(printable_text(name) for name in names[:max_names])
     return text if len(names) <= max_names else f"{text} and {len(names) - max_names} more"

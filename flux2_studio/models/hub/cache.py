@@ -1,16 +1,16 @@
-"""The Hugging Face cache on disk, in the layout that huggingface_hub documents, so that other tools share the files.
+"""Reads and writes the Hugging Face cache on disk, in the documented layout, so that other tools share the files.
 
     models--OWNER--NAME/
-      refs/main                  the commit that counts
+      refs/main                  the current commit
       snapshots/COMMIT/FILE      links to the blobs
-      blobs/ETAG                 contents; the etag is a large file's sha256, a small one's id in git
-      blobs/ETAG.incomplete      what has arrived of one: our stable name, older huggingface_hubs' too
-      trees/COMMIT.json          the commit's files with sizes and hashes, by which a snapshot is known to be whole
+      blobs/ETAG                 file contents; the etag is the sha256 of a large file, the git id of a small one
+      blobs/ETAG.incomplete      a partial download; older versions of huggingface_hub use the same name
+      trees/COMMIT.json          the commit's files with sizes and hashes, to check a snapshot for completeness
     .locks/models--OWNER--NAME/ETAG.lock
 
-Of huggingface_hub's internals it uses the tree listings (`_tree_cache`: written by `snapshot_download` alone, which
-cannot resume; read to know what is missing), and `_create_symlink`, which copes with systems that have no links. Its
-version is pinned.
+Two internals of huggingface_hub are used, so its version is pinned: the tree listings (`_tree_cache`, to know which
+files are missing; huggingface_hub itself writes them only in `snapshot_download`, which cannot resume), and
+`_create_symlink`, which also works on systems without symbolic links.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # 
 from flux2_studio.errors import WeightsError
 from flux2_studio.models.hub.part_files import RepoSelection
 
-DigestKind = Literal["sha256", "git"]  # what the hub gives of large files (Git LFS), and of small ones
+DigestKind = Literal["sha256", "git"]  # the hash that the hub reports for large files (Git LFS), and for small ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
     """One file of a repository at one commit.
 
-    size: in bytes. etag: what names the blob; `digest` says what kind of hash of the contents it is, None if it may be
-    any. git_id: the file's id in git, for a large one that of its pointer.
+    size: in bytes. etag: the name of the blob. digest: which hash of the contents the etag is, None if unknown.
+    git_id: the file's git id; for a large file, that of its LFS pointer.
     """
 
     repo: str
@@ -58,16 +58,16 @@ class RemoteFile:
 
 
 class HubCache:
-    """The cache in folder `root`. `lock_timeout`: seconds to wait for another program's lock before looking around."""
+    """The cache in folder `root`. lock_timeout: seconds of one attempt to get a lock that another program holds."""
 
     def __init__(self, root: Path, lock_timeout: float = 0.2) -> None:
         self.root = root
         self._patience = lock_timeout
 
-    # --- what is there ---------------------------------------------------------------------------------------------
+    # --- reading the cache -----------------------------------------------------------------------------------------
 
     def snapshot(self, repo: str) -> Path | None:
-        """The folder of the commit that counts, None if nothing of `repo` was ever fetched."""
+        """Returns the folder of the current commit, None if nothing of `repo` is in the cache."""
         try:
             commit = (self._folder(repo) / "refs" / constants.DEFAULT_REVISION).read_text("utf-8").strip()
         except OSError:
@@ -76,15 +76,15 @@ class HubCache:
         return folder if commit and folder.is_dir() else None
 
     def list_files(self, repo: str) -> dict[str, RemoteFile] | None:
-        """The files of the commit that counts by name, None where no listing of it was kept."""
+        """Returns the files of the current commit by name, None if the cache has no listing of it."""
         snapshot = self.snapshot(repo)
         entries = read_tree_cache(str(self._folder(repo)), snapshot.name) if snapshot else None
         if snapshot is None or entries is None:
             return None
-        return {name: _remote(repo, snapshot.name, name, entry) for name, entry in entries.items()}
+        return {name: _file_from_tree(repo, snapshot.name, name, entry) for name, entry in entries.items()}
 
     def find_complete(self, pick: RepoSelection) -> Path | None:
-        """The snapshot's folder, if no file of `pick` is known to be missing from it."""
+        """Returns the current snapshot's folder, None if it lacks a listed file of `pick`."""
         snapshot = self.snapshot(pick.repo)
         if snapshot is None:
             return None
@@ -95,11 +95,11 @@ class HubCache:
         return _size(self.snapshot_path(file)) == file.size
 
     def bytes_on_disk(self, file: RemoteFile) -> int:
-        """How many bytes of `file` are on disk, of a broken-off download too."""
+        """Returns the bytes of `file` on disk, including an unfinished download."""
         return file.size if self.is_complete(file) else min(_size(self.partial_path(file)) or 0, file.size)
 
     def bytes_of_selection(self, pick: RepoSelection) -> int:
-        """Bytes that `pick` takes on disk, finished or not."""
+        """Returns the bytes of `pick` on disk, including unfinished downloads."""
         listing = self.list_files(pick.repo)
         if listing is not None:
             return sum(self.bytes_on_disk(listing[name]) for name in pick.filter_names(listing))
@@ -118,42 +118,45 @@ class HubCache:
     def partial_path(self, file: RemoteFile) -> Path:
         return self._folder(file.repo) / "blobs" / f"{file.etag}.incomplete"
 
-    # --- what comes in ---------------------------------------------------------------------------------------------
+    # --- writing ---------------------------------------------------------------------------------------------------
 
     def set_current_commit(self, repo: str, commit: str, files: Mapping[str, RemoteFile]) -> None:
-        """Make `commit` the one that counts. What it has in common with the last one stays in place."""
-        before = self.list_files(repo)
+        """Makes `commit` the current one. Links blobs that are already on disk into its snapshot and deletes partial
+        downloads of files that it no longer has."""
+        previous_files = self.list_files(repo)
         snapshot = self._folder(repo) / "snapshots" / commit
         snapshot.mkdir(parents=True, exist_ok=True)
         if files and all(file.digest for file in files.values()):
-            write_tree_cache(str(self._folder(repo)), commit, {name: _entry(file) for name, file in files.items()})
+            write_tree_cache(str(self._folder(repo)), commit, {name: _tree_entry(file) for name, file in files.items()})
         for file in files.values():
             if not self.is_complete(file) and _size(self.blob_path(file)) == file.size:
                 self.link_into_snapshot(file)
         reference = self._folder(repo) / "refs" / constants.DEFAULT_REVISION
         reference.parent.mkdir(parents=True, exist_ok=True)
-        fresh = reference.with_name(f"{reference.name}.{uuid.uuid4().hex[:8]}.tmp")
-        fresh.write_text(commit, "utf-8")
-        fresh.replace(reference)
-        wanted = {file.etag for file in files.values()}
-        for file in (before or {}).values():
-            if file.etag not in wanted:
-                with suppress(WeightsError):  # another program still wants it: then it is that one's
+        temporary = reference.with_name(f"{reference.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary.write_text(commit, "utf-8")
+        temporary.replace(reference)
+        new_etags = {file.etag for file in files.values()}
+        for file in (previous_files or {}).values():
+            if file.etag not in new_etags:
+                with suppress(WeightsError):  # another program is still downloading it
                     self._drop_partial(file)
 
     def link_into_snapshot(self, file: RemoteFile) -> None:
-        """Show `file`, whose blob is there, in its snapshot."""
+        """Links the blob of `file` into its snapshot."""
         pointer = self.snapshot_path(file)
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        fresh = pointer.with_name(f".{uuid.uuid4().hex[:8]}.tmp")  # so that nobody finds it gone for a moment
-        _create_symlink(str(self.blob_path(file)), str(fresh), new_blob=True)
-        fresh.replace(pointer)
+        temporary = pointer.with_name(
+            f".{uuid.uuid4().hex[:8]}.tmp"
+        )  # replaced atomically, so the file never disappears
+        _create_symlink(str(self.blob_path(file)), str(temporary), new_blob=True)
+        temporary.replace(pointer)
 
     @contextmanager
     def exclusive_access(self, file: RemoteFile, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Keep other threads and other programs that download from `file`; a program that dies lets go of it.
+        """Locks `file` against other threads and other programs that download it. If a program dies, its lock is freed.
 
-        on_wait: called now and then while another one has the file; it may raise to give up.
+        on_wait: called after each failed attempt to get the lock; may raise to cancel.
         """
         with ExitStack() as stack:
             while True:
@@ -164,12 +167,12 @@ class HubCache:
                     on_wait()
             yield
 
-    # --- what goes -------------------------------------------------------------------------------------------------
+    # --- deleting --------------------------------------------------------------------------------------------------
 
     def remove(self, picks: Sequence[RepoSelection], keep: Sequence[RepoSelection]) -> int:
-        """Delete the files of `picks` at every commit, except those that `keep` has too, and blobs that nothing uses.
+        """Deletes the files of `picks` at every commit, except those also in `keep`, and unused blobs.
 
-        Returns the bytes that became free. Raises `WeightsError` where they cannot be deleted, or are on their way in.
+        Returns the freed bytes. Raises `WeightsError` if files cannot be deleted or are being downloaded.
         """
         if not picks:
             return 0
@@ -181,16 +184,16 @@ class HubCache:
                     freed += self._drop_partial(listing[name])
             self._drop_dangling_links(pick.repo)
         try:
-            scanned = scan_cache_dir(self.root)
+            cache_info = scan_cache_dir(self.root)
         except CacheNotFound:
             return freed
-        repos = {repo.repo_id: repo for repo in scanned.repos if repo.repo_type == "model"}
+        repos = {repo.repo_id: repo for repo in cache_info.repos if repo.repo_type == "model"}
         for pick in picks:
             if pick.repo not in repos and self._folder(pick.repo).is_dir():
                 raise WeightsError(
                     f"{self._folder(pick.repo)} is damaged and cannot be sorted out: delete this folder yourself."
                 )
-        doomed = {
+        files_to_delete = {
             file
             for repo in repos.values()
             for revision in repo.revisions
@@ -199,19 +202,19 @@ class HubCache:
             if _is_selected(picks, repo.repo_id, name) and not _is_selected(keep, repo.repo_id, name)
         }
         try:
-            strategy = scanned.delete_files(*doomed)
+            strategy = cache_info.delete_files(*files_to_delete)
             freed += strategy.expected_freed_size
             strategy.execute()
             for folder in {self._folder(pick.repo) for pick in picks}:
-                left = [
+                remaining_files = [
                     path for part in ("blobs", "snapshots") for path in folder.glob(f"{part}/**/*") if path.is_file()
                 ]
-                if folder.is_dir() and not left:
+                if folder.is_dir() and not remaining_files:
                     shutil.rmtree(folder)
         except OSError as error:
             raise WeightsError(f"{error.filename} cannot be deleted: allow writing there, or delete it.") from error
-        for file in doomed:
-            if os.path.lexists(file.file_path):  # huggingface_hub only logs what it may not delete
+        for file in files_to_delete:
+            if os.path.lexists(file.file_path):  # huggingface_hub only logs failed deletions
                 raise WeightsError(f"{file.file_path} cannot be deleted: allow writing there, or delete it.")
         return freed
 
@@ -228,7 +231,7 @@ class HubCache:
             raise WeightsError(f"{file.label} is being downloaded at the moment: stop that first.") from error
 
     def _drop_dangling_links(self, repo: str) -> None:
-        """Links to blobs that somebody deleted by hand: huggingface_hub would refuse the whole repository."""
+        """Deletes links to missing blobs: otherwise huggingface_hub would reject the whole repository."""
         for path in self._folder(repo).glob("snapshots/**/*"):
             if path.is_symlink() and not path.exists():
                 with suppress(OSError):
@@ -236,7 +239,7 @@ class HubCache:
 
     @contextmanager
     def _lock(self, file: RemoteFile) -> Iterator[None]:
-        """huggingface_hub's own lock of the blob. Raises `TimeoutError` while another one has it."""
+        """Holds huggingface_hub's lock of the blob. Raises `TimeoutError` if it is held elsewhere."""
         path = self.root / ".locks" / self._folder(file.repo).name / f"{file.etag}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(path, timeout=self._patience):
@@ -246,26 +249,26 @@ class HubCache:
         return self.root / repo_folder_name(repo_id=repo, repo_type="model")
 
 
-def _remote(repo: str, commit: str, name: str, entry: TreeCacheEntry) -> RemoteFile:
-    large = entry.lfs_sha256 is not None
+def _file_from_tree(repo: str, commit: str, name: str, entry: TreeCacheEntry) -> RemoteFile:
+    is_large = entry.lfs_sha256 is not None
     return RemoteFile(
         repo=repo,
         commit=commit,
         name=name,
         size=entry.size if entry.lfs_size is None else entry.lfs_size,
         etag=entry.lfs_sha256 or entry.blob_id,
-        digest="sha256" if large else "git",
+        digest="sha256" if is_large else "git",
         git_id=entry.blob_id,
     )
 
 
-def _entry(file: RemoteFile) -> TreeCacheEntry:
-    large = file.digest == "sha256"
+def _tree_entry(file: RemoteFile) -> TreeCacheEntry:
+    is_large = file.digest == "sha256"
     return TreeCacheEntry(
         size=file.size,
         blob_id=file.git_id,
-        lfs_sha256=file.etag if large else None,
-        lfs_size=file.size if large else None,
+        lfs_sha256=file.etag if is_large else None,
+        lfs_size=file.size if is_large else None,
     )
 
 

@@ -1,5 +1,8 @@
-"""Where the weights of the larger picture classifier are, if they are on this machine. They are never downloaded: it is
-the user who chooses it, by putting it there (`hf download Falconsai/nsfw_image_detection`)."""
+"""Finds the weights of the larger picture classifier on this machine.
+
+They are never downloaded automatically. The user enables the classifier with
+`hf download Falconsai/nsfw_image_detection`, or with a folder of their own.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ CLASSIFIER_FILES = ("config.json", "model.safetensors")
 
 
 def find_classifier(local_folder: Path | None, cache: Path | None = None) -> Path | None:
-    """The folder of Falconsai's classifier: the user's `local_folder` copy, or that of the hub's cache; None if there
-    is none.
+    """Returns the folder of Falconsai's classifier: `local_folder` if given, otherwise in the hub cache; None if it is
+    not there.
 
-    cache: another cache folder than huggingface_hub's own choice. Raises `ClassifierError` for an own copy that is not
-    there: what was asked for must not be replaced in silence.
+    cache: the cache folder, by default huggingface_hub's. Raises `ClassifierError` if `local_folder` is incomplete,
+    because silently using another copy would ignore the user's choice.
     """
     if local_folder is not None:
         if not all((local_folder / name).is_file() for name in CLASSIFIER_FILES):

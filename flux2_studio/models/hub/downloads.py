@@ -1,8 +1,8 @@
-"""Downloads of parts, shared: whoever asks for a part that is on its way joins in, and sees how it goes.
+"""Downloads parts. Concurrent requests for the same part share one download.
 
-Each download runs in a thread of its own. Those who wait for it look at it twice a second and tell their own
-`progress`, in their own threads; one that gives up (its `progress` raises) leaves, and the last to leave pauses the
-download, which goes on from there when it is asked for again, in this program or another.
+Each download runs in its own thread. Each waiting caller polls it twice a second and reports to its own `progress` in
+its own thread. A caller cancels when its `progress` raises. When the last caller cancels, the download pauses; the next
+request resumes it, even from another program.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from flux2_studio.models.hub.hub_errors import HubErrorMessages, format_size, lo
 from flux2_studio.models.hub.part_files import select_repo_files
 from flux2_studio.models.hub.transfer import CHECKING, DOWNLOADING, RETRYING, WAITING, DownloadStopped, Transfer
 
-ProgressCallback = Callable[
-    [str, float | None], None
-]  # what is being done, and how much of it (0..1) where that is known
+ProgressCallback = Callable[[str, float | None], None]  # the status text, and the fraction done (0..1) if known
 
-MIN_FREE_DISK_BYTES = 500 * MB  # left free on the drive: a full one makes other programs fail
+MIN_FREE_DISK_BYTES = 500 * MB  # kept free, because a full drive makes other programs fail
 STATUS_TEMPLATES = {
     DOWNLOADING: "Downloading {}",
     CHECKING: "Checking what is here of {}",
@@ -39,9 +37,9 @@ STATUS_TEMPLATES = {
 
 
 class Downloads:
-    """Fetches parts into `cache`, each once however many ask for it. Callable from several threads.
+    """Downloads parts into `cache`. Thread-safe; callers that need the same part share its download.
 
-    free_space: how many bytes are free in a folder. interval: seconds between two words to `progress`.
+    free_space: returns the free bytes of a folder. interval: seconds between two `progress` calls.
     """
 
     def __init__(
@@ -61,43 +59,42 @@ class Downloads:
         self._lock = threading.Lock()
 
     def download(self, part: Part, progress: ProgressCallback) -> None:
-        """Have `part` in the cache. What `progress` raises ends the waiting, and is passed on.
+        """Downloads `part`, or joins its running download, and waits. Exceptions from `progress` end the waiting.
 
         Raises `DownloadError`.
         """
-        progress(f"Downloading {_name(part)}", None)
+        progress(f"Downloading {_part_label(part)}", None)
         running = self._join(part)
         try:
-            told: tuple[str, float | None] | None = None
+            last_status: tuple[str, float | None] | None = None
             while not wait([running.future], self._interval).done:
-                told = (
-                    running.progress().status
-                )  # even if it is the same: only when told can `progress` end the waiting
-                progress(*told)
+                # Reported even if unchanged, because the waiting can only be cancelled in `progress`.
+                last_status = running.progress().status
+                progress(*last_status)
             error = running.future.exception()
             if isinstance(error, DownloadError):
-                raise DownloadError(str(error)) from error  # its own one for each of those who wait
+                raise DownloadError(str(error)) from error  # a separate exception for each waiting caller
             if error is not None:
                 raise error
-            if running.progress().status != told:
+            if running.progress().status != last_status:
                 progress(*running.progress().status)
         finally:
             self._leave(part, running)
 
     def progress_of(self, part: Part) -> DownloadProgress | None:
-        """How far `part` is; None unless somebody in this program is downloading it."""
+        """Returns the progress of `part`, None if this process is not downloading it."""
         with self._lock:
             running = self._active.get(part)
         return running.progress() if running else None
 
     def check_free_space(self, what: str, needed: int, or_else: str = "") -> None:
-        """Raise `DownloadError` unless there is room for `needed` bytes more, besides what is on its way already."""
+        """Raises `DownloadError` unless `needed` bytes and the reserve are free. or_else: added to the message."""
         free = self.free_bytes()
         if needed and needed + MIN_FREE_DISK_BYTES > free:
             raise DownloadError(self._error_messages.no_space_message(what, needed, free, MIN_FREE_DISK_BYTES, or_else))
 
     def free_bytes(self) -> int:
-        """Bytes that are free where downloads go."""
+        """Returns the free bytes of the download folder's drive."""
         folder = self._cache.root
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
@@ -107,7 +104,7 @@ class Downloads:
         with self._lock:
             running = self._active.get(part)
             if running is None or running.future.done():
-                running = self._active[part] = ActiveDownload(_name(part))
+                running = self._active[part] = ActiveDownload(_part_label(part))
                 threading.Thread(target=self._run, args=(part, running), name="flux2-download", daemon=True).start()
             running.waiter_count += 1
             return running
@@ -124,22 +121,22 @@ class Downloads:
         try:
             self._fetch(part, running)
             running.future.set_result(None)
-        except BaseException as error:  # noqa: BLE001 -- whoever waits gets it
+        except BaseException as error:  # noqa: BLE001 -- passed to the waiting callers
             running.future.set_exception(error)
 
     def _fetch(self, part: Part, running: ActiveDownload) -> None:
         files = []
         for pick in select_repo_files(part):
             with self._explain_errors(part, pick.repo, pick.label):
-                found = self._transfer.list_files(pick)
-            if not found:
+                remote_files = self._transfer.list_files(pick)
+            if not remote_files:
                 raise DownloadError(self._error_messages.missing_file_message(part))
-            files += found
+            files += remote_files
         running.set_files({file: self._cache.bytes_on_disk(file) for file in files})
         if running.remaining_bytes:
             with self._lock:
-                everything = {running, *self._active.values()}
-            needed = sum(one.remaining_bytes for one in everything)
+                active_downloads = {running, *self._active.values()}
+            needed = sum(download.remaining_bytes for download in active_downloads)
             self.check_free_space(f"{part.repo}/{part.path}".rstrip("/"), needed, local_copy_hint(part))
         for file in files:
             with self._explain_errors(part, file.repo, file.label):
@@ -148,7 +145,7 @@ class Downloads:
 
     @contextmanager
     def _explain_errors(self, part: Part, repo: str, what: str) -> Iterator[None]:
-        """Makes a `DownloadError` of whatever the hub, huggingface_hub, its client or the file system raises."""
+        """Turns errors of the hub, huggingface_hub, its client and the file system into `DownloadError`."""
         try:
             yield
         except (StudioError, DownloadStopped):
@@ -159,10 +156,10 @@ class Downloads:
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadProgress:
-    """How far a download is.
+    """The progress of a download.
 
-    done, total: bytes; a total of 0 is not known yet. verified_bytes: while what is here is read again, how many bytes
-    of how many have been. bytes_per_second: bytes, while they come in and as soon as it can be told.
+    done, total: bytes; total is 0 while unknown. verified_bytes: (read, total) bytes while a partial file is hashed
+    before a resume, otherwise None. bytes_per_second: None while nothing is received or the speed is not known yet.
     """
 
     label: str  # "Downloading FLUX.2-klein-4B text encoder"
@@ -173,43 +170,45 @@ class DownloadProgress:
 
     @property
     def status(self) -> tuple[str, float | None]:
-        """What is being done, in words, and how much of it."""
+        """The status text and the fraction done, as for `ProgressCallback`."""
         if self.verified_bytes:
-            read, there = self.verified_bytes
-            return f"{self.label}: {format_size(there, read)}", read / max(there, read, 1)
+            read, to_verify = self.verified_bytes
+            return f"{self.label}: {format_size(to_verify, read)}", read / max(to_verify, read, 1)
         if not self.total:
             return self.label, None
         text = f"{self.label}: {format_size(self.total, self.done)}"
-        to_come = self.total - self.done
-        if self.bytes_per_second and to_come:
-            text += f", {self.bytes_per_second / MB:.1f} MB/s, {format_time_left(to_come / self.bytes_per_second)} left"
+        remaining = self.total - self.done
+        if self.bytes_per_second and remaining:
+            text += (
+                f", {self.bytes_per_second / MB:.1f} MB/s, {format_time_left(remaining / self.bytes_per_second)} left"
+            )
         return text, self.done / self.total
 
 
 class ActiveDownload:
-    """A download on its way. Written by its own thread, read by those who wait."""
+    """A running download. Written by its own thread, read by the waiting callers."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.waiter_count = 0  # how many wait for it
+        self.waiter_count = 0
         self.stop_event = threading.Event()
         self.future: Future[None] = Future()
         self._name = name
         self._clock = clock
         self._lock = threading.Lock()
-        self._arrived: dict[RemoteFile, int] = {}  # bytes
+        self._arrived: dict[RemoteFile, int] = {}  # bytes on disk
         self._total = 0
         self._done = 0
-        self._checked: tuple[int, int] | None = None  # how much of what is read again has been read
+        self._checked: tuple[int, int] | None = None  # (read, total) bytes while a partial file is hashed
         self._doing = DOWNLOADING
         self._speed: DownloadSpeed | None = None
 
     @property
     def remaining_bytes(self) -> int:
-        """Bytes that are not on disk yet, as far as is known."""
+        """Bytes that are not on disk yet; 0 until the files are known."""
         return self._total - self._done
 
     def set_files(self, arrived: dict[RemoteFile, int]) -> None:
-        """The files to fetch, and how much of each is there."""
+        """Sets the files to download and the bytes of each that are already on disk."""
         with self._lock:
             self._arrived = dict(arrived)
             self._total = sum(file.size for file in arrived)
@@ -240,16 +239,16 @@ class ActiveDownload:
 
 
 class DownloadSpeed:
-    """How fast bytes come in: the mean of the last ten seconds, so that it neither jumps nor lags."""
+    """The download speed, averaged over the last ten seconds."""
 
-    WINDOW_SECONDS = 10.0  # seconds
-    SAMPLE_SECONDS = 0.25  # seconds between two notes
-    MIN_SECONDS = 1.0  # second, before which nothing is known
+    WINDOW_SECONDS = 10.0
+    SAMPLE_SECONDS = 0.25  # minimum time between two samples
+    MIN_SECONDS = 1.0  # no result before this
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._bytes = 0
-        self._samples = deque([(clock(), 0)])  # when, and how many bytes there were by then
+        self._samples = deque([(clock(), 0)])  # (time, bytes received until then)
 
     def add(self, more: int) -> None:
         self._bytes += more
@@ -258,23 +257,23 @@ class DownloadSpeed:
             self._samples.append((now, self._bytes))
 
     def bytes_per_second(self) -> float | None:
-        """Bytes per second; None as long as it is too early to tell."""
+        """Returns the speed, None during the first `MIN_SECONDS`."""
         now = self._clock()
         while len(self._samples) > 1 and self._samples[1][0] <= now - self.WINDOW_SECONDS:
             self._samples.popleft()
-        then, before = self._samples[0]
-        return (self._bytes - before) / (now - then) if now - then >= self.MIN_SECONDS else None
+        window_start, bytes_at_start = self._samples[0]
+        return (self._bytes - bytes_at_start) / (now - window_start) if now - window_start >= self.MIN_SECONDS else None
 
 
 def format_time_left(seconds: float) -> str:
-    """'45 s', '9 min', '2 h 5 min'."""
+    """Formats seconds as '45 s', '9 min' or '2 h 5 min'."""
     minutes = round(seconds / 60)
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _name(part: Part) -> str:
+def _part_label(part: Part) -> str:
     assert part.repo is not None
     name = part.repo.rpartition("/")[2]
     return {"autoencoder": f"{name} autoencoder", "text": f"{name} text encoder"}.get(part.kind, name)

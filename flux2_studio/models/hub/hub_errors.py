@@ -1,6 +1,6 @@
-"""Why the hub did not give a file, in sentences that say what to do: the page to open, the variable to set.
+"""Explains failed downloads in sentences that say what to do: the page to open, the variable to set.
 
-Nothing of an error's own text is passed on: it may hold a secret.
+The messages never include the text of the original error, which may contain a secret.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class HubErrorMessages:
-    """Puts errors into words, for the hub at `endpoint` and the cache in folder `cache`."""
+    """Writes messages for errors of the hub at `endpoint` and of the cache folder `cache`."""
 
     def __init__(self, endpoint: str, cache: Path) -> None:
         self._endpoint = endpoint
         self._cache = cache
 
     def explain(self, error: Exception, part: Part, repo: str, what: str) -> str:
-        """`error`, met on `what` of `repo` while `part` was fetched."""
+        """Returns the message for `error`, raised for the files `what` of `repo` during the download of `part`."""
         page = f"{self._endpoint}/{repo}"
         tokens = f"{self._endpoint}/settings/tokens"
         or_local_copy = local_copy_hint(part)
@@ -49,7 +49,7 @@ class HubErrorMessages:
                 f"away: try again; if that does not help, look for a proxy that changes downloads, and at {page}"
                 f"{or_local_copy}."
             )
-        if isinstance(error, OSError) and error.filename is not None:  # the file system's, not a socket's
+        if isinstance(error, OSError) and error.filename is not None:  # from the file system, not from a socket
             return (
                 f"{what} cannot be stored in {self._cache}: allow writing there, or set HF_HOME to another folder"
                 f"{or_local_copy}."
@@ -90,14 +90,14 @@ class HubErrorMessages:
         )
 
     def missing_file_message(self, part: Part) -> str:
-        """The repository is there, but not what is looked for in it."""
+        """Returns the message for a repository that lacks the files of `part`."""
         return (
             f"{part.repo} does not hold {part.path or 'all that is needed'} (any more): look at "
             f"{self._endpoint}/{part.repo}{local_copy_hint(part)}."
         )
 
     def no_space_message(self, what: str, needed: int, free: int, margin: int, or_else: str = "") -> str:
-        """There is too little space for the `needed` bytes that are still to come, with `margin` left over."""
+        """Returns the message for too little space for `needed` more bytes with `margin` bytes left free."""
         return (
             f"There is no room for {what} in {self._cache}: {format_size(needed)} are still to come and "
             f"{format_size(margin)} "
@@ -112,15 +112,15 @@ def local_copy_hint(part: Part) -> str:
 
 
 def format_size(total: int, done: int | None = None) -> str:
-    """'7.8 GB', or '1.2 of 7.8 GB'."""
+    """Formats bytes as '7.8 GB' or '1.2 of 7.8 GB'."""
     unit, name = (10**9, "GB") if total >= 10**9 else (10**6, "MB")
     return f"{'' if done is None else f'{done / unit:.1f} of '}{total / unit:.1f} {name}"
 
 
 def _iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and what led to it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    """Yields `error` and its chain of causes."""
+    visited_ids: set[int] = set()
+    while error is not None and id(error) not in visited_ids:
+        visited_ids.add(id(error))
         yield error
         error = error.__cause__ or error.__context__

@@ -1,8 +1,8 @@
-"""The checkpoints as a user manages them: what each takes, what is here of it, and its download, paused and resumed.
+"""Manages checkpoints for the user: status, sizes, and downloads that can be paused and resumed.
 
-A download belongs to the server, not to who asked for it: it goes on in a thread of its own when nobody looks, and
-whoever asks for a checkpoint that is on its way joins in. What is here is read from the disk every time, so a download
-that a killed server left behind shows as a paused one, and what a run or another program fetched shows too.
+A download belongs to the server, not to the client that started it: it continues in its own thread when nobody watches,
+and further requests join it. The status is read from disk every time, so an interrupted download of a killed server
+appears as paused, and files downloaded by a run or another program appear too.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ DOWNLOAD_DEFECT_MESSAGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class SharedPart:
-    """A part that a checkpoint has in common with others."""
+    """A part that a checkpoint shares with other checkpoints."""
 
-    kind: str  # as users call it
+    kind: str  # the label for users, see `PART_LABELS`
     others: tuple[Checkpoint, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointStatus:
-    """One checkpoint, as it is now. Sizes are in bytes.
+    """The current status of a checkpoint. Sizes are in bytes.
 
-    total_bytes: all that it consists of. bytes_on_disk: what was downloaded of it, unfinished files too.
-    remaining_bytes: what is still to download. removable_bytes: what deleting it would free. doing and per_second: of
-    its download; None as long as it is too early to tell. fetching_kinds: kinds of parts that a run, or another
-    checkpoint's download, is fetching. failure: the sentence that ended the last download, or why what is here cannot
-    be used.
+    total_bytes: size of all its parts. bytes_on_disk: downloaded bytes, including unfinished files.
+    remaining_bytes: bytes still to download. removable_bytes: bytes that deleting it would free.
+    activity, bytes_per_second: of its download; the speed is None while unknown.
+    fetching_kinds: labels of parts that a run or another checkpoint's download is fetching.
+    failure: the error of the last download, or why the local files cannot be used.
     """
 
     checkpoint: Checkpoint
@@ -55,7 +55,7 @@ class CheckpointStatus:
     remaining_bytes: int
     removable_bytes: int
     is_bundled: bool  # ships with the studio
-    is_local_file: bool  # a file of the user's own folder
+    is_local_file: bool  # a file of the user's own checkpoint folder
     shared: tuple[SharedPart, ...]
     licence_urls: tuple[str, ...]  # where the licences of its gated parts are accepted
     activity: str = ""
@@ -65,9 +65,9 @@ class CheckpointStatus:
 
     @property
     def fraction(self) -> float:
-        """How much of what must be downloaded is here (0..1)."""
-        whole = self.bytes_on_disk + self.remaining_bytes
-        return self.bytes_on_disk / whole if whole else 1.0
+        """The downloaded fraction (0..1)."""
+        total = self.bytes_on_disk + self.remaining_bytes
+        return self.bytes_on_disk / total if total else 1.0
 
     @property
     def seconds_left(self) -> float | None:
@@ -75,12 +75,12 @@ class CheckpointStatus:
 
 
 class DownloadPaused(Exception):
-    """The user wants the download to wait."""
+    """The user has paused the download."""
 
 
 @dataclass
 class DownloadTask:
-    """A download that somebody asked for. Written by its own thread; `is_pausing` by whoever pauses it."""
+    """A requested download. Its own thread writes it, except `is_pausing`, which the pausing thread sets."""
 
     is_running: bool = True
     is_pausing: bool = False
@@ -95,7 +95,7 @@ class DownloadTask:
 
 @dataclass(frozen=True, kw_only=True)
 class PartStatus:
-    """What is here of a part."""
+    """The current status of a part. Sizes are in bytes."""
 
     is_complete: bool
     bytes_on_disk: int
@@ -105,10 +105,10 @@ class PartStatus:
 
 
 class CheckpointLibrary:
-    """The checkpoints of `settings`, on the hub and in the cache of `hub`. Callable from several threads.
+    """The checkpoints of `settings`, on the hub and in the cache of `hub`. Thread-safe.
 
-    `hub` should be the one that loads checkpoints too: then a run that needs one on its way joins the download.
-    local_file_problems: a sentence about each file of the user's own folder that is no checkpoint.
+    `hub` should be the instance that also loads checkpoints, so that a run joins a download in progress.
+    local_file_problems: a sentence for each file of the user's own folder that cannot be used as a checkpoint.
     """
 
     def __init__(self, settings: Settings, hub: Hub, local_file_problems: Sequence[str] = ()) -> None:
@@ -116,30 +116,30 @@ class CheckpointLibrary:
         self.checkpoints = settings.checkpoints
         self._settings = settings
         self._hub = hub
-        self._tasks: dict[str, DownloadTask] = {}  # by checkpoint, the last of each
-        self._lock = threading.Lock()  # held by what starts or deletes: neither must begin while the other is at it
+        self._tasks: dict[str, DownloadTask] = {}  # the latest, by checkpoint name
+        self._lock = threading.Lock()  # no download may start during a deletion, and vice versa
 
     def list_statuses(self) -> list[CheckpointStatus]:
-        """Every checkpoint, in the order of the list. Never uses the network, and waits for nobody."""
-        tasks = dict(self._tasks)  # at one stroke, so without the lock, which a deletion may hold for seconds
+        """Returns the status of every checkpoint in the order of `checkpoints`. Uses no network and never blocks."""
+        tasks = dict(self._tasks)  # an atomic copy, without the lock, which a deletion may hold for seconds
         parts = {part for checkpoint in self.checkpoints for part in list_parts(checkpoint)}
-        looks = {part: self._inspect_part(part) for part in parts}
-        return [self._make_status(checkpoint, looks, tasks) for checkpoint in self.checkpoints]
+        part_statuses = {part: self._inspect_part(part) for part in parts}
+        return [self._make_status(checkpoint, part_statuses, tasks) for checkpoint in self.checkpoints]
 
     def get_status(self, name: str) -> CheckpointStatus:
-        """The checkpoint called `name`. Raises `RequestError` for an unknown one."""
+        """Returns the status of checkpoint `name`. Raises `RequestError` for an unknown name."""
         checkpoint = self._settings.checkpoint(name)
         return next(entry for entry in self.list_statuses() if entry.checkpoint == checkpoint)
 
     def free_space(self) -> tuple[str, int]:
-        """The folder where downloads go, and the bytes that are free there."""
+        """Returns the download folder and its free bytes."""
         folder, free = self._hub.free_space()
         return str(folder), free
 
     def download(self, name: str) -> None:
-        """Start the download of `name`, or go on with it; one that is running already is shared.
+        """Starts or resumes the download of `name`; does nothing if it is running already.
 
-        What goes wrong is the entry's `failure`. Raises `RequestError` for an unknown name.
+        Errors appear as the status's `failure`. Raises `RequestError` for an unknown name.
         """
         checkpoint = self._settings.checkpoint(name)
         with self._lock:
@@ -150,17 +150,17 @@ class CheckpointLibrary:
         threading.Thread(target=self._run, args=(checkpoint, task), name=f"flux2-shelf-{name}", daemon=True).start()
 
     def pause(self, name: str) -> None:
-        """Let the download of `name` wait until it is asked for again. What others are waiting for still comes."""
+        """Pauses the download of `name`. Parts that others are waiting for continue."""
         with self._lock:
             task = self._tasks.get(name)
             if task and task.is_running:
                 task.is_pausing = True
 
     def remove(self, name: str) -> str:
-        """Delete what was downloaded of `name`, except what others need. Returns what was done, for the user to read.
+        """Deletes the downloaded files of `name`, except those that other checkpoints need. Returns a message.
 
-        Others are those that are complete, and those whose downloads are running, paused or failed. A user's own files
-        stay. Raises `WeightsError` while `name` is being downloaded or where files cannot be deleted.
+        Other checkpoints are those that are complete, and those whose downloads are running, paused or failed. The
+        user's own files stay. Raises `WeightsError` if `name` is being downloaded or files cannot be deleted.
         """
         checkpoint = self._settings.checkpoint(name)
         with self._lock:
@@ -170,7 +170,7 @@ class CheckpointLibrary:
             wanted = [self._settings.checkpoint(other) for other in self._tasks if other != name]
             removed = self._hub.remove(checkpoint, wanted)
             self._tasks.pop(name, None)
-        return _removal(checkpoint, removed)
+        return _describe_removal(checkpoint, removed)
 
     def _run(self, checkpoint: Checkpoint, task: DownloadTask) -> None:
         try:
@@ -189,7 +189,7 @@ class CheckpointLibrary:
                 del self._tasks[checkpoint.name]
 
     def _parts_to_download(self, checkpoint: Checkpoint) -> tuple[Part, ...]:
-        """What to download for `checkpoint`: with the previews' decoder, where previews use it."""
+        """Returns the parts to download for `checkpoint`, with the preview decoder if the settings use it."""
         preview = (checkpoint.tiny_autoencoder,) if self._settings.preview == "tiny" else ()
         return tuple(dict.fromkeys((*checkpoint.parts, *preview)))
 
@@ -199,22 +199,24 @@ class CheckpointLibrary:
             complete = self._hub.find(part) is not None
         except WeightsError as error:
             problem = str(error)
-        here, reached = self._hub.size_on_disk(part), self._hub.download_progress(part)
+        bytes_on_disk, progress = self._hub.size_on_disk(part), self._hub.download_progress(part)
         if complete:
-            total = here or part.size
-        elif reached and reached.total:
-            here, total = reached.done, reached.total
-        else:  # by the table, which is about right
-            total = max(part.size, here)
-        return PartStatus(is_complete=complete, bytes_on_disk=here, total=total, progress=reached, problem=problem)
+            total = bytes_on_disk or part.size
+        elif progress and progress.total:
+            bytes_on_disk, total = progress.done, progress.total
+        else:  # `part.size` is approximate
+            total = max(part.size, bytes_on_disk)
+        return PartStatus(
+            is_complete=complete, bytes_on_disk=bytes_on_disk, total=total, progress=progress, problem=problem
+        )
 
     def _make_status(
         self, checkpoint: Checkpoint, part_statuses: Mapping[Part, PartStatus], tasks: Mapping[str, DownloadTask]
     ) -> CheckpointStatus:
         parts = {part: part_statuses[part] for part in self._parts_to_download(checkpoint)}
-        missing = {part: look for part, look in parts.items() if not look.is_complete}
-        problem = next((look.problem for look in missing.values() if look.problem), "")
-        own = checkpoint.flow.repo is None and Path(checkpoint.flow.path).is_absolute()
+        missing = {part: status for part, status in parts.items() if not status.is_complete}
+        problem = next((status.problem for status in missing.values() if status.problem), "")
+        is_local = checkpoint.flow.repo is None and Path(checkpoint.flow.path).is_absolute()
         task = tasks.get(checkpoint.name)
         downloading = task is not None and task.is_running and not task.is_pausing
         state: CheckpointState = "absent"
@@ -224,35 +226,37 @@ class CheckpointLibrary:
             state = "complete"
         elif problem or (task and task.failure):
             state = "failed"
-        elif task or any(look.bytes_on_disk for look in missing.values()):
+        elif task or any(status.bytes_on_disk for status in missing.values()):
             state = "paused"
-        moving = [(part, look.progress) for part, look in missing.items() if look.progress]
-        rates = [reached.bytes_per_second for _, reached in moving if reached.bytes_per_second]
+        active_parts = [(part, status.progress) for part, status in missing.items() if status.progress]
+        speeds = [progress.bytes_per_second for _, progress in active_parts if progress.bytes_per_second]
         return CheckpointStatus(
             checkpoint=checkpoint,
             state=state,
-            total_bytes=sum(look.total for look in parts.values()),
-            bytes_on_disk=sum(look.bytes_on_disk for look in parts.values()),
+            total_bytes=sum(status.total for status in parts.values()),
+            bytes_on_disk=sum(status.bytes_on_disk for status in parts.values()),
             remaining_bytes=sum(
-                look.total - look.bytes_on_disk for part, look in missing.items() if self._hub.is_from_hub(part)
+                status.total - status.bytes_on_disk for part, status in missing.items() if self._hub.is_from_hub(part)
             ),
             removable_bytes=self._removable(checkpoint, part_statuses, tasks),
-            is_bundled=all(part.repo is None for part in checkpoint.parts) and not own,
-            is_local_file=own,
+            is_bundled=all(part.repo is None for part in checkpoint.parts) and not is_local,
+            is_local_file=is_local,
             shared=self._shared(checkpoint),
             licence_urls=tuple(
                 self._hub.repository_url(part) for part in parts if part.gated and self._hub.is_from_hub(part)
             ),
-            activity=_doing(task, moving) if task and downloading else "",
-            bytes_per_second=sum(rates) if downloading and rates else None,
-            fetching_kinds=() if task and task.is_running else tuple(PART_LABELS[part.kind] for part, _ in moving),
+            activity=_describe_activity(task, active_parts) if task and downloading else "",
+            bytes_per_second=sum(speeds) if downloading and speeds else None,
+            fetching_kinds=()
+            if task and task.is_running
+            else tuple(PART_LABELS[part.kind] for part, _ in active_parts),
             failure=problem or (task.failure if task and missing else ""),
         )
 
     def _removable(
         self, checkpoint: Checkpoint, part_statuses: Mapping[Part, PartStatus], tasks: Mapping[str, DownloadTask]
     ) -> int:
-        """As `Hub.remove` will have it."""
+        """Returns the bytes that `Hub.remove` would free."""
         needed = {
             part
             for other in self.checkpoints
@@ -263,22 +267,22 @@ class CheckpointLibrary:
         return sum(part_statuses[part].bytes_on_disk for part in list_parts(checkpoint) if part not in needed)
 
     def _shared(self, checkpoint: Checkpoint) -> tuple[SharedPart, ...]:
-        found = []
+        shared = []
         for part in checkpoint.parts:
             others = tuple(other for other in self.checkpoints if other != checkpoint and part in other.parts)
             if others:
-                found.append(SharedPart(kind=PART_LABELS[part.kind], others=others))
-        return tuple(found)
+                shared.append(SharedPart(kind=PART_LABELS[part.kind], others=others))
+        return tuple(shared)
 
 
-def _doing(task: DownloadTask, moving: Sequence[tuple[Part, DownloadProgress]]) -> str:
-    """What a download is doing, in words; the checkpoint's own numbers stand elsewhere."""
-    for _, reached in moving:
-        return reached.status[0] if reached.verified_bytes else reached.label
+def _describe_activity(task: DownloadTask, moving: Sequence[tuple[Part, DownloadProgress]]) -> str:
+    """Returns the activity text of a download, without numbers unless a partial file is being verified."""
+    for _, progress in moving:
+        return progress.status[0] if progress.verified_bytes else progress.label
     return task.activity
 
 
-def _removal(checkpoint: Checkpoint, removed: RemovalResult) -> str:
+def _describe_removal(checkpoint: Checkpoint, removed: RemovalResult) -> str:
     sentences = [
         f"{format_size(removed.freed_bytes)} freed."
         if removed.freed_bytes
@@ -288,12 +292,14 @@ def _removal(checkpoint: Checkpoint, removed: RemovalResult) -> str:
     for part, others in removed.kept_parts:
         kept.setdefault(others, []).append(f"the {PART_LABELS[part.kind]}")
     for others, kinds in kept.items():
-        what = f"{_join_words(kinds)} {'stays' if len(kinds) == 1 else 'stay'}"
-        sentences.append(f"{what[0].upper()}{what[1:]}, for {_join_words([other.label for other in others])}.")
+        kept_text = f"{_join_words(kinds)} {'stays' if len(kinds) == 1 else 'stay'}"
+        sentences.append(
+            f"{kept_text[0].upper()}{kept_text[1:]}, for {_join_words([other.label for other in others])}."
+        )
     return " ".join(sentences)
 
 
 def _join_words(words: Sequence[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
+    """Joins words as 'a', 'a and b' or 'a, b and c'."""
+    *first_words, last = words
+    return f"{', '.join(first_words)} and {last}" if first_words else last

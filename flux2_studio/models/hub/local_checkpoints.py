@@ -1,8 +1,8 @@
-"""A user's own folder of checkpoint files, safetensors and GGUF: each recognised by its header, none read further.
+"""Recognises the files of a user's checkpoint folder, safetensors and GGUF, by their headers alone.
 
-A transformer becomes a checkpoint of its family, under its own name, with the family's text encoder and autoencoder.
-The family is the one whose text encoder has the width that the file's `txt_in` reads; which of the family (distilled,
-Base, KV) no tensor tells, so the words of the file's name decide.
+A transformer file becomes a checkpoint with its own name and the text encoder and autoencoder of its family. The family
+is the set of checkpoints whose text encoder has the width of the file's `txt_in`. No tensor distinguishes its members
+(distilled, Base, KV), so the words of the file name decide.
 """
 
 from __future__ import annotations
@@ -24,21 +24,26 @@ if TYPE_CHECKING:
 LocalFileKind = Literal["transformer", "lora", "autoencoder", "tiny autoencoder", "unknown"]
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".gguf")
-# What tells a file's kind, first match first: a pattern, and what a file with such a key is.
+# Patterns of tensor names that determine a file's kind. The first match wins.
 KIND_PATTERNS: tuple[tuple[str, LocalFileKind], ...] = (
     (r"\.lora[_.](A|B|down|up)\b|\.lokr_|\.hada_|\.dora_scale$|\.diff$", "lora"),
     (r"^(txt_in|context_embedder)\.weight$", "transformer"),
     (r"^(encoder|decoder)\.(mid|mid_block|up|up_blocks)\.", "autoencoder"),
     (r"^decoder\.layers\.\d+\.", "tiny autoencoder"),
 )
-DTYPE_LABELS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "fp8"}  # others as they are
+DTYPE_LABELS = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "fp8",
+}  # other names are shown unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalFile:
-    """One file of the folder. `checkpoint` where it can be chosen; otherwise `reason` says in words why it cannot.
+    """One file of the folder. It has a `checkpoint` if it can be chosen, otherwise a `reason` for the user.
 
-    A LoRA has neither: it can be chosen beside a checkpoint, see `models.loras`.
+    A LoRA has neither, since it is chosen separately, see `models.loras`.
     """
 
     path: Path
@@ -48,9 +53,9 @@ class LocalFile:
 
 
 def add_local_checkpoints(settings: Settings) -> tuple[Settings, list[str]]:
-    """`settings` with the checkpoints of its folder, and a sentence about every file there that is none.
+    """Returns `settings` with the checkpoints of its folder added, and a sentence for every unusable file.
 
-    Raises `WeightsError` if the folder is not there, `RequestError` if the default checkpoint is in neither list.
+    Raises `WeightsError` if the folder does not exist, `RequestError` if the default checkpoint is in neither list.
     """
     if settings.checkpoints_dir is None:
         return settings, []
@@ -62,31 +67,32 @@ def add_local_checkpoints(settings: Settings) -> tuple[Settings, list[str]]:
 
 
 def find_local_files(folder: Path, known: Sequence[Checkpoint]) -> list[LocalFile]:
-    """Every safetensors and GGUF file below `folder`, recognised, by name. Raises `WeightsError` for no such folder.
+    """Recognises every safetensors and GGUF file below `folder`, in path order.
 
-    known: the checkpoints that lend their text encoders and autoencoders.
+    known: the checkpoints whose text encoders and autoencoders can be used. Raises `WeightsError` if the folder does
+    not exist.
     """
     if not folder.is_dir():
         raise WeightsError(
             f"FLUX2_CHECKPOINTS_DIR is {folder}, where there is no folder: make it, or unset the variable."
         )
-    found = []
+    local_files = []
     names = {checkpoint.name for checkpoint in known}
     for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or path.suffix.lower() not in CHECKPOINT_SUFFIXES or not path.is_file():
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if is_hidden or path.suffix.lower() not in CHECKPOINT_SUFFIXES or not path.is_file():
             continue
         name = next(name for name in _iterate_checkpoint_names(path, folder) if name not in names)
         names.add(name)
-        found.append(recognise_file(path, name, known))
-    return found
+        local_files.append(recognise_file(path, name, known))
+    return local_files
 
 
 def recognise_file(path: Path, name: str, known: Sequence[Checkpoint]) -> LocalFile:
-    """What `path` is. A file that cannot be read is an unknown one, with the reason."""
+    """Recognises the file `path`. An unreadable file gets the kind "unknown" with a reason."""
     if problem := find_name_problem(path):
         return LocalFile(path=path, kind="unknown", reason=problem)
-    # Torch takes seconds to import, and whoever has no folder of their own does not need it here.
+    # Imported late: torch takes seconds to import and is not needed without a checkpoint folder.
     from flux2_studio.engine.weights.formats import COMFYUI_PREFIXES, open_checkpoint_contents
 
     try:
@@ -99,18 +105,18 @@ def recognise_file(path: Path, name: str, known: Sequence[Checkpoint]) -> LocalF
         return LocalFile(path=path, kind="unknown", reason=reason)
     shapes = contents.shapes
     kind = detect_file_kind(shapes)
-    called = make_printable(path.name)
+    label = make_printable(path.name)
     if kind == "unknown":
         return LocalFile(
             path=path,
             kind="unknown",
-            reason=f"{called} holds neither a FLUX.2 transformer, nor a LoRA or autoencoder.",
+            reason=f"{label} holds neither a FLUX.2 transformer, nor a LoRA or autoencoder.",
         )
     if kind != "transformer":
         reasons = {
             "lora": "",
-            "autoencoder": f"{called} is an autoencoder: set AE_MODEL_PATH to it to use it with every checkpoint.",
-            "tiny autoencoder": f"{called} draws previews: set TAEF2_MODEL_PATH to it.",
+            "autoencoder": f"{label} is an autoencoder: set AE_MODEL_PATH to it to use it with every checkpoint.",
+            "tiny autoencoder": f"{label} draws previews: set TAEF2_MODEL_PATH to it.",
         }
         return LocalFile(path=path, kind=kind, reason=reasons[kind])
     shape = shapes.get("txt_in.weight", shapes.get("context_embedder.weight", ()))
@@ -120,15 +126,15 @@ def recognise_file(path: Path, name: str, known: Sequence[Checkpoint]) -> LocalF
         return LocalFile(
             path=path,
             kind="transformer",
-            reason=f"{called} reads text of width {shape[-1] if shape else 'unknown'}, which no known text encoder "
+            reason=f"{label} reads text of width {shape[-1] if shape else 'unknown'}, which no known text encoder "
             f"gives (known: {widths}).",
         )
-    like = _closest_checkpoint(path, family)
+    closest = _closest_checkpoint(path, family)
     checkpoint = replace(
-        like,
+        closest,
         name=name,
-        label=f"{make_printable(path.stem)} ({_short(like.label)}, {_numbers(contents)})",
-        good_for=f"Your own file, used as {like.label}: with its text encoder, steps and limits.",
+        label=f"{make_printable(path.stem)} ({_shorten_label(closest.label)}, {_main_dtype_label(contents)})",
+        good_for=f"Your own file, used as {closest.label}: with its text encoder, steps and limits.",
         flow=Part(kind="flow", repo=None, path=str(path.absolute()), size=size),
         hidden_width=shape[0],
         licence="that of the file's maker",
@@ -137,49 +143,51 @@ def recognise_file(path: Path, name: str, known: Sequence[Checkpoint]) -> LocalF
 
 
 def find_name_problem(path: Path) -> str:
-    """What is wrong with the name of a file that no page and no picture could tell of; empty where nothing is."""
-    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # bytes that are no text
+    """Returns the problem of a file name that cannot be encoded as text, "" if there is none."""
+    if any(
+        "\ud800" <= letter <= "\udfff" for letter in str(path)
+    ):  # surrogates stand for bytes that are not valid text
         return f"The name of the file {path.name!a} is no text: rename it."
     return ""
 
 
 def make_printable(text: str) -> str:
-    """`text` in one line, whatever a file is called."""
+    """Replaces non-printable characters, including line breaks, by underscores."""
     return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
 def detect_file_kind(keys: Iterable[str]) -> LocalFileKind:
-    """What a file with such keys is."""
+    """Returns the kind of a file with these tensor names."""
     keys = list(keys)
-    return next((kind for sign, kind in KIND_PATTERNS if any(re.search(sign, key) for key in keys)), "unknown")
+    return next((kind for pattern, kind in KIND_PATTERNS if any(re.search(pattern, key) for key in keys)), "unknown")
 
 
 def _iterate_checkpoint_names(path: Path, folder: Path) -> Iterator[str]:
-    """Names for a checkpoint, until one is free: the file's, with its folders, with a number."""
+    """Yields candidate names for a checkpoint: the file name, its path in the folder, then numbered variants."""
     yield make_printable(path.stem)
-    whole = make_printable(path.relative_to(folder).with_suffix("").as_posix())
-    yield whole
+    path_name = make_printable(path.relative_to(folder).with_suffix("").as_posix())
+    yield path_name
     number = 2
     while True:
-        yield f"{whole}-{number}"
+        yield f"{path_name}-{number}"
         number += 1
 
 
 def _closest_checkpoint(path: Path, family: Sequence[Checkpoint]) -> Checkpoint:
-    """The one of `family` whose marks are all words of the file's name; the one with most marks, then the first."""
+    """Returns the checkpoint of `family` with the most `name_keywords`, all of them words of the file name."""
     words = set(re.split(r"[^a-z0-9]+", path.stem.lower()))
-    fitting = [checkpoint for checkpoint in family if words.issuperset(checkpoint.name_keywords)]
-    return max(fitting or family, key=lambda checkpoint: len(checkpoint.name_keywords))
+    matches = [checkpoint for checkpoint in family if words.issuperset(checkpoint.name_keywords)]
+    return max(matches or family, key=lambda checkpoint: len(checkpoint.name_keywords))
 
 
-def _numbers(contents: CheckpointContents) -> str:
-    """The number format that most of the file's values are in."""
+def _main_dtype_label(contents: CheckpointContents) -> str:
+    """Returns the dtype label of the largest number of values in the file."""
     count: dict[str, int] = {}
     for entry in contents.entries.values():
         count[entry.dtype] = count.get(entry.dtype, 0) + math.prod(entry.shape)
-    most = max(count, key=lambda dtype: count[dtype])
-    return DTYPE_LABELS.get(most, most)
+    most_common = max(count, key=lambda dtype: count[dtype])
+    return DTYPE_LABELS.get(most_common, most_common)
 
 
-def _short(label: str) -> str:
+def _shorten_label(label: str) -> str:
     return label.removeprefix("FLUX.2 ")

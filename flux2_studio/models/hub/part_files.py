@@ -1,7 +1,7 @@
-"""Which files make up a part: in a repository, in a folder of the user's own, and whether all of them are there.
+"""Lists which files make up a part, in a repository or a user's folder, and checks whether they are complete.
 
-Only the files that are read count: safetensors, never pickles, and of repositories that carry their weights twice
-(Mistral's `consolidated.safetensors`) one copy. Knows nothing of the network.
+Includes only files that the studio reads: safetensors, never pickles, and only one copy from repositories that contain
+the weights twice (Mistral's `consolidated.safetensors`). Uses no network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "vocab.json",
     "merges.txt",
-    "config.json",  # names the model, from which transformers knows the tokenizer's class
+    "config.json",  # transformers derives the tokenizer class from it
 )
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # a tokenizer needs one
 
@@ -41,7 +41,7 @@ class PartFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class RepoSelection:
-    """Files of one repository: those under `path` (a file, or a folder, "" for the root) that match `patterns`."""
+    """Files of one repository. path: a file or a folder ("" for the root). patterns: match paths in the repository."""
 
     repo: str
     path: str
@@ -52,20 +52,23 @@ class RepoSelection:
         return f"{self.repo}/{self.path}".rstrip("/")
 
     def filter_names(self, names: Iterable[str]) -> list[str]:
-        """Those of `names`, paths inside the repository, that belong to the pick."""
+        """Returns those of `names` (paths in the repository) that belong to the selection."""
         return [name for name in names if any(_matches(name, pattern) for pattern in self.patterns)]
 
 
 def select_repo_files(part: Part) -> tuple[RepoSelection, ...]:
-    """Where the files of `part` are on the hub. A text part has two: the weights', then the tokenizer's."""
+    """Returns the hub files of `part`. A text part has two selections: weights, then tokenizer."""
     assert part.repo is not None
     if part.kind != "text":
         return (RepoSelection(repo=part.repo, path=part.path, patterns=(part.path,)),)
     repo, folder = part.tokenizer or (None, part.path)
-    return (_folder(part.repo, part.path, WEIGHT_FILES), _folder(repo or part.repo, folder, TOKENIZER_FILES))
+    return (
+        _select_from_folder(part.repo, part.path, WEIGHT_FILES),
+        _select_from_folder(repo or part.repo, folder, TOKENIZER_FILES),
+    )
 
 
-def _folder(repo: str, folder: str, files: tuple[str, ...]) -> RepoSelection:
+def _select_from_folder(repo: str, folder: str, files: tuple[str, ...]) -> RepoSelection:
     return RepoSelection(
         repo=repo, path=folder, patterns=tuple(f"{folder}/{file}" if folder else file for file in files)
     )
@@ -76,7 +79,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether all shards are there: what a broken-off download lacks, the index still lists."""
+    """Returns whether all shards are in `folder`. The index lists even those that an unfinished download lacks."""
     if not (folder / "config.json").is_file():
         return False
     index = folder / "model.safetensors.index.json"
@@ -96,7 +99,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def find_local_copy(part: Part, path: Path) -> PartFiles:
-    """The user's own copy of `part` at `path`, which the part's variable names. Raises `WeightsError`."""
+    """Returns the user's copy of `part` at `path`, the value of its `path_variable`. Raises `WeightsError`."""
     assert part.path_variable is not None
     return (
         _find_local_text_encoder(part.path_variable, path)
@@ -115,24 +118,27 @@ def _find_local_weights(variable: str, path: Path) -> PartFiles:
 
 
 def _find_local_text_encoder(variable: str, path: Path) -> PartFiles:
-    """A text encoder's folder with its tokenizer in it or beside it, or a folder with both as subfolders.
+    """Accepts a text encoder's folder with the tokenizer in it or next to it, or a folder with both as subfolders.
 
-    The subfolder goes first: a whole FLUX.2 repository has safetensors of its own at the root, the transformer's.
+    Tries the subfolder text_encoder first, because a FLUX.2 repository has the transformer's safetensors at its root.
     """
     if not path.is_dir():
         raise WeightsError(
             f"{variable} points to {path}, where there is no folder: set it to the folder that holds the text "
             f"encoder's config.json, .safetensors files and tokenizer, or unset it."
         )
-    places = (path / "text_encoder", path)
-    weights = next((at for at in places if (at / "config.json").is_file() and any(at.glob("*.safetensors"))), None)
+    candidates = (path / "text_encoder", path)
+    weights = next(
+        (folder for folder in candidates if (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))),
+        None,
+    )
     if weights is None:
         raise WeightsError(
             f"{variable} points to {path}, where there is no config.json with .safetensors files beside it, nor in "
             f"text_encoder/ in it: set it to the text encoder's folder, or unset it."
         )
-    beside = (weights, weights / "tokenizer", weights.parent / "tokenizer")
-    tokenizer = next((at for at in beside if has_tokenizer(at)), None)
+    tokenizer_candidates = (weights, weights / "tokenizer", weights.parent / "tokenizer")
+    tokenizer = next((folder for folder in tokenizer_candidates if has_tokenizer(folder)), None)
     if tokenizer is None:
         raise WeightsError(
             f"{variable} points to {path}, which has no tokenizer: put its tokenizer.json and tokenizer_config.json "

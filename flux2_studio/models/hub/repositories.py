@@ -1,9 +1,8 @@
-"""Where a part's files are: a local copy that the user named, what ships with the studio, or the Hugging Face hub.
+"""Finds a part's files: a local copy named by the user, the files that ship with the studio, or the Hugging Face hub.
 
 huggingface_hub, which only this package imports, reads its own variables (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE,
-HF_ENDPOINT), and its cache is where downloads go. A part that is complete in the cache is used as it is, without asking
-the network whether there is a newer one: the studio starts without a connection, and weights do not change under a
-user's feet.
+HF_ENDPOINT). Downloads go to its cache. A part that is complete in the cache is used without checking for a newer
+version, so the studio starts without a network and weights do not change unexpectedly.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ __all__ = ["DownloadProgress", "Hub", "PartFiles", "ProgressCallback", "RemovalR
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalResult:
-    """What `Hub.remove` did. `kept_parts`: parts that stay, each with the checkpoints on this machine that need it."""
+    """The result of `Hub.remove`. `kept_parts`: parts that stay, each with the checkpoints that need it."""
 
-    freed_bytes: int  # bytes
+    freed_bytes: int
     kept_parts: tuple[tuple[Part, tuple[Checkpoint, ...]], ...]
 
 
 class Hub:
-    """Finds parts, downloads those that are nowhere on this machine, and removes what was downloaded.
+    """Finds parts on this machine, downloads missing ones, and removes downloads.
 
-    endpoint, cache: another hub and another cache folder than huggingface_hub's own choice.
-    patience: seconds within which the hub must begin to answer.
-    free_space: how many bytes are free in a folder.
+    endpoint, cache: the hub and the cache folder, by default those of huggingface_hub.
+    timeout: seconds within which the hub must start to respond.
+    free_space: returns the free bytes of a folder.
     """
 
     def __init__(
@@ -60,27 +59,27 @@ class Hub:
         )
 
     def is_on_disk(self, part: Part) -> bool:
-        """Whether `part` is complete on this machine. Never uses the network."""
+        """Returns whether `part` is complete on this machine. Never uses the network."""
         try:
             return self.find(part) is not None
         except WeightsError:
             return False
 
     def find(self, part: Part) -> PartFiles | None:
-        """The files of `part` if it is complete on this machine. Never uses the network.
+        """Returns the files of `part`, None if it is not complete on this machine. Never uses the network.
 
-        Raises `WeightsError` for a local copy that is not there.
+        Raises `WeightsError` for a missing local copy.
         """
         return self._local(part) or self._cached(part)
 
     def is_from_hub(self, part: Part) -> bool:
-        """Whether `part` is the hub's: neither the user's own copy nor what ships with the studio."""
+        """Returns whether `part` comes from the hub, not from a local copy or the studio's assets."""
         return part.repo is not None and not (
             part.path_variable and part.path_variable in self._settings.path_overrides
         )
 
     def size_on_disk(self, part: Part) -> int:
-        """Bytes that the cache holds of `part`, those of a broken-off download too."""
+        """Returns the bytes of `part` in the cache, including unfinished downloads."""
         return (
             sum(self._cache.bytes_of_selection(pick) for pick in select_repo_files(part))
             if self.is_from_hub(part)
@@ -88,21 +87,22 @@ class Hub:
         )
 
     def download_progress(self, part: Part) -> DownloadProgress | None:
-        """How far `part` is; None unless somebody in this program is downloading it."""
+        """Returns the progress of `part`, None if this process is not downloading it."""
         return self._downloads.progress_of(part)
 
     def free_space(self) -> tuple[Path, int]:
-        """The folder where downloads go, and the bytes that are free there."""
+        """Returns the download folder and its free bytes."""
         return self._cache.root, self._downloads.free_bytes()
 
     def repository_url(self, part: Part) -> str:
-        """The address of the repository of `part`, where its licence is accepted."""
+        """Returns the URL of `part`'s repository, where its licence can be accepted."""
         return f"{self._endpoint}/{part.repo}"
 
     def find_or_download(self, part: Part, progress: ProgressCallback) -> PartFiles:
-        """The files of `part`, downloaded if need be. What `progress` raises ends the download and is passed on.
+        """Returns the files of `part`, downloading it if it is missing. An exception from `progress` stops waiting for
+        the download and is re-raised.
 
-        Raises `WeightsError` for a local copy that is not there, `DownloadError` for what the hub does not give.
+        Raises `WeightsError` for a missing local copy, `DownloadError` if the download fails.
         """
         files = self.find(part)
         if files is None:
@@ -113,22 +113,24 @@ class Hub:
         return files
 
     def download(self, checkpoint: Checkpoint, parts: Sequence[Part], progress: ProgressCallback) -> None:
-        """Have `parts` of `checkpoint` on this machine. Room for all of them is looked for before the first begins.
+        """Downloads the missing `parts` of `checkpoint`, after checking the free space for all of them.
 
-        Raises as `find_or_download` does.
+        Raises what `find_or_download` raises.
         """
         missing = [part for part in parts if not self.is_on_disk(part)]
-        # By the table's sizes, which are about right; each part's own are looked at again when it begins.
+        # Uses the approximate sizes of `checkpoints.py`; each download checks its exact size when it starts.
         needed = sum(max(part.size - self.size_on_disk(part), 0) for part in missing if self.is_from_hub(part))
         self._downloads.check_free_space(checkpoint.label, needed)
-        for part in sorted(missing, key=lambda part: not part.gated):  # a gate refuses before gigabytes have come
+        for part in sorted(
+            missing, key=lambda part: not part.gated
+        ):  # gated parts first: a refusal comes before gigabytes are downloaded
             self.find_or_download(part, progress)
 
     def remove(self, checkpoint: Checkpoint, wanted: Collection[Checkpoint] = ()) -> RemovalResult:
-        """Delete from the cache what only `checkpoint` needs of the checkpoints that are complete on this machine, and
-        of those that are `wanted` though they are not.
+        """Deletes the parts of `checkpoint` from the cache, except those that other checkpoints need: the checkpoints
+        that are complete on this machine, and those in `wanted`.
 
-        Users' own copies are never touched. Raises `WeightsError` where files cannot be deleted, or are on their way.
+        Never touches the user's own copies. Raises `WeightsError` if files cannot be deleted or are being downloaded.
         """
         others = [
             other
@@ -136,26 +138,26 @@ class Hub:
             if other.name != checkpoint.name and (other in wanted or all(self.is_on_disk(part) for part in other.parts))
         ]
         needed = {part for other in others for part in list_parts(other)}
-        there = [part for part in list_parts(checkpoint) if self.is_from_hub(part) and self.size_on_disk(part)]
-        going = [part for part in there if part not in needed]
-        for part in going:
+        cached_parts = [part for part in list_parts(checkpoint) if self.is_from_hub(part) and self.size_on_disk(part)]
+        parts_to_remove = [part for part in cached_parts if part not in needed]
+        for part in parts_to_remove:
             if self.download_progress(part):
                 raise WeightsError(f"{part.repo}/{part.path} is being downloaded at the moment: stop that first.")
         freed = self._cache.remove(
-            [pick for part in going for pick in select_repo_files(part)],
+            [pick for part in parts_to_remove for pick in select_repo_files(part)],
             [pick for part in needed if self.is_from_hub(part) for pick in select_repo_files(part)],
         )
         return RemovalResult(
             freed_bytes=freed,
             kept_parts=tuple(
                 (part, tuple(other for other in others if part in list_parts(other)))
-                for part in there
+                for part in cached_parts
                 if part in needed
             ),
         )
 
     def _local(self, part: Part) -> PartFiles | None:
-        """The user's own copy or the studio's, None where `part` is the hub's. Raises `WeightsError`."""
+        """Returns the user's copy or the studio's files, None if `part` comes from the hub. Raises `WeightsError`."""
         if part.path_variable and (path := self._settings.path_overrides.get(part.path_variable)):
             return find_local_copy(part, path)
         if part.repo is not None:
@@ -165,13 +167,13 @@ class Hub:
         for path in (weights, tokenizer):
             if path is None or path.exists():
                 continue
-            if Path(part.path).is_absolute():  # of the user's own folder
+            if Path(part.path).is_absolute():  # a file of the user's own checkpoint folder
                 raise WeightsError(f"{path} is not there any more: put it back, or choose another checkpoint.")
             raise WeightsError(f"{path} is missing, which ships with the studio: install the studio again.")
         return PartFiles(weights=weights, tokenizer=tokenizer)
 
     def _cached(self, part: Part) -> PartFiles | None:
-        """The hub's files of `part` from the cache; None unless every one is there."""
+        """Returns the files of `part` in the hub cache, None if any is missing."""
         if part.kind != "text":
             (pick,) = select_repo_files(part)
             snapshot = self._cache.find_complete(pick)
@@ -190,5 +192,5 @@ class Hub:
 
 
 def list_parts(checkpoint: Checkpoint) -> tuple[Part, ...]:
-    """All that `checkpoint` uses, each once: the previews' small decoder may be its autoencoder."""
+    """Returns all parts of `checkpoint` without duplicates: its preview decoder may be its autoencoder."""
     return tuple(dict.fromkeys((*checkpoint.parts, checkpoint.tiny_autoencoder)))

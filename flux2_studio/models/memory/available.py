@@ -1,4 +1,4 @@
-"""How much memory there is, and how an error says that there is none left."""
+"""Measures free and total memory, and recognises out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-# Where Linux says what a container may have, what it has, and how much of that is files kept for speed: the newer
-# interface, then the older one.
+# (folder, limit file, usage file, name of the page cache in memory.stat) of a container: cgroup v2, then v1.
 CGROUP_MEMORY_FILES = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
@@ -17,7 +16,7 @@ CGROUP_MEMORY_FILES = (
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`."""
+    """Returns the bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -27,18 +26,18 @@ def free_memory(device: torch.device) -> int:
 
 
 def reclaimable_bytes(device: torch.device, held: int) -> int:
-    """How many of the `held` bytes of weights would become free if they left `device`.
+    """Returns how many of `held` bytes of weights become free if they leave `device`.
 
-    On a processor they may be mapped from their files, and count as free already: only memory of no file comes back.
+    On a CPU, weights may be memory-mapped files, which already count as free: only other memory becomes free.
     """
     process = psutil.Process().memory_info()
-    if device.type != "cpu" or not hasattr(process, "shared"):  # which only Linux tells
+    if device.type != "cpu" or not hasattr(process, "shared"):  # psutil has `shared` only on Linux
         return held
     return min(held, process.rss - process.shared)
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that `device` has, in use or not."""
+    """Returns the total bytes of memory of `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "mps":
@@ -47,12 +46,12 @@ def total_memory(device: torch.device) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes of main memory that can still be had, files that the system keeps in it for speed included."""
+    """Returns the available bytes of main memory, including the page cache."""
     return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in read_container_memory())])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device's memory is used up; only CUDA has an exception of its own for it."""
+    """Returns whether `error` means out of memory. Only CUDA has its own exception type for that."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
@@ -60,17 +59,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def read_container_memory(places: Iterable[tuple[Path, str, str, str]] = CGROUP_MEMORY_FILES) -> list[tuple[int, int]]:
-    """(limit, used) in bytes of the container that this process is in; [] where there is none or no limit.
+    """Returns (limit, used) in bytes of this process's container, without the page cache; [] without a limit.
 
-    places: folders and names of the files that say so, and what files kept for speed are called in memory.stat.
+    places: as `CGROUP_MEMORY_FILES`.
     """
-    found = []
-    for folder, limit, used, files in places:
+    containers = []
+    for folder, limit_file, usage_file, cache_field in places:
         try:
-            most, now = ((folder / name).read_text().strip() for name in (limit, used))
-            said = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # not Linux, not in a container, or something else altogether
+            limit, used = ((folder / name).read_text().strip() for name in (limit_file, usage_file))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not Linux, not in a container, or another format
             continue
-        if most.isdecimal() and now.isdecimal():  # "max" is none
-            found.append((int(most), max(0, int(now) - int(said.get(files, 0)))))
-    return found
+        if limit.isdecimal() and used.isdecimal():  # "max" means no limit
+            containers.append((int(limit), max(0, int(used) - int(stat.get(cache_field, 0)))))
+    return containers

@@ -1,4 +1,4 @@
-"""Where and how parts are computed and held: device, precision, storage."""
+"""Chooses the device, the compute dtype and the weight storage of parts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from flux2_studio.engine.runtime.processor import has_bfloat16
 from flux2_studio.engine.weights.loading import WeightStorage
 from flux2_studio.errors import DeviceError
 
-LARGE_MODEL_BYTES = (
-    2 * 10**9
-)  # bytes of bfloat16 weights (a billion parameters) from which a CPU had better stay at bfloat16
+# Size in bfloat16 (a billion parameters) from which a model counts as large: it stays in bfloat16 on a CPU, and is
+# quantised and compiled if so configured.
+LARGE_MODEL_BYTES = 2 * 10**9
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; for "auto" the fastest there is. Raises `DeviceError`."""
+    """Returns the device `name`, for "auto" the first of cuda, mps and cpu that is available. Raises `DeviceError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -39,23 +39,23 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None, part: Part) -> torch.dtype:
-    """The precision of `part`, a part of `checkpoint`; a text encoder's depends on itself alone, as many checkpoints
-    and writing share it.
+    """Returns the compute dtype of `part`, a part of `checkpoint`.
 
-    auto: bfloat16, or float16 on a CUDA device without it. On a CPU float32 for small checkpoints, which are as quick
-    and exact so, and for all where the processor has no bfloat16: weights stay small there, see `choose_storage`.
-    float16 is kept to the transformer, which guards its range: text encoders and autoencoders were
-    trained in bfloat16 and would overflow. The tiny autoencoder is published in float16. A processor without
-    bfloat16 gets autoencoders in float32, whatever was asked for: the way round is 100 times slower there, and takes
-    several times the memory.
+    A text encoder's dtype does not depend on the checkpoint, because several checkpoints and the writer share it.
+
+    auto: bfloat16, or float16 on a CUDA device without bfloat16. On a CPU float32 for small checkpoints, which are as
+    fast that way and exact, and for all on CPUs without bfloat16, where `choose_storage` keeps the weights small.
+    float16 only applies to the transformer, which guards its range: text encoders and autoencoders were trained in
+    bfloat16 and would overflow. The tiny autoencoder is published in float16. On a CPU without bfloat16, autoencoders
+    always use float32: bfloat16 is 100 times slower there and takes several times the memory.
     """
     if part.kind == "tiny autoencoder":
         return torch.float32 if device.type == "cpu" else torch.float16
     if part.kind == "autoencoder" and device.type == "cpu" and not has_bfloat16():
         return torch.float32
     if name == "auto":
-        whole = part if part.kind == "text" or checkpoint is None else checkpoint.flow
-        if device.type == "cpu" and (whole.size < LARGE_MODEL_BYTES or not has_bfloat16()):
+        deciding_part = part if part.kind == "text" or checkpoint is None else checkpoint.flow
+        if device.type == "cpu" and (deciding_part.size < LARGE_MODEL_BYTES or not has_bfloat16()):
             name = "float32"
         elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = "float16"
@@ -67,12 +67,12 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
 
 
 def choose_storage(quantize: str, dtype: str, device: torch.device, part: Part) -> WeightStorage:
-    """How the weights of `part` are held in memory. dtype: the precision that was asked for, see `choose_dtype`.
+    """Returns how the weights of `part` are stored in memory. dtype: the configured precision, as in `choose_dtype`.
 
-    As the user set it, for the two parts that are large. Otherwise as the file has them, so that an 8-bit or 4-bit
-    file takes no more memory than disk; but restored where that costs little (a toy on a CPU, which is quicker so) and
-    where 8-bit floats cannot be held (Apple). A processor without bfloat16 that computes in float32 for that reason
-    holds them in bfloat16: its products are five times as fast so, and take no more memory (benchmarks/NOTES.md).
+    Large transformers and text encoders are quantised as configured. Other parts stay in the file's format, so that an
+    8-bit or 4-bit file takes no more memory than disk. They are dequantised if that costs little (small parts, which
+    are faster that way) and on Apple, which has no 8-bit floats. A CPU without bfloat16 computes in float32 but stores
+    large parts in bfloat16: matmuls are five times as fast that way and take no more memory (benchmarks/NOTES.md).
     """
     if part.kind in ("flow", "text") and quantize != "off" and part.size >= LARGE_MODEL_BYTES:
         return "fp8" if quantize == "fp8" else "int8"

@@ -1,7 +1,8 @@
-"""How many processors a computation may keep busy.
+"""Limits torch's threads to the CPU quota of the container.
 
-torch takes as many threads as the machine has cores. A container may have a share of those only (a free Space has 2 of
-many), which the system enforces by stopping all threads for most of the time: a product then waits for the slowest.
+torch starts as many threads as the machine has cores. A container may be limited to a share of them (a free Space has
+2 of many). The system enforces the quota by suspending all threads for most of the time, and a matmul then waits for
+the slowest thread.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-# Where Linux says which part of its time a container may compute: microseconds of computing in a period of so many, by
-# the newer interface in one file, by the older one in two.
+# Files with the CPU quota and the period of a container, both in microseconds: one file with cgroup v2, two with v1.
 CGROUP_CPU_FILES = (
     (Path("/sys/fs/cgroup/cpu.max"),),
     (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")),
@@ -21,18 +21,18 @@ CGROUP_CPU_FILES = (
 
 
 def read_cpu_quota(places: Iterable[tuple[Path, ...]] = CGROUP_CPU_FILES) -> float | None:
-    """The processors that the container may keep busy, on average; None where there is no limit."""
+    """Returns the CPU quota of the container in cores, None if there is no limit."""
     for files in places:
         try:
-            computing, period = " ".join(file.read_text() for file in files).split()
-        except (OSError, ValueError):  # not Linux, not in a container, or something else altogether
+            quota, period = " ".join(file.read_text() for file in files).split()
+        except (OSError, ValueError):  # not Linux, not in a container, or another format
             continue
-        if computing.isdecimal() and period.isdecimal() and int(period):  # "max" or -1 is none
-            return int(computing) / int(period)
+        if quota.isdecimal() and period.isdecimal() and int(period):  # "max" or -1 means no limit
+            return int(quota) / int(period)
     return None
 
 
 def limit_torch_threads(allowed: float | None) -> None:
-    """Have torch compute with no more threads than the container's share has processors."""
+    """Limits torch's threads to `allowed` cores, rounded up; None changes nothing."""
     if allowed is not None and allowed < torch.get_num_threads():
         torch.set_num_threads(max(1, math.ceil(allowed)))

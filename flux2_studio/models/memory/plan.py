@@ -1,13 +1,15 @@
-"""The memory plan: before anything is loaded, what a request will take at each stage, and how it is made to fit.
+"""Plans the memory of a request before anything is loaded.
 
-Does: predicts each stage's peak (weights from the files' headers, activations from the engine's `footprint.py`) and
-takes the quickest way that stays within a budget. Does not know: how memory is moved (`residency.py`), how much there
-is (`available.py`).
+Predicts the peak of each stage (weights from the file headers, activations from the engine's `footprint.py`) and
+chooses the fastest plan within a budget. `residency.py` moves the weights; `available.py` measures free memory.
 
-From quick to slow: all parts stay on the device; the text encoder leaves after the prompt and the rest stays; the same
-with blocks streamed, that is, with as many as must be waiting in main memory and passing through two buffers at every
-step; each stage has the device to itself; that with blocks streamed. Beside that, pictures are read and decoded in
-strips where the whole does not fit, and fewer pictures are drawn at once.
+Candidates from fast to slow:
+1. All parts stay on the device.
+2. The text encoder is offloaded after the prompt; the rest stays.
+3. As 2, with blocks streamed: as many as necessary stay in main memory and pass through two buffers at every step.
+4. Only the parts of one stage are on the device at a time.
+5. As 4, with blocks streamed.
+In each case pictures are encoded and decoded in strips if the whole does not fit, and fewer are drawn at once.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from flux2_studio.errors import OutOfMemory
 from flux2_studio.request import MIN_SIDE, SIZE_MULTIPLE
 
 ResidentParts = Literal["all", "all but the text encoder", "one stage at a time"]
-# How an autoencoder may go through a picture, quickest first: whole or in strips of so many pixels' height, and whether
-# what is between two layers waits in main memory.
+# How an autoencoder may process a picture, fastest first: (strip height in pixels or None for the whole picture,
+# whether activations between layers are offloaded to main memory).
 WHOLE_IMAGE = (None, False)
 STRIP_CANDIDATES: tuple[tuple[int | None, bool], ...] = (
     WHOLE_IMAGE,
@@ -39,16 +41,16 @@ STRIP_CANDIDATES: tuple[tuple[int | None, bool], ...] = (
     (256, True),
     (128, True),
 )
-# A processor is busy with this many tokens: a larger batch is no faster there, only later to its previews and to Stop.
+# This many tokens saturate a CPU: a larger batch is no faster there and only delays previews and Stop.
 CPU_BATCH_TOKENS = 2048
-# What allocators lose to rounding and fragments. On CUDA also the workspaces of cuDNN and cuBLAS.
+# Allocator losses from rounding and fragmentation; on CUDA also the workspaces of cuDNN and cuBLAS.
 ALLOCATOR_OVERHEAD = 1.02
 CUDA_WORKSPACE_BYTES = 192 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartWeightBytes:
-    """Bytes of one part in memory: of each of its blocks, which can be streamed, and of all the rest."""
+    """Bytes of one part in memory: of each block, which can be streamed, and of the rest."""
 
     non_block_bytes: int
     bytes_per_block: tuple[int, ...] = ()
@@ -58,18 +60,24 @@ class PartWeightBytes:
         return self.non_block_bytes + sum(self.bytes_per_block)
 
     def device_bytes(self, streamed: int) -> int:
-        """Bytes on the device when so many blocks are streamed."""
-        chosen = set(spread_evenly(streamed, len(self.bytes_per_block)))
-        staying = self.non_block_bytes + sum(size for i, size in enumerate(self.bytes_per_block) if i not in chosen)
-        return streamed_bytes([self.bytes_per_block[i] for i in sorted(chosen)], staying) if chosen else staying
+        """Returns the bytes on the device if `streamed` blocks are streamed, including the device buffers."""
+        streamed_indices = set(spread_evenly(streamed, len(self.bytes_per_block)))
+        resident = self.non_block_bytes + sum(
+            size for i, size in enumerate(self.bytes_per_block) if i not in streamed_indices
+        )
+        return (
+            streamed_bytes([self.bytes_per_block[i] for i in sorted(streamed_indices)], resident)
+            if streamed_indices
+            else resident
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFootprint:
-    """What a checkpoint brings along, whatever the request. `describe` is None where another machine encodes.
+    """The memory properties of a checkpoint that do not depend on the request.
 
-    text_activations: bytes, by the number of prompts. tiny: of the previews' small decoder, None where there is none.
-    lora_bytes: bytes of what lies beside the transformer's weights.
+    text: None if another machine encodes prompts. text_activations: returns bytes for a number of prompts. tiny: the
+    small preview decoder, None if there is none. lora_bytes: bytes that LoRAs add to the transformer.
     """
 
     label: str
@@ -91,7 +99,7 @@ class ModelFootprint:
 
     @property
     def weights(self) -> dict[str, PartWeightBytes]:
-        """Of each part, by kind; LoRAs count as the transformer's."""
+        """Weights by kind of part; LoRAs count as part of the transformer."""
         flow = replace(self.flow, non_block_bytes=self.flow.non_block_bytes + self.lora_bytes)
         parts = {"text": self.text, "flow": flow, "autoencoder": self.autoencoder, "tiny": self.tiny}
         return {kind: weights for kind, weights in parts.items() if weights is not None}
@@ -99,7 +107,8 @@ class ModelFootprint:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestShape:
-    """What a request asks of the memory. Sizes are (width, height) in pixels. use_cfg: two rows for each picture."""
+    """The properties of a request that determine its memory. References are (width, height) in pixels. use_cfg: two rows
+    per picture."""
 
     width: int
     height: int
@@ -116,9 +125,9 @@ class RequestShape:
 class PlannedStage:
     """One stage of a run.
 
-    parts: those that it uses. resident_parts: those that are on the device meanwhile. weights, activations: bytes.
-    streamed: how many blocks of its first part are. strip_height: the height of the strips in which it goes through a
-    picture, None for the whole; offload_activations: whether what is between two layers waits in main memory then.
+    parts: the parts that it uses. resident_parts: all parts on the device during the stage. weights, activations:
+    bytes. streamed: number of streamed blocks of its first part. strip_height: in pixels, None for the whole picture.
+    offload_activations: whether activations between layers are offloaded to main memory.
     """
 
     name: str
@@ -132,15 +141,15 @@ class PlannedStage:
 
     @property
     def peak(self) -> int:
-        """Bytes on the device at its most."""
+        """Peak bytes on the device."""
         return self.weights + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """How a request is made to fit into `limit` of the `budget` bytes that there are: the rest is the device's own.
+    """A plan that fits a request into `limit` bytes: the usable part of `budget`, without the device's own overhead.
 
-    batch_size: how many pictures are drawn at once. block_counts: how many the parts have that can be streamed.
+    batch_size: how many pictures are drawn at once. block_counts: number of streamable blocks, by kind of part.
     """
 
     budget: int
@@ -152,7 +161,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes on the device at its most."""
+        """Peak bytes on the device."""
         return max(stage.peak for stage in self.stages)
 
     @property
@@ -164,9 +173,11 @@ class MemoryPlan:
         return next(stage for stage in self.stages if stage.name == name)
 
     def same_after_prompt(self, other: MemoryPlan) -> bool:
-        """Whether all that comes after the prompt is done as in `other`: as many pictures at once, as many blocks
-        streamed, the same strips. That is what makes a run slow; the prompt is read once."""
-        after = [
+        """Returns whether all stages after the prompt are as in `other`: batch size, streamed blocks and strips.
+
+        These determine the speed of a run, since the prompt is encoded only once.
+        """
+        later_stages = [
             [
                 (stage.name, stage.streamed, stage.strip_height, stage.offload_activations)
                 for stage in plan.stages
@@ -174,42 +185,44 @@ class MemoryPlan:
             ]
             for plan in (self, other)
         ]
-        return self.batch_size == other.batch_size and after[0] == after[1]
+        return self.batch_size == other.batch_size and later_stages[0] == later_stages[1]
 
     def describe(self, device_label: str) -> str:
-        """Sentences for the page. device_label: what the memory belongs to ("the card", "this machine")."""
-        ways = {
+        """Describes the plan in sentences. device_label: the owner of the memory ("the card", "this machine")."""
+        descriptions = {
             "all": f"everything stays in {device_label}'s memory",
             "all but the text encoder": f"the text encoder leaves {device_label}'s memory after the prompt",
             "one stage at a time": f"text encoder, transformer and autoencoder take turns in {device_label}'s memory",
         }
-        told = [
-            f"Fits: {format_gigabytes(self.peak)} of {format_gigabytes(self.budget)} GB; {ways[self.resident_parts]}."
+        sentences = [
+            f"Fits: {format_gigabytes(self.peak)} of {format_gigabytes(self.budget)} GB; {descriptions[self.resident_parts]}."
         ]
         for part, streamed in {stage.parts[0]: stage.streamed for stage in self.stages if stage.streamed}.items():
-            told.append(
+            sentences.append(
                 f"{streamed} of the {_PART_LABELS[part]}'s {self.block_counts[part]} blocks wait in main memory and "
                 "are sent over "
                 f"when they are needed, which is slower."
             )
         if any(stage.strip_height for stage in self.stages):
-            told.append("Pictures are read and decoded in strips.")
-        return " ".join(told)
+            sentences.append("Pictures are read and decoded in strips.")
+        return " ".join(sentences)
 
 
 def reduce_decoding_memory(plan: MemoryPlan, height: int, *, streaming: bool) -> MemoryPlan | None:
-    """`plan`, for a picture `height` pixels high, with a decoding that takes less memory: first with the autoencoder
-    alone on the device, then in lower and lower strips. None where it cannot take less. streaming: as in `make_plan`.
+    """Returns `plan` with a decoding stage that takes less memory, None if that is not possible.
+
+    First the autoencoder is alone on the device; further calls use lower and lower strips. height: of the picture in
+    pixels. streaming: as in `make_plan`.
     """
     stage = plan.stage(DECODING_STAGE)
-    alone = replace(stage, resident_parts=stage.parts, activations=max(stage.activations, plan.limit - stage.weights))
-    if alone == stage:
-        ways = _strip_candidates(height, has_host_memory=streaming)
-        lower = ways[ways.index((stage.strip_height, stage.offload_activations)) + 1 :]
+    leaner = replace(stage, resident_parts=stage.parts, activations=max(stage.activations, plan.limit - stage.weights))
+    if leaner == stage:
+        candidates = _strip_candidates(height, has_host_memory=streaming)
+        lower = candidates[candidates.index((stage.strip_height, stage.offload_activations)) + 1 :]
         if not lower:
             return None
-        alone = replace(stage, strip_height=lower[0][0], offload_activations=lower[0][1])
-    return replace(plan, stages=tuple(alone if it is stage else it for it in plan.stages))
+        leaner = replace(stage, strip_height=lower[0][0], offload_activations=lower[0][1])
+    return replace(plan, stages=tuple(leaner if it is stage else it for it in plan.stages))
 
 
 STAGE_ORDER = PROMPT_STAGE, REFERENCES_STAGE, DENOISING_STAGE, DECODING_STAGE = (
@@ -231,11 +244,11 @@ def make_plan(
     free_host_bytes: int | None = None,
     streaming: bool = True,
 ) -> MemoryPlan:
-    """The quickest plan within `budget` bytes of the device's memory.
+    """Returns the fastest plan within `budget` bytes of device memory.
 
-    max_bytes: bytes to do with this time, where that is less. free_host_bytes: bytes of main memory for parts whose
-    blocks are streamed, None for no limit. streaming: whether the device has a main memory beside its own. Raises
-    `OutOfMemory` where nothing fits, with the nearest request that would.
+    max_bytes: a lower limit for this plan. free_host_bytes: bytes of main memory for parts with streamed blocks, None
+    for no limit. streaming: whether blocks may be streamed from main memory. Raises `OutOfMemory` if no plan fits; the
+    message names the nearest request that would fit.
     """
     limit = usable_bytes(min(budget, max_bytes or budget), device)
 
@@ -245,57 +258,57 @@ def make_plan(
     plan = planned(shape)
     if plan is not None:
         return plan
-    can = f"{format_gigabytes(budget)} GB can be used"
+    available = f"{format_gigabytes(budget)} GB can be used"
     asked = f"{shape.width} x {shape.height}"
     if count := len(shape.references):
         asked += f" with {count} reference{'s' if count > 1 else ''}"
-    least = _min_budget(model, shape, device, streaming)
+    needed = _min_budget(model, shape, device, streaming)
     if (words := _describe_nearest_fit(shape, lambda lesser: planned(lesser) is not None)) is not None:
         raise OutOfMemory(
-            f"{model.label} at {asked} needs about {format_gigabytes(least)} GB of memory, and {can}. "
+            f"{model.label} at {asked} needs about {format_gigabytes(needed)} GB of memory, and {available}. "
             f"{words} would fit. A smaller checkpoint needs less, and so do weights in 8 bits (FLUX2_QUANTIZE=int8)."
         )
     raise OutOfMemory(
-        f"{model.label} needs about {format_gigabytes(least)} GB of memory for this, and {can}: no size "
+        f"{model.label} needs about {format_gigabytes(needed)} GB of memory for this, and {available}: no size "
         f"fits. Choose a smaller checkpoint or one in fewer bits (a GGUF file, or FLUX2_QUANTIZE=int8), close other "
         f"programs, or raise FLUX2_MEMORY if you have set it."
     )
 
 
 def usable_bytes(budget: int, device: torch.device) -> int:
-    """What weights and activations may take of `budget` bytes of the device's memory: the rest is its own."""
+    """Returns how many of `budget` bytes weights and activations may take; the rest is allocator overhead."""
     return int((budget - _workspace(device)) / ALLOCATOR_OVERHEAD)
 
 
 def required_budget(size: int, device: torch.device) -> int:
-    """The budget of which `size` bytes are usable."""
+    """Returns the budget of which `size` bytes are usable: the inverse of `usable_bytes`."""
     return int(size * ALLOCATOR_OVERHEAD) + _workspace(device)
 
 
 def count_weight_bytes(sizes: Mapping[str, int], prefixes: Sequence[str] = ()) -> PartWeightBytes:
-    """`PartWeightBytes` from bytes by parameter name. prefixes: what the names of blocks begin with, before their
+    """Returns `PartWeightBytes` from bytes by parameter name. prefixes: name prefixes of blocks, before the block
     number."""
     blocks: dict[tuple[int, int], int] = {}
     rest = 0
     for name, size in sizes.items():
-        found = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
-        if found is None:
+        index = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
+        if index is None:
             rest += size
         else:
-            key = found, int(name.removeprefix(prefixes[found]).partition(".")[0])
+            key = index, int(name.removeprefix(prefixes[index]).partition(".")[0])
             blocks[key] = blocks.get(key, 0) + packed_bytes([size])
     return PartWeightBytes(non_block_bytes=rest, bytes_per_block=tuple(blocks[key] for key in sorted(blocks)))
 
 
 def spread_evenly(chosen: int, total: int) -> list[int]:
-    """Indices of `chosen` of `total` blocks, evenly apart: between two copies the others are computed."""
+    """Returns the indices of `chosen` of `total` blocks, evenly spread, so that other blocks compute during copies."""
     return [(2 * i + 1) * total // (2 * chosen) for i in range(chosen)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _StageMemory:
-    """A stage before it is planned. candidates: how it may be done, as in `STRIP_CANDIDATES`. activations: the bytes
-    that one takes, reckoned only when it is asked for."""
+    """A stage before planning. candidates: as in `STRIP_CANDIDATES`. activations: returns the bytes of one
+    candidate, computed lazily."""
 
     name: str
     parts: tuple[str, ...]
@@ -312,15 +325,15 @@ def _find_plan(
     free_host_bytes: int | None,
     streaming: bool,
 ) -> MemoryPlan | None:
-    ways: list[tuple[ResidentParts, bool]] = [("all", False), ("all but the text encoder", False)]
-    ways += [("all but the text encoder", True)] if streaming else []
-    ways += [("one stage at a time", False)]
-    ways += [("one stage at a time", True)] if streaming else []
-    for together, streams in ways:
-        for batch in _batch_candidates(shape, device) if not streams else [1]:
+    candidates: list[tuple[ResidentParts, bool]] = [("all", False), ("all but the text encoder", False)]
+    candidates += [("all but the text encoder", True)] if streaming else []
+    candidates += [("one stage at a time", False)]
+    candidates += [("one stage at a time", True)] if streaming else []
+    for resident_parts, use_streaming in candidates:
+        for batch in _batch_candidates(shape, device) if not use_streaming else [1]:
             stages: list[PlannedStage] = []
-            for group in _group_stages(_list_stage_memory(model, shape, batch, device, streaming), together):
-                fitted = _fit_stages(model, group, limit, streams)
+            for group in _group_stages(_list_stage_memory(model, shape, batch, device, streaming), resident_parts):
+                fitted = _fit_stages(model, group, limit, use_streaming)
                 if not fitted:
                     break
                 stages += fitted
@@ -330,7 +343,7 @@ def _find_plan(
                     return MemoryPlan(
                         budget=budget,
                         limit=limit,
-                        resident_parts=together,
+                        resident_parts=resident_parts,
                         batch_size=batch,
                         stages=tuple(stages),
                         block_counts=blocks,
@@ -339,38 +352,40 @@ def _find_plan(
 
 
 def _group_stages(demands: list[_StageMemory], resident_parts: ResidentParts) -> list[list[_StageMemory]]:
-    """The stages by whose parts are on the device at the same time."""
+    """Groups the stages whose parts are on the device at the same time."""
     if resident_parts == "all":
         return [demands]
     if resident_parts == "one stage at a time":
-        return [[demand] for demand in demands]
-    prompt = [demand for demand in demands if demand.name == PROMPT_STAGE]
-    return [*([prompt] if prompt else []), [demand for demand in demands if demand.name != PROMPT_STAGE]]
+        return [[stage] for stage in demands]
+    prompt = [stage for stage in demands if stage.name == PROMPT_STAGE]
+    return [*([prompt] if prompt else []), [stage for stage in demands if stage.name != PROMPT_STAGE]]
 
 
 def _fit_stages(model: ModelFootprint, group: list[_StageMemory], limit: int, streams: bool) -> list[PlannedStage]:
-    """The stages of `group`, with as few blocks streamed as will do; [] where nothing fits."""
-    parts = {part for demand in group for part in demand.parts}
-    whole = sum(model.weights[part].total for part in parts)
-    kind = next((kind for kind in ("flow", "text") if kind in parts), None)  # whose blocks may be streamed
-    passing = model.weights[kind] if kind else PartWeightBytes(non_block_bytes=0)
-    for streamed in range(len(passing.bytes_per_block) + 1 if streams else 1):
-        weights = whole - passing.total + passing.device_bytes(streamed)
+    """Plans the stages of `group` with as few streamed blocks as possible; [] if nothing fits."""
+    parts = {part for stage in group for part in stage.parts}
+    all_weights = sum(model.weights[part].total for part in parts)
+    kind = next((kind for kind in ("flow", "text") if kind in parts), None)  # the part with streamable blocks
+    streamable = model.weights[kind] if kind else PartWeightBytes(non_block_bytes=0)
+    for streamed in range(len(streamable.bytes_per_block) + 1 if streams else 1):
+        weights = all_weights - streamable.total + streamable.device_bytes(streamed)
         stages = []
-        for demand in group:
-            way = next((way for way in demand.candidates if weights + demand.activations(*way) <= limit), None)
-            if way is None:
+        for stage in group:
+            candidate = next(
+                (candidate for candidate in stage.candidates if weights + stage.activations(*candidate) <= limit), None
+            )
+            if candidate is None:
                 break
             stages.append(
                 PlannedStage(
-                    name=demand.name,
-                    parts=demand.parts,
+                    name=stage.name,
+                    parts=stage.parts,
                     resident_parts=tuple(sorted(parts)),
                     weights=weights,
-                    activations=demand.activations(*way),
-                    streamed=streamed if demand.parts[0] == kind else 0,
-                    strip_height=way[0],
-                    offload_activations=way[1],
+                    activations=stage.activations(*candidate),
+                    streamed=streamed if stage.parts[0] == kind else 0,
+                    strip_height=candidate[0],
+                    offload_activations=candidate[1],
                 )
             )
         else:
@@ -379,7 +394,7 @@ def _fit_stages(model: ModelFootprint, group: list[_StageMemory], limit: int, st
 
 
 def _count_host_bytes(model: ModelFootprint, stages: Iterable[PlannedStage]) -> int:
-    """Bytes of main memory that parts with streamed blocks take: they are read as a whole there."""
+    """Returns the bytes of main memory for parts with streamed blocks, which are loaded there completely."""
     return sum(model.weights[part].total for part in {stage.parts[0] for stage in stages if stage.streamed})
 
 
@@ -388,58 +403,62 @@ def _workspace(device: torch.device) -> int:
 
 
 def _batch_candidates(shape: RequestShape, device: torch.device) -> list[int]:
-    """Numbers of pictures to draw at once that are worth a try, largest first."""
-    most = shape.count
+    """Returns the batch sizes to try, largest first."""
+    max_batch = shape.count
     if device.type == "cpu":
-        kept = sum(_tokens(size) for size in shape.references)
-        most = min(most, max(1, CPU_BATCH_TOKENS // ((2 if shape.use_cfg else 1) * (shape.tokens + kept))))
-    return list(range(most, 0, -1))
+        reference_tokens = sum(_tokens(size) for size in shape.references)
+        max_batch = min(
+            max_batch, max(1, CPU_BATCH_TOKENS // ((2 if shape.use_cfg else 1) * (shape.tokens + reference_tokens)))
+        )
+    return list(range(max_batch, 0, -1))
 
 
 def _list_stage_memory(
     model: ModelFootprint, shape: RequestShape, batch: int, device: torch.device, has_host_memory: bool
 ) -> list[_StageMemory]:
-    """The stages in their order. has_host_memory: whether the device has a main memory beside its own."""
+    """Lists the stages in order. has_host_memory: whether there is main memory apart from the device's."""
     encode_bytes = partial(footprint.encode_bytes, on_cpu=device.type == "cpu")
     decode_bytes = partial(footprint.decode_bytes, on_cpu=device.type == "cpu")
-    found = []
+    stages = []
     if model.text is not None:
         prompts = 2 if shape.use_cfg else 1
-        found.append(
+        stages.append(
             _StageMemory(name=PROMPT_STAGE, parts=("text",), activations=lambda *_: model.text_activations(prompts))
         )
-    kept = _conditioning_bytes(model, shape)
+    conditioning_bytes = _conditioning_bytes(model, shape)
     params, dtype = model.autoencoder_params, model.autoencoder_dtype
     if shape.references:
         largest = max(shape.references, key=lambda size: size[0] * size[1])
-        found.append(
+        stages.append(
             _StageMemory(
                 name=REFERENCES_STAGE,
                 parts=("autoencoder",),
-                activations=lambda rows, store: kept + encode_bytes(params, dtype, *largest, rows, store),
+                activations=lambda rows, store: conditioning_bytes + encode_bytes(params, dtype, *largest, rows, store),
                 candidates=_strip_candidates(largest[1], has_host_memory),
             )
         )
-    found.append(_denoising_memory(model, shape, batch, device, kept))
+    stages.append(_denoising_memory(model, shape, batch, device, conditioning_bytes))
     size = shape.width, shape.height
     latents = batch * shape.tokens * model.transformer_params.in_channels * 4
-    found.append(
+    stages.append(
         _StageMemory(
             name=DECODING_STAGE,
             parts=("autoencoder",),
-            activations=lambda rows, store: kept + latents + decode_bytes(params, dtype, *size, rows, store),
+            activations=lambda rows, store: (
+                conditioning_bytes + latents + decode_bytes(params, dtype, *size, rows, store)
+            ),
             candidates=_strip_candidates(shape.height, has_host_memory),
         )
     )
-    return found
+    return stages
 
 
 def _denoising_memory(
     model: ModelFootprint, shape: RequestShape, batch: int, device: torch.device, conditioning_bytes: int
 ) -> _StageMemory:
     rows = batch * (2 if shape.use_cfg else 1)
-    kept = sum(_tokens(size) for size in shape.references)
-    # Beside what one evaluation takes: the latents before and after the step, the velocity, the clean estimate.
+    reference_tokens = sum(_tokens(size) for size in shape.references)
+    # In addition to one evaluation: the latents before and after the step, the velocity, the clean estimate.
     state = conditioning_bytes + 5 * batch * shape.tokens * model.transformer_params.in_channels * 4
     size = shape.width, shape.height
     on_cpu = device.type == "cpu"
@@ -451,7 +470,7 @@ def _denoising_memory(
             batch=rows,
             image_tokens=shape.tokens,
             text_tokens=model.text_length,
-            reference_tokens=kept,
+            reference_tokens=reference_tokens,
             reference_cache=model.caches_reference_kv,
             quantized=model.flow_quantized,
             on_cpu=on_cpu,
@@ -464,7 +483,9 @@ def _denoising_memory(
             else footprint.tiny_decode_bytes(model.tiny_dtype, 1, *size, on_cpu=on_cpu)
         )
         if model.caches_reference_kv:
-            preview += footprint.reference_cache_bytes(model.transformer_params, model.flow_dtype, rows, kept)
+            preview += footprint.reference_cache_bytes(
+                model.transformer_params, model.flow_dtype, rows, reference_tokens
+            )
         return state + max(evaluation, preview)
 
     decoder = () if not model.decodes_previews else ("autoencoder",) if model.tiny is None else ("tiny",)
@@ -472,10 +493,10 @@ def _denoising_memory(
 
 
 def _conditioning_bytes(model: ModelFootprint, shape: RequestShape) -> int:
-    """Bytes of what is read once and kept: the prompts' contexts and the references' latents."""
-    prompts = model.text_length * model.transformer_params.context_width * model.flow_dtype.itemsize
-    kept = sum(_tokens(size) for size in shape.references) * model.transformer_params.in_channels
-    return prompts * (2 if shape.use_cfg else 1) + kept * model.autoencoder_dtype.itemsize
+    """Returns the bytes of prompt contexts and reference latents, which stay on the device."""
+    context_bytes = model.text_length * model.transformer_params.context_width * model.flow_dtype.itemsize
+    latent_values = sum(_tokens(size) for size in shape.references) * model.transformer_params.in_channels
+    return context_bytes * (2 if shape.use_cfg else 1) + latent_values * model.autoencoder_dtype.itemsize
 
 
 def _strip_candidates(height: int, has_host_memory: bool) -> tuple[tuple[int | None, bool], ...]:
@@ -487,29 +508,29 @@ def _strip_candidates(height: int, has_host_memory: bool) -> tuple[tuple[int | N
 
 
 def _min_budget(model: ModelFootprint, shape: RequestShape, device: torch.device, streaming: bool) -> int:
-    """Bytes of device memory from which the request fits."""
+    """Returns the smallest budget that fits the request."""
     peaks = []
-    for demand in _list_stage_memory(model, shape, 1, device, streaming):
-        parts = [model.weights[part] for part in demand.parts]
+    for stage in _list_stage_memory(model, shape, 1, device, streaming):
+        parts = [model.weights[part] for part in stage.parts]
         weights = sum(
             min(part.total, part.device_bytes(len(part.bytes_per_block)) if streaming else part.total) for part in parts
         )
-        peaks.append(weights + min(demand.activations(*way) for way in demand.candidates))
+        peaks.append(weights + min(stage.activations(*candidate) for candidate in stage.candidates))
     return required_budget(max(peaks), device)
 
 
 def _describe_nearest_fit(shape: RequestShape, fits: Callable[[RequestShape], bool]) -> str | None:
-    """The largest size that would fit instead, or else with how many references the request would; None if neither."""
+    """Returns the largest size that fits, or else the same size with fewer references; None if neither fits."""
     smaller = [
         replace(shape, width=_scaled(shape.width, scale), height=_scaled(shape.height, scale), count=1)
         for scale in range(1, 16)
     ]
-    fitting = bisect_left(smaller, True, key=lambda lesser: not fits(lesser))
-    if fitting:
-        return f"{smaller[fitting - 1].width} x {smaller[fitting - 1].height}"
-    for left in range(len(shape.references) - 1, -1, -1):
-        if fits(replace(shape, references=shape.references[:left], count=1)):
-            return f"{shape.width} x {shape.height} with {left or 'no'} reference{'s' if left != 1 else ''}"
+    fit_count = bisect_left(smaller, True, key=lambda lesser: not fits(lesser))
+    if fit_count:
+        return f"{smaller[fit_count - 1].width} x {smaller[fit_count - 1].height}"
+    for reference_count in range(len(shape.references) - 1, -1, -1):
+        if fits(replace(shape, references=shape.references[:reference_count], count=1)):
+            return f"{shape.width} x {shape.height} with {reference_count or 'no'} reference{'s' if reference_count != 1 else ''}"
     return None
 
 
@@ -522,5 +543,5 @@ def _tokens(size: tuple[int, int]) -> int:
 
 
 def format_gigabytes(size: int) -> str:
-    """`size` bytes in GB, without the unit."""
+    """Formats bytes as GB, without the unit."""
     return f"{size / GB:.1f}" if size >= GB // 10 else f"{size / GB:.2f}"

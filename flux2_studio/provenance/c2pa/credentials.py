@@ -1,17 +1,18 @@
-"""Content credentials (C2PA): a finished picture says, signed, how it was made; any picture's are read and judged.
+"""Content credentials (C2PA): sign finished pictures, and read and validate the credentials of any picture.
 
-The signature covers every byte of the file, so signing is the last thing that is done to it. Nothing here uses the
-network: no time stamp is asked for, no manifest, revocation list or identity that a file points to is fetched.
+The signature covers every byte of the file, so signing is the last step. Nothing here uses the network: no time stamp
+is requested, and no manifest, revocation list or identity that a file points to is fetched.
 
-Settings go to the library as a context of each call. It has no settings of the process then, and calls from several
+Each call passes its settings to the library as a context. So there are no process-wide settings, and calls from several
 threads share nothing.
 
 What is written (C2PA 2.4, "Actions" and "Ingredient"; IPTC's digital source types):
 - without references: c2pa.created, trainedAlgorithmicMedia;
-- with references: c2pa.opened on the first one (parentOf), then c2pa.edited, compositeWithTrainedAlgorithmicMedia, with
-  the others as what went into the model (inputTo). A reference is called "Image 1", as the prompt calls it, never by
-  its file's name, and gets no thumbnail: neither is ours to publish. Its own credentials go along, as they are;
-- c2pa.watermarked.unbound where a watermark was laid: it says how the picture was made, not where its manifest is.
+- with references: c2pa.opened for the first one (parentOf), then c2pa.edited, compositeWithTrainedAlgorithmicMedia,
+  with the others as model inputs (inputTo). A reference is named "Image 1", as in the prompt, never by its file name,
+  and gets no thumbnail: neither is ours to publish. Its own credentials are copied unchanged;
+- c2pa.watermarked.unbound for a picture with a watermark: the watermark says how the picture was made, not where its
+  manifest is.
 """
 
 from __future__ import annotations
@@ -32,28 +33,26 @@ from flux2_studio.errors import CredentialsError
 from flux2_studio.provenance.c2pa.report import Credentials, no_credentials, parse_report, unreadable_credentials
 from flux2_studio.provenance.identity import Identity, known_identity, load_identity
 
-MAX_INSPECTED_BYTES = 200 * 10**6  # of a picture to be read, as for references
+MAX_INSPECTED_BYTES = 200 * 10**6  # per inspected picture; the limit for references is the same
 MAX_MANIFESTS = 16 * 10**6  # bytes that the references' credentials may add to a picture
 READER_SCRIPT = Path(__file__).with_name("reader.py")
 
 SOURCE_TYPE_URL = "http://cv.iptc.org/newscodes/digitalsourcetype/"
-ALLOWED_KEY_USAGES = (
-    "\n".join(  # the extended key usages that C2PA allows; the library, left alone, knows only the first
-        (
-            "1.3.6.1.5.5.7.3.4",  # e-mail protection
-            "1.3.6.1.5.5.7.3.36",  # document signing
-            "1.3.6.1.5.5.7.3.8",  # time stamping
-            "1.3.6.1.5.5.7.3.9",  # OCSP signing
-            "1.3.6.1.4.1.311.76.59.1.9",  # Microsoft's C2PA signing
-            "1.3.6.1.4.1.62558.2.1",  # C2PA's own claim signing
-        )
+ALLOWED_KEY_USAGES = "\n".join(  # extended key usages that C2PA allows; by default the library knows only the first
+    (
+        "1.3.6.1.5.5.7.3.4",  # e-mail protection
+        "1.3.6.1.5.5.7.3.36",  # document signing
+        "1.3.6.1.5.5.7.3.8",  # time stamping
+        "1.3.6.1.5.5.7.3.9",  # OCSP signing
+        "1.3.6.1.4.1.311.76.59.1.9",  # Microsoft's C2PA signing
+        "1.3.6.1.4.1.62558.2.1",  # C2PA's own claim signing
     )
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceIngredient:
-    """One reference as an ingredient: `data` only where it has credentials to go along; `note` tells of trouble."""
+    """One reference as an ingredient. data: its file, if its credentials are copied. note: their problem, if any."""
 
     mime: str | None
     data: bytes | None = None
@@ -62,17 +61,17 @@ class ReferenceIngredient:
 
 @dataclass(frozen=True, kw_only=True)
 class SignedPicture:
-    """A signed picture's bytes, and what the user should know of it."""
+    """A signed picture's bytes, and notes for the user."""
 
     data: bytes
     notes: tuple[str, ...]
 
 
 class ManifestReader:
-    """Reads the credentials of untrusted pictures, each in a process of its own with limits.
+    """Reads the credentials of untrusted pictures, each in its own process with limits.
 
-    script: what that process runs. memory: bytes; seconds: of computing, three times that by the clock; longest:
-    characters of the library's JSON.
+    script: what the process runs. memory: bytes. seconds: of CPU time; the limit of wall time is three times that.
+    longest: characters of the library's JSON.
     """
 
     def __init__(
@@ -84,17 +83,17 @@ class ManifestReader:
         self._longest = longest
 
     def read(self, data: bytes, identity: Identity | None = None) -> Credentials:
-        """The credentials in the bytes of a picture; `identity` is the one to be recognised as one's own."""
+        """Read the credentials in a picture's bytes. identity: recognised as one's own."""
         if len(data) > MAX_INSPECTED_BYTES:
             return unreadable_credentials(f"the file is larger than {MAX_INSPECTED_BYTES // 10**6} MB")
-        if b"c2pa" not in data and b"provenance" not in data:  # each manifest, and each pointer to one, has the word
+        if b"c2pa" not in data and b"provenance" not in data:  # every manifest or pointer to one has one of these
             return no_credentials()
         mime = _detect_mime(data)
         if mime is None:
             return unreadable_credentials(
                 "this is not a picture of a kind that is read here: PNG, JPEG, WebP, AVIF, GIF or TIFF"
             )
-        asked = {
+        options = {
             "mime": mime,
             "settings": _settings(identity),
             "memory": self._memory,
@@ -102,9 +101,9 @@ class ManifestReader:
             "longest": self._longest,
         }
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-P", str(self._script)],  # -P: `import c2pa` must not find a file beside the script
-                input=json.dumps(asked).encode() + b"\n" + data,
+                input=json.dumps(options).encode() + b"\n" + data,
                 capture_output=True,
                 timeout=3 * self._seconds,
                 check=False,
@@ -116,7 +115,7 @@ class ManifestReader:
                 f"no process could be started to read them ({error.strerror or 'unknown reason'})"
             )
         try:
-            answer = json.loads(done.stdout)
+            answer = json.loads(process.stdout)
         except ValueError:
             return unreadable_credentials("they made the reader fail: too large, or made to do so")
         if "report" in answer:
@@ -125,10 +124,9 @@ class ManifestReader:
 
 
 class Signer:
-    """Signs finished pictures, and reads the credentials of any.
+    """Signs finished pictures, and reads the credentials of any picture.
 
-    folder: where the local identity lives. certificate, key: the user's own instead, as PEM files. Several threads may
-    use one `Signer` at once.
+    folder: where the local identity is stored. certificate, key: the user's own instead, as PEM files. Thread-safe.
     """
 
     def __init__(
@@ -148,16 +146,17 @@ class Signer:
 
     @property
     def identity(self) -> Identity:
-        """Who signs; made at the first use, renewed when it is due. Raises `CredentialsError`."""
+        """The signing identity, loaded or made at first use and renewed when due. Raises `CredentialsError`."""
         with self._lock:
             if self._loaded is None or not self._loaded.valid_between[0] <= self._now() < self._loaded.valid_between[1]:
                 self._loaded = _verified_identity(self._load())
             return self._loaded
 
     def make_ingredient(self, number: int, data: bytes) -> ReferenceIngredient:
-        """What of reference `number` (1-based), a file's bytes, goes into the credentials of a picture: once per run.
+        """Prepare reference `number` (1-based; `data` is its file) for the credentials of a picture. Call it once per
+        run.
 
-        A reference with damaged or hostile credentials is named without them, and `note` says so.
+        Credentials that cannot be read are left out, and broken ones are copied; `note` says so.
         """
         mime = _detect_mime(data)
         found = self._reader.read(data)
@@ -180,33 +179,32 @@ class Signer:
         watermark: str | None = None,
         prompt: str | None = None,
     ) -> SignedPicture:
-        """The bytes of a finished picture (PNG, JPEG or WebP), signed.
+        """Sign the bytes of a finished picture (PNG, JPEG or WebP).
 
-        model: what made it, as users call it. ingredients: `self.make_ingredient` of each of its references. watermark:
-        how it was marked, None if it was not. prompt: given only where the user wants it published. Raises
-        `CredentialsError`.
+        model: its name as users know it. ingredients: `self.make_ingredient` of each reference. watermark: its
+        description, None if there is none. prompt: only if the user wants it published. Raises `CredentialsError`.
         """
         mime = _detect_mime(data)
         if mime not in ("image/png", "image/jpeg", "image/webp"):
             raise CredentialsError("Only PNG, JPEG and WebP pictures can be signed: choose one of these formats.")
         identity, definition = self.identity, self._definition(model, ingredients, watermark, prompt)
-        wanted = [number for number, source in enumerate(ingredients) if source.data is not None]
-        sound = [number for number in wanted if ingredients[number].note is None]
-        for kept in (wanted, sound, []):
+        with_credentials = [number for number, source in enumerate(ingredients) if source.data is not None]
+        unproblematic = [number for number in with_credentials if ingredients[number].note is None]
+        for included in (with_credentials, unproblematic, []):
             try:
-                made = _sign(data, mime, identity, definition, ingredients, kept)
+                signed = _sign(data, mime, identity, definition, ingredients, included)
             except _SigningRefused:
-                if not kept:
+                if not included:
                     raise
                 continue
-            if not kept or len(made) - len(data) <= MAX_MANIFESTS:
+            if not included or len(signed) - len(data) <= MAX_MANIFESTS:
                 break
-        left = ", ".join(f"Image {number + 1}" for number in wanted if number not in kept)
-        notes = (f"Too large or too damaged to go along: the content credentials of {left}.",) if left else ()
-        return SignedPicture(data=made, notes=notes)
+        omitted = ", ".join(f"Image {number + 1}" for number in with_credentials if number not in included)
+        notes = (f"Too large or too damaged to go along: the content credentials of {omitted}.",) if omitted else ()
+        return SignedPicture(data=signed, notes=notes)
 
     def read(self, picture: Path | bytes) -> Credentials:
-        """The credentials of any picture, hostile ones too: whatever is wrong is said in the result."""
+        """Read the credentials of any picture, including hostile ones; problems are reported in the result."""
         if isinstance(picture, bytes):
             data = picture
         else:
@@ -220,23 +218,23 @@ class Signer:
     def _definition(
         self, model: str, ingredients: Sequence[ReferenceIngredient], watermark: str | None, prompt: str | None
     ) -> dict[str, Any]:
-        """The manifest, but for its ingredients. The names of its fields are the specification's."""
+        """The manifest without its ingredients. The specification defines the field names."""
         agent = {"name": "flux2-studio", "version": __version__, "model": _encodable(model)}
-        when = self._now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")  # as this machine's clock has it
-        made: dict[str, Any] = {"softwareAgent": agent, "when": when, "parameters": {}}
+        when = self._now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")  # by this machine's clock
+        main_action: dict[str, Any] = {"softwareAgent": agent, "when": when, "parameters": {}}
         if prompt is not None:
-            made["parameters"]["flux2-studio.prompt"] = _encodable(prompt)
-        actions = [made]
+            main_action["parameters"]["flux2-studio.prompt"] = _encodable(prompt)
+        actions = [main_action]
         if ingredients:
-            made |= {
+            main_action |= {
                 "action": "c2pa.edited",
                 "digitalSourceType": f"{SOURCE_TYPE_URL}compositeWithTrainedAlgorithmicMedia",
             }
             if len(ingredients) > 1:
-                made["parameters"]["ingredientIds"] = [_label(number) for number in range(1, len(ingredients))]
+                main_action["parameters"]["ingredientIds"] = [_label(number) for number in range(1, len(ingredients))]
             actions.insert(0, {"action": "c2pa.opened", "parameters": {"ingredientIds": [_label(0)]}})
         else:
-            made |= {"action": "c2pa.created", "digitalSourceType": f"{SOURCE_TYPE_URL}trainedAlgorithmicMedia"}
+            main_action |= {"action": "c2pa.created", "digitalSourceType": f"{SOURCE_TYPE_URL}trainedAlgorithmicMedia"}
         if watermark is not None:
             actions.append({"action": "c2pa.watermarked.unbound", "softwareAgent": agent, "description": watermark})
         return {
@@ -246,7 +244,7 @@ class Signer:
 
 
 class _SigningRefused(CredentialsError):
-    """The library did not sign."""
+    """The library refused to sign."""
 
 
 def _label(number: int) -> str:
@@ -254,12 +252,12 @@ def _label(number: int) -> str:
 
 
 def _encodable(text: str) -> str:
-    """`text` without half characters, which a file's name or a browser may bring and UTF-8 does not have."""
+    """Replace lone surrogates in `text`, which file names and browsers may contain and UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _settings(identity: Identity | None) -> dict[str, Any]:
-    """The library's settings: offline in every respect, nothing trusted but `identity`."""
+    """The library's settings: fully offline, and only `identity` is trusted."""
     trust = {"trust_config": ALLOWED_KEY_USAGES} | ({"user_anchors": identity.issuer} if identity else {})
     return {
         "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": True},
@@ -277,10 +275,10 @@ def _sign(
     ingredients: Sequence[ReferenceIngredient],
     with_credentials: Sequence[int],
 ) -> bytes:
-    """`data`, signed. with_credentials: the sources whose own credentials go along."""
+    """Sign `data`. with_credentials: indices of the ingredients whose own credentials are copied."""
     try:
         import c2pa
-    except (ImportError, OSError, RuntimeError) as error:  # what it raises where its binary part is missing
+    except (ImportError, OSError, RuntimeError) as error:  # raised if its binary part is missing
         raise CredentialsError(
             "The library that signs pictures cannot be loaded here: install c2pa-python anew (pip install -r "
             "requirements.txt), or do not sign."
@@ -313,7 +311,7 @@ def _sign(
 
 
 def _verified_identity(identity: Identity) -> Identity:
-    """`identity`, after it has signed a picture that the library then found valid: before hours of work, not after."""
+    """Return `identity` after a test signature that the library finds valid: fail early, not after hours."""
     from PIL import Image
 
     blank = io.BytesIO()
@@ -334,7 +332,7 @@ def _verified_identity(identity: Identity) -> Identity:
 
 
 def _detect_mime(data: bytes) -> str | None:
-    """The kind of a picture by its first bytes; None for anything that is not to reach the library."""
+    """Detect a picture's MIME type from its first bytes; None for anything that must not reach the library."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "image/webp"
     if data[4:12] in (b"ftypavif", b"ftypavis"):

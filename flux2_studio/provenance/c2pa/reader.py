@@ -1,12 +1,12 @@
-"""Reads the C2PA manifests of one untrusted picture, in a process of its own. Run by `credentials.py`, as a script.
+"""Read the C2PA manifests of one untrusted picture in a separate process. `credentials.py` runs this file as a script.
 
-The signing library parses whatever a stranger put into a file. Here it may take too long, too much memory or its whole
-process down, and the studio does not notice: the process has limits, and its end is only an answer that did not come.
+The signing library parses untrusted data. It may take too long, use too much memory or crash; here that only ends this
+process, which has limits, and the studio sees a missing reply.
 
 stdin: one line of JSON (mime, settings, memory in bytes, seconds, longest report in characters), then the picture's
 bytes. stdout: JSON, one of {"report": the library's own JSON}, {"absent": true}, {"problem": why it cannot be read}.
 
-This file knows nothing of the studio, so that it starts quickly and from anywhere.
+This file imports nothing of the studio, so that it starts quickly and from any folder.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any
 
 
 def limit_process(memory: int, seconds: int) -> None:
-    """Bound this process, as far as its system can: on Windows, only whoever started it bounds its time."""
+    """Set the resource limits of this process. Not on Windows: there only the parent limits its time."""
     try:
         import resource
     except ImportError:
         return
-    # A smaller stack than the studio's own threads have: what is read here can be read there, when a manifest is kept.
-    for kind, most in (
+    # A smaller stack than the studio's threads have: a manifest that is read here can be read again when signing there.
+    for kind, limit in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_STACK, 4 << 20),
         (resource.RLIMIT_CORE, 0),
     ):
-        with suppress(ValueError, OSError):  # macOS does not take all of them
-            resource.setrlimit(kind, (most, most))
+        with suppress(ValueError, OSError):  # macOS does not support all of them
+            resource.setrlimit(kind, (limit, limit))
 
 
 def read_manifest(data: bytes, options: dict[str, Any]) -> dict[str, Any]:
@@ -59,10 +59,10 @@ def read_manifest(data: bytes, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    asked = json.loads(sys.stdin.buffer.readline())
+    options = json.loads(sys.stdin.buffer.readline())
     data = sys.stdin.buffer.read()
-    limit_process(asked["memory"], asked["seconds"])
-    sys.stdout.write(json.dumps(read_manifest(data, asked)))
+    limit_process(options["memory"], options["seconds"])
+    sys.stdout.write(json.dumps(read_manifest(data, options)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a picture's content credentials say, in plain words: from the signing library's JSON to what a page shows.
+"""Convert the signing library's JSON report on content credentials into plain text for the page.
 
-Everything in here was written by whoever signed the picture, and may be anything: titles with HTML, names with control
-characters, a million actions. Strings are cut, stripped of what does not print, and meant to be shown as text, never
-as HTML; lists are cut too, and say so.
+Everything in the report is untrusted: whoever signed the picture wrote it. It may contain HTML in titles, control
+characters in names, or a million actions. Strings are truncated and stripped of unprintable characters; the page must
+show them as text, never as HTML. Lists are truncated too, with a note.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-MAX_TEXT_CHARS = 200  # characters of a text that is shown
-MAX_LIST_ITEMS = 50  # of a list that is shown
+MAX_TEXT_CHARS = 200  # per displayed string
+MAX_LIST_ITEMS = 50  # per displayed list
 
 ACTIONS = {
     "c2pa.created": "Created",
@@ -62,49 +62,49 @@ PROBLEMS = {  # validation status codes of the C2PA specification
     "signingCredential.invalid": "The signer's certificate is not one for signing pictures.",
     "signingCredential.ocsp.revoked": "The signer's certificate was revoked.",
 }
-UNTRUSTED = "signingCredential.untrusted"  # said of every signer but one's own: no defect of the picture
+UNTRUSTED = "signingCredential.untrusted"  # reported for every signer but one's own: not a defect of the picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """One thing that was done: in words, and as the specification calls it."""
+    """One action, in words and by its name in the specification."""
 
     text: str
     name: str
-    agent: str  # the program and model that did it, "" where none is named
-    when: str  # as the signer's clock had it, "" where not said
-    prompt: str  # "" where it was not published
+    agent: str  # program and model, "" if not named
+    when: str  # by the signer's clock, "" if not given
+    prompt: str  # "" if not published
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredient:
-    """One picture that went into this one."""
+    """A picture that was used to make this one."""
 
     title: str
     relation: str
-    signed: bool  # it has credentials of its own
-    generator: str  # the program that made it, as its credentials say
-    problems: tuple[str, ...]  # of its credentials, as they were when it was used
+    signed: bool  # has its own credentials
+    generator: str  # program that made it, from its credentials
+    problems: tuple[str, ...]  # with its credentials, at the time of use
 
 
 @dataclass(frozen=True, kw_only=True)
 class Credentials:
-    """What is known of a picture's content credentials. `summary` says all in a few sentences.
+    """A picture's content credentials. `summary` describes them in a few sentences.
 
-    state: none (there are none), intact, broken (the picture or they were changed), unreadable. `own`: intact, and
-    signed by this installation's identity, which is the only one that it trusts. Texts are plain, never HTML.
+    state: "none" (there are none), "intact", "broken" (the picture or the credentials were changed) or "unreadable".
+    `own`: intact and signed by this installation's identity, the only one it trusts. All texts are plain, never HTML.
     """
 
     state: Literal["none", "intact", "broken", "unreadable"]
     summary: str
     own: bool = False
-    signer: str = ""  # as the certificate says, confirmed by nobody unless `own`
+    signer: str = ""  # from the certificate; unconfirmed unless `own`
     generator: str = ""
     actions: tuple[Action, ...] = ()
     ingredients: tuple[Ingredient, ...] = ()
-    assertions: tuple[str, ...] = ()  # their labels
+    assertions: tuple[str, ...] = ()  # labels
     problems: tuple[str, ...] = ()
-    report: str = ""  # the library's own JSON, indented, for those who want to know it all
+    report: str = ""  # the library's full JSON, indented
 
     @property
     def present(self) -> bool:
@@ -116,7 +116,7 @@ class Credentials:
 
 
 def no_credentials() -> Credentials:
-    """Of a picture that has none."""
+    """Result for a picture without credentials."""
     return Credentials(
         state="none",
         summary="There are no content credentials: the picture was never signed, or a program that saved it again "
@@ -125,7 +125,7 @@ def no_credentials() -> Credentials:
 
 
 def unreadable_credentials(why: str) -> Credentials:
-    """Of a picture that cannot be judged. why: half a sentence, without a full stop."""
+    """Result for credentials that cannot be read. why: half a sentence, without a full stop."""
     return Credentials(
         state="unreadable",
         summary=f"The content credentials cannot be read: {_text(why, 300)}.",
@@ -134,7 +134,7 @@ def unreadable_credentials(why: str) -> Credentials:
 
 
 def parse_report(report: str, serial: str | None) -> Credentials:
-    """The credentials in the JSON text of c2pa's `Reader`. serial: of one's own certificate, which is trusted."""
+    """Parse the JSON text of c2pa's `Reader`. serial: of one's own certificate, the only trusted one."""
     try:
         store = _object(json.loads(report))
     except (ValueError, RecursionError):
@@ -162,11 +162,12 @@ def parse_report(report: str, serial: str | None) -> Credentials:
         actions=tuple(_truncate_list(_actions(manifest), _more_actions)),
         ingredients=tuple(
             _truncate_list(
-                (_ingredient(it, manifests) for it in _in_order(manifest.get("ingredients"))), _more_ingredients
+                (_ingredient(it, manifests) for it in _sorted_ingredients(manifest.get("ingredients"))),
+                _more_ingredients,
             )
         ),
         assertions=tuple(
-            _truncate_list((_text(it.get("label")) for it in _objects(manifest.get("assertions"))), _more)
+            _truncate_list((_text(it.get("label")) for it in _objects(manifest.get("assertions"))), _more_text)
         ),
         problems=problems,
         report=json.dumps(store, indent=2),
@@ -174,7 +175,7 @@ def parse_report(report: str, serial: str | None) -> Credentials:
 
 
 def _is_unchanged(results: Mapping[str, Any]) -> bool:
-    """Whether nothing is wrong but the certificate: it has expired, perhaps."""
+    """Whether the signature is valid and only the certificate failed (expired, for example)."""
     failed = [_text(status.get("code")) for status in _objects(results.get("failure"))]
     passed = [_text(status.get("code")) for status in _objects(results.get("success"))]
     return "claimSignature.validated" in passed and all(it.startswith("signingCredential.") for it in failed)
@@ -194,13 +195,13 @@ def _summary(intact: bool, own: bool, signer: str, problems: tuple[str, ...], un
 
 
 def _problems(results: Mapping[str, Any]) -> tuple[str, ...]:
-    """What failed, in words, each once; that a signer is unknown is no failure."""
+    """The failed checks in words, without duplicates; an unknown signer is not a failure."""
     found: dict[str, None] = {}
     for status in _objects(results.get("failure")):
         code = _text(status.get("code"))
         if code != UNTRUSTED:
             found[PROBLEMS.get(code) or f"{_text(status.get('explanation')) or 'A check failed'} ({code})."] = None
-    return tuple(_truncate_list(found, _more))
+    return tuple(_truncate_list(found, _more_text))
 
 
 def _actions(manifest: Mapping[str, Any]) -> Iterable[Action]:
@@ -222,7 +223,7 @@ def _actions(manifest: Mapping[str, Any]) -> Iterable[Action]:
 
 
 def _agent(agent: Mapping[str, Any]) -> str:
-    """ "FLUX.2 [klein] 4B in flux2-studio 0.1.0"."""
+    """Format an agent, for example: FLUX.2 [klein] 4B in flux2-studio 0.1.0."""
     program = " ".join(filter(None, (_text(agent.get("name")), _text(agent.get("version")))))
     model = _text(agent.get("model"))
     return f"{model} in {program}" if model and program else model or program
@@ -234,14 +235,14 @@ def _generator(manifest: Mapping[str, Any]) -> str:
     return _text(manifest.get("claim_generator"))
 
 
-def _in_order(ingredients: object) -> list[Mapping[str, Any]]:
-    """The edited picture first, "Image 2" before "Image 10": the library puts those with credentials last."""
+def _sorted_ingredients(ingredients: object) -> list[Mapping[str, Any]]:
+    """Sort: the edited picture first, "Image 2" before "Image 10". The library puts those with credentials last."""
 
-    def place(ingredient: Mapping[str, Any]) -> tuple[bool, int, str]:
+    def sort_key(ingredient: Mapping[str, Any]) -> tuple[bool, int, str]:
         title = _text(ingredient.get("title"))
         return ingredient.get("relationship") != "parentOf", len(title), title
 
-    return sorted(_objects(ingredients), key=place)
+    return sorted(_objects(ingredients), key=sort_key)
 
 
 def _ingredient(ingredient: Mapping[str, Any], manifests: Mapping[str, Any]) -> Ingredient:
@@ -256,25 +257,25 @@ def _ingredient(ingredient: Mapping[str, Any], manifests: Mapping[str, Any]) -> 
     )
 
 
-def _more(left: int) -> str:
+def _more_text(left: int) -> str:
     return f"and {left} more"
 
 
 def _more_actions(left: int) -> Action:
-    return Action(text=_more(left), name="", agent="", when="", prompt="")
+    return Action(text=_more_text(left), name="", agent="", when="", prompt="")
 
 
 def _more_ingredients(left: int) -> Ingredient:
-    return Ingredient(title=_more(left), relation="", signed=False, generator="", problems=())
+    return Ingredient(title=_more_text(left), relation="", signed=False, generator="", problems=())
 
 
 def _truncate_list(items: Iterable[T], more: Callable[[int], T]) -> list[T]:
-    found = list(items)
-    return found if len(found) <= MAX_LIST_ITEMS else [*found[:MAX_LIST_ITEMS], more(len(found) - MAX_LIST_ITEMS)]
+    listed = list(items)
+    return listed if len(listed) <= MAX_LIST_ITEMS else [*listed[:MAX_LIST_ITEMS], more(len(listed) - MAX_LIST_ITEMS)]
 
 
 def _text(value: object, longest: int = MAX_TEXT_CHARS) -> str:
-    """`value` if it is a text: on one line, without control and direction characters, cut; else ""."""
+    """Return `value` on one line, truncated and without control and direction characters; "" if it is not a string."""
     if not isinstance(value, str):
         return ""
     shown = "".join(it if it.isprintable() else " " for it in value[: longest + 1])

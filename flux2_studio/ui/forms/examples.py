@@ -1,4 +1,4 @@
-"""Things to try, read from assets/examples/examples.json: prompts, some with pictures to start from."""
+"""Example prompts from assets/examples/examples.json, some with reference pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """For each form, by its name, what a toy checkpoint does well and what the others do."""
+    """Examples by form name, for toy checkpoints and for all others."""
 
     folder: Path
     toy: dict[str, tuple[Example, ...]]

@@ -1,7 +1,7 @@
-"""The page's components, one small function each. Called again inside an event, the same function is the update.
+"""The page's components, one small function each. Called inside an event handler, the same function makes the update.
 
-A component whose key is a field of `Request` takes its range and default from the `Checkpoint`; nothing here knows a
-checkpoint by name. Sizes are in pixels.
+A component for a field of `Request` takes its range and default from the `Checkpoint`; nothing here depends on a
+checkpoint's name. Sizes are in pixels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AS_REFERENCE = "As image 1"
 FREE = "Free"
 FIXED = "Fixed by distillation."
 
-# Draws the rows of `loras`, and redraws them when the value is changed from outside. Names are set as text, not HTML.
+# Draws the rows of `loras`, and redraws them when their value is set elsewhere. Names are set as text, not HTML.
 LORA_ROWS_JS = """
 const rows = element.querySelector('.rows');
 const value = () => props.value ?? [];
@@ -68,7 +68,7 @@ const draw = () => rows.replaceChildren(...value().map(row));
 draw();
 watch('value', () => { draw(); trigger('input'); });
 """
-# Adds the one that was picked to the rows, unless it is there; in the browser, so that a run started at once has it.
+# Adds the chosen LoRA, unless it is in the rows; in the browser, so that a run started at once has it.
 ADD_LORA_JS = """(name, loras) => {
   const chosen = loras ?? [];
   return [null, !name || chosen.some((lora) => lora.name === name) ? chosen : [...chosen, {name, weight: 1}]];
@@ -76,7 +76,7 @@ ADD_LORA_JS = """(name, loras) => {
 
 
 def checkpoint(choices: Sequence[Checkpoint], chosen: str) -> gr.Dropdown:
-    toys = {shipped.label for shipped in CHECKPOINTS if shipped.is_toy}  # the only names that have words in them
+    toys = {shipped.label for shipped in CHECKPOINTS if shipped.is_toy}  # only these labels need translation
     return gr.Dropdown(
         choices=[(i18n(choice.label) if choice.label in toys else choice.label, choice.name) for choice in choices],
         value=chosen,
@@ -87,16 +87,18 @@ def checkpoint(choices: Sequence[Checkpoint], chosen: str) -> gr.Dropdown:
 
 
 def checkpoint_summary_html(checkpoint: Checkpoint, on_disk: bool) -> str:
-    """What `checkpoint` is good for, its licence, and what choosing it will cost, as HTML."""
+    """The purpose of `checkpoint`, its licence and the size of its download, as HTML."""
     licence = link(checkpoint.licence_url, checkpoint.licence)
     if on_disk:
-        here = f'<span class="chip here">{translate("on disk")}</span>'
+        status_chip = f'<span class="chip here">{translate("on disk")}</span>'
     else:
         size = sum(part.size for part in {*checkpoint.parts, checkpoint.tiny_autoencoder} if part.repo)
-        here = f'<span class="chip">{translate("first run downloads up to {size}", size=_bytes(size))}</span>'
+        status_chip = (
+            f'<span class="chip">{translate("first run downloads up to {size}", size=_size_text(size))}</span>'
+        )
     lines = [
         f"<p>{escape(translate_message(checkpoint.good_for))}</p>",
-        f'<p class="facts"><span class="chip">{licence}</span>{here}</p>',
+        f'<p class="facts"><span class="chip">{licence}</span>{status_chip}</p>',
     ]
     if checkpoint.gated and not on_disk:
         lines.append(gated_notice_html([_hub_page(part) for part in checkpoint.parts if part.gated]))
@@ -108,19 +110,20 @@ def _hub_page(part: Part) -> str:
 
 
 def gated_notice_html(pages: Sequence[str]) -> str:
-    """What to do for a gated checkpoint, as HTML; pages: links to where its licence is accepted."""
-    listed = translate(" and ").join(pages)
-    do = translate(
-        "Gated: accept the licence on {pages}, then start the studio with your access token in HF_TOKEN.", pages=listed
+    """Instructions for a gated checkpoint as HTML. pages: links to accept its licence."""
+    page_list = translate(" and ").join(pages)
+    instructions = translate(
+        "Gated: accept the licence on {pages}, then start the studio with your access token in HF_TOKEN.",
+        pages=page_list,
     )
-    return f'<p class="gate">{do}</p>'
+    return f'<p class="gate">{instructions}</p>'
 
 
 def link(url: str, text: str) -> str:
     return f'<a href="{escape(url)}" target="_blank" rel="noopener">{escape(text)}</a>'
 
 
-def _bytes(size: int) -> str:
+def _size_text(size: int) -> str:
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / MB:.0f} MB"
 
 
@@ -129,10 +132,10 @@ def prompt(label: str, placeholder: str) -> gr.Textbox:
 
 
 def negative_prompt(checkpoint: Checkpoint, value: str | None = None) -> gr.Textbox:
-    """value: None leaves what is there."""
-    # Emptied where it is not used: a hidden text would be refused with the rest of the form.
-    shown = value if checkpoint.supports_negative_prompt else ""
-    given: dict[str, Any] = {} if shown is None else {"value": shown}
+    """value: None keeps the current text."""
+    # Emptied if unsupported: the request would be refused for a hidden text.
+    text = value if checkpoint.supports_negative_prompt else ""
+    update: dict[str, Any] = {} if text is None else {"value": text}
     return gr.Textbox(
         label=i18n("Negative prompt"),
         placeholder=i18n("What the picture should not show"),
@@ -140,12 +143,12 @@ def negative_prompt(checkpoint: Checkpoint, value: str | None = None) -> gr.Text
         max_lines=6,
         visible=checkpoint.supports_negative_prompt,
         elem_classes="negative",
-        **given,
+        **update,
     )
 
 
 def references(label: str, columns: int, value: Sequence[Path] = ()) -> gr.Gallery:
-    """Pictures to start from. A gallery even for one: it hands over the uploaded file itself, unopened."""
+    """The reference pictures. A gallery even for one, because it passes on the uploaded file unopened."""
     return gr.Gallery(
         value=captioned_items(value),
         label=label,
@@ -163,17 +166,17 @@ def references(label: str, columns: int, value: Sequence[Path] = ()) -> gr.Galle
 
 
 def references_label(max_count: int) -> str:
-    """What a gallery for `max_count` references is called."""
+    """The label of a gallery for `max_count` references."""
     return translate("Up to {most} pictures: drop, paste or choose", most=max_count)
 
 
 def captioned_items(paths: Sequence[Path], names: Mapping[Path, str] = MappingProxyType({})) -> list[tuple[str, str]]:
-    """Gallery items captioned as a prompt may call them."""
+    """Gallery items with captions that a prompt may use."""
     return [(str(path), caption(number, names.get(path, ""))) for number, path in enumerate(paths, 1)]
 
 
 def reference_name_field(value: str = "", *, of_one: bool = False) -> gr.Textbox:
-    """What the selected picture is called. of_one: whether one is selected."""
+    """The name of the selected picture. of_one: whether a picture is selected."""
     return gr.Textbox(
         value,
         label=i18n("Name"),
@@ -188,7 +191,7 @@ def reference_name_field(value: str = "", *, of_one: bool = False) -> gr.Textbox
 def examples(entries: Sequence[Example]) -> gr.Dataset:
     return gr.Dataset(
         components=["textbox"],
-        samples=_samples(entries),
+        samples=_example_samples(entries),
         type="index",
         label=i18n("Try"),
         visible=bool(entries),
@@ -197,24 +200,24 @@ def examples(entries: Sequence[Example]) -> gr.Dataset:
 
 
 def other_examples(entries: Sequence[Example]) -> gr.Dataset:
-    """The update of `examples`; a Dataset cannot be given its components again."""
-    return gr.Dataset(samples=_samples(entries), visible=bool(entries))
+    """The update of `examples`: the components of a Dataset cannot be set again."""
+    return gr.Dataset(samples=_example_samples(entries), visible=bool(entries))
 
 
-def _samples(entries: Sequence[Example]) -> list[list[str]]:
+def _example_samples(entries: Sequence[Example]) -> list[list[str]]:
     return [[entry.prompt] for entry in entries]
 
 
 def lora_dropdown(entries: Sequence[LoraEntry], checkpoint: Checkpoint) -> gr.Dropdown:
-    """What can be added to `loras`: those made for `checkpoint` first, the others with whom they are for."""
-    fitting = [(entry.name, entry.name) for entry in entries if entry.width == checkpoint.hidden_width]
+    """LoRAs that can be added to `loras`: first those for `checkpoint`, then the others with their model family."""
+    compatible = [(entry.name, entry.name) for entry in entries if entry.width == checkpoint.hidden_width]
     others = [
         (translate("{name} (for {family})", name=entry.name, family=entry.family), entry.name)
         for entry in entries
         if entry.width != checkpoint.hidden_width
     ]
     return gr.Dropdown(
-        choices=[*fitting, *others],
+        choices=[*compatible, *others],
         value=None,
         label=i18n("Add a LoRA"),
         visible=bool(entries),
@@ -226,14 +229,14 @@ def lora_dropdown(entries: Sequence[LoraEntry], checkpoint: Checkpoint) -> gr.Dr
 def loras() -> gr.HTML:
     """The chosen LoRAs, `[{"name": ..., "weight": ...}, ...]`, each a row with a slider.
 
-    A component of its own, because name and weight must travel together: a run that is started while a slider still
-    moves gets what is shown. The event "input" tells that one was added or taken off.
+    One component, because name and weight must be sent together: a run started while a slider moves gets the shown
+    values. The event "input" signals that a LoRA was added or removed.
     """
     return gr.HTML([], html_template='<div class="rows"></div>', js_on_load=LORA_ROWS_JS, elem_classes="loras")
 
 
 def lora_title(chosen: int) -> str:
-    """How the folded panel is called: nobody should forget the LoRAs in it."""
+    """The title of the folded panel, with the number of LoRAs so that they are not forgotten."""
     return translate("LoRAs ({chosen})", chosen=chosen) if chosen else i18n("LoRAs")
 
 
@@ -244,7 +247,7 @@ def aspect(*, with_references: bool) -> gr.Radio:
 
 
 def sides(size: tuple[int, int] | None) -> tuple[gr.Number, gr.Number]:
-    """Width and height; None leaves both to the first reference and hides them."""
+    """Width and height; None derives both from the first reference and hides them."""
     width, height = size or (None, None)
     return (
         gr.Number(width, label=i18n("Width"), precision=0, step=16, visible=size is not None, min_width=90),
@@ -253,12 +256,12 @@ def sides(size: tuple[int, int] | None) -> tuple[gr.Number, gr.Number]:
 
 
 def size_of(aspect: str, checkpoint: Checkpoint) -> tuple[int, int]:
-    """The size that a preset stands for; the checkpoint's default square where `aspect` is none."""
+    """The size for a shape; the checkpoint's default square if `aspect` is not a known ratio."""
     return size_for_aspect(*ASPECTS.get(aspect, (1, 1)), checkpoint.default_pixels)
 
 
 def ratio(width: int, height: int) -> str:
-    """`width`:`height` in words a person knows: a preset's name within 2%, else "1.42:1" or "1:1.42"."""
+    """`width`:`height` as a known ratio if within 2%, else like "1.42:1" or "1:1.42"."""
     for name, (across, down) in ASPECTS.items():
         if math.isclose(width / height, across / down, rel_tol=0.02):
             return name
@@ -266,8 +269,8 @@ def ratio(width: int, height: int) -> str:
 
 
 def live(checkpoint: Checkpoint, *, on: bool | None = None) -> gr.Checkbox:
-    """on: None leaves it as it is; a checkpoint that takes many steps has none of it."""
-    given: dict[str, Any] = (
+    """on: None keeps the current state; always off for checkpoints that do not support it."""
+    update: dict[str, Any] = (
         {} if on is None and checkpoint.supports_live else {"value": bool(on) and checkpoint.supports_live}
     )
     return gr.Checkbox(
@@ -275,12 +278,12 @@ def live(checkpoint: Checkpoint, *, on: bool | None = None) -> gr.Checkbox:
         info=i18n("The picture follows as you type and is not saved. Press the button to keep it."),
         visible=checkpoint.supports_live,
         elem_classes="live",
-        **given,
+        **update,
     )
 
 
 def hidden_counter() -> gr.Number:
-    """What is counted up to start an event: in the page's tree, for what is not there tells of no change."""
+    """A counter whose changes trigger events. Hidden but on the page: removed components trigger no change."""
     return gr.Number(0, precision=0, visible="hidden", elem_classes="pulse")
 
 
@@ -301,7 +304,7 @@ def lock() -> gr.Checkbox:
 
 
 def steps(checkpoint: Checkpoint, value: int | None = None) -> gr.Slider:
-    """value: None takes the checkpoint's own."""
+    """value: None takes the checkpoint's default."""
     return gr.Slider(
         1,
         checkpoint.max_steps,
@@ -317,7 +320,7 @@ def steps(checkpoint: Checkpoint, value: int | None = None) -> gr.Slider:
 
 
 def guidance(checkpoint: Checkpoint, value: float | None = None) -> gr.Slider:
-    """value: None takes the checkpoint's own."""
+    """value: None takes the checkpoint's default."""
     return gr.Slider(
         1.0,
         checkpoint.max_guidance,
@@ -354,7 +357,7 @@ def local_model(offers: Sequence[tuple[str, str]], *, visible: bool) -> gr.Dropd
 
 
 def remote_model(models: Sequence[tuple[str, str]], chosen: str, *, visible: bool) -> gr.Dropdown:
-    """models: (label, name) of those in the list; any other name may be typed."""
+    """models: (label, name) of the listed ones; any other name may be typed."""
     known = {name for _, name in models}
     return gr.Dropdown(
         choices=[*models, *([] if chosen in known else [(chosen, chosen)])],
@@ -368,7 +371,7 @@ def remote_model(models: Sequence[tuple[str, str]], chosen: str, *, visible: boo
 
 
 def api_key(*, visible: bool) -> gr.Textbox:
-    """Not a Request's field: it travels beside it, and is kept nowhere."""
+    """Not a field of `Request`: it is sent beside it and never stored."""
     return gr.Textbox(
         label=i18n("API key"),
         type="password",
@@ -381,16 +384,16 @@ def api_key(*, visible: bool) -> gr.Textbox:
 
 
 def sampling(name: str, label: str) -> gr.Number:
-    """One of `SAMPLING_LIMITS`; empty leaves it to what is advised for the model."""
+    """One of `SAMPLING_LIMITS`; empty takes the value recommended for the model."""
     low, high = SAMPLING_LIMITS[name]
-    whole = name == "max_tokens"
+    is_integer = name == "max_tokens"
     return gr.Number(
         None,
         label=label,
         minimum=low,
         maximum=high,
-        step=1 if whole else 0.05,
-        precision=0 if whole else None,
+        step=1 if is_integer else 0.05,
+        precision=0 if is_integer else None,
         placeholder=i18n("advised"),
         min_width=90,
         elem_classes="sampling",

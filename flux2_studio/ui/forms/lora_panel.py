@@ -1,4 +1,4 @@
-"""LoRAs on the page: offered for the chosen checkpoint, added with a weight, dropped where they do not fit."""
+"""LoRAs on the page: offered for the chosen checkpoint, added with a weight, removed if incompatible."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from flux2_studio.ui.stage import render
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-MAX_PROBLEMS_LISTED = 3  # problems that the page lists; a folder shared with other models' LoRAs has hundreds
+MAX_PROBLEMS_LISTED = 3  # a folder shared with other models' LoRAs has hundreds of problems
 
 
 def read_loras(rows: Any) -> tuple[LoraChoice, ...]:
-    """The rows of `fields.loras` as a request has them. Raises `RequestError`: they come as the browser sent them."""
+    """Convert the rows of `fields.loras`, which the browser may have altered. Raises `RequestError`."""
     try:
         return tuple(LoraChoice(name=row["name"], weight=row["weight"]) for row in rows or ())
     except (TypeError, KeyError) as error:
@@ -33,9 +33,9 @@ def read_loras(rows: Any) -> tuple[LoraChoice, ...]:
 def keep_compatible(
     rows: Sequence[Mapping[str, Any]], entries: Sequence[LoraEntry], checkpoint: Checkpoint
 ) -> tuple[list[Mapping[str, Any]], list[str]]:
-    """Those of `rows` that `checkpoint` takes, and a sentence about every other one."""
+    """The `rows` that `checkpoint` supports, and a sentence about every other one."""
     by_name = {entry.name: entry for entry in entries}
-    staying: list[Mapping[str, Any]] = []
+    compatible: list[Mapping[str, Any]] = []
     dropped = []
     for row in rows:
         entry = by_name.get(row["name"])
@@ -44,12 +44,12 @@ def keep_compatible(
         elif entry.width != checkpoint.hidden_width:
             dropped.append(f"{entry.name} was taken off: it is for {entry.family}, not for {checkpoint.label}.")
         else:
-            staying.append(row)
-    return staying, dropped
+            compatible.append(row)
+    return compatible, dropped
 
 
 def loras_note(entries: Sequence[LoraEntry], problems: Sequence[str], loras: LoraLibrary) -> str:
-    """What to know of the folder, as HTML: where to put files while there are none, and which files are none."""
+    """Notes on the LoRA folder as HTML: where to put files if there are none, and which files are unusable."""
     texts = list(problems[:MAX_PROBLEMS_LISTED])
     if not entries:
         texts.insert(0, f"No LoRAs yet. Put their .safetensors files into {loras.folder} and press Refresh.")
@@ -76,16 +76,16 @@ def wire_loras(studio: Studio, checkpoint_dropdown: gr.Dropdown, forms: Sequence
         checkpoint = studio.settings.checkpoint(name)
         update: Update = {}
         for form, rows in zip(forms, chosen_rows, strict=True):
-            staying, dropped = keep_compatible(rows or (), entries, checkpoint)
+            compatible, dropped = keep_compatible(rows or (), entries, checkpoint)
             update[form.loras.dropped] = render.notes(dropped)
             if dropped:
-                update[form.fields["loras"]] = staying
+                update[form.fields["loras"]] = compatible
         return update
 
     offered = [component for panel in panels for component in (panel.add_dropdown, panel.note)]
     lists = [form.fields["loras"] for form in forms]
     dropped = [*(panel.dropped for panel in panels), *lists]
-    # With no trigger named: at every choice of a checkpoint and when the page is opened.
+    # Without a trigger: at every choice of a checkpoint and when the page is opened.
     listen(None, offer, checkpoint_dropdown, offered)
     listen(checkpoint_dropdown.change, drop, [checkpoint_dropdown, *lists], dropped)
     for form, panel, rows in zip(forms, panels, lists, strict=True):
@@ -98,7 +98,7 @@ def wire_loras(studio: Studio, checkpoint_dropdown: gr.Dropdown, forms: Sequence
             [panel.add_dropdown, rows],
             js=fields.ADD_LORA_JS,
         )
-        # A folded panel shows that there is something in it.
+        # The title of the folded panel shows the number of LoRAs.
         listen(
             rows.input,
             lambda now: gr.Accordion(fields.lora_title(len(now or ()))),

@@ -23,6 +23,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from flux2_studio.errors import RequestError
+from flux2_studio.images.references import LoadedReference
 from flux2_studio.request import Outpaint
 from flux2_studio.ui.forms import fields
 from flux2_studio.ui.gradio_compat.language import i18n
@@ -313,9 +314,9 @@ def build_mask_panel() -> tuple[dict[str, Any], gr.Accordion]:
     return found, folded
 
 
-def make_mask_subject(image: Image.Image, size: tuple[int, int]) -> MaskSubject:
-    """`image` (RGB), which a result has in `size`."""
-    small = image.copy()
+def make_mask_subject(reference: LoadedReference, size: tuple[int, int]) -> MaskSubject:
+    """The first reference as the board shows it. size: (width, height) of the result."""
+    small = reference.image.copy()
     small.thumbnail((BOARD_SIDE_PIXELS, BOARD_SIDE_PIXELS))
     file = io.BytesIO()
     small.save(file, "WEBP", quality=85, method=0)
@@ -324,7 +325,7 @@ def make_mask_subject(image: Image.Image, size: tuple[int, int]) -> MaskSubject:
         picture=f"data:image/webp;base64,{base64.b64encode(data).decode()}",
         width=size[0],
         height=size[1],
-        subject=hashlib.sha256(image.tobytes()).hexdigest(),
+        subject=reference.sha256,
     )
 
 

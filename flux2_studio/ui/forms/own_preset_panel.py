@@ -1,6 +1,6 @@
-"""Presets of one's own on the page: saved from a form, renamed, deleted, written to a file and taken from one.
+"""The user's own presets: save a form, rename, delete, export to and import from a file.
 
-Whose they are is said by the visitor's cookie, never by what the browser sends: see `visitors`.
+The visitor's cookie identifies the owner, never data from the browser: see `visitors`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TABS: Mapping[FormName, str] = {"generate": "Generate", "edit": "Edit", "multi":
 
 
 def wire_own_presets(studio: Studio, available_presets: AvailablePresets, forms: Sequence[Form]) -> None:
-    """What the visitor does with presets of their own, in each of `forms`."""
+    """Connect the actions on the visitor's own presets in each of `forms`."""
     panels = {form.name: form.presets for form in forms}
     for form in forms:
         _wire_form(studio, available_presets, form, panels)
@@ -45,12 +45,12 @@ def _wire_form(
     studio: Studio, available_presets: AvailablePresets, form: Form, panels: Mapping[str, PresetPanel]
 ) -> None:
     panel = form.presets
-    offered = [it.choice for it in panels.values()]
+    choices = [it.choice for it in panels.values()]
     shown = [panel.card, panel.apply, panel.name, panel.rename, panel.delete, panel.export]
-    asked = [panel.question, panel.replace, panel.keep_existing, panel.pending]
-    outcome = [*offered, *shown, *asked, panel.own_message, panel.restore, panel.deleted]
+    question_outputs = [panel.question, panel.replace, panel.keep_existing, panel.pending]
+    outcome = [*choices, *shown, *question_outputs, panel.own_message, panel.restore, panel.deleted]
 
-    def chosen(choice: str | None, request: gr.Request) -> Update:
+    def choose(choice: str | None, request: gr.Request) -> Update:
         if not choice:
             return _clear_chosen(panel)
         try:
@@ -63,32 +63,34 @@ def _wire_form(
         except StudioError as error:
             return {**_clear_chosen(panel), panel.card: render.problem(str(error))}
 
-    def changed(owner: str, preset: Preset, id: str, said: str) -> Update:
-        """The page after `preset` of `owner`, called `id`, became what it is now."""
-        there = panels[preset.form]
-        update: Update = {there.choice: gr.Dropdown(choices=available_presets.choices(preset.form, owner), value=None)}
-        if there is panel:
+    def change_update(owner: str, preset: Preset, id: str, message: str) -> Update:
+        """The update after `preset` of `owner`, with the given id, was created or changed."""
+        target = panels[preset.form]
+        update: Update = {target.choice: gr.Dropdown(choices=available_presets.choices(preset.form, owner), value=None)}
+        if target is panel:
             update[panel.choice] = gr.Dropdown(
                 choices=available_presets.choices(preset.form, owner), value=f"{OWN_PREFIX}{id}"
             )
             update |= _show_chosen(panel, preset, own=True)
         else:
-            said += " " + translate("It is in the tab {tab}.", tab=translate(TABS[preset.form]))
+            message += " " + translate("It is in the tab {tab}.", tab=translate(TABS[preset.form]))
         return {
             **update,
             **_clear_question(panel),
-            panel.own_message: render.notes([said]),
+            panel.own_message: render.notes([message]),
             panel.restore: gr.Button(visible=False),
             panel.deleted: None,
         }
 
-    def add(owner: str, make: Any, said: Callable[[str], str]) -> Update:
-        """Keep the preset that `make` gives, or ask, where the name is taken. said: what is said of it, by its name."""
+    def add(owner: str, make: Any, message_for: Callable[[str], str]) -> Update:
+        """Save the preset from `make`, or ask first if its name is taken. message_for: preset name -> message."""
         preset: Preset | None = None
         try:
             preset = make()
             assert preset is not None
-            return changed(owner, preset, available_presets.own_presets.save(owner, preset), said(preset.name))
+            return change_update(
+                owner, preset, available_presets.own_presets.save(owner, preset), message_for(preset.name)
+            )
         except PresetNameTaken as error:
             return {
                 panel.question: render.notes(
@@ -110,7 +112,7 @@ def _wire_form(
             lambda name: translate("Saved as {name}. Only you see it.", name=name),
         )
 
-    def take(file: str | None, request: gr.Request) -> Update:
+    def import_preset(file: str | None, request: gr.Request) -> Update:
         def read() -> Preset:
             if not file:
                 raise PresetError("Choose a preset's file, as Export writes it.")
@@ -127,7 +129,7 @@ def _wire_form(
         owner = owner_of(request)
         try:
             id = available_presets.own_presets.save(owner, pending, replace=True)
-            return changed(owner, pending, id, translate("{name} is replaced.", name=pending.name))
+            return change_update(owner, pending, id, translate("{name} is replaced.", name=pending.name))
         except StudioError as error:
             return {**_clear_question(panel), panel.own_message: render.problem(str(error))}
 
@@ -135,24 +137,24 @@ def _wire_form(
         owner, id = owner_of(request), (choice or "").removeprefix(OWN_PREFIX)
         try:
             preset = available_presets.own_presets.rename(owner, id, name or "")
-            return changed(owner, preset, id, translate("It is called {name} now.", name=preset.name))
+            return change_update(owner, preset, id, translate("It is called {name} now.", name=preset.name))
         except StudioError as error:
             return {panel.own_message: render.problem(str(error))}
 
     def delete(choice: str | None, request: gr.Request) -> Update:
         owner = owner_of(request)
         try:
-            gone = available_presets.own_presets.delete(owner, (choice or "").removeprefix(OWN_PREFIX))
-            left = available_presets.choices(form.name, owner)
+            deleted = available_presets.own_presets.delete(owner, (choice or "").removeprefix(OWN_PREFIX))
+            choices_left = available_presets.choices(form.name, owner)
         except StudioError as error:
             return {panel.own_message: render.problem(str(error))}
         return {
             **_clear_chosen(panel),
             **_clear_question(panel),
-            panel.choice: gr.Dropdown(choices=left, value=None),
-            panel.own_message: render.notes([translate("{name} is deleted.", name=gone.name)]),
+            panel.choice: gr.Dropdown(choices=choices_left, value=None),
+            panel.own_message: render.notes([translate("{name} is deleted.", name=deleted.name)]),
             panel.restore: gr.Button(visible=True),
-            panel.deleted: gone,
+            panel.deleted: deleted,
         }
 
     def restore(gone: Preset | None, request: gr.Request) -> Update:
@@ -160,31 +162,31 @@ def _wire_form(
             return {panel.restore: gr.Button(visible=False)}
         return add(owner_of(request), lambda: gone, lambda name: translate("{name} is back.", name=name))
 
-    listen(panel.choice.input, chosen, panel.choice, [*shown, panel.own_message])
+    listen(panel.choice.input, choose, panel.choice, [*shown, panel.own_message])
     values = {name: form.fields[name] for name in PRESET_FIELDS}
     listen(panel.save.click, save, [panel.name, panel.parts], outcome, inputs_kwargs=values)
-    listen(panel.import_file.upload, take, panel.import_file, outcome)
+    listen(panel.import_file.upload, import_preset, panel.import_file, outcome)
     listen(panel.replace.click, replace, panel.pending, outcome)
-    listen(panel.keep_existing.click, lambda: _clear_question(panel), None, asked, queue=False)
+    listen(panel.keep_existing.click, lambda: _clear_question(panel), None, question_outputs, queue=False)
     listen(panel.rename.click, rename, [panel.choice, panel.name], outcome)
     listen(panel.delete.click, delete, panel.choice, outcome)
     listen(panel.restore.click, restore, panel.deleted, outcome)
 
 
 def saved_values(values: Mapping[str, Any], parts: Sequence[str], checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of a form's `values` those that `parts` name and that say something. Raises `RequestError`."""
+    """The non-empty form `values` of the given `parts`. Raises `RequestError`."""
     names = [name for part in parts for name in PRESET_PARTS.get(part, ())]
-    held = {name: values[name] for name in names if values[name] not in (None, "", [])}
-    if "loras" in held:
-        held["loras"] = [asdict(choice) for choice in read_loras(held["loras"])]
-    for name, fixed in (("steps", checkpoint.steps_fixed), ("guidance", checkpoint.guidance_fixed)):
-        if fixed:
-            held.pop(name, None)
-    return held
+    saved = {name: values[name] for name in names if values[name] not in (None, "", [])}
+    if "loras" in saved:
+        saved["loras"] = [asdict(choice) for choice in read_loras(saved["loras"])]
+    for name, is_fixed in (("steps", checkpoint.steps_fixed), ("guidance", checkpoint.guidance_fixed)):
+        if is_fixed:
+            saved.pop(name, None)
+    return saved
 
 
 def preset_file_name(preset: Preset) -> str:
-    """How the file of `preset` is called: as those that come with the studio are."""
+    """The file name of `preset`, like those that ship with the studio."""
     plain = unicodedata.normalize("NFKD", preset.name).encode("ascii", "ignore").decode().lower()
     return f"{re.sub('[^a-z0-9]+', '-', plain).strip('-') or 'preset'}.json"
 
@@ -212,7 +214,7 @@ def _clear_chosen(panel: PresetPanel) -> Update:
 
 
 def _clear_question(panel: PresetPanel) -> Update:
-    """Nothing is asked any more."""
+    """Hide the question about replacement."""
     return {
         panel.question: "",
         panel.replace: gr.Button(visible=False),

@@ -1,7 +1,7 @@
-"""Presets in a form: applied and undone.
+"""Apply presets to a form, and undo that.
 
-A preset fills in what it holds and nothing else. What the user wrote in the prompt becomes its subject, and still is
-the subject of the next preset that they try.
+A preset sets only the fields it has. What the user wrote in the prompt becomes its subject, and stays the subject of
+the next preset they try.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from flux2_studio.ui.stage import render
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-MAX_UNDO_STEPS = 20  # presets that can be undone
-# What keeps its meaning under every checkpoint.
+MAX_UNDO_STEPS = 20  # applied presets that can be undone
+# Fields with the same meaning for every checkpoint.
 CHECKPOINT_INDEPENDENT_FIELDS = ("prompt", "count", "format")
 CHECKPOINT_DEPENDENT_FIELDS = ("steps", "guidance", "negative_prompt", "width", "height")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormSnapshot:
-    """A form before a preset was put into it: the fields that were changed, and what stood beside them."""
+    """A form before a preset was applied: the changed fields, and the state around them."""
 
     values: Mapping[str, Any]
     aspect: str
@@ -44,14 +44,14 @@ class FormSnapshot:
 
 
 def wire_presets(studio: Studio, available_presets: AvailablePresets, forms: Sequence[Form]) -> None:
-    """Choosing, applying and undoing in each of `forms`."""
+    """Connect choosing, applying and undoing in each of `forms`."""
 
     def offer(request: gr.Request) -> Update:
         update: Update = {}
         for form in forms:
             try:
                 choices, problem = available_presets.choices(form.name, owner_of(request)), ""
-            except StudioError as error:  # the studio's own presets need no database
+            except StudioError as error:  # presets that ship with the studio need no database
                 choices, problem = available_presets.shipped(form.name), render.problem(str(error))
             broken = [
                 f"{translate('A preset could not be read.')} {text}" for text in available_presets.presets.problems
@@ -82,55 +82,55 @@ def _wire_form(studio: Studio, available_presets: AvailablePresets, form: Form) 
         try:
             preset = available_presets.find(choice, owner_of(request))
             checkpoint = studio.settings.checkpoint(preset.request.get("checkpoint", now["checkpoint"]))
-            words = user_words(now["prompt"] or "", last)
-            made = apply_preset(preset, words, checkpoint)
+            subject = user_words(now["prompt"] or "", last)
+            result = apply_preset(preset, subject, checkpoint)
         except StudioError as error:
             return {panel.apply_message: render.problem(str(error))}
-        values, notes = dict(made.values), list(made.notes)
+        values, notes = dict(result.values), list(result.notes)
         if "loras" in values:
             values["loras"], dropped = keep_compatible(values["loras"], studio.loras.scan()[0], checkpoint)
             notes += dropped
         switched = checkpoint.name != now["checkpoint"]
         changed = {*values, *(CHECKPOINT_DEPENDENT_FIELDS if switched else ())}
-        earlier = FormSnapshot(
+        snapshot = FormSnapshot(
             values={name: now[name] for name in PRESET_FIELDS if name in changed},
             aspect=aspect,
             checkpoint=now["checkpoint"],
             applied=last,
         )
-        held = ", ".join(map(translate_message, describe_fields(values)))
-        sentence = translate("{name} set: {fields}.", name=preset.name, fields=held)
-        if preset.takes_subject and not words:
+        field_names = ", ".join(map(translate_message, describe_fields(values)))
+        sentence = translate("{name} set: {fields}.", name=preset.name, fields=field_names)
+        if preset.takes_subject and not subject:
             sentence += " " + translate(
                 'Its subject is an example, "{words}": write your own there.', words=preset.subject
             )
         return {
             **preset_update(form, values, checkpoint, aspect, switched=switched),
             panel.apply_message: render.notes([sentence, *notes]),
-            panel.undo_stack: [*before, earlier][-MAX_UNDO_STEPS:],
-            panel.applied: (preset, words),
+            panel.undo_stack: [*before, snapshot][-MAX_UNDO_STEPS:],
+            panel.applied: (preset, subject),
             panel.undo: gr.Button(visible=True),
         }
 
     def undo(before: list[FormSnapshot], name: str) -> Update:
         if not before:
             return {panel.undo: gr.Button(visible=False)}
-        *left, then = before
-        switched = "checkpoint" in then.values and then.checkpoint != name
-        checkpoint = studio.settings.checkpoint(then.checkpoint if switched else name)
-        values, said = dict(then.values), translate("As it was before the preset.")
-        if checkpoint.name != then.checkpoint:  # meanwhile another one was chosen: its numbers stay
+        *remaining, snapshot = before
+        switched = "checkpoint" in snapshot.values and snapshot.checkpoint != name
+        checkpoint = studio.settings.checkpoint(snapshot.checkpoint if switched else name)
+        values, sentence = dict(snapshot.values), translate("As it was before the preset.")
+        if checkpoint.name != snapshot.checkpoint:  # another checkpoint was chosen since: keep its numbers
             values = {field: value for field, value in values.items() if field not in CHECKPOINT_DEPENDENT_FIELDS}
-            said = translate(
+            sentence = translate(
                 "As it was before the preset, but for the size and the numbers, which are {label}'s.",
                 label=checkpoint.label,
             )
         return {
-            **preset_update(form, values, checkpoint, then.aspect, switched=switched, is_undo=True),
-            panel.apply_message: render.notes([said]),
-            panel.undo_stack: left,
-            panel.applied: then.applied,
-            panel.undo: gr.Button(visible=bool(left)),
+            **preset_update(form, values, checkpoint, snapshot.aspect, switched=switched, is_undo=True),
+            panel.apply_message: render.notes([sentence]),
+            panel.undo_stack: remaining,
+            panel.applied: snapshot.applied,
+            panel.undo: gr.Button(visible=bool(remaining)),
         }
 
     state = [panel.apply_message, panel.undo_stack, panel.applied, panel.undo]
@@ -145,13 +145,15 @@ def _wire_form(studio: Studio, available_presets: AvailablePresets, form: Form) 
 
 
 def user_words(prompt: str, last_applied: tuple[Preset, str] | None) -> str:
-    """What the user themselves said in `prompt`, in which `last_applied` may stand: a preset, and their words by
-    then."""
+    """The user's own words in `prompt`.
+
+    last_applied: the preset that `prompt` may contain, and the user's words when it was applied.
+    """
     if last_applied is None:
         return prompt
     preset, earlier = last_applied
-    said = preset.extract_subject(prompt)
-    return prompt if said is None else said or earlier
+    subject = preset.extract_subject(prompt)
+    return prompt if subject is None else subject or earlier
 
 
 def preset_update(
@@ -163,15 +165,14 @@ def preset_update(
     switched: bool,
     is_undo: bool = False,
 ) -> Update:
-    """`values` of a request in `form`, which shows the shape `aspect`, and the rest as it stands there.
+    """The update that puts `values` of a request into `form`, whose shape is `aspect`; other fields stay.
 
-    switched: whether `checkpoint` is another one than before. is_undo: whether the values are the form's own of
-    earlier, with `aspect`.
+    switched: whether `checkpoint` changes. is_undo: whether `values` and `aspect` are earlier ones of the form itself.
     """
     components = form.fields
     update: Update = {components[name]: values[name] for name in CHECKPOINT_INDEPENDENT_FIELDS if name in values}
     if switched:
-        # Or the choice would overwrite what is put here.
+        # Otherwise the change event would overwrite these values.
         update |= {components["checkpoint"]: checkpoint.name, form.form_checkpoint: checkpoint.name}
     for name, make in (("steps", fields.steps), ("guidance", fields.guidance)):
         if name in values or switched:

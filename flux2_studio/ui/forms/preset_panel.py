@@ -1,6 +1,6 @@
-"""Presets on the page: how they are laid out, what there is to choose from, and what a card says.
+"""Presets on the page: layout, available presets, and the card of a preset.
 
-What happens when one is applied is in `preset_use`, and what becomes of one's own in `own_preset_panel`.
+`preset_apply` applies presets, and `own_preset_panel` manages the user's own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from flux2_studio.storage.own_presets import OwnPresets
 from flux2_studio.storage.presets import SUBJECT_PLACEHOLDER, Preset, Presets
 from flux2_studio.ui.gradio_compat.language import i18n, translate
 
-SHIPPED_PREFIX, OWN_PREFIX = "shipped:", "own:"  # what a choice begins with; then the file's name, or the id
-PRESET_PARTS: Mapping[str, tuple[str, ...]] = {  # of a form, as they are offered to be saved
+SHIPPED_PREFIX, OWN_PREFIX = "shipped:", "own:"  # prefixes of a choice, before the file's name or the id
+PRESET_PARTS: Mapping[str, tuple[str, ...]] = {  # parts of a form that can be saved
     "Prompt": ("prompt", "negative_prompt"),
     "Size": ("width", "height"),
     "Checkpoint, steps, guidance": ("checkpoint", "steps", "guidance"),
@@ -29,10 +29,11 @@ PRESET_PARTS: Mapping[str, tuple[str, ...]] = {  # of a form, as they are offere
 
 @dataclass(frozen=True, kw_only=True)
 class PresetPanel:
-    """`undo_stack` is what can be undone, the last one last; `applied` the preset in the form and the user's words
-    then.
+    """The components. `undo_stack`: what can be undone, latest last; `applied`: the preset in the form and the user's
+    words.
 
-    `pending` waits to be told whether it may replace another one; `deleted` was the last one to go.
+    `pending`: a preset that waits for the user to confirm the replacement of another; `deleted`: the last deleted
+    preset.
     """
 
     choice: gr.Dropdown
@@ -54,7 +55,7 @@ class PresetPanel:
     replace: gr.Button
     keep_existing: gr.Button
     restore: gr.Button
-    own_message: gr.HTML  # what became of one's own
+    own_message: gr.HTML  # result of an action on the user's own presets
     pending: gr.State
     deleted: gr.State
 
@@ -63,7 +64,7 @@ def build_preset_panel() -> PresetPanel:
     with gr.Column(elem_classes=["presets", "extra"]):
         with gr.Row(elem_classes="preset-choice"):
             choice = gr.Dropdown(
-                choices=[],  # when the page is opened, for some are of whoever opens it
+                choices=[],  # set when the page is opened, because some are the visitor's own
                 value=None,
                 label=i18n("Start from a preset"),
                 info=i18n("Type to search. What you write in the prompt becomes its subject."),
@@ -72,10 +73,10 @@ def build_preset_panel() -> PresetPanel:
             )
             apply = gr.Button(i18n("Apply"), size="sm", min_width=80, interactive=False, elem_classes="preset-apply")
         card = gr.HTML(elem_classes="preset-card")
-        said = gr.HTML(elem_classes=["note", "preset-said"])
+        apply_message = gr.HTML(elem_classes=["note", "preset-said"])
         with gr.Row(elem_classes="acts"):
             undo = gr.Button(i18n("Undo"), size="sm", visible=False, elem_classes="preset-undo")
-        with gr.Accordion(i18n("Save and share presets"), open=False, elem_classes="preset-own") as folded:
+        with gr.Accordion(i18n("Save and share presets"), open=False, elem_classes="preset-own") as own_accordion:
             name = gr.Textbox(label=i18n("Name"), max_lines=1, max_length=60, elem_classes="preset-name")
             parts = gr.CheckboxGroup(
                 [(i18n(part), part) for part in PRESET_PARTS],
@@ -89,51 +90,51 @@ def build_preset_panel() -> PresetPanel:
                 rename = gr.Button(i18n("Rename"), size="sm", visible=False, elem_classes="preset-rename")
                 delete = gr.Button(i18n("Delete"), size="sm", visible=False, elem_classes="preset-delete")
                 export = gr.DownloadButton(i18n("Export"), size="sm", visible=False, elem_classes="preset-export")
-                take = gr.UploadButton(
+                import_file = gr.UploadButton(
                     i18n("Import a file"), size="sm", file_types=[".json"], elem_classes="preset-import"
                 )
             question = gr.HTML(elem_classes=["note", "preset-question"])
             with gr.Row(elem_classes="acts"):
                 replace = gr.Button(i18n("Replace it"), size="sm", visible=False, elem_classes="preset-replace")
-                keep = gr.Button(i18n("Keep it"), size="sm", visible=False, elem_classes="preset-keep")
-            told = gr.HTML(elem_classes=["note", "preset-told"])
+                keep_existing = gr.Button(i18n("Keep it"), size="sm", visible=False, elem_classes="preset-keep")
+            own_message = gr.HTML(elem_classes=["note", "preset-told"])
             with gr.Row(elem_classes="acts"):
                 restore = gr.Button(i18n("Undo the deletion"), size="sm", visible=False, elem_classes="preset-restore")
     return PresetPanel(
         choice=choice,
         apply=apply,
         card=card,
-        apply_message=said,
+        apply_message=apply_message,
         undo=undo,
         undo_stack=gr.State([]),
         applied=gr.State(None),
-        own_accordion=folded,
+        own_accordion=own_accordion,
         name=name,
         parts=parts,
         save=save,
         rename=rename,
         delete=delete,
         export=export,
-        import_file=take,
+        import_file=import_file,
         question=question,
         replace=replace,
-        keep_existing=keep,
+        keep_existing=keep_existing,
         restore=restore,
-        own_message=told,
+        own_message=own_message,
         pending=gr.State(None),
         deleted=gr.State(None),
     )
 
 
 class AvailablePresets:
-    """The presets that a visitor may choose from: the studio's, and their own."""
+    """The presets that a visitor may choose from: the studio's and their own."""
 
     def __init__(self, presets: Presets, own_presets: OwnPresets) -> None:
         self.presets = presets
         self.own_presets = own_presets
 
     def choices(self, form: str, owner: str) -> list[tuple[str, str]]:
-        """(label, choice) of each, one's own first. Raises `StudioError`."""
+        """(label, choice) of each preset, the visitor's own first. Raises `StudioError`."""
         mine = [
             (f"{translate('Yours')} · {it.name}", f"{OWN_PREFIX}{id}")
             for id, it in self.own_presets.for_form(owner, form).items()
@@ -146,7 +147,7 @@ class AvailablePresets:
         ]
 
     def find(self, choice: str | None, owner: str) -> Preset:
-        """The preset that a browser calls `choice`. Raises `StudioError` where `owner` has none such."""
+        """The preset for a choice sent by the browser. Raises `StudioError` if `owner` has no such preset."""
         if choice and choice.startswith(OWN_PREFIX):
             return self.own_presets.find(owner, choice.removeprefix(OWN_PREFIX))
         preset = self.presets.by_slug.get((choice or "").removeprefix(SHIPPED_PREFIX))
@@ -156,7 +157,7 @@ class AvailablePresets:
 
 
 def preset_card_html(preset: Preset) -> str:
-    """What to know of `preset` before it is applied, as HTML. Its texts may be a stranger's."""
+    """A summary of `preset` as HTML. Its texts may come from a stranger."""
     lines = [f"<p>{escape(preset.description)}</p>"]
     if preset.shows:
         lines.append(f'<p class="shows">{escape(preset.shows)}</p>')
@@ -167,6 +168,6 @@ def preset_card_html(preset: Preset) -> str:
     picture = ""
     if preset.picture is not None:
         data = base64.b64encode(preset.picture.read_bytes()).decode()
-        drawn = translate("Example of {name}, drawn by the toy on board", name=preset.name)
-        picture = f'<img alt="{escape(drawn)}" src="data:image/webp;base64,{data}">'
+        alt = translate("Example of {name}, drawn by the toy on board", name=preset.name)
+        picture = f'<img alt="{escape(alt)}" src="data:image/webp;base64,{data}">'
     return f'<div class="card">{picture}{"".join(lines)}</div>'

@@ -1,5 +1,4 @@
-"""Before a run: whether the request fits into memory and how long it will take, shown under its form, and the chosen
-checkpoint loaded ahead."""
+"""Before a run: an estimate of its memory and time under the form, and the preload of the chosen checkpoint."""
 
 from __future__ import annotations
 
@@ -25,6 +24,7 @@ from flux2_studio.ui.stage import render
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
+# The fields that affect the memory and time of a request.
 ESTIMATE_FIELDS = (
     "checkpoint",
     "references",
@@ -35,31 +35,30 @@ ESTIMATE_FIELDS = (
     "steps",
     "guidance",
     "loras",
-)  # what a request's memory and time depend on
+)
 
 
 def wire_estimate(studio: Studio, form: Form, triggers: Sequence[Callable[..., Any]], lock: asyncio.Lock) -> None:
-    """Tell under `form` what it asks for will take, whenever that changes: with its fields, and after `triggers`,
-    events of what else it depends on.
+    """Show the estimate under `form`, and update it when its fields change and after `triggers`.
 
-    lock: has one form after the other look. While a checkpoint's files are read all of them wait for that, and would
-    between them hold the few threads that History and the queue are answered from, too.
+    lock: serialises the estimates of all forms. They wait while a checkpoint's files are read, and together they would
+    occupy the few threads that also serve History and the queue.
     """
-    components = {name: form.fields[name] for name in ESTIMATE_FIELDS if name in form.fields}
-    components["upsample_by"] = form.upsampling.inputs["upsample_by"]
+    inputs = {name: form.fields[name] for name in ESTIMATE_FIELDS if name in form.fields}
+    inputs["upsample_by"] = form.upsampling.inputs["upsample_by"]
 
-    async def tell(**values: Any) -> str:
+    async def estimate(**values: Any) -> str:
         async with lock:
             return await asyncio.to_thread(form_estimate_html, studio, **values)
 
-    # With no trigger named: at every change, and when the page is opened.
+    # Without a trigger: at every change, and when the page is opened.
     events: list[Callable[..., Any]] = [partial(listen, None), *triggers]
     for event in events:
         event(
-            tell,
+            estimate,
             None,
             form.estimate,
-            inputs_kwargs=components,
+            inputs_kwargs=inputs,
             concurrency_limit=None,
             trigger_mode="always_last",
             api_visibility="private",
@@ -81,13 +80,13 @@ def form_estimate_html(
     outpaint: Any = None,
     upsample_by: str = "none",
 ) -> str:
-    """What a form's values will take, as HTML; "" for values that cannot be run, which the run will tell."""
+    """The estimate for a form's values as HTML; "" for invalid values, which the run will report."""
     try:
-        chosen = studio.settings.checkpoint(checkpoint)
+        chosen_checkpoint = studio.settings.checkpoint(checkpoint)
         files = gallery_paths(references)
-        cap = chosen.max_pixels_per_reference(len(files))
+        cap = chosen_checkpoint.max_pixels_per_reference(len(files))
         sizes = [fit_size(reference_size(file), cap) for file in files]
-        asked = Request(
+        request = Request(
             prompt="any",
             checkpoint=checkpoint,
             references=files,
@@ -95,12 +94,12 @@ def form_estimate_html(
             width=width,
             height=height,
             count=count,
-            # Numbers that were laid out for the checkpoint before are not this one's.
-            guidance=None if chosen.guidance_fixed else guidance,
-            steps=None if chosen.steps_fixed else steps,
+            # Fixed values in the form may still be those of the previous checkpoint.
+            guidance=None if chosen_checkpoint.guidance_fixed else guidance,
+            steps=None if chosen_checkpoint.steps_fixed else steps,
             loras=read_loras(loras),
         )
-        return render.run_estimate(studio.estimate_run(asked, sizes), enriched=upsample_by != "none")
+        return render.run_estimate(studio.estimate_run(request, sizes), enriched=upsample_by != "none")
     except OutOfMemory as error:
         return render.problem(str(error))
     except StudioError:
@@ -110,8 +109,10 @@ def form_estimate_html(
 def wire_preload(
     studio: Studio, jobs: JobQueue, checkpoint_dropdown: gr.Dropdown, loading: gr.HTML
 ) -> Callable[..., Any]:
-    """Load a checkpoint that is on disk as soon as it is chosen, after the run under way, and show how far that is.
-    Returns the event of its end."""
+    """Preload a checkpoint on disk as soon as it is chosen, after the current run, and show the progress.
+
+    Returns the event of its end.
+    """
 
     async def prepare(name: str, request: gr.Request) -> AsyncIterator[str]:
         checkpoint = studio.settings.checkpoint(name)
@@ -129,7 +130,7 @@ def wire_preload(
                 case _:
                     yield ""
 
-    # By hand only: opening the page is no wish, and a new choice takes the place of the one before.
+    # `input`: opening the page must not preload. A new choice replaces the previous one.
     prepared = listen(
         checkpoint_dropdown.input,
         prepare,

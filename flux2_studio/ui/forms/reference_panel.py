@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-from PIL import Image
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import StudioError
-from flux2_studio.images.references import fit_size, load_reference
+from flux2_studio.images.picture_cache import PictureCache
+from flux2_studio.images.references import LoadedReference, fit_size
 from flux2_studio.ui.forms import fields, mask_panel
 from flux2_studio.ui.forms.reference_names import names_in, rename_reference
 from flux2_studio.ui.forms.tabs import Form, ReferencePanel, ReferenceTools
@@ -52,23 +52,23 @@ class ExaminedFiles:
     first_subject: mask_panel.MaskSubject | None = None
 
 
-def examine(offered: Sequence[Path], checkpoint: Checkpoint, max_count: int) -> ExaminedFiles:
-    """Look at the `offered` files until `max_count` are kept."""
+def examine(offered: Sequence[Path], checkpoint: Checkpoint, max_count: int, pictures: PictureCache) -> ExaminedFiles:
+    """Sort `offered` into files that can be used, at most `max_count`, and the others."""
     kept: list[Path] = []
     notes: list[str] = []
     refused: list[str] = []
     left_out: list[str] = []
-    first: Image.Image | None = None
+    first: LoadedReference | None = None
     for path in offered:
         if len(kept) == max_count:
             left_out.append(path.name)
             continue
         try:
-            loaded = load_reference(path)
+            loaded = pictures.load(path)
         except StudioError as error:
             refused.append(str(error))
             continue
-        first = first or loaded.image
+        first = first or loaded
         kept.append(path)
         notes += loaded.notes
     if left_out:
@@ -76,14 +76,14 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, max_count: int) -> 
         refused.append(f"{checkpoint.label} takes at most {max_count} pictures: {were}.")
     subject = None
     if first is not None:
-        width, height = fit_size(first.size, checkpoint.max_pixels_per_reference(len(kept)))
+        width, height = fit_size(first.image.size, checkpoint.max_pixels_per_reference(len(kept)))
         shape = fields.ratio(width, height)
         size = translate("As image 1: {width} x {height} pixels ({shape}).", width=width, height=height, shape=shape)
-        if first.size != (width, height):
+        if first.image.size != (width, height):
             size += " " + translate(
                 "Image 1 is scaled from {width} x {height} to {across} x {down}.",
-                width=first.width,
-                height=first.height,
+                width=first.image.width,
+                height=first.image.height,
                 across=width,
                 down=height,
             )
@@ -92,11 +92,11 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, max_count: int) -> 
     return ExaminedFiles(usable=tuple(kept), notes=tuple(notes), refused=tuple(refused), first_subject=subject)
 
 
-def newest_usable(offered: Sequence[Path], checkpoint: Checkpoint) -> ExaminedFiles:
+def newest_usable(offered: Sequence[Path], checkpoint: Checkpoint, pictures: PictureCache) -> ExaminedFiles:
     """The last of the `offered` files that can be used, with why those after it cannot."""
     refused: tuple[str, ...] = ()
     for path in reversed(offered):
-        examined = examine([path], checkpoint, 1)
+        examined = examine([path], checkpoint, 1, pictures)
         if examined.usable:
             return replace(examined, refused=refused)
         refused += examined.refused
@@ -145,6 +145,7 @@ def set_references(
     form: Form,
     offered: Sequence[Path],
     checkpoint: Checkpoint,
+    pictures: PictureCache,
     chosen: int | None = None,
     names: Mapping[Path, str] = MappingProxyType({}),
 ) -> Update:
@@ -155,7 +156,11 @@ def set_references(
     """
     assert form.reference_panel is not None
     tools = form.reference_panel.tools
-    examined = examine(offered, checkpoint, checkpoint.max_references) if tools else newest_usable(offered, checkpoint)
+    examined = (
+        examine(offered, checkpoint, checkpoint.max_references, pictures)
+        if tools
+        else newest_usable(offered, checkpoint, pictures)
+    )
     update: Update = {
         form.fields["references"]: gr.Gallery(fields.captioned_items(examined.usable, names), selected_index=chosen),
         form.reference_panel.problems: "".join(map(render.problem, examined.refused)),
@@ -205,17 +210,19 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
         return answer
 
     def check(items: Any, name: str) -> Update:
-        return set_references(form, gallery_paths(items), studio.settings.checkpoint(name), names=names_in(items))
+        checkpoint = studio.settings.checkpoint(name)
+        return set_references(form, gallery_paths(items), checkpoint, studio.pictures, names=names_in(items))
 
     def clear(sent: str | None, heard: int, name: str) -> Any:
         # Whatever the gallery holds: an answer to what was asked before may just have filled it again.
         if parse_clear_count(sent) <= heard:
             return gr.skip()
-        return set_references(form, (), studio.settings.checkpoint(name)) | {panel.clear_count: parse_clear_count(sent)}
+        update = set_references(form, (), studio.settings.checkpoint(name), studio.pictures)
+        return update | {panel.clear_count: parse_clear_count(sent)}
 
     def describe(items: Any, name: str) -> Update:
         checkpoint = studio.settings.checkpoint(name)
-        examined = examine(gallery_paths(items), checkpoint, checkpoint.max_references)
+        examined = examine(gallery_paths(items), checkpoint, checkpoint.max_references, studio.pictures)
         return {
             panel.note: render.notes(examined.notes),
             **mask_panel.mask_panel_update(form.fields, examined.first_subject),
@@ -268,7 +275,7 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
 
     def offered(order: Sequence[Path], name: str, items: Any, *field: str | None, place: int | None = None) -> Update:
         names, wrong = call(items, *field)
-        update = set_references(form, order, studio.settings.checkpoint(name), place, names)
+        update = set_references(form, order, studio.settings.checkpoint(name), studio.pictures, place, names)
         return update | {panel.problems: wrong + update[panel.problems]}
 
     def add(new: Sequence[str], *rest: Any) -> Update:

@@ -1,6 +1,6 @@
-"""The page's layout: a form for each tab, and one stage beside them that shows what any of them makes.
+"""The page's layout: one form per tab, and a shared stage beside them for the results.
 
-A function lays out one part and returns its components; nothing here listens to an event.
+Each function lays out one part and returns its components; no events are connected here.
 """
 
 from __future__ import annotations
@@ -42,22 +42,23 @@ class Form:
     aspect: gr.Radio
     size_note: gr.HTML
     presets: PresetPanel
-    estimate: gr.HTML  # how the request will fit into memory
+    estimate: gr.HTML  # memory and time of the request
     form_checkpoint: gr.Textbox  # hidden: the checkpoint whose ranges and defaults the fields show
     examples: gr.Dataset
     loras: LoraPanel
     upsampling: UpsamplingPanel
-    identity: gr.HTML  # who signs, and what that proves
+    identity: gr.HTML  # the signing identity, and what its signature proves
     run: gr.Button
     reference_panel: ReferencePanel | None = None
-    edit_accordion: gr.Accordion | None = None  # mask and outpainting are folded into it
+    edit_accordion: gr.Accordion | None = None  # contains mask and outpainting
     live: LivePanel | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LivePanel:
-    """Whether the picture follows what is typed: `hidden_counter` counts the changes to follow, in the browser, and
-    `wake_counter` how often nobody was there to show what became of one."""
+    """Live mode. `change_counter` is incremented in the browser for each change to follow, `wake_counter` for each
+    change that no handler was left to show.
+    """
 
     on: gr.Checkbox
     change_counter: gr.Number
@@ -66,8 +67,10 @@ class LivePanel:
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplingPanel:
-    """Who enriches the form's prompt, and what came of it. `inputs` are what `Upsampling` is made of, and the key;
-    `job_id` is the id of the enrichment under way, `undo_stack` the prompts that were replaced, the last one last."""
+    """Prompt enhancement of a form. `inputs`: the inputs of `Upsampling`, and the API key.
+
+    `job_id`: the enhancement under way; `undo_stack`: the replaced prompts, latest last.
+    """
 
     accordion: gr.Accordion
     provider: gr.Radio
@@ -89,11 +92,11 @@ class UpsamplingPanel:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePanel:
-    """What stands around a form's references: what was refused and why, and what to know of those that stay.
+    """The components around a form's references: refused files with reasons, and notes on the accepted ones.
 
-    `history_button` sends what was chosen of History. In the place of `client_state` the page's script sends what it
-    knows itself: which picture is selected, from which index to which one was dragged, or how often all were cleared;
-    `clear_count` is how often they were, as far as that was heard.
+    `history_button` sends the pictures picked from History. The page's script sends its own state in place of
+    `client_state`: the selected picture, the indices of a drag, or how often the gallery was cleared. `clear_count` is
+    the number of clears that the server has handled.
     """
 
     problems: gr.HTML
@@ -106,7 +109,7 @@ class ReferencePanel:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPanel:
-    """What stands around a form's LoRAs: those that can be added, and what to know of them."""
+    """The components around a form's LoRAs: those that can be added, and notes on them."""
 
     accordion: gr.Accordion
     add_dropdown: gr.Dropdown
@@ -117,13 +120,16 @@ class LoraPanel:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTools:
-    """What puts several references in order, and names them. `named` is the file that `reference_name_field` is the
-    name of, as the browser saw it when it was typed. Where one was dragged, the page's script presses `drag_button`."""
+    """The components that sort and name several references.
+
+    `named`: the file that `name` refers to, as the browser saw it while the user typed. After a drag, the page's script
+    presses `drag_button`.
+    """
 
     row: gr.Row
     name: gr.Textbox
     named: gr.Textbox
-    add: gr.UploadButton  # the gallery takes no upload while a picture in it is selected
+    add: gr.UploadButton  # the gallery accepts no upload while a picture is selected
     earlier: gr.Button
     later: gr.Button
     remove: gr.Button
@@ -132,10 +138,13 @@ class ReferenceTools:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePanel:
-    """Where a run is followed. `job_id` is its id, and `shown_job_id` that of the run which the browser shows: the one
-    that Stop means. `result_paths` are the saved paths, `selected_index` the index of the shown one. One `without_`
-    each form runs it without enriching its prompt, where that failed. `keep_preview` saves the preview of the run
-    `unfinished_job_id`, which ended with that."""
+    """The stage, where a run is followed.
+
+    `job_id`: the run; `shown_job_id`: the run that the browser shows, which Stop cancels. `result_paths`: the saved
+    files; `selected_index`: the selected one. `generate_unenhanced`, `edit_unenhanced`, `multi_unenhanced`: run the
+    form without prompt enhancement after that failed. `keep_preview`: saves the last preview of the run
+    `unfinished_job_id`.
+    """
 
     job_id: gr.State
     shown_job_id: gr.Textbox
@@ -162,7 +171,7 @@ class StagePanel:
 
     @property
     def components(self) -> list[Any]:
-        """All components of it."""
+        """All components of the stage."""
         own = [part for part in vars(self).values() if part is not self.comparison]
         return [*own, *vars(self.comparison).values()]
 
@@ -196,7 +205,7 @@ def edit(checkpoint_dropdown: gr.Dropdown, checkpoint: Checkpoint, examples: Exa
             settings,
             presets=presets,
             references=references,
-            reference_panel=_panel(pick),
+            reference_panel=_reference_panel(pick),
             prompt=fields.prompt(i18n("Instruction"), i18n("What should change? Say also what must stay.")),
             run=i18n("Edit"),
             live=True,
@@ -208,7 +217,7 @@ def multi(checkpoint_dropdown: gr.Dropdown, checkpoint: Checkpoint, examples: Ex
         presets = preset_panel.build_preset_panel()
         references = fields.references(fields.references_label(checkpoint.max_references), columns=5)
         pick = picker.build_picker_button("multi")
-        drop = gr.Button("Move", visible="hidden", elem_id="multi-move")
+        drag_button = gr.Button("Move", visible="hidden", elem_id="multi-move")
         with gr.Row(visible=False, elem_classes="tools") as row:
             tools = ReferenceTools(
                 row=row,
@@ -225,7 +234,7 @@ def multi(checkpoint_dropdown: gr.Dropdown, checkpoint: Checkpoint, examples: Ex
                 earlier=gr.Button(i18n("◀ Earlier"), size="sm", min_width=80),
                 later=gr.Button(i18n("Later ▶"), size="sm", min_width=80),
                 remove=gr.Button(i18n("Remove"), size="sm", min_width=80),
-                drag_button=drop,
+                drag_button=drag_button,
             )
             gr.HTML(
                 "<p data-i18n>Drag a picture to another place; or select it to name, move or remove it.</p>",
@@ -239,7 +248,7 @@ def multi(checkpoint_dropdown: gr.Dropdown, checkpoint: Checkpoint, examples: Ex
             settings,
             presets=presets,
             references=references,
-            reference_panel=_panel(pick, tools),
+            reference_panel=_reference_panel(pick, tools),
             prompt=fields.prompt(
                 i18n("Instruction"),
                 i18n('Call the pictures "image 1", "image 2" and so on, or @fox once you named one fox.'),
@@ -248,7 +257,7 @@ def multi(checkpoint_dropdown: gr.Dropdown, checkpoint: Checkpoint, examples: Ex
         )
 
 
-def _panel(pick: gr.Button, tools: ReferenceTools | None = None) -> ReferencePanel:
+def _reference_panel(pick: gr.Button, tools: ReferenceTools | None = None) -> ReferencePanel:
     return ReferencePanel(
         history_button=pick,
         problems=gr.HTML(elem_classes="refused"),
@@ -275,9 +284,9 @@ def _form(
 ) -> Form:
     samples = fields.examples(examples.of(name, checkpoint))
     upsampling = _upsampling(settings, with_references=references is not None)
-    part, edits = mask_panel.build_mask_panel() if references is not None else ({}, None)
+    mask_fields, edit_accordion = mask_panel.build_mask_panel() if references is not None else ({}, None)
     run_button = gr.Button(run, variant="primary", size="lg", elem_classes="run")
-    following = (
+    live_panel = (
         LivePanel(
             on=fields.live(checkpoint, on=False),
             change_counter=fields.hidden_counter(),
@@ -286,22 +295,22 @@ def _form(
         if live
         else None
     )
-    fit = gr.HTML(elem_classes=["note", "fit"])
+    estimate = gr.HTML(elem_classes=["note", "fit"])
     aspect = fields.aspect(with_references=references is not None)
     with gr.Row(elem_classes="pair"):
         width, height = fields.sides(None if references else fields.size_of("1:1", checkpoint))
     size_note = gr.HTML(elem_classes="note")
     with gr.Row(elem_classes="seeds"):
         seed = fields.seed()
-        roll = gr.Button(i18n("New seed"), min_width=90, elem_classes="roll")
-        lock = fields.lock()
+        new_seed = gr.Button(i18n("New seed"), min_width=90, elem_classes="roll")
+        seed_lock = fields.lock()
     count = fields.count()
     with gr.Row(elem_classes="pair"):
         steps = fields.steps(checkpoint)
         guidance = fields.guidance(checkpoint)
     negative_prompt = fields.negative_prompt(checkpoint)
     loras, lora_panel = _loras(checkpoint)
-    marks, identity = _marks()
+    marks, identity = _provenance_fields()
     return Form(
         name=name,
         fields={
@@ -309,7 +318,7 @@ def _form(
             "negative_prompt": negative_prompt,
             "checkpoint": checkpoint_dropdown,
             **({"references": references} if references else {}),
-            **part,
+            **mask_fields,
             "width": width,
             "height": height,
             "steps": steps,
@@ -319,12 +328,12 @@ def _form(
             "loras": loras,
             **marks,
         },
-        seed_lock=lock,
-        new_seed=roll,
+        seed_lock=seed_lock,
+        new_seed=new_seed,
         aspect=aspect,
         size_note=size_note,
         presets=presets,
-        estimate=fit,
+        estimate=estimate,
         form_checkpoint=gr.Textbox(checkpoint.name, visible=False),
         examples=samples,
         loras=lora_panel,
@@ -332,28 +341,29 @@ def _form(
         identity=identity,
         run=run_button,
         reference_panel=reference_panel,
-        edit_accordion=edits,
-        live=following,
+        edit_accordion=edit_accordion,
+        live=live_panel,
     )
 
 
 def _loras(checkpoint: Checkpoint) -> tuple[gr.HTML, LoraPanel]:
-    with gr.Accordion(fields.lora_title(0), open=False, elem_classes="lora-panel") as folded:
+    with gr.Accordion(fields.lora_title(0), open=False, elem_classes="lora-panel") as accordion:
         chosen = fields.loras()
         dropped = gr.HTML(elem_classes="note")
         with gr.Row(elem_classes="lora-add"):
-            offer = fields.lora_dropdown(
-                (), checkpoint
-            )  # filled when the page is opened: a large folder takes its time
+            # Filled when the page is opened, because scanning a large folder takes time.
+            add_dropdown = fields.lora_dropdown((), checkpoint)
             refresh = gr.Button(i18n("Refresh"), size="sm", min_width=80, elem_classes="refresh")
         note = gr.HTML(elem_classes="note")
-    return chosen, LoraPanel(accordion=folded, add_dropdown=offer, dropped=dropped, note=note, refresh=refresh)
+    return chosen, LoraPanel(
+        accordion=accordion, add_dropdown=add_dropdown, dropped=dropped, note=note, refresh=refresh
+    )
 
 
 def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel:
     by = "none" if with_references else settings.upsample
-    with gr.Accordion(i18n(UPSAMPLING_TITLE), open=by != "none", elem_classes=["upsampling", "extra"]) as folded:
-        choice = fields.upsample_by(by)
+    with gr.Accordion(i18n(UPSAMPLING_TITLE), open=by != "none", elem_classes=["upsampling", "extra"]) as accordion:
+        provider = fields.upsample_by(by)
         local = fields.local_model((), visible=False)  # filled once the checkpoint is known
         models = [(model.label, model.name) for model in REMOTE_MODELS]
         remote = fields.remote_model(
@@ -361,7 +371,7 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
         )
         key = fields.api_key(visible=by == "openrouter")
         about = gr.HTML(elem_classes="note")
-        # "hidden" keeps it on the page: an empty Number that is removed and put back becomes 0, which top p cannot be.
+        # "hidden" keeps it on the page: an empty Number that is removed and added again becomes 0, invalid for top p.
         with gr.Row(visible=by != "none" or "hidden", elem_classes="pair") as row:
             sampling = {
                 "temperature": fields.sampling("temperature", i18n("Temperature")),
@@ -369,10 +379,10 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
                 "max_tokens": fields.sampling("max_tokens", i18n("Tokens")),
             }
         with gr.Row(elem_classes="acts"):
-            enrich = gr.Button(i18n("Enrich now"), size="sm", visible=by != "none", elem_classes="enrich")
+            enhance = gr.Button(i18n("Enrich now"), size="sm", visible=by != "none", elem_classes="enrich")
             stop = gr.Button(i18n("Stop"), size="sm", variant="stop", visible=False, elem_classes="enrich-stop")
         status = gr.HTML(elem_classes="enrich-status")
-        written = gr.Textbox(
+        enhanced_prompt = gr.Textbox(
             label=i18n("Enriched prompt"),
             info=i18n("As it is written."),
             lines=4,
@@ -386,20 +396,20 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
         mode: PromptMode = "edit" if with_references else "generate"
         with gr.Accordion(i18n("What the language model is told"), open=False, elem_classes="told"):
             gr.HTML(f"<pre>{escape(build_instructions(mode, 0, seen=True))}</pre>")
-    inputs = {"upsample_by": choice, "upsample_local": local, "upsample_remote": remote, "api_key": key, **sampling}
+    inputs = {"upsample_by": provider, "upsample_local": local, "upsample_remote": remote, "api_key": key, **sampling}
     return UpsamplingPanel(
-        accordion=folded,
-        provider=choice,
+        accordion=accordion,
+        provider=provider,
         local=local,
         remote=remote,
         key=key,
         sampling_row=row,
         inputs=inputs,
         about=about,
-        enhance=enrich,
+        enhance=enhance,
         stop=stop,
         status=status,
-        enhanced_prompt=written,
+        enhanced_prompt=enhanced_prompt,
         use=use,
         undo=undo,
         job_id=gr.State(""),
@@ -407,8 +417,8 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
     )
 
 
-def _marks() -> tuple[dict[str, Any], gr.HTML]:
-    """The fields of a request that say how its pictures are saved, and what they say of themselves."""
+def _provenance_fields() -> tuple[dict[str, Any], gr.HTML]:
+    """The request fields for saving and provenance, and the note on the signing identity."""
     with gr.Accordion(i18n("Saving and provenance"), open=False, elem_classes=["marks", "extra"]):
         image_format = fields.image_format()
         found = {
@@ -435,11 +445,11 @@ def _marks() -> tuple[dict[str, Any], gr.HTML]:
 
 
 def build_stage(queue: gr.HTML | None = None) -> StagePanel:
-    """queue: shown below the result, where there is one."""
-    job, results = gr.State(""), gr.State([])
-    shown, picked = gr.Textbox("", visible=False), gr.Number(0, precision=0, visible=False)
+    """Build the stage. queue: shown below the result if given."""
+    job_id, result_paths = gr.State(""), gr.State([])
+    shown_job_id, selected_index = gr.Textbox("", visible=False), gr.Number(0, precision=0, visible=False)
     message = gr.HTML(elem_id="message")
-    without = {
+    unenhanced = {
         form: gr.Button(i18n(label), visible=False, elem_classes="without")
         for form, label in (
             ("generate", "Generate without enriching"),
@@ -463,11 +473,13 @@ def build_stage(queue: gr.HTML | None = None) -> StagePanel:
     with gr.Row(elem_id="running"):
         progress = gr.HTML(elem_id="progress")
         stop = gr.Button(i18n("Stop"), variant="stop", visible=False, min_width=96, scale=0, elem_id="stop")
-        keep = gr.Button(i18n("Keep this preview"), visible=False, min_width=220, scale=0, elem_id="keep-preview")
+        keep_preview = gr.Button(
+            i18n("Keep this preview"), visible=False, min_width=220, scale=0, elem_id="keep-preview"
+        )
     notices = gr.HTML(elem_id="notices")
     with gr.Row(visible=False, elem_id="actions") as actions:
         download = gr.DownloadButton(i18n("Download"), elem_id="download", min_width=140)
-        edit = gr.Button(i18n("Use in Edit"), elem_id="use-in-edit", min_width=140)
+        use_in_edit = gr.Button(i18n("Use in Edit"), elem_id="use-in-edit", min_width=140)
     comparison = compare.build_comparison()
     if queue is not None:
         queue.render()
@@ -475,24 +487,24 @@ def build_stage(queue: gr.HTML | None = None) -> StagePanel:
         table = gr.HTML(elem_id="settings")
         json = gr.Code(language="json", label=i18n("As JSON"), interactive=False, elem_id="json", lines=3, max_lines=12)
     return StagePanel(
-        job_id=job,
-        shown_job_id=shown,
+        job_id=job_id,
+        shown_job_id=shown_job_id,
         unfinished_job_id=gr.State(""),
-        result_paths=results,
-        selected_index=picked,
+        result_paths=result_paths,
+        selected_index=selected_index,
         message=message,
-        generate_unenhanced=without["generate"],
-        edit_unenhanced=without["edit"],
-        multi_unenhanced=without["multi"],
+        generate_unenhanced=unenhanced["generate"],
+        edit_unenhanced=unenhanced["edit"],
+        multi_unenhanced=unenhanced["multi"],
         preview=preview,
         gallery=gallery,
         progress=progress,
         stop=stop,
-        keep_preview=keep,
+        keep_preview=keep_preview,
         notices=notices,
         actions=actions,
         download=download,
-        use_in_edit=edit,
+        use_in_edit=use_in_edit,
         comparison=comparison,
         details=details,
         table=table,

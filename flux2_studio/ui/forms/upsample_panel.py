@@ -1,4 +1,4 @@
-"""Enriching prompts on the page: who does it, what that costs, and what came of it beside the original."""
+"""Prompt enhancement on the page: the provider, its cost, and the enhanced prompt beside the original."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flux2_studio.models.writers import WriterOffer
     from flux2_studio.studio import Studio
 
-UpsamplingFormReader = Callable[..., Request]  # a form's values, and what stands around them -> its request
+UpsamplingFormReader = Callable[..., Request]  # a form's state and values -> its request
 WRITING_INFO = "It is still being written."
 ENHANCED_INFO = "Change it as you like, then use it as your prompt."
 DRAWN_INFO = "Drawn as it stands here. To change it for the next run, use it as your prompt."
@@ -43,7 +43,7 @@ UPSAMPLING_INPUTS = (
 
 
 def read_upsampling(values: Mapping[str, Any]) -> Upsampling:
-    """The values of `UpsamplingPanel.inputs` as a request has them. Raises `RequestError`."""
+    """Convert the values of `UpsamplingPanel.inputs` for a request. Raises `RequestError`."""
     by = values["upsample_by"]
     if by == "none":
         return Upsampling()
@@ -59,7 +59,7 @@ def read_upsampling(values: Mapping[str, Any]) -> Upsampling:
 
 
 def read_api_key(values: Mapping[str, Any]) -> ApiKey | None:
-    """The key that was typed, where it is of use. Raises `UpsampleError` for what is none."""
+    """The typed key if it is needed. Raises `UpsampleError` for an invalid one."""
     typed = (values["api_key"] or "").strip()
     return ApiKey(typed) if typed and values["upsample_by"] == "openrouter" else None
 
@@ -67,27 +67,27 @@ def read_api_key(values: Mapping[str, Any]) -> ApiKey | None:
 def provider_note_html(
     by: str, offers: Sequence[WriterOffer], checkpoint: Checkpoint, chosen: str | None, settings: Settings
 ) -> str:
-    """What to know of the choice, as HTML."""
+    """Notes on the chosen provider as HTML."""
     if by == "local":
         if not offers:
             return render.notes([no_local_writers_message(checkpoint)])
         offer = next((offer for offer in offers if offer.name == chosen), offers[0])
-        sees = "" if offer.has_vision else f" {translate('It reads text only: references it does not see.')}"
-        return render.notes([f"{translate_message(offer.description)}{sees}"])
+        vision_note = "" if offer.has_vision else f" {translate('It reads text only: references it does not see.')}"
+        return render.notes([f"{translate_message(offer.description)}{vision_note}"])
     if by == "openrouter":
         host = urlsplit(settings.openrouter_url).hostname or translate("the server")
-        key = (
+        key_note = (
             translate("This studio has a key for it; one that you type goes before.")
             if settings.openrouter_key
             else translate("The key is sent with your runs, and kept nowhere.")
         )
-        goes = translate("Your prompt, and your references scaled down, go to {host}.", host=host)
-        return render.notes([f"{goes} {key}"])
+        privacy_note = translate("Your prompt, and your references scaled down, go to {host}.", host=host)
+        return render.notes([f"{privacy_note} {key_note}"])
     return ""
 
 
 def clear_enhanced_prompt(panel: UpsamplingPanel) -> Update:
-    """Whatever was written before goes, so that nobody takes it for what comes now."""
+    """Remove the previous enhanced prompt, so that it is not mistaken for the next one."""
     return {
         panel.enhanced_prompt: gr.Textbox("", visible=False),
         panel.use: gr.Button(visible=False),
@@ -105,7 +105,7 @@ def show_partial_prompt(event: PromptProgress, panel: UpsamplingPanel) -> Update
 
 
 def show_enhanced_prompt(event: PromptEnhanced, panel: UpsamplingPanel, info: str) -> Update:
-    """info: what becomes of it."""
+    """info: what happens to the enhanced prompt."""
     return {
         panel.enhanced_prompt: gr.Textbox(
             event.prompt,
@@ -120,14 +120,16 @@ def show_enhanced_prompt(event: PromptEnhanced, panel: UpsamplingPanel, info: st
 
 
 def show_enhancement_end(panel: UpsamplingPanel, done: PromptEnhanced | None, info: str) -> Update:
-    """At the end once more what was written, for of updates that follow each other at once the browser may lose the
-    first; or nothing, where it came to nothing."""
+    """The update at the end: the enhanced prompt, or nothing if there is none.
+
+    The prompt is repeated, because the browser may lose the first of two updates in quick succession.
+    """
     ready = {panel.enhance: gr.Button(interactive=True)}
     return {**clear_enhanced_prompt(panel), **(show_enhanced_prompt(done, panel, info) if done else {}), **ready}
 
 
 def upsampling_outputs(panel: UpsamplingPanel) -> list[Any]:
-    """The components that these set."""
+    """The components that the functions above set."""
     return [panel.enhanced_prompt, panel.use, panel.accordion, panel.enhance]
 
 
@@ -139,7 +141,7 @@ def wire_upsampling(
     read_form: UpsamplingFormReader,
     form_state: Sequence[Any],
 ) -> None:
-    """read_form: makes a request of the values of `form_state` and of the form's fields, its panel's included."""
+    """Connect the panel. read_form: makes a request from the values of `form_state`, the form and the panel."""
     panel = form.upsampling
 
     def offer(name: str, by: str, now: str | None) -> Update:
@@ -160,25 +162,33 @@ def wire_upsampling(
             panel.accordion: gr.Accordion(label=i18n("Enrich the prompt (on)") if possible else i18n(UPSAMPLING_TITLE)),
         }
 
-    changed = [panel.local, panel.remote, panel.key, panel.sampling_row, panel.enhance, panel.about, panel.accordion]
-    asked = [checkpoint_dropdown, panel.provider, panel.local]
-    # With no trigger named: at every choice, and when the page is opened. At once: what it says is of another choice.
-    listen(None, offer, asked, changed, queue=False)
-    # Gradio shows a Number that was made with None as its least value until it is set once more.
+    offer_outputs = [
+        panel.local,
+        panel.remote,
+        panel.key,
+        panel.sampling_row,
+        panel.enhance,
+        panel.about,
+        panel.accordion,
+    ]
+    offer_inputs = [checkpoint_dropdown, panel.provider, panel.local]
+    # Without a trigger: at every choice, and when the page is opened. Unqueued, because the shown note is outdated.
+    listen(None, offer, offer_inputs, offer_outputs, queue=False)
+    # Gradio shows a Number created with None as its minimum until it is set again.
     numbers = [panel.inputs[name] for name in ("temperature", "top_p", "max_tokens")]
     listen(None, lambda: [None] * len(numbers), None, numbers, queue=False)
 
-    async def enrich(request: gr.Request, *around: Any, **values: Any) -> AsyncIterator[Update]:
+    async def enhance(request: gr.Request, *state_values: Any, **values: Any) -> AsyncIterator[Update]:
         yield {
             **clear_enhanced_prompt(panel),
             panel.status: render.status(StatusEvent(text="Starting")),
             panel.stop: gr.Button(i18n("Stop"), visible=True, interactive=True),
         }
         problem = ""
-        done: PromptEnhanced | None = None
+        enhanced: PromptEnhanced | None = None
         try:
-            asked_for, key = await asyncio.to_thread(_read_enhancement_request, read_form, around, values)
-            job = await asyncio.to_thread(jobs.enhance_prompt, asked_for, tab_owner_of(request), key)
+            submitted, key = await asyncio.to_thread(_read_enhancement_request, read_form, state_values, values)
+            job = await asyncio.to_thread(jobs.enhance_prompt, submitted, tab_owner_of(request), key)
         except StudioError as error:
             problem = render.problem(str(error))
         else:
@@ -193,18 +203,18 @@ def wire_upsampling(
                     case PromptProgress():
                         yield show_partial_prompt(event, panel)
                     case PromptEnhanced():
-                        done = event
+                        enhanced = event
                     case Notice(text=text):
                         notes.append(text)
                     case Failed(message=message):
-                        problem, done = render.problem(message), None
+                        problem, enhanced = render.problem(message), None
                     case Stopped():
                         notes.append("Stopped.")
                     case _:
-                        pass  # Ready: Upsampled came before
+                        pass  # the final Ready event; PromptEnhanced came before
             problem += render.notes(notes)
         yield {
-            **show_enhancement_end(panel, done, ENHANCED_INFO),
+            **show_enhancement_end(panel, enhanced, ENHANCED_INFO),
             panel.stop: gr.Button(visible=False),
             panel.status: problem,
             panel.job_id: "",
@@ -212,7 +222,7 @@ def wire_upsampling(
 
     listen(
         panel.enhance.click,
-        enrich,
+        enhance,
         form_state,
         [*upsampling_outputs(panel), panel.stop, panel.status, panel.job_id],
         inputs_kwargs=form.fields | panel.inputs,
@@ -222,7 +232,7 @@ def wire_upsampling(
     def use(prompt: str, by: str, text: str, before: list[tuple[str, str]]) -> Update:
         return {
             form.fields["prompt"]: text,
-            panel.provider: "none",  # or it would be enriched once more
+            panel.provider: "none",  # otherwise it would be enhanced again
             panel.undo_stack: [*before, (prompt, by)],
             panel.enhanced_prompt: gr.Textbox(visible=False),
             panel.use: gr.Button(visible=False),
@@ -231,12 +241,12 @@ def wire_upsampling(
         }
 
     def undo(before: list[tuple[str, str]]) -> Update:
-        *left, (prompt, by) = before
+        *remaining, (prompt, by) = before
         return {
             form.fields["prompt"]: prompt,
             panel.provider: by,
-            panel.undo_stack: left,
-            panel.undo: gr.Button(visible=bool(left)),
+            panel.undo_stack: remaining,
+            panel.undo: gr.Button(visible=bool(remaining)),
             panel.status: "",
         }
 
@@ -255,7 +265,7 @@ def wire_upsampling(
 def _read_enhancement_request(
     read_form: UpsamplingFormReader, form_state: Sequence[Any], values: Mapping[str, Any]
 ) -> tuple[Request, ApiKey | None]:
-    """The form's request, and the key beside it. Raises `StudioError`."""
+    """The form's request and the API key. Raises `StudioError`."""
     request = read_form(*form_state, values)
     if request.upsampling.by == "none":
         raise UpsampleError("Choose first who enriches the prompt.")

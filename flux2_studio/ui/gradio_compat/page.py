@@ -1,4 +1,4 @@
-"""Gradio's page, with what it sends while a handler yields mended."""
+"""Fixes for Gradio's page: streamed updates and status events."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gradio.components import Component
 
 
 class StudioBlocks(gr.Blocks):
-    """A page that loses no update, however busy the browser is, and keeps it less busy.
+    """A page that loses no streamed update in a busy browser, and does less work in the browser.
 
-    Between two yields Gradio sends differences only. Its script applies them as they come in, to the very objects of
-    the yields before, which may still wait to be shown (seen with 6.31). So what one yield says and the next one does
-    not say again was lost where the two came together: a Stop button that never appeared, a picture that was not shown.
+    Between two yields Gradio sends only differences. Its script applies them on arrival to the objects of earlier
+    yields, which may still be waiting to be shown (seen with 6.31). If two yields arrived together, a change that the
+    second did not repeat was lost: a Stop button that never appeared, a picture that was not shown.
     """
 
     def handle_streaming_diffs(
@@ -26,17 +26,17 @@ class StudioBlocks(gr.Blocks):
         final: bool,
         simple_format: bool = False,
     ) -> list[Any]:
-        """`data`, one value for each output, as the differences that replace the whole of each."""
+        """Encode `data`, one value per output, as differences that replace each whole value."""
         first = session_hash is None or run is None or run not in self.pending_diff_streams[session_hash]
-        whole = super().handle_streaming_diffs(block_fn, data, session_hash, run, final, simple_format=True)
-        return whole if first or final or simple_format else [[["replace", [], value]] for value in whole]
+        values = super().handle_streaming_diffs(block_fn, data, session_hash, run, final, simple_format=True)
+        return values if first or final or simple_format else [[["replace", [], value]] for value in values]
 
     def show_status_only_at(self, component: Component) -> None:
-        """Have the state of every event so far (pending, done) noted at `component` alone.
+        """Report the status of all events so far (pending, done) at `component` only.
 
-        Gradio's script notes it at each output that any event has had, and goes through all of these whenever any
-        event begins, yields or ends, looking for each in the whole tree (seen with 6.31): on a page of this size half
-        a second of the browser's time for one event. We show no state of events there anyway.
+        By default Gradio's script records it at each output of any event; whenever an event begins, yields or ends, it
+        searches the whole tree for each of them (seen with 6.31): half a second of browser time per event on a page of
+        this size. We show no event status at the outputs anyway.
         """
         for function in self.fns.values():
             function.show_progress_on = [component]

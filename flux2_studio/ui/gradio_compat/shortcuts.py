@@ -1,4 +1,4 @@
-"""The list of keys that `?` opens, and the scripts that hear them."""
+"""The list of keyboard shortcuts, which `?` opens, and the scripts that handle them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHORTCUTS: tuple[tuple[str, tuple[tuple[tuple[str, ...], str], ...]], ...] = (
 
 
 def build_shortcut_help() -> gr.HTML:
-    """The dialog; assets/page.js opens it."""
+    """Build the dialog; assets/page.js opens it."""
     tables = "".join(_table(title, rows) for title, rows in SHORTCUTS)
     return gr.HTML(
         '<dialog id="keys-help" aria-labelledby="keys-title">'
@@ -64,5 +64,5 @@ def _table(title: str, rows: Sequence[tuple[Sequence[str], str]]) -> str:
 
 
 def shortcut_script_tags(assets: Path) -> str:
-    """What the page's head needs for all of it."""
+    """The head scripts for the shortcuts."""
     return "".join(f"<script>\n{(assets / name).read_text(encoding='utf-8')}</script>" for name in SHORTCUT_SCRIPTS)

@@ -1,6 +1,6 @@
-"""The page's look: neutral greys, so that a picture's colours are judged against nothing, and one viridian accent.
+"""The page's theme: neutral greys, which do not influence how colours of a picture look, and one viridian accent.
 
-Fonts are the system's own; nothing is fetched. What a theme variable cannot say is in assets/style.css.
+Uses system fonts; nothing is downloaded. What theme variables cannot express is in assets/style.css.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RADIUS = Size(name="radius_studio", xxs="2px", xs="3px", sm="4px", md="6px", lg=
 
 
 class StudioTheme(Base):
-    """Light and dark; Gradio follows the reader's system, the page's own switch overrides it."""
+    """Light and dark. Gradio follows the system's setting; the page's own switch overrides it."""
 
     def __init__(self) -> None:
         super().__init__(

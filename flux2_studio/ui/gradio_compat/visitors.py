@@ -1,4 +1,4 @@
-"""Whose is a run, a picture, a preset: a signed-in user's, else a browser's, known by a cookie that only it has."""
+"""Ownership of runs, pictures and presets: a signed-in user, or a browser identified by its own cookie."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class VisitorCookieMiddleware:
         if scope["type"] != "http" or _cookie(HTTPConnection(scope).cookies):
             await self._app(scope, receive, send)
             return
-        # Inside another site's frame, as on a Space, a browser keeps only a cookie that says all this; and it takes
-        # none of them without TLS.
+        # In another site's frame, as on a Space, browsers keep only cookies with all three attributes, and reject
+        # these without TLS.
         headers = dict(scope["headers"])
         encrypted = scope.get("scheme") == "https" or headers.get(b"x-forwarded-proto", b"") == b"https"
-        kind = "SameSite=None; Secure; Partitioned" if encrypted else "SameSite=Lax"
+        attributes = "SameSite=None; Secure; Partitioned" if encrypted else "SameSite=Lax"
 
         async def with_cookie(message: Message) -> None:
             if message["type"] == "http.response.start" and scope["path"] == "/":
                 token = secrets.token_urlsafe(32)
-                cookie = f"{VISITOR_COOKIE}={token}; Path=/; Max-Age={COOKIE_MAX_AGE_SECONDS}; HttpOnly; {kind}"
+                cookie = f"{VISITOR_COOKIE}={token}; Path=/; Max-Age={COOKIE_MAX_AGE_SECONDS}; HttpOnly; {attributes}"
                 MutableHeaders(scope=message).append("set-cookie", cookie)
             await send(message)
 
@@ -43,9 +43,9 @@ class VisitorCookieMiddleware:
 
 
 def owner_of(request: gr.Request | HTTPConnection) -> str:
-    """Who makes `request`: `user:NAME`, `browser:TOKEN`, or, of a program that keeps no cookies, `session:HASH`.
+    """The owner of `request`: `user:NAME`, `browser:TOKEN`, or `session:HASH` for a program without cookies.
 
-    A connection's own routes know no session: there, an unknown caller is "".
+    HTTP routes have no Gradio session: there, an unknown caller is "".
     """
     user = getattr(request, "username", None)
     if isinstance(user, str) and user:

@@ -1,4 +1,4 @@
-"""What a picture of the history was made from, as large as it is, to be laid beside it."""
+"""The original of an edited picture in History, at the size of the result, for comparison."""
 
 from __future__ import annotations
 
@@ -9,47 +9,53 @@ from pathlib import Path
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.storage.history import History, PictureDetails
 from flux2_studio.ui.stage.compare import is_edit, load_original
 
 
 class OriginalLoader:
-    """kept: where the references of runs are, None for nowhere. checkpoint: the one of that name; raises
-    `RequestError` where there is none."""
+    """Loads originals.
+
+    reference_store: references of runs, None if there are none. find_checkpoint: returns the checkpoint of a name;
+    raises `RequestError` for an unknown one.
+    """
 
     def __init__(
         self,
         history: History,
         reference_store: ReferenceStore | None,
         find_checkpoint: Callable[[str | None], Checkpoint],
+        pictures: PictureCache,
     ) -> None:
         self._history = history
         self._reference_store = reference_store
         self._find_checkpoint = find_checkpoint
+        self._pictures = pictures
 
     def has_original(self, owner: str, details: PictureDetails) -> bool:
-        """Whether there is one to compare `owner`'s picture with: it is an edit, and the first reference is here."""
+        """Whether `owner`'s picture can be compared: it is an edit, and its first reference is available."""
         return self._original_file(owner, details) is not None
 
     def load_png(self, owner: str, details: PictureDetails) -> bytes | None:
-        """A PNG of it; None where there is none. Raises `StudioError` and `OSError` for a file that cannot be read."""
+        """The original as PNG; None if there is none. Raises `StudioError` and `OSError` for an unreadable file."""
         file, record = self._original_file(owner, details), details.record
         if file is None or record is None:
             return None
         try:
             checkpoint = self._find_checkpoint(record.request.checkpoint)
-        except RequestError:  # one of the user's own, which is gone: how it scaled references is not known
+        except RequestError:  # a user's checkpoint that is gone: its scaling of references is unknown
             return None
-        # Of the others, and of the mask, it only counts whether there are any.
+        # Only the number of references and the presence of a mask matter: the first file stands in for all.
         mask = file if record.mask else None
-        before = load_original(
-            replace(record.request, references=(file,) * len(record.references), mask=mask), checkpoint
+        original = load_original(
+            replace(record.request, references=(file,) * len(record.references), mask=mask), checkpoint, self._pictures
         )
-        if before is None:
+        if original is None:
             return None
         out = io.BytesIO()
-        before.save(out, "PNG", compress_level=1)  # what stays the same must look the same
+        original.save(out, "PNG", compress_level=1)  # lossless: unchanged areas must look unchanged
         return out.getvalue()
 
     def _original_file(self, owner: str, details: PictureDetails) -> Path | None:
@@ -57,5 +63,5 @@ class OriginalLoader:
         if record is None or not is_edit(record.request, len(record.references), masked=bool(record.mask)):
             return None
         sha256 = record.references[0]
-        own = self._history.find_file_by_hash(owner, sha256)
-        return own if own is not None or self._reference_store is None else self._reference_store.find(sha256)
+        own_file = self._history.find_file_by_hash(owner, sha256)
+        return own_file if own_file is not None or self._reference_store is None else self._reference_store.find(sha256)

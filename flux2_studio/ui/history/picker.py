@@ -1,6 +1,6 @@
-"""Pictures of History, chosen as references from within Edit and Multi-reference.
+"""The dialog in Edit and Multi-reference that picks references from History.
 
-assets/picker.js shows them and presses the form's hidden button, which sends their ids; an id is never trusted.
+assets/picker.js shows it and presses the form's hidden button, which sends the picked ids; ids are never trusted.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ autocomplete="off">
 
 
 def build_history_picker() -> gr.HTML:
-    """The dialog."""
+    """Build the dialog."""
     return gr.HTML(PICKER_HTML, elem_id="picker-root", apply_default_css=False)
 
 
 def build_picker_button(form: str) -> gr.Button:
-    """What opens the dialog for the form of that name; returns the hidden button that sends what was chosen."""
-    opens = gr.Button(i18n("From History"), size="sm", elem_classes="from-history")
-    listen(opens.click, None, js=f"() => window.studioPicker.open('{form}')")
+    """Build the button that opens the dialog for `form`; returns the hidden button that sends the picked ids."""
+    open_button = gr.Button(i18n("From History"), size="sm", elem_classes="from-history")
+    listen(open_button.click, None, js=f"() => window.studioPicker.open('{form}')")
     return gr.Button("Pick", visible="hidden", elem_id=f"{form}-pick")
 
 
 def picker_script_tag(assets: Path) -> str:
-    """What the page's head needs, behind that of History."""
+    """The head script of the dialog; must come after that of History."""
     return f"<script>\n{(assets / 'picker.js').read_text(encoding='utf-8')}</script>"

@@ -1,8 +1,8 @@
-"""What the History tab fetches: lists of pictures as JSON, the pictures themselves, and changes to them.
+"""HTTP routes of the History tab: lists of pictures as JSON, the pictures themselves, and changes to them.
 
-Each answer is for the owner alone, whom a cookie or Gradio's own sign-in names; an unknown id and a foreign one get the
-same 404. Gradio lets pages of any origin read what it serves with the visitor's cookies, wherever it runs under a
-public name, so that all of this refuses whoever asks from another site.
+Every response is for the owner only, identified by a cookie or Gradio's own sign-in; unknown ids and other owners' ids
+get the same 404. Under a public name, Gradio lets pages of any origin read its responses with the visitor's cookies, so
+all routes here refuse requests from other sites.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from flux2_studio.ui.gradio_compat.visitors import owner_of
 from flux2_studio.ui.history.original import OriginalLoader
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
-LISTED_PROMPT_CHARS = 300  # characters of a prompt in a list; one picture's own page has all of it
-MAX_JSON_BYTES = 64 * 1024  # bytes of a change
-MAX_ZIP_BYTES = 4 * 10**9  # bytes of pictures in one file
-ZIP_CHUNK_BYTES = 1 << 20  # bytes
+LISTED_PROMPT_CHARS = 300  # per prompt in a list; the details of a picture have all of it
+MAX_JSON_BYTES = 64 * 1024  # per request body
+MAX_ZIP_BYTES = 4 * 10**9  # pictures in one zip file
+ZIP_CHUNK_BYTES = 1 << 20
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -63,8 +63,11 @@ class _HttpError(Exception):
 
 
 class HistoryRoutes:
-    """kept: where the references of runs are, which are shown beside the pictures made from them; None shows none.
-    befores: what pictures can be compared with; None for nothing."""
+    """The routes.
+
+    reference_store: references of runs, shown beside the pictures made from them; None shows none. originals: for the
+    before-and-after comparison; None disables it.
+    """
 
     def __init__(
         self,
@@ -93,29 +96,29 @@ class HistoryRoutes:
             Route("/history/empty", owner_endpoint(self._empty), methods=["POST"]),
         ]
 
-    # Each runs in a thread: all of them read the disk.
+    # The handlers run in a thread, because all of them read the disk.
 
     def _page(self, owner: str, request: WebRequest, body: Any) -> Response:
         query = request.query_params
         search, before, limit = _search(query), query.get("before"), _number(query, "limit") or DEFAULT_PAGE_SIZE
         if before is not None:
-            return _json(_list(self._history.page(owner, search, before, limit)))
+            return _json(_page_json(self._history.page(owner, search, before, limit)))
         self._history.purge()
-        opening = self._history.overview(owner, search, limit)
+        overview = self._history.overview(owner, search, limit)
         return _json(
             {
-                **_list(opening.page),
-                "count": opening.found,
-                "all": opening.total,
-                "trashed": opening.trashed_ids,
-                "checkpoints": [{"name": name, "label": label} for name, label in opening.checkpoints],
+                **_page_json(overview.page),
+                "count": overview.found,
+                "all": overview.total,
+                "trashed": overview.trashed_ids,
+                "checkpoints": [{"name": name, "label": label} for name, label in overview.checkpoints],
             }
         )
 
     def _details(self, owner: str, request: WebRequest, body: Any) -> Response:
         details = self._require_details(owner, request)
         sources = [
-            _entry(source.entry)
+            _entry_json(source.entry)
             if source.entry
             else {"source": f"{details.entry.id}/{place}", "kept": self._reference_file(source.sha256) is not None}
             for place, source in enumerate(details.made_from)
@@ -123,12 +126,12 @@ class HistoryRoutes:
         rows = setting_rows(details.record) if details.record else []
         return _json(
             {
-                **_entry(details.entry),
+                **_entry_json(details.entry),
                 "prompt": details.entry.prompt,
                 "rows": [[name, text] for name, text in rows if name not in ("Prompt", "References")],
                 "before": self._originals is not None and self._originals.has_original(owner, details),
                 "madeFrom": sources,
-                "madeInto": [_entry(it) for it in details.made_into],
+                "madeInto": [_entry_json(it) for it in details.made_into],
             }
         )
 
@@ -164,8 +167,8 @@ class HistoryRoutes:
         path = self._reference_file(made_from[place].sha256) if place < len(made_from) else None
         if path is None:
             raise _HttpError(404, NO_SUCH_PICTURE)
-        found = path
-        return self._thumbnail_response(made_from[place].sha256, lambda: load_reference(found).image)
+        existing_path = path
+        return self._thumbnail_response(made_from[place].sha256, lambda: load_reference(existing_path).image)
 
     def _zip(self, owner: str, request: WebRequest, body: Any) -> Response:
         ids = request.query_params.get("ids", "").split(",")
@@ -219,7 +222,7 @@ class HistoryRoutes:
         return details
 
     def _require_picture(self, owner: str, request: WebRequest) -> tuple[HistoryEntry, Path]:
-        """The picture and its file. Raises `_HttpError` for one that is not `owner`'s, or whose file is gone."""
+        """The picture and its file. Raises `_HttpError` if it is not `owner`'s or its file is missing."""
         located = self._history.find_with_file(owner, request.path_params["id"])
         if located is None:
             raise _HttpError(404, NO_SUCH_PICTURE)
@@ -244,14 +247,14 @@ class HistoryRoutes:
 
 
 def picture_download_name(entry: HistoryEntry) -> str:
-    """The name under which `entry` is downloaded, in plain ASCII and without what makes our own name unguessable."""
+    """The ASCII file name for downloads of `entry`, without the random part of our own names."""
     made = datetime.fromtimestamp(entry.created / 10**6)
     checkpoint = re.sub(r"[^A-Za-z0-9.-]+", "-", entry.checkpoint)[:60].strip("-.") or "picture"
     return f"{made:%Y-%m-%d-%H%M%S}-{checkpoint}-{entry.seed}{entry.suffix}"
 
 
 class _ZipBuffer:
-    """What `zipfile` writes to: a file that only grows, and is emptied by whoever sends it on."""
+    """Write-only file for `zipfile`; `take` returns and clears what was written."""
 
     def __init__(self) -> None:
         self._written = bytearray()
@@ -261,7 +264,7 @@ class _ZipBuffer:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Do nothing: there is no buffer to flush."""
 
     def take(self) -> bytes:
         data = bytes(self._written)
@@ -270,10 +273,10 @@ class _ZipBuffer:
 
 
 def stream_zip(files: Sequence[tuple[HistoryEntry, Path]]) -> Iterator[bytes]:
-    """A zip file of `files`, piece by piece. Pictures are not compressed again."""
-    outbox = _ZipBuffer()
+    """Yield a zip file of `files` in chunks. Pictures are stored uncompressed."""
+    buffer = _ZipBuffer()
     names: set[str] = set()
-    with zipfile.ZipFile(outbox, "w") as archive:  # type: ignore[call-overload]
+    with zipfile.ZipFile(buffer, "w") as archive:  # type: ignore[call-overload]
         for entry, path in files:
             plain = picture_download_name(entry)
             name, number = plain, 1
@@ -282,21 +285,21 @@ def stream_zip(files: Sequence[tuple[HistoryEntry, Path]]) -> Iterator[bytes]:
                 name = f"{plain.removesuffix(entry.suffix)}-{number}{entry.suffix}"
             names.add(name)
             member = zipfile.ZipInfo(name, datetime.fromtimestamp(entry.created / 10**6).timetuple()[:6])
-            with path.open("rb") as file, archive.open(member, "w") as packed:
+            with path.open("rb") as file, archive.open(member, "w") as target:
                 while chunk := file.read(ZIP_CHUNK_BYTES):
-                    packed.write(chunk)
-                    yield outbox.take()
-    yield outbox.take()
+                    target.write(chunk)
+                    yield buffer.take()
+    yield buffer.take()
 
 
-# --- who asks, and what ------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------
 
 
 OwnerHandler = Callable[[str, WebRequest, Any], Response]
 
 
 def owner_endpoint(handler: OwnerHandler) -> Callable[[WebRequest], Awaitable[Response]]:
-    """An endpoint that gives `handler` for the owner, and what was sent, where the request may be made at all."""
+    """Make an endpoint that checks the request and calls `handler` with its owner and JSON body."""
 
     async def endpoint(request: WebRequest) -> Response:
         try:
@@ -315,7 +318,7 @@ def owner_endpoint(handler: OwnerHandler) -> Callable[[WebRequest], Awaitable[Re
 
 
 async def _owner(request: WebRequest) -> str:
-    """Whose history is asked for, by the rules of Gradio's own `/user`. Raises `_HttpError` for a stranger."""
+    """The owner of the request, by the rules of Gradio's own `/user`. Raises `_HttpError` if there is none."""
     app = request.app
     if app.auth_dependency is not None:
         user = app.auth_dependency(request)
@@ -334,11 +337,10 @@ async def _owner(request: WebRequest) -> str:
 
 
 def _check_site(request: WebRequest) -> None:
-    """Raises `_HttpError` for a request that another site's page makes, and for a change that does not say from
-    where."""
+    """Raise `_HttpError` for requests by other sites' pages, and for changes of unknown origin."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     changes = request.method == "POST"
-    if site is not None:  # every browser's word, where the connection is encrypted or local
+    if site is not None:  # every browser sends it over encrypted or local connections
         allowed = site == "same-origin" or (site == "none" and not changes)
     elif origin is not None:
         allowed = urlsplit(origin).netloc == request.headers.get("host", "")
@@ -349,7 +351,7 @@ def _check_site(request: WebRequest) -> None:
 
 
 async def _body(request: WebRequest) -> dict[str, Any]:
-    """The JSON object that was sent. Raises `_HttpError` for anything else."""
+    """The JSON object in the request body. Raises `_HttpError` for anything else."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise _HttpError(415, "Send JSON.")
     data = bytearray()
@@ -397,12 +399,12 @@ def _number(query: QueryParams, name: str) -> int | None:
     return int(value)
 
 
-def _list(page: HistoryPage) -> dict[str, Any]:
-    return {"entries": [_entry(it) for it in page.entries], "more": page.next_cursor}
+def _page_json(page: HistoryPage) -> dict[str, Any]:
+    return {"entries": [_entry_json(it) for it in page.entries], "more": page.next_cursor}
 
 
-def _entry(entry: HistoryEntry) -> dict[str, Any]:
-    """`entry` as the script takes it; `created` in milliseconds, for JavaScript."""
+def _entry_json(entry: HistoryEntry) -> dict[str, Any]:
+    """`entry` as JSON for the script; `created` in milliseconds, for JavaScript."""
     return {
         "id": entry.id,
         "created": entry.created // 1000,

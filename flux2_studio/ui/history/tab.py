@@ -1,7 +1,7 @@
-"""The History tab: everything that somebody has made, and the way back from a picture to a form.
+"""The History tab: all pictures of a visitor, and their way back into a form.
 
-What one sees is drawn by assets/history.js from what `routes.py` serves. Where Python has to fill a form, the
-script clicks one of the hidden buttons laid out here, which send the picture's id along; an id is never trusted.
+assets/history.js draws it from the data of `routes.py`. To fill a form in Python, the script clicks one of the hidden
+buttons, which send the picture's id; ids are never trusted.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
 NOT_IN_HISTORY = "This picture is not in your history any more: open History again."
 PICTURE_FILE_MISSING = "The file of this picture is missing: choose another one, or make it again with Run again."
-MAX_PICTURES_SENT = (
-    100  # pictures that are taken at once: more than any checkpoint takes, which is told of those it leaves out
-)
-NOTE_SECONDS = 12  # seconds that a note stays
+MAX_PICTURES_SENT = 100  # more than any checkpoint takes; the form reports those that it leaves out
+NOTE_SECONDS = 12  # duration of a note
 SEND_PICTURE_ID_JS = "(_, ...others) => [window.studioHistory.asked, ...others]"
 RUN_FORM_JS = "(form) => { if (form) window.studioHistory.run(form); }"
 
@@ -97,8 +95,7 @@ aria-label="Next older picture (right arrow)">→</button></figure>
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryTab:
-    """picture_id: in whose place the script sends the picture's id. form_to_run: the form that is to run once it is
-    filled."""
+    """picture_id: the script sends the picture's id in its place. form_to_run: the form to run once it is filled."""
 
     picture_id: gr.Textbox
     form_to_run: gr.Textbox
@@ -110,7 +107,7 @@ class HistoryTab:
 
 
 class OwnerPictures:
-    """The pictures that `owner` may use as references: their own, and those kept from runs."""
+    """The pictures that `owner` may use as references: their own, and stored references of runs."""
 
     def __init__(self, history: History, reference_store: ReferenceStore | None, owner: str) -> None:
         self._history = history
@@ -118,9 +115,9 @@ class OwnerPictures:
         self._owner = owner
 
     def find(self, sha256: str) -> Path | None:
-        """The file with this hash; None where there is none."""
-        own = self._history.find_file_by_hash(self._owner, sha256)
-        return own if own is not None or self._reference_store is None else self._reference_store.find(sha256)
+        """The file with this hash; None if there is none."""
+        own_file = self._history.find_file_by_hash(self._owner, sha256)
+        return own_file if own_file is not None or self._reference_store is None else self._reference_store.find(sha256)
 
 
 def build_history_tab() -> HistoryTab:
@@ -130,12 +127,12 @@ def build_history_tab() -> HistoryTab:
             name: gr.Button(name, visible="hidden", elem_id=f"history-{name}")
             for name in ("edit", "multi", "reuse", "again", "vary")
         }
-        asked, target = gr.Textbox(visible=False), gr.Textbox(visible=False)
-    return HistoryTab(picture_id=asked, form_to_run=target, **buttons)
+        picture_id, form_to_run = gr.Textbox(visible=False), gr.Textbox(visible=False)
+    return HistoryTab(picture_id=picture_id, form_to_run=form_to_run, **buttons)
 
 
 def history_script_tag(assets: Path) -> str:
-    """What the page's head needs for this tab."""
+    """The head script of this tab."""
     return f"<script>\n{(assets / 'history.js').read_text(encoding='utf-8')}</script>"
 
 
@@ -149,11 +146,13 @@ def wire_history_tab(
     tabs: gr.Tabs,
     reference_store: ReferenceStore | None,
 ) -> None:
-    """Connect the tab. checkpoint_dropdown, tabs, forms: of the page. reference_store: where those of runs are kept, if
-    they are."""
+    """Connect the tab.
+
+    checkpoint_dropdown, tabs, forms: of the page. reference_store: references of runs; None if they are not stored.
+    """
     edit, multi = (next(form for form in forms if form.name == name) for name in ("edit", "multi"))
 
-    def file(id_: str, request: gr.Request) -> Path:
+    def picture_file(id_: str, request: gr.Request) -> Path:
         try:
             located = history.find_with_file(owner_of(request), str(id_))
         except StudioError as error:
@@ -166,15 +165,23 @@ def wire_history_tab(
         return path
 
     def to_edit(id_: str, name: str, request: gr.Request) -> Update:
-        picture = file(id_, request)
-        return {tabs: gr.Tabs(selected=edit.name), **set_references(edit, [picture], studio.settings.checkpoint(name))}
+        picture = picture_file(id_, request)
+        return {
+            tabs: gr.Tabs(selected=edit.name),
+            **set_references(edit, [picture], studio.settings.checkpoint(name), studio.pictures),
+        }
 
     def to_multi(ids: str, name: str, items: Any, request: gr.Request) -> Update:
-        pictures = [*gallery_paths(items), *(file(id_, request) for id_ in str(ids).split(",")[:MAX_PICTURES_SENT])]
-        update = set_references(multi, pictures, studio.settings.checkpoint(name), names=names_in(items))
+        pictures = [
+            *gallery_paths(items),
+            *(picture_file(id_, request) for id_ in str(ids).split(",")[:MAX_PICTURES_SENT]),
+        ]
+        update = set_references(
+            multi, pictures, studio.settings.checkpoint(name), studio.pictures, names=names_in(items)
+        )
         return {tabs: gr.Tabs(selected=multi.name), **update}
 
-    def restored(id_: str, request: gr.Request, *, run: bool, vary: bool) -> Update:
+    def restore(id_: str, request: gr.Request, *, run: bool, vary: bool) -> Update:
         owner = owner_of(request)
         try:
             details = history.details(owner, str(id_))
@@ -188,7 +195,7 @@ def wire_history_tab(
                 translate("The settings of this picture were written by another version of the studio: use that one."),
                 print_exception=False,
             )
-        if vary:  # another picture is wanted: nothing need be the same bit by bit
+        if vary:  # a different picture is wanted, so it need not be reproducible
             record = replace(record, place=0, together=1, checkpoint="", versions={}, computed={})
         plan = plan_restoration(record, studio, OwnerPictures(history, reference_store, owner))
         if plan.request is None:
@@ -199,39 +206,40 @@ def wire_history_tab(
                 duration=NOTE_SECONDS,
                 title=translate("Settings from History"),
             )
-        update = restoration_update(plan, forms, checkpoint_dropdown, tabs)
+        update = restoration_update(plan, forms, checkpoint_dropdown, tabs, studio.pictures)
         form = next(form for form in forms if form.name == plan.form)
         if vary:
             update |= {form.fields["seed"]: None, form.seed_lock: False}
-        complete = len(plan.references) == len(record.references)  # without one of them it would be another run
+        # With a missing reference it would be a different run.
+        complete = len(plan.references) == len(record.references)
         return {**update, tab.form_to_run: form.name if run and complete else ""}
 
     def reuse(id_: str, _: str, request: gr.Request) -> Update:
-        return restored(id_, request, run=False, vary=False)
+        return restore(id_, request, run=False, vary=False)
 
     def again(id_: str, _: str, request: gr.Request) -> Update:
-        return restored(id_, request, run=True, vary=False)
+        return restore(id_, request, run=True, vary=False)
 
     def vary(id_: str, _: str, request: gr.Request) -> Update:
-        return restored(id_, request, run=True, vary=True)
+        return restore(id_, request, run=True, vary=True)
 
-    given = [tab.picture_id, checkpoint_dropdown]
+    picture_inputs = [tab.picture_id, checkpoint_dropdown]
     assert edit.reference_panel is not None and multi.reference_panel is not None
-    clicked = [tab.edit.click, edit.reference_panel.history_button.click]
-    listen(clicked, to_edit, given, [tabs, *reference_outputs(edit)], js=SEND_PICTURE_ID_JS).success(
+    clicks = [tab.edit.click, edit.reference_panel.history_button.click]
+    listen(clicks, to_edit, picture_inputs, [tabs, *reference_outputs(edit)], js=SEND_PICTURE_ID_JS).success(
         None, js=SCROLL_TO_TABS_JS
     )
-    clicked = [tab.multi.click, multi.reference_panel.history_button.click]
-    inputs = [*given, multi.fields["references"]]
-    listen(clicked, to_multi, inputs, [tabs, *reference_outputs(multi)], js=SEND_PICTURE_ID_JS).success(
+    clicks = [tab.multi.click, multi.reference_panel.history_button.click]
+    inputs = [*picture_inputs, multi.fields["references"]]
+    listen(clicks, to_multi, inputs, [tabs, *reference_outputs(multi)], js=SEND_PICTURE_ID_JS).success(
         None, js=SCROLL_TO_TABS_JS
     )
     for button, action in ((tab.reuse, reuse), (tab.again, again), (tab.vary, vary)):
-        done = listen(
+        filled = listen(
             button.click,
             action,
-            given,
+            picture_inputs,
             [*restoration_outputs(forms, checkpoint_dropdown, tabs), tab.form_to_run],
             js=SEND_PICTURE_ID_JS,
         )
-        done.success(None, js=SCROLL_TO_TABS_JS).success(None, tab.form_to_run, None, js=RUN_FORM_JS)
+        filled.success(None, js=SCROLL_TO_TABS_JS).success(None, tab.form_to_run, None, js=RUN_FORM_JS)

@@ -1,7 +1,7 @@
-"""What a tab follows: the runs that were started in it, and those that it found under way when it was opened.
+"""The runs that a tab follows: those started in it, and those under way when it was opened.
 
-There is one follower for both. A tab shows one run at a time, the one under way before one that waits; when that is
-done it goes on with the next, and leaves the finished pictures in sight until the next has something to show.
+One follower serves both. A tab shows one run at a time, the running one before a waiting one. After it ends, the tab
+follows the next, and keeps the finished pictures visible until the next has something to show.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENDED_MEANWHILE = "This run ended while the page was closed."
 
 
 class RunViewProtocol(Protocol):
-    """How one run is shown, event by event. Its failure and what was enriched are known once the event was shown."""
+    """The view of one run. Its failure and its enhanced prompt are set after `update` with that event."""
 
     failure: str | None
     upsampling_failed: bool
@@ -41,17 +41,20 @@ class RunViewProtocol(Protocol):
 
 @dataclass
 class TabState:
-    """What one tab follows: the names of the jobs, each with that of the form which shows what is enriched for it."""
+    """What one tab follows: the ids of the jobs, each with the name of the form that shows its enhanced prompt."""
 
     form_by_job: dict[str, str] = field(default_factory=dict)
     is_following: bool = False
-    unconfirmed_jobs: list[str] = field(default_factory=list)  # shown to the end, as far as is known here
-    queue_rows: Any = None  # what its queue panel shows
+    unconfirmed_jobs: list[str] = field(default_factory=list)  # fully sent to the browser, not yet confirmed
+    queue_rows: Any = None  # value of its queue panel
 
 
 class Follower:
-    """Shows runs on `stage`. view_of: how a run is shown whose form is given; ended: what becomes of everything around
-    it when it is over, given how it was shown, its form and its request."""
+    """Shows runs on `stage`.
+
+    make_view: makes the view of a run, from its request and form. on_end: the updates around the stage after a run,
+    from its view, form and request.
+    """
 
     def __init__(
         self,
@@ -68,15 +71,15 @@ class Follower:
         self._on_end = on_end
 
     def begin(self, tab_state: TabState, job: Job, form: str) -> Update:
-        """Have the tab of `tab_state` follow `job`, from `form`; what it shows at once, unless it shows another run."""
+        """Make the tab follow `job`, started from `form`. Returns the first update, {} if it shows another run."""
         tab_state.form_by_job[job.id] = form
         return {} if tab_state.is_following else self._make_view(job.request, self._forms[form]).begin(job)
 
     async def attach(self, tab_state: TabState, request: gr.Request) -> AsyncIterator[Update]:
-        """When a tab is opened: follow what its owner has under way, or show what ended since it was left."""
+        """When a tab is opened: follow its owner's runs, or show the run that ended since the page was closed."""
         owner = owner_of(request)
-        for standing in self._jobs.queue_positions(owner):
-            tab_state.form_by_job.setdefault(standing.job.id, form_name_for(standing.job.request))
+        for position in self._jobs.queue_positions(owner):
+            tab_state.form_by_job.setdefault(position.job.id, form_name_for(position.job.request))
         if tab_state.form_by_job:
             async for update in self.follow(tab_state, request):
                 yield update
@@ -93,12 +96,14 @@ class Follower:
         if events and isinstance(events[-1], FINAL_EVENTS):
             yield await asyncio.to_thread(self._replay, entry, (Notice(text=ENDED_MEANWHILE), *events))
         else:
-            yield gr.skip()  # its pictures are gone
+            yield gr.skip()  # its pictures were deleted
         tab_state.unconfirmed_jobs.append(entry.id)
 
     def confirm_shown(self, tab_state: TabState) -> None:
-        """The browser has had what was sent: only now is it no news any more. A tab that was closed in between sends no
-        such word, and its run is shown when the page is opened again."""
+        """Mark the ended runs as seen, now that the browser has received them.
+
+        A tab that was closed before does not confirm, and its run is shown when the page is opened again.
+        """
         ended, tab_state.unconfirmed_jobs = tab_state.unconfirmed_jobs, []
         for id_ in ended:
             self._jobs.mark_seen(id_)
@@ -112,15 +117,15 @@ class Follower:
         return shown | self._on_end(view, form, entry.request)
 
     async def follow(self, tab_state: TabState, request: gr.Request) -> AsyncIterator[Update]:
-        """Show the runs of `tab_state` until the last of them has ended. Raises `gr.Error` where that one failed."""
-        if tab_state.is_following or self._next(tab_state, owner_of(request)) is None:
-            yield gr.skip()  # who follows already comes to it
+        """Show the runs of `tab_state` until the last one has ended. Raises `gr.Error` if that one failed."""
+        if tab_state.is_following or self._next_job(tab_state, owner_of(request)) is None:
+            yield gr.skip()  # the active follower will show it
             return
         tab_state.is_following = True
         failure: str | None = None
         first = True
         try:
-            while (job := self._next(tab_state, owner_of(request))) is not None:
+            while (job := self._next_job(tab_state, owner_of(request))) is not None:
                 if failure is not None:
                     gr.Warning(translate_message(failure))
                 view = self._make_view(job.request, self._forms[tab_state.form_by_job[job.id]])
@@ -135,39 +140,41 @@ class Follower:
     async def _shown(
         self, tab_state: TabState, job: Job, view: RunViewProtocol, *, keep_previous: bool
     ) -> AsyncIterator[Update]:
-        """`job` from its beginning to its end, or until another one of the tab's is begun before it. keep_previous:
-        leave what is on the mat until there is something to see of it."""
+        """Show `job` until its end, or until another run of the tab starts before it.
+
+        keep_previous: leave the previous pictures until there is something to show of this one.
+        """
         stage, form = self._stage, self._forms[tab_state.form_by_job[job.id]]
-        begun = view.begin(job)
-        mat = (
-            {part: begun[part] for part in (stage.preview, stage.gallery, stage.actions, stage.details)}
+        initial = view.begin(job)
+        deferred = (
+            {part: initial[part] for part in (stage.preview, stage.gallery, stage.actions, stage.details)}
             if keep_previous
             else {}
         )
-        yield {part: value for part, value in begun.items() if part not in mat}
+        yield {part: value for part, value in initial.items() if part not in deferred}
         async for event in follow_task(job):
             if isinstance(event, Queued) and self._is_overtaken(tab_state, job):
                 return
             update = await asyncio.to_thread(view.update, event)
-            if mat and (stage.preview in update or stage.gallery in update):
+            if deferred and (stage.preview in update or stage.gallery in update):
                 if isinstance(picture := update.get(stage.preview), str):
                     update[stage.preview] = gr.HTML(picture, visible=True)
-                update, mat = mat | update, {}
+                update, deferred = deferred | update, {}
             if isinstance(event, FINAL_EVENTS):
-                # In one with the end: where a run ends as soon as it begins, the browser may mix up two updates.
+                # In one update: if a run ends as soon as it begins, the browser may mix up two updates.
                 update |= self._on_end(view, form, job.request)
-            if update:  # Gradio takes none for a mistake
+            if update:  # Gradio treats an empty update as an error
                 yield update
         tab_state.form_by_job.pop(job.id, None)
         tab_state.unconfirmed_jobs.append(job.id)
 
-    def _next(self, tab_state: TabState, owner: str) -> Job | None:
-        """What to show now: what has ended and was not shown yet, then in the order in which it is done."""
+    def _next_job(self, tab_state: TabState, owner: str) -> Job | None:
+        """The run to show now: first ended runs that were not shown yet, then in queue order."""
         known = {id_: job for id_ in tab_state.form_by_job if (job := self._jobs.get(id_, owner)) is not None}
         tab_state.form_by_job = {id_: tab_state.form_by_job[id_] for id_ in known}
-        over = [job for job in known.values() if job.finished]
-        standing = [standing.job for standing in self._jobs.queue_positions(owner) if standing.job.id in known]
-        return next(iter((*over, *standing)), None)
+        ended = [job for job in known.values() if job.finished]
+        queued = [position.job for position in self._jobs.queue_positions(owner) if position.job.id in known]
+        return next(iter((*ended, *queued)), None)
 
     def _is_overtaken(self, tab_state: TabState, job: Job) -> bool:
         others = (self._jobs.get(id_, job.owner) for id_ in tab_state.form_by_job if id_ != job.id)
@@ -175,5 +182,5 @@ class Follower:
 
 
 def form_name_for(request: Request) -> str:
-    """The form that a run like this comes from, as far as that can be told."""
+    """The form that this request probably came from."""
     return {0: "generate", 1: "edit"}.get(len(request.references), "multi")

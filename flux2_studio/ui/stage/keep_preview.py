@@ -1,5 +1,4 @@
-"""After Stop, or a failure: the preview that is still on the mat, kept as a picture like any other, and marked as what
-it is."""
+"""After Stop or a failure: save the last preview as a picture, marked as unfinished."""
 
 from __future__ import annotations
 
@@ -18,16 +17,16 @@ from flux2_studio.ui.stage.run_view import RunView
 
 
 def wire_keep_preview(jobs: JobQueue, stage: StagePanel, make_view: Callable[[Job], RunView]) -> None:
-    """Connect the button. make_view: how a run is shown."""
+    """Connect the button. make_view: makes the view of a run."""
 
     async def keep(id_: str, request: gr.Request) -> Update:
         owner = owner_of(request)
         try:
-            kept = await asyncio.to_thread(jobs.save_previews, id_, owner)
+            saved = await asyncio.to_thread(jobs.save_previews, id_, owner)
         except StudioError as error:
             raise gr.Error(str(error), print_exception=False) from error
         job = jobs.get(id_, owner)
         assert job is not None, "it was there a moment ago"
-        return make_view(job).show_kept_previews(kept)
+        return make_view(job).show_kept_previews(saved)
 
     listen(stage.keep_preview.click, keep, stage.unfinished_job_id, stage.components)

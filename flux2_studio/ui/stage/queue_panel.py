@@ -1,8 +1,7 @@
-"""The queue below the stage: an owner's runs that go on, that wait, and that an earlier studio left undone.
+"""The queue below the stage: an owner's running, waiting and interrupted runs.
 
-It is drawn in the browser from plain values, so that a button keeps its focus while the time beside it changes; texts
-are set as text there, never as HTML. Whatever a click sends is a name and a wish, and the job queue knows whose run it
-is.
+The browser draws it from plain values, so that a button keeps focus while the text beside it changes; the script sets
+texts as text, never as HTML. A click sends only an id and an action; the job queue checks the owner.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from flux2_studio.ui.stage.follower import Follower, TabState, form_name_for
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-ROW_PROMPT_CHARS = 90  # characters of a prompt
+ROW_PROMPT_CHARS = 90  # per prompt
 
-# Rows are kept while they stay, by their id, and only what changed in them is written.
+# Reuses rows by id, and writes only what changed in them.
 QUEUE_JS = """
 const list = element.querySelector('ol'), foot = element.querySelector('.foot');
 const make = (tag, className) => Object.assign(document.createElement(tag), {className});
@@ -112,7 +111,7 @@ QueueValue = dict[str, Any]
 
 
 def build_queue_panel() -> gr.HTML:
-    """The panel, to be rendered where it belongs; it is hidden while it is empty."""
+    """Build the panel, to be rendered by the caller; it is hidden while empty."""
     return gr.HTML(
         {"rows": [], "clear": False},
         html_template="<ol data-i18n aria-label='Your runs'></ol><div class='foot'></div>",
@@ -123,29 +122,29 @@ def build_queue_panel() -> gr.HTML:
 
 
 def queue_value(jobs: JobQueue, label_of: Callable[[str | None], str], owner: str) -> QueueValue:
-    """What the panel shows to `owner`. label_of: what users call a checkpoint."""
-    standing = jobs.queue_positions(owner)
-    waiting = [one for one in standing if one.runs_ahead or not one.job.started]
+    """The panel's value for `owner`. label_of: a checkpoint's name -> its label."""
+    positions = jobs.queue_positions(owner)
+    waiting = [position for position in positions if position.runs_ahead or not position.job.started]
     entries = jobs.interrupted(owner)
-    told = [_queued_row(one, waiting, label_of(one.job.request.checkpoint)) for one in standing]
-    told += [_interrupted_row(entry, label_of(entry.request.checkpoint)) for entry in entries]
-    return {"rows": told, "clear": len(entries) > 1}
+    rows = [_queued_row(position, waiting, label_of(position.job.request.checkpoint)) for position in positions]
+    rows += [_interrupted_row(entry, label_of(entry.request.checkpoint)) for entry in entries]
+    return {"rows": rows, "clear": len(entries) > 1}
 
 
 def queue_routes(studio: Studio, jobs: JobQueue) -> list[Route]:
-    """Where the panel asks whether it shows what there is."""
+    """The route by which the panel detects changes."""
 
     def state(owner: str, request: WebRequest, body: Any) -> Response:
-        """A word that changes with what the panel of `owner` would show; none while that is nothing."""
-        now = queue_value(jobs, _label_lookup(studio), owner)
-        word = hashlib.sha256(json.dumps(now).encode()).hexdigest() if now["rows"] else ""
-        return PlainTextResponse(word, headers=PRIVATE_HEADERS)
+        """Returns a hash of the panel of `owner`; "" if it is empty."""
+        value = queue_value(jobs, _label_lookup(studio), owner)
+        digest = hashlib.sha256(json.dumps(value).encode()).hexdigest() if value["rows"] else ""
+        return PlainTextResponse(digest, headers=PRIVATE_HEADERS)
 
     return [Route("/queue/state", owner_endpoint(state))]
 
 
 def _label_lookup(studio: Studio) -> Callable[[str | None], str]:
-    """What users call a checkpoint."""
+    """Returns a function from a checkpoint's name to its translated label."""
 
     def label_of(name: str | None) -> str:
         known = {checkpoint.name: checkpoint.label for checkpoint in studio.settings.checkpoints}
@@ -154,34 +153,34 @@ def _label_lookup(studio: Studio) -> Callable[[str | None], str]:
     return label_of
 
 
-def _queued_row(standing: QueuePosition, waiting: list[QueuePosition], label: str) -> QueueValue:
-    job = standing.job
-    acts = []
-    if standing in waiting:
-        place = waiting.index(standing)
+def _queued_row(position: QueuePosition, waiting: list[QueuePosition], label: str) -> QueueValue:
+    job = position.job
+    actions = []
+    if position in waiting:
+        place = waiting.index(position)
         if place > 0:
-            acts.append(("earlier", "▲", translate("Earlier")))
+            actions.append(("earlier", "▲", translate("Earlier")))
         if place < len(waiting) - 1:
-            acts.append(("later", "▼", translate("Later")))
-    acts.append(
+            actions.append(("later", "▼", translate("Later")))
+    actions.append(
         (
             "cancel",
-            translate("Cancel") if standing in waiting else translate("Stop"),
+            translate("Cancel") if position in waiting else translate("Stop"),
             translate("Take this run off the queue"),
         )
     )
     return {
         "id": job.id,
-        "state": "waiting" if standing in waiting else "running",
+        "state": "waiting" if position in waiting else "running",
         "prompt": shorten_prompt(job.request.prompt),
-        "detail": f"{_position_text(standing, job)} · {label}",
-        "acts": acts,
+        "detail": f"{_position_text(position, job)} · {label}",
+        "acts": actions,
     }
 
 
-def _position_text(standing: QueuePosition, job: Job) -> str:
-    if standing.runs_ahead:
-        ahead, others = standing.runs_ahead, standing.others_ahead
+def _position_text(position: QueuePosition, job: Job) -> str:
+    if position.runs_ahead:
+        ahead, others = position.runs_ahead, position.others_ahead
         if ahead == 1:
             return translate("1 run before it, somebody else's") if others else translate("1 run before it")
         if others == 1:
@@ -200,23 +199,26 @@ def _position_text(standing: QueuePosition, job: Job) -> str:
 
 
 def _interrupted_row(entry: JournalEntry, label: str) -> QueueValue:
-    again = translate("Run without enriching") if entry.needs_key else translate("Run again")
+    rerun_label = translate("Run without enriching") if entry.needs_key else translate("Run again")
     saved = len(entry.pictures)
     if saved:
-        again = translate("Run the rest")
+        rerun_label = translate("Run the rest")
     count = entry.request.count
-    kept = " " + translate("{saved} of {count} pictures are saved.", saved=saved, count=count) if saved else ""
+    saved_text = " " + translate("{saved} of {count} pictures are saved.", saved=saved, count=count) if saved else ""
     return {
         "id": entry.id,
         "state": "interrupted",
         "prompt": shorten_prompt(entry.request.prompt),
-        "detail": f"{translate_message(entry.message)}{kept} · {label}",
-        "acts": [("again", again, again), ("discard", translate("Discard"), translate("Take this run off the queue"))],
+        "detail": f"{translate_message(entry.message)}{saved_text} · {label}",
+        "acts": [
+            ("again", rerun_label, rerun_label),
+            ("discard", translate("Discard"), translate("Take this run off the queue")),
+        ],
     }
 
 
 def shorten_prompt(prompt: str) -> str:
-    """`prompt` on one line, its end left out where it is long."""
+    """`prompt` on one line, truncated if it is long."""
     line = " ".join(prompt.split())
     return line if len(line) <= ROW_PROMPT_CHARS else f"{line[: ROW_PROMPT_CHARS - 1].rstrip()}…"
 
@@ -229,37 +231,39 @@ def wire_queue_panel(
     tab_state: gr.State,
     stage: StagePanel,
 ) -> Any:
-    """Keep the panel up to date, and do what its buttons say. Returns the event after which there may be a run to
-    follow."""
+    """Keep the panel up to date, and handle its buttons.
+
+    Returns the event after which there may be a run to follow.
+    """
 
     label_of = _label_lookup(studio)
 
-    async def look(tab_state: TabState, request: gr.Request) -> Any:
+    async def refresh(tab_state: TabState, request: gr.Request) -> Any:
         try:
-            now = await asyncio.to_thread(queue_value, jobs, label_of, owner_of(request))
-        except StudioError:  # the notebook cannot be read, which the next run tells: once, not at every look
+            value = await asyncio.to_thread(queue_value, jobs, label_of, owner_of(request))
+        except StudioError:  # the database cannot be read: the next run reports it, not every poll
             return gr.skip()
-        if now == tab_state.queue_rows:
+        if value == tab_state.queue_rows:
             return gr.skip()
-        tab_state.queue_rows = now
-        return now
+        tab_state.queue_rows = value
+        return value
 
     async def act(tab_state: TabState, request: gr.Request, event: gr.EventData) -> Update:
-        sent = event._data if isinstance(event._data, dict) else {}
-        id_, wish = str(sent.get("id", "")), sent.get("act")
+        data = event._data if isinstance(event._data, dict) else {}
+        id_, action = str(data.get("id", "")), data.get("act")
         owner = owner_of(request)
         update: Update = {}
         try:
-            if wish == "cancel" and (job := jobs.get(id_, owner)) is not None:
+            if action == "cancel" and (job := jobs.get(id_, owner)) is not None:
                 job.cancel()
-            elif wish in ("earlier", "later"):
-                await asyncio.to_thread(jobs.move, id_, owner, later=wish == "later")
-            elif wish == "again":
+            elif action in ("earlier", "later"):
+                await asyncio.to_thread(jobs.move, id_, owner, later=action == "later")
+            elif action == "again":
                 job = await asyncio.to_thread(jobs.resume_interrupted, id_, owner)
                 update = follower.begin(tab_state, job, form_name_for(job.request))
-            elif wish == "discard":
+            elif action == "discard":
                 await asyncio.to_thread(jobs.discard, id_, owner)
-            elif wish == "clear":
+            elif action == "clear":
                 for entry in await asyncio.to_thread(jobs.interrupted, owner):
                     await asyncio.to_thread(jobs.discard, entry.id, owner)
         except StudioError as error:
@@ -267,8 +271,8 @@ def wire_queue_panel(
         tab_state.queue_rows = await asyncio.to_thread(queue_value, jobs, label_of, owner)
         return {panel: tab_state.queue_rows, **update}
 
-    # The page's script does not ask again for what it has seen: a look that comes while one is under way is made then.
-    listen(panel.input, look, tab_state, panel, queue=False, trigger_mode="always_last")
+    # The page's script triggers once per change, so a trigger during an update must run after it.
+    listen(panel.input, refresh, tab_state, panel, queue=False, trigger_mode="always_last")
     return listen(
         panel.click,
         act,

@@ -1,4 +1,4 @@
-"""A run's events in words and pictures: HTML for the page, with nothing that listens and nothing that is stored.
+"""HTML for the events of a run. Nothing here handles events or stores anything.
 
 Every text that may come from a user or a file is escaped here.
 """
@@ -24,16 +24,13 @@ from flux2_studio.ui.gradio_compat.language import translate, translate_message
 if TYPE_CHECKING:
     from flux2_studio.stages.estimates import RunEstimate
 
-URL_PATTERN = re.compile(
-    r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])"
-)  # a comma or full stop behind it is the sentence's
-PREVIEW_SHEET_PIXELS = (
-    1024  # pixels along a side of the contact sheet; a preview need not be larger than the screen shows it
-)
+# A comma or full stop after a URL belongs to the sentence.
+URL_PATTERN = re.compile(r"(https?://[^\s,;()<>\"']*[^\s,;:.()<>\"'])")
+PREVIEW_SHEET_PIXELS = 1024  # maximum side of a preview sheet; larger is not visible on the screen
 
 
 def problem(text: str) -> str:
-    """A sentence that says what is wrong; the pages that it names can be opened."""
+    """An error message whose URLs are links."""
     pieces = URL_PATTERN.split(translate_message(text))
     linked = [
         f'<a href="{escape(piece)}" target="_blank" rel="noopener">{escape(piece)}</a>' if number % 2 else escape(piece)
@@ -65,45 +62,47 @@ def status(event: Status) -> str:
 
 
 def step(event: Preview) -> str:
-    """ "Step 2 of 4", with the pictures it belongs to where a run goes in batches, and the time left."""
+    """Progress like "Step 2 of 4", with the pictures of the current batch, if not all, and the time left."""
     text = translate("Step {step} of {steps}", step=event.step, steps=event.steps)
-    drawn = max(1, len(event.images))
-    if event.count > drawn:
-        last = event.first_index + drawn
-        if drawn == 1:
-            which = translate("Picture {number} of {count}", number=last, count=event.count)
+    batch_size = max(1, len(event.images))
+    if event.count > batch_size:
+        last = event.first_index + batch_size
+        if batch_size == 1:
+            batch_text = translate("Picture {number} of {count}", number=last, count=event.count)
         else:
-            which = translate(
+            batch_text = translate(
                 "Pictures {first}-{last} of {count}", first=event.first_index + 1, last=last, count=event.count
             )
-        text = f"{which} · {text}"
+        text = f"{batch_text} · {text}"
     if event.seconds_left is not None and event.seconds_left >= 0.5:
         text += f" · {time_left(event.seconds_left)}"
-    return _bar(text, (event.first_index + drawn * event.step / event.steps) / event.count)
+    return _bar(text, (event.first_index + batch_size * event.step / event.steps) / event.count)
 
 
 def run_estimate(estimate: RunEstimate, *, enriched: bool) -> str:
-    """What a run will take, before it is begun. enriched: its prompt is, first, which takes as long as it takes."""
+    """What a run will take. enriched: a prompt enhancement of unknown duration comes first."""
     size = translate("{tokens} image tokens", tokens=f"{estimate.tokens:,}")
-    if read := sum(estimate.reference_tokens):
-        count, tokens = len(estimate.reference_tokens), f"{read:,}"
-        of = translate("{tokens} of the reference", tokens=tokens)
-        size += f" + {of if count == 1 else translate('{tokens} of {count} references', tokens=tokens, count=count)}"
+    if ref_tokens := sum(estimate.reference_tokens):
+        count, tokens = len(estimate.reference_tokens), f"{ref_tokens:,}"
+        of_one = translate("{tokens} of the reference", tokens=tokens)
+        size += (
+            f" + {of_one if count == 1 else translate('{tokens} of {count} references', tokens=tokens, count=count)}"
+        )
     steps = translate("1 step") if estimate.steps == 1 else translate("{count} steps", count=estimate.steps)
     steps += translate(", each computed for two prompts") if estimate.use_cfg else ""
     pictures = (
         translate("1 picture") if estimate.pictures == 1 else translate("{count} pictures", count=estimate.pictures)
     )
     if estimate.seconds is None:
-        long = translate("The first run will tell how long it takes.")
+        duration = translate("The first run will tell how long it takes.")
     else:
-        long = translate("About {duration}, as runs on this machine go.", duration=duration_text(estimate.seconds))
-    first = [] if estimate.is_on_disk else [translate("the download")]
-    first += [] if estimate.is_loaded else [translate("loading the checkpoint")]
-    first += [translate("enriching the prompt")] if enriched else []
-    if first:
-        long += " " + translate("Before that: {what}.", what=", ".join(first))
-    facts = f'<p class="pace">{escape(f"{size} · {steps} · {pictures}")}<br>{escape(long)}</p>'
+        duration = translate("About {duration}, as runs on this machine go.", duration=duration_text(estimate.seconds))
+    preparations = [] if estimate.is_on_disk else [translate("the download")]
+    preparations += [] if estimate.is_loaded else [translate("loading the checkpoint")]
+    preparations += [translate("enriching the prompt")] if enriched else []
+    if preparations:
+        duration += " " + translate("Before that: {what}.", what=", ".join(preparations))
+    facts = f'<p class="pace">{escape(f"{size} · {steps} · {pictures}")}<br>{escape(duration)}</p>'
     return notes([translate_message(estimate.memory_fit)] if estimate.memory_fit else []) + facts
 
 
@@ -119,7 +118,7 @@ def drafted(event: Drafted) -> str:
 
 
 def hint(text: str) -> str:
-    """What is to be done before there is something to show."""
+    """What the user has to do before there is something to show."""
     return _bar(text, 0.0)
 
 
@@ -136,11 +135,11 @@ def time_left(seconds: float) -> str:
 
 
 def kept_previews(count: int, step: int, steps: int) -> str:
-    after = {"step": step, "steps": steps}
+    position = {"step": step, "steps": steps}
     if count == 1:
-        text = translate("Kept an unfinished preview, after step {step} of {steps}.", **after)
+        text = translate("Kept an unfinished preview, after step {step} of {steps}.", **position)
     else:
-        text = translate("Kept {count} unfinished previews, after step {step} of {steps}.", count=count, **after)
+        text = translate("Kept {count} unfinished previews, after step {step} of {steps}.", count=count, **position)
     return _bar(text, step / steps if steps else 0.0)
 
 
@@ -170,7 +169,7 @@ def draft(image: Image.Image, prompt: str) -> str:
 
 
 def _img(image: Image.Image, alt: str) -> str:
-    """`image`, carried in the page, so nothing is stored."""
+    """`image` as a data URL, so that nothing is stored."""
     file = io.BytesIO()
     image.save(file, "WEBP", quality=82, method=0)
     data = base64.b64encode(file.getvalue()).decode()
@@ -178,13 +177,13 @@ def _img(image: Image.Image, alt: str) -> str:
 
 
 def columns(count: int) -> int:
-    """How many of `count` pictures stand side by side, in the previews as in the result."""
+    """Number of columns for `count` pictures, in previews and in the result."""
     return math.ceil(math.sqrt(count))
 
 
 def preview_sheet(images: Mapping[int, Image.Image], count: int) -> Image.Image:
-    """`images` in a square-ish grid with room for `count`, each scaled down so that the sheet fits SHEET."""
-    first = next(iter(images.values()))  # all are of one size
+    """`images` in a roughly square grid for `count` pictures, scaled down to at most `PREVIEW_SHEET_PIXELS` a side."""
+    first = next(iter(images.values()))  # all have the same size
     across = columns(count)
     down = math.ceil(count / across)
     gap = 0 if count == 1 else max(2, first.width // 64)
@@ -194,15 +193,15 @@ def preview_sheet(images: Mapping[int, Image.Image], count: int) -> Image.Image:
     sheet = Image.new("RGBA", size)
     for index, image in images.items():
         row, column = divmod(index, across)
-        drawn = image if image.size == tile else image.resize(tile, Image.Resampling.BILINEAR)
-        sheet.paste(drawn, (column * (tile[0] + gap), row * (tile[1] + gap)))
+        scaled = image if image.size == tile else image.resize(tile, Image.Resampling.BILINEAR)
+        sheet.paste(scaled, (column * (tile[0] + gap), row * (tile[1] + gap)))
     return sheet
 
 
 def settings(
     request: Request, seeds: Sequence[int], checkpoint: Checkpoint, upsampled: PromptEnhanced | None = None
 ) -> str:
-    """What was run, as a table. upsampled: how the prompt came about, where a language model wrote it."""
+    """The settings of a run as a table. upsampled: the prompt enhancement, if there was one."""
     rows = [
         ("Prompt", request.prompt),
         ("Original prompt", upsampled.original if upsampled else ""),
@@ -235,7 +234,7 @@ def settings(
 
 
 def provenance(sentences: Sequence[str] | None) -> str:
-    """What a picture carries, so that others can tell where it comes from; "" where that was not told."""
+    """The provenance marks of the files; "" if unknown (None)."""
     if sentences is None:
         return ""
     if not sentences:
@@ -244,7 +243,7 @@ def provenance(sentences: Sequence[str] | None) -> str:
 
 
 def settings_json(request: Request) -> str:
-    """The same as JSON, with references by name: where the server keeps them is nobody's business."""
+    """The settings as JSON. References have only their file names: server paths are private."""
     fields = request.as_dict()
     fields["references"] = [path.name for path in request.references]
     fields["mask"] = request.mask.name if request.mask else None

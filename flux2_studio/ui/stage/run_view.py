@@ -1,4 +1,4 @@
-"""What the page shows of one run: its events as updates of the stage."""
+"""The page's view of one run: turns its events into updates of the stage."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from flux2_studio.events import (
     Stopped,
     Withheld,
 )
+from flux2_studio.images.picture_cache import PictureCache
 from flux2_studio.jobs.journal import JournalEntry
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.jobs.unfinished import SavedPreview
@@ -36,23 +37,25 @@ from flux2_studio.ui.stage import compare, render
 
 
 class RunView:
-    """What the page shows of one run, event by event: on the stage, and in its form's panel what a language model
-    writes."""
+    """The view of one run: updates of the stage, and of its form's panel for prompt enhancement."""
 
-    def __init__(self, stage: StagePanel, panel: UpsamplingPanel, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, stage: StagePanel, panel: UpsamplingPanel, checkpoint: Checkpoint, picture_cache: PictureCache
+    ) -> None:
         self.failure: str | None = None
         self.upsampling_failed = False
         self._stage = stage
         self._panel = panel
         self.upsampled: PromptEnhanced | None = None
-        self._saved: dict[Path, int] = {}  # with the seed of each
+        self._saved: dict[Path, int] = {}  # picture -> seed
         self._count = 1
         self._checkpoint = checkpoint
+        self._picture_cache = picture_cache
         self._notices: list[str] = []
         self._images: dict[int, Image.Image] = {}
         self._request: Request | None = None
         self._original_loaded = False
-        self._original: Image.Image | None = None  # what an edit is made of
+        self._original: Image.Image | None = None  # the picture that is edited
         self._job: Job | JournalEntry | None = None
 
     def begin(self, job: Job | JournalEntry) -> Update:
@@ -74,9 +77,9 @@ class RunView:
         }
 
     def update(self, event: Event) -> Update:
-        """The components that `event` changes. Draws previews, so not for the event loop."""
+        """The component updates for `event`. Renders previews, so do not call it on the event loop."""
         stage = self._stage
-        self._load_original()  # while it is there: a run's references go when it ends
+        self._load_original()  # now, because a run's references are deleted when it ends
         match event:
             case Queued():
                 return {stage.progress: render.queued(event)}
@@ -125,13 +128,16 @@ class RunView:
                 raise AssertionError(f"{event} is no run's")
 
     def _load_original(self) -> None:
-        """Find, once, the picture that an edit is made of."""
+        """Load the picture that is edited, once."""
         if self._original_loaded:
             return
         assert self._request is not None, "begin first"
-        self._original_loaded, self._original = True, compare.load_original(self._request, self._checkpoint)
-        if self._original is None and isinstance(self._job, Job):  # the run was over before its page looked
-            self._original = compare.load_original(self._job.submitted_request, self._checkpoint)
+        self._original_loaded, self._original = (
+            True,
+            compare.load_original(self._request, self._checkpoint, self._picture_cache),
+        )
+        if self._original is None and isinstance(self._job, Job):  # the run ended before this view was made
+            self._original = compare.load_original(self._job.submitted_request, self._checkpoint, self._picture_cache)
 
     def _previews(self) -> str:
         return render.picture(self._images, self._count) if self._images else EMPTY_STAGE_HTML
@@ -140,7 +146,7 @@ class RunView:
         return {self._stage.stop: gr.Button(visible=False), self._stage.job_id: "", self._stage.shown_job_id: ""}
 
     def _offer_keep_preview(self) -> Update:
-        """Keeping what is on the mat, where the studio still has it."""
+        """Offer to keep the last preview, if the studio still has it."""
         count = len(self._job.unfinished) if isinstance(self._job, Job) else 0
         label = i18n("Keep this preview") if count == 1 else translate("Keep these {count} previews", count=count)
         assert self._job is not None, "begin first"
@@ -150,7 +156,7 @@ class RunView:
         }
 
     def show_kept_previews(self, kept: SavedPreview) -> Update:
-        """The previews of a run that ended early, which are pictures now. Begin first."""
+        """Show the saved previews of a run that ended early. Call `begin` first."""
         self._load_original()
         record = kept.pictures[0].record
         assert record.unfinished and self._request is not None, "begin first"
@@ -171,7 +177,7 @@ class RunView:
     ) -> Update:
         stage, request = self._stage, self._request
         assert request is not None, "begin first"
-        one = len(images) == 1
+        single = len(images) == 1
         captions = [translate("seed {seed}", seed=seed) for seed in seeds]
         return {
             **self._end(),
@@ -182,7 +188,7 @@ class RunView:
                 [(str(path), caption) for path, caption in zip(images, captions, strict=True)],
                 visible=True,
                 columns=render.columns(len(images)),
-                selected_index=0 if one else None,
+                selected_index=0 if single else None,
             ),
             stage.actions: gr.Row(visible=True),
             stage.download: download_button(images, 0),
