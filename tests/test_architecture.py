@@ -20,6 +20,7 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / PACKAGE).rglob("*.py"))]
 FOUNDATION = {"__init__", "errors", "events", "record", "request", "checkpoints", "settings"}
 # The folders, and the modules beside them, from the bottom up: each imports only what stands before it, or itself.
 ORDER = [
+    "files",
     "engine",
     "images",
     "provenance",

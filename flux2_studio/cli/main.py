@@ -36,6 +36,7 @@ from flux2_studio.cli.terminal import (
 )
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Event, Notice, Preview, PromptEnhanced, PromptProgress, Result, Status, Stopped
+from flux2_studio.files.atomic import SHARED, atomic_write
 from flux2_studio.models.hub.local_checkpoints import add_local_checkpoints
 from flux2_studio.request import (
     MAX_LORA_WEIGHT,
@@ -337,12 +338,10 @@ def output_files(out: Path, count: int) -> tuple[Path, ...]:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy atomically. Raises `SaveError` with the path of the original."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        shutil.copyfile(source, part)
-        part.replace(target)
+        with source.open("rb") as original, atomic_write(target, SHARED) as copy:
+            shutil.copyfileobj(original, copy)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise SaveError(
             f"The picture could not be copied to {target} ({error.strerror}); it is kept as {source}."
         ) from error

@@ -26,6 +26,7 @@ from PIL import Image
 from flux2_studio.errors import RequestError, SaveError, StudioError
 from flux2_studio.events import Failed, Saved
 from flux2_studio.explore.plan import Cell, ExplorationPlan
+from flux2_studio.files.atomic import atomic_write
 from flux2_studio.images.contact_sheet import SheetLayout, draw_sheet
 from flux2_studio.jobs.queue import JobQueue
 from flux2_studio.jobs.tasks import Job
@@ -377,10 +378,9 @@ class ExplorationManager:
             else None,
         }
         target = self._notebooks / f"{exploration.id}.json"
-        part_file = target.with_suffix(".part")
         try:
-            part_file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-            part_file.replace(target)
+            with atomic_write(target) as file:
+                file.write(json.dumps(state, ensure_ascii=False).encode())
         except OSError as error:
             raise SaveError(
                 f"How far the exploration is could not be written to {target} ({error.strerror}): free some space."

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from flux2_studio.files.hashing import hash_bytes
 from flux2_studio.images.lru_cache import LRUCache
 from flux2_studio.images.references import (
     LoadedReference,
     decode_reference,
     display_name,
     fit,
-    hash_of,
     read_reference,
 )
 
@@ -82,7 +82,7 @@ class PictureCache:
             return found
         stamp = _stamp(path)
         data = read_reference(path)
-        sha256 = hash_of(data)
+        sha256 = hash_bytes(data)
         if stamp is not None and stamp == _stamp(path):  # else it changed while it was read
             self._hashes.put(stamp, sha256, 1)
         if (found := self._loaded.get((sha256, name, background))) is not None:

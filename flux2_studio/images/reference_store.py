@@ -6,28 +6,16 @@ With them the settings in a picture suffice to make it again, wherever the user'
 from __future__ import annotations
 
 import errno
-import hashlib
-import os
 import re
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from flux2_studio.errors import SaveError
+from flux2_studio.files.atomic import atomic_write
+from flux2_studio.files.hashing import hash_bytes, hash_file
+from flux2_studio.files.picture_types import PICTURE_SUFFIXES, detect_picture_type
 
-# Of a picture's first bytes: offset, bytes, ending. Enough for those formats that `images/references.py` reads.
-IMAGE_SIGNATURES = (
-    (0, b"\x89PNG\r\n\x1a\n", ".png"),
-    (0, b"\xff\xd8\xff", ".jpg"),
-    (8, b"WEBP", ".webp"),
-    (4, b"ftypavi", ".avif"),
-    (0, b"GIF8", ".gif"),
-    (0, b"BM", ".bmp"),
-    (0, b"II", ".tif"),
-    (0, b"MM", ".tif"),
-)
 UNKNOWN_SUFFIX = ".bin"
-HASH_CHUNK_BYTES = 1 << 20  # bytes
 
 
 class ReferenceStore:
@@ -44,21 +32,14 @@ class ReferenceStore:
 
         Raises `SaveError` where it cannot be written; nothing is left behind then.
         """
-        sha256 = hashlib.sha256(data).hexdigest()
-        target = self.folder / sha256[:2] / f"{sha256}{_ending(data)}"
+        sha256, found = hash_bytes(data), detect_picture_type(data)
+        target = self.folder / sha256[:2] / f"{sha256}{found.suffix if found else UNKNOWN_SUFFIX}"
         try:
-            if target.is_file() and _sha256(target) == sha256:  # one that was altered is replaced
+            if target.is_file() and hash_file(target) == sha256:  # an altered copy is replaced
                 return sha256
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, hidden = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                Path(hidden).replace(target)
-            except BaseException:
-                with suppress(OSError):
-                    Path(hidden).unlink()
-                raise
+            with atomic_write(target) as file:
+                file.write(data)
         except OSError as error:
             raise SaveError(self._reason(error)) from error
         return sha256
@@ -67,10 +48,11 @@ class ReferenceStore:
         """The kept file with this hash, which comes from anywhere; None where there is none, or it was altered."""
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             return None
-        for ending in (*dict.fromkeys(ending for _, _, ending in IMAGE_SIGNATURES), UNKNOWN_SUFFIX):
-            path = self.folder / sha256[:2] / f"{sha256}{ending}"
-            if path.is_file() and _sha256(path) == sha256:
-                return path
+        for suffix in (*PICTURE_SUFFIXES, UNKNOWN_SUFFIX):
+            path = self.folder / sha256[:2] / f"{sha256}{suffix}"
+            with suppress(OSError):
+                if path.is_file() and hash_file(path) == sha256:
+                    return path
         return None
 
     def _reason(self, error: OSError) -> str:
@@ -83,21 +65,3 @@ class ReferenceStore:
             f"A copy of the reference could not be kept in {self.folder} ({error.strerror or error}): allow writing "
             f"there, or set FLUX2_HOME to a folder of your own."
         )
-
-
-def _ending(data: bytes) -> str:
-    return next(
-        (ending for offset, start, ending in IMAGE_SIGNATURES if data.startswith(start, offset)), UNKNOWN_SUFFIX
-    )
-
-
-def _sha256(path: Path) -> str:
-    """Of what is in the file; "" where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError:
-        return ""
-    return digest.hexdigest()

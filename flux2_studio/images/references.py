@@ -13,7 +13,6 @@ Pitfalls that are dealt with here:
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
@@ -27,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from flux2_studio.errors import ReferenceImageError
+from flux2_studio.files.hashing import hash_bytes
 from flux2_studio.request import MIN_SIDE, padded_size
 
 MAX_REFERENCE_BYTES = 200 * 10**6
@@ -55,7 +55,7 @@ def load_reference(path: Path, background: str = "white") -> LoadedReference:
     needed again.
     """
     data = read_reference(path)
-    return decode_reference(data, hash_of(data), display_name(path), background)
+    return decode_reference(data, hash_bytes(data), display_name(path), background)
 
 
 def decode_reference(data: bytes, sha256: str, name: str, background: str = "white") -> LoadedReference:
@@ -70,11 +70,6 @@ def decode_reference(data: bytes, sha256: str, name: str, background: str = "whi
         image = _flatten(_to_srgb(_to_8_bit(_upright(file, name, notes)), name, notes), background)
     image.info.clear()  # an orientation or a colour profile left here would no longer be true
     return LoadedReference(image=image, notes=tuple(notes), data=data, sha256=sha256)
-
-
-def hash_of(data: bytes) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal: the name of a reference in a saved picture's metadata."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def reference_size(path: Path) -> tuple[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from flux2_studio.errors import SaveError
+from flux2_studio.files.atomic import atomic_write
 
 THUMBNAIL_PIXELS = 320  # pixels of the longer one
 THUMBNAIL_QUALITY = 80
@@ -36,15 +35,8 @@ class ThumbnailCache:
         small.info.clear()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, hidden = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    small.save(file, "WEBP", quality=THUMBNAIL_QUALITY)
-                Path(hidden).replace(target)
-            except BaseException:
-                with suppress(OSError):
-                    Path(hidden).unlink()
-                raise
+            with atomic_write(target) as file:
+                small.save(file, "WEBP", quality=THUMBNAIL_QUALITY)
         except OSError as error:
             raise SaveError(
                 f"No thumbnail can be kept in {self.folder} ({error.strerror or error}): free some space, or allow "

@@ -185,12 +185,14 @@ class CheckpointOpener:
             checkpoint.autoencoder, stamps["autoencoder"], lambda: open_autoencoder(files["autoencoder"].weights)
         )
         text: TextEncoderFile | None = None
-        if at := files.get("text"):
-            folder = at
+        if text_files := files.get("text"):
+            encoder_files = text_files
             text = self._get_header(
                 checkpoint.text,
                 stamps["text"],
-                lambda: open_text_encoder(folder.weights, folder.tokenizer or folder.weights, checkpoint.recipe),
+                lambda: open_text_encoder(
+                    encoder_files.weights, encoder_files.tokenizer or encoder_files.weights, checkpoint.recipe
+                ),
                 checkpoint.recipe,
             )
         check_parts_match(
@@ -302,7 +304,9 @@ class CheckpointOpener:
 
     def _checked_parts(self) -> set[tuple[Part, PartStamp]]:
         with self._lock:
-            return {(part, stamp) for (part, _, whole), (stamp, _) in self._headers.items() if not whole}
+            return {
+                (part, stamp) for (part, _, is_whole_model), (stamp, _) in self._headers.items() if not is_whole_model
+            }
 
     def _get_header(
         self,
@@ -324,8 +328,8 @@ class CheckpointOpener:
         """Drops everything cached about the files of `key`, which may have changed."""
         with self._lock:
             self._headers.pop((key.part, key.recipe, key.is_whole_model), None)
-            self._footprints = {name: found for name, found in self._footprints.items() if key not in found[0]}
-            self._writers = {name: found for name, found in self._writers.items() if found.key != key}
+            self._footprints = {name: cached for name, cached in self._footprints.items() if key not in cached[0]}
+            self._writers = {name: cached for name, cached in self._writers.items() if cached.key != key}
 
     def _open_tiny_decoder(
         self,

@@ -8,7 +8,6 @@ Names from requests are looked up among the files found and never turned into pa
 from __future__ import annotations
 
 import difflib
-import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import RequestError, WeightsError
+from flux2_studio.files.hashing import hash_file
 from flux2_studio.models.hub.local_checkpoints import detect_file_kind, find_name_problem
 from flux2_studio.request import MAX_NAME, LoraChoice
 from flux2_studio.settings import Settings
@@ -279,8 +279,7 @@ def _hash_lora_file(file: _LoraFile) -> str:
     """Returns the SHA-256 of the file, computed once. Raises `WeightsError` if it cannot be read or has changed."""
     if not file.sha256:
         try:
-            with file.path.open("rb") as opened:
-                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+            sha256 = hash_file(file.path)
             changed = _stamp(file.path) != file.stamp
         except OSError as error:
             raise WeightsError(

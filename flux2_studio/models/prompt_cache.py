@@ -7,48 +7,17 @@ does not need the weights in memory.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from flux2_studio.engine.text.encoder import EncodedPrompts
+from flux2_studio.images.lru_cache import LRUCache
 
 MAX_PROMPT_CACHE_BYTES = 256 * 2**20  # 16 prompts of the largest text encoder, or 32 of klein 4B's
 MAX_REFERENCE_CACHE_BYTES = 128 * 2**20  # 16 references at the largest size
-
-KeyT = TypeVar("KeyT")
-ValueT = TypeVar("ValueT")
-
-
-class LRUCache(Generic[KeyT, ValueT]):
-    """A cache that holds at most `max_bytes` bytes of values. Not thread-safe."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._limit = max_bytes
-        self._held = 0
-        self._entries: OrderedDict[KeyT, tuple[ValueT, int]] = OrderedDict()
-
-    def get(self, key: KeyT) -> ValueT | None:
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key][0]
-
-    def put(self, key: KeyT, value: ValueT, size: int) -> None:
-        """Stores `value` of `size` bytes, unless it alone is larger than the limit."""
-        if key in self._entries:
-            self._held -= self._entries.pop(key)[1]
-        if size > self._limit:
-            return
-        self._entries[key] = (value, size)
-        self._held += size
-        while self._held > self._limit:
-            _, (_, evicted_size) = self._entries.popitem(last=False)
-            self._held -= evicted_size
 
 
 class PromptCache:

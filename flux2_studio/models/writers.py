@@ -80,7 +80,7 @@ def find_text_encoder_writer(checkpoint: Checkpoint) -> LocalWriter | None:
 def list_writer_offers(
     checkpoint: Checkpoint, settings: Settings, hub: Hub, opener: CheckpointOpener
 ) -> tuple[WriterOffer, ...]:
-    """See `ModelManager.writers`."""
+    """See `ModelManager.list_writers`."""
     runs_locally = not settings.uses_remote_text_encoder(checkpoint)
     own = find_text_encoder_writer(checkpoint) if runs_locally else None
     return tuple(_make_offer(model, model == own, hub, opener) for model in list_local_writers(checkpoint))

@@ -10,7 +10,6 @@ not applied.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from flux2_studio.errors import RequestError, StudioError
+from flux2_studio.files.hashing import hash_bytes
 from flux2_studio.images.references import MAX_REFERENCE_PIXELS, display_name, open_image
 from flux2_studio.provenance import metadata, watermark
 from flux2_studio.provenance.c2pa.credentials import MAX_INSPECTED_BYTES, Signer
@@ -131,7 +131,7 @@ def inspect_picture(picture: Path | bytes, signer: Signer, messages: Sequence[Wa
     return Inspection(
         name=name,
         bytes=size,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=hash_bytes(data),
         settings=settings if picture_findings.format else FoundSettings(),
         credentials=signer.read(data),
         **vars(picture_findings),

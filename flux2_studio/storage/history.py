@@ -13,7 +13,6 @@ A picture's references are found by hash, because its record identifies them so.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import secrets
@@ -28,6 +27,7 @@ from sqlite3 import Connection, Row
 
 from flux2_studio.errors import RequestError, SaveError
 from flux2_studio.events import Saved
+from flux2_studio.files.hashing import hash_file
 from flux2_studio.provenance.metadata import record_from_json, record_to_dict
 from flux2_studio.record import Record
 from flux2_studio.storage.database import Database
@@ -167,7 +167,7 @@ class History:
         record, request = saved.record, saved.record.request
         try:
             path = saved.image.resolve().relative_to(self._outputs.resolve()).as_posix()
-            sha256 = hashlib.sha256(saved.image.read_bytes()).hexdigest()
+            sha256 = hash_file(saved.image)
         except (OSError, ValueError) as error:
             raise SaveError(
                 f"The picture {saved.image.name} is not in the folder of pictures any more ({error}): look there "
@@ -314,7 +314,7 @@ class History:
             ).fetchall()
         for path in filter(None, map(self._file, rows)):
             with suppress(OSError):
-                if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+                if hash_file(path) == sha256:
                     return path
         return None
 

@@ -155,7 +155,7 @@ def test_a_mirror_that_lists_only_names(fake: FakeHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [GATED, Part(**(vars(TEXT) | {"repo": "maker/Gated", "override": "GATED_MODEL_PATH"}))]
+    "part", [GATED, Part(**(vars(TEXT) | {"repo": "maker/Gated", "path_variable": "GATED_MODEL_PATH"}))]
 )
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_gate(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Part, listed: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from flux2_studio.errors import SaveError
-from flux2_studio.images import reference_store as kept
+from flux2_studio.images import reference_store
 from flux2_studio.images.reference_store import ReferenceStore
 from flux2_studio.images.references import READABLE_FORMATS
 
@@ -93,11 +93,19 @@ def test_an_unknown_hash_and_no_folder_are_none(tmp_path: Path) -> None:
     assert store.find("ab" * 32) is None
 
 
-def test_a_folder_or_a_file_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+def test_a_folder_or_a_file_that_cannot_be_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sha256 = "ab" * 32
     (tmp_path / "ab" / f"{sha256}.png").mkdir(parents=True)
     assert ReferenceStore(tmp_path).find(sha256) is None
-    assert kept._sha256(tmp_path / "ab") == ""
+    store = ReferenceStore(tmp_path)
+    sha256 = store.save(picture())
+    assert store.find(sha256) is not None
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(reference_store, "hash_file", refuse)
+    assert store.find(sha256) is None
 
 
 def test_threads_keeping_the_same_file_at_once(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from huggingface_hub.file_download import _create_symlink, repo_folder_name
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # re-exported without saying so
 
 from flux2_studio.errors import WeightsError
+from flux2_studio.files.atomic import SHARED, atomic_write
 from flux2_studio.models.hub.part_files import RepoSelection
 
 DigestKind = Literal["sha256", "git"]  # the hash that the hub reports for large files (Git LFS), and for small ones
@@ -133,9 +134,8 @@ class HubCache:
                 self.link_into_snapshot(file)
         reference = self._folder(repo) / "refs" / constants.DEFAULT_REVISION
         reference.parent.mkdir(parents=True, exist_ok=True)
-        temporary = reference.with_name(f"{reference.name}.{uuid.uuid4().hex[:8]}.tmp")
-        temporary.write_text(commit, "utf-8")
-        temporary.replace(reference)
+        with atomic_write(reference, SHARED) as out:
+            out.write(commit.encode())
         new_etags = {file.etag for file in files.values()}
         for file in (previous_files or {}).values():
             if file.etag not in new_etags:

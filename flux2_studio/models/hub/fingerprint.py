@@ -12,13 +12,13 @@ import logging
 import re
 import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flux2_studio.engine.weights.tensor_files import SafetensorsFiles
 from flux2_studio.errors import WeightsError
+from flux2_studio.files.atomic import atomic_write
 from flux2_studio.models.hub.downloads import ProgressCallback
 
 log = logging.getLogger(__name__)
@@ -115,14 +115,10 @@ class WeightHashes:
                 for path, (stamp, sha256) in sorted(all_hashes.items())
                 if path in new_hashes or Path(path).exists()
             }
-            temporary = self._file.with_name(f"{self._file.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
-                temporary.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    temporary.write_text(json.dumps(content, indent=1), "utf-8")
-                    temporary.replace(self._file)
-                finally:
-                    temporary.unlink(missing_ok=True)
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self._file) as out:
+                    out.write(json.dumps(content, indent=1).encode())
             except OSError as error:
                 log.warning(
                     "%s cannot be written (%s): checkpoints are read again at the next start", self._file, error

@@ -107,8 +107,10 @@ class ModelFootprint:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestShape:
-    """The properties of a request that determine its memory. References are (width, height) in pixels. use_cfg: two rows
-    per picture."""
+    """The properties of a request that determine its memory.
+
+    references: (width, height) of each in pixels. use_cfg: two rows per picture.
+    """
 
     width: int
     height: int
@@ -189,13 +191,13 @@ class MemoryPlan:
 
     def describe(self, device_label: str) -> str:
         """Describes the plan in sentences. device_label: the owner of the memory ("the card", "this machine")."""
-        descriptions = {
+        texts = {
             "all": f"everything stays in {device_label}'s memory",
             "all but the text encoder": f"the text encoder leaves {device_label}'s memory after the prompt",
             "one stage at a time": f"text encoder, transformer and autoencoder take turns in {device_label}'s memory",
         }
         sentences = [
-            f"Fits: {format_gigabytes(self.peak)} of {format_gigabytes(self.budget)} GB; {descriptions[self.resident_parts]}."
+            f"Fits: {format_gigabytes(self.peak)} of {format_gigabytes(self.budget)} GB; {texts[self.resident_parts]}."
         ]
         for part, streamed in {stage.parts[0]: stage.streamed for stage in self.stages if stage.streamed}.items():
             sentences.append(
@@ -252,21 +254,21 @@ def make_plan(
     """
     limit = usable_bytes(min(budget, max_bytes or budget), device)
 
-    def planned(asked: RequestShape) -> MemoryPlan | None:
-        return _find_plan(model, asked, budget, limit, device, free_host_bytes, streaming)
+    def find_plan(candidate: RequestShape) -> MemoryPlan | None:
+        return _find_plan(model, candidate, budget, limit, device, free_host_bytes, streaming)
 
-    plan = planned(shape)
+    plan = find_plan(shape)
     if plan is not None:
         return plan
     available = f"{format_gigabytes(budget)} GB can be used"
-    asked = f"{shape.width} x {shape.height}"
+    request = f"{shape.width} x {shape.height}"
     if count := len(shape.references):
-        asked += f" with {count} reference{'s' if count > 1 else ''}"
+        request += f" with {count} reference{'s' if count > 1 else ''}"
     needed = _min_budget(model, shape, device, streaming)
-    if (words := _describe_nearest_fit(shape, lambda lesser: planned(lesser) is not None)) is not None:
+    if (nearest := _describe_nearest_fit(shape, lambda smaller: find_plan(smaller) is not None)) is not None:
         raise OutOfMemory(
-            f"{model.label} at {asked} needs about {format_gigabytes(needed)} GB of memory, and {available}. "
-            f"{words} would fit. A smaller checkpoint needs less, and so do weights in 8 bits (FLUX2_QUANTIZE=int8)."
+            f"{model.label} at {request} needs about {format_gigabytes(needed)} GB of memory, and {available}. "
+            f"{nearest} would fit. A smaller checkpoint needs less, and so do weights in 8 bits (FLUX2_QUANTIZE=int8)."
         )
     raise OutOfMemory(
         f"{model.label} needs about {format_gigabytes(needed)} GB of memory for this, and {available}: no size "
@@ -351,14 +353,14 @@ def _find_plan(
     return None
 
 
-def _group_stages(demands: list[_StageMemory], resident_parts: ResidentParts) -> list[list[_StageMemory]]:
+def _group_stages(stages: list[_StageMemory], resident_parts: ResidentParts) -> list[list[_StageMemory]]:
     """Groups the stages whose parts are on the device at the same time."""
     if resident_parts == "all":
-        return [demands]
+        return [stages]
     if resident_parts == "one stage at a time":
-        return [[stage] for stage in demands]
-    prompt = [stage for stage in demands if stage.name == PROMPT_STAGE]
-    return [*([prompt] if prompt else []), [stage for stage in demands if stage.name != PROMPT_STAGE]]
+        return [[stage] for stage in stages]
+    prompt = [stage for stage in stages if stage.name == PROMPT_STAGE]
+    return [*([prompt] if prompt else []), [stage for stage in stages if stage.name != PROMPT_STAGE]]
 
 
 def _fit_stages(model: ModelFootprint, group: list[_StageMemory], limit: int, streams: bool) -> list[PlannedStage]:
@@ -493,7 +495,7 @@ def _denoising_memory(
 
 
 def _conditioning_bytes(model: ModelFootprint, shape: RequestShape) -> int:
-    """Returns the bytes of prompt contexts and reference latents, which stay on the device."""
+    """Returns the bytes of prompt contexts and reference latents, computed once and kept."""
     context_bytes = model.text_length * model.transformer_params.context_width * model.flow_dtype.itemsize
     latent_values = sum(_tokens(size) for size in shape.references) * model.transformer_params.in_channels
     return context_bytes * (2 if shape.use_cfg else 1) + latent_values * model.autoencoder_dtype.itemsize
@@ -525,12 +527,12 @@ def _describe_nearest_fit(shape: RequestShape, fits: Callable[[RequestShape], bo
         replace(shape, width=_scaled(shape.width, scale), height=_scaled(shape.height, scale), count=1)
         for scale in range(1, 16)
     ]
-    fit_count = bisect_left(smaller, True, key=lambda lesser: not fits(lesser))
+    fit_count = bisect_left(smaller, True, key=lambda candidate: not fits(candidate))
     if fit_count:
         return f"{smaller[fit_count - 1].width} x {smaller[fit_count - 1].height}"
-    for reference_count in range(len(shape.references) - 1, -1, -1):
-        if fits(replace(shape, references=shape.references[:reference_count], count=1)):
-            return f"{shape.width} x {shape.height} with {reference_count or 'no'} reference{'s' if reference_count != 1 else ''}"
+    for fewer in range(len(shape.references) - 1, -1, -1):
+        if fits(replace(shape, references=shape.references[:fewer], count=1)):
+            return f"{shape.width} x {shape.height} with {fewer or 'no'} reference{'s' if fewer != 1 else ''}"
     return None
 
 

@@ -1,10 +1,11 @@
-"""Where weights are: on the device, in main memory, or only in their files. The only code that moves them.
+"""Moves weights between their files, main memory and the device. No other code moves them.
 
-A part comes to the device when a stage asks for it. What has not been used for longest makes room: it goes to main
-memory within a budget, from where it comes back quickly, else it is dropped and read from its file again. A part may
-also be streamed: some of its blocks stay in main memory and pass through two buffers (`engine/runtime/streaming.py`).
+A part is loaded onto the device when a stage acquires it. The least recently used parts are evicted to make room: they
+are offloaded to main memory within a budget, from where they return quickly, or dropped and read from their files
+again. A part may also be streamed: some of its blocks stay in main memory and pass through two buffers
+(`engine/runtime/streaming.py`).
 
-Bytes are counted as the tensors take them; what activations need is the plan's business (`plan.py`).
+Only the bytes of tensors are counted here; `plan.py` accounts for activations.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 
 @dataclass(kw_only=True)
 class _LoadedPart:
-    """One part in memory. `host_copies`: a copy of each tensor in main memory, by where the tensor hangs; kept when the
-    part comes back to the device, so that leaving again costs nothing."""
+    """One part in memory. host_copies: copies of its tensors in main memory, by owning module and name; kept when the
+    part returns to the device, so that offloading it again needs no copy."""
 
     model: Any
     module: nn.Module
@@ -50,10 +51,10 @@ class _LoadedPart:
 
 
 class Residency(Generic[KeyT]):
-    """Parts in memory, by key. Not for several threads at once.
+    """Parts in memory, by key. Not thread-safe.
 
-    host_budget: bytes of main memory for parts that left the device; 0 where the device has no memory of its own.
-    leaving: called with a part's model before it is moved or dropped, to take off what is not its own.
+    host_budget: bytes of main memory for offloaded parts; 0 if the device has no memory of its own. on_evict: called
+    with a part's model before the part is moved or dropped, to remove LoRAs and the like.
     """
 
     def __init__(
@@ -66,48 +67,49 @@ class Residency(Generic[KeyT]):
 
     @property
     def device_bytes(self) -> int:
-        """What all parts take on the device."""
+        """Bytes of all parts on the device."""
         return sum(entry.device_bytes for entry in list(self._entries.values()))
 
     @property
     def host_bytes(self) -> int:
-        """What parts, or copies of them, take in main memory beside the device's."""
+        """Bytes of all parts and their copies in main memory, apart from the device's memory."""
         return sum(entry.host_bytes for entry in list(self._entries.values()))
 
     def device_bytes_of(self, key: KeyT) -> int:
-        """Bytes that the part under `key` takes on the device at the moment."""
+        """Returns the bytes of the part `key` that are on the device now."""
         return self._entries[key].device_bytes if key in self._entries else 0
 
     def is_loaded(self, key: KeyT) -> bool:
-        """Whether the part under `key` is in memory, the device's or main memory."""
+        """Returns whether the part `key` is on the device or in main memory."""
         return key in self._entries
 
     def get_on_device(self, key: KeyT) -> Any | None:
-        """The part under `key` if it is on the device."""
+        """Returns the part `key` if it is on the device, otherwise None."""
         entry = self._entries.get(key)
         return entry.model if entry is not None and entry.is_on_device else None
 
     def offload(self, key: KeyT) -> None:
-        """Have the part under `key` leave the device, if it is there: to main memory, or altogether."""
+        """Offloads the part `key` to main memory, or drops it if there is no room. Does nothing if it is not on the
+        device."""
         if self.get_on_device(key) is not None:
             self._offload(key)
             empty_cache(self.device)
 
     def evict_until(self, size: int, limit: int, keep: Collection[KeyT] = ()) -> None:
-        """Have parts leave, least recently used first, until `size` more bytes stay within `limit`.
+        """Offloads parts, least recently used first, until `size` more bytes fit within `limit`.
 
-        keep: those that must not. If even then it is too little, nothing is said: the device will.
+        keep: parts that stay. Does not raise if there is still too little room: the device will run out of memory.
         """
         for key, entry in self._entries.items():
-            if key not in keep:  # what others put onto it would take room that is not counted
+            if key not in keep:  # LoRAs and graphs of unused parts would take memory that is not counted
                 self._on_evict(entry.model)
-        left = False
+        any_offloaded = False
         for key in [key for key, entry in self._entries.items() if entry.is_on_device and key not in keep]:
             if self.device_bytes + size <= limit:
                 break
             self._offload(key)
-            left = True
-        if left:
+            any_offloaded = True
+        if any_offloaded:
             empty_cache(self.device)
 
     def acquire(
@@ -118,18 +120,18 @@ class Residency(Generic[KeyT]):
         *,
         get_streamed_blocks: Callable[[Any], Sequence[nn.Module]] | None = None,
     ) -> Any:
-        """The part under `key`, on the device; room must have been made.
+        """Returns the part `key` on the device, loading or moving it if necessary. Call `evict_until` first.
 
-        load: reads it onto a device. get_module: its weights. get_streamed_blocks: if given, the blocks of it to
-        stream.
+        load: reads the part onto a device. get_module: returns the module that holds its weights.
+        get_streamed_blocks: if given, returns the blocks to stream.
         """
         entry = self._entries.get(key)
         if entry is not None and entry.is_on_device:
             wanted = len(get_streamed_blocks(entry.model)) if get_streamed_blocks is not None else 0
             if not entry.streamed and wanted:
                 self._on_evict(entry.model)
-                entry.is_on_device = False  # in part: what is streamed leaves, block by block
-            # More than are streamed would not fit; fewer would, but are not worth moving all of it again.
+                entry.is_on_device = False  # so that `_move_to_device` moves the streamed blocks to main memory
+            # Reload if more blocks must be streamed, or none. Streaming fewer is not worth moving the whole part again.
             elif wanted > len(entry.streamed) or (entry.streamed and not wanted):
                 self._offload(key)
                 entry = self._entries.get(key)
@@ -144,15 +146,15 @@ class Residency(Generic[KeyT]):
                 self._move_to_device(
                     key, entry, get_streamed_blocks(entry.model) if get_streamed_blocks is not None else ()
                 )
-            except BaseException:  # half of it may be there: nobody could say how much it takes
+            except BaseException:  # it may be moved only in part, so its size is unknown
                 self.drop(key)
                 raise
         self._entries.move_to_end(key)
         return entry.model
 
     def drop(self, key: KeyT) -> bool:
-        """Forget the part under `key`, wherever it is; whether there was one. Its memory is freed, even if somebody
-        still holds the model."""
+        """Drops the part `key` wherever it is, and returns whether it was loaded. Frees its memory even if the model is
+        still referenced."""
         entry = self._entries.pop(key, None)
         if entry is None:
             return False
@@ -160,11 +162,11 @@ class Residency(Generic[KeyT]):
         if entry.streaming is not None:
             entry.streaming.close()
         for (owner, name), tensor in _tensors(entry.module).items():
-            _put(owner, name, tensor.to("meta"))
+            _set_tensor(owner, name, tensor.to("meta"))
         return True
 
     def clear(self) -> None:
-        """Forget all parts and give their memory back."""
+        """Drops all parts and frees their memory."""
         for key in list(self._entries):
             self.drop(key)
         collect_and_empty_cache(self.device)
@@ -180,16 +182,16 @@ class Residency(Generic[KeyT]):
             self._evict_host_until(entry.size, key)
             entry.streaming = stream_blocks(entry.module, blocks, self.device)
         else:
-            before = _tensors(entry.module)
-            for (owner, name), tensor in before.items():
-                _put(owner, name, tensor.to(self.device, non_blocking=True))
+            tensors = _tensors(entry.module)
+            for (owner, name), tensor in tensors.items():
+                _set_tensor(owner, name, tensor.to(self.device, non_blocking=True))
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # before what is copied from may be freed
+                torch.cuda.synchronize(self.device)  # before the sources of the copies may be freed
         entry.streamed = list(blocks)
         entry.is_on_device = True
 
     def _offload(self, key: KeyT) -> None:
-        """Off the device: to main memory where that has room, else out of memory."""
+        """Offloads the part `key` to main memory, or drops it if there is no room."""
         entry = self._entries[key]
         self._on_evict(entry.model)
         if not self._ensure_host_room(entry.size - entry.host_bytes, key):
@@ -199,35 +201,37 @@ class Residency(Generic[KeyT]):
             entry.streaming.pause()
         elif entry.host_copies or self._copy_to_host(entry):
             for (owner, name), tensor in entry.host_copies.items():
-                _put(owner, name, tensor)
+                _set_tensor(owner, name, tensor)
         else:
             self.drop(key)
             return
         entry.is_on_device = False
 
     def _copy_to_host(self, entry: _LoadedPart) -> bool:
-        """Give `entry` its copy in main memory; False where the system has none left."""
-        lane = copy_stream_for(self.device)
-        for place, tensor in _tensors(entry.module).items():
-            flat = allocate_host_memory(tensor.nbytes, lane)  # one for each, so that each can be freed for itself
-            if flat is None:
+        """Copies `entry` to main memory. Returns False if the system has no memory left."""
+        stream = copy_stream_for(self.device)
+        for owner_and_name, tensor in _tensors(entry.module).items():
+            buffer = allocate_host_memory(
+                tensor.nbytes, stream
+            )  # one allocation per tensor, so that each can be freed separately
+            if buffer is None:
                 entry.host_copies.clear()
                 return False
-            entry.host_copies[place] = flat.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+            entry.host_copies[owner_and_name] = buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
         return True
 
     def _ensure_host_room(self, size: int, key: KeyT) -> bool:
-        """Whether `size` more bytes fit into the budget, once parts that are only kept there have made room."""
-        streamed = {other for other, it in self._entries.items() if it.streaming is not None and it.is_on_device}
-        bound = sum(self._entries[other].host_bytes for other in streamed | {key})
-        if bound + size > self._host_budget:  # then nobody need leave for it
+        """Evicts parts from main memory and returns whether `size` more bytes fit into the budget."""
+        streamed_keys = {other for other, it in self._entries.items() if it.streaming is not None and it.is_on_device}
+        fixed_bytes = sum(self._entries[other].host_bytes for other in streamed_keys | {key})
+        if fixed_bytes + size > self._host_budget:  # evicting others would not help
             return False
         self._evict_host_until(size, key)
         return self.host_bytes + size <= self._host_budget
 
     def _evict_host_until(self, size: int, key: KeyT) -> None:
-        """Have what is only kept in main memory leave it, until `size` more bytes fit into the budget or nothing is
-        left that could. key: whom it is for."""
+        """Evicts parts and copies from main memory until `size` more bytes fit into the budget or nothing is left to
+        evict. key: the part that needs the room; it stays."""
         for other, entry in list(self._entries.items()):
             if self.host_bytes + size <= self._host_budget:
                 break
@@ -240,14 +244,13 @@ class Residency(Generic[KeyT]):
 
 
 def collect_and_empty_cache(device: torch.device) -> None:
-    """Give all memory back to the device that nothing occupies, what only the garbage collector finds included: that
-    takes a fifth of a second, so not at every swap."""
+    """Runs the garbage collector, then `empty_cache`. Takes 0.2 s, so it is not called at every swap of parts."""
     gc.collect()
     empty_cache(device)
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give memory that nothing occupies back to the device."""
+    """Releases unused memory of torch's allocator to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -255,17 +258,17 @@ def empty_cache(device: torch.device) -> None:
 
 
 def _tensors(module: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
-    """All parameters and buffers, those too that no file holds, by the module and name where each hangs."""
+    """Returns all parameters and buffers, including non-persistent ones, by owning module and name."""
     return {
         (owner, name): tensor
         for owner in module.modules()
-        for held in (owner._parameters, owner._buffers)
-        for name, tensor in held.items()
+        for tensor_dict in (owner._parameters, owner._buffers)
+        for name, tensor in tensor_dict.items()
         if tensor is not None
     }
 
 
-def _put(owner: nn.Module, name: str, tensor: Tensor) -> None:
+def _set_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:
     if name in owner._parameters:
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     else:

@@ -30,6 +30,7 @@ from typing import Any
 
 from flux2_studio import __version__
 from flux2_studio.errors import CredentialsError
+from flux2_studio.files.picture_types import detect_picture_type
 from flux2_studio.provenance.c2pa.report import Credentials, no_credentials, parse_report, unreadable_credentials
 from flux2_studio.provenance.identity import Identity, known_identity, load_identity
 
@@ -38,6 +39,7 @@ MAX_MANIFESTS = 16 * 10**6  # bytes that the references' credentials may add to 
 READER_SCRIPT = Path(__file__).with_name("reader.py")
 
 SOURCE_TYPE_URL = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+READABLE_MIMES = {"image/png", "image/jpeg", "image/webp", "image/avif", "image/gif", "image/tiff"}
 ALLOWED_KEY_USAGES = "\n".join(  # extended key usages that C2PA allows; by default the library knows only the first
     (
         "1.3.6.1.5.5.7.3.4",  # e-mail protection
@@ -333,17 +335,5 @@ def _verified_identity(identity: Identity) -> Identity:
 
 def _detect_mime(data: bytes) -> str | None:
     """Detect a picture's MIME type from its first bytes; None for anything that must not reach the library."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    if data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "image/avif"
-    for start, mime in (
-        (b"\x89PNG\r\n\x1a\n", "image/png"),
-        (b"\xff\xd8\xff", "image/jpeg"),
-        (b"GIF8", "image/gif"),
-        (b"II*\0", "image/tiff"),
-        (b"MM\0*", "image/tiff"),
-    ):
-        if data.startswith(start):
-            return mime
-    return None
+    found = detect_picture_type(data)
+    return found.mime if found and found.mime in READABLE_MIMES else None

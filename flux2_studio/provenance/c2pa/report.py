@@ -116,7 +116,7 @@ class Credentials:
 
 
 def no_credentials() -> Credentials:
-    """Result for a picture without credentials."""
+    """The result for a picture without credentials."""
     return Credentials(
         state="none",
         summary="There are no content credentials: the picture was never signed, or a program that saved it again "
@@ -125,7 +125,7 @@ def no_credentials() -> Credentials:
 
 
 def unreadable_credentials(why: str) -> Credentials:
-    """Result for credentials that cannot be read. why: half a sentence, without a full stop."""
+    """The result for unreadable credentials. why: half a sentence, without a full stop."""
     return Credentials(
         state="unreadable",
         summary=f"The content credentials cannot be read: {_text(why, 300)}.",

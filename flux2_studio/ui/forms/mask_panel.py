@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import io
 import secrets
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +21,8 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from flux2_studio.errors import RequestError
+from flux2_studio.files.atomic import atomic_write
+from flux2_studio.files.hashing import hash_bytes
 from flux2_studio.images.references import LoadedReference
 from flux2_studio.request import Outpaint
 from flux2_studio.ui.forms import fields
@@ -383,14 +383,13 @@ def read_mask(value: object) -> Path | None:
         raise RequestError("The mask did not arrive as it was painted: clear it and paint it again.") from error
     # Beside the pictures that the same browser sent, and forgotten with them.
     folder = Path(get_upload_folder()) / "masks"
-    target = folder / f"{hashlib.sha256(data).hexdigest()}.png"
+    target = folder / f"{hash_bytes(data)}.png"
     if target.is_file():  # Live sends the same mask with every key
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        with atomic_write(target) as file:
             file.write(data)
-        Path(file.name).replace(target)
     except OSError as error:
         raise RequestError(
             f"The mask cannot be kept on this machine ({error.strerror or error}): free some space there and try again."

@@ -39,7 +39,7 @@ class PresetPanel:
     choice: gr.Dropdown
     apply: gr.Button
     card: gr.HTML
-    apply_message: gr.HTML  # what was set
+    apply_message: gr.HTML  # result of applying a preset
     undo: gr.Button
     undo_stack: gr.State
     applied: gr.State

@@ -47,7 +47,7 @@ def wire_estimate(studio: Studio, form: Form, triggers: Sequence[Callable[..., A
     inputs = {name: form.fields[name] for name in ESTIMATE_FIELDS if name in form.fields}
     inputs["upsample_by"] = form.upsampling.inputs["upsample_by"]
 
-    async def estimate(**values: Any) -> str:
+    async def tell(**values: Any) -> str:
         async with lock:
             return await asyncio.to_thread(form_estimate_html, studio, **values)
 
@@ -55,7 +55,7 @@ def wire_estimate(studio: Studio, form: Form, triggers: Sequence[Callable[..., A
     events: list[Callable[..., Any]] = [partial(listen, None), *triggers]
     for event in events:
         event(
-            estimate,
+            tell,
             None,
             form.estimate,
             inputs_kwargs=inputs,

@@ -44,7 +44,7 @@ from flux2_studio.ui.history.original import OriginalLoader
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 LISTED_PROMPT_CHARS = 300  # per prompt in a list; the details of a picture have all of it
 MAX_JSON_BYTES = 64 * 1024  # per request body
-MAX_ZIP_BYTES = 4 * 10**9  # pictures in one zip file
+MAX_ZIP_BYTES = 4 * 10**9  # of pictures in one zip file
 ZIP_CHUNK_BYTES = 1 << 20
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",

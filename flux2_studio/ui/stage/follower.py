@@ -129,7 +129,7 @@ class Follower:
                 if failure is not None:
                     gr.Warning(translate_message(failure))
                 view = self._make_view(job.request, self._forms[tab_state.form_by_job[job.id]])
-                async for update in self._shown(tab_state, job, view, keep_previous=not first):
+                async for update in self._show_run(tab_state, job, view, keep_previous=not first):
                     yield update
                 first, failure = False, view.failure
         finally:
@@ -137,7 +137,7 @@ class Follower:
         if failure is not None:
             raise gr.Error(translate_message(failure), print_exception=False)
 
-    async def _shown(
+    async def _show_run(
         self, tab_state: TabState, job: Job, view: RunViewProtocol, *, keep_previous: bool
     ) -> AsyncIterator[Update]:
         """Show `job` until its end, or until another run of the tab starts before it.
