@@ -149,6 +149,28 @@ def test_environment_only_in_settings() -> None:
     assert readers == {f"{PACKAGE}.settings"}
 
 
+def test_a_name_is_one_thing() -> None:
+    """No two public classes, functions or constants of different modules share a name."""
+    modules: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else []
+            if isinstance(node, ast.Assign) and not is_type_variable(node.value):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names = [node.target.id]
+            for name in names:
+                if not name.startswith("_"):
+                    modules.setdefault(name, []).append(module_of(path))
+    shared = {name: found for name, found in modules.items() if len(found) > 1}
+    # Each program has its `main`, and each module that logs its own logger.
+    assert shared.keys() == {"main", "log"}, shared
+
+
+def is_type_variable(value: ast.expr) -> bool:
+    return isinstance(value, ast.Call) and ast.unparse(value.func) == "TypeVar"
+
+
 def test_folders_are_small() -> None:
     counts = Counter(path.parent for path in SOURCES if path.stem != "__init__")
     beside = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}

@@ -25,7 +25,7 @@ from flux2_studio.images.references import (
 MAX_DECODED_BYTES = 256 * 2**20  # seven photos of 12 megapixels
 MAX_KNOWN_FILES = 4096  # files whose hash is remembered
 
-FileStamp = tuple[int, int, int, int]  # device, inode, size in bytes, time of modification in nanoseconds
+FileIdentity = tuple[int, int, int, int]  # device, inode, size in bytes, time of modification in nanoseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class PictureCache:
 
     def __init__(self, max_bytes: int = MAX_DECODED_BYTES) -> None:
         self._lock = threading.Lock()
-        self._hashes: LRUCache[FileStamp, str] = LRUCache(MAX_KNOWN_FILES)
+        self._hashes: LRUCache[FileIdentity, str] = LRUCache(MAX_KNOWN_FILES)
         # The file's name is part of the key because notes and errors mention it.
         self._loaded: LRUCache[tuple[str, str, str], LoadedReference] = LRUCache(max_bytes)
         self._fitted: LRUCache[tuple[str, str, int], FittedReference] = LRUCache(max_bytes)
@@ -96,7 +96,7 @@ class PictureCache:
         return None if stamp is None else self._hashes.get(stamp)
 
 
-def _stamp(path: Path) -> FileStamp | None:
+def _stamp(path: Path) -> FileIdentity | None:
     """What tells whether the file at `path` is one that was read before; None where there is no file."""
     try:
         found = path.stat()

@@ -41,6 +41,7 @@ from flux2_studio.models.checkpoint_files import (
     decodes_own_previews,
 )
 from flux2_studio.models.cuda_graphs import CudaGraphPolicy
+from flux2_studio.models.hub.downloads import ignore_progress
 from flux2_studio.models.hub.fingerprint import WeightHashes
 from flux2_studio.models.hub.repositories import Hub, ProgressCallback
 from flux2_studio.models.loras import AppliedLora, LoraLibrary
@@ -157,8 +158,8 @@ class ModelManager:
         load_vision_model: bool = False,
     ) -> MemoryPlan:
         """Returns the memory plan for a request; the checkpoint must be on disk. Arguments and errors as for `open`."""
-        opened = self._opener.open(checkpoint, _ignore_progress, fetch_preview_decoder=False)
-        return self._choose_text_model(opened, shape, loras, None, load_vision_model, _ignore_progress)[1]
+        opened = self._opener.open(checkpoint, ignore_progress, fetch_preview_decoder=False)
+        return self._choose_text_model(opened, shape, loras, None, load_vision_model, ignore_progress)[1]
 
     def acquire_writer(
         self,
@@ -228,7 +229,7 @@ class ModelManager:
     def is_loaded(self, checkpoint: Checkpoint) -> bool:
         """Returns whether `checkpoint`'s transformer is in memory. It must be on disk. Raises `WeightsError`."""
         return self._residency.is_loaded(
-            self._opener.open(checkpoint, _ignore_progress, fetch_preview_decoder=False).keys["flow"]
+            self._opener.open(checkpoint, ignore_progress, fetch_preview_decoder=False).keys["flow"]
         )
 
     @property
@@ -619,7 +620,3 @@ def _vision_model_unavailable_note(model: LocalWriter, error: StudioError) -> st
         f"{model.label} is not loaded as a whole, so it is not asked about protected characters, logos and public "
         f"figures: {error}"
     )
-
-
-def _ignore_progress(text: str, fraction: float | None) -> None:
-    pass

@@ -38,6 +38,7 @@ from flux2_studio.models import tensor_codec
 
 if TYPE_CHECKING:
     from flux2_studio.models.hub.repositories import ProgressCallback
+from flux2_studio.models.hub.downloads import ignore_progress
 
 ENCODE_TIMEOUT_SECONDS = 120.0  # for one response: a 24B encoder on a CPU takes about as long
 ENCODE_RETRY_DELAYS_SECONDS = (2.0, 5.0)  # before each retry of a busy service that sends no Retry-After
@@ -65,10 +66,6 @@ class _ResponseTruncated(Exception):
     """The response is shorter than its Content-Length."""
 
 
-def _ignore_progress(text: str, fraction: float | None) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class RemoteTextEncoder:
     """The text encoder at `url`, with the interface of `engine.text.encoder.TextEncoder`. Sends nothing before the
@@ -92,7 +89,7 @@ class RemoteTextEncoder:
         """Host and port for messages, without credentials, path and query."""
         return urlsplit(self.url).netloc.rpartition("@")[2]
 
-    def encode(self, prompts: Sequence[str], progress: ProgressCallback = _ignore_progress) -> EncodedPrompts:
+    def encode(self, prompts: Sequence[str], progress: ProgressCallback = ignore_progress) -> EncodedPrompts:
         """Returns the contexts [B, L, width] on the CPU, in the dtype that the server sent (16 or 32 bits).
 
         Only this project's own server reports `truncated_tokens`; they are 0 for other services. `progress` is called

@@ -15,6 +15,7 @@ from flux2_studio.checkpoints import LOCAL_WRITERS, Checkpoint, LocalWriter, lis
 from flux2_studio.engine.text.writer import Writer
 from flux2_studio.errors import OutOfMemory, WeightsError
 from flux2_studio.models.checkpoint_files import CheckpointOpener, LocalWriterFiles
+from flux2_studio.models.hub.downloads import ignore_progress
 from flux2_studio.models.hub.hub_errors import format_size
 from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.memory.plan import format_gigabytes, required_budget, usable_bytes
@@ -92,7 +93,7 @@ def _make_offer(model: LocalWriter, is_text_encoder: bool, hub: Hub, opener: Che
     on_disk = hub.is_on_disk(part)
     try:
         if on_disk:
-            opened = opener.writer(model, _ignore_progress)
+            opened = opener.writer(model, ignore_progress)
             memory = opened.extra_bytes if is_text_encoder else opened.weights.total
         elif hub.is_from_hub(part):
             download = max(part.size - hub.size_on_disk(part), 0)
@@ -164,7 +165,3 @@ def plan_writer(
         f"{format_gigabytes(budget)} GB can be used. {OTHER_WRITER_HINT}; weights in 8 bits (FLUX2_QUANTIZE=int8) "
         "need less."
     )
-
-
-def _ignore_progress(text: str, fraction: float | None) -> None:
-    pass

@@ -36,6 +36,10 @@ STATUS_TEMPLATES = {
 }
 
 
+def ignore_progress(text: str, fraction: float | None) -> None:
+    """A `ProgressCallback` for callers that show none."""
+
+
 class Downloads:
     """Downloads parts into `cache`. Thread-safe; callers that need the same part share its download.
 

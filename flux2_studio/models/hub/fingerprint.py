@@ -19,7 +19,7 @@ from typing import Any
 from flux2_studio.engine.weights.tensor_files import SafetensorsFiles
 from flux2_studio.errors import WeightsError
 from flux2_studio.files.atomic import atomic_write
-from flux2_studio.models.hub.downloads import ProgressCallback
+from flux2_studio.models.hub.downloads import ProgressCallback, ignore_progress
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class WeightHashes:
         missing = [file for file in files if file not in found]
         if sum(stamp[1] for stamp in map(_stamp, missing)) > MAX_QUICK_HASH_BYTES:
             return None
-        return self._combine_hashes(files, found, _ignore_progress, weights.is_dir())
+        return self._combine_hashes(files, found, ignore_progress, weights.is_dir())
 
     def compute(self, weights: Path, progress: ProgressCallback, subfolder: str = "") -> str:
         """Returns the hash like `get_quick`, but without the size limit. `progress` may raise to cancel.
@@ -171,7 +171,3 @@ def _stamp(file: Path) -> FileStamp:
 
 def _unreadable(file: Path, error: OSError) -> WeightsError:
     return WeightsError(f"{file} cannot be read ({error.strerror or error}): put it back, or download it again.")
-
-
-def _ignore_progress(text: str, fraction: float | None) -> None:
-    pass
