@@ -29,7 +29,7 @@ from flux2_studio.request import Outpaint, Request
 from flux2_studio.settings import Settings
 from flux2_studio.studio import Studio
 from flux2_studio.ui.inspect_tab import plan_restoration
-from tests.test_regions import rectangle
+from tests.test_masks import rectangle
 from tests.tiny import Toys
 
 SIZE = (157, 211)
