@@ -199,7 +199,7 @@ class Request:
         reference_sizes: (width, height) in pixels of each reference after scaling to the checkpoint's cap. Without a
         width and a height the picture gets exactly the size of the first one, grown by `outpaint`. That size is also
         kept exactly if it is requested; any other is rounded to the nearest multiple of 16. Raises `RequestError` for
-        what `checkpoint` cannot do. A value that distillation fixed is refused, never silently replaced.
+        what `checkpoint` cannot do, also if steps or guidance differ from values that distillation fixed.
         """
         if not self.references and (self.mask or self.outpaint or self.match_colours):
             raise RequestError(

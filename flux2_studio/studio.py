@@ -1,7 +1,8 @@
-"""One run from request to saved pictures. The only orchestrator; every caller goes through `Studio.generate`.
+"""One run from request to saved pictures, in `Studio.generate`; also drafts, prompt enhancement and preloading.
 
-resolve -> references -> check prompt and references -> upsample -> check again -> plan -> encode text -> encode
-references -> denoise (previews) -> decode -> check image -> watermark, settings, signature -> save -> Result
+check prompt -> load and check references -> resolve -> enhance prompt -> check it again -> plan memory -> encode text
+-> encode references -> denoise (previews) -> decode -> composite -> check picture -> watermark, settings, signature
+-> save -> Result
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ from flux2_studio.stages.run_context import (
 from flux2_studio.storage.library import OutputLibrary
 
 DRAFT_PREVIEW_SECONDS = (
-    0.3  # seconds between two previews of a draft: drawing those of a quick one would take as long as its steps
+    0.3  # minimum seconds between two previews of a draft; a preview of every fast step would double its time
 )
 
 
@@ -72,11 +73,11 @@ def make_guard(settings: Settings, *, shared: bool) -> SafetyGuard:
 
 
 class Studio:
-    """Turns requests into pictures, one at a time. `jobs.JobQueue` puts many callers in line.
+    """Turns requests into pictures, one at a time. `jobs.queue.JobQueue` queues the requests of many callers.
 
-    guard: the safety check, by default that of a studio for its owner alone. reference_store: where references are
-    kept, so that their pictures can be made again; None keeps none. pace: learns how long runs take; None for nobody.
-    Raises `StudioError` for a watermark that cannot be laid.
+    guard: the safety check; by default the one for a studio that only its owner uses. reference_store: keeps copies of
+    references, so that pictures can be reproduced; None keeps no copies. durations: learns how long runs take; None
+    learns nothing. Raises `StudioError` if the configured watermark message is invalid.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Studio:
 
     @property
     def _needs_vision_model(self) -> bool:
-        """Whether a language model is worth loading as a whole, to be asked: where strangers use the studio."""
+        """Whether to load a whole language model for the safety check. True if the policy is "on"."""
         return self.guard.policy == "on"
 
     @property
@@ -118,8 +119,10 @@ class Studio:
         return self._models.is_on_disk(checkpoint)
 
     def resolve(self, request: Request, api_key: ApiKey | None = None) -> Request:
-        """`request` with nothing left open, its references looked at. api_key: see `generate`. Raises `RequestError`
-        for what cannot be done, `UpsampleError` where nobody could enrich the prompt."""
+        """Return `request` resolved, after opening its references and mask. api_key: see `generate`.
+
+        Raises `RequestError` if it is invalid, and `UpsampleError` if the chosen language model is not available.
+        """
         checkpoint = self._check_request(request)
         check_upsampling_choice(request.upsampling, checkpoint, self.settings, api_key)
         sizes: list[tuple[int, int]] = []
@@ -130,10 +133,10 @@ class Studio:
         return request.resolve(checkpoint, sizes)
 
     def estimate_run(self, request: Request, references: Sequence[tuple[int, int]] = ()) -> RunEstimate:
-        """What `request` will take: memory, where its checkpoint is on disk, and time, where that was learnt. Reads
-        headers only.
+        """Estimate the memory and the time of `request`: memory if its checkpoint is on disk, time if similar runs were
+        timed. Reads only the headers of the weight files.
 
-        references: the size of each in pixels, scaled to its cap. Raises `StudioError` where it will not fit.
+        references: (width, height) of each after scaling to its pixel limit. Raises `StudioError` if it does not fit.
         """
         checkpoint = self.settings.checkpoint(request.checkpoint)
         resolved = request.resolve(checkpoint, references)
@@ -162,7 +165,7 @@ class Studio:
 
     @property
     def messages(self) -> tuple[WatermarkMessage, ...]:
-        """What watermarks may say that are looked for: this studio's, and the published one."""
+        """The watermark messages that Inspect looks for: this studio's, and Black Forest Labs' published one."""
         return tuple(dict.fromkeys((self.message, PUBLISHED_MESSAGE)))
 
     def list_writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
@@ -225,8 +228,10 @@ class Studio:
     def enhance_prompt(
         self, request: Request, cancelled: Callable[[], bool] = lambda: False, api_key: ApiKey | None = None
     ) -> Iterator[Event]:
-        """Have the prompt of `request` enriched as its `upsampling` says, and draw nothing: the last events are
-        Upsampled and Ready, or Stopped once `cancelled`. api_key: see `generate`. Raises `StudioError`."""
+        """Enhance the prompt of `request` as its `upsampling` says, without drawing. Raises `StudioError`.
+
+        Yields PromptEnhanced and, as the last event, Ready; or Stopped if `cancelled`. api_key: see `generate`.
+        """
         try:
             self.guard.check_ready()
             resolved, references, _ = yield from self._check_inputs(
@@ -271,9 +276,10 @@ class Studio:
             raise self._exhausted(request.checkpoint, error) from error
 
     def draft(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-        """Draw the first picture of `request` for a look, with its prompt as it is, and keep nothing of it: whoever
-        asks wants the next one in a moment. The last event is Drafted or, once `cancelled`, Stopped. Raises
-        `StudioError`."""
+        """Draw the first picture of `request` as a draft, without prompt enhancement and without saving it.
+
+        The last event is Drafted, or Stopped if `cancelled`. Raises `StudioError`.
+        """
         began = time.monotonic()
         finished = RunOutputs()
         once = replace(request, count=1, upsampling=Upsampling())
@@ -409,8 +415,11 @@ class Studio:
     def _check_inputs(
         self, submitted: Request, cancelled: Callable[[], bool], outputs: RunOutputs, *, for_generation: bool
     ) -> Generator[Event, None, tuple[Request, list[PreparedReference], EditRegion | None]]:
-        """The resolved request, its references and what of the first may change, all of it checked. for_generation:
-        whether pictures will be made of the references, which are then kept, and named in the pictures' credentials."""
+        """Check and resolve a request. Returns the resolved request, its references and the edit region.
+
+        for_generation: pictures will be saved. The references are then copied to the reference store, and prepared as
+        ingredients of the content credentials.
+        """
         checkpoint = self._check_request(submitted)
         yield from outputs.new_notices(self.guard.check_prompt(submitted.prompt))
         references = []
@@ -478,13 +487,13 @@ class Studio:
                 yield from self._finish(
                     run, picture, replace(record, computed={**record.computed, "autoencoder": decoded})
                 )
-            if self._durations is not None and run.session.plan is planned:  # else it took some tries
+            if self._durations is not None and run.session.plan is planned:  # else decoding was retried: not typical
                 way = self._run_features(run.request, run.session.checkpoint, run.session.plan)
                 finishing = max(0.0, watch.lap() - sum(timer.step_seconds))
                 learn_duration(
                     self._durations, way, run, timer, pictures=len(seeds), finish_seconds=finishing, setup_seconds=once
                 )
-                once = None  # of the pictures that follow it is no part
+                once = None  # only the first batch includes the setup time
             del waiting[: len(seeds)]
 
     def _finish(self, run: RunContext, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
@@ -515,10 +524,10 @@ class Studio:
         ingredients: Sequence[ReferenceIngredient],
         edit_mask: Image.Image | None,
     ) -> tuple[File, tuple[str, ...]]:
-        """The finished file of `picture`, and why it is not signed where it was to be."""
+        """Return the finished file of `picture`, and a note for the user if it could not be signed."""
         try:
             return self._finisher.finish(picture, record, ingredients, edit_mask), ()
-        except CredentialsError as error:  # it was there before the work, and so is the picture now
+        except CredentialsError as error:  # signing worked before the run; do not lose the picture now
             unsigned = replace(record, request=replace(record.request, sign=False))
             file = self._finisher.finish(picture, unsigned, edit_mask=edit_mask)
             return file, (f"The picture is not signed. {error}",)

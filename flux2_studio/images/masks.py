@@ -1,7 +1,7 @@
-"""What of a picture may change: the white of a mask, and what outpainting adds. Pillow and numpy, no torch.
+"""Edit regions: the white part of a mask, and the margin that outpainting adds. Pillow and numpy, no torch.
 
-The engine works in squares of 16 x 16 pixels and decodes approximately. So what it drew is laid over the picture within
-the region alone, softly from the region's edge inwards: outside, every pixel is the picture's own.
+The engine works in squares of 16 x 16 pixels, and the autoencoder is not exact. So the drawn picture is pasted onto the
+original inside the region only, with a feather from the region's edge inwards. Pixels outside the region never change.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MASK_THRESHOLD = 128  # grey from which a mask is white
 MASK_FEATHER_DIVISOR, OUTPAINT_FEATHER_DIVISOR = (
     32,
     16,
-)  # the shorter side divided by this is a mask's feather, and that of what outpainting adds
-MIN_FEATHER_PIXELS, MAX_FEATHER_PIXELS = 4, 32  # pixels of a feather, at least and at most
-MIN_COLOUR_SAMPLES = 256  # pixels from which colours can be told
-MAX_CONTRAST_FACTOR = 3.0  # by how much a channel's contrast may be multiplied or divided
+)  # feather width = shorter side / divisor; the first for a mask, the second for outpainting
+MIN_FEATHER_PIXELS, MAX_FEATHER_PIXELS = 4, 32  # limits of the feather width
+MIN_COLOUR_SAMPLES = 256  # pixels that colour matching needs at least
+MAX_CONTRAST_FACTOR = 3.0  # colour matching multiplies or divides a channel's contrast by at most this
 
 # Ottosson's Oklab (bottosson.github.io/posts/oklab): from linear sRGB to cones, from their cube roots to lightness and
 # two colour axes. Steps of equal size look about equal in it, so means and deviations of its channels mean something.
@@ -62,8 +62,11 @@ class Mask:
 
 @dataclass(frozen=True, kw_only=True)
 class EditRegion:
-    """Of a result, what may change. original: RGB, what is kept, its edge pixels repeated into what is new. edit_mask:
-    L, of the same size, 255 where anything may change, else 0. mask: the mask's file, where there is one."""
+    """The part of a result that may change.
+
+    original: RGB, the first reference, extended by `outpaint` with its edge pixels repeated. edit_mask: L, of the same
+    size, 255 where pixels may change, else 0. mask: the user's mask; None if there is only outpainting.
+    """
 
     original: Image.Image
     edit_mask: Image.Image
@@ -136,7 +139,7 @@ def make_edit_region(request: Request, picture: Image.Image, pictures: PictureCa
 
 
 def composite_within(drawn: Image.Image, region: EditRegion) -> Image.Image:
-    """`drawn` (RGB, of the region's size) where it may show, fading in from the edge; elsewhere the picture's bytes."""
+    """Paste `drawn` (RGB, of the region's size) onto the original inside `region`; pixels outside stay identical."""
     box = region.edit_mask.getbbox()
     assert box is not None, "a region has some pixel that may change"
     inside = np.asarray(region.edit_mask) > 0
@@ -156,9 +159,10 @@ def feather_width(size: tuple[int, int], part: int) -> int:
 
 
 def feather_weights(inside: BoolArray, width: int) -> NDArray[np.float32]:
-    """[H, W], how much of the new shows: 0 outside, rising to 1 over `width` pixels from the edge inwards.
+    """Return the opacity [H, W] of the drawn picture: 0 outside, rising to 1 over `width` pixels from the edge inwards.
 
-    Where the region is too narrow for that, over half of what it has there. The picture's own edge is none.
+    Where the region is narrower than that, the opacity rises over half of its local depth. The border of the picture
+    does not count as an edge of the region.
     """
     depth = np.zeros(inside.shape, dtype=np.uint8)
     left = inside
@@ -175,10 +179,10 @@ def feather_weights(inside: BoolArray, width: int) -> NDArray[np.float32]:
 
 
 def match_colours(image: Image.Image, target: Image.Image, edit_mask: Image.Image | None = None) -> Image.Image | None:
-    """`image` with the mean and standard deviation that `target` has in each channel of Oklab; both RGB.
+    """Return `image` with the mean and standard deviation of `target` in each channel of Oklab. Both are RGB.
 
-    edit_mask: where the two (of one size then) may differ, which is not looked at. None where too little is left to
-    look at.
+    edit_mask: pixels to ignore (above 0), because the pictures may differ there; both must then have its size. Returns
+    None if fewer than `MIN_COLOUR_SAMPLES` pixels remain.
     """
     now, wanted = _oklab(image), _oklab(target)
     stays = None if edit_mask is None else np.asarray(edit_mask) == 0

@@ -45,7 +45,7 @@ class ReferenceStore:
         return sha256
 
     def find(self, sha256: str) -> Path | None:
-        """The kept file with this hash, which comes from anywhere; None where there is none, or it was altered."""
+        """Return the kept file with this hash, or None if there is none or it was altered. `sha256` is untrusted."""
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             return None
         for suffix in (*PICTURE_SUFFIXES, UNKNOWN_SUFFIX):

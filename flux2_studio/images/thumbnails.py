@@ -11,7 +11,7 @@ from PIL import Image
 from flux2_studio.errors import SaveError
 from flux2_studio.files.atomic import atomic_write
 
-THUMBNAIL_PIXELS = 320  # pixels of the longer one
+THUMBNAIL_PIXELS = 320  # pixels along the longer side
 THUMBNAIL_QUALITY = 80
 
 

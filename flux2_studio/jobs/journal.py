@@ -353,7 +353,7 @@ class Journal:
         return tuple(copies)
 
     def _delete_inputs(self, id_: str) -> None:
-        # The next studio's sweep deletes files that are still in use.
+        # Files that cannot be deleted now, because they are in use, are left to the sweep of a later studio.
         shutil.rmtree(self._folder / id_, ignore_errors=True)
 
     def _lock_of(self, studio: str) -> Path:

@@ -102,8 +102,8 @@ class JobQueue:
     ) -> Job:
         """Check and resolve `request`, and queue it. Raises `StudioError` at once if that is not possible.
 
-        tab: the owner under which this page runs its prompt enhancements; those are cancelled if this run enhances its
-        prompt too. Defaults to `owner`.
+        tab: the owner of the page's separate prompt enhancements (`enhance_prompt`), by default `owner`. They are
+        cancelled if this run enhances its prompt too.
         """
         self._check_capacity(owner)
         resolved = self._studio.resolve(request, api_key)

@@ -1,4 +1,4 @@
-"""What the worker does, with the events so far: a run, a draft, a prompt enhancement or a preload.
+"""Tasks of the queue and their events so far: a run, a draft, a prompt enhancement or a preload.
 
 Followers read `events(since)`. A follower may be slower than the work, so only the newest event of each transient kind
 is kept.
@@ -20,7 +20,7 @@ TRANSIENT_EVENTS = (Queued, Status, PromptProgress, Preview)  # superseded by th
 
 
 class Task:
-    """Work for the worker thread, and its events so far. Safe to use from any thread."""
+    """One piece of work and its events so far. Safe to use from any thread."""
 
     def __init__(self, owner: str, id_: str | None = None) -> None:
         self.id = id_ or uuid.uuid4().hex

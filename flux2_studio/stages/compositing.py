@@ -21,9 +21,11 @@ def crop_padding(image: Image.Image, request: Request) -> Image.Image:
 def composite_region(
     image: Image.Image, request: Request, region: EditRegion | None, first_reference: Image.Image | None
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """A picture as drawn, of the size that `request` asks for, with its colours matched if it asks for that, and with
-    every pixel outside `region` as it was; and what the user should know of that. first_reference: the first
-    reference."""
+    """Match the colours of a drawn picture if `request` asks for it, and restore every pixel outside `region`.
+
+    image: of the size that `request` asks for. first_reference: the target of the colours if there is no region.
+    Returns the picture and notes for the user.
+    """
     notes: tuple[str, ...] = ()
     if request.match_colours and first_reference is not None:
         like, change = (region.original, region.edit_mask) if region else (first_reference, None)

@@ -27,8 +27,11 @@ class Conditioning:
 def find_yes_no_model(
     run: RunContext, progress: ProgressCallback | None = None
 ) -> tuple[YesNoModel | None, tuple[str, ...]]:
-    """The language model to ask what rules and classifiers cannot know, where there is one, and what the user should
-    know of that. progress: loads it, if need be. Raises `ClassifierError` where it has to be asked and cannot be."""
+    """Return the language model that helps the safety check (None if there is none), and notes for the user.
+
+    progress: if given, the model is loaded if necessary. Raises `ClassifierError` if the policy is "on" and the model
+    cannot answer.
+    """
     if run.guard.policy == "off" or (writer := run.session.acquire_vision_model(progress)) is None:
         return None, ()
     try:

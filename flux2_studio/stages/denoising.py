@@ -99,7 +99,7 @@ def denoise_batch(
             seen = [run.guard.mosaic_if_flagged(image) for image in images]
             shown = run.clock()
         else:
-            step.latents[0, 0, 0, 0].item()  # waits for the device, as a preview would: else no step had its own time
+            step.latents[0, 0, 0, 0].item()  # waits for the device, as a preview does, so that each step can be timed
         timer.record_step(len(seeds))
         done = step.index + 1, step.steps
         yield Preview(

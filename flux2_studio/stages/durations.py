@@ -14,12 +14,13 @@ computed for two prompts),
     each = a + b * (the picture's tokens)
     once = a + b * (the references' tokens)
 
-with a, b, c >= 0 by least squares of the relative error over the sizes that are known. A size that was timed itself is
-not fitted: it takes what it took, the newest time counting half, the one before a quarter, and so on. Where a single
-size is known, step and each grow with the tokens, and once stays. Where none is, nothing is said.
+The coefficients a, b, c >= 0 minimise the squared relative error over the sizes that were timed. If the requested size
+was timed itself, nothing is fitted: the estimate is the mean of its times, where each time weighs half as much as the
+next newer one. If only one size was timed, step and each are scaled in proportion to the tokens, and once is kept. If
+none was, there is no estimate.
 
-The first drawing of a process, and any for which something was loaded, is slower than those after it: such a time
-counts only as long as there is no other of its size.
+The first batch of a kind in a process, and every batch of a run that had to load weights, may be slower than later ones
+("cold"). A cold time is used only while there is no other time of the same size.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ import numpy as np
 
 from flux2_studio.storage.database import Database
 
-MAX_TIMINGS_PER_FEATURES = 60  # times that are kept of one way to draw
-MAX_TIMINGS = 3000  # and of all
-TIMING_DECAY = 0.5  # what a time counts less than the next newer one of its size
-SIZE_DECAY = 0.8  # and a size than the one that was drawn after it
+MAX_TIMINGS_PER_FEATURES = 60  # timings kept for each `RunFeatures`
+MAX_TIMINGS = 3000  # timings kept in all
+TIMING_DECAY = 0.5  # weight of a time, relative to the next newer one of the same size
+SIZE_DECAY = 0.8  # weight of a size in the fit, relative to the next newer size
 
 FeatureVector = tuple[float, ...]
 
@@ -90,9 +91,11 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTiming:
-    """What one batch took, in seconds: a `step_seconds`, `picture_seconds` picture after the last one, and
-    `setup_seconds` before the first; None where that was remembered. is_cold: it may have been slower than the next
-    will be."""
+    """How long one batch took. is_cold: the next batch of this kind may be faster.
+
+    step_seconds: for each step. picture_seconds: for each picture after the last step. setup_seconds: before the first
+    step; None if a cache was used, or if this was not the first batch of its run.
+    """
 
     batch: BatchShape
     step_seconds: float
@@ -174,10 +177,10 @@ class DurationModel:
 def estimate_seconds(
     known: Sequence[tuple[FeatureVector, float, bool]], asked: FeatureVector, *, proportional: bool = True
 ) -> float:
-    """Seconds that `asked` will take, by what is `known`, newest first: features, seconds, and whether that was cold.
+    """Return the seconds that a size with the features `asked` will take. See the module docstring for the formula.
 
-    The features are 1, a number that time is proportional to where a single size is known and it is `proportional`, and
-    any more. See the head of this file for the formula.
+    known: (features, seconds, whether the time is cold) of each timing, newest first. The first feature is always 1.
+    proportional: if only one size is known, scale its time by the second feature; otherwise return its time unchanged.
     """
     sizes = _by_size(known)
     if asked in sizes:
@@ -202,12 +205,11 @@ def _by_size(known: Iterable[tuple[FeatureVector, float, bool]]) -> dict[Feature
 
 
 def _fit(sizes: Sequence[FeatureVector], seconds: Sequence[float]) -> np.ndarray:
-    """The coefficients, none below 0, whose sums of features come closest to `predict_seconds`, relatively; newest
-    first.
+    """Fit non-negative coefficients of the features to `seconds`, minimising the squared relative error.
 
-    Least squares without negative coefficients is ordinary least squares over the right choice of features: there are
-    few enough to try each. Of choices that are as good, which two sizes alone allow, the one with the higher powers is
-    taken, for it says the more of a larger picture.
+    `sizes` and `seconds` are newest first; newer sizes weigh more. Non-negative least squares is ordinary least squares
+    over the best subset of features, and there are few enough subsets to try them all. If two subsets fit equally well,
+    which happens with two sizes, the one with the higher powers wins: it predicts more time for larger pictures.
     """
     rows, times = np.array(sizes), np.maximum(np.array(seconds), 1e-9)
     weights = np.sqrt(SIZE_DECAY ** np.arange(len(sizes)))

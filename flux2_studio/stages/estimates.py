@@ -19,17 +19,18 @@ from flux2_studio.stages.run_context import RunContext
 log = logging.getLogger(__name__)
 
 STREAMED_FRACTION_STEPS = (
-    8  # how exactly it is told how much of a transformer is streamed: free memory varies, and with it that
+    8  # the streamed share of a transformer is rounded up to eighths, because it varies with free memory
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunEstimate:
-    """What a request will take. memory_fit: how it will fit into memory, "" where that cannot be told; tokens: of the
-    picture and of each reference, in the transformer's sequence; use_cfg: every step is computed twice.
+    """What a request will take.
 
-    seconds: of the run, without what is loaded for it; None where nothing like it was timed on this machine. there,
-    is_loaded: whether the checkpoint is on disk, and in memory.
+    memory_fit: how it fits into memory, in sentences; "" if unknown. tokens, reference_tokens: length of the picture
+    and of each reference in the transformer's sequence. use_cfg: every step is computed for two prompts. seconds:
+    duration of the run without loading; None if no similar run was timed on this machine. is_on_disk, is_loaded:
+    whether the checkpoint is on disk, and whether it is in memory.
     """
 
     memory_fit: str
@@ -55,8 +56,10 @@ def make_estimate(
     is_on_disk: bool,
     is_loaded: bool,
 ) -> RunEstimate:
-    """The outlook of a resolved request. features, batch: how it would be drawn, and how many pictures at once; None
-    where that is not known. Raises `SaveError` where what was learnt cannot be read."""
+    """Return the estimate for a resolved request. Raises `SaveError` if the learnt times cannot be read.
+
+    features: how the run would be computed; None if unknown. batch_size: how many pictures would be drawn at once.
+    """
     assert request.steps, "resolve the request first"
     seconds = None
     if features is not None and durations is not None:
@@ -96,7 +99,7 @@ def make_run_features(
 
 
 class StageStopwatch:
-    """Seconds that a session's stages take, without what it loads meanwhile. spent: what came before it."""
+    """Times the stages of a session, without loading. initial_seconds: time spent before the session was opened."""
 
     def __init__(self, session: Session, initial_seconds: float = 0.0) -> None:
         self._session = session
@@ -121,8 +124,11 @@ def learn_duration(
     finish_seconds: float,
     setup_seconds: float | None,
 ) -> None:
-    """Have `durations` know what a batch of `run` took. finish_seconds: seconds from the last step on, of all its
-    pictures; once: those before the first step, None after the first batch. A run does not fail for it."""
+    """Record in `durations` how long a batch of `run` took. Never fails the run.
+
+    finish_seconds: seconds after the last step, for all pictures of the batch. setup_seconds: seconds before the first
+    step; None after the first batch.
+    """
     timed = BatchTiming(
         batch=_batch(run.session.checkpoint, run.request_shape, pictures),
         step_seconds=sum(timer.step_seconds) / len(timer.step_seconds),

@@ -28,16 +28,15 @@ T = TypeVar("T")
 
 @dataclass
 class RunOutputs:
-    """What a run has done so far: `sampler` pictures, of which those in `images` are saved and the rest were
-    withheld."""
+    """What a run has done so far: `completed_count` pictures. Those in `images` are saved, the others were withheld."""
 
     completed_count: int = 0
     images: list[Path] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    notes: dict[str, list[int]] = field(default_factory=dict)  # on finished pictures, with the seeds of which
-    provenance: dict[str, list[int]] = field(default_factory=dict)  # what they carry, likewise
-    reported: set[str] = field(default_factory=set)  # what need not be said of every picture
-    withheld: SafetyError | None = None  # why the last one was
+    notes: dict[str, list[int]] = field(default_factory=dict)  # note -> seeds of the saved pictures that it is about
+    provenance: dict[str, list[int]] = field(default_factory=dict)  # provenance mark -> seeds, likewise
+    reported: set[str] = field(default_factory=set)  # notices already sent, so that none is sent twice
+    withheld: SafetyError | None = None  # why the last withheld picture was withheld
 
     def new_notices(self, notes: Sequence[str]) -> list[Event]:
         """A Notice for each of `notes` that was not told before."""
@@ -87,11 +86,11 @@ class UnfinishedPicture:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """One run under way: its resolved request, and what goes along with it from stage to stage.
+    """One run in progress: its resolved request, and what its stages share.
 
-    enhanced: how its prompt came about, where a language model wrote it. region: what of the first reference may
-    change, where not all of it may. preview_interval: seconds that lie between two previews, at least, by `clock`.
-    looking: seconds that it took to open and check the references.
+    enhanced: the event of the prompt enhancement; None if there was none. region: the part of the result that may
+    change; None if all of it may. preview_interval: the least number of seconds between two previews, by `clock`.
+    check_seconds: seconds spent on opening and checking the references.
     """
 
     request: Request
@@ -118,13 +117,13 @@ class RunContext:
         return self.references[0].image if self.references else None
 
     def run_in_worker(self, work: Callable[[ProgressCallback], T]) -> Generator[Event, None, T]:
-        """Do `work` while telling what it says; it is not begun when the run is cancelled."""
+        """Run `work` in a worker thread and yield its progress. Raises `Cancelled`, also before it starts."""
         raise_if_cancelled(self.cancelled)
         return (yield from in_worker_thread(work, self.cancelled))
 
 
 def make_request_shape(request: Request, references: Sequence[tuple[int, int]], checkpoint: Checkpoint) -> RequestShape:
-    """What a resolved request asks of the memory; references: the size of each in pixels, scaled to its cap."""
+    """Return what determines the memory of a resolved request. references: (width, height) of each after scaling."""
     width, height = request.padded_size
     read = [padded_size(*size) for size in references]
     if request.outpaint:  # the first stands on its canvas

@@ -154,6 +154,8 @@ def build_page(
                 reference_store=studio.reference_store,
             )
     page.show_status_only_at(title)
+    for form in forms:
+        page.accept_any_text(form.presets.choice, form.upsampling.local)
     return page
 
 

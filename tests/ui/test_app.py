@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import socket
@@ -9,7 +10,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import gradio as gr
+import pytest
+from gradio.state_holder import SessionState
+
 import app
+from flux2_studio.ui.gradio_compat.page import StudioBlocks
 from tests.command_line import Done
 
 
@@ -70,3 +76,20 @@ def test_help_names_the_options(tmp_path: Path) -> None:
     done = start(tmp_path, "--help")
     assert done.returncode == 0
     assert all(option in done.stdout for option in ("--host", "--port", "--share"))
+
+
+def test_a_choice_that_the_server_took_back_reaches_the_handler() -> None:
+    """The browser may show older choices: not yet updated, or those of a studio that was restarted."""
+    with StudioBlocks() as page:
+        changing, fixed = gr.Dropdown([]), gr.Dropdown(["a"])
+        gr.Button().click(lambda *_: None, [changing, fixed])
+    (function,) = page.fns.values()
+    state = SessionState(page)
+    with pytest.raises(gr.Error, match="not in the list of choices"):  # else this is not needed any more
+        asyncio.run(page.preprocess_data(function, ["b", "a"], state))
+    page.accept_any_text(changing)
+    for value in ("b", "c", None):
+        assert asyncio.run(page.preprocess_data(function, [value, "a"], state)) == [value, "a"]
+    assert changing.choices == [], "nothing of one visitor's reaches the others"
+    with pytest.raises(gr.Error, match="not in the list of choices"):
+        asyncio.run(page.preprocess_data(function, ["b", "z"], state))

@@ -1,12 +1,14 @@
-"""Fixes for Gradio's page: streamed updates and status events."""
+"""Fixes for Gradio's page: streamed updates, status events, and dropdowns whose choices change."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gradio as gr
 from gradio.block_function import BlockFunction
 from gradio.components import Component
+from gradio.state_holder import SessionState
 
 
 class StudioBlocks(gr.Blocks):
@@ -16,6 +18,33 @@ class StudioBlocks(gr.Blocks):
     yields, which may still be waiting to be shown (seen with 6.31). If two yields arrived together, a change that the
     second did not repeat was lost: a Stop button that never appeared, a picture that was not shown.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._changing_dropdowns: set[int] = set()
+
+    def accept_any_text(self, *dropdowns: gr.Dropdown) -> None:
+        """Pass every text that a browser sends for `dropdowns` to the handlers, which must check it themselves.
+
+        Gradio refuses a value that is not among the choices that the server sent last (seen with 6.31). The browser may
+        not have received them yet, or still show those of a studio that was restarted: then every event that sends the
+        form fails with an error about a list of choices.
+        """
+        self._changing_dropdowns.update(dropdown._id for dropdown in dropdowns)
+
+    async def preprocess_data(
+        self, block_fn: BlockFunction, inputs: list[Any], state: SessionState | None, explicit_call: bool = False
+    ) -> list[Any]:
+        """Convert the values that a browser sent. Adds those of changing dropdowns to the session's choices first."""
+        state = state or SessionState(self)
+        for block, value in zip(block_fn.inputs, inputs, strict=False):  # too few are refused by Gradio
+            if block._id in self._changing_dropdowns and isinstance(value, str):
+                known: Any = state[block._id] if block._id in state else block  # noqa: SIM401 - it has no `get`
+                if value not in [choice for _, choice in known.choices]:
+                    own = copy.copy(known)
+                    own.choices = [*known.choices, (value, value)]
+                    state[block._id] = own
+        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
 
     def handle_streaming_diffs(
         self,
