@@ -67,7 +67,7 @@ DRAFT_PREVIEW_SECONDS = (
 
 
 def make_guard(settings: Settings, *, shared: bool) -> SafetyGuard:
-    """The safety check of a studio that others reach (`shared`), or its owner alone."""
+    """Make the safety check of a studio. shared: whether others than its owner can reach it."""
     policy = decide_policy(settings.safety, shared=shared, on_space=settings.on_space)
     return SafetyGuard(policy, lambda: find_classifier(settings.nsfw_model))
 
@@ -94,8 +94,8 @@ class Studio:
         self.settings = settings
         self.guard = guard or make_guard(settings, shared=False)
         self.signer = Signer(settings.identity, settings.c2pa_certificate, settings.c2pa_key)
-        own = settings.watermark_message
-        self.message = WatermarkMessage.parse(own) if own else PUBLISHED_MESSAGE
+        own_message = settings.watermark_message
+        self.message = WatermarkMessage.parse(own_message) if own_message else PUBLISHED_MESSAGE
         self.reference_store = reference_store
         self.pictures = PictureCache()  # of the references that runs and the page read
         self._durations = durations
@@ -140,16 +140,14 @@ class Studio:
         """
         checkpoint = self.settings.checkpoint(request.checkpoint)
         resolved = request.resolve(checkpoint, references)
-        workload = make_request_shape(resolved, references, checkpoint)
+        shape = make_request_shape(resolved, references, checkpoint)
         if not self.is_on_disk(checkpoint):
-            return make_estimate(resolved, checkpoint, workload, is_on_disk=False, is_loaded=False)
-        plan = self._models.predict_plan(
-            checkpoint, workload, request.loras, load_vision_model=self._needs_vision_model
-        )
+            return make_estimate(resolved, checkpoint, shape, is_on_disk=False, is_loaded=False)
+        plan = self._models.predict_plan(checkpoint, shape, request.loras, load_vision_model=self._needs_vision_model)
         return make_estimate(
             resolved,
             checkpoint,
-            workload,
+            shape,
             memory_fit=plan.describe(self._models.device_label),
             features=self._run_features(resolved, checkpoint, plan),
             batch_size=plan.batch_size,
@@ -198,24 +196,22 @@ class Studio:
     def describe_memory_needs(self, checkpoint: Checkpoint) -> str:
         """What `checkpoint` needs of the memory, in words: by its published sizes, for it may not be here yet."""
         sizes = [part.size for part in checkpoint.parts]
-        there = self._models.memory_capacity
+        capacity = self._models.memory_capacity
         return (
             f"Takes about {format_size(sum(sizes))} of memory at once, {format_size(max(sizes))} when its parts take "
             "turns; "
-            f"{self._models.device_label} has {format_size(there)}."
+            f"{self._models.device_label} has {format_size(capacity)}."
         )
 
     def preload(self, name: str, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Load checkpoint `name`, which must be on disk, as far as it fits, before it is asked for. Yields Status, then
         Ready, or Stopped once `cancelled`. Raises `StudioError`."""
         checkpoint = self.settings.checkpoint(name)
-        usual = Request(prompt="any").resolve(checkpoint)
+        request = Request(prompt="any").resolve(checkpoint)
 
         def load(progress: ProgressCallback) -> None:
-            workload = make_request_shape(usual, [], checkpoint)
-            self._models.open(checkpoint, workload, progress, load_vision_model=self._needs_vision_model).preload(
-                progress
-            )
+            shape = make_request_shape(request, [], checkpoint)
+            self._models.open(checkpoint, shape, progress, load_vision_model=self._needs_vision_model).preload(progress)
 
         try:
             yield from in_worker_thread(load, cancelled)
@@ -237,10 +233,10 @@ class Studio:
             resolved, references, _ = yield from self._check_inputs(
                 request, cancelled, RunOutputs(), for_generation=False
             )
-            done = yield from enhance_prompt(
+            enhanced = yield from enhance_prompt(
                 resolved, [it.image for it in references], self.settings, self._models, api_key, cancelled
             )
-            yield from (Notice(text=text) for text in self._check_enhanced_prompt(done))
+            yield from (Notice(text=text) for text in self._check_enhanced_prompt(enhanced))
             yield Ready(checkpoint=resolved.checkpoint or "")
         except Cancelled:
             yield Stopped()
@@ -250,8 +246,10 @@ class Studio:
             raise UpsampleError(f"There is too little main memory left for this: {SMALLER_REFERENCES_HINT}.") from error
 
     def _check_enhanced_prompt(self, enhanced: PromptEnhanced) -> tuple[str, ...]:
-        """What the safety check says of an enriched prompt. Raises `UpsampleError` where it stops it: the user's own
-        prompt has passed."""
+        """Check an enhanced prompt and return the notes of the safety check.
+
+        Raises `UpsampleError` if it does not pass: the user's own prompt has passed before.
+        """
         try:
             return self.guard.check_prompt(enhanced.prompt)
         except SafetyError as error:
@@ -262,16 +260,17 @@ class Studio:
     def generate(
         self, request: Request, cancelled: Callable[[], bool] = lambda: False, api_key: ApiKey | None = None
     ) -> Iterator[Event]:
-        """Carry out `request`, yielding events as `events.py` orders them; the last is a Result or, if `cancelled`
-        turned true between two steps, Stopped. api_key: the user's own for the server that enriches prompts. Raises
-        `StudioError` for what the user must know.
+        """Carry out `request`. Yields events in the order that `events.py` describes.
+
+        The last event is Result, or Stopped if `cancelled` returned True between two steps. api_key: the user's own key
+        for the server that enhances prompts. Raises `StudioError`.
         """
-        finished = RunOutputs()
+        outputs = RunOutputs()
         try:
-            yield from self._run(request, cancelled, api_key, finished)
+            yield from self._run(request, cancelled, api_key, outputs)
         except Cancelled:
-            yield from finished.new_notices(finished.with_seeds(finished.notes))
-            yield Stopped(images=tuple(finished.images), seeds=tuple(finished.seeds))
+            yield from outputs.new_notices(outputs.with_seeds(outputs.notes))
+            yield Stopped(images=tuple(outputs.images), seeds=tuple(outputs.seeds))
         except (RuntimeError, MemoryError) as error:
             raise self._exhausted(request.checkpoint, error) from error
 
@@ -280,33 +279,33 @@ class Studio:
 
         The last event is Drafted, or Stopped if `cancelled`. Raises `StudioError`.
         """
-        began = time.monotonic()
-        finished = RunOutputs()
-        once = replace(request, count=1, upsampling=Upsampling())
+        started = time.monotonic()
+        outputs = RunOutputs()
+        single = replace(request, count=1, upsampling=Upsampling())
         try:
             self.guard.check_ready()
             resolved, references, region = yield from self._check_inputs(
-                once, cancelled, finished, for_generation=False
+                single, cancelled, outputs, for_generation=False
             )
             run = yield from self._open_run(
-                resolved, references, region, cancelled, finished, preview_interval=DRAFT_PREVIEW_SECONDS
+                resolved, references, region, cancelled, outputs, preview_interval=DRAFT_PREVIEW_SECONDS
             )
-            conditions = yield from encode_conditioning(run)
-            drawn = yield from run.run_in_worker(run.session.prepare_transformer)
-            record = self._record(run, drawn, "", resolved.seeds[0], 0, 1)
-            pictures = yield from generate_batch(run, drawn, [record], 1, conditions, StepTimer())
+            conditioning = yield from encode_conditioning(run)
+            sampler = yield from run.run_in_worker(run.session.prepare_transformer)
+            record = self._record(run, sampler, "", resolved.seeds[0], 0, 1)
+            pictures = yield from generate_batch(run, sampler, [record], 1, conditioning, StepTimer())
             assert pictures is not None, "one picture is not made in parts"
-            ask, told = find_yes_no_model(run)
-            picture, kept = composite_region(pictures[0][0], resolved, region, run.first_reference)
-            yield from finished.new_notices([*told, *kept, *self.guard.check_output(picture, ask)])
-            yield Drafted(request=resolved, image=picture, seconds=time.monotonic() - began)
+            yes_no_model, notes = find_yes_no_model(run)
+            picture, more_notes = composite_region(pictures[0][0], resolved, region, run.first_reference)
+            yield from outputs.new_notices([*notes, *more_notes, *self.guard.check_output(picture, yes_no_model)])
+            yield Drafted(request=resolved, image=picture, seconds=time.monotonic() - started)
         except Cancelled:
             yield Stopped()
         except (RuntimeError, MemoryError) as error:
             raise self._exhausted(request.checkpoint, error) from error
 
     def _exhausted(self, name: str | None, error: RuntimeError | MemoryError) -> OutOfMemory:
-        """What the user is told of `error`, once all weights have left the memory. Raises `error` if it is another."""
+        """Free all weights and return the error that the user reads. Raises `error` itself unless memory ran out."""
         if not is_out_of_memory(error):
             raise error
         self._models.release_all()
@@ -318,40 +317,40 @@ class Studio:
     def _run(
         self, submitted: Request, cancelled: Callable[[], bool], api_key: ApiKey | None, outputs: RunOutputs
     ) -> Generator[Event, None, None]:
-        began = time.monotonic()
+        started = time.monotonic()
         raise_if_cancelled(cancelled)
-        # Whatever can fail at the end is tried before hours of work.
+        # What can fail at the end is tried first, before hours of work.
         self._library.check_writable()
         self.guard.check_ready()
         request, references, region = yield from self._check_inputs(submitted, cancelled, outputs, for_generation=True)
-        looking = time.monotonic() - began
+        check_seconds = time.monotonic() - started
         self._finisher.check(request)
-        upsampled: PromptEnhanced | None = None
+        enhanced: PromptEnhanced | None = None
         if request.upsampling.by != "none":
             pictures = [reference.image for reference in references]
-            upsampled = yield from enhance_prompt(request, pictures, self.settings, self._models, api_key, cancelled)
-            yield from outputs.new_notices(self._check_enhanced_prompt(upsampled))
-            request = replace(request, prompt=upsampled.prompt, upsampling=Upsampling())
-        exhausted: MemoryPlan | None = None  # the plan that turned out to be too much
+            enhanced = yield from enhance_prompt(request, pictures, self.settings, self._models, api_key, cancelled)
+            yield from outputs.new_notices(self._check_enhanced_prompt(enhanced))
+            request = replace(request, prompt=enhanced.prompt, upsampling=Upsampling())
+        failed_plan: MemoryPlan | None = None  # the plan that turned out to be too much
         while outputs.completed_count < request.count:
-            before = exhausted
+            previous_plan = failed_plan
             run = yield from self._open_run(
                 request,
                 references,
                 region,
                 cancelled,
                 outputs,
-                enhanced=upsampled,
-                failed_plan=before,
-                check_seconds=looking,
+                enhanced=enhanced,
+                failed_plan=previous_plan,
+                check_seconds=check_seconds,
             )
             try:
                 yield from self._generate_pictures(run)
             except (RuntimeError, MemoryError) as error:
-                if before or not is_out_of_memory(error):
+                if previous_plan or not is_out_of_memory(error):
                     raise
-                exhausted = run.session.plan
-            if exhausted and not before:
+                failed_plan = run.session.plan
+            if failed_plan and not previous_plan:
                 del run  # and whatever it holds on the device
                 self._models.release_all()
                 yield Notice(text="The memory ran out, in spite of the plan: trying once more, with less of it in use.")
@@ -362,7 +361,7 @@ class Studio:
             request=request,
             images=tuple(outputs.images),
             seeds=tuple(outputs.seeds),
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - started,
             provenance=outputs.with_seeds(outputs.provenance),
         )
 
@@ -379,14 +378,16 @@ class Studio:
         preview_interval: float = 0.0,
         check_seconds: float = 0.0,
     ) -> Generator[Event, None, RunContext]:
-        """A run of what `_check_inputs` gave, with its checkpoint open. failed_plan: the plan that turned out to be too
-        much; the others are as in `RunContext`."""
+        """Open the checkpoint and return the context of a run. Takes the results of `_check_inputs`.
+
+        failed_plan: the plan under which memory ran out. For the other arguments see `RunContext`.
+        """
         checkpoint = self.settings.checkpoint(request.checkpoint)
-        workload = make_request_shape(request, [reference.image.size for reference in references], checkpoint)
+        shape = make_request_shape(request, [reference.image.size for reference in references], checkpoint)
         session = yield from in_worker_thread(
             lambda progress: self._models.open(
                 checkpoint,
-                workload,
+                shape,
                 progress,
                 loras=request.loras,
                 failed_plan=failed_plan,
@@ -403,7 +404,7 @@ class Studio:
             references=references,
             region=region,
             session=session,
-            request_shape=workload,
+            request_shape=shape,
             guard=self.guard,
             cancelled=cancelled,
             outputs=outputs,
@@ -429,9 +430,9 @@ class Studio:
             if for_generation and submitted.metadata and self.reference_store is not None:
                 self.reference_store.save(data)
             if for_generation and submitted.sign:
-                source = self.signer.make_ingredient(number, data)
-                yield from outputs.new_notices([source.note] if source.note else [])
-                reference = replace(reference, ingredient=source)
+                ingredient = self.signer.make_ingredient(number, data)
+                yield from outputs.new_notices([ingredient.note] if ingredient.note else [])
+                reference = replace(reference, ingredient=ingredient)
             references.append(reference)
         request = submitted.resolve(checkpoint, [reference.image.size for reference in references])
         region = make_edit_region(request, references[0].image, self.pictures) if references else None
@@ -441,14 +442,14 @@ class Studio:
         return request, references, region
 
     def _check_request(self, request: Request) -> Checkpoint:
-        """The checkpoint of `request`. Whatever is wrong with the numbers is said before pictures are opened."""
+        """Check all of `request` that needs no picture, and return its checkpoint."""
         checkpoint = self.settings.checkpoint(request.checkpoint)
         request.resolve(checkpoint)
         self.loras.check(request.loras, checkpoint, None)
         return checkpoint
 
     def _references(self, request: Request) -> Iterator[tuple[PreparedReference, bytes]]:
-        """Each reference, scaled to its cap, and its file. Raises `ReferenceImageError`."""
+        """Yield each reference, scaled to its cap, with the bytes of its file. Raises `ReferenceImageError`."""
         cap = self.settings.checkpoint(request.checkpoint).max_pixels_per_reference(len(request.references))
         for number, path in enumerate(request.references, start=1):
             found = self.pictures.fitted(path, cap)
@@ -457,64 +458,74 @@ class Studio:
             yield PreparedReference(image=found.image, notes=notes, sha256=found.sha256), found.data
 
     def _generate_pictures(self, run: RunContext) -> Iterator[Event]:
-        """Draw and save the pictures of `run` that are not finished yet."""
-        watch = StageStopwatch(run.session, run.check_seconds)
-        conditions = yield from encode_conditioning(run)
-        once: float | None = watch.lap()
-        finished = run.outputs
-        fingerprint = ""  # read before the drawing: it may take a minute, be given up, or fail
+        """Generate and save those pictures of `run` that are not done yet, batch by batch."""
+        stopwatch = StageStopwatch(run.session, run.check_seconds)
+        conditioning = yield from encode_conditioning(run)
+        setup_seconds: float | None = stopwatch.lap()
+        outputs = run.outputs
+        fingerprint = ""  # computed before drawing: it may take a minute, be cancelled, or fail
         if run.request.metadata:
             checkpoint = run.session.checkpoint
             fingerprint = yield from run.run_in_worker(lambda progress: self._models.compute_hash(checkpoint, progress))
         timer = StepTimer()
-        most = run.session.plan.batch_size
-        waiting = list(run.request.seeds[finished.completed_count :])
-        while waiting:
-            seeds = waiting[:most]
-            together = len(seeds)
-            drawn = yield from run.run_in_worker(partial(run.session.prepare_transformer, batch_size=together))
-            yield from finished.new_notices([*(lora.report.text for lora in drawn.applied_loras), *drawn.notes])
-            watch.lap()
-            planned = run.session.plan
-            records = [self._record(run, drawn, fingerprint, seed, i, together) for i, seed in enumerate(seeds)]
-            pictures = yield from generate_batch(run, drawn, records, len(waiting), conditions, timer)
+        max_batch = run.session.plan.batch_size
+        remaining_seeds = list(run.request.seeds[outputs.completed_count :])
+        while remaining_seeds:
+            seeds = remaining_seeds[:max_batch]
+            batch_size = len(seeds)
+            sampler = yield from run.run_in_worker(partial(run.session.prepare_transformer, batch_size=batch_size))
+            yield from outputs.new_notices([*(lora.report.text for lora in sampler.applied_loras), *sampler.notes])
+            stopwatch.lap()
+            plan_before = run.session.plan
+            records = [self._record(run, sampler, fingerprint, seed, i, batch_size) for i, seed in enumerate(seeds)]
+            pictures = yield from generate_batch(run, sampler, records, len(remaining_seeds), conditioning, timer)
             if pictures is None:
-                most = len(seeds) // 2
+                max_batch = len(seeds) // 2
                 self._models.release_unused_memory()
-                yield Notice(text=f"{len(seeds)} pictures at once do not fit into memory: making {most} at a time.")
+                yield Notice(
+                    text=f"{len(seeds)} pictures at once do not fit into memory: making {max_batch} at a time."
+                )
                 continue
-            for (picture, decoded), record in zip(pictures, records, strict=True):  # memory may have run out meanwhile
+            for (picture, tiling), record in zip(pictures, records, strict=True):  # memory may have run out meanwhile
                 yield from self._finish(
-                    run, picture, replace(record, computed={**record.computed, "autoencoder": decoded})
+                    run, picture, replace(record, computed={**record.computed, "autoencoder": tiling})
                 )
-            if self._durations is not None and run.session.plan is planned:  # else decoding was retried: not typical
-                way = self._run_features(run.request, run.session.checkpoint, run.session.plan)
-                finishing = max(0.0, watch.lap() - sum(timer.step_seconds))
+            if (
+                self._durations is not None and run.session.plan is plan_before
+            ):  # else decoding was retried: not typical
+                features = self._run_features(run.request, run.session.checkpoint, run.session.plan)
+                finish_seconds = max(0.0, stopwatch.lap() - sum(timer.step_seconds))
                 learn_duration(
-                    self._durations, way, run, timer, pictures=len(seeds), finish_seconds=finishing, setup_seconds=once
+                    self._durations,
+                    features,
+                    run,
+                    timer,
+                    pictures=len(seeds),
+                    finish_seconds=finish_seconds,
+                    setup_seconds=setup_seconds,
                 )
-                once = None  # only the first batch includes the setup time
-            del waiting[: len(seeds)]
+                setup_seconds = None  # only the first batch includes the setup time
+            del remaining_seeds[: len(seeds)]
 
     def _finish(self, run: RunContext, picture: Image.Image, record: Record) -> Generator[Event, None, None]:
-        """Check, mark and save one picture; what the check does not let through goes nowhere."""
-        request, finished, index = record.request, run.outputs, run.outputs.completed_count
+        """Check, mark and save one picture. A picture that does not pass the check is discarded."""
+        request, outputs, index = record.request, run.outputs, run.outputs.completed_count
         assert request.seed is not None
         try:
-            ask, told = find_yes_no_model(run)
-            picture, kept = composite_region(picture, request, run.region, run.first_reference)
-            told += (*kept, *self.guard.check_output(picture, ask))
+            yes_no_model, notes = find_yes_no_model(run)
+            picture, more_notes = composite_region(picture, request, run.region, run.first_reference)
+            notes += (*more_notes, *self.guard.check_output(picture, yes_no_model))
         except SafetyError as error:
-            finished.completed_count += 1
-            finished.withheld = error
+            outputs.completed_count += 1
+            outputs.withheld = error
             yield Withheld(index=index)
             if run.request.count > 1:  # of a single one the run's end tells
                 yield Notice(text=f"{error} (Seed {request.seed}.)")
             return
-        change = run.region.edit_mask if run.region else None
-        file, unsigned = self._encode_file(picture, record, run.ingredients, change)
+        edit_mask = run.region.edit_mask if run.region else None
+        file, signing_notes = self._encode_file(picture, record, run.ingredients, edit_mask)
         path = self._library.save(file.data, request)
-        finished.add_picture(path, request.seed, [*told, *unsigned, *file.notes], file.provenance)
+        outputs.add_picture(path, request.seed, [*notes, *signing_notes, *file.notes], file.provenance)
         yield Saved(index=index, image=path, seed=request.seed, record=file.record)
 
     def _encode_file(
@@ -528,13 +539,15 @@ class Studio:
         try:
             return self._finisher.finish(picture, record, ingredients, edit_mask), ()
         except CredentialsError as error:  # signing worked before the run; do not lose the picture now
-            unsigned = replace(record, request=replace(record.request, sign=False))
-            file = self._finisher.finish(picture, unsigned, edit_mask=edit_mask)
+            unsigned_record = replace(record, request=replace(record.request, sign=False))
+            file = self._finisher.finish(picture, unsigned_record, edit_mask=edit_mask)
             return file, (f"The picture is not signed. {error}",)
 
     def save_preview(self, unfinished: UnfinishedPicture) -> tuple[Saved, tuple[str, ...]]:
-        """Check, mark and save the preview of a run that was not finished, as large as the picture would have been,
-        and what the user should know of it. Raises `StudioError`."""
+        """Check, mark and save the last preview of an unfinished run, in the size of the requested picture.
+
+        Returns the saved picture and notes for the user. Raises `StudioError`.
+        """
         request = unfinished.record.request
         assert request.seed is not None and request.width and request.height
         size = request.width, request.height
@@ -544,16 +557,20 @@ class Studio:
             else unfinished.image.resize(size, Image.Resampling.LANCZOS)
         )
         picture, notes = composite_region(picture, request, unfinished.region, unfinished.first_reference)
-        told = (*notes, *self.guard.check_output(picture))
-        change = unfinished.region.edit_mask if unfinished.region else None
-        file, unsigned = self._encode_file(picture, unfinished.record, unfinished.ingredients, change)
+        notes_of_check = (*notes, *self.guard.check_output(picture))
+        edit_mask = unfinished.region.edit_mask if unfinished.region else None
+        file, signing_notes = self._encode_file(picture, unfinished.record, unfinished.ingredients, edit_mask)
         path = self._library.save(file.data, request)
-        return Saved(index=0, image=path, seed=request.seed, record=file.record), (*told, *unsigned, *file.notes)
+        return Saved(index=0, image=path, seed=request.seed, record=file.record), (
+            *notes_of_check,
+            *signing_notes,
+            *file.notes,
+        )
 
     def _record(
         self, run: RunContext, sampler: Sampler, fingerprint: str, seed: int, place: int, together: int
     ) -> Record:
-        upsampled = run.enhanced
+        enhanced = run.enhanced
         return Record(
             request=replace(run.request, seed=seed, count=1, references=(), mask=None),
             label=run.session.checkpoint.label,
@@ -561,8 +578,8 @@ class Studio:
             references=tuple(reference.sha256 for reference in run.references),
             mask=run.region.mask.sha256 if run.region and run.region.mask else "",
             loras=tuple(lora.sha256 for lora in sampler.applied_loras),
-            original_prompt=upsampled.original if upsampled else None,
-            upsampled_by=upsampled.by if upsampled else None,
+            original_prompt=enhanced.original if enhanced else None,
+            upsampled_by=enhanced.by if enhanced else None,
             place=place,
             together=together,
             versions=self.versions,
