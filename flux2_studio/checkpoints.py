@@ -47,8 +47,8 @@ class Checkpoint:
 
     `steps_fixed` and `guidance_fixed` mark values fixed by distillation: the user sees them but cannot change them.
     Pixel limits are areas (width x height). `context_width` and `name_keywords` match a user's own file to a known
-    checkpoint: the width by its tensors, the keywords by its file name (no tensor distinguishes a Base checkpoint from
-    a distilled one). `hidden_width` determines which LoRAs fit.
+    checkpoint. The width is that of its tensors, the keywords are those of its file name, because no tensor
+    distinguishes a Base checkpoint from a distilled one. `hidden_width` determines which LoRAs fit.
     """
 
     name: str

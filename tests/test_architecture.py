@@ -6,6 +6,7 @@ That light modules load nothing heavy is tested in tests/process/test_imports.py
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,29 @@ def test_a_name_is_one_thing() -> None:
 
 def is_type_variable(value: ast.expr) -> bool:
     return isinstance(value, ast.Call) and ast.unparse(value.func) == "TypeVar"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_docstrings_name_parameters_that_exist(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            described = re.findall(r"(?:^|\. |\n\s*)([a-z_]\w*(?:, [a-z_]\w*)*): ", ast.get_docstring(node) or "")
+            unknown = {name for names in described for name in names.split(", ")} - names_in(node)
+            assert not unknown, f"{module_of(path)}.{node.name} has no {', '.join(unknown)}"
+
+
+def names_in(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Parameters of a function; of a class its fields, methods and attributes, and the parameters of __init__."""
+    if not isinstance(node, ast.ClassDef):
+        return {found.arg for found in ast.walk(node.args) if isinstance(found, ast.arg)}
+    names = set()
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+            names |= {part.name} | (names_in(part) if part.name == "__init__" else set())
+        elif isinstance(part, ast.Assign | ast.AnnAssign):
+            targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names | {found.attr for found in ast.walk(node) if isinstance(found, ast.Attribute)}
 
 
 def test_folders_are_small() -> None:

@@ -43,8 +43,8 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
 
     A text encoder's dtype does not depend on the checkpoint, because several checkpoints and the writer share it.
 
-    auto: bfloat16, or float16 on a CUDA device without bfloat16. On a CPU float32 for small checkpoints, which are as
-    fast that way and exact, and for all on CPUs without bfloat16, where `choose_storage` keeps the weights small.
+    "auto" is bfloat16, or float16 on a CUDA device without bfloat16. On a CPU float32 for small checkpoints, which are
+    as fast that way and exact, and for all on CPUs without bfloat16, where `choose_storage` keeps the weights small.
     float16 only applies to the transformer, which guards its range: text encoders and autoencoders were trained in
     bfloat16 and would overflow. The tiny autoencoder is published in float16. On a CPU without bfloat16, autoencoders
     always use float32: bfloat16 is 100 times slower there and takes several times the memory.
