@@ -1,6 +1,6 @@
 """Sizes and constants that describe one model. Plain data: no torch, no files.
 
-`loading.py` reads widths and depths from the tensors of a checkpoint, so checkpoints of all sizes share one code path.
+`weights/layouts.py` derives widths and depths from the tensors of a checkpoint, so all sizes share one code path.
 `TextRecipe` holds what a weight file does not contain: how the text encoder was used in training.
 """
 

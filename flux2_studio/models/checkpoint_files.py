@@ -1,6 +1,6 @@
 """Opens a checkpoint's files: checks headers and measures sizes without reading any weights.
 
-A header is read again only if its file has changed, so planning a request reads nothing.
+A header is read again only if its file has changed. So planning a request usually opens no file.
 """
 
 from __future__ import annotations

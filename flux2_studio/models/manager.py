@@ -136,10 +136,11 @@ class ModelManager:
     ) -> Session:
         """Opens `checkpoint` for a request of `shape`, from disk or the hub. `progress` may raise to cancel.
 
-        failed_plan: a plan that ran out of memory; the new one takes less. load_vision_model: whether to load the
-        complete language model instead of the text encoder, if it has vision, to ask it about pictures; if that is not
-        possible, the session's notes say so. Without it, prompts are still encoded with the complete model if it is on
-        the device after writing and does not make drawing slower. So call `acquire_writer` before `open`.
+        failed_plan: a plan that ran out of memory; the new one takes less. load_vision_model: load the complete
+        language model instead of the text encoder, if it has vision, so that it can be asked about pictures. If that is
+        not possible, the session's notes say why. If False, the complete model still encodes the prompts if an
+        earlier `acquire_writer` left it on the device and it does not slow down drawing. So call `acquire_writer`
+        first.
 
         Raises `WeightsError` for files that are missing, damaged or do not belong to this checkpoint, including LoRAs;
         `RequestError` for an unknown LoRA; `OutOfMemory` if no plan fits.
@@ -220,9 +221,9 @@ class ModelManager:
         return self._fingerprints.get_quick(files.weights, PART_SUBFOLDERS["flow"]) if files else None
 
     def compute_hash(self, checkpoint: Checkpoint, progress: ProgressCallback) -> str:
-        """Returns the SHA-256 of the transformer's weights. For a folder, it is the hash of its files' lines
-        "name hash", sorted. Each file is read once; its hash is cached. `progress` may raise to cancel. Raises
-        `WeightsError`."""
+        """Returns the SHA-256 of the transformer's weights. For a folder, this is the SHA-256 of a sorted list with a
+        line "name hash" for each file. Each file is read once; its hash is cached. `progress` may raise to cancel.
+        Raises `WeightsError`."""
         files = self._hub.find_or_download(checkpoint.flow, progress)
         return self._fingerprints.compute(files.weights, progress, PART_SUBFOLDERS["flow"])
 
@@ -241,7 +242,7 @@ class ModelManager:
 
     @property
     def device_label(self) -> str:
-        """The owner of the device memory, for messages."""
+        """What messages call the device: "the card" or "this machine"."""
         return "the card" if self.device.type == "cuda" else "this machine"
 
     @property
@@ -272,9 +273,8 @@ class ModelManager:
     ) -> tuple[CheckpointFiles, MemoryPlan]:
         """Makes the plan and chooses what encodes prompts: the text encoder, or its complete language model.
 
-        The complete model is chosen if it is requested and fits. If it is only on the device already, it is chosen if
-        it does not slow down the stages after the prompt: loading the encoder would take longer than encoding with the
-        larger model.
+        The complete model is chosen if it is requested and fits. If it is not requested but already on the device, it
+        is chosen if the stages after the prompt stay as fast: encoding with it is faster than loading the encoder.
         """
         model = find_text_encoder_writer(files.checkpoint) if "text" in files.keys else None
         on_device = (
@@ -460,8 +460,8 @@ class Session:
         """Returns the language model that encodes the prompts, with room for asking it about pictures. None if only
         the text encoder is used, if the model has no vision, or if it is not on the device.
 
-        progress: if given, the model is loaded as in the prompt stage, which is worthwhile before that stage;
-        otherwise nothing is loaded. Nothing else may compute at the same time.
+        progress: if given, the prompt stage's parts are loaded now; use this only before that stage. If None, nothing
+        is loaded. No other model may run at the same time.
         """
         key = self._files.keys.get("text")
         if (

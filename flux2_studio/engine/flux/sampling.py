@@ -36,8 +36,8 @@ class DenoisingStep:
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
-    """Return the exponent of the schedule's shift: Black Forest Labs' fit over image tokens and steps (constants of
-    their sampler).
+    """Return mu, the logarithm of the schedule's time shift. The formula and its constants are those of Black Forest
+    Labs' sampler, which fitted them to the number of image tokens and of steps.
     """
     at_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:

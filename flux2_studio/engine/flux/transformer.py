@@ -3,15 +3,16 @@
 One evaluation of v(x_t, t, text, references), for klein and dev, of any width and depth. Out of scope: schedules,
 guidance, decoding latents to pictures, loading weights.
 
-    B batch, N image tokens (with references: N + R), L text tokens, D hidden width, H heads, d head width, G groups
+    B batch, L text tokens, N tokens of x (image tokens, then R reference tokens until they are cached)
+    D hidden width, H heads, d head width, G groups
     x [B, N, 128]   ctx [B, L, C]   vec [B, G, D] time (and guidance) embedding   modulation [B, 1 or tokens, D]
 
 The sequence order is always [text, image, references]. Attention has no mask: padded text tokens take part.
 
 Reference cache (klein 9B KV): reference tokens are modulated as at t = 0 and attend to references only, so their keys
-and values depend on the reference pictures alone. The first evaluation stores them; later ones append them to every
-block's keys and values. While the cache is filled, tokens form G = 2 groups (0: text and image, 1: references), each
-with its own modulation. Otherwise there is one group.
+and values depend on the reference pictures alone. The first evaluation fills the cache; later ones append it to every
+block's keys and values. During that first evaluation, tokens form G = 2 groups (0: text and image, 1: references), each
+with its own modulation. In all others there is one group.
 
 `Modulations` depend only on the timestep (and guidance), so they can be precomputed for all steps. The last single
 block computes keys and values for all tokens, but everything else only for the output tokens.
@@ -57,8 +58,8 @@ class ReferenceKV:
 class ReferenceCache:
     """Keys and values of the reference tokens, one pair per block, filled by the first evaluation.
 
-    tokens: R, the number of tokens at the end of x that are references while the cache is filled. blocks: (keys,
-    values) per block, see `ReferenceKV`.
+    tokens: R, the number of reference tokens. Until the cache is filled, they are the last tokens of x. blocks: (keys,
+    values) per block, see `ReferenceKV`. is_filled: whether the first evaluation is done.
     """
 
     tokens: int
@@ -94,7 +95,10 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Modulations:
-    """What the blocks take from the time (and guidance) of one evaluation; each tensor is [1 or B, 1 or tokens, D].
+    """Shifts, scales and gates of the blocks, computed from the time (and guidance).
+
+    Each tensor is [rows, 1 or tokens, D]. There is one row for the whole batch, one per row of the batch, or one per
+    step of a run; `at_step` selects a step.
 
     image, text: for the two streams of a double block. single: for a single block. final: shift and scale of the final
     layer.
@@ -118,7 +122,7 @@ class Modulations:
         return Modulations(image=image, text=text, single=single, final=final)
 
     def at_step(self, row: int) -> Modulations:
-        """Return the modulations of one row. They broadcast over any batch."""
+        """Return the modulations of step `row`, if there is one row per step. They broadcast over any batch."""
         return self.with_tensors([part[row : row + 1] for part in self.tensors])
 
 
@@ -154,7 +158,7 @@ def attend(
 ) -> Tensor:
     """Attention over q, k, v [B, H, tokens, d], returned as [B, tokens, D]. The module's header explains references.
 
-    q_has_references: whether q, like k and v, includes the reference tokens while the cache is filled.
+    q_has_references: whether q includes the reference tokens, as k and v do, while the cache is being filled.
     """
     if reference_kv is None:
         out = F.scaled_dot_product_attention(q, k, v)
@@ -452,7 +456,8 @@ class Transformer(nn.Module):
             x, ctx = double(x, ctx, modulations.image, modulations.text, rope, block_kv)
         output_range = ctx.shape[1], x.shape[1] if outputs is None else outputs
         joined = torch.cat((ctx, x), 1)
-        # Without `outputs`, the result includes references that are being cached: `output_range` cannot skip those.
+        # Without `outputs`, the result includes the references. While they are being cached, `SingleBlock` must not get
+        # an `output_range` that includes them, so no block is narrowed.
         narrow_block = len(self.single_blocks) - 1 if outputs is not None or not is_filling else None
         for i, (single, block_kv) in enumerate(
             zip(self.single_blocks, block_kvs[len(self.double_blocks) :], strict=True)

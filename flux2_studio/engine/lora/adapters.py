@@ -1,7 +1,7 @@
 """Applies LoRAs to a transformer and removes them without reloading it.
 
-`check_lora` says which tensors of a file (`file.py`) fit a transformer, and why others do not. `set_loras` makes a set
-of weighted LoRAs the one that a transformer carries. Out of scope: where files come from, which checkpoint a
+`check_lora` says which tensors of a file (`file.py`) fit a transformer, and why others do not. `set_loras` applies the
+given LoRAs, each with a weight, and removes all others. Out of scope: where files come from, which checkpoint a
 transformer is.
 
 A change D of a layer's weight W is applied as W + weight * scale * D, where scale = alpha / rank if the file has an

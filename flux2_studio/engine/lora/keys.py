@@ -30,8 +30,9 @@ from flux2_studio.engine.weights.layer_names import (
 class LoraTarget:
     """A layer of our transformer, or some of its rows.
 
-    module: its name in `Transformer`. part, parts: the change applies to run `part` of `parts` equal runs of rows (q, k
-    and v of a joined qkv). swap_halves: the file stores the two halves of the rows in reverse order.
+    module: its name in `Transformer`. part, parts: the rows form `parts` equal ranges (such as q, k and v of a joined
+    qkv), and the change applies to range `part`. swap_halves: the file stores the two halves of the rows in reverse
+    order.
     """
 
     module: str

@@ -221,7 +221,7 @@ class _MemoryCounter(TorchDispatchMode):
 
 
 def _gpu_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
-    """Return the bytes that a convolution needs besides its input and its result."""
+    """Estimate the bytes that a convolution needs besides its input and its result: as many as the input."""
     return x.nbytes
 
 
@@ -273,7 +273,7 @@ class _FusedAttentionOnMeta(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             query, _, value = args[:3]
             mask = (kwargs or {}).get("attn_mask")
-            if mask is not None and mask.dtype is torch.bool:  # kernels convert it to floats, which they add
+            if mask is not None and mask.dtype is torch.bool:  # count the float mask that kernels make
                 mask = torch.empty_like(mask, dtype=query.dtype)
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))

@@ -8,7 +8,7 @@ which blocks to stream.
 
 When block i has been enqueued, the copy of the next block that uses the same buffer is enqueued behind it. After the
 last blocks that is one of the first, because a denoising loop starts again at once. Blocks may run in any order, and a
-forward may stop early: a block that finds another one in its buffer is copied first.
+forward may stop early: if a block's weights are not in its buffer when it runs, they are copied first.
 
 Pitfalls: a buffer holds the weights of its block only while that block runs. Code that reads or changes the weights of
 a layer at other times must use `fetch_weights` or `editable_weights`. Do not call `.to()` on a streamed module, not
@@ -179,8 +179,8 @@ class BlockSchedule:
         self._running_block = block
 
     def release(self, block: int) -> None:
-        """Call after `block` has been enqueued: its buffer goes to the next block, or to the next forward's first
-        one.
+        """Call after `block` has been enqueued. Starts to copy the next block that uses the same buffer: block + 2, or
+        after the last blocks one of the first, for the next forward.
         """
         self._running_block = None
         next_block = block + DEVICE_BUFFER_COUNT
@@ -389,7 +389,7 @@ def is_streamed(module: nn.Module) -> bool:
 
 
 def fetch_weights(layer: nn.Module) -> None:
-    """Make the work that is enqueued next see the weights of `layer` in its tensors.
+    """Make sure that work enqueued from now on finds the weights of `layer` in its tensors.
 
     Needed for layers of streamed blocks outside a forward; does nothing for other layers.
     """

@@ -1,9 +1,11 @@
 """The decoder of a Qwen3 or Mistral language model, with all layers or only the first ones.
 
-Computes hidden states at several depths, concatenated per token, or continues a sequence in a KV cache up to the LM
-head's input. Reads `TextDecoderParams` from a config.json. Out of scope: files, chat templates, padding (`encoder.py`),
-sampling text (`writer.py`). transformers' models are not used because they take five seconds of CPU time to import,
-before the first picture, and keep every layer's output where three are needed.
+Computes hidden states at several depths, concatenated per token. Or extends a sequence with a KV cache and returns the
+input of the LM head. Reads `TextDecoderParams` from a config.json. Out of scope: files, chat templates and padding
+(`encoder.py`), sampling text (`writer.py`).
+
+transformers' models are not used, because importing them takes five seconds of CPU time before the first picture, and
+because they keep the output of every layer where three are needed.
 
     x [B, L, W] -> x + attention(norm(x)) -> x + mlp(norm(x)), for each layer
 
@@ -11,9 +13,8 @@ Modules are named like the tensors of the published files. Grouped-query attenti
 halves of a head (arXiv 2104.09864), SwiGLU MLP (arXiv 2002.05202). Qwen3 norms each head's queries and keys (arXiv
 2505.09388), Mistral does not (arXiv 2310.06825).
 
-Pitfalls: RoPE here rotates halves, in the flow transformer adjacent pairs. A padding row before the first token attends
-to nothing; torch then returns zeros (since 2.5), and the reference contexts of the text encoders were computed that
-way.
+Pitfalls: RoPE rotates halves here, but adjacent pairs in the flow transformer. With left padding, the rows before the
+first token attend to nothing. torch returns zeros for them (since 2.5), as in the contexts that the tests compare with.
 """
 
 from __future__ import annotations

@@ -245,7 +245,9 @@ def decoder_config(weights: Path, recipe: TextRecipe) -> dict[str, Any]:
 
 
 def _decoder_plan(contents: CheckpointContents, layers: int) -> TensorPlan:
-    """Plan the decoder's tensors under their own names, without unneeded layers and parts."""
+    """Plan the decoder's tensors: names without the file's prefix, only the first `layers` layers, no LM head, vision
+    tower or final norm.
+    """
     prefix = next((p for p in _DECODER_PREFIXES if f"{p}embed_tokens.weight" in contents.shapes), None)
     if prefix is None:
         raise WeightsError(f"{contents.name} holds no text encoder: there is no embed_tokens.weight in its files.")

@@ -117,8 +117,8 @@ class LanguageModel(nn.Module):
 
 
 class Writer:
-    """A language model with its tokenizer. Build it with `open_writer`. encoder: a text encoder that shares the
-    weights.
+    """A language model with its tokenizer. Build it with `open_writer(...).load(...)`. encoder: a text encoder that
+    shares the weights.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Any, recipe: TextRecipe, stop_tokens: frozenset[int]) -> None:
@@ -184,7 +184,7 @@ class Writer:
         return self._finite_logits(logits)
 
     def tokenize(self, text: str) -> list[int]:
-        """Tokenize `text`. Only special tokens that it spells out become special tokens."""
+        """Return the token ids of `text`. Special tokens written in it are recognised; no others are added."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -292,8 +292,8 @@ class WriterFile:
     ) -> int:
         """Return the most bytes alive at the same time while it writes, see `footprint.py`.
 
-        tokens: of text, including the answer; a text never has more tokens than characters. pictures: (height, width)
-        in pixels. Two layers stand for all, apart from the keys and values that each layer stores.
+        tokens: upper bound for the text, including the answer (a text has at most one token per byte). pictures:
+        (height, width) in pixels. Measured on two layers, plus the keys and values that all layers store.
         """
         with META:
             model = self._model_file.build().to(dtype)
@@ -415,8 +415,8 @@ def _build_mistral3(decoder: FullTextDecoder, config: Any) -> Any:
 def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """Sample a token from `logits` [V]; the likeliest at temperature 0.
 
-    top_p: keep only the fewest likeliest tokens whose probabilities add up to it (nucleus sampling, Holtzman et al.
-    2019).
+    top_p: sample only from the smallest set of likeliest tokens whose probabilities add up to at least `top_p` (nucleus
+    sampling, Holtzman et al. 2019).
     """
     if temperature <= 0:
         return int(logits.argmax())

@@ -48,8 +48,8 @@ TensorPlan = dict[str, TensorSource]
 
 
 def add_source(plan: TensorPlan, target: str, source: TensorSource) -> None:
-    """Add `source` to `plan`. A second, different source of a target gets a name that no model has, so that it is
-    reported.
+    """Add `source` to `plan`. If the target already has a different source, this one is added under a name that no
+    model has, so that `check_shapes` reports it as unexpected.
     """
     plan[target if plan.get(target, source) == source else f"a second {target}"] = source
 

@@ -70,7 +70,7 @@ class WeightFile(Generic[ModuleT]):
 
     meta_model: the result of `build` on meta, kept for inspection, because building a deep model takes half a second.
     float32_prefixes: parameters that stay in float32. unquantized_prefixes: parameters that are never held quantised.
-    block_prefixes: parameters that may be quantised while loading.
+    block_prefixes: parameters of the model's blocks, which may be quantised while loading and streamed.
     """
 
     params: Any
@@ -209,8 +209,8 @@ class WeightFile(Generic[ModuleT]):
             )
 
     def _storage_for(self, model: nn.Module, target: str, storage: WeightStorage) -> WeightStorage:
-        """Return how `target` is held if `storage` is requested. Only weights of linear layers (and embeddings, in
-        bfloat16) are ever not plain.
+        """Return how `target` is held if `storage` is requested. Everything is plain, except weights of linear
+        layers without a bias, and embeddings in bfloat16.
         """
         source = self.plan[target]
         name, _, parameter = target.rpartition(".")

@@ -258,9 +258,9 @@ class StoredEmbedding(nn.Module):
 
 
 def has_8bit_matmul(device: torch.device, kind: EightBitKind) -> bool:
-    """Return whether matmuls of `kind` are the fastest that `device` has for such weights: NVIDIA's fp8 from compute
-    capability 8.9 on; int8 from 7.5 on if there is no fp8, because it is less exact. CPUs return False: torch's int8
-    matmul runs at a twentieth of float32's rate without VNNI, and was not measured with it.
+    """Return whether `device` should multiply weights of `kind` in 8 bits. NVIDIA's GPUs use fp8 from compute
+    capability 8.9 on. They use int8 only from 7.5 up to 8.9, because int8 is less exact than fp8. CPUs return False:
+    without VNNI, torch's int8 matmul is twenty times slower than float32; CPUs with VNNI were not measured.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -269,8 +269,8 @@ def has_8bit_matmul(device: torch.device, kind: EightBitKind) -> bool:
 
 
 def quantize_rows(values: Tensor, kind: EightBitKind) -> tuple[Tensor, Tensor]:
-    """Return codes [rows, cols] and scales [rows, 1] of values [rows, cols], see `quantize`. Written as one
-    expression, so that a compiler fuses it with what precedes it.
+    """Return codes [rows, cols] and scales [rows, 1] of values [rows, cols], see `quantize`. Has no
+    loop and writes nothing in place, so that a compiler can fuse it with the operations before it.
     """
     largest = INT8_MAX if kind == "int8" else FP8_MAX
     values = values.float()
@@ -282,9 +282,9 @@ def quantize_rows(values: Tensor, kind: EightBitKind) -> tuple[Tensor, Tensor]:
 def quantize(weight: Tensor, kind: EightBitKind) -> ScaledMatrix:
     """Quantise `weight` [rows, cols] to 8 bits on its device. Each row's largest magnitude becomes the largest code.
 
-    int8 (symmetric): the error of a value is at most 1/254 of its row's largest magnitude. fp8 (float8_e4m3fn): at most
-    1/16 of the value, or 2^-6/448 of its row's largest magnitude if that is more. NaN and infinity stay visible: a row
-    that holds one is dequantised as NaN.
+    m is the largest magnitude of a row. int8 (symmetric): the error of a value v is at most m / 254. fp8
+    (float8_e4m3fn): at most max(|v|, 2^-6 / 448 * m) / 16. A row that contains NaN or infinity is dequantised as NaN,
+    so that such values are noticed.
     """
     rows, cols = weight.shape
     codes = torch.empty(rows, cols, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn, device=weight.device)

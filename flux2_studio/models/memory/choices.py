@@ -11,8 +11,8 @@ from flux2_studio.engine.runtime.processor import has_bfloat16
 from flux2_studio.engine.weights.loading import WeightStorage
 from flux2_studio.errors import DeviceError
 
-# Size in bfloat16 (a billion parameters) from which a model counts as large: it stays in bfloat16 on a CPU, and is
-# quantised and compiled if so configured.
+# A part counts as large from this `Part.size` on: a billion parameters in bfloat16, more in a quantised file. Large
+# parts stay in bfloat16 on a CPU, and are quantised and compiled if so configured.
 LARGE_MODEL_BYTES = 2 * 10**9
 
 
@@ -69,10 +69,11 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint | None,
 def choose_storage(quantize: str, dtype: str, device: torch.device, part: Part) -> WeightStorage:
     """Returns how the weights of `part` are stored in memory. dtype: the configured precision, as in `choose_dtype`.
 
-    Large transformers and text encoders are quantised as configured. Other parts stay in the file's format, so that an
-    8-bit or 4-bit file takes no more memory than disk. They are dequantised if that costs little (small parts, which
-    are faster that way) and on Apple, which has no 8-bit floats. A CPU without bfloat16 computes in float32 but stores
-    large parts in bfloat16: matmuls are five times as fast that way and take no more memory (benchmarks/NOTES.md).
+    Large transformers and text encoders are quantised as configured. Other large parts stay in the file's format, so
+    that an 8-bit or 4-bit file takes no more memory than disk space. Small parts are dequantised, because they are
+    faster then. On Apple's GPUs all parts that are not quantised as configured are dequantised, because these GPUs have
+    no 8-bit floats. A CPU without bfloat16 computes in float32 but stores large parts in bfloat16: that takes no more
+    memory than computing in bfloat16, and matmuls are five times as fast (benchmarks/NOTES.md).
     """
     if part.kind in ("flow", "text") and quantize != "off" and part.size >= LARGE_MODEL_BYTES:
         return "fp8" if quantize == "fp8" else "int8"

@@ -248,9 +248,10 @@ def make_plan(
 ) -> MemoryPlan:
     """Returns the fastest plan within `budget` bytes of device memory.
 
-    max_bytes: a lower limit for this plan. free_host_bytes: bytes of main memory for parts with streamed blocks, None
-    for no limit. streaming: whether blocks may be streamed from main memory. Raises `OutOfMemory` if no plan fits; the
-    message names the nearest request that would fit.
+    max_bytes: a cap below `budget` for this plan only, None for no further cap. free_host_bytes: bytes of main memory
+    for parts with streamed blocks, None for no limit. streaming: whether blocks may be streamed from main memory.
+
+    Raises `OutOfMemory` if no plan fits; the message names the nearest request that would fit.
     """
     limit = usable_bytes(min(budget, max_bytes or budget), device)
 

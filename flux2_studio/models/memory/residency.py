@@ -53,8 +53,9 @@ class _LoadedPart:
 class Residency(Generic[KeyT]):
     """Parts in memory, by key. Not thread-safe.
 
-    host_budget: bytes of main memory for offloaded parts; 0 if the device has no memory of its own. on_evict: called
-    with a part's model before the part is moved or dropped, to remove LoRAs and the like.
+    host_budget: bytes of main memory for offloaded parts; 0 if the device has no memory of its own. on_evict: removes
+    LoRAs, CUDA graphs and the like from a part's model. Called before the part is moved or dropped, and by every
+    `evict_until` for all parts outside `keep`, even if they stay on the device.
     """
 
     def __init__(
