@@ -122,7 +122,7 @@
       const run = target.closest?.('.sheet')?.querySelector('button.run');
       if (run && !run.disabled) { event.preventDefault(); target.blur(); run.click(); }
     } else if (key === 'Escape' && !event.repeat && !closes(target)) {
-      const stop = [...document.querySelectorAll('#stop, #explore-stop, .enrich-stop')].find(seen);
+      const stop = [...document.querySelectorAll('#stop, #explore-stop, .enhance-stop')].find(seen);
       if (stop && !stop.disabled) { event.preventDefault(); stop.click(); say(WORDS.stopping()); }
     } else if ((key === 'ArrowUp' || key === 'ArrowDown') && (event.ctrlKey || event.altKey)) {
       const form = target.closest?.('.prompt textarea') && target.closest('.sheet')?.id;

@@ -1,4 +1,4 @@
-"""The checkpoints that the studio knows, as data. The only file that mentions "klein", "dev" or "nano".
+"""The checkpoints that the studio knows, as data.
 
 A `Checkpoint` consists of `Part`s: sets of weights. Parts are hashable and compared by value, so checkpoints that have
 a part in common (all FLUX.2 checkpoints have the autoencoder) share it in memory too. Sizes, licences and repositories

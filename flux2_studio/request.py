@@ -83,7 +83,7 @@ class Upsampling:
         if self.model is not None and not (
             isinstance(self.model, str) and 0 < len(self.model.strip()) <= MAX_NAME and self.model.isprintable()
         ):
-            raise RequestError("Choose a language model or type its name, or generate without enriching.")
+            raise RequestError("Choose a language model or type its name, or generate without enhancing.")
         for name, (low, high) in SAMPLING_LIMITS.items():
             value = getattr(self, name)
             is_number = isinstance(value, int if name == "max_tokens" else int | float) and not isinstance(value, bool)

@@ -167,7 +167,7 @@ class Studio:
         return tuple(dict.fromkeys((self.message, PUBLISHED_MESSAGE)))
 
     def list_writers(self, checkpoint: Checkpoint) -> tuple[WriterOffer, ...]:
-        """The language models on this machine that can enrich prompts for `checkpoint`."""
+        """The language models on this machine that can enhance prompts for `checkpoint`."""
         return self._models.list_writers(checkpoint)
 
     @cached_property

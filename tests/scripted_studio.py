@@ -42,7 +42,7 @@ class ScriptedStudio:
     def enhance_prompt(
         self, request: Request, cancelled: Callable[[], bool], api_key: ApiKey | None = None
     ) -> Iterator[Event]:
-        self.ran.append(f"enrich {request.prompt}")
+        self.ran.append(f"enhance {request.prompt}")
         self.keys.append(api_key)
         return self.scripts[request.prompt](request, cancelled)
 

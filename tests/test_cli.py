@@ -172,15 +172,15 @@ def test_formats_and_marks(home: Home) -> None:
     assert b"c2pa" in data and b"pink background" not in data
 
 
-def test_an_enriched_prompt_is_told_and_written_down(home: Home) -> None:
+def test_an_enhanced_prompt_is_told_and_written_down(home: Home) -> None:
     with FakeOpenAI(says("A flat fox on ", "a pink background.")) as server:
         home.environment |= {"FLUX2_OPENROUTER_URL": server.url, "FLUX2_UPSAMPLE": "openrouter"}
         out = home.folder / "fox.png"
         _, told = home.generate("--prompt", "fox", "--upsample-model", "some/model", "--out", out)
-        assert "Enriched by some/model: A flat fox on a pink background." in told
+        assert "Enhanced by some/model: A flat fox on a pink background." in told
         assert (record_in(out).original_prompt, record_in(out).upsampled_by) == ("fox", "some/model")
         home.generate("--prompt", "make it blue", "--image", out, "--out", home.folder / "blue.png")
-        assert len(server.asked) == 1, "edits are not enriched unless that is asked for"
+        assert len(server.asked) == 1, "edits are not enhanced unless that is asked for"
 
 
 def test_models_loras(home: Home) -> None:

@@ -366,7 +366,7 @@ def test_of_what_a_model_writes_only_the_newest_is_kept(start: Start) -> None:
     assert kinds == [PromptEnhanced, Ready]
 
 
-def test_another_machine_enriches_while_a_run_goes_on(start: Start) -> None:
+def test_another_machine_enhances_while_a_run_goes_on(start: Start) -> None:
     gate = Gate()
     jobs, studio = start(gate=gate, writes=writes)
     running = jobs.submit(Request(prompt="gate"))
@@ -376,7 +376,7 @@ def test_another_machine_enriches_while_a_run_goes_on(start: Start) -> None:
     )
     gate.go.set()
     follow(running)
-    assert studio.ran == ["gate", "enrich writes"]
+    assert studio.ran == ["gate", "enhance writes"]
 
 
 def test_a_model_of_this_machine_waits_for_the_run_under_way(start: Start) -> None:
@@ -398,7 +398,7 @@ def test_a_model_that_wrote_may_have_taken_the_checkpoints_place(start: Start) -
     assert studio.ran[-1] == "prepare nano"
 
 
-def test_there_is_an_end_to_how_many_prompts_are_enriched_at_once(start: Start) -> None:
+def test_there_is_an_end_to_how_many_prompts_are_enhanced_at_once(start: Start) -> None:
     jobs, _ = start(endless=endless)
     asked = Request(prompt="endless", upsampling=Upsampling(by="openrouter"))
     for number in range(MAX_ENHANCE_JOBS):
@@ -408,7 +408,7 @@ def test_there_is_an_end_to_how_many_prompts_are_enriched_at_once(start: Start) 
     assert not jobs.enhance_prompt(asked, "somebody 0").finished, "in place of one's own there is room"
 
 
-def test_a_failed_enrichment_says_that_the_run_would_go_on_without(start: Start) -> None:
+def test_a_failed_enhancement_says_that_the_run_would_go_on_without(start: Start) -> None:
     jobs, _ = start(no_credit=no_credit, bad=bad_weights)
     assert follow(jobs.submit(Request(prompt="no_credit")))[-1] == Failed(
         message="There is no credit left.", in_prompt_enhancement=True
@@ -438,7 +438,7 @@ def test_a_run_that_is_cancelled_in_the_queue_forgets_its_key_too(start: Start) 
     gate.go.set()
 
 
-def test_a_new_enrichment_takes_the_place_of_its_owners_earlier_one(start: Start) -> None:
+def test_a_new_enhancement_takes_the_place_of_its_owners_earlier_one(start: Start) -> None:
     jobs, _ = start(endless=endless, writes=writes)
     remote = Upsampling(by="openrouter")
     mine, theirs = (
@@ -448,7 +448,7 @@ def test_a_new_enrichment_takes_the_place_of_its_owners_earlier_one(start: Start
     assert isinstance(follow(mine)[-1], Stopped) and not theirs.finished
 
 
-def test_enrichments_end_with_the_studio(start: Start) -> None:
+def test_enhancements_end_with_the_studio(start: Start) -> None:
     jobs, _ = start(endless=endless)
     job = jobs.enhance_prompt(Request(prompt="endless", upsampling=Upsampling(by="openrouter")))
     jobs.close()

@@ -1,4 +1,4 @@
-"""What a run does beside drawing: the prompt enriched, everything checked, the pictures marked; and made again."""
+"""What a run does beside drawing: the prompt enhanced, everything checked, the pictures marked; and made again."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-# --- enriching the prompt ---------------------------------------------------------------------------------------
+# --- enhancing the prompt ---------------------------------------------------------------------------------------
 
 
 def test_what_the_model_wrote_is_drawn_and_written_down(settings: Settings) -> None:
@@ -140,7 +140,7 @@ def test_without_a_prompt_nothing_is_drawn_and_the_reason_told(settings: Setting
         events: list[Event] = []
         with pytest.raises(UpsampleError, match=said) as refused:
             events.extend(studio.generate(Request(prompt="fox", upsampling=REMOTE)))
-    assert "generate without enriching" in str(refused.value)
+    assert "generate without enhancing" in str(refused.value)
     assert not [event for event in events if isinstance(event, Preview)]
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_asked_is_refused_when_it_is_submitted(
         studio.resolve(Request(prompt="fox", upsampling=upsampling))
 
 
-def test_a_prompt_can_be_enriched_without_drawing(settings: Settings) -> None:
+def test_a_prompt_can_be_enhanced_without_drawing(settings: Settings) -> None:
     with FakeOpenAI(says(RICH)) as server:
         studio = Studio(replace(settings, openrouter_url=server.url))
         events = list(studio.enhance_prompt(Request(prompt="fox", upsampling=REMOTE)))
@@ -201,7 +201,7 @@ def test_a_model_of_this_machine_writes_and_then_reads(
     with pytest.raises(UpsampleError, match="was not done after 16 tokens") as failed:
         for event in studio.generate(asked):
             events.append(event)
-    assert "generate without enriching" in str(failed.value)
+    assert "generate without enhancing" in str(failed.value)
     (offer,) = (it for it in studio.list_writers(studio.settings.checkpoint(name)) if it.name == writer)
     assert offer.is_text_encoder and offer.is_on_disk
     wrote = [event.text for event in events if isinstance(event, PromptProgress)]
@@ -227,7 +227,7 @@ def test_a_model_of_this_machine_writes_and_then_reads(
 
 def test_a_writer_that_does_not_fit_is_told_with_a_way_out(toys: Toys, tmp_path: Path) -> None:
     studio = Studio(toys.settings(tmp_path, ["klein-4b"], safety="off", memory_limit_gb=0.0001))
-    with pytest.raises(UpsampleError, match=r"could not be enriched\. .*needs about .*generate without enriching"):
+    with pytest.raises(UpsampleError, match=r"could not be enhanced\. .*needs about .*generate without enhancing"):
         list(studio.generate(Request(prompt="fox", upsampling=Upsampling(by="local"), width=64, height=64)))
 
 
@@ -324,7 +324,7 @@ def test_prompts_are_checked_before_anything_is_sent_and_what_comes_back_too(
             list(studio.generate(Request(prompt="hardcore porn", upsampling=REMOTE)))
         assert server.asked == []
         for run_it in (studio.generate, studio.enhance_prompt):
-            with pytest.raises(UpsampleError, match=r"wrote what does not pass.*pornography.*without enriching"):
+            with pytest.raises(UpsampleError, match=r"wrote what does not pass.*pornography.*without enhancing"):
                 list(run_it(Request(prompt="a couple", upsampling=REMOTE)))
         assert len(server.asked) == 2
     assert written(tmp_path) == []

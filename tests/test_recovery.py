@@ -162,7 +162,7 @@ def test_there_is_an_end_to_what_may_wait(opened: Open, tmp_path: Path) -> None:
         jobs.close()
 
 
-def test_a_run_shows_what_it_enriches_where_the_tab_did(opened: Open) -> None:
+def test_a_run_shows_what_it_enhances_where_the_tab_did(opened: Open) -> None:
     jobs, _ = opened(endless=endless)
     remote = Upsampling(by="openrouter")
     here, there = (jobs.enhance_prompt(Request(prompt="endless", upsampling=remote), tab) for tab in ("tab:1", "tab:2"))

@@ -134,7 +134,7 @@ def test_everything_else_is_refused(text: str, says: str) -> None:
     with pytest.raises(UpsampleError) as caught:
         parse_reply(text, "a fox")
     assert says in str(caught.value)
-    assert str(caught.value).endswith("or generate without enriching.")
+    assert str(caught.value).endswith("or generate without enhancing.")
     assert len(str(caught.value)) < 300
 
 

@@ -36,4 +36,4 @@ def test_only_what_passes_is_worth_asking_again() -> None:
 
 def test_every_status_has_a_sentence_with_a_way_out() -> None:
     for status in range(300, 600):
-        assert str(server("http://a/v1").status_error(status)).endswith(", or generate without enriching.")
+        assert str(server("http://a/v1").status_error(status)).endswith(", or generate without enhancing.")

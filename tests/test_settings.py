@@ -168,7 +168,7 @@ def test_no_other_token_is_taken_for_it() -> None:
     assert settings.text_encoder_token is None and settings.encode_token is None
 
 
-def test_who_enriches_prompts() -> None:
+def test_who_enhances_prompts() -> None:
     settings = Settings.from_environment({"OPENAI_API_KEY": "of another service"})
     assert (settings.openrouter_url, settings.openrouter_model) == ("https://openrouter.ai/api/v1", None)
     assert settings.openrouter_key is None

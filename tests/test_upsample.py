@@ -1,4 +1,4 @@
-"""Enriching prompts: what is sent, each way in which a server or a model can fail, and that the key is nowhere."""
+"""Enhancing prompts: what is sent, each way in which a server or a model can fail, and that the key is nowhere."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 QWEN3, MISTRAL = LOCAL_WRITERS[0], LOCAL_WRITERS[-1]
 KEY = "sk-or-v1-0123456789abcdef"
 PROMPT = "A red fox sleeps on a mossy log."
-WAY_OUT = "or generate without enriching."
+WAY_OUT = "or generate without enhancing."
 
 
 @dataclass
@@ -646,7 +646,7 @@ def test_a_local_model_without_eyes_says_so() -> None:
     assert told.answer == ParsedReply(prompt=PROMPT, notes=(unseen_references_note(upsampler),))
     assert (
         unseen_references_note(upsampler)
-        == "Qwen3 4B reads text only: it enriched the prompt without seeing the references."
+        == "Qwen3 4B reads text only: it enhanced the prompt without seeing the references."
     )
 
 

@@ -140,7 +140,7 @@ def build_parser() -> Parser:
     generate.add_argument(
         "--upsample",
         choices=get_args(UpsamplingBackend),
-        help="have a language model enrich the prompt (default: FLUX2_UPSAMPLE, or none; none with --image)",
+        help="have a language model enhance the prompt (default: FLUX2_UPSAMPLE, or none; none with --image)",
     )
     generate.add_argument("--upsample-model", metavar="NAME", help="which one (default: the first that is offered)")
     generate.add_argument(
@@ -394,7 +394,7 @@ def show_events(events: Iterator[Event], progress: ProgressLine) -> Result | Sto
             case PromptProgress(text=text):
                 progress.show_tail(text)
             case PromptEnhanced(prompt=prompt, by=by):
-                progress.note(f"Enriched by {by}: {prompt}")
+                progress.note(f"Enhanced by {by}: {prompt}")
             case Preview(step=step, steps=steps, first_index=first, count=count, seconds_left=left):
                 picture = f"picture {first + 1} of {count}, " if count > 1 else ""
                 remaining = "" if left is None else f", {left:.0f} s left"

@@ -36,7 +36,7 @@ HOUR = 3600.0  # seconds
 INTERRUPTED_RUN_SECONDS = 30 * 24 * HOUR  # seconds until an interrupted run is deleted, with its references
 
 KEY_LOST = (
-    "The studio ended before it was done, and the key that was typed for it is kept nowhere: run it without enriching, "
+    "The studio ended before it was done, and the key that was typed for it is kept nowhere: run it without enhancing, "
     "or start it anew from its form, with the key."
 )
 INTERRUPTED_MESSAGE = "The studio ended before it was done: run it again."

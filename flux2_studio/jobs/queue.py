@@ -167,13 +167,13 @@ class JobQueue:
             for other in self._active_enhance_jobs(owner):
                 other.cancel()
             if len(self._active_enhance_jobs()) - len(self._active_enhance_jobs(owner)) >= MAX_ENHANCE_JOBS:
-                raise UpsampleError("Too many prompts are being enriched at the moment: try again in a minute.")
+                raise UpsampleError("Too many prompts are being enhanced at the moment: try again in a minute.")
             if request.upsampling.by == "local":
                 self._queue(job)
                 return job
             self._admit(job)
         if job.start():
-            threading.Thread(target=self._run, args=(job,), name="flux2-enriching", daemon=True).start()
+            threading.Thread(target=self._run, args=(job,), name="flux2-enhancing", daemon=True).start()
         return job
 
     def draft(self, request: Request, owner: str = "") -> DraftJob:

@@ -21,7 +21,7 @@ from flux2_studio.models.hub.repositories import Hub
 from flux2_studio.models.memory.plan import format_gigabytes, required_budget, usable_bytes
 from flux2_studio.settings import Settings
 
-OTHER_WRITER_HINT = "Choose a smaller language model, OpenRouter, or draw without enriching"
+OTHER_WRITER_HINT = "Choose a smaller language model, OpenRouter, or draw without enhancing"
 
 
 @dataclass(frozen=True, kw_only=True)

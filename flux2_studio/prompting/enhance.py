@@ -86,7 +86,7 @@ def enhance_prompt(
         answer = yield from _stream_enhanced_prompt(upsampler, request, references, cancelled)
     except (DeviceError, WeightsError) as error:  # the local model is missing or too large
         raise UpsampleError(
-            f"The prompt could not be enriched. {error} Choose another model, {OR_WITHOUT_ENHANCING}."
+            f"The prompt could not be enhanced. {error} Choose another model, {OR_WITHOUT_ENHANCING}."
         ) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -129,7 +129,7 @@ def _stream_enhanced_prompt(
     upsampler: PromptUpsampler, request: Request, references: Sequence[Image.Image], cancelled: Callable[[], bool]
 ) -> Generator[Event, None, ParsedReply]:
     assert request.seed is not None, "resolve the request first"
-    yield Status(text=f"Enriching the prompt: {upsampler.label}")
+    yield Status(text=f"Enhancing the prompt: {upsampler.label}")
     mode: PromptMode = "edit" if references else "generate"
     text = ""
     pieces = upsample_prompt(upsampler, request.prompt, references, mode, seed=request.seed, cancelled=cancelled)

@@ -119,7 +119,7 @@ class SamplingParams:
 def no_local_writers_message(checkpoint: Checkpoint) -> str:
     """Return why no local language model is offered for `checkpoint`, and what to do."""
     return (
-        f"{checkpoint.label} has no language model on this machine that could enrich prompts: choose OpenRouter or "
+        f"{checkpoint.label} has no language model on this machine that could enhance prompts: choose OpenRouter or "
         f"your server, a checkpoint that is no toy, {OR_WITHOUT_ENHANCING}."
     )
 
@@ -173,7 +173,7 @@ def upsample_prompt(
 
 def unseen_references_note(upsampler: PromptUpsampler) -> str:
     """Return the note for users that `upsampler` cannot see their references."""
-    return f"{upsampler.label} reads text only: it enriched the prompt without seeing the references."
+    return f"{upsampler.label} reads text only: it enhanced the prompt without seeing the references."
 
 
 def shrink_references(references: Sequence[Image.Image]) -> list[Image.Image]:

@@ -17,7 +17,7 @@ from flux2_studio.request import MAX_PROMPT
 
 # Characters of an enhanced prompt: about twice what the text encoders read (512 tokens).
 MAX_PROMPT_REPLY_CHARACTERS = 4000
-OR_WITHOUT_ENHANCING = "or generate without enriching"  # ends every error message
+OR_WITHOUT_ENHANCING = "or generate without enhancing"  # ends every error message
 
 _QUOTES = ('""', "“”", "„“", "«»", "»«", "「」", "''", "\u2018\u2019")
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)

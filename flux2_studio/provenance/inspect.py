@@ -151,7 +151,7 @@ def setting_rows(record: Record) -> list[tuple[str, str]]:
     table = [
         ("Unfinished", unfinished),
         ("Prompt", request.prompt),
-        ("Enriched", enhanced_by),
+        ("Enhanced", enhanced_by),
         ("Original prompt", record.original_prompt or ""),
         ("Negative prompt", request.negative_prompt or ""),
         ("Checkpoint", f"{record.label} ({request.checkpoint})"),

@@ -103,7 +103,7 @@ def build_explore_tab(forms: Sequence[Form]) -> ExploreTab:
             )
             with gr.Row(elem_classes="acts"):
                 stop = gr.Button(i18n("Stop"), variant="stop", visible=False, elem_id="explore-stop")
-                resume = gr.Button(i18n("Go on"), visible=False, elem_id="explore-more")
+                resume = gr.Button(i18n("Resume"), visible=False, elem_id="explore-more")
         with gr.Column(scale=8, min_width=300, elem_id="explore-stage"):
             progress = gr.HTML(elem_id="explore-progress")
             sheet = gr.HTML(EMPTY_SHEET_HTML, elem_id="explore-sheet")
@@ -307,7 +307,7 @@ def _exploration_update(tab: ExploreTab, exploration: Exploration, sheets: Seque
         ),
         tab.stop: gr.Button(i18n("Stop"), visible=running, interactive=True),
         tab.resume: gr.Button(
-            translate("Go on with the {missing} that are missing", missing=count - done),
+            translate("Resume with the {missing} that are missing", missing=count - done),
             visible=not running and done < count,
         ),
         tab.start: gr.Button(interactive=not running),

@@ -35,7 +35,7 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(scope="session")
 def language_model() -> Iterator[FakeOpenAI]:
-    """A server that enriches prompts, as its `replies` have it."""
+    """A server that enhances prompts, as its `replies` have it."""
     with FakeOpenAI(says("A flat red apple on a yellow background")) as server:
         yield server
 

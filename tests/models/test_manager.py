@@ -298,7 +298,7 @@ def test_precision() -> None:
     assert choose_dtype("auto", CPU, KLEIN_4B, KLEIN_4B.autoencoder) is natively
     assert choose_dtype("bfloat16", CPU, KLEIN_4B, KLEIN_4B.autoencoder) is natively
     assert choose_dtype("bfloat16", CUDA, KLEIN_4B, KLEIN_4B.autoencoder) is torch.bfloat16
-    # A text encoder is the same for whoever shares it: a small file of one's own, or a prompt that is enriched.
+    # A text encoder is the same for whoever shares it: a small file of one's own, or a prompt that is enhanced.
     few_bits = replace(KLEIN_4B, flow=replace(KLEIN_4B.flow, size=GB))
     assert choose_dtype("auto", CPU, few_bits, few_bits.flow) is torch.float32
     assert choose_dtype("auto", CPU, few_bits, few_bits.text) is natively

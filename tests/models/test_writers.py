@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_streamed_and_writes_the_same(toys: Toys, tmp_path:
 def test_what_does_not_fit_at_all_is_refused_with_a_way_out(toys: Toys, tmp_path: Path) -> None:
     settings = toys.settings(tmp_path, ["klein-4b", "dev"])
     weights, activations = needs(settings, MISTRAL)
-    with pytest.raises(OutOfMemory, match=r"language model, OpenRouter, or draw without enriching.*FLUX2_QUANTIZE"):
+    with pytest.raises(OutOfMemory, match=r"language model, OpenRouter, or draw without enhancing.*FLUX2_QUANTIZE"):
         manager(limited(settings, activations / 2), streaming=True).acquire_writer(MISTRAL, silent, tokens=TOKENS)
     below = limited(settings, weights + activations - 100)
     with pytest.raises(OutOfMemory, match=r"^Mistral Small 3\.2 24B needs about 0\.\d+ GB of memory to write, and 0\."):

@@ -126,7 +126,7 @@ def test_a_search_finds_all_words_anywhere(studio: Studio, prompt: str, found: l
     assert [words for words in not_found if studio.found(words)] == []
 
 
-def test_a_prompt_is_found_by_what_was_written_before_it_was_enriched(studio: Studio) -> None:
+def test_a_prompt_is_found_by_what_was_written_before_it_was_enhanced(studio: Studio) -> None:
     id_ = studio.add("A lavish portrait", original_prompt="meine Katze")
     assert studio.found("katze") == [id_] and studio.found("katze lavish") == [id_]
 

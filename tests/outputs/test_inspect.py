@@ -294,7 +294,7 @@ def test_everything_as_json(signer: Signer) -> None:
 def test_the_table_of_the_settings() -> None:
     table = dict(setting_rows(RECORD))
     assert table["Prompt"] == REQUEST.prompt and table["Original prompt"] == "fox"
-    assert table["Enriched"] == "by a model"
+    assert table["Enhanced"] == "by a model"
     assert table["Checkpoint"] == "FLUX.2 [klein] 4B (klein-4b)"
     assert table["Seed"] == "9 (picture 2 of 2 drawn together)"
     assert table["LoRAs"] == "styles/ink (0.5)"

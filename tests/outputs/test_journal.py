@@ -52,8 +52,8 @@ def test_a_run_that_ended_is_told_as_it_was(opened: Open, tmp_path: Path) -> Non
     journal.add("one", "me", asked)
     journal.start("one")
     pictures = [saved(tmp_path, index, 5 + index) for index in range(2)]
-    enriched = PromptEnhanced(original="a fox", prompt="A red fox.", by="somebody")
-    for event in (Status(text="x"), enriched, *pictures):
+    enhanced = PromptEnhanced(original="a fox", prompt="A red fox.", by="somebody")
+    for event in (Status(text="x"), enhanced, *pictures):
         journal.record_event("one", event)
     drawn = request(count=2, prompt="A red fox.")
     end = Result(
@@ -66,7 +66,7 @@ def test_a_run_that_ended_is_told_as_it_was(opened: Open, tmp_path: Path) -> Non
     journal.record_event("one", end)
     entry = journal.latest_unseen("me")
     assert entry is not None and entry.state == "done" and entry.request == asked
-    assert entry.final_events() == (enriched, end)
+    assert entry.final_events() == (enhanced, end)
     assert journal.latest_unseen("somebody else") is None and journal.entry("one", "somebody else") is None
     journal.mark_seen("one")
     assert journal.latest_unseen("me") is None
@@ -128,7 +128,7 @@ def test_the_rest_of_an_interrupted_run(opened: Open, tmp_path: Path) -> None:
     second = opened()
     second.take_over_orphaned()
     (entry,) = second.interrupted("me")
-    assert not entry.needs_key, "its prompt has been enriched"
+    assert not entry.needs_key, "its prompt has been enhanced"
     assert entry.pictures == (tmp_path / "5.png",) and entry.message == INTERRUPTED_MESSAGE
     assert entry.remaining_request() == request(prompt="A red fox.", seed=7, count=2)
 

@@ -176,19 +176,19 @@ def test_a_failed_run_is_an_error_at_the_end(jobs: JobQueue, follower: Follower,
         queue.close()
 
 
-def test_stop_is_for_ones_own_runs_and_ones_tabs_enrichments(jobs: JobQueue) -> None:
+def test_stop_is_for_ones_own_runs_and_ones_tabs_enhancements(jobs: JobQueue) -> None:
     stop = wiring.make_stop_handler(jobs)
     run = jobs.submit(Request(prompt="endless"), owner_of(ME))  # type: ignore[arg-type]
-    enriching = jobs.enhance_prompt(Request(prompt="four"), wiring.tab_owner_of(ME))  # type: ignore[arg-type]
+    enhancing = jobs.enhance_prompt(Request(prompt="four"), wiring.tab_owner_of(ME))  # type: ignore[arg-type]
     forged = SimpleNamespace(username=None, cookies={}, session_hash=owner_of(ME))  # type: ignore[arg-type]
     other_tab = SimpleNamespace(username=None, cookies=ME.cookies, session_hash="other")
     stop(run.id, SOMEBODY)  # type: ignore[arg-type]
     stop(run.id, forged)  # type: ignore[arg-type]
-    stop(enriching.id, other_tab)  # type: ignore[arg-type]
-    assert not run.cancelled and not enriching.cancelled
+    stop(enhancing.id, other_tab)  # type: ignore[arg-type]
+    assert not run.cancelled and not enhancing.cancelled
     stop(run.id, other_tab)  # type: ignore[arg-type]
-    stop(enriching.id, ME)  # type: ignore[arg-type]
-    assert run.cancelled and enriching.cancelled
+    stop(enhancing.id, ME)  # type: ignore[arg-type]
+    assert run.cancelled and enhancing.cancelled
     list(run.events())  # until it is over
     assert stop(run.id, ME) == gr.skip()  # type: ignore[arg-type]
 

@@ -348,7 +348,7 @@ def test_view_shows_what_a_model_writes_and_what_is_drawn_then(
     assert '"prompt": "A red <fox>."' in view.update(result)[stage.json]
 
 
-def test_view_of_a_prompt_that_was_not_enriched_says_that_it_goes_without(view: RunView) -> None:
+def test_view_of_a_prompt_that_was_not_enhanced_says_that_it_goes_without(view: RunView) -> None:
     view.update(Failed(message="No credit.", in_prompt_enhancement=True))
     assert view.upsampling_failed and view.failure == "No credit."
 

@@ -110,7 +110,7 @@ def test_how_long_it_takes_is_learnt_from_a_run(settings: Settings) -> None:
     after = form_estimate_html(studio, **FORM)
     assert re.search(r"<br>About [\d.]+ s, as runs on this machine go\.</p>", after)
     assert form_estimate_html(studio, **{**FORM, "width": 512, "height": 512}) != after
-    assert "Before that: enriching the prompt." in form_estimate_html(studio, **FORM, upsample_by="local")
+    assert "Before that: enhancing the prompt." in form_estimate_html(studio, **FORM, upsample_by="local")
     assert "The first run will tell" in form_estimate_html(studio, **{**FORM, "checkpoint": "nano-base"}), (
         "it never ran"
     )

@@ -81,11 +81,11 @@ def test_a_preview_can_be_kept_where_there_is_one(
 def test_a_kept_preview_is_shown_as_what_it_is(
     stage: tabs.StagePanel, panel: tabs.UpsamplingPanel, picture: Path
 ) -> None:
-    request = Request(prompt="as it was enriched", seed=7).resolve(NANO)
+    request = Request(prompt="as it was enhanced", seed=7).resolve(NANO)
     saved = Saved(index=0, image=picture, seed=7, record=Record(request=request, label="Nano", unfinished=(2, 4)))
     view = RunView(stage, panel, NANO, PictureCache())
     view.begin(Job(replace(request, prompt="x"), "me"))
     update = view.show_kept_previews(SavedPreview(pictures=(saved,), notes=("A <note>.",)))
     assert "Kept an unfinished preview, after step 2 of 4." in update[stage.progress]
-    assert "A &lt;note&gt;." in update[stage.notices] and "as it was enriched" in update[stage.table]
+    assert "A &lt;note&gt;." in update[stage.notices] and "as it was enhanced" in update[stage.table]
     assert update[stage.result_paths] == [str(picture)] and not update[stage.keep_preview].visible

@@ -339,7 +339,7 @@ def upsample_by(chosen: str) -> gr.Radio:
         [(i18n("Off"), "none"), (i18n("On this machine"), "local"), (i18n("OpenRouter or your server"), "openrouter")],
         value=chosen,
         label=i18n("By a language model"),
-        info=i18n("It turns a rough idea into a full prompt, in the same run or with Enrich now."),
+        info=i18n("It turns a rough idea into a full prompt, in the same run or with Enhance now."),
         elem_classes="upsample-by",
     )
 

@@ -99,7 +99,7 @@ def form_estimate_html(
             steps=None if chosen_checkpoint.steps_fixed else steps,
             loras=read_loras(loras),
         )
-        return render.run_estimate(studio.estimate_run(request, sizes), enriched=upsample_by != "none")
+        return render.run_estimate(studio.estimate_run(request, sizes), enhanced=upsample_by != "none")
     except OutOfMemory as error:
         return render.problem(str(error))
     except StudioError:

@@ -22,7 +22,7 @@ from flux2_studio.ui.gradio_compat.language import i18n
 from flux2_studio.ui.history import picker
 from flux2_studio.ui.stage import compare
 
-UPSAMPLING_TITLE = "Enrich the prompt"
+UPSAMPLING_TITLE = "Enhance prompt"
 
 EMPTY_STAGE_HTML = (
     '<div class="empty"><p class="lead" data-i18n>Your picture will appear here.</p>'
@@ -379,11 +379,11 @@ def _upsampling(settings: Settings, *, with_references: bool) -> UpsamplingPanel
                 "max_tokens": fields.sampling("max_tokens", i18n("Tokens")),
             }
         with gr.Row(elem_classes="acts"):
-            enhance = gr.Button(i18n("Enrich now"), size="sm", visible=by != "none", elem_classes="enrich")
-            stop = gr.Button(i18n("Stop"), size="sm", variant="stop", visible=False, elem_classes="enrich-stop")
-        status = gr.HTML(elem_classes="enrich-status")
+            enhance = gr.Button(i18n("Enhance now"), size="sm", visible=by != "none", elem_classes="enhance")
+            stop = gr.Button(i18n("Stop"), size="sm", variant="stop", visible=False, elem_classes="enhance-stop")
+        status = gr.HTML(elem_classes="enhance-status")
         enhanced_prompt = gr.Textbox(
-            label=i18n("Enriched prompt"),
+            label=i18n("Enhanced prompt"),
             info=i18n("As it is written."),
             lines=4,
             max_lines=16,
@@ -452,9 +452,9 @@ def build_stage(queue: gr.HTML | None = None) -> StagePanel:
     unenhanced = {
         form: gr.Button(i18n(label), visible=False, elem_classes="without")
         for form, label in (
-            ("generate", "Generate without enriching"),
-            ("edit", "Edit without enriching"),
-            ("multi", "Combine without enriching"),
+            ("generate", "Generate without enhancing"),
+            ("edit", "Edit without enhancing"),
+            ("multi", "Combine without enhancing"),
         )
     }
     with gr.Column(elem_id="mat"):

@@ -30,7 +30,7 @@ UpsamplingFormReader = Callable[..., Request]  # a form's state and values -> it
 WRITING_INFO = "It is still being written."
 ENHANCED_INFO = "Change it as you like, then use it as your prompt."
 DRAWN_INFO = "Drawn as it stands here. To change it for the next run, use it as your prompt."
-USED_NOTE = "Your prompt is the enriched one now, and is drawn as it stands."
+USED_NOTE = "Your prompt is the enhanced one now, and is drawn as it stands."
 UPSAMPLING_INPUTS = (
     "upsample_by",
     "upsample_local",
@@ -98,7 +98,7 @@ def clear_enhanced_prompt(panel: UpsamplingPanel) -> Update:
 def show_partial_prompt(event: PromptProgress, panel: UpsamplingPanel) -> Update:
     return {
         panel.enhanced_prompt: gr.Textbox(
-            event.text, visible=True, interactive=False, label=i18n("Enriched prompt"), info=i18n(WRITING_INFO)
+            event.text, visible=True, interactive=False, label=i18n("Enhanced prompt"), info=i18n(WRITING_INFO)
         ),
         panel.accordion: gr.Accordion(open=True),
     }
@@ -111,7 +111,7 @@ def show_enhanced_prompt(event: PromptEnhanced, panel: UpsamplingPanel, info: st
             event.prompt,
             visible=True,
             interactive=True,
-            label=translate("Enriched prompt, by {name}", name=event.by),
+            label=translate("Enhanced prompt, by {name}", name=event.by),
             info=i18n(info),
         ),
         panel.use: gr.Button(visible=True),
@@ -159,7 +159,7 @@ def wire_upsampling(
             panel.sampling_row: gr.Row(visible=possible or "hidden"),
             panel.enhance: gr.Button(visible=possible),
             panel.about: provider_note_html(by, offers, checkpoint, model, studio.settings),
-            panel.accordion: gr.Accordion(label=i18n("Enrich the prompt (on)") if possible else i18n(UPSAMPLING_TITLE)),
+            panel.accordion: gr.Accordion(label=i18n("Enhance prompt (on)") if possible else i18n(UPSAMPLING_TITLE)),
         }
 
     offer_outputs = [
@@ -268,5 +268,5 @@ def _read_enhancement_request(
     """The form's request and the API key. Raises `StudioError`."""
     request = read_form(*form_state, values)
     if request.upsampling.by == "none":
-        raise UpsampleError("Choose first who enriches the prompt.")
+        raise UpsampleError("Choose first who enhances the prompt.")
     return request, read_api_key(values)

@@ -199,7 +199,7 @@ def _position_text(position: QueuePosition, job: Job) -> str:
 
 
 def _interrupted_row(entry: JournalEntry, label: str) -> QueueValue:
-    rerun_label = translate("Run without enriching") if entry.needs_key else translate("Run again")
+    rerun_label = translate("Run without enhancing") if entry.needs_key else translate("Run again")
     saved = len(entry.pictures)
     if saved:
         rerun_label = translate("Run the rest")

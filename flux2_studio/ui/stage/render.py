@@ -79,8 +79,8 @@ def step(event: Preview) -> str:
     return _bar(text, (event.first_index + batch_size * event.step / event.steps) / event.count)
 
 
-def run_estimate(estimate: RunEstimate, *, enriched: bool) -> str:
-    """What a run will take. enriched: a prompt enhancement of unknown duration comes first."""
+def run_estimate(estimate: RunEstimate, *, enhanced: bool) -> str:
+    """What a run will take. enhanced: a prompt enhancement of unknown duration comes first."""
     size = translate("{tokens} image tokens", tokens=f"{estimate.tokens:,}")
     if ref_tokens := sum(estimate.reference_tokens):
         count, tokens = len(estimate.reference_tokens), f"{ref_tokens:,}"
@@ -99,7 +99,7 @@ def run_estimate(estimate: RunEstimate, *, enriched: bool) -> str:
         duration = translate("About {duration}, as runs on this machine go.", duration=duration_text(estimate.seconds))
     preparations = [] if estimate.is_on_disk else [translate("the download")]
     preparations += [] if estimate.is_loaded else [translate("loading the checkpoint")]
-    preparations += [translate("enriching the prompt")] if enriched else []
+    preparations += [translate("enhancing the prompt")] if enhanced else []
     if preparations:
         duration += " " + translate("Before that: {what}.", what=", ".join(preparations))
     facts = f'<p class="pace">{escape(f"{size} · {steps} · {pictures}")}<br>{escape(duration)}</p>'
@@ -205,7 +205,7 @@ def settings(
     rows = [
         ("Prompt", request.prompt),
         ("Original prompt", upsampled.original if upsampled else ""),
-        ("Enriched by", upsampled.by if upsampled else ""),
+        ("Enhanced by", upsampled.by if upsampled else ""),
         ("Negative prompt", request.negative_prompt or ""),
         ("Checkpoint", translate_message(checkpoint.label)),
         ("References", ", ".join(path.name for path in request.references)),

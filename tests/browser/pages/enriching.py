@@ -1,4 +1,4 @@
-"""The panel that enriches a prompt."""
+"""The panel that enhances a prompt."""
 
 from __future__ import annotations
 

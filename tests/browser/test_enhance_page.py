@@ -1,22 +1,22 @@
-"""Prompts enriched on the page: beside the original or straight into the run, and what happens when that fails."""
+"""Prompts enhanced on the page: beside the original or straight into the run, and what happens when that fails."""
 
 from __future__ import annotations
 
 from playwright.sync_api import Page, expect
+from tests.browser.pages.enhancing import KEY, RICH, unfold
 
-from tests.browser.pages.enriching import KEY, RICH, unfold
 from tests.browser.steps import expect_finished, run, settings, write
 from tests.browser.studio import App
 from tests.fake_openai import FakeOpenAI
 
 
-def test_a_prompt_is_enriched_beside_the_original_and_straight_into_the_run(
+def test_a_prompt_is_enhanced_beside_the_original_and_straight_into_the_run(
     page: Page, model: FakeOpenAI, app: App
 ) -> None:
     write(page, "generate", "apple")
     here = unfold(page, "OpenRouter or your server")
     here.get_by_label("API key").fill(KEY)
-    here.get_by_role("button", name="Enrich now").click()
+    here.get_by_role("button", name="Enhance now").click()
     written = here.locator(".written textarea")
     expect(written).to_have_value(RICH)
     prompt = page.locator("#generate .prompt textarea")
@@ -27,7 +27,7 @@ def test_a_prompt_is_enriched_beside_the_original_and_straight_into_the_run(
     here.get_by_role("button", name="Use as prompt").click()
     expect(prompt).to_have_value(f"{RICH}, please")
     expect(here.locator(".sampling").first).to_be_hidden()
-    expect(here.get_by_label("Off")).to_be_checked()  # what was accepted is not enriched once more
+    expect(here.get_by_label("Off")).to_be_checked()  # what was accepted is not enhanced once more
     expect(written).to_be_hidden()
     here.get_by_role("button", name="Undo").click()
     expect(prompt).to_have_value("apple")

@@ -1,10 +1,10 @@
-"""Prompts enriched on the page: beside the original or straight into the run, and what happens when that fails."""
+"""Prompts enhanced on the page: beside the original or straight into the run, and what happens when that fails."""
 
 from __future__ import annotations
 
 from playwright.sync_api import Page, expect
+from tests.browser.pages.enhancing import RICH, panel, unfold
 
-from tests.browser.pages.enriching import RICH, panel, unfold
 from tests.browser.steps import choose_checkpoint, expect_finished, problem, run, settings, write
 from tests.browser.studio import App
 from tests.fake_openai import FakeOpenAI, refuses, says, silent
@@ -14,12 +14,12 @@ def test_what_the_model_writes_is_seen_as_it_comes_and_can_be_stopped(page: Page
     model.replies[:] = [silent("A red ", "apple")]
     write(page, "generate", "apple")
     here = unfold(page, "OpenRouter or your server")
-    here.get_by_role("button", name="Enrich now").click()
+    here.get_by_role("button", name="Enhance now").click()
     expect(here.locator(".written textarea")).to_have_value("A red apple")
     here.get_by_role("button", name="Stop").click()
     expect(here.get_by_text("Stopped.")).to_be_visible()
     expect(here.locator(".written textarea")).to_be_hidden()
-    expect(here.get_by_role("button", name="Enrich now")).to_be_enabled()
+    expect(here.get_by_role("button", name="Enhance now")).to_be_enabled()
     expect(page.locator("#generate .prompt textarea")).to_have_value("apple")
 
 
@@ -28,7 +28,7 @@ def test_a_failure_is_seen_and_leaves_nothing_that_could_be_used(page: Page, mod
     write(page, "generate", "apple")
     here = unfold(page, "OpenRouter or your server")
     for said in ("", "The language model refused", "asks for an API key"):
-        here.get_by_role("button", name="Enrich now").click()
+        here.get_by_role("button", name="Enhance now").click()
         if said:
             expect(here.locator(".problem")).to_contain_text(said)
             expect(here.locator(".problem")).to_be_visible()
@@ -46,7 +46,7 @@ def test_a_failure_stops_the_run_and_one_click_goes_without(page: Page, model: F
     run(page, "generate")
     expect(problem(page)).to_contain_text("no credit left")
     assert len(app.pictures()) == before
-    without = page.get_by_role("button", name="Generate without enriching")
+    without = page.get_by_role("button", name="Generate without enhancing")
     write(page, "generate", "a flat fox")
     without.click()
     expect_finished(page)
@@ -58,7 +58,7 @@ def test_a_failure_stops_the_run_and_one_click_goes_without(page: Page, model: F
 def test_what_each_choice_costs_is_said_before(page: Page) -> None:
     here = unfold(page, "On this machine")
     expect(here).to_contain_text("has no language model on this machine")
-    expect(here.get_by_role("button", name="Enrich now")).to_be_hidden()
+    expect(here.get_by_role("button", name="Enhance now")).to_be_hidden()
     expect(here.get_by_label("API key")).to_be_hidden()
     choose_checkpoint(page, "FLUX.2 klein 4B")
     expect(here).to_contain_text("own text encoder")
@@ -67,10 +67,10 @@ def test_what_each_choice_costs_is_said_before(page: Page) -> None:
     expect(here).to_contain_text("go to 127.0.0.1")
     expect(here.get_by_label("API key")).to_have_attribute("type", "password")
     here.get_by_label("Off").check()
-    expect(here.get_by_role("button", name="Enrich now")).to_be_hidden()
+    expect(here.get_by_role("button", name="Enhance now")).to_be_hidden()
 
 
-def test_enriching_is_off_until_it_is_wanted(page: Page) -> None:
+def test_enhancing_is_off_until_it_is_wanted(page: Page) -> None:
     for form, tab, told in (
         ("generate", "Generate", "draws what it reads"),
         ("edit", "Edit", "changes pictures"),
