@@ -29,10 +29,11 @@ from flux2_studio.models.hub.classifier import find_classifier
 from flux2_studio.models.hub.hub_errors import format_size
 from flux2_studio.models.hub.repositories import Hub, ProgressCallback
 from flux2_studio.models.loras import LoraLibrary
-from flux2_studio.models.manager import ModelManager, Sampler
+from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.available import is_out_of_memory
 from flux2_studio.models.memory.choices import choose_dtype, choose_storage
 from flux2_studio.models.memory.plan import MemoryPlan
+from flux2_studio.models.session import Sampler
 from flux2_studio.models.worker_thread import Cancelled, in_worker_thread, raise_if_cancelled
 from flux2_studio.models.writers import WriterOffer
 from flux2_studio.prompting.enhance import SMALLER_REFERENCES_HINT, check_upsampling_choice, enhance_prompt

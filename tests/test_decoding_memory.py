@@ -12,8 +12,9 @@ from PIL import Image
 
 from flux2_studio.events import Event, Notice, Preview, Result
 from flux2_studio.models.hub.repositories import Hub, ProgressCallback
-from flux2_studio.models.manager import ModelManager, Session
+from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.plan import DECODING_STAGE, PlannedStage
+from flux2_studio.models.session import Session
 from flux2_studio.provenance import metadata
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings

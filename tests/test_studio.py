@@ -19,8 +19,9 @@ from flux2_studio.engine.flux.transformer import Transformer
 from flux2_studio.errors import DeviceError, OutOfMemory, RequestError, SaveError, StudioError, WeightsError
 from flux2_studio.events import Event, Notice, Preview, Result, Status, Stopped
 from flux2_studio.models.hub.repositories import Hub, ProgressCallback
-from flux2_studio.models.manager import ModelManager, Sampler, Session
+from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.plan import MemoryPlan
+from flux2_studio.models.session import Sampler, Session
 from flux2_studio.provenance import metadata
 from flux2_studio.request import Request
 from flux2_studio.settings import Settings

@@ -16,9 +16,9 @@ from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.errors import DeviceError
 from flux2_studio.events import Event, Notice, Preview, Status
 from flux2_studio.images.tensors import images_from_pixels
-from flux2_studio.models.manager import Sampler
 from flux2_studio.models.memory.available import is_out_of_memory
 from flux2_studio.models.memory.plan import MemoryPlan
+from flux2_studio.models.session import Sampler
 from flux2_studio.models.worker_thread import raise_if_cancelled
 from flux2_studio.record import Record
 from flux2_studio.stages.compositing import crop_padding

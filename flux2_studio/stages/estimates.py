@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from flux2_studio.checkpoints import Checkpoint
 from flux2_studio.errors import SaveError
-from flux2_studio.models.manager import Session
 from flux2_studio.models.memory.plan import DENOISING_STAGE, MemoryPlan, RequestShape
+from flux2_studio.models.session import Session
 from flux2_studio.request import SIZE_MULTIPLE, Request
 from flux2_studio.stages.denoising import StepTimer, describe_tiling
 from flux2_studio.stages.durations import BatchShape, BatchTiming, DurationModel, RunFeatures

@@ -15,8 +15,8 @@ from flux2_studio.errors import SafetyError
 from flux2_studio.events import Event, Notice, PromptEnhanced
 from flux2_studio.images.masks import EditRegion
 from flux2_studio.models.hub.repositories import ProgressCallback
-from flux2_studio.models.manager import Session
 from flux2_studio.models.memory.plan import RequestShape
+from flux2_studio.models.session import Session
 from flux2_studio.models.worker_thread import in_worker_thread, raise_if_cancelled
 from flux2_studio.provenance.c2pa.credentials import ReferenceIngredient
 from flux2_studio.record import Record

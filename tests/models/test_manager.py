@@ -22,9 +22,10 @@ from flux2_studio.engine.weights.quantize import QuantizedLinear
 from flux2_studio.errors import DeviceError, OutOfMemory, WeightsError
 from flux2_studio.models.checkpoint_files import check_parts_match
 from flux2_studio.models.hub.repositories import Hub, PartFiles, ProgressCallback
-from flux2_studio.models.manager import ModelManager, Session
+from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.choices import choose_device, choose_dtype, choose_storage
 from flux2_studio.models.memory.plan import DENOISING_STAGE, PROMPT_STAGE, STAGE_ORDER, RequestShape
+from flux2_studio.models.session import Session
 from flux2_studio.settings import Settings
 from tests.tiny import Toys
 

@@ -15,7 +15,7 @@ from flux2_studio.engine.flux.latents import initial_noise
 from flux2_studio.engine.flux.sampling import denoise
 from flux2_studio.images.tensors import images_from_pixels
 from flux2_studio.models.hub.repositories import Hub
-from flux2_studio.models.manager import ModelManager, Session
+from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.plan import (
     DECODING_STAGE,
     DENOISING_STAGE,
@@ -23,6 +23,7 @@ from flux2_studio.models.memory.plan import (
     REFERENCES_STAGE,
     RequestShape,
 )
+from flux2_studio.models.session import Session
 from flux2_studio.settings import Settings
 
 SIDE = 256

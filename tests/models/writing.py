@@ -11,8 +11,9 @@ from flux2_studio.checkpoints import GB, LOCAL_WRITERS, Checkpoint, LocalWriter
 from flux2_studio.engine.text.writer import Writer
 from flux2_studio.models.checkpoint_files import PartKey
 from flux2_studio.models.hub.repositories import Hub
-from flux2_studio.models.manager import ModelManager, Session
+from flux2_studio.models.manager import ModelManager
 from flux2_studio.models.memory.plan import RequestShape
+from flux2_studio.models.session import Session
 from flux2_studio.settings import Settings
 
 CPU = torch.device("cpu")
