@@ -9,7 +9,7 @@ import pytest
 
 from flux2_studio.checkpoints import NANO
 from flux2_studio.errors import StudioError
-from flux2_studio.events import Event, Queued, Result, Saved, Status, Stopped
+from flux2_studio.events import Event, Failed, Queued, Result, Saved, Status, Stopped
 from flux2_studio.jobs.queue import MAX_WAITING_PER_OWNER, MAX_WAITING_RUNS, JobQueue
 from flux2_studio.jobs.tasks import Job
 from flux2_studio.prompting.openai_server import ApiKey
@@ -41,6 +41,21 @@ def test_followers_hear_of_nothing_that_is_not_written_down(tmp_path: Path) -> N
     for event in (Status(text="one"), Stopped(), Status(text="too late")):
         job.add_event(event)
     assert heard == [(Status(text="one"), None), (Stopped(), Status(text="one"))]
+
+
+def test_a_journal_that_fails_ends_one_run_and_not_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = journal_of(tmp_path)
+    jobs = JobQueue(ScriptedStudio(fox=four_steps, owl=four_steps), journal)
+
+    def broken(id_: str, event: Event) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "record_event", broken)
+        ended = follow(jobs.submit(Request(prompt="fox"), "me"))[-1]
+    assert isinstance(ended, Failed)
+    assert isinstance(follow(jobs.submit(Request(prompt="owl"), "me"))[-1], Result)
+    jobs.close()
 
 
 def busy(opened: Open, **scripts: object) -> tuple[JobQueue, ScriptedStudio, Gate]:

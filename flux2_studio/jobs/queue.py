@@ -410,7 +410,12 @@ class JobQueue:
 
     def _fail(self, task: Task, event: Failed) -> None:
         self._update_loaded_checkpoint(task, event)
-        task.add_event(event)
+        try:
+            task.add_event(event)
+        except Exception:
+            # The journal itself fails. The worker must go on, and the followers must not wait forever.
+            log.exception("the end of run %s is not in the journal", task.id)
+            Task.add_event(task, event)
 
     def _add_to_history(self, task: Task, saved: Saved) -> None:
         """Add the picture to the history. If that fails, the file still exists and the run continues with a Notice."""
