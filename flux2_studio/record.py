@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from flux2_studio.request import Request
 
+SOURCE_TYPE_URL = "http://cv.iptc.org/newscodes/digitalsourcetype/"  # how a picture was made, by IPTC's terms
 EAGER_BLOCKS, COMPILED_BLOCKS = "as written", "compiled"  # how the transformer's blocks ran, in `computed`
 
 

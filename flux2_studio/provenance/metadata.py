@@ -39,7 +39,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flux2_studio import __version__
 from flux2_studio.errors import RequestError
-from flux2_studio.record import Record
+from flux2_studio.record import SOURCE_TYPE_URL, Record
 from flux2_studio.request import MAX_COUNT, MAX_NAME, MAX_PROMPT, ImageFormat, Request
 
 SOFTWARE = f"AI generated; flux2-studio {__version__}"
@@ -57,7 +57,6 @@ MAX_VALUE = 200  # characters per name or value in `versions` and `computed`
 MAX_NUMBER = 10**6  # pixels per side, steps
 MAX_PROBLEM = 300  # characters
 
-SOURCE_TYPE_URL = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
 <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">

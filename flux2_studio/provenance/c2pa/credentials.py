@@ -33,7 +33,7 @@ from flux2_studio.errors import CredentialsError
 from flux2_studio.files.picture_types import detect_picture_type
 from flux2_studio.provenance.c2pa.report import Credentials, no_credentials, parse_report, unreadable_credentials
 from flux2_studio.provenance.identity import Identity, known_identity, load_identity
-from flux2_studio.provenance.metadata import SOURCE_TYPE_URL
+from flux2_studio.record import SOURCE_TYPE_URL
 
 MAX_INSPECTED_BYTES = 200 * 10**6  # per inspected picture; the limit for references is the same
 MAX_MANIFESTS = 16 * 10**6  # bytes that the references' credentials may add to a picture
