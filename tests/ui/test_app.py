@@ -6,8 +6,11 @@ import asyncio
 import io
 import os
 import socket
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import gradio as gr
@@ -78,6 +81,12 @@ def test_help_names_the_options(tmp_path: Path) -> None:
     assert all(option in done.stdout for option in ("--host", "--port", "--share"))
 
 
+def received(values: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """In a thread of its own: the one of the tests may have an event loop already."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, values).result()
+
+
 def test_a_choice_that_the_server_took_back_reaches_the_handler() -> None:
     """The browser may show older choices: not yet updated, or those of a studio that was restarted."""
     with StudioBlocks() as page:
@@ -86,10 +95,10 @@ def test_a_choice_that_the_server_took_back_reaches_the_handler() -> None:
     (function,) = page.fns.values()
     state = SessionState(page)
     with pytest.raises(gr.Error, match="not in the list of choices"):  # else this is not needed any more
-        asyncio.run(page.preprocess_data(function, ["b", "a"], state))
+        received(page.preprocess_data(function, ["b", "a"], state))
     page.accept_any_text(changing)
     for value in ("b", "c", None):
-        assert asyncio.run(page.preprocess_data(function, [value, "a"], state)) == [value, "a"]
+        assert received(page.preprocess_data(function, [value, "a"], state)) == [value, "a"]
     assert changing.choices == [], "nothing of one visitor's reaches the others"
     with pytest.raises(gr.Error, match="not in the list of choices"):
-        asyncio.run(page.preprocess_data(function, ["b", "z"], state))
+        received(page.preprocess_data(function, ["b", "z"], state))
