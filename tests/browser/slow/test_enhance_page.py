@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from playwright.sync_api import Page, expect
-from tests.browser.pages.enhancing import RICH, panel, unfold
 
+from tests.browser.pages.enhancing import RICH, panel, unfold
 from tests.browser.steps import choose_checkpoint, expect_finished, problem, run, settings, write
 from tests.browser.studio import App
 from tests.fake_openai import FakeOpenAI, refuses, says, silent
