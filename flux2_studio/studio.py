@@ -62,9 +62,8 @@ from flux2_studio.stages.run_context import (
 )
 from flux2_studio.storage.library import OutputLibrary
 
-DRAFT_PREVIEW_SECONDS = (
-    0.3  # minimum seconds between two previews of a draft; a preview of every fast step would double its time
-)
+# Least time between two previews of a draft: a preview of every fast step would double its time.
+DRAFT_PREVIEW_SECONDS = 0.3
 
 
 def make_guard(settings: Settings, *, shared: bool) -> SafetyGuard:

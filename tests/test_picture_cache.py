@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,3 +130,32 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, decoded: list[st
     assert decoded == ["0.png", "1.png", "2.png"]
     pictures.load(files[0])
     assert decoded[3:] == ["0.png"]
+
+
+def test_a_cached_picture_does_not_wait_while_another_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, slow = tmp_path / "here.png", tmp_path / "slow.png"
+    for number, path in enumerate((here, slow)):
+        Image.new("RGB", (96, 96), (number, 0, 0)).save(path)
+    pictures = PictureCache()
+    pictures.load(here)
+    pictures.fitted(here, 64 * 64)
+    begun, go = threading.Event(), threading.Event()
+
+    def waits(data: bytes, sha256: str, name: str, background: str) -> object:
+        begun.set()
+        assert go.wait(60)
+        return decode_reference(data, sha256, name, background)
+
+    monkeypatch.setattr(picture_cache, "decode_reference", waits)
+    with ThreadPoolExecutor(2) as threads:
+        decoding = threads.submit(pictures.load, slow)
+        assert begun.wait(60)
+        try:
+            assert threads.submit(pictures.load, here).result(30).sha256
+            assert threads.submit(pictures.fitted, here, 64 * 64).result(30).image.size == (64, 64)
+            assert not decoding.done()
+        finally:
+            go.set()
+        assert decoding.result(60).image.getpixel((0, 0)) == (1, 0, 0)

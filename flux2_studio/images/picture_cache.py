@@ -40,13 +40,15 @@ class FittedReference:
 
 
 class PictureCache:
-    """Loads reference pictures and keeps the decoded ones, up to `max_bytes`. Thread-safe.
+    """Loads reference pictures and keeps the decoded ones, up to `max_bytes` of full-size and as much of scaled ones.
 
-    Decodes one file at a time: a photo can take hundreds of megabytes until it is scaled down.
+    Thread-safe. Decodes one file at a time: a photo can take hundreds of megabytes until it is scaled down. Pictures
+    that are in the cache do not wait for that.
     """
 
     def __init__(self, max_bytes: int = MAX_DECODED_BYTES) -> None:
-        self._lock = threading.Lock()
+        self._decoding = threading.Lock()
+        self._lock = threading.Lock()  # of the caches below
         self._hashes: LRUCache[FileIdentity, str] = LRUCache(MAX_KNOWN_FILES)
         # The file's name is part of the key because notes and errors mention it.
         self._loaded: LRUCache[tuple[str, str, str], LoadedReference] = LRUCache(max_bytes)
@@ -54,7 +56,9 @@ class PictureCache:
 
     def load(self, path: Path, background: str = "white") -> LoadedReference:
         """The picture at `path`, see `load_reference`. The image is shared: do not change it."""
-        with self._lock:
+        if (found := self._find_loaded(path, background)) is not None:
+            return found
+        with self._decoding:
             return self._load(path, background)
 
     def fitted(self, path: Path, cap_pixels: int) -> FittedReference:
@@ -62,38 +66,50 @@ class PictureCache:
 
         Raises `ReferenceImageError`.
         """
-        with self._lock:
-            sha256 = self._known_hash(path)
-            if sha256 is not None and (found := self._fitted.get((sha256, display_name(path), cap_pixels))) is not None:
+        if (found := self._find_fitted(path, cap_pixels)) is not None:
+            return found
+        with self._decoding:
+            if (found := self._find_fitted(path, cap_pixels)) is not None:  # another thread has just made it
                 return found
             whole = self._load(path, "white")
             image = fit(whole.image, cap_pixels)
             fitted = FittedReference(
                 image=image, full_size=whole.image.size, notes=whole.notes, sha256=whole.sha256, data=whole.data
             )
-            self._fitted.put(
-                (whole.sha256, display_name(path), cap_pixels), fitted, len(whole.data) + _decoded_bytes(image)
-            )
+            key = whole.sha256, display_name(path), cap_pixels
+            with self._lock:
+                self._fitted.put(key, fitted, len(whole.data) + _decoded_bytes(image))
             return fitted
 
+    def _find_loaded(self, path: Path, background: str) -> LoadedReference | None:
+        stamp = _stamp(path)
+        with self._lock:
+            sha256 = self._hashes.get(stamp) if stamp else None
+            return self._loaded.get((sha256, display_name(path), background)) if sha256 else None
+
+    def _find_fitted(self, path: Path, cap_pixels: int) -> FittedReference | None:
+        stamp = _stamp(path)
+        with self._lock:
+            sha256 = self._hashes.get(stamp) if stamp else None
+            return self._fitted.get((sha256, display_name(path), cap_pixels)) if sha256 else None
+
     def _load(self, path: Path, background: str) -> LoadedReference:
-        name, sha256 = display_name(path), self._known_hash(path)
-        if sha256 is not None and (found := self._loaded.get((sha256, name, background))) is not None:
+        """As `load`, for the thread that holds `_decoding`."""
+        if (found := self._find_loaded(path, background)) is not None:
             return found
         stamp = _stamp(path)
         data = read_reference(path)
-        sha256 = hash_bytes(data)
-        if stamp is not None and stamp == _stamp(path):  # else it changed while it was read
-            self._hashes.put(stamp, sha256, 1)
-        if (found := self._loaded.get((sha256, name, background))) is not None:
+        key = hash_bytes(data), display_name(path), background
+        with self._lock:
+            if stamp is not None and stamp == _stamp(path):  # else the file changed while it was read
+                self._hashes.put(stamp, key[0], 1)
+            found = self._loaded.get(key)
+        if found is not None:
             return found
-        loaded = decode_reference(data, sha256, name, background)
-        self._loaded.put((sha256, name, background), loaded, len(data) + _decoded_bytes(loaded.image))
+        loaded = decode_reference(data, *key)
+        with self._lock:
+            self._loaded.put(key, loaded, len(data) + _decoded_bytes(loaded.image))
         return loaded
-
-    def _known_hash(self, path: Path) -> str | None:
-        stamp = _stamp(path)
-        return None if stamp is None else self._hashes.get(stamp)
 
 
 def _stamp(path: Path) -> FileIdentity | None:

@@ -44,9 +44,8 @@ from flux2_studio.settings import Settings
 
 DEFAULT_HOST, PORT = "127.0.0.1", 7870
 MAX_PROMPTS = 8  # per request; a run of the studio needs at most two
-MAX_ENCODE_REQUEST_BYTES = (
-    1024 + MAX_PROMPTS * MAX_PROMPT * 12
-)  # JSON may write one character in 12 bytes: \ud83e\udd8a
+# JSON may write one character in 12 bytes: \ud83e\udd8a
+MAX_ENCODE_REQUEST_BYTES = 1024 + MAX_PROMPTS * MAX_PROMPT * 12
 MAX_WAITING_REQUESTS = 8  # in addition to the one being encoded
 RETRY_AFTER_SECONDS = 5
 MAX_CONNECTIONS = 64  # open at once, each with its own thread

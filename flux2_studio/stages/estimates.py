@@ -18,9 +18,8 @@ from flux2_studio.stages.run_context import RunContext
 
 log = logging.getLogger(__name__)
 
-STREAMED_FRACTION_STEPS = (
-    8  # the streamed share of a transformer is rounded up to eighths, because it varies with free memory
-)
+# The streamed share of a transformer is rounded up to eighths, because it varies with free memory.
+STREAMED_FRACTION_STEPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class RunEstimate:
 def make_estimate(
     request: Request,
     checkpoint: Checkpoint,
-    workload: RequestShape,
+    shape: RequestShape,
     *,
     memory_fit: str = "",
     features: RunFeatures | None = None,
@@ -63,16 +62,16 @@ def make_estimate(
     assert request.steps, "resolve the request first"
     seconds = None
     if features is not None and durations is not None:
-        sizes = [min(batch_size, workload.count - first) for first in range(0, workload.count, batch_size)]
-        batches = [_batch(checkpoint, workload, pictures) for pictures in sizes]
+        sizes = [min(batch_size, shape.count - first) for first in range(0, shape.count, batch_size)]
+        batches = [_batch(checkpoint, shape, pictures) for pictures in sizes]
         seconds = durations.predict_seconds(features, batches, request.steps)
     return RunEstimate(
         memory_fit=memory_fit,
-        tokens=workload.tokens,
-        reference_tokens=_reference_tokens(workload),
+        tokens=shape.tokens,
+        reference_tokens=_reference_tokens(shape),
         steps=request.steps,
-        pictures=workload.count,
-        use_cfg=workload.use_cfg,
+        pictures=shape.count,
+        use_cfg=shape.use_cfg,
         seconds=seconds,
         is_on_disk=is_on_disk,
         is_loaded=is_loaded,
@@ -142,18 +141,18 @@ def learn_duration(
         log.error("how long a run took is not written down: %s", error)
 
 
-def _batch(checkpoint: Checkpoint, workload: RequestShape, pictures: int) -> BatchShape:
+def _batch(checkpoint: Checkpoint, shape: RequestShape, pictures: int) -> BatchShape:
     return BatchShape(
         text=checkpoint.recipe.length,
-        image=workload.tokens,
-        references=sum(_reference_tokens(workload)),
+        image=shape.tokens,
+        references=sum(_reference_tokens(shape)),
         pictures=pictures,
-        use_cfg=workload.use_cfg,
+        use_cfg=shape.use_cfg,
     )
 
 
-def _reference_tokens(workload: RequestShape) -> tuple[int, ...]:
-    return tuple(_tokens(size) for size in workload.references)
+def _reference_tokens(shape: RequestShape) -> tuple[int, ...]:
+    return tuple(_tokens(size) for size in shape.references)
 
 
 def _tokens(size: Sequence[int]) -> int:

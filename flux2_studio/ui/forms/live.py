@@ -1,8 +1,8 @@
-"""Live: the picture follows what is typed, for checkpoints of so few steps that nobody waits for them.
+"""Live: the picture follows the form while the user types, for checkpoints that need few steps.
 
-The browser counts the changes and tells the newest count only, once the one before was taken; the server draws the form
-as it is by then, in place of what it drew for the tab before. So nothing queues up on either side, and what is shown
-last belongs to what was typed last.
+The browser counts the changes, and sends the newest count once the server has taken the one before. The server then
+draws the form as it is at that moment, and drops the tab's draft before it. So nothing queues up on either side, and
+the last picture belongs to the last change.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from flux2_studio.ui.stage.follower import TabState
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-DRAFT_POLL_SECONDS = 0.02  # seconds between two looks at a draft: it is done in a few of them
-# Seconds from one picture to the next preview: each costs the browser time that the typing and the picture itself need.
+DRAFT_POLL_SECONDS = 0.02  # a draft is done in a few of these
+# From one picture to the next preview. Each costs the browser time that typing and the picture itself need.
 MIN_PREVIEW_INTERVAL_SECONDS = 0.4
-NON_VISUAL_FIELDS = ("count", "format", "watermark", "metadata", "sign", "sign_prompt")  # of how the picture looks
+# Fields that do not change how a draft looks.
+NON_VISUAL_FIELDS = ("count", "format", "watermark", "metadata", "sign", "sign_prompt")
 LIVE_HINT = "Live: write a prompt, and its picture appears here."
 
-# Another seed would be another picture after every letter: one is taken, and kept.
+# Switching Live on locks a seed: with a new seed the picture would change completely at every key.
 KEEP_SEED_JS = f"""(on, seed, locked) => on
   ? [seed ?? Math.floor(Math.random() * {MAX_SEED - MAX_COUNT}), true]
   : [seed, locked]"""
@@ -48,8 +49,10 @@ FormReader = Callable[[bool, str, str, Mapping[str, Any]], Request]
 
 @dataclass
 class LiveState:
-    """What one tab last wanted to see. is_following: whether a handler is showing it. shown_at: when a picture was last
-    shown, by the clock that only goes on."""
+    """The latest draft of one tab.
+
+    is_following: whether a handler is showing it. shown_at: when a picture was last shown, in monotonic time.
+    """
 
     draft: DraftJob | None = None
     is_following: bool = False
@@ -65,11 +68,11 @@ def wire_live(
     tab_state: gr.State,
     read_form: FormReader,
 ) -> None:
-    """Let each of `forms` that can be live be so. tab_state: what the tab follows; a run goes before every draft."""
+    """Connect Live for each of `forms` that has it. tab_state: the runs that the tab follows; they precede drafts."""
     latest = gr.State(LiveState())
-    mat = [stage.preview, stage.gallery, stage.actions, stage.keep_preview, stage.details]
+    stage_outputs = [stage.preview, stage.gallery, stage.actions, stage.keep_preview, stage.details]
     shown_on = [
-        *mat,
+        *stage_outputs,
         stage.comparison.accordion,
         stage.comparison.original,
         stage.progress,
@@ -79,7 +82,7 @@ def wire_live(
 
     async def follow_latest(live_state: LiveState, tab_state: TabState) -> AsyncIterator[Update]:
         if live_state.is_following or live_state.draft is None:
-            yield gr.skip()  # who follows already comes to it
+            yield gr.skip()  # the handler that is following already will show it
             return
         live_state.is_following = True
         try:
@@ -111,15 +114,15 @@ def wire_live(
             if not str(values["prompt"]).strip():
                 return {stage.progress: render.hint(translate(LIVE_HINT))}
             try:
-                asked = await asyncio.to_thread(read_form, locked, form_checkpoint, aspect, values)  # a mask is decoded
-                if runs():  # one began meanwhile
+                submitted = await asyncio.to_thread(read_form, locked, form_checkpoint, aspect, values)  # saves a mask
+                if runs():  # a run began meanwhile
                     return gr.skip()
-                live_state.draft = jobs.draft(asked, owner_of(request))
+                live_state.draft = jobs.draft(submitted, owner_of(request))
             except StudioError as error:
                 return {
                     stage.progress: render.hint(translate("Live: {problem}", problem=translate_message(str(error))))
                 }
-            # An event costs the browser time that the typing needs: none where the one under way comes to this draft.
+            # Events cost the browser time that typing needs: send none if the current handler will show this draft.
             return gr.skip() if live_state.is_following else {panel.wake_counter: wake + 1}
 
         seed = form.fields["seed"]
@@ -160,16 +163,18 @@ def wire_live(
 async def follow_draft(
     live_state: LiveState, tab_state: TabState, draft: DraftJob, stage: StagePanel
 ) -> AsyncIterator[Update]:
-    """What `draft` changes on the stage, until it is done, or not wanted any more."""
+    """Yield the updates of the stage for `draft`, until it is done or replaced."""
     notices: list[str] = []
-    # As long as it is the latest, and the tab shows no run.
+    # Only while it is the latest draft and the tab shows no run.
     async for event in follow_task(
         draft, DRAFT_POLL_SECONDS, lambda: live_state.draft is draft and not tab_state.is_following
     ):
         match event:
             case Queued():
                 yield {stage.progress: render.queued(event)}
-            case Status(fraction=fraction) if fraction is not None:  # a load or a download; the rest is over too soon
+            case Status(fraction=fraction) if (
+                fraction is not None
+            ):  # loading or downloading; other statuses are too short
                 yield {stage.progress: render.status(event)}
             case Notice():
                 notices.append(event.text)
@@ -190,12 +195,12 @@ async def follow_draft(
                 }
             case Failed(message=message):
                 yield {stage.progress: "", stage.message: render.problem(translate_message(message))}
-            case _:  # Stopped, which only what comes in its place does; and words that nobody could read
+            case _:  # Stopped, because a newer draft replaced it, and statuses too short to read
                 pass
 
 
 def _show_picture(stage: StagePanel, picture: str) -> Update:
-    """`picture` in place of whatever lay there."""
+    """Show `picture` and hide everything else on the stage."""
     return {
         stage.preview: gr.HTML(picture, visible=True),
         stage.gallery: gr.Gallery(visible=False),

@@ -1,8 +1,7 @@
-"""What of a picture may change, on the page: a mask painted, loaded or given as a rectangle; outpainting; colours.
+"""The panel for edits of a part of a picture: mask (painted, loaded or a rectangle), outpainting, colour matching.
 
-Mask and margins are components of their own that live in the browser: what is seen there travels with the form, so a
-run that is started at once has it. What comes back may be anything: it is checked here, and a mask is then a file like
-any other that a user offers.
+Mask and margins are components whose state lives in the browser and is sent with the form, so a run that starts at once
+has it. The values that arrive are not trusted: they are checked here, and a mask becomes a file like any upload.
 """
 
 from __future__ import annotations
@@ -282,16 +281,16 @@ watch('value', show);
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSubject:
-    """The picture that a form edits: as it is shown, its size as the result has it, and a name that no other has."""
+    """The picture that a form edits. width, height: of the result. subject: an id that no other picture has."""
 
-    picture: str  # a data: address
+    picture: str  # a data: URL
     width: int
     height: int
     subject: str
 
 
 def build_mask_panel() -> tuple[dict[str, Any], gr.Accordion]:
-    """The fields of a request that say what of a picture may change, and what they are folded into."""
+    """Build the panel. Returns its fields of a request, and the accordion around them."""
     shapes = "".join(f"<option>{shape}</option>" for shape in fields.ASPECTS)
     with gr.Accordion(i18n(MASK_PANEL_TITLE), open=False, elem_classes=["edits", "extra"]) as folded:
         found = {
@@ -315,7 +314,7 @@ def build_mask_panel() -> tuple[dict[str, Any], gr.Accordion]:
 
 
 def make_mask_subject(reference: LoadedReference, size: tuple[int, int]) -> MaskSubject:
-    """The first reference as the board shows it. size: (width, height) of the result."""
+    """Make the subject from the first reference. size: (width, height) of the result."""
     small = reference.image.copy()
     small.thumbnail((BOARD_SIDE_PIXELS, BOARD_SIDE_PIXELS))
     file = io.BytesIO()
@@ -330,8 +329,7 @@ def make_mask_subject(reference: LoadedReference, size: tuple[int, int]) -> Mask
 
 
 def mask_panel_update(form_fields: Mapping[str, Any], subject: MaskSubject | None) -> dict[Any, Any]:
-    """The fields of `form_fields`, where it has such, for the picture that it edits now. A mask stays with its picture:
-    where that is another one by now, it is cleared."""
+    """Show `subject` in the panel, if the form has one. The browser clears a mask that belongs to another subject."""
     if "mask" not in form_fields:
         return {}
     return {form_fields["mask"]: _board(subject), form_fields["outpaint"]: _margins(subject)}
@@ -345,7 +343,7 @@ def restore_mask_panel(
     *,
     match_colours: bool,
 ) -> dict[Any, Any]:
-    """The same with what a picture was made with. mask: L, of the subject's size."""
+    """Restore the settings of a saved picture. mask: mode L, of the subject's size."""
     if "mask" not in form_fields:
         return {}
     value = ""
@@ -353,7 +351,7 @@ def restore_mask_panel(
         file = io.BytesIO()
         mask.save(file, "PNG")
         value = PNG_DATA_PREFIX + base64.b64encode(file.getvalue()).decode()
-    # Not by the picture's own name: whatever was painted on it before goes.
+    # A new id, so that the browser drops what was painted on this picture before.
     return {
         form_fields["mask"]: _board(replace(subject, subject=secrets.token_hex(8)) if subject else None, value),
         form_fields["outpaint"]: _margins(subject, outpaint),
@@ -371,7 +369,7 @@ def _margins(subject: MaskSubject | None, outpaint: Outpaint | None = None) -> d
 
 
 def read_mask(value: object) -> Path | None:
-    """The file of a painted mask; None for none. Raises `RequestError` for what the page never sends."""
+    """Save a painted mask and return its file; None if there is no mask. Raises `RequestError` for invalid values."""
     painted = value.get("mask", "") if isinstance(value, dict) else value
     if painted in (None, ""):
         return None
@@ -381,7 +379,7 @@ def read_mask(value: object) -> Path | None:
         data = base64.b64decode(painted.removeprefix(PNG_DATA_PREFIX), validate=True)
     except binascii.Error as error:
         raise RequestError("The mask did not arrive as it was painted: clear it and paint it again.") from error
-    # Beside the pictures that the same browser sent, and forgotten with them.
+    # Beside the uploads, and deleted with them.
     folder = Path(get_upload_folder()) / "masks"
     target = folder / f"{hash_bytes(data)}.png"
     if target.is_file():  # Live sends the same mask with every key

@@ -1,4 +1,4 @@
-"""Reference pictures on the page: offered, sorted into usable and refused, put in order, taken away."""
+"""Reference pictures on the page: checking files, reordering, naming and removing them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from flux2_studio.ui.stage import render
 if TYPE_CHECKING:
     from flux2_studio.studio import Studio
 
-# What the page itself knows when a button is pressed. Kept by the server at an earlier event, it might come too late.
+# State that the browser sends when a button is pressed. A copy on the server, from an earlier event, might be stale.
 SELECTED = "(_, ...others) => [window.studioReferences.selected(), ...others]"
 CLEARED = "(_, ...others) => [window.studioReferences.cleared('{form}'), ...others]"
 TO_CLEAR = "(_, ...others) => [window.studioReferences.toClear('{form}'), ...others]"
-# Sent before what the press is about.
+# As above, for handlers that also need the selected or the dragged picture.
 CLEARED_AND_SELECTED = """(_, heard, __, ...others) =>
   [window.studioReferences.cleared('{form}'), heard, window.studioReferences.selected(), ...others]"""
 CLEARED_AND_DRAGGED = """(_, heard, __, ...others) =>
@@ -37,14 +37,17 @@ CLEARED_AND_DRAGGED = """(_, heard, __, ...others) =>
 
 
 def gallery_paths(items: Sequence[tuple[str, str | None]] | None) -> tuple[Path, ...]:
-    """The files of a gallery's value."""
+    """Return the files in the value of a gallery."""
     return tuple(Path(file) for file, _ in items or ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExaminedFiles:
-    """Offered files, sorted: `usable` can be used, `notes` tell what becomes of them, `problems` why others were not.
-    `first_subject` is the first of the kept ones, as it is painted on."""
+    """The result of `examine`.
+
+    usable: files that can be used, with `notes` about them. refused: why the others cannot. first_subject: the first
+    usable picture, as the mask board shows it.
+    """
 
     usable: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
@@ -54,13 +57,13 @@ class ExaminedFiles:
 
 def examine(offered: Sequence[Path], checkpoint: Checkpoint, max_count: int, pictures: PictureCache) -> ExaminedFiles:
     """Sort `offered` into files that can be used, at most `max_count`, and the others."""
-    kept: list[Path] = []
+    usable: list[Path] = []
     notes: list[str] = []
     refused: list[str] = []
     left_out: list[str] = []
     first: LoadedReference | None = None
     for path in offered:
-        if len(kept) == max_count:
+        if len(usable) == max_count:
             left_out.append(path.name)
             continue
         try:
@@ -69,14 +72,14 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, max_count: int, pic
             refused.append(str(error))
             continue
         first = first or loaded
-        kept.append(path)
+        usable.append(path)
         notes += loaded.notes
     if left_out:
         were = f"{_listed(left_out)} {'was' if len(left_out) == 1 else 'were'} left out"
         refused.append(f"{checkpoint.label} takes at most {max_count} pictures: {were}.")
     subject = None
     if first is not None:
-        width, height = fit_size(first.image.size, checkpoint.max_pixels_per_reference(len(kept)))
+        width, height = fit_size(first.image.size, checkpoint.max_pixels_per_reference(len(usable)))
         shape = fields.ratio(width, height)
         size = translate("As image 1: {width} x {height} pixels ({shape}).", width=width, height=height, shape=shape)
         if first.image.size != (width, height):
@@ -89,11 +92,11 @@ def examine(offered: Sequence[Path], checkpoint: Checkpoint, max_count: int, pic
             )
         notes.insert(0, size)
         subject = mask_panel.make_mask_subject(first, (width, height))
-    return ExaminedFiles(usable=tuple(kept), notes=tuple(notes), refused=tuple(refused), first_subject=subject)
+    return ExaminedFiles(usable=tuple(usable), notes=tuple(notes), refused=tuple(refused), first_subject=subject)
 
 
 def newest_usable(offered: Sequence[Path], checkpoint: Checkpoint, pictures: PictureCache) -> ExaminedFiles:
-    """The last of the `offered` files that can be used, with why those after it cannot."""
+    """Examine only the last usable file of `offered`, and say why those after it cannot be used."""
     refused: tuple[str, ...] = ()
     for path in reversed(offered):
         examined = examine([path], checkpoint, 1, pictures)
@@ -105,12 +108,12 @@ def newest_usable(offered: Sequence[Path], checkpoint: Checkpoint, pictures: Pic
 
 def _listed(names: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c" or "a, b and 38 others"."""
-    told = [*names[:2], f"{len(names) - 2} others"] if len(names) > 3 else list(names)
-    return " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
+    listed = [*names[:2], f"{len(names) - 2} others"] if len(names) > 3 else list(names)
+    return " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
 
 
 def move_item(order: Sequence[Path], index: int | None, by: int) -> tuple[list[Path], int | None]:
-    """`order` with the item at `index` moved `by` places as far as there is room, and where it is now."""
+    """Move the item at `index` by `by` places, at most to an end. Returns the new order and the item's new index."""
     moved = list(order)
     if index is None or index >= len(moved):
         return moved, None
@@ -120,8 +123,7 @@ def move_item(order: Sequence[Path], index: int | None, by: int) -> tuple[list[P
 
 
 def apply_drag(order: Sequence[Path], sent: str) -> list[Path] | None:
-    """`order` with one item moved as the page `sent` it: "2,0" brings the third to the front. None for what asks for no
-    move that can be made."""
+    """Move one item as the page `sent` it: "2,0" brings the third to the front. None if that is not a possible move."""
     asked = re.fullmatch(r"([0-9]{1,3}),([0-9]{1,3})", sent)
     if asked is None:
         return None
@@ -132,12 +134,12 @@ def apply_drag(order: Sequence[Path], sent: str) -> list[Path] | None:
 
 
 def parse_selected_index(sent: str | None) -> int | None:
-    """The index of the selected picture as the page `sent` it, None for none."""
+    """Parse the index of the selected picture that the page `sent`; None if none is selected."""
     return int(sent) if sent and re.fullmatch(r"[0-9]{1,3}", sent) else None
 
 
 def parse_clear_count(sent: str | None) -> int:
-    """How often the pictures were cleared as the page `sent` it, 0 for anything else."""
+    """Parse how often the pictures were cleared, as the page `sent` it; 0 for anything else."""
     return int(sent) if sent and re.fullmatch(r"[0-9]{1,6}", sent) else 0
 
 
@@ -149,10 +151,10 @@ def set_references(
     chosen: int | None = None,
     names: Mapping[Path, str] = MappingProxyType({}),
 ) -> Update:
-    """Put the usable ones of `offered` into the form's references, and say what is to be said of all of them.
+    """Put the usable files of `offered` into the form's references, with notes and problems.
 
-    names: of those that have one. Told outright with every change that we make, because a gallery does not always
-    notice a change from outside.
+    chosen: the index to select. names: the names of pictures that have one. The update includes what depends on the
+    references, because a gallery does not always fire its change event for updates from the server.
     """
     assert form.reference_panel is not None
     tools = form.reference_panel.tools
@@ -174,7 +176,7 @@ def set_references(
 
 
 def reference_outputs(form: Form) -> list[Any]:
-    """The components that `set_references` sets."""
+    """Return the components that `set_references` sets."""
     assert form.reference_panel is not None
     tools = form.reference_panel.tools
     return [
@@ -188,7 +190,7 @@ def reference_outputs(form: Form) -> list[Any]:
 
 
 def _naming(tools: ReferenceTools, selected: Path | None, names: Mapping[Path, str]) -> Update:
-    """The field for a name, for the `parse_selected_index` picture."""
+    """Update the name field for the picture `selected`."""
     if selected is None:
         return {tools.name: fields.reference_name_field(), tools.named: ""}
     return {tools.name: fields.reference_name_field(names.get(selected, ""), of_one=True), tools.named: str(selected)}
@@ -198,13 +200,13 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
     references, tools = form.fields["references"], panel.tools
 
     def unless_cleared(action: Callable[..., Any]) -> Callable[..., Any]:
-        """What was cleared since it was asked for is gone, even where that was heard first."""
+        """Drop events that the browser sent before a clear, even if the clear arrived first."""
 
         def answer(sent: str | None, heard: int, *rest: Any) -> Any:
             if parse_clear_count(sent) < heard:
                 return gr.skip()
             update = action(*rest)
-            # It was asked for after so many clears, the last of which may be heard after it.
+            # Sent after that many clears, the last of which may arrive after this event.
             return update if update == gr.skip() else update | {panel.clear_count: parse_clear_count(sent)}
 
         return answer
@@ -214,7 +216,7 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
         return set_references(form, gallery_paths(items), checkpoint, studio.pictures, names=names_in(items))
 
     def clear(sent: str | None, heard: int, name: str) -> Any:
-        # Whatever the gallery holds: an answer to what was asked before may just have filled it again.
+        # Whatever the gallery holds now: the answer to an earlier event may just have filled it again.
         if parse_clear_count(sent) <= heard:
             return gr.skip()
         update = set_references(form, (), studio.settings.checkpoint(name), studio.pictures)
@@ -228,42 +230,43 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
             **mask_panel.mask_panel_update(form.fields, examined.first_subject),
         }
 
-    # Each is heard, and answered in turn: what came while one was checked would be gone with its answer.
+    # One after the other: files that arrive during a check would be lost with its answer.
     turns: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_id": f"references of {form.name}"}
-    since, told = [panel.client_state, panel.clear_count], [*reference_outputs(form), panel.clear_count]
+    since, outputs = [panel.client_state, panel.clear_count], [*reference_outputs(form), panel.clear_count]
     listen(
         [references.upload, references.delete],
         unless_cleared(check),
         [*since, references, checkpoint_dropdown],
-        told,
+        outputs,
         js=CLEARED.format(form=form.name),
         **turns,
     )
-    # The gallery's own button to clear it is heard as a change only.
+    # The gallery's own clear button fires the change event only.
     listen(
         references.change,
         clear,
         [*since, checkpoint_dropdown],
-        told,
+        outputs,
         js=TO_CLEAR.format(form=form.name),
         **turns,
     )
     described = [panel.note, form.fields["mask"], form.fields["outpaint"]]
-    listen(
-        checkpoint_dropdown.change, describe, [references, checkpoint_dropdown], described
-    )  # it may have another cap
-    # When the page is opened, for a label with a number in it is not known before whose language it is to be in.
-    most = studio.settings.checkpoint(None).max_references
+    # Another checkpoint may have another cap.
+    listen(checkpoint_dropdown.change, describe, [references, checkpoint_dropdown], described)
+    # When the page is opened: a label with a number in it depends on the visitor's language.
+    max_references = studio.settings.checkpoint(None).max_references
     if tools is not None:
-        listen(None, lambda: gr.Gallery(label=fields.references_label(most)), None, references, queue=False)
+        listen(None, lambda: gr.Gallery(label=fields.references_label(max_references)), None, references, queue=False)
     if tools is None:
-        # A gallery with a selected picture takes no upload.
+        # A gallery with a selected picture accepts no upload.
         listen(references.select, lambda: gr.Gallery(selected_index=None), None, references, queue=False)
         return
 
     def call(items: Any, typed: str | None, named: str | None) -> tuple[dict[Path, str], str]:
-        """The names once the picture in the field is called as `typed`, and why it is not. Whatever is done with the
-        pictures does this first: nobody need press Enter for a name to stay."""
+        """Give the picture `named` the typed name. Returns all names, and the problem if it cannot have that name.
+
+        Every button does this first, so a typed name is usable without pressing Enter.
+        """
         names = names_in(items)
         path, typed = Path(named or ""), typed or ""
         if path not in gallery_paths(items) or typed == names.get(path, ""):
@@ -274,9 +277,9 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
             return names, render.problem(str(error))
 
     def offered(order: Sequence[Path], name: str, items: Any, *field: str | None, place: int | None = None) -> Update:
-        names, wrong = call(items, *field)
+        names, problem = call(items, *field)
         update = set_references(form, order, studio.settings.checkpoint(name), studio.pictures, place, names)
-        return update | {panel.problems: wrong + update[panel.problems]}
+        return update | {panel.problems: problem + update[panel.problems]}
 
     def add(new: Sequence[str], *rest: Any) -> Update:
         _, items, *_ = rest
@@ -302,18 +305,18 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
 
     def choose(items: Any, typed: str | None, named: str | None, event: gr.SelectData) -> Update:
         index = int(event.index)
-        names, wrong = call(items, typed, named)
+        names, problem = call(items, typed, named)
         update: Update = _naming(tools, gallery_paths(items)[index], names)
         if names != names_in(items):
             update[references] = gr.Gallery(fields.captioned_items(gallery_paths(items), names), selected_index=index)
-        if wrong:
-            update[panel.problems] = wrong
+        if problem:
+            update[panel.problems] = problem
         return update
 
     def enter(sent: str | None, items: Any, typed: str | None, named: str | None) -> Update:
-        names, wrong = call(items, typed, named)
-        if wrong:
-            return {panel.problems: wrong}
+        names, problem = call(items, typed, named)
+        if problem:
+            return {panel.problems: problem}
         gallery = gr.Gallery(
             fields.captioned_items(gallery_paths(items), names), selected_index=parse_selected_index(sent)
         )
@@ -321,7 +324,7 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
 
     called = [references, tools.name, tools.named]
     about = [tools.name, tools.named, references, panel.problems]
-    listen(references.select, choose, called, about, queue=False, trigger_mode="multiple")  # the last is the one
+    listen(references.select, choose, called, about, queue=False, trigger_mode="multiple")  # the last selection counts
     entered = [references, panel.problems, tools.name]
     listen(tools.name.submit, enter, [panel.client_state, *called], entered, js=SELECTED, queue=False)
     rest = [checkpoint_dropdown, *called]
@@ -337,7 +340,7 @@ def wire_references(studio: Studio, checkpoint_dropdown: gr.Dropdown, form: Form
             pressed,
             unless_cleared(action),
             [*since, what, *rest],
-            told,
+            outputs,
             js=js.format(form=form.name),
             concurrency_id=turns["concurrency_id"],
         )
